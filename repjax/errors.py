@@ -1,0 +1,32 @@
+"""Errors meant for the person at the keyboard: one clear paragraph instead of a traceback."""
+
+import contextlib
+import difflib
+from collections.abc import Iterable, Iterator
+
+
+class InputError(ValueError):
+  """Something a person gave (a name, a flag, a folder) cannot be used; the text says the way out."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
+  """The error for a name that is not among the known ones, with the closest of them.
+
+  Args:
+    kind: what the name should have named, for example "model".
+    name: what came.
+    known: every name that would have been right.
+  """
+  known = sorted(known)
+  close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+  hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+  return InputError(f"unknown {kind} {name!r}; {hint}")
+
+
+@contextlib.contextmanager
+def one_paragraph() -> Iterator[None]:
+  """Ends the program with status 1 and the error's text alone when an `InputError` gets here."""
+  try:
+    yield
+  except InputError as error:
+    raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,43 @@
+"""Gates: layers that multiply. They are not affine, so they survive re-parameterization."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from repjax.layers.linear import linear
+
+
+class SqueezeExcite(nn.Module):
+  """Scales each channel by a number computed from the means of all: y = x * s(mean(x)).
+
+  s = sigmoid(up(relu(down(.)))), two fully connected layers with biases, C -> C // reduction -> C.
+  The means run over both spatial axes, so maps need not be square. The same in both forms.
+
+  Attributes:
+    reduction: how many times narrower the hidden layer is.
+    dtype: of the computation and the result.
+    param_dtype: of the parameters.
+
+  References:
+    Hu et al., Squeeze-and-Excitation Networks, CVPR 2018, section 3. https://arxiv.org/abs/1709.01507
+  """
+
+  reduction: int
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    features = x.shape[-1]
+    if features < self.reduction:
+      raise ValueError(
+        f"SqueezeExcite {'/'.join(self.path)}: {features} channels reduced {self.reduction} times "
+        "leave no hidden channel; lower se_reduction or widen the network"
+      )
+    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    gate = x.mean((1, 2))  # (N, C)
+    gate = jax.nn.relu(linear(gate, features // self.reduction, name="down", **dtypes))
+    gate = jax.nn.sigmoid(linear(gate, features, name="up", **dtypes))
+    return x * gate[:, None, None, :]  # (N, H, W, C)

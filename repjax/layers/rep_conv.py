@@ -1,0 +1,248 @@
+"""RepConv, the linear layer that everything is made of: a sum of branches that folds into one conv.
+
+A branch's name says what it is made of. The forward pass and the fold read the same name.
+
+| name          | branch                              |
+|---------------|-------------------------------------|
+| `convHxW`     | HxW convolution, batch norm         |
+| `identity`    | batch norm of the input             |
+| either + `_N` | a repeat, for example `conv3x3_1`   |
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from repjax.algebra import ConvParams, add, fuse_bn, identity_kernel, pad_kernel
+from repjax.layers.linear import bias_init, kernel_init
+from repjax.layers.rep_norm import EPSILON, batch_norm, refuse_training
+
+_BRANCH = re.compile(r"(?:conv([1-9]\d*)x([1-9]\d*)|identity)(?:_\d+)?")
+_PADDING_MODES = ("constant", "edge", "reflect", "wrap")
+
+
+def branch_size(name: str) -> tuple[int, int] | None:
+  """The kernel size (H, W) of the branch called `name`, None for an identity.
+
+  Raises:
+    ValueError: `name` is not in the grammar.
+  """
+  match = _BRANCH.fullmatch(name)
+  if match is None:
+    raise ValueError(
+      f"unknown branch {name!r}; a branch is called convHxW (conv3x3, conv1x1, conv1x3, ...) or "
+      "identity, with _1, _2, ... behind a repeated one"
+    )
+  return (int(match[1]), int(match[2])) if match[1] else None
+
+
+def _layer_size(branches: Iterable[str]) -> tuple[int, int]:
+  """The size of the one kernel that holds all branches."""
+  sizes = [branch_size(name) for name in branches]
+  if not any(sizes):
+    raise ValueError(
+      f"a RepConv needs at least one convolution among its branches, got {list(branches)}; "
+      "a batch norm alone is a RepNorm"
+    )
+  return max(s[0] for s in sizes if s), max(s[1] for s in sizes if s)
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+  return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+class _Branch(nn.Module):
+  """A convolution, absent in an identity branch, and the batch norm behind it."""
+
+  conv: Callable[..., nn.Module] | None
+  norm: Callable[[jax.Array, bool], jax.Array]
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    if self.conv is not None:
+      x = self.conv(name="conv")(x)
+    return self.norm(x, train)
+
+
+class RepConv(nn.Module):
+  """A sum of conv-BN branches over one input; its deploy form is one convolution with bias.
+
+  y = sum_b BN_b(conv_b(x)). Exact in deploy form for every stride, dilation, group count, padding
+  and padding mode: smaller kernels sit at the centre of the largest, and the identity is a 1x1.
+
+  Attributes:
+    features: output channels O.
+    branches: their names, see the table at the top of this file.
+    strides: of every branch, one number or (vertical, horizontal).
+    groups: of every convolution.
+    dilation: of every convolution, one number or (vertical, horizontal).
+    padding: pixels added on each side for the largest kernel, one number or (vertical, horizontal);
+      None keeps the size at stride 1.
+    padding_mode: "constant" (zeros), "edge", "reflect" or "wrap", in the terms of `jnp.pad`.
+    epsilon: of the batch norms.
+    axis_name: of the pmapped axis over which batch statistics are shared.
+    deploy: build the deploy form.
+    dtype: of the convolutions and the result; norms and the sum are in at least float32.
+    param_dtype: of the parameters.
+
+  References:
+    Ding et al., RepVGG, CVPR 2021, section 3.2. https://arxiv.org/abs/2101.03697
+    Ding et al., ACNet, ICCV 2019, for the 1x3 and 3x1 branches. https://arxiv.org/abs/1908.03930
+  """
+
+  features: int
+  branches: Sequence[str] = ("conv3x3", "conv1x1", "identity")
+  strides: int | Sequence[int] = 1
+  groups: int = 1
+  dilation: int | Sequence[int] = 1
+  padding: int | Sequence[int] | None = None
+  padding_mode: str = "constant"
+  epsilon: float = EPSILON
+  axis_name: str | None = None
+  deploy: bool = False
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Maps (N, H, W, I) to (N, H', W', O).
+
+    Raises:
+      ValueError: branches that do not fit the input or one another, or `train` in deploy form.
+    """
+    refuse_training(self.deploy, train)
+    size = _layer_size(self.branches)
+    self._check(x, size)
+    dilation = _pair(self.dilation)
+    if self.padding is None:
+      padding = (dilation[0] * ((size[0] - 1) // 2), dilation[1] * ((size[1] - 1) // 2))
+    else:
+      padding = _pair(self.padding)
+
+    already = (0, 0)  # pixels of padding that x carries by now
+    centre = x  # what the identity reads
+    if self.padding_mode != "constant":
+      rows, columns = (padding[0], padding[0]), (padding[1], padding[1])
+      x = jnp.pad(x, ((0, 0), rows, columns, (0, 0)), mode=self.padding_mode)
+      already = padding
+
+    def conv(kernel_size: tuple[int, int], use_bias: bool) -> Callable[..., nn.Module]:
+      # Negative padding crops, which is what a centre tap does under a padding below (K - 1) / 2.
+      pads = [
+        padding[axis] - already[axis] - dilation[axis] * ((size[axis] - kernel_size[axis]) // 2)
+        for axis in (0, 1)
+      ]
+      kernel_shape = (*kernel_size, x.shape[-1] // self.groups, self.features)
+      return lambda name: nn.Conv(
+        self.features,
+        kernel_size,
+        strides=_pair(self.strides),
+        padding=[(pad, pad) for pad in pads],
+        kernel_dilation=dilation,
+        feature_group_count=self.groups,
+        use_bias=use_bias,
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+        kernel_init=kernel_init,
+        bias_init=bias_init(kernel_shape),
+        name=name,
+      )
+
+    if self.deploy:
+      return conv(size, True)("conv")(x)
+
+    def norm(y: jax.Array, train: bool) -> jax.Array:
+      return batch_norm(
+        y,
+        train,
+        epsilon=self.epsilon,
+        axis_name=self.axis_name,
+        param_dtype=self.param_dtype,
+      )
+
+    outputs = []
+    for name in self.branches:
+      kernel_size = branch_size(name)
+      if kernel_size is None:
+        branch, source = _Branch(None, norm, name=name), centre
+      else:
+        branch, source = _Branch(conv(kernel_size, False), norm, name=name), x
+      outputs.append(branch(source, train))
+    return sum(outputs[1:], outputs[0]).astype(self.dtype)
+
+  def _check(self, x: jax.Array, size: tuple[int, int]) -> None:
+    """Raises ValueError where a branch cannot be part of this layer."""
+    where = f"RepConv {'/'.join(self.path)}"
+    if len(set(self.branches)) != len(self.branches):
+      raise ValueError(f"{where}: branch names must differ (conv3x3, conv3x3_1): {self.branches}")
+    if x.shape[-1] % self.groups or self.features % self.groups:
+      raise ValueError(
+        f"{where}: {x.shape[-1]} input and {self.features} output channels do not both divide into "
+        f"{self.groups} groups"
+      )
+    if self.padding_mode not in _PADDING_MODES:
+      raise ValueError(f"{where}: padding_mode {self.padding_mode!r} is none of {_PADDING_MODES}")
+    for name in self.branches:
+      kernel_size = branch_size(name)
+      if kernel_size and any((big - small) % 2 for big, small in zip(size, kernel_size)):
+        raise ValueError(
+          f"{where}: {name} has no centre in the layer's {size[0]}x{size[1]} kernel; "
+          "heights must be all odd or all even, and widths too"
+        )
+      keeps_shape = x.shape[-1] == self.features and _pair(self.strides) == (1, 1)
+      if kernel_size is None and not (keeps_shape and size[0] % 2 and size[1] % 2):
+        raise ValueError(
+          f"{where}: an identity branch needs stride 1, as many output as input channels and odd "
+          f"kernels; got strides {self.strides}, {x.shape[-1]} -> {self.features} channels, "
+          f"kernel {size[0]}x{size[1]}"
+        )
+
+
+def fold_rep_conv(
+  params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
+) -> dict[str, Any]:
+  """Folds a RepConv: its branches with their statistics become {conv: {kernel, bias}}.
+
+  K = sum_b pad(K_b * scale_b), b = sum_b bias_b; an identity's K_b is the one-hot 1x1.
+
+  Args:
+    params: {branch: {conv: {kernel[, bias]}, bn: {scale, bias}}}, no conv in an identity.
+    stats: {branch: {bn: {mean, var}}}.
+    epsilon: of the batch norms.
+
+  Returns:
+    {conv: {kernel (H, W, I/g, O), bias (O,)}} in the dtype of the branches' kernels.
+
+  Raises:
+    ValueError: the two trees do not hold the same branches, or shapes that do not fit.
+
+  References:
+    Ding et al., RepVGG, CVPR 2021, section 3.3. https://arxiv.org/abs/2101.03697
+  """
+  if params.keys() != stats.keys():
+    raise ValueError(
+      f"parameters have the branches {sorted(params)}, statistics {sorted(stats)}; "
+      "the two trees do not belong together"
+    )
+  size = _layer_size(params)
+  kernels = [params[name]["conv"]["kernel"] for name in params if branch_size(name)]
+  inputs, dtype = kernels[0].shape[2], kernels[0].dtype
+
+  def conv(name: str) -> ConvParams:
+    features = params[name]["bn"]["scale"].shape[0]
+    if branch_size(name) is None:
+      kernel = identity_kernel(features, features // inputs, (1, 1), dtype)
+      return ConvParams(kernel, jnp.zeros((features,), dtype))
+    held = params[name]["conv"]
+    return ConvParams(held["kernel"], held.get("bias", jnp.zeros((features,), dtype)))
+
+  fused = []
+  for name in params:
+    kernel, bias = fuse_bn(conv(name), params[name]["bn"], stats[name].get("bn", {}), epsilon)
+    fused.append(ConvParams(pad_kernel(kernel, size), bias))
+  kernel, bias = add(*fused)
+  return {"conv": {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}}

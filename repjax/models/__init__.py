@@ -1,0 +1,71 @@
+"""Models by name."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from repjax.errors import unknown
+from repjax.models import repvgg
+from repjax.models.initialize import init
+
+__all__ = ["create_model", "init", "list_models"]
+
+_MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+  name: (repvgg.RepVGG, row) for name, row in repvgg.VARIANTS.items()
+}
+_OWN_ARGUMENTS = {"num_classes", "deploy", "dtype", "param_dtype", "parent", "name"}
+
+
+def list_models() -> list[str]:
+  """The names that `create_model` takes, sorted."""
+  return sorted(_MODELS)
+
+
+def create_model(
+  name: str,
+  *,
+  num_classes: int = 1000,
+  deploy: bool = False,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  param_dtype: jax.typing.DTypeLike = jnp.float32,
+  **overrides: Any,
+) -> nn.Module:
+  """Builds a model in its training form, or in the plain form that `reparameterize` makes.
+
+  Args:
+    name: one of `list_models()`.
+    num_classes: outputs of the classifier.
+    deploy: the plain form; its parameters are what `reparameterize` returns.
+    dtype: of the computation and the logits.
+    param_dtype: of the parameters.
+    **overrides: attributes of the model's class that replace those of the variant.
+
+  Returns:
+    A module called as `module(images, train=False)` on images (N, H, W, 3), in both forms.
+
+  Raises:
+    ValueError: an unknown name or override (close matches are listed), or a value that the model
+      does not take.
+  """
+  if name not in _MODELS:
+    raise unknown("model", name, _MODELS)
+  model_class, row = _MODELS[name]
+  known = {field.name for field in dataclasses.fields(model_class)} - _OWN_ARGUMENTS
+  for override in overrides:
+    if override not in known:
+      raise unknown(f"override of {name}", override, known)
+  attributes = row | {key: _hashable(value) for key, value in overrides.items()}
+  return model_class(
+    num_classes=num_classes, deploy=deploy, dtype=dtype, param_dtype=param_dtype, **attributes
+  )
+
+
+def _hashable(value: Any) -> Any:
+  """Lists, as JSON and config files give them, as tuples."""
+  if isinstance(value, Mapping):
+    return {key: _hashable(item) for key, item in value.items()}
+  return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,67 @@
+"""`init`: fresh variables without compiling a program for every shape."""
+
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from repjax.layers.linear import uniform_bound
+
+
+def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) -> dict[str, Any]:
+  """Fresh variables of a model: the tree and the distributions of `model.init`, in seconds.
+
+  `model.init` compiles one random program for each shape. Here the shapes come from
+  `jax.eval_shape` and NumPy draws the values, each leaf from a stream of its own seeded by the key
+  and the leaf's path. The values are therefore other draws than those of `model.init`.
+
+  Args:
+    model: made by `create_model`, in either form.
+    key: a JAX random key.
+    image_size: pixels, one number or (height, width).
+
+  Returns:
+    {"params", "batch_stats"}, or {"params"} in deploy form.
+
+  Raises:
+    ValueError: a leaf whose distribution is not known here, which only a module that is not
+      repjax's has, or an image size too small for the model.
+  """
+  height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+  images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+  shapes = jax.eval_shape(model.init, key, images)
+  raw_key = key if jnp.issubdtype(key.dtype, jnp.uint32) else jax.random.key_data(key)
+  return _draw(shapes, (), np.asarray(raw_key).ravel().tolist())
+
+
+def _draw(shapes: Mapping[str, Any], path: tuple[str, ...], seed: list[int]) -> dict[str, Any]:
+  values = {}
+  for name, leaf in shapes.items():
+    here = (*path, name)
+    if isinstance(leaf, Mapping):
+      values[name] = _draw(leaf, here, seed)
+    elif name == "kernel" or (name == "bias" and "kernel" in shapes):
+      rng = np.random.default_rng([*seed, zlib.crc32("/".join(here).encode())])
+      values[name] = _uniform(rng, uniform_bound(shapes["kernel"].shape), leaf)
+    elif name in ("scale", "var"):
+      values[name] = jnp.ones(leaf.shape, leaf.dtype)
+    elif name in ("bias", "mean"):
+      values[name] = jnp.zeros(leaf.shape, leaf.dtype)
+    else:
+      raise ValueError(
+        f"repjax.init does not know how {'/'.join(here)} is distributed; use model.init"
+      )
+  return values
+
+
+def _uniform(rng: np.random.Generator, bound: float, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  dtype = np.float64 if leaf.dtype == jnp.float64 else np.float32
+  values = rng.random(math.prod(leaf.shape), dtype)
+  values *= 2 * bound
+  values -= bound
+  return jnp.asarray(values.reshape(leaf.shape), leaf.dtype)
