@@ -17,9 +17,14 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     name: what came.
     known: every name that would have been right.
   """
-  known = sorted(known)
+  known = sorted(set(known))
   close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-  hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+  if close:
+    hint = f"did you mean {' or '.join(close)}?"
+  elif len(known) <= 40:
+    hint = f"known: {', '.join(known)}"
+  else:
+    hint = f"none of the {len(known)} known ones is close to it"
   return InputError(f"unknown {kind} {name!r}; {hint}")
 
 

@@ -1,0 +1,1 @@
+"""Configurations: one file per published result, and the digits demo."""

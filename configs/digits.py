@@ -1,0 +1,37 @@
+"""A small RepVGG on real handwritten digits: the whole job in about a minute on two CPU cores.
+
+Data: 1,797 grey 8x8 images that scikit-learn ships, shown at 16 px. Expected: at least 98 % on the
+360 test images, the same in both forms.
+
+    python main.py --config configs/digits.py
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = common.get_config()
+  config.model = "repvgg_a0"
+  config.model_overrides = ml_collections.ConfigDict(
+    {
+      "stage_sizes": (1, 2, 2, 1),
+      "width_multipliers": (0.5, 0.5, 0.5, 0.5),
+      "strides": (1, 1, 2, 2, 2),
+    }
+  )
+  config.num_classes = 10
+  config.dataset = "digits"
+  config.eval_split = "test"
+  config.image_size = 16
+  config.resize_size = 16
+  config.mean, config.std = (0.3,) * 3, (0.35,) * 3
+  config.augment = "shift"
+  config.batch_size = 64
+  config.num_epochs = 20.0
+  config.learning_rate = 0.4
+  config.warmup_epochs = 1.0
+  config.log_every_steps = 10
+  config.eval_every_epochs = 2.0
+  return config

@@ -1,0 +1,132 @@
+"""Batches, by Grain. The step number is the whole state of the training pipeline."""
+
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from repjax.data.sources import Examples
+from repjax.data.transforms import AUGMENTATIONS, decode, resize_and_crop
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+  examples: Examples,
+  *,
+  batch_size: int,
+  image_size: int,
+  augment: str,
+  interpolation: str,
+  seed: int,
+  start_step: int = 0,
+  shard: tuple[int, int] = (0, 1),
+  num_workers: int = 0,
+) -> Iterator[Batch]:
+  """Endless shuffled, augmented batches from step `start_step` on.
+
+  Each epoch shows every example once, in an order of its own. A batch may straddle two epochs.
+  (seed, step) alone fix the examples of a batch and how they are augmented: neither the number of
+  workers nor where a run was interrupted changes them.
+
+  Args:
+    examples: of the split.
+    batch_size: images a step, over all shards.
+    image_size: side of the images in pixels.
+    augment: a key of AUGMENTATIONS.
+    interpolation: a key of INTERPOLATIONS.
+    seed: of the order and the augmentations.
+    start_step: the step that the first batch is for.
+    shard: (index, count): which part of each batch this process reads.
+    num_workers: worker processes; 0 reads in threads of this process.
+
+  Yields:
+    {"image": uint8 (B, S, S, 3), "label": int32 (B,)}, B = batch_size / count.
+  """
+  index, count = shard
+  transform = functools.partial(_augmented, augment, image_size, interpolation)
+  batches = (
+    grain.MapDataset.source(examples)
+    .seed(seed)
+    .shuffle()
+    .repeat()
+    .random_map(transform)[index::count]
+    .batch(batch_size // count)[start_step:]
+  )
+  return _iterate(batches, num_workers)
+
+
+def eval_batches(
+  examples: Examples,
+  *,
+  batch_size: int,
+  image_size: int,
+  resize_size: int,
+  interpolation: str,
+  shard: tuple[int, int] = (0, 1),
+  num_workers: int = 0,
+) -> Iterator[Batch]:
+  """Every example exactly once, in order, in batches of one size with a mask over the padding.
+
+  All shards yield the same number of batches, the last ones padded with black images where the
+  examples do not divide.
+
+  Args: as in `train_batches`, and
+    resize_size: length of the shorter side before the central crop, in pixels.
+
+  Yields:
+    {"image": uint8 (B, S, S, 3), "label": int32 (B,), "mask": bool (B,)}, B = batch_size / count.
+  """
+  index, count = shard
+  size = batch_size // count
+  transform = functools.partial(_resized, image_size, resize_size, interpolation)
+  batches = _iterate(
+    grain.MapDataset.source(examples)[index::count].map(transform).batch(size), num_workers
+  )
+  nothing = {
+    "image": np.zeros((0, image_size, image_size, 3), np.uint8),
+    "label": np.zeros((0,), np.int32),
+  }
+  for _ in range(-(-len(examples) // (size * count))):
+    batch = next(batches, nothing)
+    missing = size - len(batch["label"])
+    padded = {
+      name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1))
+      for name, values in batch.items()
+    }
+    yield {**padded, "mask": np.arange(size) < size - missing}
+
+
+def _augmented(
+  augment: str, size: int, interpolation: str, example: dict[str, Any], rng: np.random.Generator
+) -> Batch:
+  pixels = AUGMENTATIONS[augment](decode(example["image"]), size, interpolation, rng)
+  return _example(pixels, example)
+
+
+def _resized(size: int, resize_size: int, interpolation: str, example: dict[str, Any]) -> Batch:
+  pixels = resize_and_crop(decode(example["image"]), size, resize_size, interpolation)
+  return _example(pixels, example)
+
+
+def _example(pixels: np.ndarray, example: dict[str, Any]) -> Batch:
+  return {"image": np.ascontiguousarray(pixels), "label": np.asarray(example["label"], np.int32)}
+
+
+def _iterate(batches: grain.MapDataset, num_workers: int) -> Iterator[Batch]:
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # Grain reads its flags, which only an absl program has parsed
+  # More threads than cores only wait for one another: decoding small images holds Python's lock.
+  options = grain.ReadOptions(num_threads=min(16, os.cpu_count() or 1))
+  iterable = batches.to_iter_dataset(options)
+  if num_workers:
+    iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+  iterator = iter(iterable)
+  try:
+    yield from iterator
+  finally:
+    iterator.close()  # stops threads and worker processes

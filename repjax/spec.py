@@ -1,0 +1,149 @@
+"""What it takes to build a model again, and loading one from a folder."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from repjax import store
+from repjax.errors import InputError, unknown
+from repjax.models import create_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+  """From an image of any size to a model's input.
+
+  Attributes:
+    image_size: side of the square that the model sees, in pixels.
+    resize_size: length of the shorter side before the central square is cut out, in pixels.
+    interpolation: "nearest", "bilinear" or "bicubic".
+    mean: per channel, subtracted from values in 0 ... 1.
+    std: per channel, what the difference is divided by.
+  """
+
+  image_size: int = 224
+  resize_size: int = 256
+  interpolation: str = "bilinear"
+  mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+  std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+  def normalize(self, images: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """Maps uint8 images (..., 3) to (x / 255 - mean) / std in `dtype`."""
+    scale = 1 / (255 * jnp.asarray(self.std, jnp.float32))
+    shift = -jnp.asarray(self.mean, jnp.float32) / jnp.asarray(self.std, jnp.float32)
+    over_pixels = (1,) * (images.ndim - 1) + (3,)
+    images = images.astype(jnp.float32) * scale.reshape(over_pixels) + shift.reshape(over_pixels)
+    return images.astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+  """What it takes to build a model again and to feed it: `model.json` in run and deploy folders.
+
+  Attributes:
+    name: of the model, as in `create_model`.
+    num_classes: outputs of the classifier.
+    overrides: of the variant's attributes, as in `create_model`.
+    preprocessing: how images become inputs.
+    class_names: in the order of the logits; empty where unknown.
+  """
+
+  name: str
+  num_classes: int = 1000
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  preprocessing: Preprocessing = Preprocessing()
+  class_names: tuple[str, ...] = ()
+
+  def create_model(self, *, deploy: bool = False, **settings: Any) -> nn.Module:
+    """The model in either form; `settings` are `dtype`, `param_dtype` or further overrides."""
+    arguments = {**self.overrides, **settings}
+    return create_model(self.name, num_classes=self.num_classes, deploy=deploy, **arguments)
+
+  def variable_shapes(self, *, deploy: bool = False) -> dict[str, Any]:
+    """The tree of shapes and dtypes of the model's variables in float32."""
+    size = self.preprocessing.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    return jax.eval_shape(self.create_model(deploy=deploy).init, jax.random.key(0), images)
+
+  def to_json(self) -> dict[str, Any]:
+    """As plain dictionaries, lists, strings and numbers."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> "ModelSpec":
+    """The inverse of `to_json`.
+
+    Raises:
+      InputError: a field is missing or unknown.
+    """
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for name in value:
+      if name not in fields:
+        raise unknown("field of model.json", name, fields)
+    if "name" not in value:
+      raise InputError(f"model.json does not name a model: it has {sorted(value)}")
+    preprocessing = dict(value.get("preprocessing", {}))
+    for name in ("mean", "std"):
+      if name in preprocessing:
+        preprocessing[name] = tuple(preprocessing[name])
+    return cls(
+      **{
+        **value,
+        "preprocessing": Preprocessing(**preprocessing),
+        "class_names": tuple(value.get("class_names", ())),
+      }
+    )
+
+  def write(self, folder: Path) -> None:
+    """Writes model.json into a folder."""
+    store.write_json(folder / "model.json", self.to_json())
+
+  @classmethod
+  def read(cls, folder: Path) -> "ModelSpec":
+    """Reads model.json from a folder.
+
+    Raises:
+      InputError: there is none, or it is damaged.
+    """
+    return cls.from_json(store.read_json(folder / "model.json"))
+
+
+def load(
+  workdir: str | os.PathLike[str], *, deploy: bool = True
+) -> tuple[nn.Module, dict[str, Any], ModelSpec]:
+  """From a folder to a usable model.
+
+  Args:
+    workdir: of a run, or the deploy folder itself.
+    deploy: the plain form; otherwise the training form of the best checkpoint.
+
+  Returns:
+    The model, its variables, and its ModelSpec. `model.apply(variables, images)` gives logits;
+    `spec.preprocessing.normalize` makes such images from uint8 ones.
+
+  Raises:
+    InputError: the folder does not hold what was asked for, or it is damaged.
+
+  Example:
+    model, variables, spec = repjax.load("runs/digits")
+    logits = model.apply(variables, spec.preprocessing.normalize(images))
+  """
+  folder = Path(workdir)
+  spec = ModelSpec.read(folder)
+  model = spec.create_model(deploy=deploy)
+  shapes = spec.variable_shapes(deploy=deploy)
+  if not deploy:
+    return model, store.read_checkpoint(folder, {"variables": shapes}, best=True)[1]["variables"], spec
+  params_folder = folder / "params" if (folder / "params").exists() else folder / "deploy" / "params"
+  if not params_folder.exists():
+    raise InputError(
+      f"{folder} holds no deploy form yet; make it with: "
+      f"python scripts/reparameterize.py --workdir {folder}"
+    )
+  return model, {"params": store.read_tree(params_folder, shapes["params"])}, spec

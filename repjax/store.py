@@ -1,0 +1,128 @@
+"""Folders on disk: JSON and parameter trees, written whole or not at all, and checkpoints read back.
+
+    runs/digits/
+      config.json  model.json  metrics.jsonl
+      checkpoints/<step>/       variables and training state: the newest and the best
+      deploy/                   model.json, report.json, params/
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from repjax.errors import InputError
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a JSON file that is never seen half-written."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
+  draft.write_text(json.dumps(value, indent=2) + "\n")
+  draft.replace(path)
+
+
+def read_json(path: Path) -> Any:
+  """Reads a JSON file.
+
+  Raises:
+    InputError: there is none, or it is damaged.
+  """
+  if not path.exists():
+    raise InputError(f"{path} does not exist; is {path.parent} the right folder?")
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise InputError(f"{path} is damaged ({error}); restore it or start in a new folder") from error
+
+
+def write_tree(path: Path, tree: Any) -> None:
+  """Writes a tree of arrays into the new folder `path`."""
+  import orbax.checkpoint as ocp
+
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path.absolute(), tree)
+
+
+def read_tree(path: Path, like: Any) -> Any:
+  """Reads a tree of arrays with the structure, shapes and dtypes of `like`.
+
+  Raises:
+    InputError: there is none, it is damaged, or it is of another model.
+  """
+  import orbax.checkpoint as ocp
+
+  if not path.exists():
+    raise InputError(f"{path} does not exist; is {path.parent} the right folder?")
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(path.absolute(), _on_default_device(like))
+  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+    raise InputError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def replace_folder(draft: Path, path: Path) -> None:
+  """Puts the finished folder `draft` in the place of `path`, which may exist."""
+  old = path.with_name(f"{path.name}.{os.getpid()}.old")
+  if path.exists():
+    path.replace(old)
+  draft.replace(path)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(workdir: Path) -> dict[int, float]:
+  """Step to accuracy of each finished checkpoint in a workdir; -1 where no accuracy is readable."""
+  folder = workdir / "checkpoints"
+  found = {}
+  for path in folder.iterdir() if folder.exists() else ():
+    if path.name.isdigit():
+      try:
+        found[int(path.name)] = json.loads((path / "metrics" / "metrics").read_text())["accuracy"]
+      except (OSError, ValueError, KeyError):
+        found[int(path.name)] = -1.0
+  return found
+
+
+def read_checkpoint(
+  workdir: Path, items: dict[str, Any], *, best: bool = False
+) -> tuple[int, dict[str, Any]]:
+  """Reads the newest or the best checkpoint that is whole, and says so where one is not.
+
+  Args:
+    workdir: the folder of a run.
+    items: item name to the tree that it should be like.
+    best: the most accurate first, not the newest.
+
+  Returns:
+    The step, and item name to tree.
+
+  Raises:
+    InputError: no checkpoint is whole.
+  """
+  found = checkpoints(workdir)
+  order = sorted(found, key=lambda step: (found[step] if best else 0, step), reverse=True)
+  problems = []
+  for step in order:
+    folder = workdir / "checkpoints" / str(step)
+    try:
+      return step, {item: read_tree(folder / item, like) for item, like in items.items()}
+    except InputError as error:
+      problems.append(str(error))
+      print(f"checkpoint of step {step} is damaged, trying another: {error}", flush=True)
+  raise InputError(
+    f"{workdir / 'checkpoints'} holds no whole checkpoint"
+    + (f": {'; '.join(problems)}" if problems else "; has this run saved one yet?")
+  )
+
+
+def _on_default_device(like: Any) -> Any:
+  """The same shapes and dtypes, to be put on this process's first device."""
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+
+
+def _first_line(error: Exception) -> str:
+  return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]

@@ -1,0 +1,167 @@
+"""The end of a run: best checkpoint to plain parameters, checked on every evaluation image."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from repjax import store
+from repjax.errors import InputError
+from repjax.reparam import layer_name, reparameterize
+from repjax.spec import ModelSpec
+from repjax.training import evaluation, parallel, settings
+
+
+def convert(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+  """Re-parameterizes a workdir's best checkpoint into `workdir/deploy`, if both forms agree.
+
+  Both forms run over the whole evaluation split at the highest matrix-product precision. The
+  folder, with `params`, `model.json` and `report.json`, is replaced only when the logits' largest
+  relative difference is within `config.tolerance`.
+
+  Args:
+    config: names the data set and the tolerance.
+    workdir: of a run.
+
+  Returns:
+    The report: `step`, `images`, `accuracy` of both forms, `agreement` of their predictions,
+    `logits_difference`, `layers` (scope to largest relative difference of its output), and
+    `parameters` of both forms.
+
+  Raises:
+    InputError: the forms differ by more than the tolerance (nothing is overwritten), or there is no
+      whole checkpoint.
+  """
+  settings.check(config)
+  workdir = Path(workdir)
+  spec = ModelSpec.read(workdir)
+  source = settings.open_split(config, config.eval_split)
+  shapes = {"variables": spec.variable_shapes()}
+  step, items = store.read_checkpoint(workdir, shapes, best=True)
+  variables = items["variables"]
+  with jax.default_matmul_precision("highest"):
+    params = jax.jit(reparameterize)(variables["params"], variables["batch_stats"])
+    compare = parallel.data_parallel(_make_compare_step(spec))
+    placed = parallel.place((variables, {"params": params}))
+    sums, largest = {}, {}
+    for batch in evaluation.batches(config, source, spec.preprocessing):
+      new_sums, new_largest = jax.device_get(compare(placed, batch))
+      sums = {name: sums.get(name, 0) + int(value) for name, value in new_sums.items()}
+      largest = {
+        name: (max(largest[name][0], difference), max(largest[name][1], size))
+        if name in largest
+        else (difference, size)
+        for name, (difference, size) in new_largest.items()
+      }
+  relative = {
+    name: float(difference / size) if size else 0.0 for name, (difference, size) in largest.items()
+  }
+  images = sums["count"]
+  report = {
+    "step": step,
+    "images": images,
+    "accuracy": {form: sums[f"{form}_correct"] / images for form in ("train", "deploy")},
+    "agreement": sums["agree"] / images,
+    "logits_difference": relative.pop("logits"),
+    "tolerance": config.tolerance,
+    "layers": relative,
+    "parameters": {"train": _count(variables["params"]), "deploy": _count(params)},
+  }
+  # Written so that a NaN fails too.
+  if not report["logits_difference"] <= config.tolerance:
+    raise InputError(
+      f"the deploy form differs from the training form by {report['logits_difference']:.1e} of the "
+      f"largest logit over {images} images, more than the tolerance of {config.tolerance:.1e}; "
+      f"{workdir / 'deploy'} was left as it was. {_worst_layer(relative)}"
+    )
+  _write(workdir, spec, params, report)
+  return report
+
+
+def format_report(report: dict[str, Any]) -> str:
+  """The report as a short table for people."""
+  accuracy, parameters = report["accuracy"], report["parameters"]
+  agreeing = round(report["agreement"] * report["images"])
+  rows = [
+    ("", "training form", "deploy form"),
+    ("parameters", f"{parameters['train']:,}", f"{parameters['deploy']:,}"),
+    ("accuracy", f"{accuracy['train']:.2%}", f"{accuracy['deploy']:.2%}"),
+  ]
+  return "\n".join(
+    [
+      *(f"{name:<24}{train:>16}{deploy:>16}" for name, train, deploy in rows),
+      f"{'predictions agree on':<24}{agreeing:>16,} of {report['images']:,} images",
+      f"{'logits differ by':<24}{report['logits_difference']:>16.1e} of the largest "
+      f"(tolerance {report['tolerance']:.0e})",
+      _worst_layer(report["layers"]),
+    ]
+  )
+
+
+def _worst_layer(layers: dict[str, float]) -> str:
+  if not layers:
+    return "no layer to compare"
+  worst = max(layers, key=lambda name: layers[name])
+  return f"worst of {len(layers)} layers:   {layers[worst]:>16.1e} at {worst}"
+
+
+def _make_compare_step(spec: ModelSpec) -> Callable[[Any, Any], Any]:
+  """Builds a step that runs both forms on a batch and compares outputs, layer by layer."""
+  forms = spec.create_model(), spec.create_model(deploy=True)
+
+  def is_folded(module: Any, _: str) -> bool:
+    return bool(module.path) and layer_name(module.path[-1]) is not None
+
+  def outputs(model: Any, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+    logits, state = model.apply(
+      variables, images, capture_intermediates=is_folded, mutable=["intermediates"]
+    )
+    layers = {
+      "/".join(entry.key for entry in path[:-2]): value
+      for path, value in jax.tree_util.tree_flatten_with_path(state.get("intermediates", {}))[0]
+    }
+    return {**layers, "logits": logits}
+
+  def compare(variables: Any, batch: Any) -> Any:
+    images, mask = spec.preprocessing.normalize(batch["image"]), batch["mask"]
+    trained, deployed = (outputs(*pair, images) for pair in zip(forms, variables))
+
+    def largest(x: jax.Array) -> jax.Array:
+      unmasked = jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), jnp.abs(x), 0.0)
+      return jax.lax.pmax(unmasked.max(), parallel.AXIS)
+
+    # Auxiliary heads have no counterpart in the deploy form.
+    differences = {
+      name: (largest(trained[name] - deployed[name]), largest(trained[name])) for name in deployed
+    }
+    predictions = [logits.argmax(-1) for logits in (trained["logits"], deployed["logits"])]
+    flags = {
+      "train_correct": predictions[0] == batch["label"],
+      "deploy_correct": predictions[1] == batch["label"],
+      "agree": predictions[0] == predictions[1],
+      "count": mask,
+    }
+    sums = {name: jnp.sum(flag & mask) for name, flag in flags.items()}
+    return jax.lax.psum(sums, parallel.AXIS), differences
+
+  return compare
+
+
+def _count(tree: Any) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _write(workdir: Path, spec: ModelSpec, params: Any, report: dict[str, Any]) -> None:
+  """Writes the deploy folder beside the old one and puts it in its place when it is whole."""
+  draft = workdir / f"deploy.{os.getpid()}.draft"
+  shutil.rmtree(draft, ignore_errors=True)
+  draft.mkdir(parents=True)
+  store.write_tree(draft / "params", params)
+  spec.write(draft)
+  store.write_json(draft / "report.json", report)
+  store.replace_folder(draft, workdir / "deploy")

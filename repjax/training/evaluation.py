@@ -1,0 +1,89 @@
+"""Evaluation: every example of the split exactly once, on any number of devices."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from repjax.data import Source, eval_batches
+from repjax.spec import Preprocessing, load
+from repjax.training import parallel, settings
+from repjax.training.step import make_eval_step
+
+
+def batches(
+  config: ml_collections.ConfigDict, source: Source, preprocessing: Preprocessing
+) -> Iterator[dict[str, np.ndarray]]:
+  """The split as masked batches, cut for this process's devices."""
+  for batch in eval_batches(
+    source.examples,
+    batch_size=config.batch_size,
+    image_size=preprocessing.image_size,
+    resize_size=preprocessing.resize_size,
+    interpolation=preprocessing.interpolation,
+    shard=parallel.shard(),
+    num_workers=config.num_workers,
+  ):
+    yield parallel.split(batch)
+
+
+def run(
+  eval_step: Callable[[Any, Any], dict[str, jax.Array]], variables: Any, split: Iterator[Any]
+) -> dict[str, float]:
+  """Accuracy and mean loss over a split.
+
+  Args:
+    eval_step: made data-parallel.
+    variables: placed on the devices.
+    split: from `batches`.
+
+  Returns:
+    `accuracy` in 0 ... 1, `loss` and `count`.
+  """
+  sums = {"correct": 0.0, "loss": 0.0, "count": 0.0}
+  for batch in split:
+    for name, value in jax.device_get(eval_step(variables, batch)).items():
+      sums[name] += float(value)
+  return {
+    "accuracy": sums["correct"] / sums["count"],
+    "loss": sums["loss"] / sums["count"],
+    "count": int(sums["count"]),
+  }
+
+
+def evaluate(
+  config: ml_collections.ConfigDict, workdir: str | Path, *, deploy: bool = False
+) -> dict[str, float]:
+  """Evaluates one form of a workdir's model over the whole evaluation split.
+
+  Args:
+    config: names the data set; the model and its preprocessing are read from the workdir.
+    workdir: of a run.
+    deploy: the plain form, otherwise the training form of the best checkpoint.
+
+  Returns:
+    `accuracy`, `loss`, `count`, `parameters`, and `images_per_second`, of the second pass over one
+    batch, when everything is compiled.
+
+  Raises:
+    InputError: the workdir does not hold that form, or the data set cannot be opened.
+  """
+  settings.check(config)
+  parallel.use_compilation_cache()
+  model, variables, spec = load(workdir, deploy=deploy)
+  source = settings.open_split(config, config.eval_split)
+  eval_step = parallel.data_parallel(
+    make_eval_step(model, spec.preprocessing, axis_name=parallel.AXIS)
+  )
+  placed = parallel.place(variables)
+  result = run(eval_step, placed, batches(config, source, spec.preprocessing))
+  batch = next(batches(config, source, spec.preprocessing))
+  start = time.perf_counter()
+  jax.block_until_ready(eval_step(placed, batch))
+  seconds = time.perf_counter() - start
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+  return result | {"parameters": parameters, "images_per_second": config.batch_size / seconds}

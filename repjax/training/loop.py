@@ -1,0 +1,173 @@
+"""The training loop."""
+
+import contextlib
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from repjax.data import train_batches
+from repjax.errors import InputError
+from repjax.models import init
+from repjax.training import evaluation, optimizer, parallel, settings
+from repjax.training.checkpoint import CheckpointWriter, restore_newest
+from repjax.training.conversion import convert, format_report
+from repjax.training.metrics import MetricsFile, Progress
+from repjax.training.step import TrainState, create_state, make_eval_step, make_train_step
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+  """Trains a model from a config, or continues where the workdir's run stopped, and converts it.
+
+  Args:
+    config: with the fields of configs/common.py.
+    workdir: folder of the run, see `repjax.store`.
+
+  Returns:
+    The report of `convert`.
+
+  Raises:
+    InputError: a config that cannot be run, a workdir of another model, a loss that is not finite
+      (checkpoints stay intact), or forms that differ by more than the tolerance.
+  """
+  workdir = Path(workdir)
+  print(f"workdir: {workdir}", flush=True)
+  parallel.use_compilation_cache()
+  plan = settings.make_plan(config)
+  settings.open_split(config, config.eval_split)
+  settings.claim_workdir(workdir, config, plan.spec)
+  schedule = optimizer.learning_rate_schedule(
+    config.learning_rate, config.batch_size, plan.warmup_steps, plan.total_steps
+  )
+  sgd = optimizer.sgd(
+    schedule,
+    momentum=config.momentum,
+    nesterov=config.nesterov,
+    weight_decay=config.weight_decay,
+  )
+  state = _first_state(config, plan, sgd, workdir)
+  print(_headline(config, plan), flush=True)
+  if int(state.step) < plan.total_steps:
+    _train(config, plan, schedule, sgd, parallel.place(state), workdir)
+  else:
+    print(f"all {plan.total_steps} steps were done already", flush=True)
+  print("re-parameterizing the best checkpoint and comparing both forms", flush=True)
+  report = convert(config, workdir)
+  print(format_report(report) + f"\nsaved: {workdir / 'deploy'}", flush=True)
+  return report
+
+
+def _first_state(config, plan: settings.Plan, sgd: Any, workdir: Path) -> TrainState:
+  variables = init(
+    plan.spec.create_model(), jax.random.key(config.seed), plan.spec.preprocessing.image_size
+  )
+  fresh = create_state(variables, sgd)
+  restored = restore_newest(workdir, fresh)
+  if restored is None:
+    return fresh
+  print(f"continuing from the checkpoint of step {int(restored.step)}", flush=True)
+  return restored
+
+
+def _headline(config, plan: settings.Plan) -> str:
+  """What is about to be trained, and at what rate."""
+  peak = config.learning_rate * config.batch_size / optimizer.BASE_BATCH_SIZE
+  devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+  return (
+    f"{config.model} on {config.dataset}: {len(plan.train.examples):,} images, "
+    f"{config.num_classes} classes, {plan.spec.preprocessing.image_size} px, {devices} device(s)\n"
+    f"{plan.total_steps:,} steps of {config.batch_size} images; learning rate "
+    f"{config.learning_rate} x {config.batch_size}/{optimizer.BASE_BATCH_SIZE} = {peak:g}"
+  )
+
+
+def _train(config, plan: settings.Plan, schedule, sgd, state: TrainState, workdir: Path) -> None:
+  """Steps, logs, evaluates and saves until the last step."""
+  preprocessing = plan.spec.preprocessing
+  model = plan.spec.create_model(
+    dtype=settings.DTYPES[config.dtype],
+    axis_name=parallel.AXIS if config.sync_batch_norm else None,
+  )
+  train_step = parallel.data_parallel(
+    make_train_step(
+      model,
+      sgd,
+      preprocessing,
+      label_smoothing=config.label_smoothing,
+      aux_weight=config.aux_weight,
+      seed=config.seed,
+      axis_name=parallel.AXIS,
+    ),
+    donate=True,
+  )
+  eval_step = parallel.data_parallel(
+    make_eval_step(plan.spec.create_model(), preprocessing, axis_name=parallel.AXIS)
+  )
+  eval_source = settings.open_split(config, config.eval_split)
+  first_step = int(state.step)
+  batches = train_batches(
+    plan.train.examples,
+    batch_size=config.batch_size,
+    image_size=preprocessing.image_size,
+    augment=config.augment,
+    interpolation=preprocessing.interpolation,
+    seed=config.seed,
+    start_step=first_step,
+    shard=parallel.shard(),
+    num_workers=config.num_workers,
+  )
+  progress = Progress(first_step, plan.total_steps, config.batch_size)
+  with (
+    contextlib.closing(batches),
+    contextlib.closing(CheckpointWriter(workdir)) as checkpoints,
+    contextlib.closing(MetricsFile(workdir / "metrics.jsonl", first_step)) as records,
+  ):
+    pending = []  # metrics still on the devices, one entry a step
+    print("compiling the first step", flush=True)
+    for step in range(first_step + 1, plan.total_steps + 1):
+      state, metrics = train_step(state, parallel.split(next(batches)))
+      pending.append(metrics)
+      pause = step % plan.eval_every_steps == 0 or step == plan.total_steps
+      if pause or step % config.log_every_steps == 0 or step == first_step + 1:
+        loss, accuracy = _settle(pending, step)
+        pending = []
+        progress.update(step, loss, accuracy)
+        records.write(
+          step=step, loss=loss, accuracy=accuracy, learning_rate=float(schedule(step - 1))
+        )
+      if pause:
+        start = time.perf_counter()
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        result = evaluation.run(
+          eval_step, variables, evaluation.batches(config, eval_source, preprocessing)
+        )
+        records.write(step=step, eval_accuracy=result["accuracy"], eval_loss=result["loss"])
+        checkpoints.save(state, result["accuracy"])
+        progress.note(
+          f"step {step}/{plan.total_steps}  evaluation: accuracy {result['accuracy']:.2%}, "
+          f"loss {result['loss']:.4f} on {result['count']:,} images",
+          seconds=time.perf_counter() - start,
+        )
+
+
+def _settle(pending: list[dict[str, jax.Array]], step: int) -> tuple[float, float]:
+  """Mean loss and accuracy of the steps that end at `step`.
+
+  Raises:
+    InputError: one of the steps was not finite.
+  """
+  rows = jax.device_get(pending)
+  for number, row in enumerate(rows, start=step - len(rows) + 1):
+    for name in ("loss", "grad_norm"):
+      if not math.isfinite(row[name]):
+        raise InputError(
+          f"{name} is {row[name]} at step {number}; training stopped and saved nothing since the "
+          "last checkpoint, from which the same command continues. A lower --config.learning_rate "
+          "or a longer --config.warmup_epochs usually helps"
+        )
+  means = jax.tree.map(lambda *values: float(jnp.mean(jnp.stack(values))), *rows)
+  return means["loss"], means["accuracy"]

@@ -1,0 +1,84 @@
+"""What a run writes about itself: `metrics.jsonl` and the live line."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class MetricsFile:
+  """`metrics.jsonl`: one JSON object a line, only values that another run would reproduce."""
+
+  def __init__(self, path: Path, first_step: int):
+    """Opens the file for a run that continues after `first_step`, dropping what lies behind it."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if _step_of(line) <= first_step]
+    draft = path.with_suffix(".draft")
+    draft.write_text("".join(f"{line}\n" for line in kept))
+    draft.replace(path)
+    self._file = path.open("a")
+
+  def write(self, **values: Any) -> None:
+    """Appends one record."""
+    self._file.write(json.dumps(values) + "\n")
+    self._file.flush()
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+
+def _step_of(line: str) -> float:
+  """The step of a record; infinity for a line that a crash cut short."""
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, KeyError, TypeError):
+    return float("inf")
+
+
+class Progress:
+  """The live line: step, loss, accuracy, images per second, time left.
+
+  On a terminal it is rewritten in place; elsewhere each update is a line. The clock starts with the
+  first update, so that compilation is not counted as speed.
+  """
+
+  def __init__(self, first_step: int, total_steps: int, batch_size: int, out: TextIO = sys.stdout):
+    self._total, self._batch, self._out = total_steps, batch_size, out
+    self._live = out.isatty()
+    self._width = 0
+    self._start_step, self._start = first_step, None
+    self._paused = 0.0
+
+  def update(self, step: int, loss: float, accuracy: float) -> None:
+    """Shows where training is."""
+    now = time.perf_counter()
+    text = f"step {step}/{self._total}  loss {loss:.4f}  accuracy {accuracy:6.2%}"
+    if self._start is None:
+      self._start_step, self._start = step, now
+    elif step > self._start_step:
+      rate = (step - self._start_step) / (now - self._start - self._paused)
+      text += f"  {rate * self._batch:,.0f} images/s  {_clock((self._total - step) / rate)} left"
+    self._show(text, keep=False)
+
+  def note(self, text: str, seconds: float = 0.0) -> None:
+    """Shows a line that stays; `seconds` of work that was not training do not slow the rate."""
+    if self._start is not None:
+      self._paused += seconds
+    self._show(text, keep=True)
+
+  def _show(self, text: str, keep: bool) -> None:
+    if self._live:
+      self._out.write("\r" + text.ljust(self._width) + ("\n" if keep else ""))
+      self._width = 0 if keep else len(text)
+    else:
+      self._out.write(text + "\n")
+    self._out.flush()
+
+
+def _clock(seconds: float) -> str:
+  """75 as 1:15, 3675 as 1:01:15."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,70 @@
+"""How devices are used: data parallelism by `jax.pmap`. No other file knows."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from repjax.errors import InputError
+
+AXIS = "batch"
+"""The pmapped axis: gradients, statistics and metrics are averaged over it."""
+
+
+def data_parallel(step: Callable[..., Any], donate: bool = False) -> Callable[..., Any]:
+  """Runs `step(state, batch)` on all devices, each on its part of the batch.
+
+  Args:
+    step: reduces everything it returns over AXIS, so that all devices return the same.
+    donate: reuse the memory of the state, which the caller must not read again.
+
+  Returns:
+    A function of a state from `place` and a batch from `split`; its results carry no device axis.
+  """
+  return jax.pmap(
+    step,
+    axis_name=AXIS,
+    in_axes=(None, 0),
+    out_axes=None,
+    donate_argnums=(0,) if donate else (),
+  )
+
+
+def place(tree: Any) -> Any:
+  """Copies a tree onto every device, whole."""
+  mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def split(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Cuts this process's batch for its devices: (B, ...) to (devices, B / devices, ...)."""
+  devices = jax.local_device_count()
+  return {name: value.reshape(devices, -1, *value.shape[1:]) for name, value in batch.items()}
+
+
+def shard() -> tuple[int, int]:
+  """(index, count) of this process among those that read data."""
+  return jax.process_index(), jax.process_count()
+
+
+def check_batch_size(batch_size: int) -> None:
+  """Raises InputError where a batch does not divide over the devices."""
+  devices = jax.device_count()
+  if batch_size < 1 or batch_size % devices:
+    below = batch_size - batch_size % devices
+    fitting = [size for size in (below, below + devices) if size > 0]
+    raise InputError(
+      f"batch_size {batch_size} does not divide over {devices} devices; "
+      f"use {' or '.join(map(str, fitting))}"
+    )
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs on disk between runs, unless the user has set a folder already."""
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    jax.config.update("jax_compilation_cache_dir", str(cache / "repjax" / "xla"))

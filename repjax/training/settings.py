@@ -1,0 +1,179 @@
+"""From a config to what a run needs, with every mistake in it named before anything is written."""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from repjax import store
+from repjax.data import AUGMENTATIONS, Source, open_source
+from repjax.data.transforms import INTERPOLATIONS
+from repjax.errors import InputError, unknown
+from repjax.spec import ModelSpec, Preprocessing
+from repjax.training import parallel
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Plan(NamedTuple):
+  """The facts of a run that follow from its config and its data."""
+
+  spec: ModelSpec
+  train: Source
+  steps_per_epoch: float
+  total_steps: int
+  warmup_steps: int
+  eval_every_steps: int
+
+
+def model_spec(config: ml_collections.ConfigDict, class_names: tuple[str, ...]) -> ModelSpec:
+  """What model.json will say.
+
+  Raises:
+    InputError: a model, override or image size that cannot be.
+  """
+  preprocessing = Preprocessing(
+    image_size=config.image_size,
+    resize_size=max(config.resize_size, config.image_size),
+    interpolation=config.interpolation,
+    mean=tuple(config.mean),
+    std=tuple(config.std),
+  )
+  spec = ModelSpec(
+    name=config.model,
+    num_classes=config.num_classes,
+    overrides=config.model_overrides.to_dict(),
+    preprocessing=preprocessing,
+    class_names=class_names,
+  )
+  spec.variable_shapes()  # traces the model, which checks overrides and the image size
+  return spec
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises InputError for a value in the config that no run could use."""
+  for field, choices in (
+    ("dtype", DTYPES),
+    ("augment", AUGMENTATIONS),
+    ("interpolation", INTERPOLATIONS),
+  ):
+    if config[field] not in choices:
+      raise unknown(f"value of config.{field}", config[field], choices)
+  for field in ("batch_size", "image_size", "num_classes", "log_every_steps"):
+    if config[field] < 1:
+      raise InputError(f"config.{field} must be at least 1, got {config[field]}")
+  for field in ("num_epochs", "eval_every_epochs", "learning_rate", "tolerance"):
+    if not config[field] > 0:
+      raise InputError(f"config.{field} must be above 0, got {config[field]}")
+  parallel.check_batch_size(config.batch_size)
+
+
+def open_split(config: ml_collections.ConfigDict, split: str) -> Source:
+  """Opens a split of the config's data set.
+
+  Raises:
+    InputError: it cannot be opened, or it has another number of classes than the model.
+  """
+  source = open_source(
+    config.dataset,
+    split,
+    data_dir=config.data_dir,
+    num_classes=config.num_classes,
+    image_size=config.image_size,
+  )
+  if len(source.class_names) != config.num_classes:
+    raise InputError(
+      f"{config.dataset} has {len(source.class_names)} classes, config.num_classes is "
+      f"{config.num_classes}; set --config.num_classes={len(source.class_names)}"
+    )
+  return source
+
+
+def make_plan(config: ml_collections.ConfigDict) -> Plan:
+  """Checks a config and works out what follows from it.
+
+  Raises:
+    InputError: a value that no run could use.
+  """
+  check(config)
+  spec = model_spec(config, ())
+  train = open_split(config, config.train_split)
+  spec = model_spec(config, train.class_names)
+  if config.batch_size > len(train.examples):
+    raise InputError(
+      f"batch_size {config.batch_size} is more than the {len(train.examples)} images of "
+      f"{config.dataset}'s {config.train_split} split"
+    )
+  steps_per_epoch = len(train.examples) / config.batch_size
+  total = config.num_steps
+  if total is None:
+    total = round(config.num_epochs * steps_per_epoch)
+  if total < 1:
+    raise InputError(f"config.num_steps must be at least 1, got {total}")
+  return Plan(
+    spec=spec,
+    train=train,
+    steps_per_epoch=steps_per_epoch,
+    total_steps=total,
+    warmup_steps=min(total, round(config.warmup_epochs * steps_per_epoch)),
+    eval_every_steps=max(1, math.ceil(config.eval_every_epochs * steps_per_epoch)),
+  )
+
+
+def read_config(workdir: str | Path) -> ml_collections.ConfigDict:
+  """The config of the run in a workdir, for what is done to it later.
+
+  Raises:
+    InputError: the folder holds no run, or its config.json is damaged.
+  """
+  return ml_collections.ConfigDict(store.read_json(Path(workdir) / "config.json"))
+
+
+def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, spec: ModelSpec) -> None:
+  """Writes config.json and model.json, unless the workdir belongs to another model.
+
+  Raises:
+    InputError: the workdir holds a run of another model; nothing is written.
+  """
+  new = config.to_dict()
+  if (workdir / "model.json").exists():
+    held = ModelSpec.read(workdir)
+    ours, theirs = ({**s.to_json(), "class_names": ()} for s in (spec, held))
+    # Through JSON, so that tuples and lists compare equal.
+    if _plain(ours) != _plain(theirs):
+      raise InputError(
+        f"{workdir} belongs to another model: {_difference(_plain(theirs), _plain(ours))}. "
+        "Nothing was changed; give another --workdir, or the config that this run began with"
+      )
+  if (workdir / "config.json").exists():
+    changed = _difference(store.read_json(workdir / "config.json"), _plain(new))
+    if changed:
+      print(f"config changed since this run began: {changed}", flush=True)
+  store.write_json(workdir / "config.json", new)
+  spec.write(workdir)
+
+
+def _plain(value: Any) -> Any:
+  """Tuples as lists and all keys as strings, as JSON gives them back."""
+  if isinstance(value, dict):
+    return {str(key): _plain(item) for key, item in value.items()}
+  return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _difference(old: dict, new: dict) -> str:
+  """The fields in which two plain configs differ, as "field old -> new"."""
+  flat_old, flat_new = (
+    {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    for leaves in (
+      jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
+      for tree in (old, new)
+    )
+  )
+  return ", ".join(
+    f"{key} {flat_old.get(key)} -> {flat_new.get(key)}"
+    for key in sorted({*flat_old, *flat_new})
+    if flat_old.get(key) != flat_new.get(key)
+  )

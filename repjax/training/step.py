@@ -1,0 +1,141 @@
+"""The pure training and evaluation steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from repjax.spec import Preprocessing
+
+Batch = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes, without a device axis.
+
+  Attributes:
+    step: steps taken, int32 ().
+    params: the model's parameters.
+    batch_stats: running statistics of the batch norms.
+    opt_state: of the optimizer.
+  """
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+
+
+def create_state(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state at step 0 for the variables of a model."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=variables["params"],
+    batch_stats=variables["batch_stats"],
+    opt_state=optimizer.init(variables["params"]),
+  )
+
+
+def make_train_step(
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  preprocessing: Preprocessing,
+  *,
+  label_smoothing: float = 0.0,
+  aux_weight: float = 0.1,
+  seed: int = 0,
+  axis_name: str | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  """Builds `train_step(state, batch) -> (state, metrics)`.
+
+  Args:
+    model: in training form.
+    optimizer: from gradients to updates.
+    preprocessing: how uint8 images become inputs.
+    label_smoothing: e of targets (1 - e) onehot + e / classes.
+    aux_weight: of the loss of each auxiliary head.
+    seed: of dropout, with the step and the device.
+    axis_name: over which gradients, running statistics and metrics are averaged; None: alone.
+
+  Returns:
+    A pure function of a state and {"image": uint8 (N, H, W, 3), "label": int32 (N,)}. The metrics
+    are scalars: `loss`, `accuracy`, and `grad_norm`, which is not finite whenever the new
+    parameters cannot be trusted.
+  """
+
+  def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    logits = logits.astype(jnp.float32)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+    return optax.softmax_cross_entropy(logits, targets).mean()
+
+  def train_step(state: TrainState, batch: Batch):
+    images = preprocessing.normalize(batch["image"])
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    if axis_name is not None:
+      rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+
+    def loss_of(params):
+      outputs, updates = model.apply(
+        {"params": params, "batch_stats": state.batch_stats},
+        images,
+        train=True,
+        mutable=["batch_stats"],
+        rngs={"dropout": rng},
+      )
+      logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, {})
+      loss = cross_entropy(logits, batch["label"])
+      for aux_logits in auxiliary.values():
+        loss += aux_weight * cross_entropy(aux_logits, batch["label"])
+      return loss, (logits, updates["batch_stats"])
+
+    (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+      state.params
+    )
+    correct = logits.argmax(-1) == batch["label"]
+    metrics = {"loss": loss, "accuracy": correct.mean(dtype=jnp.float32)}
+    if axis_name is not None:
+      gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), axis_name)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    new_state = TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      batch_stats=batch_stats,
+      opt_state=opt_state,
+    )
+    return new_state, metrics | {"grad_norm": optax.global_norm(gradients)}
+
+  return train_step
+
+
+def make_eval_step(
+  model: nn.Module, preprocessing: Preprocessing, *, axis_name: str | None = None
+) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+  """Builds `eval_step(variables, batch) -> sums` over the batch's unmasked images.
+
+  Args:
+    model: in either form.
+    preprocessing: how uint8 images become inputs.
+    axis_name: over which the sums run as well; None: alone.
+
+  Returns:
+    A pure function of variables and {"image", "label", "mask": bool (N,)}; its sums are scalars:
+    `correct`, `loss` and `count`.
+  """
+
+  def eval_step(variables: Any, batch: Batch) -> dict[str, jax.Array]:
+    logits = model.apply(variables, preprocessing.normalize(batch["image"])).astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    mask = batch["mask"]
+    sums = {
+      "correct": jnp.sum((logits.argmax(-1) == batch["label"]) & mask),
+      "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
+      "count": jnp.sum(mask),
+    }
+    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+  return eval_step
