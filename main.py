@@ -7,7 +7,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from repjax import training
-from repjax.errors import one_paragraph
+from repjax.errors import InputError, one_paragraph
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's configuration.")
 _WORKDIR = flags.DEFINE_string(
@@ -15,22 +15,36 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  if flags.FLAGS["verbosity"].using_default_value:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells much about every save
-  workdir = _WORKDIR.value
-  if workdir is None:
-    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = f"runs/{Path(config_file).stem}"
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the command line; a config file or field that does not exist is one paragraph."""
   with one_paragraph():
-    training.train(_CONFIG.value, workdir)
+    try:
+      rest = app.parse_flags_with_usage(argv)
+      if _CONFIG.value is not None and len(rest) == 1:
+        _ = _CONFIG.value.model  # a config file that failed to load says so only now
+        return rest
+    except (AttributeError, KeyError, OSError, TypeError) as error:  # ml_collections' kinds
+      text = str(error).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+      raise InputError(f"the --config flags name what does not exist: {text}") from error
+    raise InputError(
+      f"unexpected arguments {rest[1:]}; fields are set as --config.batch_size=64"
+      if rest[1:]
+      else "no --config given; the configs are in configs/, for example configs/digits.py"
+    )
+
+
+def main(argv: list[str]) -> None:
+  """Trains, or continues, in the workdir."""
+  del argv
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells much about every save
+  config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+  with one_paragraph():
+    training.train(_CONFIG.value, _WORKDIR.value or f"runs/{Path(config_file).stem}")
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
   try:
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
   except KeyboardInterrupt:
     sys.exit("interrupted; the same command continues from the last checkpoint")

@@ -28,11 +28,11 @@ class AffineParams(NamedTuple):
 
 
 def wide_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-  """The dtype in which to compute on values of these floating dtypes: float64 if any is, or float32.
+  """The dtype to compute in, given floating dtypes: float64 where one of them is, else float32.
 
   Unlike `jnp.promote_types` it also works under strict dtype promotion.
   """
-  return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in map(jnp.dtype, dtypes) else jnp.float32)
+  return jnp.dtype(jnp.float64 if any(d == jnp.float64 for d in dtypes) else jnp.float32)
 
 
 def _widen(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -62,13 +62,12 @@ def bn_affine(
   References:
     Ioffe and Szegedy, Batch Normalization, ICML 2015, Algorithm 2. https://arxiv.org/abs/1502.03167
   """
-  named = {f"bn.{name}": bn.get(name) for name in ("scale", "bias")}
-  named |= {f"stats.{name}": stats.get(name) for name in ("mean", "var")}
-  missing = [name for name, value in named.items() if value is None]
+  missing = [name for name in ("scale", "bias") if name not in bn]
+  missing += [name for name in ("mean", "var") if name not in stats]
   if missing:
     raise ValueError(f"a batch norm needs scale, bias, mean and var; missing: {', '.join(missing)}")
-  shapes = {name: jnp.shape(value) for name, value in named.items()}
-  if len(set(shapes.values())) != 1 or len(shapes["bn.scale"]) != 1:
+  shapes = {name: jnp.shape(value) for name, value in {**bn, **stats}.items()}
+  if len(set(shapes.values())) != 1 or len(shapes["scale"]) != 1:
     raise ValueError(f"the four vectors of a batch norm must have one common shape (C,): {shapes}")
   gamma, beta, mean, var = _widen(bn["scale"], bn["bias"], stats["mean"], stats["var"])
   scale = gamma * lax.rsqrt(var + epsilon)

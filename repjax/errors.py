@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 
 class InputError(ValueError):
-  """Something a person gave (a name, a flag, a folder) cannot be used; the text says the way out."""
+  """Something a person gave (a name, flag, folder) cannot be used; the text says the way out."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:

@@ -139,8 +139,14 @@ def load(
   model = spec.create_model(deploy=deploy)
   shapes = spec.variable_shapes(deploy=deploy)
   if not deploy:
-    return model, store.read_checkpoint(folder, {"variables": shapes}, best=True)[1]["variables"], spec
-  params_folder = folder / "params" if (folder / "params").exists() else folder / "deploy" / "params"
+    return (
+      model,
+      store.read_checkpoint(folder, {"variables": shapes}, best=True)[1]["variables"],
+      spec,
+    )
+  params_folder = (
+    folder / "params" if (folder / "params").exists() else folder / "deploy" / "params"
+  )
   if not params_folder.exists():
     raise InputError(
       f"{folder} holds no deploy form yet; make it with: "

@@ -1,9 +1,9 @@
-"""Folders on disk: JSON and parameter trees, written whole or not at all, and checkpoints read back.
+"""Folders on disk: JSON and trees, written whole or not at all, and checkpoints read back.
 
-    runs/digits/
-      config.json  model.json  metrics.jsonl
-      checkpoints/<step>/       variables and training state: the newest and the best
-      deploy/                   model.json, report.json, params/
+runs/digits/
+config.json  model.json  metrics.jsonl
+checkpoints/<step>/       variables and training state: the newest and the best
+deploy/                   model.json, report.json, params/
 """
 
 import json

@@ -1,6 +1,6 @@
 """Evaluates a run's model over the whole evaluation split, reloaded from its folder.
 
-    python scripts/evaluate.py --workdir runs/digits --form deploy
+python scripts/evaluate.py --workdir runs/digits --form deploy
 """
 
 import argparse
@@ -12,24 +12,23 @@ FORMS = ("train", "deploy")
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--workdir", required=True, help="folder of the run")
   parser.add_argument(
     "--form", choices=(*FORMS, "both"), default="both", help="which form (default: both)"
   )
   arguments = parser.parse_args()
   forms = FORMS if arguments.form == "both" else (arguments.form,)
-  print(f"{'form':<8}{'parameters':>14}{'accuracy':>12}{'loss':>10}{'images/s':>12}")
   with one_paragraph():
     config = training.read_config(arguments.workdir)
+    print(f"{'form':<8}{'parameters':>14}{'accuracy':>12}{'loss':>10}")
     for form in forms:
       result = training.evaluate(config, arguments.workdir, deploy=form == "deploy")
       print(
-        f"{form:<8}{result['parameters']:>14,}{result['accuracy']:>12.2%}{result['loss']:>10.4f}"
-        f"{result['images_per_second']:>12,.0f}",
+        f"{form:<8}{result['parameters']:>14,}{result['accuracy']:>12.2%}{result['loss']:>10.4f}",
         flush=True,
       )
-  print(f"on all {result['count']:,} images of {config.dataset}'s {config.eval_split} split")
+    print(f"on every image of {config.dataset}'s {config.eval_split} split, reloaded from disk")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Re-parameterizes a run's best checkpoint into its deploy folder, if both forms agree.
 
-    python scripts/reparameterize.py --workdir runs/digits
+python scripts/reparameterize.py --workdir runs/digits
 """
 
 import argparse
@@ -11,7 +11,7 @@ from repjax.training.conversion import format_report
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--workdir", required=True, help="folder of the run")
   parser.add_argument("--tolerance", type=float, help="largest relative difference of the logits")
   arguments = parser.parse_args()

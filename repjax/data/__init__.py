@@ -1,4 +1,4 @@
-"""Image classification data: TFDS as the source, Grain as the pipeline, uint8 batches as the result.
+"""Image classification data: TFDS as the source, Grain as the pipeline, uint8 batches.
 
 Nothing here imports jax, so worker processes never touch an accelerator.
 """

@@ -1,6 +1,7 @@
 """TFDS builder `digits`: the handwritten digits that scikit-learn ships, prepared offline."""
 
 import io
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -41,7 +42,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         "the digits data set is made from the images inside scikit-learn, which is not installed; "
         "run `pip install scikit-learn`"
       ) from None
-    digits = load_digits()
+    digits: Any = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # grey levels 0 ... 16
     test = np.arange(len(images)) % 5 == 0
     return {

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import grain
@@ -26,7 +26,7 @@ def train_batches(
   start_step: int = 0,
   shard: tuple[int, int] = (0, 1),
   num_workers: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
   """Endless shuffled, augmented batches from step `start_step` on.
 
   Each epoch shows every example once, in an order of its own. A batch may straddle two epochs.
@@ -117,7 +117,7 @@ def _example(pixels: np.ndarray, example: dict[str, Any]) -> Batch:
   return {"image": np.ascontiguousarray(pixels), "label": np.asarray(example["label"], np.int32)}
 
 
-def _iterate(batches: grain.MapDataset, num_workers: int) -> Iterator[Batch]:
+def _iterate(batches: grain.MapDataset, num_workers: int) -> Generator[Batch]:
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain reads its flags, which only an absl program has parsed
   # More threads than cores only wait for one another: decoding small images holds Python's lock.

@@ -1,8 +1,8 @@
-"""Where examples come from: any TFDS classification set stored as array_record, or synthetic ones."""
+"""Where examples come from: any TFDS classification set stored as array_record, or noise."""
 
 import contextlib
 import io
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -76,12 +76,11 @@ def open_source(
     builder = _find_builder(name, data_dir)
   if split not in builder.info.splits:
     raise unknown(f"split of {name}", split, builder.info.splits)
-  features = builder.info.features
-  if not features or not {"image", "label"} <= set(features):
-    raise InputError(f"{name} is not an image classification set: it has {sorted(features or ())}")
-  examples = builder.as_data_source(
-    split, decoders={"image": tfds.decode.SkipDecoding()}
-  )
+  features: Any = builder.info.features
+  if not {"image", "label"} <= set(features):
+    raise InputError(f"{name} is not an image classification set: it has {sorted(features)}")
+  untyped = cast(Any, builder)  # TFDS's decorators hide the signature
+  examples = untyped.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
   return Source(examples, tuple(features["label"].names))
 
 

@@ -85,16 +85,14 @@ def _random_box(
     ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
     if 0 < w <= width and 0 < h <= height:
-      left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+      left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
       return (left, top, left + w, top + h)
   w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
   left, top = (width - w) // 2, (height - h) // 2
   return (left, top, left + w, top + h)
 
 
-AUGMENTATIONS: dict[
-  str, Callable[[Image.Image, int, str, np.random.Generator], np.ndarray]
-] = {
+AUGMENTATIONS: dict[str, Callable[[Image.Image, int, str, np.random.Generator], np.ndarray]] = {
   "none": lambda image, size, interpolation, rng: resize_and_crop(image, size, size, interpolation),
   "shift": shift,
   "random_resized_crop": random_resized_crop,

@@ -42,9 +42,7 @@ class AuxHead(nn.Module):
       param_dtype=self.param_dtype,
     )(x, train)
     x = jax.nn.relu(x).mean((1, 2))  # (N, C)
-    return linear(
-      x, self.num_classes, name="head", dtype=self.dtype, param_dtype=self.param_dtype
-    )
+    return linear(x, self.num_classes, name="head", dtype=self.dtype, param_dtype=self.param_dtype)
 
 
 def fold_aux_head(params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float) -> None:

@@ -9,11 +9,11 @@ from flax import linen as nn
 from jax.nn.initializers import Initializer
 
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default, which the papers' code leaves unchanged."""
+"""U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default, which the papers' code keeps."""
 
 
 def uniform_bound(kernel_shape: Sequence[int]) -> float:
-  """1/sqrt(fan_in) of a kernel (..., I/g, O): the bound of its values' and its bias's uniform law."""
+  """1/sqrt(fan_in) of a kernel (..., I/g, O): bounds its values and its bias."""
   return 1 / math.sqrt(math.prod(kernel_shape[:-1]))
 
 
@@ -21,8 +21,8 @@ def bias_init(kernel_shape: Sequence[int]) -> Initializer:
   """The law of the bias beside a kernel: uniform within the same bound as the kernel's values."""
   bound = uniform_bound(kernel_shape)
 
-  def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+  def init(key, shape, dtype=jnp.float32, out_sharding=None):
+    return jax.random.uniform(key, shape, dtype, -bound, bound, out_sharding=out_sharding)
 
   return init
 

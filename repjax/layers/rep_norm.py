@@ -67,7 +67,9 @@ class _Affine(nn.Module):
     scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
     bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
     over_pixels = (1,) * (x.ndim - 1) + shape
-    return x * scale.astype(x.dtype).reshape(over_pixels) + bias.astype(x.dtype).reshape(over_pixels)
+    return x * scale.astype(x.dtype).reshape(over_pixels) + bias.astype(x.dtype).reshape(
+      over_pixels
+    )
 
 
 class RepNorm(nn.Module):

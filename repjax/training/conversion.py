@@ -8,16 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from repjax import store
 from repjax.errors import InputError
 from repjax.reparam import layer_name, reparameterize
 from repjax.spec import ModelSpec
 from repjax.training import evaluation, parallel, settings
+from repjax.training.settings import Config
 
 
-def convert(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
   """Re-parameterizes a workdir's best checkpoint into `workdir/deploy`, if both forms agree.
 
   Both forms run over the whole evaluation split at the highest matrix-product precision. The

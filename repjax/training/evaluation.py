@@ -1,22 +1,21 @@
 """Evaluation: every example of the split exactly once, on any number of devices."""
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from repjax.data import Source, eval_batches
 from repjax.spec import Preprocessing, load
 from repjax.training import parallel, settings
+from repjax.training.settings import Config
 from repjax.training.step import make_eval_step
 
 
 def batches(
-  config: ml_collections.ConfigDict, source: Source, preprocessing: Preprocessing
+  config: Config, source: Source, preprocessing: Preprocessing
 ) -> Iterator[dict[str, np.ndarray]]:
   """The split as masked batches, cut for this process's devices."""
   for batch in eval_batches(
@@ -55,9 +54,7 @@ def run(
   }
 
 
-def evaluate(
-  config: ml_collections.ConfigDict, workdir: str | Path, *, deploy: bool = False
-) -> dict[str, float]:
+def evaluate(config: Config, workdir: str | Path, *, deploy: bool = False) -> dict[str, float]:
   """Evaluates one form of a workdir's model over the whole evaluation split.
 
   Args:
@@ -66,8 +63,7 @@ def evaluate(
     deploy: the plain form, otherwise the training form of the best checkpoint.
 
   Returns:
-    `accuracy`, `loss`, `count`, `parameters`, and `images_per_second`, of the second pass over one
-    batch, when everything is compiled.
+    `accuracy` in 0 ... 1, mean `loss`, `count` of images, and `parameters`.
 
   Raises:
     InputError: the workdir does not hold that form, or the data set cannot be opened.
@@ -79,11 +75,6 @@ def evaluate(
   eval_step = parallel.data_parallel(
     make_eval_step(model, spec.preprocessing, axis_name=parallel.AXIS)
   )
-  placed = parallel.place(variables)
-  result = run(eval_step, placed, batches(config, source, spec.preprocessing))
-  batch = next(batches(config, source, spec.preprocessing))
-  start = time.perf_counter()
-  jax.block_until_ready(eval_step(placed, batch))
-  seconds = time.perf_counter() - start
+  result = run(eval_step, parallel.place(variables), batches(config, source, spec.preprocessing))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-  return result | {"parameters": parameters, "images_per_second": config.batch_size / seconds}
+  return result | {"parameters": parameters}

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from repjax.data import train_batches
 from repjax.errors import InputError
@@ -17,10 +16,11 @@ from repjax.training import evaluation, optimizer, parallel, settings
 from repjax.training.checkpoint import CheckpointWriter, restore_newest
 from repjax.training.conversion import convert, format_report
 from repjax.training.metrics import MetricsFile, Progress
+from repjax.training.settings import Config
 from repjax.training.step import TrainState, create_state, make_eval_step, make_train_step
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   """Trains a model from a config, or continues where the workdir's run stopped, and converts it.
 
   Args:
@@ -61,7 +61,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, A
   return report
 
 
-def _first_state(config, plan: settings.Plan, sgd: Any, workdir: Path) -> TrainState:
+def _first_state(config: Config, plan: settings.Plan, sgd: Any, workdir: Path) -> TrainState:
   variables = init(
     plan.spec.create_model(), jax.random.key(config.seed), plan.spec.preprocessing.image_size
   )
@@ -73,19 +73,21 @@ def _first_state(config, plan: settings.Plan, sgd: Any, workdir: Path) -> TrainS
   return restored
 
 
-def _headline(config, plan: settings.Plan) -> str:
+def _headline(config: Config, plan: settings.Plan) -> str:
   """What is about to be trained, and at what rate."""
   peak = config.learning_rate * config.batch_size / optimizer.BASE_BATCH_SIZE
-  devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+  devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   return (
     f"{config.model} on {config.dataset}: {len(plan.train.examples):,} images, "
-    f"{config.num_classes} classes, {plan.spec.preprocessing.image_size} px, {devices} device(s)\n"
+    f"{config.num_classes} classes, {plan.spec.preprocessing.image_size} px, on {devices}\n"
     f"{plan.total_steps:,} steps of {config.batch_size} images; learning rate "
     f"{config.learning_rate} x {config.batch_size}/{optimizer.BASE_BATCH_SIZE} = {peak:g}"
   )
 
 
-def _train(config, plan: settings.Plan, schedule, sgd, state: TrainState, workdir: Path) -> None:
+def _train(
+  config: Config, plan: settings.Plan, schedule: Any, sgd: Any, state: TrainState, workdir: Path
+) -> None:
   """Steps, logs, evaluates and saves until the last step."""
   preprocessing = plan.spec.preprocessing
   model = plan.spec.create_model(

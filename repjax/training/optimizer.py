@@ -1,4 +1,4 @@
-"""Learning-rate schedule, weight-decay rule and optimizer of the RepVGG authors' training script."""
+"""Schedule, weight-decay rule and optimizer of the RepVGG authors' training script."""
 
 from typing import Any
 
@@ -22,12 +22,12 @@ def learning_rate_schedule(
   References:
     Goyal et al., Accurate, Large Minibatch SGD, 2017, section 2.1. https://arxiv.org/abs/1706.02677
   """
-  return optax.warmup_cosine_decay_schedule(
-    init_value=0.0 if warmup_steps else learning_rate * batch_size / BASE_BATCH_SIZE,
-    peak_value=learning_rate * batch_size / BASE_BATCH_SIZE,
-    warmup_steps=warmup_steps,
-    decay_steps=total_steps,
-  )
+  peak = learning_rate * batch_size / BASE_BATCH_SIZE
+  cosine = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup_steps))
+  if not warmup_steps:
+    return cosine
+  warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+  return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
 def decayed(path: tuple[str, ...]) -> bool:
@@ -41,7 +41,7 @@ def decayed(path: tuple[str, ...]) -> bool:
 
 
 def is_bias(path: tuple[str, ...]) -> bool:
-  """Whether the parameter at `path` is a bias, which learns twice as fast in the authors' script."""
+  """Whether the parameter at `path` is a bias; the authors let those learn twice as fast."""
   return path[-1] == "bias"
 
 

@@ -65,6 +65,7 @@ def check_batch_size(batch_size: int) -> None:
 
 def use_compilation_cache() -> None:
   """Keeps compiled programs on disk between runs, unless the user has set a folder already."""
-  if jax.config.jax_compilation_cache_dir is None:
+  held: Any = jax.config
+  if held.jax_compilation_cache_dir is None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     jax.config.update("jax_compilation_cache_dir", str(cache / "repjax" / "xla"))

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from repjax.data.transforms import INTERPOLATIONS
 from repjax.errors import InputError, unknown
 from repjax.spec import ModelSpec, Preprocessing
 from repjax.training import parallel
+
+Config: TypeAlias = Any
+"""An ml_collections.ConfigDict with the fields of configs/common.py; their types are its own."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -29,7 +32,7 @@ class Plan(NamedTuple):
   eval_every_steps: int
 
 
-def model_spec(config: ml_collections.ConfigDict, class_names: tuple[str, ...]) -> ModelSpec:
+def model_spec(config: Config, class_names: tuple[str, ...]) -> ModelSpec:
   """What model.json will say.
 
   Raises:
@@ -53,7 +56,7 @@ def model_spec(config: ml_collections.ConfigDict, class_names: tuple[str, ...]) 
   return spec
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: Config) -> None:
   """Raises InputError for a value in the config that no run could use."""
   for field, choices in (
     ("dtype", DTYPES),
@@ -71,7 +74,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   parallel.check_batch_size(config.batch_size)
 
 
-def open_split(config: ml_collections.ConfigDict, split: str) -> Source:
+def open_split(config: Config, split: str) -> Source:
   """Opens a split of the config's data set.
 
   Raises:
@@ -92,7 +95,7 @@ def open_split(config: ml_collections.ConfigDict, split: str) -> Source:
   return source
 
 
-def make_plan(config: ml_collections.ConfigDict) -> Plan:
+def make_plan(config: Config) -> Plan:
   """Checks a config and works out what follows from it.
 
   Raises:
@@ -123,7 +126,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   )
 
 
-def read_config(workdir: str | Path) -> ml_collections.ConfigDict:
+def read_config(workdir: str | Path) -> Config:
   """The config of the run in a workdir, for what is done to it later.
 
   Raises:
@@ -132,7 +135,7 @@ def read_config(workdir: str | Path) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(store.read_json(Path(workdir) / "config.json"))
 
 
-def claim_workdir(workdir: Path, config: ml_collections.ConfigDict, spec: ModelSpec) -> None:
+def claim_workdir(workdir: Path, config: Config, spec: ModelSpec) -> None:
   """Writes config.json and model.json, unless the workdir belongs to another model.
 
   Raises:

@@ -3,18 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax import struct
 
 from repjax.spec import Preprocessing
 
 Batch = dict[str, jax.Array]
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
   """All that a step changes, without a device axis.
 
@@ -128,7 +128,9 @@ def make_eval_step(
   """
 
   def eval_step(variables: Any, batch: Batch) -> dict[str, jax.Array]:
-    logits = model.apply(variables, preprocessing.normalize(batch["image"])).astype(jnp.float32)
+    logits = jnp.asarray(
+      model.apply(variables, preprocessing.normalize(batch["image"])), jnp.float32
+    )
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     mask = batch["mask"]
     sums = {

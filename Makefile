@@ -1,0 +1,32 @@
+# make demo | make test | make lint. Each makes .venv when it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# CUDA wheels only where there is an NVIDIA GPU.
+EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda)
+comma := ,
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/python main.py --config configs/digits.py
+	$(BIN)/python scripts/reparameterize.py --workdir runs/digits
+	$(BIN)/python scripts/evaluate.py --workdir runs/digits --form both
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Runs again only when pyproject.toml has changed.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,21 @@
+"""RepVGG-B2 on ImageNet by the paper's simple recipe.
+
+120 epochs, batch 256, SGD 0.1 with cosine, crop and flip, no label smoothing.
+
+Paper: Ding et al., RepVGG, CVPR 2021, Table 4. https://arxiv.org/abs/2101.03697
+Expected: 78.78 % top-1 at 224 px (resize 256, central crop), as printed there;
+not yet reproduced here.
+
+  python main.py --config configs/repvgg_b2.py
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The shared recipe with this model."""
+  config = common.get_config()
+  config.model = "repvgg_b2"
+  return config
