@@ -14,13 +14,9 @@ from configs import common
 def get_config() -> ml_collections.ConfigDict:
   config = common.get_config()
   config.model = "repvgg_a0"
-  config.model_overrides = ml_collections.ConfigDict(
-    {
-      "stage_sizes": (1, 2, 2, 1),
-      "width_multipliers": (0.5, 0.5, 0.5, 0.5),
-      "strides": (1, 1, 2, 2, 2),
-    }
-  )
+  config.model_overrides.stage_sizes = (1, 2, 2, 1)
+  config.model_overrides.width_multipliers = (0.5, 0.5, 0.5, 0.5)
+  config.model_overrides.strides = (1, 1, 2, 2, 2)
   config.num_classes = 10
   config.dataset = "digits"
   config.eval_split = "test"

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -26,7 +27,9 @@ class CheckpointWriter:
 
   def save(self, state: TrainState, accuracy: float) -> None:
     """Starts saving; the state may be donated to the next step as soon as this returns."""
-    items = {name: ocp.args.StandardSave(tree) for name, tree in to_items(state).items()}
+    # From one device's copy: Orbax would save a slice from each device and compile programs for it.
+    trees = jax.device_get(to_items(state))
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     self._manager.save(
       int(state.step), args=ocp.args.Composite(**items), metrics={"accuracy": accuracy}
     )

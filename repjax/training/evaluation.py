@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 
 from repjax.data import Source, eval_batches
 from repjax.spec import Preprocessing, load
@@ -17,8 +18,8 @@ from repjax.training.step import make_eval_step
 def batches(
   config: Config, source: Source, preprocessing: Preprocessing
 ) -> Iterator[dict[str, np.ndarray]]:
-  """The split as masked batches, cut for this process's devices."""
-  for batch in eval_batches(
+  """The split as masked batches, cut for this process's devices, with a bar on a terminal."""
+  whole = eval_batches(
     source.examples,
     batch_size=config.batch_size,
     image_size=preprocessing.image_size,
@@ -26,7 +27,9 @@ def batches(
     interpolation=preprocessing.interpolation,
     shard=parallel.shard(),
     num_workers=config.num_workers,
-  ):
+  )
+  count = -(-len(source.examples) // config.batch_size)
+  for batch in tqdm.tqdm(whole, "evaluating", count, leave=False, disable=None):
     yield parallel.split(batch)
 
 

@@ -48,7 +48,7 @@ def model_spec(config: Config, class_names: tuple[str, ...]) -> ModelSpec:
   spec = ModelSpec(
     name=config.model,
     num_classes=config.num_classes,
-    overrides=config.model_overrides.to_dict(),
+    overrides={k: v for k, v in config.model_overrides.to_dict().items() if v is not None},
     preprocessing=preprocessing,
     class_names=class_names,
   )
