@@ -6,9 +6,15 @@ checkpoints/<step>/       variables and training state: the newest and the best
 deploy/                   model.json, report.json, params/
 """
 
+import contextlib
+import gc
+import io
 import json
 import os
 import shutil
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +63,13 @@ def read_tree(path: Path, like: Any) -> Any:
 
   if not path.exists():
     raise InputError(f"{path} does not exist; is {path.parent} the right folder?")
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
+  with _held_back_stderr() as problems, ocp.StandardCheckpointer() as checkpointer:
+    try:
       return checkpointer.restore(path.absolute(), _on_default_device(like))
-  except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-    raise InputError(f"{path} cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+      first_sentence = str(error).partition("\n")[0].partition(". ")[0]
+      problems.append(f"{type(error).__name__}: {first_sentence}"[:300])
+  raise InputError(f"{path} cannot be read: {problems[0]}")
 
 
 def replace_folder(draft: Path, path: Path) -> None:
@@ -124,5 +132,18 @@ def _on_default_device(like: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
 
 
-def _first_line(error: Exception) -> str:
-  return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:300]
+@contextlib.contextmanager
+def _held_back_stderr() -> Iterator[list[str]]:
+  """Yields a list for problems; what is written to stderr meanwhile is shown if it stays empty.
+
+  Where one array of many cannot be read, Orbax abandons the other reads, and each of them prints a
+  traceback from a thread of its own.
+  """
+  problems, text = [], io.StringIO()
+  with contextlib.redirect_stderr(text):
+    yield problems
+    if problems:
+      gc.collect()  # abandoned reads complain when they are collected
+      time.sleep(0.2)
+  if not problems:
+    sys.stderr.write(text.getvalue())
