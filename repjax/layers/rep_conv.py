@@ -9,6 +9,7 @@ A branch's name says what it is made of. The forward pass and the fold read the 
 | either + `_N` | a repeat, for example `conv3x3_1`   |
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -53,6 +54,17 @@ def _layer_size(branches: Iterable[str]) -> tuple[int, int]:
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
   return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _pad(x: jax.Array, padding: tuple[int, int], mode: str = "constant") -> jax.Array:
+  """Adds pixels on each side of (N, H, W, C), or takes them away where `padding` is negative."""
+  if padding == (0, 0):
+    return x
+  if mode != "constant":
+    rows, columns = ((pad, pad) for pad in padding)
+    return jnp.pad(x, ((0, 0), rows, columns, (0, 0)), mode=mode)
+  edges = [(0, 0, 0), *((pad, pad, 0) for pad in padding), (0, 0, 0)]
+  return jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
 
 
 class _Branch(nn.Module):
@@ -117,62 +129,61 @@ class RepConv(nn.Module):
     refuse_training(self.deploy, train)
     size = _layer_size(self.branches)
     self._check(x, size)
-    dilation = _pair(self.dilation)
-    if self.padding is None:
-      padding = (dilation[0] * ((size[0] - 1) // 2), dilation[1] * ((size[1] - 1) // 2))
-    else:
-      padding = _pair(self.padding)
-
-    already = (0, 0)  # pixels of padding that x carries by now
-    centre = x  # what the identity reads
+    padding = self._padding(size)
     if self.padding_mode != "constant":
-      rows, columns = (padding[0], padding[0]), (padding[1], padding[1])
-      x = jnp.pad(x, ((0, 0), rows, columns, (0, 0)), mode=self.padding_mode)
-      already = padding
+      x = _pad(x, padding, self.padding_mode)
+      padding = (0, 0)
 
-    def conv(kernel_size: tuple[int, int], use_bias: bool) -> Callable[..., nn.Module]:
-      # Negative padding crops, which is what a centre tap does under a padding below (K - 1) / 2.
-      pads = [
-        padding[axis] - already[axis] - dilation[axis] * ((size[axis] - kernel_size[axis]) // 2)
-        for axis in (0, 1)
-      ]
-      kernel_shape = (*kernel_size, x.shape[-1] // self.groups, self.features)
-      return lambda name: nn.Conv(
-        self.features,
-        kernel_size,
-        strides=_pair(self.strides),
-        padding=[(pad, pad) for pad in pads],
-        kernel_dilation=dilation,
-        feature_group_count=self.groups,
-        use_bias=use_bias,
-        dtype=self.dtype,
-        param_dtype=self.param_dtype,
-        kernel_init=kernel_init,
-        bias_init=bias_init(kernel_shape),
-        name=name,
-      )
+    def own_padding(kernel_size: tuple[int, int]) -> tuple[int, int]:
+      """Of a kernel at the centre of the largest; negative, which crops, where that pads little."""
+      dilation = _pair(self.dilation)
+      margins = [(big - small) // 2 for big, small in zip(size, kernel_size)]
+      return padding[0] - dilation[0] * margins[0], padding[1] - dilation[1] * margins[1]
 
     if self.deploy:
-      return conv(size, True)("conv")(x)
-
-    def norm(y: jax.Array, train: bool) -> jax.Array:
-      return batch_norm(
-        y,
-        train,
-        epsilon=self.epsilon,
-        axis_name=self.axis_name,
-        param_dtype=self.param_dtype,
-      )
-
+      return self._conv(size, padding, x.shape[-1], use_bias=True)(name="conv")(x)
+    norm = functools.partial(
+      batch_norm,
+      epsilon=self.epsilon,
+      axis_name=self.axis_name,
+      param_dtype=self.param_dtype,
+    )
     outputs = []
     for name in self.branches:
       kernel_size = branch_size(name)
       if kernel_size is None:
-        branch, source = _Branch(None, norm, name=name), centre
+        branch, source = _Branch(None, norm, name=name), _pad(x, own_padding((1, 1)))
       else:
-        branch, source = _Branch(conv(kernel_size, False), norm, name=name), x
+        conv = self._conv(kernel_size, own_padding(kernel_size), x.shape[-1], use_bias=False)
+        branch, source = _Branch(conv, norm, name=name), x
       outputs.append(branch(source, train))
     return sum(outputs[1:], outputs[0]).astype(self.dtype)
+
+  def _padding(self, size: tuple[int, int]) -> tuple[int, int]:
+    """Pixels on each side, (vertical, horizontal), for the largest kernel."""
+    if self.padding is not None:
+      return _pair(self.padding)
+    dilation = _pair(self.dilation)
+    return dilation[0] * ((size[0] - 1) // 2), dilation[1] * ((size[1] - 1) // 2)
+
+  def _conv(
+    self, size: tuple[int, int], padding: tuple[int, int], inputs: int, use_bias: bool
+  ) -> Callable[..., nn.Module]:
+    """A convolution that lacks only its name."""
+    return functools.partial(
+      nn.Conv,
+      self.features,
+      size,
+      strides=_pair(self.strides),
+      padding=[(pad, pad) for pad in padding],
+      kernel_dilation=_pair(self.dilation),
+      feature_group_count=self.groups,
+      use_bias=use_bias,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      kernel_init=kernel_init,
+      bias_init=bias_init((*size, inputs // self.groups, self.features)),
+    )
 
   def _check(self, x: jax.Array, size: tuple[int, int]) -> None:
     """Raises ValueError where a branch cannot be part of this layer."""
