@@ -96,7 +96,7 @@ def _fold(fold: Fold, params: Tree, stats: Tree, path: tuple[str, ...], epsilon:
     except ValueError as error:
       raise ValueError(f"{'/'.join(path)}: {error}") from error
   if _DEPLOY_KEYS & params.keys() and "bn" not in params:
-    return params
+    return _walk(params, {}, path, {}, epsilon, ())
   raise ValueError(
     f"{'/'.join(path)} is in training form (it holds {', '.join(sorted(params))}) but has no "
     "batch statistics; pass the batch_stats that belong to these params"

@@ -234,22 +234,30 @@ def fold_rep_conv(
   References:
     Ding et al., RepVGG, CVPR 2021, section 3.3. https://arxiv.org/abs/2101.03697
   """
-  if params.keys() != stats.keys():
+  norms = sorted(f"{name}/{norm}" for name in stats for norm in stats[name])
+  if norms != sorted(f"{name}/bn" for name in params):
     raise ValueError(
-      f"parameters have the branches {sorted(params)}, statistics {sorted(stats)}; "
+      f"parameters have the branches {sorted(params)}, statistics are of {norms}; "
       "the two trees do not belong together"
     )
   size = _layer_size(params)
-  kernels = [params[name]["conv"]["kernel"] for name in params if branch_size(name)]
-  inputs, dtype = kernels[0].shape[2], kernels[0].dtype
+  shape, dtype = next(
+    (params[name]["conv"]["kernel"].shape, params[name]["conv"]["kernel"].dtype)
+    for name in params
+    if branch_size(name)
+  )
+  inputs, features = shape[2:]
+  if features % inputs and not all(map(branch_size, params)):
+    raise ValueError(
+      f"no identity lies beside a kernel {shape}: {inputs} does not divide {features}"
+    )
 
   def conv(name: str) -> ConvParams:
-    features = params[name]["bn"]["scale"].shape[0]
+    zeros = jnp.zeros((features,), dtype)
     if branch_size(name) is None:
-      kernel = identity_kernel(features, features // inputs, (1, 1), dtype)
-      return ConvParams(kernel, jnp.zeros((features,), dtype))
+      return ConvParams(identity_kernel(features, features // inputs, (1, 1), dtype), zeros)
     held = params[name]["conv"]
-    return ConvParams(held["kernel"], held.get("bias", jnp.zeros((features,), dtype)))
+    return ConvParams(held["kernel"], held.get("bias", zeros))
 
   fused = []
   for name in params:

@@ -113,6 +113,8 @@ def fold_rep_norm(
   Raises:
     ValueError: `bn` is missing from either, or does not belong to the other.
   """
+  if stats.keys() - {"bn"}:
+    raise ValueError(f"a RepNorm has the statistics of one norm, bn; got {sorted(stats)}")
   affine = bn_affine(params.get("bn", {}), stats.get("bn", {}), epsilon)
   dtype = params["bn"]["scale"].dtype
   return {"affine": {"scale": affine.scale.astype(dtype), "bias": affine.bias.astype(dtype)}}

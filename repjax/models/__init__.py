@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from repjax.errors import unknown
 from repjax.models import repvgg
@@ -65,7 +66,7 @@ def create_model(
 
 
 def _hashable(value: Any) -> Any:
-  """Lists, as JSON and config files give them, as tuples."""
+  """Lists and dictionaries, as JSON and config files give them, in forms that have a hash."""
   if isinstance(value, Mapping):
-    return {key: _hashable(item) for key, item in value.items()}
+    return FrozenDict({key: _hashable(item) for key, item in value.items()})
   return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value
