@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+comma := ,
 # CUDA wheels only where there is an NVIDIA GPU.
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda)
-comma := ,
 
 .PHONY: demo test lint clean
 
@@ -23,10 +23,11 @@ lint: $(VENV)/installed
 
 # Runs again only when pyproject.toml has changed.
 $(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
-	touch $@
+	@echo "installing repjax[$(EXTRAS)] into $(VENV), a few minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV)
