@@ -66,6 +66,9 @@ def bn_affine(
   missing += [name for name in ("mean", "var") if name not in stats]
   if missing:
     raise ValueError(f"a batch norm needs scale, bias, mean and var; missing: {', '.join(missing)}")
+  strange = sorted({*bn, *stats} - {"scale", "bias", "mean", "var"})
+  if strange:
+    raise ValueError(f"a batch norm has scale, bias, mean and var; it cannot hold {strange}")
   shapes = {name: jnp.shape(value) for name, value in {**bn, **stats}.items()}
   if len(set(shapes.values())) != 1 or len(shapes["scale"]) != 1:
     raise ValueError(f"the four vectors of a batch norm must have one common shape (C,): {shapes}")

@@ -18,7 +18,8 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     known: every name that would have been right.
   """
   known = sorted(set(known))
-  close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+  plain = str(name).lower().replace("-", "_")
+  close = difflib.get_close_matches(plain, known, n=3, cutoff=0.5)
   if close:
     hint = f"did you mean {' or '.join(close)}?"
   elif len(known) <= 40:

@@ -26,7 +26,7 @@ def reparameterize(
   *,
   epsilon: float = 1e-5,
   folds: Mapping[str, Fold] = FOLDS,
-  keep: Iterable[str] = (),
+  keep: str | Iterable[str] = (),
 ) -> dict[str, Any]:
   """Rewrites the parameters of a training form into those of its deploy form: the same function.
 
@@ -41,8 +41,8 @@ def reparameterize(
     epsilon: of the batch norms.
     folds: layer name to `fold(params, stats, epsilon)`, which returns the scope's deploy
       parameters, or None to remove the scope.
-    keep: paths such as "neck/BatchNorm_0" below which statistics may stay unused, because the
-      caller keeps them for batch norms that are not repjax layers.
+    keep: paths, or one path, such as "neck/BatchNorm_0". Statistics below them may stay unused,
+      because the caller keeps them for batch norms that are not repjax layers.
 
   Returns:
     A tree with the structure, shapes and dtypes of the deploy form's `init`.
@@ -62,7 +62,8 @@ def reparameterize(
   References:
     Ding et al., RepVGG, CVPR 2021, section 3.3. https://arxiv.org/abs/2101.03697
   """
-  kept = tuple(tuple(entry.strip("/").split("/")) for entry in keep)
+  entries = (keep,) if isinstance(keep, str) else keep
+  kept = tuple(tuple(entry.strip("/").split("/")) for entry in entries)
   return _walk(params, batch_stats, (), folds, epsilon, kept)
 
 

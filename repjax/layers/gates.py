@@ -31,10 +31,10 @@ class SqueezeExcite(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     features = x.shape[-1]
-    if features < self.reduction:
+    if not 0 < self.reduction <= features:
       raise ValueError(
         f"SqueezeExcite {'/'.join(self.path)}: {features} channels reduced {self.reduction} times "
-        "leave no hidden channel; lower se_reduction or widen the network"
+        "leave no hidden channel; change se_reduction or widen the network"
       )
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     gate = x.mean((1, 2))  # (N, C)

@@ -241,6 +241,10 @@ def fold_rep_conv(
       "the two trees do not belong together"
     )
   size = _layer_size(params)
+  for name, held in params.items():
+    wanted = {"conv", "bn"} if branch_size(name) else {"bn"}
+    if held.keys() != wanted:
+      raise ValueError(f"{name} holds {sorted(wanted)}, got {sorted(held)}")
   shape, dtype = next(
     (params[name]["conv"]["kernel"].shape, params[name]["conv"]["kernel"].dtype)
     for name in params

@@ -34,7 +34,7 @@ def batch_norm(
     (N, H, W, C) in the dtype of `x` widened to at least float32.
   """
   wide = wide_dtype(x.dtype)
-  return nn.BatchNorm(
+  norm = nn.BatchNorm(
     use_running_average=not train,
     momentum=MOMENTUM,
     epsilon=epsilon,
@@ -44,7 +44,9 @@ def batch_norm(
     # True would keep the statistics of a float64 model in float32.
     force_float32_reductions=jnp.dtype(param_dtype) != jnp.float64,
     name="bn",
-  )(x.astype(wide))
+  )
+  with jax.numpy_dtype_promotion("standard"):  # it mixes float32 statistics and other parameters
+    return norm(x.astype(wide))
 
 
 def refuse_training(deploy: bool, train: bool) -> None:

@@ -131,10 +131,17 @@ class RepVGG(nn.Module):
 
   def __post_init__(self):
     for field, length in (("stage_sizes", 4), ("width_multipliers", 4), ("strides", 5)):
-      if len(getattr(self, field)) != length:
-        raise InputError(f"{field} takes {length} numbers, got {getattr(self, field)}")
+      value = getattr(self, field)
+      if not isinstance(value, Sequence) or len(value) != length or not min(value) > 0:
+        raise InputError(f"{field} takes {length} numbers above 0, got {value}")
+    blocks = sum(self.stage_sizes)
+    groups = self.groups if isinstance(self.groups, Mapping) else {1: self.groups}
+    if not all(0 < int(block) <= blocks and count > 0 for block, count in groups.items()):
+      raise InputError(f"groups is a number, or {{block 1 to {blocks}: number}}, got {self.groups}")
     if self.se not in (None, "pre", "post"):
       raise InputError(f'se is None, "pre" or "post" (of the activation), got {self.se!r}')
+    if not 0 <= self.dropout < 1:
+      raise InputError(f"dropout is at least 0 and below 1, got {self.dropout}")
     activation(self.act)
     super().__post_init__()
 

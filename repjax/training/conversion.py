@@ -114,8 +114,8 @@ def _make_compare_step(spec: ModelSpec) -> Callable[[Any, Any], Any]:
   """Builds a step that runs both forms on a batch and compares outputs, layer by layer."""
   forms = spec.create_model(), spec.create_model(deploy=True)
 
-  def is_folded(module: Any, _: str) -> bool:
-    return bool(module.path) and layer_name(module.path[-1]) is not None
+  def is_folded(module: Any, method: str) -> bool:
+    return method == "__call__" and bool(module.path) and layer_name(module.path[-1]) is not None
 
   def outputs(model: Any, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
     logits, state = model.apply(

@@ -1,0 +1,222 @@
+"""What many tests need: errors, random variables, the golden fill rule, official names."""
+
+import inspect
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+F64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+
+
+def relative_error(a: Any, b: Any) -> float:
+  """max|a - b| / max|b|, in float64."""
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  assert a.shape == b.shape, f"{a.shape} against {b.shape}"
+  return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def assert_close(a: Any, b: Any, tolerance: float) -> None:
+  """Fails where the relative error of a against b exceeds the tolerance."""
+  assert relative_error(a, b) <= tolerance
+
+
+def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+  """`jax.jit` that compiles fast and runs slowly: tests run each program once or twice."""
+  return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def convolve(x, kernel, bias=None, strides=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+  """A convolution by its definition, in NumPy.
+
+  Args:
+    x: (N, H, W, I).
+    kernel: (h, w, I/g, O).
+    bias: (O,), None for zeros.
+    strides, dilation: (vertical, horizontal).
+    padding: (vertical, horizontal) zeros; each one number for both sides or (before, after).
+    groups: g.
+  """
+  x, kernel = np.asarray(x), np.asarray(kernel)
+  sides = [(pad, pad) if isinstance(pad, int) else pad for pad in padding]
+  x = np.pad(x, ((0, 0), *sides, (0, 0)))
+  x = x.reshape(*x.shape[:3], groups, -1)  # (N, H, W, g, I/g)
+  taps = kernel.reshape(*kernel.shape[:3], groups, -1)  # (h, w, I/g, g, O/g)
+  size = [
+    (x.shape[1 + axis] - dilation[axis] * (kernel.shape[axis] - 1) - 1) // strides[axis] + 1
+    for axis in (0, 1)
+  ]
+  y = 0
+  for row, column in np.ndindex(*kernel.shape[:2]):
+    top, left = row * dilation[0], column * dilation[1]
+    seen = x[
+      :,
+      top : top + strides[0] * (size[0] - 1) + 1 : strides[0],
+      left : left + strides[1] * (size[1] - 1) + 1 : strides[1],
+    ]
+    y = y + np.einsum("nhwgi,igo->nhwgo", seen, taps[row, column])
+  y = y.reshape(*y.shape[:3], -1)
+  return y if bias is None else y + np.asarray(bias)
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+  """Every leaf of a tree of dicts by its path, as in {"params/stem/RepConv_0/...": leaf}."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {"/".join(entry.key for entry in path): leaf for path, leaf in flat}
+
+
+def shapes(tree: Any) -> Any:
+  """The tree with (shape, dtype) for leaves, to compare with `==`."""
+  return jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), tree)
+
+
+def randomise(variables: Any, seed: int = 0) -> Any:
+  """Random values for every leaf of a tree of arrays or of shapes, in the leaf's own dtype.
+
+  Fresh variables (mean 0, variance 1, scale 1) hide every folding bug.
+  """
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    kind = path[-1].key
+    if kind == "kernel":
+      values = rng.standard_normal(leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
+    elif kind in ("scale", "var"):
+      values = rng.uniform(0.5, 1.5, leaf.shape)
+    elif kind in ("bias", "mean"):
+      values = rng.uniform(-0.3, 0.3, leaf.shape)
+    else:
+      raise ValueError(f"no rule for a leaf called {kind!r}")
+    return jnp.asarray(values.astype(leaf.dtype))
+
+  return jax.tree_util.tree_map_with_path(draw, variables)
+
+
+def init_shapes(module: nn.Module, x: Any, train: bool = False) -> Any:
+  """The variables of a module as shapes and dtypes, without computing anything."""
+  arguments = (train,) if "train" in inspect.signature(module.__call__).parameters else ()
+  return jax.eval_shape(lambda key, x: module.init(key, x, *arguments), jax.random.key(0), x)
+
+
+def random_variables(module: nn.Module, x: Any, seed: int = 0) -> Any:
+  """Random variables for a module, without compiling its `init`."""
+  return randomise(init_shapes(module, x), seed)
+
+
+def random_input(*shape: int, seed: int = 1) -> np.ndarray:
+  """Standard normal values in float64."""
+  return np.random.default_rng(seed).standard_normal(shape)
+
+
+def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
+  """The golden fill rule: a PyTorch tensor from its name and shape, in float64."""
+  u = _uniform(name, math.prod(shape)).reshape(shape)
+  if name.endswith("running_mean"):
+    return 0.2 * u
+  if name.endswith("running_var"):
+    return 1 + u
+  if len(shape) == 1:
+    return 1 + 0.4 * u if name.endswith("weight") else 0.2 * u
+  return u * math.sqrt(12 / math.prod(shape[1:]))
+
+
+def golden_input(shape_nchw: tuple[int, ...]) -> np.ndarray:
+  """The input of the golden cases, (N, H, W, C)."""
+  x = 2 * _uniform("input", math.prod(shape_nchw)).reshape(shape_nchw)
+  return x.transpose(0, 2, 3, 1)
+
+
+def _uniform(name: str, count: int) -> np.ndarray:
+  mask, half = np.uint64(0xFFFFFFFF), np.uint64(16)
+  seed = sum(position * ord(char) for position, char in enumerate(name, 1)) % 65521
+  h = np.arange(count, dtype=np.uint64) * np.uint64(2654435761) + np.uint64(40503 * seed)
+  h &= mask
+  h ^= h >> half
+  h = (h * np.uint64(0x45D9F3B)) & mask
+  h ^= h >> half
+  return h / 2.0**32 - 0.5
+
+
+_OFFICIAL = (
+  (r"^stem", "stage0"),
+  (r"^head", "linear"),
+  (r"^AuxHead_(\w+)/head", r"\1_aux/3"),
+  (r"^AuxHead_(\w+)/RepConv_0/conv3x3", r"\1_aux/0"),
+  (r"RepConv_0/conv3x3", "rbr_dense"),
+  (r"RepConv_0/conv1x1", "rbr_1x1"),
+  (r"RepConv_0/identity/bn", "rbr_identity"),
+  (r"RepConv_0/conv", "rbr_reparam"),
+  (r"(kernel|scale)$", "weight"),
+  (r"(mean|var)$", r"running_\1"),
+)
+
+
+def official_name(path: str, plus: bool = False) -> str:
+  """The official RepVGG state-dict name of a leaf.
+
+  Args:
+    path: below "params" or "batch_stats", from the network or from a lone block.
+    plus: RepVGGplus's names, which differ in the blocks and the gate.
+  """
+  own = (
+    (r"/block(\d+)/", r"/blocks/\1/" if plus else r"/\1/"),
+    (r"SqueezeExcite_0", "post_se" if plus else "se"),
+  )
+  for pattern, replacement in _OFFICIAL + own:
+    path = re.sub(pattern, replacement, path)
+  return path.replace("/", ".")
+
+
+def oihw(kernel: Any) -> np.ndarray:
+  """A parameter in PyTorch's layout: HWIO -> OIHW, (in, out) -> (out, in), vectors as they are."""
+  kernel = np.asarray(kernel)
+  return kernel.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[kernel.ndim])
+
+
+def nchw(maps: Any) -> np.ndarray:
+  """Feature maps (N, H, W, C) in PyTorch's layout."""
+  return np.asarray(maps).transpose(0, 3, 1, 2)
+
+
+def fill_variables(variables: Any, plus: bool = False) -> Any:
+  """Variables of RepVGG, or of a lone block, by the fill rule."""
+
+  def draw(path, leaf):
+    name = official_name("/".join(entry.key for entry in path[1:]), plus)
+    values = fill(name, oihw(np.empty(leaf.shape, bool)).shape)
+    back = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[values.ndim]
+    return jnp.asarray(values.transpose(back).astype(leaf.dtype))
+
+  return jax.tree_util.tree_map_with_path(draw, variables)
+
+
+def goldens() -> dict[str, dict[str, Any]]:
+  """The golden RepVGG cases by id: {"spec", "input", "expect", ...}."""
+  return {case["id"]: case for case in json.loads((GOLDENS / "repvgg.json").read_text())}
+
+
+def counts() -> dict[str, dict[str, int]]:
+  """Parameters and batch norm buffers of every RepVGG in both forms."""
+  return json.loads((GOLDENS / "counts.json").read_text())
+
+
+def assert_golden(array: Any, record: dict[str, Any], tolerance: float = 1e-9) -> None:
+  """Compares an array in PyTorch's layout with a golden record."""
+  array = np.asarray(array)
+  assert list(array.shape) == record["shape"]
+  flat = array.ravel()
+  assert abs(flat.sum() - record["sum"]) <= tolerance * record["abs_sum"]
+  assert abs(np.abs(flat).sum() - record["abs_sum"]) <= tolerance * record["abs_sum"]
+  known = np.asarray(record.get("values", record.get("first10"))).ravel()
+  assert np.abs(flat[: known.size] - known).max() <= tolerance * np.abs(flat).max()
+  if "argmax" in record:
+    per_row = isinstance(record["argmax"], list)
+    assert np.argmax(array, -1 if per_row else None).tolist() == record["argmax"]
