@@ -49,9 +49,7 @@ def test_bfloat16_computation_keeps_parameters_and_statistics_in_float32(deploy)
 
 
 def test_bfloat16_parameters_fold_to_bfloat16():
-  # Flax's BatchNorm multiplies its float32 statistics with its bfloat16 parameters.
-  with jax.numpy_dtype_promotion("standard"):
-    variables = helpers.init_shapes(RepNorm(param_dtype=jnp.bfloat16), jnp.ones((1, 4)))
+  variables = helpers.init_shapes(RepNorm(param_dtype=jnp.bfloat16), jnp.ones((1, 4)))
   folded = jax.eval_shape(lambda v: fold_rep_norm(v["params"], v["batch_stats"], 1e-5), variables)
   assert {leaf.dtype for leaf in jax.tree.leaves(folded)} == {jnp.dtype(jnp.bfloat16)}
 

@@ -1,0 +1,38 @@
+"""The README's Python runs as written, and its table of models is right."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+import repjax
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_there_are_python_examples():
+  assert len(BLOCKS) == 3
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["functions", "own network", "load"])
+def test_python_examples_run(block, finished, tmp_path, monkeypatch):
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "digits").symlink_to(finished[0])
+  monkeypatch.chdir(tmp_path)
+  exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_model_is_listed_with_its_parameters():
+  rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \|", README.read_text(), re.MULTILINE)
+  assert sorted(name for name, _, _ in rows) == repjax.list_models()
+  for name, *written in rows:
+    for deploy, count in zip((False, True), written):
+      shapes = jax.eval_shape(
+        repjax.create_model(name, deploy=deploy).init,
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((1, 32, 32, 3), "float32"),
+      )
+      leaves = jax.tree.leaves(shapes["params"])
+      assert f"{sum(leaf.size for leaf in leaves):,}" == count, (name, deploy)

@@ -1,0 +1,166 @@
+"""model.json, preprocessing, and loading a model from a folder."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import repjax
+from repjax.errors import InputError
+from repjax.spec import Preprocessing
+from tests.helpers import random_input, relative_error, shapes
+from tests.training import tiny
+
+pytest_plugins = ["tests.training.fixtures"]
+pytestmark = [
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+  pytest.mark.usefixtures("no_leftovers"),
+]
+
+SPEC = repjax.ModelSpec(
+  "repvgg_a0",
+  num_classes=3,
+  overrides={**tiny.OVERRIDES, "groups": {2: 2}, "se": "post", "se_reduction": 4, "act": "silu"},
+  preprocessing=Preprocessing(20, 24, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+  class_names=("ant", "bee", "cat"),
+)
+
+
+def test_a_spec_read_back_builds_the_same_model(tmp_path):
+  SPEC.write(tmp_path)
+  read = repjax.ModelSpec.read(tmp_path)
+  assert (read.name, read.num_classes, read.class_names) == ("repvgg_a0", 3, SPEC.class_names)
+  assert read.preprocessing == SPEC.preprocessing
+  for deploy in (False, True):
+    assert shapes(read.variable_shapes(deploy=deploy)) == shapes(
+      SPEC.variable_shapes(deploy=deploy)
+    )
+  kernel = read.variable_shapes(deploy=True)["params"]["stage2"]["block0"]["RepConv_0"]["conv"]
+  assert kernel["kernel"].shape == (3, 3, 4, 16)  # 8 channels in 2 groups
+
+
+def test_a_spec_is_the_same_after_every_round_trip(tmp_path):
+  SPEC.write(tmp_path)
+  written = (tmp_path / "model.json").read_bytes()
+  repjax.ModelSpec.read(tmp_path).write(tmp_path)
+  assert (tmp_path / "model.json").read_bytes() == written
+
+
+def test_what_a_spec_does_not_say_has_defaults():
+  assert repjax.ModelSpec.from_json({"name": "repvgg_b1"}) == repjax.ModelSpec("repvgg_b1")
+
+
+def test_a_spec_builds_models_with_further_settings():
+  model = SPEC.create_model(dtype=jnp.bfloat16, axis_name="batch", act="gelu")
+  assert (model.dtype, model.axis_name, model.act) == (jnp.bfloat16, "batch", "gelu")
+  assert SPEC.create_model(deploy=True).deploy
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [
+    (
+      {"name": "a", "num_clases": 3},
+      r"unknown field of model.json 'num_clases'; did you mean num_",
+    ),
+    ({"num_classes": 3}, r"model.json does not name a model: it has \['num_classes'\]"),
+    ({"name": "a", "preprocessing": {"size": 3}}, "unknown .*'size'"),
+  ],
+  ids=str,
+)
+def test_a_field_that_does_not_belong_in_model_json_is_named(value, message):
+  with pytest.raises(InputError, match=message):
+    repjax.ModelSpec.from_json(value)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4, 5, 3)])
+def test_normalize_is_value_over_255_less_mean_over_std(shape):
+  images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  mean, std = SPEC.preprocessing.mean, SPEC.preprocessing.std
+  expected = (images / 255 - np.array(mean)) / np.array(std)
+  result = SPEC.preprocessing.normalize(jnp.asarray(images))
+  assert result.dtype == jnp.float32
+  assert relative_error(result, expected) <= 1e-6
+  half = SPEC.preprocessing.normalize(jnp.asarray(images), jnp.bfloat16)
+  assert half.dtype == jnp.bfloat16
+  assert relative_error(half, expected) <= 2**-8
+
+
+def logits(folder, deploy, images):
+  model, variables, _ = repjax.load(folder, deploy=deploy)
+  return model.apply(variables, images)
+
+
+@pytest.mark.usefixtures("quick_programs")
+def test_a_run_loads_in_both_forms_and_so_does_its_deploy_folder(finished, tmp_path):
+  images = jnp.asarray(random_input(4, 16, 16, 3), jnp.float32)
+  trained = logits(finished[0], False, images)
+  assert trained.shape == (4, 10)
+  assert relative_error(logits(finished[0], True, images), trained) <= 1e-5
+  shipped = shutil.copytree(finished[0] / "deploy", tmp_path / "shipped")
+  np.testing.assert_array_equal(logits(shipped, True, images), logits(finished[0], True, images))
+
+
+def test_the_deploy_form_is_what_loads_by_default(finished):
+  model, variables, spec = repjax.load(str(finished[0]))
+  assert model.deploy
+  assert variables.keys() == {"params"}
+  assert shapes(variables) == shapes(spec.variable_shapes(deploy=True))
+  assert spec.class_names == tuple("0123456789")
+  assert not repjax.load(finished[0], deploy=False)[0].deploy
+
+
+def test_the_training_form_that_loads_is_the_best_checkpoint(finished):
+  workdir = finished[0]
+  spec = repjax.ModelSpec.read(workdir)
+  _, items = repjax.store.read_checkpoint(workdir, {"variables": spec.variable_shapes()}, best=True)
+  _, variables, _ = repjax.load(workdir, deploy=False)
+  np.testing.assert_array_equal(
+    variables["params"]["head"]["kernel"], items["variables"]["params"]["head"]["kernel"]
+  )
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+  return shutil.copytree(finished[0], tmp_path / "run")
+
+
+def test_a_run_without_a_deploy_form_says_how_to_make_it(workdir):
+  shutil.rmtree(workdir / "deploy")
+  with pytest.raises(InputError, match="holds no deploy form yet; make it with: python scripts/"):
+    repjax.load(workdir)
+
+
+def test_a_damaged_deploy_form_is_named(workdir):
+  (workdir / "deploy" / "params" / "manifest.ocdbt").unlink()
+  with pytest.raises(InputError, match="deploy/params cannot be read"):
+    repjax.load(workdir)
+
+
+def test_a_deploy_folder_has_no_training_form(workdir):
+  with pytest.raises(InputError, match="holds no whole checkpoint"):
+    repjax.load(workdir / "deploy", deploy=False)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+  with pytest.raises(InputError, match=r"model.json does not exist; is .* the right folder\?"):
+    repjax.load(tmp_path)
+
+
+def test_a_damaged_model_json_is_named(workdir):
+  text = (workdir / "model.json").read_text()
+  (workdir / "model.json").write_text(text[: len(text) // 2])
+  with pytest.raises(InputError, match=r"model\.json is damaged"):
+    repjax.load(workdir)
+
+
+def test_a_model_json_of_another_width_does_not_load_the_params(workdir):
+  path = workdir / "model.json"
+  value = json.loads(path.read_text())
+  value["overrides"]["width_multipliers"] = [0.25] * 4
+  path.write_text(json.dumps(value))
+  for deploy in (False, True):
+    with pytest.raises(InputError, match=r"cannot be read|no whole checkpoint"):
+      repjax.load(workdir, deploy=deploy)

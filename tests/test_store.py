@@ -1,0 +1,123 @@
+"""JSON files and trees on disk: whole or not at all, and clear errors for what is damaged."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repjax import store
+from repjax.errors import InputError
+
+pytest_plugins = ["tests.training.fixtures"]
+pytestmark = [
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+  pytest.mark.usefixtures("no_leftovers"),
+]
+
+
+def test_json_comes_back(tmp_path):
+  value = {"a": [1, 2.5, None, True], "b": {"c": "text"}}
+  store.write_json(tmp_path / "new" / "folder" / "file.json", value)
+  assert store.read_json(tmp_path / "new" / "folder" / "file.json") == value
+
+
+def test_json_is_written_for_people_too(tmp_path):
+  store.write_json(tmp_path / "file.json", {"a": 1})
+  assert (tmp_path / "file.json").read_text() == '{\n  "a": 1\n}\n'
+
+
+@pytest.mark.parametrize("value", [{"a": 2}, {"a": object()}], ids=["a crash", "no JSON"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, value):
+  path = tmp_path / "file.json"
+  store.write_json(path, {"a": 1})
+
+  def crash(self, data):
+    with self.open("w") as file:
+      file.write(data[: len(data) // 2])
+    raise OSError("the disk is full")
+
+  monkeypatch.setattr(type(path), "write_text", crash)
+  with pytest.raises((OSError, TypeError)):
+    store.write_json(path, value)
+  assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_writing_leaves_no_other_file(tmp_path):
+  store.write_json(tmp_path / "file.json", 1)
+  store.write_json(tmp_path / "file.json", 2)
+  assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize("damaged", [b'{"a": 1', b"", b"\xff\xfe\x00"])
+def test_damaged_json_is_named(tmp_path, damaged):
+  path = tmp_path / "file.json"
+  path.write_bytes(damaged)
+  with pytest.raises(InputError, match="is damaged") as caught:
+    store.read_json(path)
+  assert str(path) in str(caught.value)
+  assert path.read_bytes() == damaged
+
+
+def test_missing_json_asks_about_the_folder(tmp_path):
+  with pytest.raises(InputError, match=f"does not exist; is {tmp_path}/runs the right folder?"):
+    store.read_json(tmp_path / "runs" / "file.json")
+
+
+TREE = {
+  "a": jnp.arange(6.0).reshape(2, 3),
+  "b": {"c": jnp.asarray(3), "d": jnp.ones(2, "bfloat16")},
+}
+
+
+def test_a_tree_comes_back_exactly(tmp_path):
+  store.write_tree(tmp_path / "tree", TREE)
+  read = store.read_tree(tmp_path / "tree", TREE)
+  for value, expected in ((read["a"], TREE["a"]), *((read["b"][k], TREE["b"][k]) for k in "cd")):
+    assert value.dtype == expected.dtype
+    np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize(
+  "like",
+  [{**TREE, "a": jnp.zeros((3, 3))}, {**TREE, "e": jnp.zeros(2)}, {"a": TREE["a"]}],
+  ids=["shape", "missing", "unexpected"],
+)
+def test_a_tree_of_another_model_is_refused(tmp_path, like):
+  store.write_tree(tmp_path / "tree", TREE)
+  with pytest.raises(InputError, match="tree cannot be read: "):
+    store.read_tree(tmp_path / "tree", like)
+
+
+def test_a_missing_tree_asks_about_the_folder(tmp_path):
+  with pytest.raises(InputError, match=f"does not exist; is {tmp_path} the right folder?"):
+    store.read_tree(tmp_path / "tree", TREE)
+
+
+def folder_with(path, text):
+  path.mkdir()
+  (path / "file").write_text(text)
+  return path
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_finished_folder_takes_the_place_of_another(tmp_path, exists):
+  draft, path = folder_with(tmp_path / "draft", "new"), tmp_path / "folder"
+  if exists:
+    folder_with(path, "old")
+    (path / "more").touch()
+  store.replace_folder(draft, path)
+  assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+  assert [entry.name for entry in path.iterdir()] == ["file"]
+  assert (path / "file").read_text() == "new"
+
+
+def test_only_numbered_folders_are_checkpoints(tmp_path):
+  for name in ("3", "20", "20.orbax-checkpoint-tmp-5", "notes"):
+    (tmp_path / "checkpoints" / name / "metrics").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "3" / "metrics" / "metrics").write_text('{"accuracy": 0.5}')
+  assert store.checkpoints(tmp_path) == {3: 0.5, 20: -1.0}
+
+
+def test_a_workdir_without_checkpoints_has_none(tmp_path):
+  assert store.checkpoints(tmp_path) == {}
