@@ -89,6 +89,10 @@ class ModelSpec:
     if "name" not in value:
       raise InputError(f"model.json does not name a model: it has {sorted(value)}")
     preprocessing = dict(value.get("preprocessing", {}))
+    parts = {field.name for field in dataclasses.fields(Preprocessing)}
+    for name in preprocessing:
+      if name not in parts:
+        raise unknown("field of model.json's preprocessing", name, parts)
     for name in ("mean", "std"):
       if name in preprocessing:
         preprocessing[name] = tuple(preprocessing[name])

@@ -81,6 +81,11 @@ def replace_folder(draft: Path, path: Path) -> None:
   shutil.rmtree(old, ignore_errors=True)
 
 
+def metrics_file(workdir: Path, step: int) -> Path:
+  """Where Orbax keeps the accuracy of a checkpoint."""
+  return workdir / "checkpoints" / str(step) / "metrics" / "metrics"
+
+
 def checkpoints(workdir: Path) -> dict[int, float]:
   """Step to accuracy of each finished checkpoint in a workdir; -1 where no accuracy is readable."""
   folder = workdir / "checkpoints"
@@ -88,7 +93,8 @@ def checkpoints(workdir: Path) -> dict[int, float]:
   for path in folder.iterdir() if folder.exists() else ():
     if path.name.isdigit():
       try:
-        found[int(path.name)] = json.loads((path / "metrics" / "metrics").read_text())["accuracy"]
+        text = metrics_file(workdir, int(path.name)).read_text()
+        found[int(path.name)] = json.loads(text)["accuracy"]
       except (OSError, ValueError, KeyError):
         found[int(path.name)] = -1.0
   return found

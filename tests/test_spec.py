@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,10 +15,7 @@ from tests.helpers import random_input, relative_error, shapes
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
-pytestmark = [
-  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-  pytest.mark.usefixtures("no_leftovers"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 SPEC = repjax.ModelSpec(
   "repvgg_a0",
@@ -90,7 +88,7 @@ def test_normalize_is_value_over_255_less_mean_over_std(shape):
 
 def logits(folder, deploy, images):
   model, variables, _ = repjax.load(folder, deploy=deploy)
-  return model.apply(variables, images)
+  return jax.jit(model.apply)(variables, images)
 
 
 @pytest.mark.usefixtures("quick_programs")
@@ -133,6 +131,7 @@ def test_a_run_without_a_deploy_form_says_how_to_make_it(workdir):
     repjax.load(workdir)
 
 
+@pytest.mark.usefixtures("no_leftovers")
 def test_a_damaged_deploy_form_is_named(workdir):
   (workdir / "deploy" / "params" / "manifest.ocdbt").unlink()
   with pytest.raises(InputError, match="deploy/params cannot be read"):
@@ -156,6 +155,7 @@ def test_a_damaged_model_json_is_named(workdir):
     repjax.load(workdir)
 
 
+@pytest.mark.usefixtures("no_leftovers")
 def test_a_model_json_of_another_width_does_not_load_the_params(workdir):
   path = workdir / "model.json"
   value = json.loads(path.read_text())

@@ -10,10 +10,7 @@ from repjax import store
 from repjax.errors import InputError
 
 pytest_plugins = ["tests.training.fixtures"]
-pytestmark = [
-  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-  pytest.mark.usefixtures("no_leftovers"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def test_json_comes_back(tmp_path):
@@ -78,6 +75,7 @@ def test_a_tree_comes_back_exactly(tmp_path):
     np.testing.assert_array_equal(value, expected)
 
 
+@pytest.mark.usefixtures("no_leftovers")
 @pytest.mark.parametrize(
   "like",
   [{**TREE, "a": jnp.zeros((3, 3))}, {**TREE, "e": jnp.zeros(2)}, {"a": TREE["a"]}],

@@ -88,7 +88,10 @@ def _find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
   known = tfds.list_builders(with_community_datasets=False)
   if name.split("/")[0].split(":")[0] not in known:
     raise unknown("data set", name, [*known, "digits", "synthetic"])
-  builder = tfds.builder(name, data_dir=data_dir)
+  try:
+    builder = tfds.builder(name, data_dir=data_dir)
+  except (AssertionError, ValueError) as error:  # a version or variant that the set does not have
+    raise InputError(f"TFDS cannot open {name!r}: {str(error).partition(chr(10))[0]}") from error
   where = f"data_dir={data_dir!r}, " if data_dir else ""
   prepare = (
     'python -c "import tensorflow_datasets as tfds; '

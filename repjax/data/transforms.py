@@ -19,7 +19,10 @@ def decode(image: Any) -> Image.Image:
   """Encoded bytes, or a uint8 array (H, W, 3), as an RGB image."""
   if isinstance(image, np.ndarray):
     return Image.fromarray(image)
-  return Image.open(io.BytesIO(image)).convert("RGB")
+  decoded = Image.open(io.BytesIO(image))
+  if decoded.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+    decoded = Image.fromarray((np.asarray(decoded) >> 8).astype(np.uint8))
+  return decoded.convert("RGB")
 
 
 def resize_and_crop(
@@ -72,14 +75,13 @@ def random_resized_crop(
     Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 6.
       https://arxiv.org/abs/1409.4842
   """
-  box = _random_box(*image.size, rng)
-  pixels = np.asarray(image.resize((size, size), INTERPOLATIONS[interpolation], box=box))
+  # Cropped first: a resize of a box would blend in pixels from outside it.
+  part = image.crop(_random_box(*image.size, rng))
+  pixels = np.asarray(part.resize((size, size), INTERPOLATIONS[interpolation]))
   return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
-def _random_box(
-  width: int, height: int, rng: np.random.Generator
-) -> tuple[float, float, float, float]:
+def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
   for _ in range(10):
     area = width * height * rng.uniform(0.08, 1)
     ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from repjax.errors import InputError
 from repjax.layers.linear import linear
 
 
@@ -32,7 +33,7 @@ class SqueezeExcite(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     features = x.shape[-1]
     if not 0 < self.reduction <= features:
-      raise ValueError(
+      raise InputError(
         f"SqueezeExcite {'/'.join(self.path)}: {features} channels reduced {self.reduction} times "
         "leave no hidden channel; change se_reduction or widen the network"
       )

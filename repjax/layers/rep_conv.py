@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.algebra import ConvParams, add, fuse_bn, identity_kernel, pad_kernel
+from repjax.errors import InputError
 from repjax.layers.linear import bias_init, kernel_init
 from repjax.layers.rep_norm import EPSILON, batch_norm, refuse_training
 
@@ -189,24 +190,24 @@ class RepConv(nn.Module):
     """Raises ValueError where a branch cannot be part of this layer."""
     where = f"RepConv {'/'.join(self.path)}"
     if len(set(self.branches)) != len(self.branches):
-      raise ValueError(f"{where}: branch names must differ (conv3x3, conv3x3_1): {self.branches}")
+      raise InputError(f"{where}: branch names must differ (conv3x3, conv3x3_1): {self.branches}")
     if x.shape[-1] % self.groups or self.features % self.groups:
-      raise ValueError(
+      raise InputError(
         f"{where}: {x.shape[-1]} input and {self.features} output channels do not both divide into "
         f"{self.groups} groups"
       )
     if self.padding_mode not in _PADDING_MODES:
-      raise ValueError(f"{where}: padding_mode {self.padding_mode!r} is none of {_PADDING_MODES}")
+      raise InputError(f"{where}: padding_mode {self.padding_mode!r} is none of {_PADDING_MODES}")
     for name in self.branches:
       kernel_size = branch_size(name)
       if kernel_size and any((big - small) % 2 for big, small in zip(size, kernel_size)):
-        raise ValueError(
+        raise InputError(
           f"{where}: {name} has no centre in the layer's {size[0]}x{size[1]} kernel; "
           "heights must be all odd or all even, and widths too"
         )
       keeps_shape = x.shape[-1] == self.features and _pair(self.strides) == (1, 1)
       if kernel_size is None and not (keeps_shape and size[0] % 2 and size[1] % 2):
-        raise ValueError(
+        raise InputError(
           f"{where}: an identity branch needs stride 1, as many output as input channels and odd "
           f"kernels; got strides {self.strides}, {x.shape[-1]} -> {self.features} channels, "
           f"kernel {size[0]}x{size[1]}"

@@ -134,6 +134,8 @@ class RepVGG(nn.Module):
       value = getattr(self, field)
       if not isinstance(value, Sequence) or len(value) != length or not min(value) > 0:
         raise InputError(f"{field} takes {length} numbers above 0, got {value}")
+    if int(64 * min(self.width_multipliers)) < 1:
+      raise InputError(f"width_multipliers {self.width_multipliers} leave a stage no channel")
     blocks = sum(self.stage_sizes)
     groups = self.groups if isinstance(self.groups, Mapping) else {1: self.groups}
     if not all(0 < int(block) <= blocks and count > 0 for block, count in groups.items()):

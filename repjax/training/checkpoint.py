@@ -18,6 +18,10 @@ class CheckpointWriter:
     def accuracy(metrics):
       return metrics["accuracy"]
 
+    for step, value in store.checkpoints(workdir).items():
+      if value < 0:  # unreadable, which Orbax would stop at; the rest may be whole
+        store.write_json(store.metrics_file(workdir, step), {"accuracy": value})
+
     # `best_fn` alone would drop the newest checkpoint.
     keep = checkpoint_managers.AnyPreservationPolicy(
       [checkpoint_managers.LatestN(1), checkpoint_managers.BestN(get_metric_fn=accuracy, n=1)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from repjax import store
 from repjax.errors import InputError
@@ -53,10 +54,7 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
       new_sums, new_largest = jax.device_get(compare(placed, batch))
       sums = {name: sums.get(name, 0) + int(value) for name, value in new_sums.items()}
       largest = {
-        name: (max(largest[name][0], difference), max(largest[name][1], size))
-        if name in largest
-        else (difference, size)
-        for name, (difference, size) in new_largest.items()
+        name: np.maximum(largest.get(name, 0.0), pair) for name, pair in new_largest.items()
       }
   relative = {
     name: float(difference / size) if size else 0.0 for name, (difference, size) in largest.items()
@@ -133,7 +131,8 @@ def _make_compare_step(spec: ModelSpec) -> Callable[[Any, Any], Any]:
 
     def largest(x: jax.Array) -> jax.Array:
       unmasked = jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), jnp.abs(x), 0.0)
-      return jax.lax.pmax(unmasked.max(), parallel.AXIS)
+      # Unlike pmax, this keeps a NaN.
+      return jax.lax.all_gather(unmasked.max(), parallel.AXIS).max()
 
     # Auxiliary heads have no counterpart in the deploy form.
     differences = {

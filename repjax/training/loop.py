@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from repjax.data import train_batches
 from repjax.errors import InputError
@@ -134,7 +134,9 @@ def _train(
       state, metrics = train_step(state, parallel.split(next(batches)))
       pending.append(metrics)
       pause = step % plan.eval_every_steps == 0 or step == plan.total_steps
-      if pause or step % config.log_every_steps == 0 or step == first_step + 1:
+      if step == first_step + 1:  # shown alone: what is written may not depend on where a run began
+        progress.update(step, *_settle(pending, step))
+      if pause or step % config.log_every_steps == 0:
         loss, accuracy = _settle(pending, step)
         pending = []
         progress.update(step, loss, accuracy)
@@ -147,6 +149,7 @@ def _train(
         result = evaluation.run(
           eval_step, variables, evaluation.batches(config, eval_source, preprocessing)
         )
+        _check_finite("the evaluation's loss", result["loss"], step)
         records.write(step=step, eval_accuracy=result["accuracy"], eval_loss=result["loss"])
         checkpoints.save(state, result["accuracy"])
         progress.note(
@@ -165,11 +168,16 @@ def _settle(pending: list[dict[str, jax.Array]], step: int) -> tuple[float, floa
   rows = jax.device_get(pending)
   for number, row in enumerate(rows, start=step - len(rows) + 1):
     for name in ("loss", "grad_norm"):
-      if not math.isfinite(row[name]):
-        raise InputError(
-          f"{name} is {row[name]} at step {number}; training stopped and saved nothing since the "
-          "last checkpoint, from which the same command continues. A lower --config.learning_rate "
-          "or a longer --config.warmup_epochs usually helps"
-        )
-  means = jax.tree.map(lambda *values: float(jnp.mean(jnp.stack(values))), *rows)
-  return means["loss"], means["accuracy"]
+      _check_finite(name, row[name], number)
+  loss, accuracy = (float(np.mean([row[name] for row in rows])) for name in ("loss", "accuracy"))
+  return loss, accuracy
+
+
+def _check_finite(name: str, value: float, step: int) -> None:
+  """Raises InputError where a value that must be finite is not."""
+  if not math.isfinite(value):
+    raise InputError(
+      f"{name} is {value} at step {step}; training stopped and saved nothing since the last "
+      "checkpoint, from which the same command continues. A lower --config.learning_rate or a "
+      "longer --config.warmup_epochs usually helps"
+    )

@@ -44,9 +44,9 @@ class Progress:
   first update, so that compilation is not counted as speed.
   """
 
-  def __init__(self, first_step: int, total_steps: int, batch_size: int, out: TextIO = sys.stdout):
-    self._total, self._batch, self._out = total_steps, batch_size, out
-    self._live = out.isatty()
+  def __init__(self, first_step: int, total_steps: int, batch_size: int, out: TextIO | None = None):
+    self._total, self._batch, self._out = total_steps, batch_size, out or sys.stdout
+    self._live = self._out.isatty()
     self._width = 0
     self._start_step, self._start = first_step, None
     self._paused = 0.0

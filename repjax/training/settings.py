@@ -71,6 +71,17 @@ def check(config: Config) -> None:
   for field in ("num_epochs", "eval_every_epochs", "learning_rate", "tolerance"):
     if not config[field] > 0:
       raise InputError(f"config.{field} must be above 0, got {config[field]}")
+  for field in ("seed", "num_workers", "warmup_epochs", "momentum", "weight_decay", "aux_weight"):
+    if not config[field] >= 0:
+      raise InputError(f"config.{field} must be at least 0, got {config[field]}")
+  if not 0 <= config.label_smoothing < 1:
+    raise InputError(f"config.label_smoothing is in 0 ... 1, got {config.label_smoothing}")
+  for field in ("mean", "std"):
+    if len(config[field]) != 3 or (field == "std" and not min(config[field]) > 0):
+      raise InputError(f"config.{field} takes three numbers, a std above 0, got {config[field]}")
+  for override in ("axis_name", "deploy", "features_only"):
+    if config.model_overrides.get(override):
+      raise InputError(f"model_overrides.{override} is not for training; leave it out")
   parallel.check_batch_size(config.batch_size)
 
 
@@ -115,7 +126,8 @@ def make_plan(config: Config) -> Plan:
   if total is None:
     total = round(config.num_epochs * steps_per_epoch)
   if total < 1:
-    raise InputError(f"config.num_steps must be at least 1, got {total}")
+    field = "num_epochs" if config.num_steps is None else "num_steps"
+    raise InputError(f"config.{field} = {config[field]} leaves no step to train")
   return Plan(
     spec=spec,
     train=train,

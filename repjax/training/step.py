@@ -107,7 +107,7 @@ def make_train_step(
       batch_stats=batch_stats,
       opt_state=opt_state,
     )
-    return new_state, metrics | {"grad_norm": optax.global_norm(gradients)}
+    return new_state, metrics | {"grad_norm": optax.tree.norm(gradients)}
 
   return train_step
 

@@ -1,0 +1,181 @@
+"""Batches: fixed by seed and step, complete, and made without an accelerator."""
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+
+from repjax.data import eval_batches, train_batches
+from repjax.data.transforms import AUGMENTATIONS
+from tests.training import tiny
+
+COUNT, BATCH = 20, 8
+
+
+class Numbered:
+  """Noise images whose labels are their numbers; at module level so that workers find it."""
+
+  def __init__(self, count=COUNT):
+    self.count = count
+
+  def __len__(self):
+    return self.count
+
+  def __getitem__(self, index):
+    pixels = np.random.default_rng(index).integers(1, 256, (24, 20, 3), np.uint8)
+    return {"image": pixels, "label": index}
+
+
+class Backends(Numbered):
+  """Labels that say what the process which reads them has set up: JAX backends, TensorFlow."""
+
+  def __getitem__(self, index):
+    return super().__getitem__(index) | {"label": backends_here()}
+
+
+def backends_here():
+  bridge = sys.modules.get("jax._src.xla_bridge")
+  return len(bridge._backends if bridge else ()) + 100 * ("tensorflow" in sys.modules)
+
+
+def train(steps, examples=None, **changes):
+  """The first batches of a training pipeline."""
+  settings = {
+    "batch_size": BATCH,
+    "image_size": 8,
+    "augment": "random_resized_crop",
+    "interpolation": "bilinear",
+    "seed": 0,
+  }
+  batches = train_batches(examples or Numbered(), **settings | changes)
+  result = list(itertools.islice(batches, steps))
+  batches.close()
+  return result
+
+
+def evaluation(**changes):
+  settings = {"image_size": 8, "resize_size": 20, "interpolation": "bilinear"}
+  return list(eval_batches(**settings | changes))
+
+
+def assert_equal(batches, others):
+  assert len(batches) == len(others)
+  for batch, other in zip(batches, others):
+    assert batch.keys() == other.keys()
+    for name in batch:
+      np.testing.assert_array_equal(batch[name], other[name])
+
+
+def joined(batches, name):
+  return np.concatenate([batch[name] for batch in batches])
+
+
+@pytest.fixture(scope="module")
+def from_the_start():
+  """Ten batches: four epochs."""
+  return train(10)
+
+
+@pytest.mark.parametrize(("start", "num_workers"), [(3, 0), (3, 1), (0, 2)])
+def test_seed_and_step_alone_fix_a_batch(from_the_start, start, num_workers):
+  batches = train(10 - start, start_step=start, num_workers=num_workers)
+  assert_equal(batches, from_the_start[start:])
+
+
+def test_a_training_batch_is_uint8_images_and_int32_labels(from_the_start):
+  assert {name: (x.shape, x.dtype) for name, x in from_the_start[0].items()} == {
+    "image": ((BATCH, 8, 8, 3), np.uint8),
+    "label": ((BATCH,), np.int32),
+  }
+
+
+def test_each_epoch_shows_every_example_once_and_batches_straddle_epochs(from_the_start):
+  # Neither batch 3 nor batch 8 lies in one epoch: 20 examples make two batches and a half.
+  epochs = joined(from_the_start, "label").reshape(4, COUNT)
+  np.testing.assert_array_equal(np.sort(epochs), [range(COUNT)] * 4)
+  assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_an_example_is_augmented_anew_in_each_epoch(from_the_start):
+  images, labels = joined(from_the_start, "image"), joined(from_the_start, "label")
+  for number in range(COUNT):
+    views = {image.tobytes() for image in images[labels == number]}
+    assert len(views) == 4
+
+
+def test_augmentation_draws_from_the_seed(from_the_start):
+  others = train(5, seed=1)
+  assert not np.array_equal(joined(others, "label"), joined(from_the_start[:5], "label"))
+  ours, theirs = (
+    {image.tobytes() for image in joined(batches, "image")}
+    for batches in (from_the_start[:5], others)
+  )
+  assert not ours & theirs
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_shards_together_are_the_whole_batch(from_the_start, start):
+  shards = [train(4, shard=(index, 2), start_step=start) for index in (0, 1)]
+  for whole, *parts in zip(from_the_start[start:], *shards):
+    assert all(len(part["label"]) == BATCH // 2 for part in parts)
+    for name in whole:
+      together = np.stack([part[name] for part in parts], axis=1).reshape(whole[name].shape)
+      np.testing.assert_array_equal(together, whole[name])
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_every_augmentation_goes_through_the_pipeline(augment):
+  (batch,) = train(1, augment=augment)
+  assert batch["image"].shape == (BATCH, 8, 8, 3)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [6, 12, 18, 60])
+@pytest.mark.parametrize("count", [1, 2, 23, 24])
+def test_evaluation_sees_every_example_once(count, batch_size, shards):
+  examples = Numbered(count)
+  parts = [
+    evaluation(examples=examples, batch_size=batch_size, shard=(index, shards))
+    for index in range(shards)
+  ]
+  assert {len(part) for part in parts} == {-(-count // batch_size)}
+  batches = [batch for part in parts for batch in part]
+  assert {len(batch["label"]) for batch in batches} == {batch_size // shards}
+  mask, labels = joined(batches, "mask"), joined(batches, "label")
+  np.testing.assert_array_equal(np.sort(labels[mask]), range(count))
+  assert not joined(batches, "image")[~mask].any()
+  assert joined(batches, "image")[mask].any((1, 2, 3)).all()
+
+
+def test_evaluation_is_in_order_and_centred():
+  images = joined(evaluation(examples=Numbered(5), batch_size=2), "image")
+  # Sources are 20 x 24 pixels, so that nothing is resized.
+  pixels = [Numbered()[index]["image"][8:16, 6:14] for index in range(5)]
+  np.testing.assert_array_equal(images, [*pixels, np.zeros_like(pixels[0])])
+
+
+def test_an_evaluation_batch_is_uint8_images_int32_labels_and_a_mask():
+  (batch,) = evaluation(examples=Numbered(2), batch_size=3)
+  assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+    "image": ((3, 8, 8, 3), np.uint8),
+    "label": ((3,), np.int32),
+    "mask": ((3,), np.bool_),
+  }
+
+
+def test_reading_data_sets_up_no_accelerator_and_no_tensorflow(tmp_path):
+  script = tmp_path / "read.py"
+  script.write_text("""
+from tests.data.test_pipeline import Backends, backends_here, train
+from repjax.data import open_source
+
+if __name__ == "__main__":
+  digits = open_source("digits", "train", data_dir="tfds").examples
+  train(1, digits)
+  assert backends_here() == 0, "the process that asks"
+  (batch,) = train(1, Backends(), num_workers=1)
+  assert not batch["label"].any(), "a worker"
+""")
+  finished = tiny.run_python(str(script), cwd=tmp_path, cache=tmp_path)
+  assert finished.returncode == 0, finished.stderr

@@ -1,0 +1,53 @@
+"""What is made once a session: the digits on disk, compiled programs and a finished run."""
+
+import contextlib
+import gc
+import io
+
+import pytest
+
+from repjax import training
+from repjax.data import open_source
+from tests.training import tiny
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+  """A TFDS folder that holds the digits."""
+  folder = tmp_path_factory.mktemp("tfds")
+  with contextlib.redirect_stdout(io.StringIO()):
+    open_source("digits", "train", data_dir=str(folder))
+  return folder
+
+
+@pytest.fixture(scope="session")
+def cache_home(tmp_path_factory):
+  """What XDG_CACHE_HOME is for programs that tests start."""
+  return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def quick_programs(cache_home):
+  """See `tiny.quick_programs`."""
+  with tiny.quick_programs(cache_home / "repjax" / "xla"):
+    yield
+
+
+@pytest.fixture
+def no_leftovers():
+  """Collects the reads that Orbax gives up, each with a warning, when one of them fails."""
+  yield
+  gc.collect()
+
+
+@pytest.fixture(scope="session")
+def finished(digits_dir, cache_home, tmp_path_factory):
+  """The workdir of a finished run, which no test may change, with what it printed and returned."""
+  workdir = tmp_path_factory.mktemp("runs") / "finished"
+  printed = io.StringIO()
+  with (
+    tiny.quick_programs(cache_home / "repjax" / "xla"),
+    contextlib.redirect_stdout(printed),
+  ):
+    report = training.train(tiny.config(digits_dir), workdir)
+  return workdir, report, printed.getvalue()

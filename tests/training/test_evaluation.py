@@ -1,0 +1,53 @@
+"""Evaluation against the same thing computed by hand."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import repjax
+from repjax import training
+from repjax.data import open_source
+from tests.training import tiny
+
+pytest_plugins = ["tests.training.fixtures"]
+
+
+@pytest.fixture(scope="module")
+def test_images(digits_dir):
+  """The test split as the tiny model sees it, and its labels."""
+  examples = open_source("digits", "test", data_dir=str(digits_dir)).examples
+  rows = [examples[index] for index in range(len(examples))]
+  pixels = [
+    Image.open(io.BytesIO(row["image"])).resize((16, 16), Image.Resampling.BILINEAR) for row in rows
+  ]
+  grey = (np.array([np.asarray(image) for image in pixels]) / 255 - 0.3) / 0.35
+  images = np.repeat(grey[..., None], 3, axis=-1).astype(np.float32)
+  return images, np.array([row["label"] for row in rows])
+
+
+@pytest.mark.parametrize("deploy", [False, True])
+def test_accuracy_and_loss_are_those_of_every_image_counted_once(
+  finished, digits_dir, test_images, deploy
+):
+  # Batches of 32: the last of the 360 images fill a quarter of one.
+  result = training.evaluate(tiny.config(digits_dir), finished[0], deploy=deploy)
+  images, labels = test_images
+  model, variables, _ = repjax.load(finished[0], deploy=deploy)
+  logits = np.asarray(jax.jit(model.apply)(variables, images), np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  assert result == {
+    "accuracy": np.mean(logits.argmax(-1) == labels),
+    "loss": pytest.approx(-np.mean(log_p[np.arange(360), labels]), rel=1e-5),
+    "count": 360,
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+  }
+
+
+def test_what_the_report_says_is_what_evaluation_finds(finished, digits_dir):
+  workdir, report, _ = finished
+  for form, accuracy in report["accuracy"].items():
+    result = training.evaluate(tiny.config(digits_dir), workdir, deploy=form == "deploy")
+    assert result["accuracy"] == accuracy

@@ -1,0 +1,178 @@
+"""Every mistake in a config is named before anything is written."""
+
+import json
+
+import numpy as np
+import pytest
+
+import repjax
+from repjax.errors import InputError
+from repjax.training import settings
+from tests.training import tiny
+
+pytest_plugins = ["tests.training.fixtures"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "fragment"),
+  [
+    ({"dtype": "float16"}, "unknown value of config.dtype 'float16'; did you mean bfloat16 or"),
+    ({"augment": "shft"}, "unknown value of config.augment 'shft'; did you mean shift?"),
+    ({"interpolation": "cubic"}, "unknown value of config.interpolation 'cubic'; did you mean b"),
+    ({"batch_size": 30}, "batch_size 30 does not divide over 4 devices; use 28 or 32"),
+    ({"batch_size": 0}, "config.batch_size must be at least 1, got 0"),
+    ({"batch_size": 1440}, "batch_size 1440 is more than the 1437 images of digits's train split"),
+    ({"image_size": 4}, "H and W at least 8; got (1, 4, 4, 3): use a larger image size"),
+    ({"model": "repvg_a0"}, "unknown model 'repvg_a0'; did you mean repvgg_a0"),
+    ({"model_overrides": {"depth": 3}}, "unknown override of repvgg_a0 'depth'"),
+    ({"model_overrides": {"act": "swish"}}, "unknown activation 'swish'; known: gelu, relu, silu"),
+    ({"model_overrides": {"stage_sizes": (1, 1)}}, "stage_sizes takes 4 numbers"),
+    ({"num_classes": 7}, "digits has 10 classes, config.num_classes is 7; set --config.num_class"),
+    ({"num_steps": 0}, "config.num_steps = 0 leaves no step to train"),
+    ({"num_epochs": 0.0}, "config.num_epochs must be above 0, got 0.0"),
+    ({"eval_every_epochs": -1.0}, "config.eval_every_epochs must be above 0, got -1.0"),
+    ({"learning_rate": float("nan")}, "config.learning_rate must be above 0, got nan"),
+    ({"tolerance": 0.0}, "config.tolerance must be above 0, got 0.0"),
+    ({"log_every_steps": 0}, "config.log_every_steps must be at least 1, got 0"),
+    ({"dataset": "digit"}, "unknown data set 'digit'; did you mean digits"),
+    ({"train_split": "trian"}, "unknown split of digits 'trian'; did you mean train?"),
+  ],
+  ids=str,
+)
+def test_a_value_that_cannot_be_used_is_named(digits_dir, changes, fragment):
+  with pytest.raises(InputError) as caught:
+    settings.make_plan(tiny.config(digits_dir, **changes))
+  assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("overrides", "fragment"),
+  [
+    ({"se": "pre"}, "8 channels reduced 16 times"),
+    ({"groups": 3}, "3 groups"),
+    ({"width_multipliers": (0.001,) * 4}, "width_multipliers"),
+    ({"features_only": True}, "features_only"),
+    ({"deploy": True}, "deploy"),
+  ],
+  ids=str,
+)
+def test_an_override_that_no_run_can_use_is_named(digits_dir, overrides, fragment):
+  with pytest.raises(InputError, match=fragment):
+    settings.make_plan(tiny.config(digits_dir, model_overrides=overrides))
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"mean": (0.3,)},
+    {"std": (0.0, 0.0, 0.0)},
+    {"label_smoothing": 2.0},
+    {"warmup_epochs": -1.0},
+    {"seed": -1},
+    {"num_workers": -1},
+    {"model_overrides": {"dropout": 2.0}},
+  ],
+  ids=str,
+)
+def test_a_value_out_of_range_is_named(digits_dir, changes):
+  name = next(iter(changes.get("model_overrides", changes)))
+  with pytest.raises(InputError, match=name):
+    settings.make_plan(tiny.config(digits_dir, **changes))
+
+
+def test_a_run_too_short_for_a_step_names_the_field_that_was_set(digits_dir):
+  with pytest.raises(InputError, match="num_epochs"):
+    settings.make_plan(tiny.config(digits_dir, num_steps=None, num_epochs=1e-5))
+
+
+def test_a_plan_follows_from_config_and_data(digits_dir):
+  plan = settings.make_plan(tiny.config(digits_dir))
+  assert plan.spec.name == "repvgg_a0"
+  assert plan.spec.num_classes == 10
+  assert plan.spec.class_names == tuple("0123456789")
+  assert plan.spec.overrides == tiny.OVERRIDES  # fields that are None are the variant's own
+  assert plan.spec.preprocessing == repjax.spec.Preprocessing(
+    16, 16, "bilinear", (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
+  )
+  assert len(plan.train.examples) == 1437
+  assert plan[2:] == (pytest.approx(1437 / 32), 12, 3, 4)
+
+
+def test_epochs_give_the_number_of_steps_where_none_is_set(digits_dir):
+  config = tiny.config(digits_dir, num_steps=None, num_epochs=3.0, eval_every_epochs=1.0)
+  plan = settings.make_plan(config)
+  assert plan.total_steps == round(3 * 1437 / 32)
+  assert plan.eval_every_steps == np.ceil(1437 / 32)
+
+
+def test_a_warm_up_is_never_longer_than_the_run(digits_dir):
+  plan = settings.make_plan(tiny.config(digits_dir, warmup_epochs=100.0))
+  assert plan.warmup_steps == plan.total_steps == 12
+
+
+def test_evaluation_resizes_to_no_less_than_the_image_size(digits_dir):
+  plan = settings.make_plan(tiny.config(digits_dir, resize_size=8))
+  assert plan.spec.preprocessing.resize_size == 16
+
+
+@pytest.fixture
+def claimed(digits_dir, tmp_path):
+  """A workdir that belongs to a run of the tiny model, and a function that claims it again."""
+
+  def claim(**changes):
+    config = tiny.config(digits_dir, **changes)
+    settings.claim_workdir(tmp_path, config, settings.make_plan(config).spec)
+
+  claim()
+  return tmp_path, claim
+
+
+def test_a_claimed_workdir_holds_config_and_model(claimed, digits_dir):
+  workdir, _ = claimed
+  config = tiny.config(digits_dir)
+  assert sorted(tiny.contents(workdir)) == ["config.json", "model.json"]
+  read = settings.read_config(workdir)
+  assert json.dumps(read.to_dict()) == json.dumps(config.to_dict())  # lists and tuples are one
+  assert settings.make_plan(read)[2:] == settings.make_plan(config)[2:]
+  assert repjax.ModelSpec.read(workdir).class_names == tuple("0123456789")
+
+
+def test_claiming_again_says_and_changes_nothing(claimed, capsys):
+  workdir, claim = claimed
+  before = tiny.contents(workdir)
+  claim()
+  assert tiny.contents(workdir) == before
+  assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+  ("changes", "difference"),
+  [
+    ({"model": "repvgg_b0"}, "name repvgg_a0 -> repvgg_b0"),
+    ({"image_size": 24}, "preprocessing.image_size 16 -> 24"),
+    ({"model_overrides": {"act": "silu"}}, "overrides.act None -> silu"),
+    ({"model_overrides": {"stage_sizes": (1, 2, 1, 1)}}, "overrides.stage_sizes.1 1 -> 2"),
+  ],
+  ids=str,
+)
+def test_a_workdir_of_another_model_is_refused_and_left_alone(claimed, changes, difference):
+  workdir, claim = claimed
+  before = tiny.contents(workdir)
+  with pytest.raises(InputError, match="belongs to another model") as caught:
+    claim(**changes)
+  assert difference in str(caught.value)
+  assert "Nothing was changed; give another --workdir" in str(caught.value)
+  assert tiny.contents(workdir) == before
+
+
+def test_other_changes_are_printed_and_kept(claimed, capsys):
+  workdir, claim = claimed
+  claim(learning_rate=0.25, num_steps=20)
+  expected = "config changed since this run began: learning_rate 0.4 -> 0.25, num_steps 12 -> 20\n"
+  assert capsys.readouterr().out == expected
+  assert settings.read_config(workdir).num_steps == 20
+
+
+def test_a_folder_without_a_run_has_no_config(tmp_path):
+  with pytest.raises(InputError, match=r"config.json does not exist; is .* the right folder\?"):
+    settings.read_config(tmp_path)

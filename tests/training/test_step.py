@@ -1,0 +1,287 @@
+"""The training and evaluation steps against the same thing written out by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import repjax
+from repjax.spec import Preprocessing
+from repjax.training import optimizer, parallel
+from repjax.training.step import TrainState, create_state, make_eval_step, make_train_step
+from tests.helpers import F64, leaves, random_variables, relative_error, shapes
+from tests.training import tiny
+
+pytest_plugins = ["tests.training.fixtures"]
+
+DEVICES, EACH, CLASSES = 4, 2, 10
+PREPROCESSING = Preprocessing(16, 16, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+RATE, DECAY, SMOOTHING = 0.5, 0.01, 0.2
+
+
+def make_batch(seed=0, classes=CLASSES):
+  """Different images and labels for every device."""
+  rng = np.random.default_rng(seed)
+  count = DEVICES * EACH
+  return {
+    "image": rng.integers(0, 256, (count, 16, 16, 3), np.uint8),
+    "label": rng.integers(0, classes, (count,), np.int32),
+  }
+
+
+def cross_entropy(logits, labels, smoothing=0.0):
+  """Mean over images of -sum_k t_k log p_k with t = (1 - e) onehot + e / K."""
+  onehot = jnp.eye(logits.shape[-1])[labels]
+  targets = (1 - smoothing) * onehot + smoothing / logits.shape[-1]
+  log_p = logits - jnp.log(jnp.sum(jnp.exp(logits), -1, keepdims=True))
+  return -jnp.mean(jnp.sum(targets * log_p, -1))
+
+
+def assert_trees_close(tree, other, tolerance):
+  ours, theirs = leaves(tree), leaves(other)
+  assert ours.keys() == theirs.keys()
+  for path, value in ours.items():
+    assert relative_error(value, theirs[path]) <= tolerance, path
+
+
+class Toy(nn.Module):
+  """Batch norm, dropout and a linear layer on the mean colour; auxiliary logits on request."""
+
+  dropout: float = 0.0
+  aux: tuple[str, ...] = ()
+
+  @nn.compact
+  def __call__(self, images, train=False):
+    x = nn.BatchNorm(use_running_average=not train)(images.mean((1, 2)))
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    auxiliary = {name: nn.Dense(3, name=name)(x) for name in self.aux}
+    logits = nn.Dense(3)(x)
+    return (logits, auxiliary) if train and auxiliary else logits
+
+
+class DropoutMask(nn.Module):
+  """Keeps the mask that dropout has drawn as a running statistic."""
+
+  @nn.compact
+  def __call__(self, images, train=False):
+    mask = self.variable("batch_stats", "mask", jnp.zeros, (64,))
+    drawn = nn.Dropout(0.5, deterministic=not train)(jnp.ones(64))
+    if train:
+      mask.value = drawn
+    return nn.Dense(3)(images.mean((1, 2)))
+
+
+def toy_state(model, rate=0.1):
+  sgd = optimizer.sgd(lambda step: rate, momentum=0.9, nesterov=False, weight_decay=0.0)
+  return create_state(random_variables(model, jnp.ones((1, 16, 16, 3))), sgd), sgd
+
+
+def training_outputs(model, variables, batch):
+  @jax.jit
+  def apply(images):
+    images = PREPROCESSING.normalize(images)
+    return model.apply(variables, images, train=True, mutable=["batch_stats"])[0]
+
+  return apply(batch["image"])
+
+
+@pytest.fixture
+def double(x64):
+  """A float64 RepVGG, its first state, the optimizer and a function that builds its step."""
+  sgd = optimizer.sgd(lambda step: RATE, momentum=0.9, nesterov=False, weight_decay=DECAY)
+  model = repjax.create_model("repvgg_a0", num_classes=CLASSES, **tiny.OVERRIDES, **F64)
+  state = create_state(random_variables(model, jnp.ones((1, 16, 16, 3))), sgd)
+
+  def build(axis_name, batch_norm_axis=None):
+    return make_train_step(
+      model.clone(axis_name=batch_norm_axis),
+      sgd,
+      PREPROCESSING,
+      label_smoothing=SMOOTHING,
+      axis_name=axis_name,
+    )
+
+  return model, state, build
+
+
+def test_a_step_on_four_devices_is_the_mean_over_each_devices_images(double):
+  model, state, build = double
+  batch = make_batch()
+  step = parallel.data_parallel(build(parallel.AXIS))
+  new, metrics = step(parallel.place(state), parallel.split(batch))
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def alone(params, images, labels):
+    logits, updates = model.apply(
+      {"params": params, "batch_stats": state.batch_stats},
+      images,
+      train=True,
+      mutable=["batch_stats"],
+    )
+    return cross_entropy(logits, labels, SMOOTHING), (logits, updates["batch_stats"])
+
+  mean, std = (np.array(values) for values in (PREPROCESSING.mean, PREPROCESSING.std))
+  images = (batch["image"] / 255 - mean) / std
+  rows = []
+  for part in range(DEVICES):
+    own = slice(part * EACH, (part + 1) * EACH)
+    rows.append(alone(state.params, images[own], batch["label"][own]))
+  (loss, (_, stats)), gradients = jax.tree.map(lambda *row: sum(row) / DEVICES, *rows)
+  correct = [
+    row[0][1][0].argmax(-1) == label for row, label in zip(rows, batch["label"].reshape(4, -1))
+  ]
+
+  def stepped(path, value):
+    name = "/".join(entry.key for entry in path)
+    decays = name.endswith(("kernel", "identity/bn/scale"))
+    factor = 2 if name.endswith("bias") else 1
+    return value - factor * RATE * (leaves(gradients)[name] + DECAY * decays * value)
+
+  norm = np.sqrt(sum((value**2).sum() for value in jax.tree.leaves(gradients)))
+  params = jax.tree_util.tree_map_with_path(stepped, state.params)
+  # The loss is computed in float32, whatever the model's type.
+  assert relative_error(metrics["loss"], loss) <= 1e-6
+  assert metrics["accuracy"] == np.mean(correct)
+  assert relative_error(metrics["grad_norm"], norm) <= 1e-6
+  assert_trees_close(new.params, params, 1e-6)
+  assert_trees_close(new.batch_stats, stats, 1e-6)
+  assert new.step == 1
+
+
+def test_results_are_the_same_on_every_device_and_carry_no_device_axis(double):
+  _, state, build = double
+  step = parallel.data_parallel(build(parallel.AXIS))
+  new, metrics = step(parallel.place(state), parallel.split(make_batch()))
+  assert shapes(new) == shapes(state)
+  assert {value.shape for value in metrics.values()} == {()}
+  for value in jax.tree.leaves((new, metrics)):
+    copies = [np.asarray(shard.data) for shard in value.addressable_shards]
+    assert len(copies) == DEVICES
+    assert all(copy.tobytes() == copies[0].tobytes() for copy in copies)
+    assert copies[0].shape == value.shape
+
+
+def test_a_step_is_pure(double):
+  _, state, build = double
+  step = parallel.data_parallel(build(parallel.AXIS))
+  placed, batch = parallel.place(state), parallel.split(make_batch())
+  first, second = step(placed, batch), step(placed, batch)
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+  jax.tree.map(np.testing.assert_array_equal, placed, state)
+
+
+def test_synchronised_batch_norm_on_four_devices_is_one_device_with_the_whole_batch(double):
+  _, state, build = double
+  batch = make_batch()
+  whole, whole_metrics = jax.jit(build(None))(state, batch)
+  placed, split = parallel.place(state), parallel.split(batch)
+  shared, metrics = parallel.data_parallel(build(parallel.AXIS, parallel.AXIS))(placed, split)
+  assert_trees_close(shared.batch_stats, whole.batch_stats, 1e-12)
+  assert_trees_close(shared.params, whole.params, 1e-6)
+  for name, value in whole_metrics.items():
+    assert relative_error(metrics[name], value) <= 1e-6, name
+  # Statistics of each device's own images give something else.
+  lone, _ = parallel.data_parallel(build(parallel.AXIS))(placed, split)
+  stats = "stem/RepConv_0/conv3x3/bn/var"
+  assert relative_error(leaves(lone.batch_stats)[stats], leaves(whole.batch_stats)[stats]) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_step_keeps_the_types_of_its_state_and_gives_float32_metrics(dtype):
+  model = repjax.create_model(
+    "repvgg_a0", dtype=dtype, **tiny.OVERRIDES, se="post", se_reduction=4, aux_heads=True
+  )
+  sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+  images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  state = jax.eval_shape(lambda values: create_state(values, sgd), variables)
+  new, metrics = jax.eval_shape(make_train_step(model, sgd, PREPROCESSING), state, make_batch())
+  assert shapes(new) == shapes(state)
+  for value in jax.tree.leaves((new.params, new.batch_stats, metrics)):
+    assert value.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_label_smoothing_mixes_in_the_same_share_of_every_class(smoothing):
+  model = Toy()
+  state, sgd = toy_state(model)
+  batch = make_batch(classes=3)
+  step = jax.jit(make_train_step(model, sgd, PREPROCESSING, label_smoothing=smoothing))
+  _, metrics = step(state, batch)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  logits = training_outputs(model, variables, batch)
+  assert relative_error(metrics["loss"], cross_entropy(logits, batch["label"], smoothing)) <= 1e-6
+  assert metrics["accuracy"] == np.mean(logits.argmax(-1) == batch["label"])
+
+
+def test_each_auxiliary_head_adds_its_weighted_loss():
+  model = Toy(aux=("first", "second"))
+  state, sgd = toy_state(model)
+  batch = make_batch(classes=3)
+  step = make_train_step(model, sgd, PREPROCESSING, aux_weight=0.3, label_smoothing=0.1)
+  _, metrics = jax.jit(step)(state, batch)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  logits, aux = training_outputs(model, variables, batch)
+  main, first, second = (
+    cross_entropy(values, batch["label"], 0.1) for values in (logits, aux["first"], aux["second"])
+  )
+  assert relative_error(metrics["loss"], main + 0.3 * (first + second)) <= 1e-6
+  assert metrics["accuracy"] == np.mean(logits.argmax(-1) == batch["label"])
+
+
+def drawn_mask(state, sgd, seed=0):
+  step = jax.jit(make_train_step(DropoutMask(), sgd, PREPROCESSING, seed=seed))
+  return np.asarray(step(state, make_batch(classes=3))[0].batch_stats["mask"])
+
+
+def test_dropout_follows_seed_and_step():
+  sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
+  variables = jax.jit(DropoutMask().init)(jax.random.key(0), jnp.ones((1, 16, 16, 3)))
+  state = create_state(variables, sgd)
+  mask = drawn_mask(state, sgd)
+  assert set(mask) == {0.0, 2.0}
+  np.testing.assert_array_equal(drawn_mask(state, sgd), mask)
+  assert not np.array_equal(drawn_mask(state.replace(step=state.step + 1), sgd), mask)
+  assert not np.array_equal(drawn_mask(state, sgd, seed=1), mask)
+
+
+def test_dropout_differs_between_devices():
+  sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
+  variables = jax.jit(DropoutMask().init)(jax.random.key(0), jnp.ones((1, 16, 16, 3)))
+  step = make_train_step(DropoutMask(), sgd, PREPROCESSING, axis_name=parallel.AXIS)
+  state = parallel.place(create_state(variables, sgd))
+  new, _ = parallel.data_parallel(step)(state, parallel.split(make_batch(classes=3)))
+  # Means of four masks of 0 and 2: one mask on all devices would leave only these two values.
+  assert set(np.asarray(new.batch_stats["mask"])) == {0.0, 0.5, 1.0, 1.5, 2.0}
+
+
+@pytest.mark.parametrize("axis_name", [None, parallel.AXIS])
+def test_evaluation_sums_over_unmasked_images_only(axis_name):
+  model = Toy()
+  variables = random_variables(model, jnp.ones((1, 16, 16, 3)))
+  batch = make_batch(classes=3) | {"mask": np.array([1, 1, 0, 1, 0, 0, 1, 1], bool)}
+  step = make_eval_step(model, PREPROCESSING, axis_name=axis_name)
+  if axis_name is None:
+    sums = jax.jit(step)(variables, batch)
+  else:
+    sums = parallel.data_parallel(step)(parallel.place(variables), parallel.split(batch))
+  seen = batch["mask"]
+  images = PREPROCESSING.normalize(jnp.asarray(batch["image"][seen]))
+  logits = jax.jit(model.apply)(variables, images)
+  labels = batch["label"][seen]
+  assert sums["count"] == 5
+  assert sums["correct"] == np.sum(logits.argmax(-1) == labels)
+  assert relative_error(sums["loss"], 5 * cross_entropy(logits, labels)) <= 1e-6
+
+
+def test_a_first_state_is_at_step_zero_without_momentum():
+  model = Toy()
+  state, _ = toy_state(model)
+  assert isinstance(state, TrainState)
+  assert state.step == 0
+  assert state.step.dtype == jnp.int32
+  assert not any(value.any() for value in jax.tree.leaves(state.opt_state))

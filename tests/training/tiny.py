@@ -1,0 +1,81 @@
+"""The one small run that many tests share: a narrow RepVGG on the handwritten digits."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from configs import digits
+
+ROOT = Path(__file__).parents[2]
+STEPS, EVAL_STEPS = 12, 4
+OVERRIDES = {
+  "stage_sizes": (1, 1, 1, 1),
+  "width_multipliers": (0.125,) * 4,
+  "strides": (1, 1, 2, 2, 2),
+}
+
+
+def config(data_dir, **changes):
+  """A config of 12 steps with an evaluation every 4, and with `changes` to its fields."""
+  result = digits.get_config()
+  result.model_overrides.update(OVERRIDES)
+  result.data_dir = str(data_dir)
+  result.batch_size = 32
+  result.num_steps = STEPS
+  result.eval_every_epochs = EVAL_STEPS * 32 / 1437
+  result.warmup_epochs = 3 * 32 / 1437
+  result.log_every_steps = 3
+  result.model_overrides.update(changes.pop("model_overrides", {}))
+  result.update(changes)
+  return result
+
+
+@contextlib.contextmanager
+def quick_programs(cache):
+  """Compiles fast rather than well, each program once a session, away from the user's cache."""
+  changes = {
+    "jax_disable_most_optimizations": True,
+    "jax_compilation_cache_dir": str(cache),
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+  }
+  held = {name: jax.config.values[name] for name in changes}
+  for name, value in changes.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in held.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def contents(folder):
+  """Every file below a folder with its bytes."""
+  paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+  return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def run_python(*arguments, cwd, cache):
+  """Runs Python on this checkout in a process of its own."""
+  environment = {
+    "HOME": str(cwd),
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_NUM_CPU_DEVICES": "4",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    "JAX_PLATFORMS": "cpu",
+    "PATH": "/usr/bin:/bin",
+    "PYTHONPATH": str(ROOT),
+    "XDG_CACHE_HOME": str(cache),
+  }
+  return subprocess.run(
+    [sys.executable, *arguments],
+    cwd=cwd,
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
