@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 # CUDA wheels only where there is an NVIDIA GPU.
-EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda)
+EXTRAS := dev$(if $(shell nvidia-smi -L 2>/dev/null),$(comma)cuda)
 
 .PHONY: demo test lint clean
 

@@ -24,8 +24,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         _ = _CONFIG.value.model  # a config file that failed to load says so only now
         return rest
     except (AttributeError, KeyError, OSError, TypeError) as error:  # ml_collections' kinds
-      text = str(error).replace("\\n", "; ").replace("\\'", "").strip("'\"")
-      raise InputError(f"the --config flags name what does not exist: {text}") from error
+      text = " ".join(str(error).replace("\\n", "; ").replace("\\'", "").split()).strip("'\"")
+      raise InputError(f"the --config flags cannot be used: {text}") from error
     raise InputError(
       f"unexpected arguments {rest[1:]}; fields are set as --config.batch_size=64"
       if rest[1:]

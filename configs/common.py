@@ -11,9 +11,12 @@ def get_config() -> ml_collections.ConfigDict:
   # Model: a name of repjax.list_models() and attributes that replace those of its variant.
   config.model = "repvgg_a0"
   config.model_overrides = ml_collections.ConfigDict()
-  config.model_overrides.act = config_dict.placeholder(str)  # None: the variant's own
-  config.model_overrides.dropout = config_dict.placeholder(float)
-  config.model_overrides.remat = config_dict.placeholder(bool)
+  for override, kind in (
+    *(("act", str), ("dropout", float), ("remat", bool)),
+    *(("stage_sizes", tuple), ("width_multipliers", tuple), ("strides", tuple)),
+    *(("groups", int), ("se", str), ("se_reduction", int), ("aux_heads", bool)),
+  ):
+    config.model_overrides[override] = config_dict.placeholder(kind)  # None: the variant's own
   config.num_classes = 1000
   config.dtype = "float32"  # of the computation: "float32" or "bfloat16"; parameters are float32
   config.sync_batch_norm = False  # share batch statistics between devices

@@ -62,6 +62,11 @@ def reparameterize(
   References:
     Ding et al., RepVGG, CVPR 2021, section 3.3. https://arxiv.org/abs/2101.03697
   """
+  if not (isinstance(params, Mapping) and isinstance(batch_stats, Mapping)):
+    raise ValueError(
+      f"reparameterize takes two dictionaries, params and batch_stats ({{}} for none), got "
+      f"{type(params).__name__} and {type(batch_stats).__name__}"
+    )
   entries = (keep,) if isinstance(keep, str) else keep
   kept = tuple(tuple(entry.strip("/").split("/")) for entry in entries)
   return _walk(params, batch_stats, (), folds, epsilon, kept)

@@ -19,6 +19,8 @@ from repjax.models import create_model
 class Preprocessing:
   """From an image of any size to a model's input.
 
+  `repjax.data.transforms.resize_and_crop` makes the uint8 square, `normalize` the input.
+
   Attributes:
     image_size: side of the square that the model sees, in pixels.
     resize_size: length of the shorter side before the central square is cut out, in pixels.
@@ -148,9 +150,8 @@ def load(
       store.read_checkpoint(folder, {"variables": shapes}, best=True)[1]["variables"],
       spec,
     )
-  params_folder = (
-    folder / "params" if (folder / "params").exists() else folder / "deploy" / "params"
-  )
+  deploy_folder = folder if (folder / "params").exists() else folder / "deploy"
+  params_folder = store.current_folder(deploy_folder) / "params"
   if not params_folder.exists():
     raise InputError(
       f"{folder} holds no deploy form yet; make it with: "

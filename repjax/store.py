@@ -25,7 +25,10 @@ from repjax.errors import InputError
 
 def write_json(path: Path, value: Any) -> None:
   """Writes a JSON file that is never seen half-written."""
-  path.parent.mkdir(parents=True, exist_ok=True)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError):
+    raise InputError(f"{path.parent} cannot be a folder: there is a file of that name") from None
   draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
   draft.write_text(json.dumps(value, indent=2) + "\n")
   draft.replace(path)
@@ -73,12 +76,22 @@ def read_tree(path: Path, like: Any) -> Any:
 
 
 def replace_folder(draft: Path, path: Path) -> None:
-  """Puts the finished folder `draft` in the place of `path`, which may exist."""
-  old = path.with_name(f"{path.name}.{os.getpid()}.old")
+  """Puts the finished folder `draft` in the place of `path`, which may exist.
+
+  Between two renames the old one is called `<path>.old`; see `current_folder`.
+  """
+  old = path.with_name(f"{path.name}.old")
   if path.exists():
+    shutil.rmtree(old, ignore_errors=True)
     path.replace(old)
   draft.replace(path)
   shutil.rmtree(old, ignore_errors=True)
+
+
+def current_folder(path: Path) -> Path:
+  """`path`, or what `replace_folder` was about to replace when it was killed."""
+  old = path.with_name(f"{path.name}.old")
+  return old if old.exists() and not path.exists() else path
 
 
 def metrics_file(workdir: Path, step: int) -> Path:

@@ -21,9 +21,10 @@ def main() -> None:
   forms = FORMS if arguments.form == "both" else (arguments.form,)
   with one_paragraph():
     config = training.read_config(arguments.workdir)
-    print(f"{'form':<8}{'parameters':>14}{'accuracy':>12}{'loss':>10}")
     for form in forms:
       result = training.evaluate(config, arguments.workdir, deploy=form == "deploy")
+      if form == forms[0]:
+        print(f"{'form':<8}{'parameters':>14}{'accuracy':>12}{'loss':>10}")
       print(
         f"{form:<8}{result['parameters']:>14,}{result['accuracy']:>12.2%}{result['loss']:>10.4f}",
         flush=True,

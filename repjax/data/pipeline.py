@@ -120,8 +120,9 @@ def _example(pixels: np.ndarray, example: dict[str, Any]) -> Batch:
 def _iterate(batches: grain.MapDataset, num_workers: int) -> Generator[Batch]:
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain reads its flags, which only an absl program has parsed
-  # More threads than cores only wait for one another: decoding small images holds Python's lock.
-  options = grain.ReadOptions(num_threads=min(16, os.cpu_count() or 1))
+  # More threads than cores only wait for one another. The buffer counts whole batches.
+  threads = min(16, os.cpu_count() or 1)
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   iterable = batches.to_iter_dataset(options)
   if num_workers:
     iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))

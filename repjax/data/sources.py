@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import zlib
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -66,7 +67,7 @@ def open_source(
   """
   if name == "synthetic":
     length = 1024 if split == "train" else 128
-    examples = Synthetic(length, num_classes, image_size, seed=len(split))
+    examples = Synthetic(length, num_classes, image_size, seed=zlib.crc32(split.encode()))
     return Source(examples, tuple(str(label) for label in range(num_classes)))
   if name == "digits":
     builder = Digits(data_dir=data_dir, file_format="array_record")
@@ -77,7 +78,7 @@ def open_source(
   if split not in builder.info.splits:
     raise unknown(f"split of {name}", split, builder.info.splits)
   features: Any = builder.info.features
-  if not {"image", "label"} <= set(features):
+  if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
     raise InputError(f"{name} is not an image classification set: it has {sorted(features)}")
   untyped = cast(Any, builder)  # TFDS's decorators hide the signature
   examples = untyped.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
@@ -112,5 +113,9 @@ def _find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 def _prepare_digits(builder: tfds.core.DatasetBuilder) -> None:
   """Writes the digits set, with one line in place of TFDS's bars about downloads."""
   print(f"preparing the digits data set in {builder.data_path}", flush=True)
-  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    builder.download_and_prepare()
+  try:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+      builder.download_and_prepare()
+  except FileExistsError:
+    if not builder.data_path.exists():  # otherwise another process was faster
+      raise

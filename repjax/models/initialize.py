@@ -21,7 +21,8 @@ def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) ->
   and the leaf's path. The values are therefore other draws than those of `model.init`.
 
   Args:
-    model: made by `create_model`, in either form.
+    model: made by `create_model`, in either form. Other modules have other distributions: use
+      their own `init`.
     key: a JAX random key.
     image_size: pixels, one number or (height, width).
 
@@ -29,10 +30,9 @@ def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) ->
     {"params", "batch_stats"}, or {"params"} in deploy form.
 
   Raises:
-    ValueError: a leaf whose distribution is not known here, which only a module that is not
-      repjax's has, or an image size too small for the model.
+    ValueError: a leaf that no model of repjax has, or an image size too small for the model.
   """
-  height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+  height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
   shapes = jax.eval_shape(model.init, key, images)
   raw_key = key if jnp.issubdtype(key.dtype, jnp.uint32) else jax.random.key_data(key)

@@ -132,8 +132,12 @@ class RepVGG(nn.Module):
   def __post_init__(self):
     for field, length in (("stage_sizes", 4), ("width_multipliers", 4), ("strides", 5)):
       value = getattr(self, field)
-      if not isinstance(value, Sequence) or len(value) != length or not min(value) > 0:
-        raise InputError(f"{field} takes {length} numbers above 0, got {value}")
+      if isinstance(value, str | int | float) or len(value) != length or not min(value) > 0:
+        raise InputError(f"{field} takes {length} numbers above 0, got {value!r}")
+    if not all(isinstance(number, int) for number in (*self.stage_sizes, *self.strides)):
+      raise InputError(f"stage_sizes and strides are whole: {self.stage_sizes}, {self.strides}")
+    if self.aux_heads and self.stage_sizes[2] < 2:
+      raise InputError("aux_heads needs two blocks in stage 3, one on each side of its third head")
     if int(64 * min(self.width_multipliers)) < 1:
       raise InputError(f"width_multipliers {self.width_multipliers} leave a stage no channel")
     blocks = sum(self.stage_sizes)

@@ -1,6 +1,5 @@
 """The end of a run: best checkpoint to plain parameters, checked on every evaluation image."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -39,9 +38,10 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
       whole checkpoint.
   """
   settings.check(config)
+  parallel.use_compilation_cache()
   workdir = Path(workdir)
   spec = ModelSpec.read(workdir)
-  source = settings.open_split(config, config.eval_split)
+  source = settings.open_split(config, config.eval_split, spec.num_classes)
   shapes = {"variables": spec.variable_shapes()}
   step, items = store.read_checkpoint(workdir, shapes, best=True)
   variables = items["variables"]
@@ -57,7 +57,8 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
         name: np.maximum(largest.get(name, 0.0), pair) for name, pair in new_largest.items()
       }
   relative = {
-    name: float(difference / size) if size else 0.0 for name, (difference, size) in largest.items()
+    name: float(difference / size) if difference else 0.0
+    for name, (difference, size) in largest.items()
   }
   images = sums["count"]
   report = {
@@ -68,7 +69,10 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
     "logits_difference": relative.pop("logits"),
     "tolerance": config.tolerance,
     "layers": relative,
-    "parameters": {"train": _count(variables["params"]), "deploy": _count(params)},
+    "parameters": {
+      "train": evaluation.count_parameters(variables["params"]),
+      "deploy": evaluation.count_parameters(params),
+    },
   }
   # Written so that a NaN fails too.
   if not report["logits_difference"] <= config.tolerance:
@@ -151,13 +155,9 @@ def _make_compare_step(spec: ModelSpec) -> Callable[[Any, Any], Any]:
   return compare
 
 
-def _count(tree: Any) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
 def _write(workdir: Path, spec: ModelSpec, params: Any, report: dict[str, Any]) -> None:
   """Writes the deploy folder beside the old one and puts it in its place when it is whole."""
-  draft = workdir / f"deploy.{os.getpid()}.draft"
+  draft = workdir / "deploy.draft"
   shutil.rmtree(draft, ignore_errors=True)
   draft.mkdir(parents=True)
   store.write_tree(draft / "params", params)

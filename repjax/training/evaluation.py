@@ -19,16 +19,17 @@ def batches(
   config: Config, source: Source, preprocessing: Preprocessing
 ) -> Iterator[dict[str, np.ndarray]]:
   """The split as masked batches, cut for this process's devices, with a bar on a terminal."""
+  batch_size = parallel.fitting_batch_size(config.batch_size)
   whole = eval_batches(
     source.examples,
-    batch_size=config.batch_size,
+    batch_size=batch_size,
     image_size=preprocessing.image_size,
     resize_size=preprocessing.resize_size,
     interpolation=preprocessing.interpolation,
     shard=parallel.shard(),
     num_workers=config.num_workers,
   )
-  count = -(-len(source.examples) // config.batch_size)
+  count = -(-len(source.examples) // batch_size)
   for batch in tqdm.tqdm(whole, "evaluating", count, leave=False, disable=None):
     yield parallel.split(batch)
 
@@ -74,10 +75,14 @@ def evaluate(config: Config, workdir: str | Path, *, deploy: bool = False) -> di
   settings.check(config)
   parallel.use_compilation_cache()
   model, variables, spec = load(workdir, deploy=deploy)
-  source = settings.open_split(config, config.eval_split)
+  source = settings.open_split(config, config.eval_split, spec.num_classes)
   eval_step = parallel.data_parallel(
     make_eval_step(model, spec.preprocessing, axis_name=parallel.AXIS)
   )
   result = run(eval_step, parallel.place(variables), batches(config, source, spec.preprocessing))
-  parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-  return result | {"parameters": parameters}
+  return result | {"parameters": count_parameters(variables["params"])}
+
+
+def count_parameters(params: Any) -> int:
+  """How many numbers a tree holds."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))

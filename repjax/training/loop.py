@@ -38,8 +38,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   print(f"workdir: {workdir}", flush=True)
   parallel.use_compilation_cache()
   plan = settings.make_plan(config)
-  settings.open_split(config, config.eval_split)
-  settings.claim_workdir(workdir, config, plan.spec)
+  settings.check_workdir(workdir, plan.spec)
   schedule = optimizer.learning_rate_schedule(
     config.learning_rate, config.batch_size, plan.warmup_steps, plan.total_steps
   )
@@ -50,6 +49,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     weight_decay=config.weight_decay,
   )
   state = _first_state(config, plan, sgd, workdir)
+  settings.claim_workdir(workdir, config, plan.spec)  # only now: a state that fits was read
   print(_headline(config, plan), flush=True)
   if int(state.step) < plan.total_steps:
     _train(config, plan, schedule, sgd, parallel.place(state), workdir)
@@ -109,7 +109,8 @@ def _train(
   eval_step = parallel.data_parallel(
     make_eval_step(plan.spec.create_model(), preprocessing, axis_name=parallel.AXIS)
   )
-  eval_source = settings.open_split(config, config.eval_split)
+  eval_source = settings.open_split(config, config.eval_split, config.num_classes)
+  learning_rate = jax.jit(schedule)
   first_step = int(state.step)
   batches = train_batches(
     plan.train.examples,
@@ -141,7 +142,7 @@ def _train(
         pending = []
         progress.update(step, loss, accuracy)
         records.write(
-          step=step, loss=loss, accuracy=accuracy, learning_rate=float(schedule(step - 1))
+          step=step, loss=loss, accuracy=accuracy, learning_rate=float(learning_rate(step - 1))
         )
       if pause:
         start = time.perf_counter()

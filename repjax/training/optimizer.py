@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 BASE_BATCH_SIZE = 256
@@ -23,11 +24,12 @@ def learning_rate_schedule(
     Goyal et al., Accurate, Large Minibatch SGD, 2017, section 2.1. https://arxiv.org/abs/1706.02677
   """
   peak = learning_rate * batch_size / BASE_BATCH_SIZE
-  cosine = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup_steps))
-  if not warmup_steps:
-    return cosine
-  warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-  return optax.join_schedules([warmup, cosine], [warmup_steps])
+  schedule = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup_steps))
+  if warmup_steps:
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    schedule = optax.join_schedules([warmup, schedule], [warmup_steps])
+  # Optax divides the step by a number, which strict dtype promotion refuses to an integer.
+  return lambda step: schedule(jnp.asarray(step, jnp.float32))
 
 
 def decayed(path: tuple[str, ...]) -> bool:

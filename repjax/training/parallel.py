@@ -51,6 +51,11 @@ def shard() -> tuple[int, int]:
   return jax.process_index(), jax.process_count()
 
 
+def fitting_batch_size(batch_size: int) -> int:
+  """The smallest batch size from `batch_size` on that divides over the devices."""
+  return batch_size + -batch_size % jax.device_count()
+
+
 def check_batch_size(batch_size: int) -> None:
   """Raises InputError where a batch does not divide over the devices."""
   devices = jax.device_count()

@@ -18,6 +18,15 @@ from repjax.training import parallel
 Config: TypeAlias = Any
 """An ml_collections.ConfigDict with the fields of configs/common.py; their types are its own."""
 
+_FIELDS = (
+  *("model", "model_overrides", "num_classes", "dtype", "sync_batch_norm"),
+  *("dataset", "data_dir", "train_split", "eval_split", "image_size", "resize_size"),
+  *("interpolation", "mean", "std", "augment", "num_workers"),
+  *("batch_size", "num_epochs", "num_steps", "learning_rate", "warmup_epochs", "momentum"),
+  *("nesterov", "weight_decay", "label_smoothing", "aux_weight"),
+  *("seed", "log_every_steps", "eval_every_epochs", "tolerance"),
+)
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -57,7 +66,13 @@ def model_spec(config: Config, class_names: tuple[str, ...]) -> ModelSpec:
 
 
 def check(config: Config) -> None:
-  """Raises InputError for a value in the config that no run could use."""
+  """Raises InputError for a field that is missing, or a value that no run could use."""
+  missing = [field for field in _FIELDS if field not in config]
+  if missing:
+    raise InputError(
+      f"the config lacks {', '.join(missing)}; a config starts from configs/common.py, and a "
+      "config.json that lacks a field is damaged"
+    )
   for field, choices in (
     ("dtype", DTYPES),
     ("augment", AUGMENTATIONS),
@@ -82,10 +97,9 @@ def check(config: Config) -> None:
   for override in ("axis_name", "deploy", "features_only"):
     if config.model_overrides.get(override):
       raise InputError(f"model_overrides.{override} is not for training; leave it out")
-  parallel.check_batch_size(config.batch_size)
 
 
-def open_split(config: Config, split: str) -> Source:
+def open_split(config: Config, split: str, num_classes: int) -> Source:
   """Opens a split of the config's data set.
 
   Raises:
@@ -98,10 +112,10 @@ def open_split(config: Config, split: str) -> Source:
     num_classes=config.num_classes,
     image_size=config.image_size,
   )
-  if len(source.class_names) != config.num_classes:
+  if len(source.class_names) != num_classes:
     raise InputError(
-      f"{config.dataset} has {len(source.class_names)} classes, config.num_classes is "
-      f"{config.num_classes}; set --config.num_classes={len(source.class_names)}"
+      f"{config.dataset} has {len(source.class_names)} classes, the model has {num_classes}; "
+      f"train one with --config.num_classes={len(source.class_names)}"
     )
   return source
 
@@ -113,8 +127,10 @@ def make_plan(config: Config) -> Plan:
     InputError: a value that no run could use.
   """
   check(config)
+  parallel.check_batch_size(config.batch_size)
   spec = model_spec(config, ())
-  train = open_split(config, config.train_split)
+  train = open_split(config, config.train_split, config.num_classes)
+  open_split(config, config.eval_split, config.num_classes)
   spec = model_spec(config, train.class_names)
   if config.batch_size > len(train.examples):
     raise InputError(
@@ -144,16 +160,20 @@ def read_config(workdir: str | Path) -> Config:
   Raises:
     InputError: the folder holds no run, or its config.json is damaged.
   """
-  return ml_collections.ConfigDict(store.read_json(Path(workdir) / "config.json"))
+  path = Path(workdir) / "config.json"
+  value = store.read_json(path)
+  if not isinstance(value, dict):
+    raise InputError(f"{path} is damaged: it does not hold a config")
+  return ml_collections.ConfigDict(value)
 
 
-def claim_workdir(workdir: Path, config: Config, spec: ModelSpec) -> None:
-  """Writes config.json and model.json, unless the workdir belongs to another model.
-
-  Raises:
-    InputError: the workdir holds a run of another model; nothing is written.
-  """
-  new = config.to_dict()
+def check_workdir(workdir: Path, spec: ModelSpec) -> None:
+  """Raises InputError where a workdir holds, or may hold, a run of another model."""
+  if store.checkpoints(workdir) and not (workdir / "model.json").exists():
+    raise InputError(
+      f"{workdir} has checkpoints but no model.json that says of which model; restore that file, "
+      "or give another --workdir"
+    )
   if (workdir / "model.json").exists():
     held = ModelSpec.read(workdir)
     ours, theirs = ({**s.to_json(), "class_names": ()} for s in (spec, held))
@@ -163,6 +183,11 @@ def claim_workdir(workdir: Path, config: Config, spec: ModelSpec) -> None:
         f"{workdir} belongs to another model: {_difference(_plain(theirs), _plain(ours))}. "
         "Nothing was changed; give another --workdir, or the config that this run began with"
       )
+
+
+def claim_workdir(workdir: Path, config: Config, spec: ModelSpec) -> None:
+  """Writes config.json and model.json, and says which fields differ from those that were there."""
+  new = config.to_dict()
   if (workdir / "config.json").exists():
     changed = _difference(store.read_json(workdir / "config.json"), _plain(new))
     if changed:

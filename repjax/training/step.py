@@ -28,7 +28,7 @@ class TrainState:
   step: jax.Array
   params: Any
   batch_stats: Any
-  opt_state: Any
+  opt_state: optax.OptState
 
 
 def create_state(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -66,6 +66,7 @@ def scripted(uniform=(), integers=(), random=()):
     ((5, 4), (20, 16), (6, 4, 14, 12)),  # smaller than wanted
     ((16, 16), (16, 16), (4, 4, 12, 12)),
     ((16, 33), (16, 33), (4, 12, 12, 20)),  # the shorter side fits: no resampling
+    ((16, 31), (16, 31), (4, 12, 12, 20)),  # 11.5 and, above, 12.5 round to even
   ],
   ids=str,
 )

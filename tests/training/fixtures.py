@@ -3,11 +3,18 @@
 import contextlib
 import gc
 import io
+import shutil
 
+import jax.numpy as jnp
 import pytest
 
+import repjax
 from repjax import training
 from repjax.data import open_source
+from repjax.training import optimizer
+from repjax.training.checkpoint import CheckpointWriter
+from repjax.training.step import create_state
+from tests.helpers import randomise
 from tests.training import tiny
 
 
@@ -51,3 +58,15 @@ def finished(digits_dir, cache_home, tmp_path_factory):
   ):
     report = training.train(tiny.config(digits_dir), workdir)
   return workdir, report, printed.getvalue()
+
+
+@pytest.fixture
+def overtrained(finished, tmp_path):
+  """A copy of the finished run, with a checkpoint of step 20 that is newer, worse and other."""
+  workdir = shutil.copytree(finished[0], tmp_path / "overtrained")
+  variables = randomise(repjax.ModelSpec.read(workdir).variable_shapes())
+  sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4)
+  writer = CheckpointWriter(workdir)
+  writer.save(create_state(variables, sgd).replace(step=jnp.asarray(20)), accuracy=0.0)
+  writer.close()
+  return workdir

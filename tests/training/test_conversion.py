@@ -95,6 +95,10 @@ def test_converting_again_gives_the_same(finished, workdir, digits_dir):
   deployed(workdir)
 
 
+def test_the_best_checkpoint_is_converted_not_the_newest(finished, overtrained, digits_dir):
+  assert training.convert(tiny.config(digits_dir), overtrained) == finished[1]
+
+
 def test_forms_that_differ_by_more_than_the_tolerance_leave_the_deploy_folder(workdir, digits_dir):
   before = deployed(workdir)
   with pytest.raises(InputError, match=r"more than the tolerance of 1\.0e-12") as caught:

@@ -12,6 +12,8 @@ import repjax
 from repjax.training import optimizer
 from tests.helpers import leaves, official_name, relative_error
 
+pytest_plugins = ["tests.training.fixtures"]
+
 
 @pytest.fixture(scope="module")
 def paths():
@@ -139,8 +141,9 @@ def test_a_run_that_is_all_warm_up_has_a_schedule():
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 3])
-def test_the_schedule_is_the_same_for_a_traced_step(warmup_steps):
+def test_the_schedule_is_the_same_for_a_traced_step_under_strict_promotion(warmup_steps):
   schedule = optimizer.learning_rate_schedule(0.1, 256, warmup_steps, 10)
-  steps = range(11)
-  traced = jax.jit(jax.vmap(schedule))(jnp.arange(11))
-  np.testing.assert_allclose(traced, [float(schedule(step)) for step in steps], 1e-6, 1e-8)
+  expected = [float(schedule(step)) for step in range(11)]
+  with jax.numpy_dtype_promotion("strict"):
+    traced = jax.jit(jax.vmap(schedule))(jnp.arange(11))
+  np.testing.assert_allclose(traced, expected, 1e-6, 1e-8)

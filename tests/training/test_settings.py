@@ -27,7 +27,10 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"model_overrides": {"depth": 3}}, "unknown override of repvgg_a0 'depth'"),
     ({"model_overrides": {"act": "swish"}}, "unknown activation 'swish'; known: gelu, relu, silu"),
     ({"model_overrides": {"stage_sizes": (1, 1)}}, "stage_sizes takes 4 numbers"),
-    ({"num_classes": 7}, "digits has 10 classes, config.num_classes is 7; set --config.num_class"),
+    (
+      {"num_classes": 7},
+      "digits has 10 classes, the model has 7; train one with --config.num_class",
+    ),
     ({"num_steps": 0}, "config.num_steps = 0 leaves no step to train"),
     ({"num_epochs": 0.0}, "config.num_epochs must be above 0, got 0.0"),
     ({"eval_every_epochs": -1.0}, "config.eval_every_epochs must be above 0, got -1.0"),
@@ -121,7 +124,9 @@ def claimed(digits_dir, tmp_path):
 
   def claim(**changes):
     config = tiny.config(digits_dir, **changes)
-    settings.claim_workdir(tmp_path, config, settings.make_plan(config).spec)
+    spec = settings.make_plan(config).spec
+    settings.check_workdir(tmp_path, spec)
+    settings.claim_workdir(tmp_path, config, spec)
 
   claim()
   return tmp_path, claim
@@ -176,3 +181,13 @@ def test_other_changes_are_printed_and_kept(claimed, capsys):
 def test_a_folder_without_a_run_has_no_config(tmp_path):
   with pytest.raises(InputError, match=r"config.json does not exist; is .* the right folder\?"):
     settings.read_config(tmp_path)
+
+
+def test_checkpoints_without_a_model_json_are_not_taken_for_this_models(claimed):
+  workdir, claim = claimed
+  (workdir / "checkpoints" / "4").mkdir(parents=True)
+  (workdir / "model.json").unlink()
+  before = tiny.contents(workdir)
+  with pytest.raises(InputError, match=r"no model\.json"):
+    claim()
+  assert tiny.contents(workdir) == before

@@ -192,9 +192,7 @@ def test_synchronised_batch_norm_on_four_devices_is_one_device_with_the_whole_ba
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_step_keeps_the_types_of_its_state_and_gives_float32_metrics(dtype):
-  model = repjax.create_model(
-    "repvgg_a0", dtype=dtype, **tiny.OVERRIDES, se="post", se_reduction=4, aux_heads=True
-  )
+  model = repjax.create_model("repvgg_a0", dtype=dtype, **tiny.WITH_GATES_AND_HEADS)
   sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
   images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), images)

@@ -19,6 +19,15 @@ OVERRIDES = {
 }
 
 
+WITH_GATES_AND_HEADS = {
+  **OVERRIDES,
+  "stage_sizes": (1, 1, 2, 1),
+  "se": "post",
+  "se_reduction": 4,
+  "aux_heads": True,
+}
+
+
 def config(data_dir, **changes):
   """A config of 12 steps with an evaluation every 4, and with `changes` to its fields."""
   result = digits.get_config()
