@@ -121,6 +121,12 @@ def workdir(finished, tmp_path):
   return shutil.copytree(finished[0], tmp_path / "run")
 
 
+def test_a_deploy_form_whose_replacement_was_killed_half_way_loads(workdir):
+  expected = repjax.load(workdir)[1]
+  (workdir / "deploy").rename(workdir / "deploy.old")
+  jax.tree.map(np.testing.assert_array_equal, repjax.load(workdir)[1], expected)
+
+
 def test_a_run_without_a_deploy_form_says_how_to_make_it(workdir):
   shutil.rmtree(workdir / "deploy")
   with pytest.raises(InputError, match="holds no deploy form yet; make it with: python scripts/"):

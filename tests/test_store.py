@@ -61,6 +61,12 @@ def test_missing_json_asks_about_the_folder(tmp_path):
     store.read_json(tmp_path / "runs" / "file.json")
 
 
+def test_a_file_where_the_folder_should_be_is_named(tmp_path):
+  (tmp_path / "runs").touch()
+  with pytest.raises(InputError, match=f"{tmp_path}/runs cannot be a folder"):
+    store.write_json(tmp_path / "runs" / "file.json", {})
+
+
 TREE = {
   "a": jnp.arange(6.0).reshape(2, 3),
   "b": {"c": jnp.asarray(3), "d": jnp.ones(2, "bfloat16")},
@@ -108,6 +114,25 @@ def test_a_finished_folder_takes_the_place_of_another(tmp_path, exists):
   assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
   assert [entry.name for entry in path.iterdir()] == ["file"]
   assert (path / "file").read_text() == "new"
+
+
+def test_a_replacement_killed_half_way_leaves_the_old_folder_to_be_found(tmp_path, monkeypatch):
+  draft, path = folder_with(tmp_path / "draft", "new"), folder_with(tmp_path / "folder", "old")
+  replace = type(path).replace
+
+  def killed_before_the_second(self, target):
+    if self == draft:
+      raise KeyboardInterrupt
+    return replace(self, target)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(type(path), "replace", killed_before_the_second)
+    with pytest.raises(KeyboardInterrupt):
+      store.replace_folder(draft, path)
+  assert (store.current_folder(path) / "file").read_text() == "old"
+  store.replace_folder(draft, path)
+  assert (store.current_folder(path) / "file").read_text() == "new"
+  assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
 def test_only_numbered_folders_are_checkpoints(tmp_path):

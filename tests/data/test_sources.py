@@ -9,6 +9,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from repjax.data import open_source
+from repjax.data.digits import Digits
 from repjax.data.transforms import decode
 from repjax.errors import InputError
 
@@ -67,6 +68,18 @@ def test_the_first_use_says_where_the_digits_go(tmp_path, capfd):
   open_source("digits", "train", data_dir=str(tmp_path))
   printed = capfd.readouterr().out
   assert printed == f"preparing the digits data set in {tmp_path}/digits/1.0.0\n"
+
+
+def test_another_process_may_be_faster_in_preparing_the_digits(tmp_path, monkeypatch):
+  prepare = Digits.download_and_prepare
+
+  def beaten(builder):
+    prepare(builder)
+    raise FileExistsError(builder.data_path)
+
+  monkeypatch.setattr(Digits, "download_and_prepare", beaten)
+  source = open_source("digits", "test", data_dir=str(tmp_path))
+  assert len(source.examples) == 360
 
 
 def test_an_unknown_data_set_lists_close_ones(tmp_path):
@@ -134,7 +147,8 @@ def test_synthetic_examples_are_always_the_same_and_differ_from_one_another():
 
 
 def test_synthetic_splits_differ():
-  train, test = (open_source("synthetic", split, image_size=5) for split in ("train", "validation"))
-  assert len(train.examples) > len(test.examples)
-  assert train.class_names == test.class_names == tuple(map(str, range(1000)))
-  assert not np.array_equal(train.examples[0]["image"], test.examples[0]["image"])
+  names = ("train", "validation", "test", "eval")
+  sources = [open_source("synthetic", name, image_size=5) for name in names]
+  assert {source.class_names for source in sources} == {tuple(map(str, range(1000)))}
+  assert len({source.examples[0]["image"].tobytes() for source in sources}) == len(names)
+  assert len(sources[0].examples) > len(sources[1].examples)

@@ -26,6 +26,11 @@ def test_a_batch_that_does_not_divide_lists_the_nearest_that_do(batch_size, fitt
   assert str(caught.value) == expected
 
 
+@pytest.mark.parametrize(("batch_size", "fitting"), [(1, 4), (30, 32), (32, 32)])
+def test_evaluation_takes_the_next_batch_size_that_divides(batch_size, fitting):
+  assert parallel.fitting_batch_size(batch_size) == fitting
+
+
 def test_split_gives_each_device_neighbouring_examples():
   batch = {"image": np.arange(8 * 6).reshape(8, 2, 3), "label": np.arange(8)}
   split = parallel.split(batch)

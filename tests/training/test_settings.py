@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import repjax
+from configs import common
 from repjax.errors import InputError
 from repjax.training import settings
 from tests.training import tiny
@@ -39,6 +40,7 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"log_every_steps": 0}, "config.log_every_steps must be at least 1, got 0"),
     ({"dataset": "digit"}, "unknown data set 'digit'; did you mean digits"),
     ({"train_split": "trian"}, "unknown split of digits 'trian'; did you mean train?"),
+    ({"eval_split": "validation"}, "unknown split of digits 'validation'"),
   ],
   ids=str,
 )
@@ -176,6 +178,21 @@ def test_other_changes_are_printed_and_kept(claimed, capsys):
   expected = "config changed since this run began: learning_rate 0.4 -> 0.25, num_steps 12 -> 20\n"
   assert capsys.readouterr().out == expected
   assert settings.read_config(workdir).num_steps == 20
+
+
+@pytest.mark.parametrize("field", common.get_config())
+def test_a_config_that_lacks_a_field_is_refused(field):
+  config = common.get_config()
+  del config[field]
+  with pytest.raises(InputError, match=f"the config lacks {field};"):
+    settings.check(config)
+
+
+@pytest.mark.parametrize("damaged", ["[1, 2]", "3", '{"model": '])
+def test_a_damaged_config_is_named(tmp_path, damaged):
+  (tmp_path / "config.json").write_text(damaged)
+  with pytest.raises(InputError, match=r"config\.json is damaged"):
+    settings.read_config(tmp_path)
 
 
 def test_a_folder_without_a_run_has_no_config(tmp_path):

@@ -104,7 +104,8 @@ def double(x64):
       axis_name=axis_name,
     )
 
-  return model, state, build
+  with jax.numpy_dtype_promotion("standard"):  # the loss is in float32, whatever the model's type
+    yield model, state, build
 
 
 def test_a_step_on_four_devices_is_the_mean_over_each_devices_images(double):
@@ -143,7 +144,6 @@ def test_a_step_on_four_devices_is_the_mean_over_each_devices_images(double):
 
   norm = np.sqrt(sum((value**2).sum() for value in jax.tree.leaves(gradients)))
   params = jax.tree_util.tree_map_with_path(stepped, state.params)
-  # The loss is computed in float32, whatever the model's type.
   assert relative_error(metrics["loss"], loss) <= 1e-6
   assert metrics["accuracy"] == np.mean(correct)
   assert relative_error(metrics["grad_norm"], norm) <= 1e-6

@@ -49,7 +49,6 @@ def quick_programs(cache):
   changes = {
     "jax_disable_most_optimizations": True,
     "jax_compilation_cache_dir": str(cache),
-    "jax_numpy_dtype_promotion": "standard",
     "jax_persistent_cache_min_compile_time_secs": 0.3,
   }
   held = {name: jax.config.values[name] for name in changes}
