@@ -23,9 +23,12 @@ def parse_flags(argv: list[str]) -> list[str]:
       if _CONFIG.value is not None and len(rest) == 1:
         _ = _CONFIG.value.model  # a config file that failed to load says so only now
         return rest
-    except (AttributeError, KeyError, OSError, TypeError) as error:  # ml_collections' kinds
+    except OSError as error:
+      text = " ".join(str(error).split())
+      raise InputError(f"the config file cannot be loaded, look at its path: {text}") from error
+    except (AttributeError, KeyError, TypeError) as error:  # ml_collections' kinds
       text = " ".join(str(error).replace("\\n", "; ").replace("\\'", "").split()).strip("'\"")
-      raise InputError(f"the --config flags cannot be used: {text}") from error
+      raise InputError(f"unknown config field {text} (all fields: configs/common.py)") from error
     raise InputError(
       f"unexpected arguments {rest[1:]}; fields are set as --config.batch_size=64"
       if rest[1:]
@@ -47,4 +50,5 @@ if __name__ == "__main__":
   try:
     app.run(main, flags_parser=parse_flags)
   except KeyboardInterrupt:
-    sys.exit("interrupted; the same command continues from the last checkpoint")
+    print("interrupted; the same command continues from the last checkpoint, if there is one yet")
+    sys.exit(130)

@@ -83,7 +83,9 @@ def measure(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--models", nargs="+", default=["repvgg_a0"])
   parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
   parser.add_argument("--image-size", type=int, default=224, help="pixels")

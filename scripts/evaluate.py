@@ -12,7 +12,9 @@ FORMS = ("train", "deploy")
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--workdir", required=True, help="folder of the run")
   parser.add_argument(
     "--form", choices=(*FORMS, "both"), default="both", help="which form (default: both)"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import repjax
+from repjax.errors import one_paragraph
 
 TOLERANCE = 1e-12
 
@@ -46,7 +47,9 @@ def relative_error(name: str, image_size: int) -> float:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--models", nargs="+", default=repjax.list_models())
   parser.add_argument("--image-size", type=int, default=96, help="pixels")
   arguments = parser.parse_args()
@@ -54,7 +57,8 @@ def main() -> None:
   worst = 0.0
   for name in arguments.models:
     start = time.perf_counter()
-    error = relative_error(name, arguments.image_size)
+    with one_paragraph():
+      error = relative_error(name, arguments.image_size)
     worst = max(worst, error)
     print(f"{name:<20}{error:>10.1e}   ({time.perf_counter() - start:.0f} s)", flush=True)
   print(f"{'worst':<20}{worst:>10.1e}   tolerance {TOLERANCE:.0e}")

@@ -11,7 +11,9 @@ from repjax.training.conversion import format_report
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--workdir", required=True, help="folder of the run")
   parser.add_argument("--tolerance", type=float, help="largest relative difference of the logits")
   arguments = parser.parse_args()

@@ -210,7 +210,7 @@ class RepConv(nn.Module):
         raise InputError(
           f"{where}: an identity branch needs stride 1, as many output as input channels and odd "
           f"kernels; got strides {self.strides}, {x.shape[-1]} -> {self.features} channels, "
-          f"kernel {size[0]}x{size[1]}"
+          f"kernel {size[0]}x{size[1]}; leave it out: branches=('conv3x3', 'conv1x1')"
         )
 
 
