@@ -70,7 +70,9 @@ def make_train_step(
 
   def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     logits = logits.astype(jnp.float32)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+    targets = optax.smooth_labels(
+      jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing
+    )
     return optax.softmax_cross_entropy(logits, targets).mean()
 
   def train_step(state: TrainState, batch: Batch):
