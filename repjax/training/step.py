@@ -64,8 +64,8 @@ def make_train_step(
 
   Returns:
     A pure function of a state and {"image": uint8 (N, H, W, 3), "label": int32 (N,)}. The metrics
-    are scalars: `loss`, `accuracy`, and `grad_norm`, which is not finite whenever the new
-    parameters cannot be trusted.
+    are scalars: `loss`, `accuracy` and `grad_norm`. An overflow in the update itself shows in the
+    next step's metrics.
   """
 
   def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
