@@ -17,7 +17,7 @@ __all__ = [
   "reparameterize",
 ]
 
-_ROOMS = ("data", "training")
+_ROOMS = ("analysis", "data", "training", "weights")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -13,6 +13,7 @@ from flax import linen as nn
 from repjax import store
 from repjax.errors import InputError, unknown
 from repjax.models import create_model
+from repjax.reparam import reparameterize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,8 @@ def load(
 
   Args:
     workdir: of a run, or the deploy folder itself.
-    deploy: the plain form; otherwise the training form of the best checkpoint.
+    deploy: the plain form: what the deploy folder holds or, before there is one, the training form
+      re-parameterized here; otherwise the training form of the best checkpoint.
 
   Returns:
     The model, its variables, and its ModelSpec. `model.apply(variables, images)` gives logits;
@@ -144,17 +146,13 @@ def load(
   spec = ModelSpec.read(folder)
   model = spec.create_model(deploy=deploy)
   shapes = spec.variable_shapes(deploy=deploy)
-  if not deploy:
-    return (
-      model,
-      store.read_checkpoint(folder, {"variables": shapes}, best=True)[1]["variables"],
-      spec,
-    )
-  deploy_folder = folder if (folder / "params").exists() else folder / "deploy"
-  params_folder = store.current_folder(deploy_folder) / "params"
-  if not params_folder.exists():
-    raise InputError(
-      f"{folder} holds no deploy form yet; make it with: "
-      f"python scripts/reparameterize.py --workdir {folder}"
-    )
-  return model, {"params": store.read_tree(params_folder, shapes["params"])}, spec
+  deploy_folder = store.current_folder(
+    folder if (folder / "params").exists() else folder / "deploy"
+  )
+  if deploy and (deploy_folder / "params").exists():
+    return model, {"params": store.read_tree(deploy_folder / "params", shapes["params"])}, spec
+  like = {"variables": spec.variable_shapes()}
+  variables = store.read_checkpoint(folder, like, best=True)[1]["variables"]
+  if deploy:
+    variables = {"params": jax.jit(reparameterize)(variables["params"], variables["batch_stats"])}
+  return model, variables, spec

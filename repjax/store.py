@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from repjax.errors import InputError
 
@@ -52,8 +53,17 @@ def write_tree(path: Path, tree: Any) -> None:
   """Writes a tree of arrays into the new folder `path`."""
   import orbax.checkpoint as ocp
 
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(path.absolute(), tree)
+  arrays = jax.tree.map(lambda leaf: np.asarray(leaf).view(_Constant), jax.device_get(tree))
+  # A file for each array: fewer copies in memory than in Orbax's one database.
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+    checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(arrays))
+
+
+class _Constant(np.ndarray):
+  """An array that nobody changes while Orbax writes it, so that it need not copy it first."""
+
+  def __deepcopy__(self, memo: Any) -> np.ndarray:
+    return self
 
 
 def read_tree(path: Path, like: Any) -> Any:
@@ -130,6 +140,8 @@ def read_checkpoint(
     InputError: no checkpoint is whole.
   """
   found = checkpoints(workdir)
+  if not found and current_folder(workdir / "deploy").exists():
+    raise InputError(f"{workdir} holds a deploy form only; the training form cannot be had from it")
   order = sorted(found, key=lambda step: (found[step] if best else 0, step), reverse=True)
   problems = []
   for step in order:

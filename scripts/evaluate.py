@@ -4,8 +4,9 @@ python scripts/evaluate.py --workdir runs/digits --form deploy
 """
 
 import argparse
+from pathlib import Path
 
-from repjax import training
+from repjax import store, training
 from repjax.errors import one_paragraph
 
 FORMS = ("train", "deploy")
@@ -15,20 +16,32 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--workdir", required=True, help="folder of the run")
+  parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
+  parser.add_argument("--dataset", help="a TFDS name instead of the run's own, or synthetic")
+  parser.add_argument("--split", help="of the data set, instead of the run's own")
+  parser.add_argument("--data-dir", help="where TFDS keeps the data set")
   parser.add_argument(
-    "--form", choices=(*FORMS, "both"), default="both", help="which form (default: both)"
+    "--form", choices=(*FORMS, "both"), help="which form (default: those in the folder)"
   )
   arguments = parser.parse_args()
-  forms = FORMS if arguments.form == "both" else (arguments.form,)
   with one_paragraph():
-    config = training.read_config(arguments.workdir)
+    if arguments.form in FORMS:
+      forms = (arguments.form,)
+    else:
+      has_training_form = arguments.form == "both" or store.checkpoints(arguments.workdir)
+      forms = FORMS if has_training_form else ("deploy",)
+    config = training.read_config(
+      arguments.workdir,
+      dataset=arguments.dataset,
+      eval_split=arguments.split,
+      data_dir=arguments.data_dir,
+    )
     for form in forms:
       result = training.evaluate(config, arguments.workdir, deploy=form == "deploy")
       if form == forms[0]:
         print(f"{'form':<8}{'parameters':>14}{'accuracy':>12}{'loss':>10}")
       print(
-        f"{form:<8}{result['parameters']:>14,}{result['accuracy']:>12.2%}{result['loss']:>10.4f}",
+        f"{form:<8}{result['parameters']:>14,}{result['accuracy']:>12.2%} {result['loss']:>9.4f}",
         flush=True,
       )
     print(f"on every image of {config.dataset}'s {config.eval_split} split, reloaded from disk")

@@ -1,9 +1,12 @@
 """Re-parameterizes a run's best checkpoint into its deploy folder, if both forms agree.
 
+Both forms run over the run's evaluation split, over noise for imported weights, or over --dataset.
+
 python scripts/reparameterize.py --workdir runs/digits
 """
 
 import argparse
+from pathlib import Path
 
 from repjax import training
 from repjax.errors import one_paragraph
@@ -14,11 +17,21 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--workdir", required=True, help="folder of the run")
+  parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
+  parser.add_argument("--dataset", help="a TFDS name instead of the run's own, or synthetic")
+  parser.add_argument("--split", help="of the data set, instead of the run's own")
+  parser.add_argument("--data-dir", help="where TFDS keeps the data set")
   parser.add_argument("--tolerance", type=float, help="largest relative difference of the logits")
   arguments = parser.parse_args()
   with one_paragraph():
-    config = training.read_config(arguments.workdir)
+    config = training.read_config(
+      arguments.workdir,
+      dataset=arguments.dataset,
+      eval_split=arguments.split,
+      data_dir=arguments.data_dir,
+    )
+    if arguments.dataset is None and (arguments.workdir / "import.json").exists():
+      config.dataset, config.eval_split = "synthetic", "sample"
     if arguments.tolerance is not None:
       config.tolerance = arguments.tolerance
     report = training.convert(config, arguments.workdir)

@@ -1,17 +1,21 @@
 """What many tests need: errors, random variables, the golden fill rule, official names."""
 
+import functools
+import gzip
 import inspect
 import json
 import math
 import pathlib
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+
+from repjax.weights.naming import Naming, entries, tensor_name
+from repjax.weights.repvgg import NAMINGS
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 F64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
@@ -145,20 +149,6 @@ def _uniform(name: str, count: int) -> np.ndarray:
   return h / 2.0**32 - 0.5
 
 
-_OFFICIAL = (
-  (r"^stem", "stage0"),
-  (r"^head", "linear"),
-  (r"^AuxHead_(\w+)/head", r"\1_aux/3"),
-  (r"^AuxHead_(\w+)/RepConv_0/conv3x3", r"\1_aux/0"),
-  (r"RepConv_0/conv3x3", "rbr_dense"),
-  (r"RepConv_0/conv1x1", "rbr_1x1"),
-  (r"RepConv_0/identity/bn", "rbr_identity"),
-  (r"RepConv_0/conv", "rbr_reparam"),
-  (r"(kernel|scale)$", "weight"),
-  (r"(mean|var)$", r"running_\1"),
-)
-
-
 def official_name(path: str, plus: bool = False) -> str:
   """The official RepVGG state-dict name of a leaf.
 
@@ -166,17 +156,15 @@ def official_name(path: str, plus: bool = False) -> str:
     path: below "params" or "batch_stats", from the network or from a lone block.
     plus: RepVGGplus's names, which differ in the blocks and the gate.
   """
-  own = (
-    (r"/block(\d+)/", r"/blocks/\1/" if plus else r"/\1/"),
-    (r"SqueezeExcite_0", "post_se" if plus else "se"),
-  )
-  for pattern, replacement in _OFFICIAL + own:
-    path = re.sub(pattern, replacement, path)
-  return path.replace("/", ".")
+  return tensor_name(_official(plus), tuple(path.split("/")), axes=4)[0]
+
+
+def _official(plus: bool) -> Naming:
+  return NAMINGS["repvggplus_l2pse" if plus else "repvgg_a0"]["official"]
 
 
 def oihw(kernel: Any) -> np.ndarray:
-  """A parameter in PyTorch's layout: HWIO -> OIHW, (in, out) -> (out, in), vectors as they are."""
+  """A convolution's kernel in PyTorch's layout, vectors as they are."""
   kernel = np.asarray(kernel)
   return kernel.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[kernel.ndim])
 
@@ -186,16 +174,33 @@ def nchw(maps: Any) -> np.ndarray:
   return np.asarray(maps).transpose(0, 3, 1, 2)
 
 
+def fill_state_dict(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
+  """A state dict by the fill rule, from a key list."""
+  return {name: fill(name, tuple(shape)) for name, shape in shapes.items()}
+
+
 def fill_variables(variables: Any, plus: bool = False) -> Any:
   """Variables of RepVGG, or of a lone block, by the fill rule."""
+  filled = {
+    entry.path: entry.layout.from_torch(fill(name, entry.shape))
+    for name, entry in entries(_official(plus), variables).items()
+  }
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: jnp.asarray(filled[tuple(key.key for key in path)].astype(leaf.dtype)),
+    variables,
+  )
 
-  def draw(path, leaf):
-    name = official_name("/".join(entry.key for entry in path[1:]), plus)
-    values = fill(name, oihw(np.empty(leaf.shape, bool)).shape)
-    back = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[values.ndim]
-    return jnp.asarray(values.transpose(back).astype(leaf.dtype))
 
-  return jax.tree_util.tree_map_with_path(draw, variables)
+def keys(source: str, model: str) -> dict[str, dict[str, list[int]]]:
+  """The names and shapes in a checkpoint: {"train": {name: shape}, "deploy": {name: shape}}."""
+  return key_lists()[source][model]
+
+
+@functools.cache
+def key_lists() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
+  """Source to model to kind to name to shape."""
+  with gzip.open(GOLDENS / "keys.json.gz", "rt") as file:
+    return json.load(file)
 
 
 def goldens() -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
   "layers": {"algebra"},
   "reparam": {"layers"},
   "models": {"layers"},
-  "spec": {"models"},
+  "spec": {"models", "reparam"},
   "analysis": {"models", "reparam", "spec"},
   "weights": {"models", "reparam", "spec"},
   "deploy": {"models", "reparam", "spec"},

@@ -11,7 +11,7 @@ import pytest
 import repjax
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
-from tests.helpers import random_input, relative_error, shapes
+from tests.helpers import assert_close, leaves, random_input, relative_error, shapes
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -127,15 +127,19 @@ def test_a_deploy_form_whose_replacement_was_killed_half_way_loads(workdir):
   jax.tree.map(np.testing.assert_array_equal, repjax.load(workdir)[1], expected)
 
 
-def test_a_run_without_a_deploy_form_says_how_to_make_it(workdir):
+def test_a_run_without_a_deploy_form_is_re_parameterized_on_loading(workdir):
+  expected = repjax.load(workdir)[1]
   shutil.rmtree(workdir / "deploy")
-  with pytest.raises(InputError, match="holds no deploy form yet; make it with: python scripts/"):
-    repjax.load(workdir)
+  model, variables, _ = repjax.load(workdir)
+  assert model.deploy
+  assert leaves(variables).keys() == leaves(expected).keys()
+  for path, leaf in leaves(variables).items():
+    assert_close(leaf, leaves(expected)[path], 1e-6)
 
 
 @pytest.mark.usefixtures("no_leftovers")
 def test_a_damaged_deploy_form_is_named(workdir):
-  (workdir / "deploy" / "params" / "manifest.ocdbt").unlink()
+  shutil.rmtree(workdir / "deploy" / "params" / "head.bias")
   with pytest.raises(InputError, match="deploy/params cannot be read"):
     repjax.load(workdir)
 

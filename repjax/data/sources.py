@@ -56,7 +56,8 @@ def open_source(
   Args:
     name: a TFDS name ("imagenet2012", "cifar10", ...), "digits", which is prepared on first use, or
       "synthetic".
-    split: "train", "validation", "test", or whatever the set has.
+    split: "train", "validation", "test", or whatever the set has; "sample" of the synthetic set
+      has 16 images.
     data_dir: where TFDS keeps its sets; None is TFDS's own default.
     num_classes: of the synthetic set.
     image_size: pixels of the synthetic set's images.
@@ -66,7 +67,7 @@ def open_source(
       TensorFlow, it has no such split, or it is not for classification.
   """
   if name == "synthetic":
-    length = 1024 if split == "train" else 128
+    length = {"train": 1024, "sample": 16}.get(split, 128)
     examples = Synthetic(length, num_classes, image_size, seed=zlib.crc32(split.encode()))
     return Source(examples, tuple(str(label) for label in range(num_classes)))
   if name == "digits":

@@ -29,19 +29,19 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
     workdir: of a run.
 
   Returns:
-    The report: `step`, `images`, `accuracy` of both forms, `agreement` of their predictions,
-    `logits_difference`, `layers` (scope to largest relative difference of its output), and
-    `parameters` of both forms.
+    The report: `step`, `dataset`, `images`, `accuracy` of both forms, `agreement` of their
+    predictions, `logits_difference`, `layers` (scope to largest relative difference of its output),
+    and `parameters` of both forms.
 
   Raises:
     InputError: the forms differ by more than the tolerance (nothing is overwritten), or there is no
       whole checkpoint.
   """
-  settings.check(config)
+  settings.check_evaluation(config)
   parallel.use_compilation_cache()
   workdir = Path(workdir)
   spec = ModelSpec.read(workdir)
-  source = settings.open_split(config, config.eval_split, spec.num_classes)
+  source = settings.open_split(config, config.eval_split, spec)
   shapes = {"variables": spec.variable_shapes()}
   step, items = store.read_checkpoint(workdir, shapes, best=True)
   variables = items["variables"]
@@ -63,6 +63,7 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
   images = sums["count"]
   report = {
     "step": step,
+    "dataset": config.dataset,
     "images": images,
     "accuracy": {form: sums[f"{form}_correct"] / images for form in ("train", "deploy")},
     "agreement": sums["agree"] / images,
@@ -88,16 +89,18 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
 def format_report(report: dict[str, Any]) -> str:
   """The report as a short table for people."""
   accuracy, parameters = report["accuracy"], report["parameters"]
+  images = "noise images" if report["dataset"] == "synthetic" else "images"
   agreeing = round(report["agreement"] * report["images"])
   rows = [
     ("", "training form", "deploy form"),
     ("parameters", f"{parameters['train']:,}", f"{parameters['deploy']:,}"),
-    ("accuracy", f"{accuracy['train']:.2%}", f"{accuracy['deploy']:.2%}"),
   ]
+  if report["dataset"] != "synthetic":  # the labels of noise mean nothing
+    rows.append(("accuracy", f"{accuracy['train']:.2%}", f"{accuracy['deploy']:.2%}"))
   return "\n".join(
     [
       *(f"{name:<24}{train:>16}{deploy:>16}" for name, train, deploy in rows),
-      f"{'predictions agree on':<24}{agreeing:>16,} of {report['images']:,} images",
+      f"{'predictions agree on':<24}{agreeing:>16,} of {report['images']:,} {images}",
       f"{'logits differ by':<24}{report['logits_difference']:>16.1e} of the largest "
       f"(tolerance {report['tolerance']:.0e})",
       _worst_layer(report["layers"]),

@@ -72,10 +72,10 @@ def evaluate(config: Config, workdir: str | Path, *, deploy: bool = False) -> di
   Raises:
     InputError: the workdir does not hold that form, or the data set cannot be opened.
   """
-  settings.check(config)
+  settings.check_evaluation(config)
   parallel.use_compilation_cache()
   model, variables, spec = load(workdir, deploy=deploy)
-  source = settings.open_split(config, config.eval_split, spec.num_classes)
+  source = settings.open_split(config, config.eval_split, spec)
   eval_step = parallel.data_parallel(
     make_eval_step(model, spec.preprocessing, axis_name=parallel.AXIS)
   )

@@ -109,7 +109,6 @@ def _train(
   eval_step = parallel.data_parallel(
     make_eval_step(plan.spec.create_model(), preprocessing, axis_name=parallel.AXIS)
   )
-  eval_source = settings.open_split(config, config.eval_split, config.num_classes)
   learning_rate = jax.jit(schedule)
   first_step = int(state.step)
   batches = train_batches(
@@ -148,7 +147,7 @@ def _train(
         start = time.perf_counter()
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         result = evaluation.run(
-          eval_step, variables, evaluation.batches(config, eval_source, preprocessing)
+          eval_step, variables, evaluation.batches(config, plan.eval, preprocessing)
         )
         _check_finite("the evaluation's loss", result["loss"], step)
         records.write(step=step, eval_accuracy=result["accuracy"], eval_loss=result["loss"])

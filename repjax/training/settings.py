@@ -18,6 +18,9 @@ from repjax.training import parallel
 Config: TypeAlias = Any
 """An ml_collections.ConfigDict with the fields of configs/common.py; their types are its own."""
 
+_EVALUATION_FIELDS = (
+  *("dataset", "data_dir", "eval_split", "batch_size", "num_workers", "tolerance"),
+)
 _FIELDS = (
   *("model", "model_overrides", "num_classes", "dtype", "sync_batch_norm"),
   *("dataset", "data_dir", "train_split", "eval_split", "image_size", "resize_size"),
@@ -35,6 +38,7 @@ class Plan(NamedTuple):
 
   spec: ModelSpec
   train: Source
+  eval: Source
   steps_per_epoch: float
   total_steps: int
   warmup_steps: int
@@ -65,14 +69,35 @@ def model_spec(config: Config, class_names: tuple[str, ...]) -> ModelSpec:
   return spec
 
 
-def check(config: Config) -> None:
-  """Raises InputError for a field that is missing, or a value that no run could use."""
-  missing = [field for field in _FIELDS if field not in config]
+def check_evaluation(config: Config) -> None:
+  """Raises InputError for what no evaluation or conversion could use."""
+  _check_fields(config, _EVALUATION_FIELDS)
+  if config.dataset is None:
+    raise InputError(
+      "no data set is named: pass --dataset NAME --split SPLIT, a TFDS name such as imagenet2012 "
+      "with the model's classes, or synthetic for noise"
+    )
+  if config.batch_size < 1:
+    raise InputError(f"config.batch_size must be at least 1, got {config.batch_size}")
+  if not config.tolerance > 0:
+    raise InputError(f"config.tolerance must be above 0, got {config.tolerance}")
+  if not config.num_workers >= 0:
+    raise InputError(f"config.num_workers must be at least 0, got {config.num_workers}")
+
+
+def _check_fields(config: Config, fields: tuple[str, ...]) -> None:
+  missing = [field for field in fields if field not in config]
   if missing:
     raise InputError(
       f"the config lacks {', '.join(missing)}; a config starts from configs/common.py, and a "
       "config.json that lacks a field is damaged"
     )
+
+
+def check(config: Config) -> None:
+  """Raises InputError for a field that is missing, or a value that no run could use."""
+  _check_fields(config, _FIELDS)
+  check_evaluation(config)
   for field, choices in (
     ("dtype", DTYPES),
     ("augment", AUGMENTATIONS),
@@ -80,13 +105,13 @@ def check(config: Config) -> None:
   ):
     if config[field] not in choices:
       raise unknown(f"value of config.{field}", config[field], choices)
-  for field in ("batch_size", "image_size", "num_classes", "log_every_steps"):
+  for field in ("image_size", "num_classes", "log_every_steps"):
     if config[field] < 1:
       raise InputError(f"config.{field} must be at least 1, got {config[field]}")
-  for field in ("num_epochs", "eval_every_epochs", "learning_rate", "tolerance"):
+  for field in ("num_epochs", "eval_every_epochs", "learning_rate"):
     if not config[field] > 0:
       raise InputError(f"config.{field} must be above 0, got {config[field]}")
-  for field in ("seed", "num_workers", "warmup_epochs", "momentum", "weight_decay", "aux_weight"):
+  for field in ("seed", "warmup_epochs", "momentum", "weight_decay", "aux_weight"):
     if not config[field] >= 0:
       raise InputError(f"config.{field} must be at least 0, got {config[field]}")
   if not 0 <= config.label_smoothing < 1:
@@ -99,8 +124,8 @@ def check(config: Config) -> None:
       raise InputError(f"model_overrides.{override} is not for training; leave it out")
 
 
-def open_split(config: Config, split: str, num_classes: int) -> Source:
-  """Opens a split of the config's data set.
+def open_split(config: Config, split: str, spec: ModelSpec) -> Source:
+  """Opens a split of the config's data set for a model.
 
   Raises:
     InputError: it cannot be opened, or it has another number of classes than the model.
@@ -109,12 +134,12 @@ def open_split(config: Config, split: str, num_classes: int) -> Source:
     config.dataset,
     split,
     data_dir=config.data_dir,
-    num_classes=config.num_classes,
-    image_size=config.image_size,
+    num_classes=spec.num_classes,
+    image_size=spec.preprocessing.image_size,
   )
-  if len(source.class_names) != num_classes:
+  if len(source.class_names) != spec.num_classes:
     raise InputError(
-      f"{config.dataset} has {len(source.class_names)} classes, the model has {num_classes}; "
+      f"{config.dataset} has {len(source.class_names)} classes, the model has {spec.num_classes}; "
       f"train one with --config.num_classes={len(source.class_names)}"
     )
   return source
@@ -129,8 +154,9 @@ def make_plan(config: Config) -> Plan:
   check(config)
   parallel.check_batch_size(config.batch_size)
   spec = model_spec(config, ())
-  train = open_split(config, config.train_split, config.num_classes)
-  open_split(config, config.eval_split, config.num_classes)
+  train, evaluation = (
+    open_split(config, split, spec) for split in (config.train_split, config.eval_split)
+  )
   spec = model_spec(config, train.class_names)
   if config.batch_size > len(train.examples):
     raise InputError(
@@ -147,6 +173,7 @@ def make_plan(config: Config) -> Plan:
   return Plan(
     spec=spec,
     train=train,
+    eval=evaluation,
     steps_per_epoch=steps_per_epoch,
     total_steps=total,
     warmup_steps=min(total, round(config.warmup_epochs * steps_per_epoch)),
@@ -154,8 +181,12 @@ def make_plan(config: Config) -> Plan:
   )
 
 
-def read_config(workdir: str | Path) -> Config:
+def read_config(workdir: str | Path, **changes: Any) -> Config:
   """The config of the run in a workdir, for what is done to it later.
+
+  Args:
+    workdir: of a run or an import.
+    **changes: values of fields that replace those of the file, where they are not None.
 
   Raises:
     InputError: the folder holds no run, or its config.json is damaged.
@@ -164,11 +195,14 @@ def read_config(workdir: str | Path) -> Config:
   value = store.read_json(path)
   if not isinstance(value, dict):
     raise InputError(f"{path} is damaged: it does not hold a config")
-  return ml_collections.ConfigDict(value)
+  changed = {field: change for field, change in changes.items() if change is not None}
+  return ml_collections.ConfigDict({**value, **changed}, convert_dict=True)
 
 
 def check_workdir(workdir: Path, spec: ModelSpec) -> None:
-  """Raises InputError where a workdir holds, or may hold, a run of another model."""
+  """Raises InputError where a workdir holds, or may hold, a run of another model, or an import."""
+  if (workdir / "import.json").exists():
+    raise InputError(f"{workdir} holds imported weights, not a run; give another --workdir")
   if store.checkpoints(workdir) and not (workdir / "model.json").exists():
     raise InputError(
       f"{workdir} has checkpoints but no model.json that says of which model; restore that file, "

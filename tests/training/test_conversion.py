@@ -51,6 +51,7 @@ def test_the_report_says_what_was_compared(finished):
   )
   assert report.keys() == {
     "step",
+    "dataset",
     "images",
     "accuracy",
     "agreement",
@@ -161,12 +162,16 @@ def test_a_crash_while_writing_leaves_the_old_deploy_folder(
 
 def test_a_run_without_a_checkpoint_cannot_be_converted(workdir, digits_dir):
   shutil.rmtree(workdir / "checkpoints")
+  with pytest.raises(InputError, match="holds a deploy form only"):
+    training.convert(tiny.config(digits_dir), workdir)
+  shutil.rmtree(workdir / "deploy")
   with pytest.raises(InputError, match="holds no whole checkpoint; has this run saved one yet"):
     training.convert(tiny.config(digits_dir), workdir)
 
 
 REPORT = {
   "step": 1200,
+  "dataset": "imagenet2012",
   "images": 50000,
   "accuracy": {"train": 0.72406, "deploy": 0.72404},
   "agreement": 0.99998,

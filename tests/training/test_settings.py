@@ -100,7 +100,8 @@ def test_a_plan_follows_from_config_and_data(digits_dir):
     16, 16, "bilinear", (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
   )
   assert len(plan.train.examples) == 1437
-  assert plan[2:] == (pytest.approx(1437 / 32), 12, 3, 4)
+  assert len(plan.eval.examples) == 360
+  assert plan[3:] == (pytest.approx(1437 / 32), 12, 3, 4)
 
 
 def test_epochs_give_the_number_of_steps_where_none_is_set(digits_dir):
@@ -140,7 +141,7 @@ def test_a_claimed_workdir_holds_config_and_model(claimed, digits_dir):
   assert sorted(tiny.contents(workdir)) == ["config.json", "model.json"]
   read = settings.read_config(workdir)
   assert json.dumps(read.to_dict()) == json.dumps(config.to_dict())  # lists and tuples are one
-  assert settings.make_plan(read)[2:] == settings.make_plan(config)[2:]
+  assert settings.make_plan(read)[3:] == settings.make_plan(config)[3:]
   assert repjax.ModelSpec.read(workdir).class_names == tuple("0123456789")
 
 

@@ -1,0 +1,193 @@
+"""What a model costs: shapes, parameters and multiplications by stage, read off its trace."""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class Cost(NamedTuple):
+  """Of one form of a stage or a model, for one image.
+
+  Attributes:
+    params: trainable numbers.
+    macs: multiply-accumulates of convolutions and matrix products; biases, norms, pooling and the
+      products of gates are not counted.
+    winograd: multiplications where a 3x3 convolution at stride 1 counts 4/9, as F(2x2, 3x3) needs.
+  """
+
+  params: int = 0
+  macs: int = 0
+  winograd: int = 0
+
+
+class Stage(NamedTuple):
+  """One top-level scope of a model.
+
+  Attributes:
+    name: of the scope.
+    output_shape: of what it returns for one image, without the batch axis; None where it returns
+      something else than an array.
+    train: cost in training form; None where the scope is in deploy form only.
+    deploy: cost in deploy form; None where the form has no such scope, or the model no such form.
+  """
+
+  name: str
+  output_shape: tuple[int, ...] | None
+  train: Cost | None
+  deploy: Cost | None
+
+
+class Summary(NamedTuple):
+  """A model's stages in the order in which they run, and its totals.
+
+  Attributes:
+    stages: one for each top-level scope that computes or has parameters.
+    train: total of the form that was passed, or of the training form.
+    deploy: total of the deploy form; None where the model has only one.
+  """
+
+  stages: tuple[Stage, ...]
+  train: Cost
+  deploy: Cost | None
+
+
+def summary(model: nn.Module, image_size: int | tuple[int, int]) -> Summary:
+  """Counts what a model's evaluation costs by stage, in both forms where it has two.
+
+  Everything is read off the traced program, so that any Linen module works that maps images
+  (N, H, W, 3) to something. Nothing is computed. In the training form auxiliary heads count, as
+  they are part of it.
+
+  Args:
+    model: with an attribute `deploy`, as the models of repjax have, both forms are counted.
+    image_size: pixels, one number or (height, width).
+
+  Raises:
+    ValueError: the model does not take images of that size.
+
+  References:
+    Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, for 4/9.
+      https://arxiv.org/abs/1509.09308
+    Ding et al., RepVGG, CVPR 2021, Table 4, for which convolutions it is counted.
+      https://arxiv.org/abs/2101.03697
+  """
+  has_forms = hasattr(model, "deploy") and dataclasses.is_dataclass(model)
+  train, shapes = _costs(model.clone(deploy=False) if has_forms else model, image_size)
+  deploy = _costs(model.clone(deploy=True), image_size)[0] if has_forms else None
+  stages = tuple(
+    Stage(name, shapes.get(name), train[name], deploy.get(name) if deploy else None)
+    for name in train
+  )
+  return Summary(stages, _total(train), _total(deploy) if deploy else None)
+
+
+def format_summary(found: Summary) -> str:
+  """The summary as a table for people."""
+  forms = ("training form", "deploy form") if found.deploy else ("",)
+  width = max(len("total"), *(len(stage.name) for stage in found.stages))
+  columns = f"{'parameters':>13}{'MACs':>18}{'Winograd':>18}"
+  lines = [
+    f"{'':<{width}}{'':>16}" + "".join(f"{form:>49}" for form in forms),
+    f"{'stage':<{width}}{'output':>16}" + columns * len(forms),
+  ]
+  total = Stage("total", None, found.train, found.deploy)
+  for stage in (*found.stages, total):
+    shape = "x".join(map(str, stage.output_shape)) if stage.output_shape else ""
+    costs = (stage.train, stage.deploy)[: len(forms)]
+    cells = (
+      "".join(f"{n:>{w},}" for n, w in zip(cost, (13, 18, 18))) if cost else "" for cost in costs
+    )
+    lines.append(f"{stage.name:<{width}}{shape:>16}" + "".join(f"{cell:>49}" for cell in cells))
+  return "\n".join(line.rstrip() for line in lines)
+
+
+def _costs(
+  model: nn.Module, image_size: int | tuple[int, int]
+) -> tuple[dict[str, Cost], dict[str, tuple[int, ...]]]:
+  """The cost of each top-level scope in the order of the program, and what it returns."""
+  height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+  images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+  def is_stage(module: nn.Module, method: str) -> bool:
+    return len(module.path) == 1 and method == "__call__"
+
+  def run(variables: Any, images: jax.Array) -> Any:
+    _, state = model.apply(
+      variables, images, capture_intermediates=is_stage, mutable=["intermediates"]
+    )
+    return state.get("intermediates", {})
+
+  program, outputs = jax.make_jaxpr(run, return_shape=True)(variables, images)
+  macs, winograd = defaultdict(int), defaultdict(Fraction)
+  for scope, count, is_winograd in _products(program.jaxpr, (), 1):
+    # The first name is the model's own.
+    stage = scope[1] if len(scope) > 1 else "(outside)"
+    macs[stage] += count
+    winograd[stage] += count * (Fraction(4, 9) if is_winograd else 1)
+  params = {
+    name: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    for name, tree in variables.get("params", {}).items()
+  }
+  shapes = {
+    name: value["__call__"][0].shape[1:]
+    for name, value in outputs.items()
+    if hasattr(value.get("__call__", (None,))[0], "shape")
+  }
+  costs = {
+    name: Cost(params.get(name, 0), macs[name], round(winograd[name]))
+    for name in dict.fromkeys([*macs, *params])
+  }
+  return costs, shapes
+
+
+def _total(costs: dict[str, Cost]) -> Cost:
+  return Cost(*(sum(column) for column in zip(*costs.values()))) if costs else Cost()
+
+
+def _products(
+  jaxpr: Any, outer: tuple[str, ...], times: int
+) -> Iterator[tuple[tuple[str, ...], int, bool]]:
+  """Scope, multiply-accumulates, and whether Winograd's algorithm does it, of each product."""
+  for equation in jaxpr.eqns:
+    scope = (*outer, *filter(None, str(equation.source_info.name_stack).split("/")))
+    name, params = equation.primitive.name, equation.params
+    if name == "conv_general_dilated":
+      yield scope, times * _convolution(equation), _is_winograd(equation)
+    elif name == "dot_general":
+      yield scope, times * _matrix_product(equation), False
+    inner_times = times * (params["length"] if name == "scan" else 1)
+    for inner in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr):
+      if _is_jaxpr(inner):
+        yield from _products(getattr(inner, "jaxpr", inner), scope, inner_times)
+
+
+def _is_jaxpr(value: Any) -> bool:
+  return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
+def _convolution(equation: Any) -> int:
+  kernel = equation.invars[1].aval
+  outputs = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+  return math.prod(equation.outvars[0].aval.shape) * kernel.size // outputs
+
+
+def _is_winograd(equation: Any) -> bool:
+  params = equation.params
+  spatial = params["dimension_numbers"].rhs_spec[2:]
+  size = tuple(equation.invars[1].aval.shape[axis] for axis in spatial)
+  plain = (*params["window_strides"], *params["lhs_dilation"], *params["rhs_dilation"])
+  return size == (3, 3) and set(plain) == {1}
+
+
+def _matrix_product(equation: Any) -> int:
+  (contracted, _), _ = equation.params["dimension_numbers"]
+  left = equation.invars[0].aval.shape
+  return math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)

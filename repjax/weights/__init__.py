@@ -1,0 +1,15 @@
+"""Other people's checkpoints: read, converted to our trees, and written in their names."""
+
+from repjax.weights.convert import Recognition, from_torch, recognise, to_torch
+from repjax.weights.files import read
+from repjax.weights.workdirs import export_weights, import_weights
+
+__all__ = [
+  "Recognition",
+  "export_weights",
+  "from_torch",
+  "import_weights",
+  "read",
+  "recognise",
+  "to_torch",
+]

@@ -1,0 +1,349 @@
+"""`from_torch` and `to_torch`: a PyTorch state dict as variables, and back."""
+
+import difflib
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from repjax.errors import InputError, unknown
+from repjax.models import create_model, init, list_models
+from repjax.spec import ModelSpec
+from repjax.weights import repvgg
+from repjax.weights.naming import Entry, Naming, NoNameError, entries
+
+NAMINGS: dict[str, dict[str, Naming]] = {**repvgg.NAMINGS}
+"""Model to source to table; a new family adds its own."""
+
+KINDS = ("train", "deploy")
+_COUNTER = ".num_batches_tracked"  # of batch norms, which no computation reads
+
+
+class Recognition(NamedTuple):
+  """What a state dict turned out to be.
+
+  Attributes:
+    model: its name, as in `create_model`.
+    naming: "official", "timm" or "mmpretrain".
+    kind: "train" or "deploy".
+    num_classes: outputs of its classifier; None where it has none.
+  """
+
+  model: str
+  naming: str
+  kind: str
+  num_classes: int | None
+
+
+def recognise(
+  state_dict: Mapping[str, Any],
+  model_name: str | None = None,
+  *,
+  hint: str = "",
+  **overrides: Any,
+) -> Recognition:
+  """Finds the naming, the kind and the classes of a state dict, and the model unless it is given.
+
+  Args:
+    state_dict: name to array.
+    model_name: as in `create_model`; None searches all models for the one whose shapes fit.
+    hint: a text that may name the model, such as the file's name; models in it are tried first.
+    **overrides: as in `create_model`.
+
+  Raises:
+    InputError: no model fits, or no name in it is one that `model_name` has in any naming.
+  """
+  state = _without_counters(state_dict)
+  if model_name is not None:
+    return _recognise_model(state, model_name, overrides)
+  fitting = _fitting_model(state, overrides, hint)
+  if fitting is None:
+    raise InputError(
+      f"no model has the names and shapes of these {len(state)} tensors ({_some(state)}); name "
+      "the model that comes closest, and the error will list what does not fit"
+    )
+  return fitting
+
+
+def from_torch(
+  model_name: str,
+  state_dict: Mapping[str, Any],
+  *,
+  num_classes: int = 1000,
+  param_dtype: Any = np.float32,
+  drop_head: bool = False,
+  **overrides: Any,
+) -> dict[str, Any]:
+  """Variables of a model from a PyTorch state dict, whose naming and kind are found out.
+
+  Args:
+    model_name: as in `create_model`.
+    state_dict: name to array or CPU tensor, for example from `repjax.weights.read`.
+    num_classes: of the model to be made.
+    param_dtype: of the variables.
+    drop_head: leave the classifiers out of the state dict and draw new ones as `repjax.init` does,
+      for another number of classes.
+    **overrides: as in `create_model`.
+
+  Returns:
+    {"params", "batch_stats"} of a training-form state dict, {"params"} of a deploy-form one. Arrays
+    are views of those in `state_dict` where neither dtype nor layout asks for a copy.
+
+  Raises:
+    InputError: the state dict does not fit. The one text lists all missing, unexpected, misshapen,
+      half-precision and non-finite tensors.
+  """
+  state = {name: _to_numpy(name, value) for name, value in _without_counters(state_dict).items()}
+  found = _recognise_model(state, model_name, overrides)
+  wanted = _expected(model_name, found.naming, found.kind, num_classes, overrides)
+  dropped = {name: entry for name, entry in wanted.items() if drop_head and entry.in_head}
+  state = {name: value for name, value in state.items() if name not in dropped}
+  wanted = {name: entry for name, entry in wanted.items() if name not in dropped}
+  misfits, bad_values = _misfits(state, wanted), _bad_values(state, wanted, np.dtype(param_dtype))
+  if misfits or bad_values:
+    hints = _hints(state, found, num_classes, overrides) if misfits else []
+    if any(value.dtype.itemsize < 4 for value in state.values()):
+      hints.append(
+        "Half-precision weights are already rounded; if that is wanted, widen them "
+        "(value.astype('float32'), or --allow-half), or pass param_dtype='float16'."
+      )
+    raise InputError(
+      f"these weights do not fit {model_name} (read as {found.naming} names, {found.kind} form) "
+      f"with {num_classes} classes; nothing was converted. "
+      + "\n  ".join([" ".join(hints), *misfits, *bad_values])
+    )
+  variables: dict[str, Any] = {}
+  for name, entry in wanted.items():
+    value = entry.layout.from_torch(state[name]).astype(param_dtype, copy=False)
+    _put(variables, entry.path, value)
+  if drop_head:
+    spec = ModelSpec(model_name, num_classes, overrides)
+    model = spec.create_model(deploy=found.kind == "deploy", param_dtype=param_dtype)
+    fresh = init(model, jax.random.key(0), spec.preprocessing.image_size)
+    for entry in dropped.values():
+      _put(variables, entry.path, _get(fresh, entry.path))
+  return variables
+
+
+def to_torch(
+  model_name: str, variables: Mapping[str, Any], naming: str = "official"
+) -> dict[str, np.ndarray]:
+  """A PyTorch state dict of a model's variables: the inverse of `from_torch`.
+
+  Args:
+    model_name: as in `create_model`.
+    variables: {"params", "batch_stats"} of the training form, or {"params"} of the deploy form.
+    naming: "official", "timm" or "mmpretrain".
+
+  Returns:
+    Name to contiguous array in PyTorch's layout and the variables' dtype. `num_batches_tracked`,
+    which PyTorch does not need, is not among them.
+
+  Raises:
+    InputError: the naming does not know this model, or has no name for one of its leaves.
+  """
+  table = _naming(model_name, naming)
+  try:
+    wanted = entries(table, variables)
+  except NoNameError as error:
+    raise InputError(f"{naming} names of {model_name} do not cover {error}") from error
+
+  return {
+    name: np.ascontiguousarray(entry.layout.to_torch(np.asarray(_get(variables, entry.path))))
+    for name, entry in wanted.items()
+  }
+
+
+def _naming(model_name: str, naming: str) -> Naming:
+  if model_name not in NAMINGS:
+    raise unknown("model with importable weights", model_name, NAMINGS)
+  if naming not in NAMINGS[model_name]:
+    raise InputError(
+      f"{naming!r} has no names for {model_name}; there are: {', '.join(NAMINGS[model_name])}"
+    )
+  return NAMINGS[model_name][naming]
+
+
+def _without_counters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in state_dict.items() if not name.endswith(_COUNTER)}
+
+
+def _to_numpy(name: str, value: Any) -> np.ndarray:
+  try:
+    return np.asarray(value)
+  except (TypeError, RuntimeError) as error:  # a tensor on a GPU, with a gradient, or in bfloat16
+    raise InputError(
+      f"{name} is no array: {error}; pass {{name: t.detach().cpu().float() ...}}"
+    ) from error
+
+
+def _expected(
+  model_name: str, naming: str, kind: str, num_classes: int, overrides: Mapping[str, Any]
+) -> dict[str, Entry]:
+  """What a state dict of that model, naming and kind holds."""
+  table = tuple(_naming(model_name, naming))
+  return _expected_cached(table, model_name, kind, num_classes, json.dumps(dict(overrides)))
+
+
+@functools.lru_cache(maxsize=256)
+def _expected_cached(table, model_name, kind, num_classes, overrides):
+  return entries(table, _shapes(model_name, kind, num_classes, overrides))
+
+
+@functools.lru_cache(maxsize=128)
+def _shapes(model_name: str, kind: str, num_classes: int, overrides: str) -> dict[str, Any]:
+  spec = ModelSpec(model_name, num_classes, json.loads(overrides))
+  return spec.variable_shapes(deploy=kind == "deploy")
+
+
+def _candidates(
+  model_name: str, num_classes: int, overrides: Mapping[str, Any]
+) -> Iterable[tuple[str, str, dict[str, Entry]]]:
+  """Naming, kind and expected tensors of everything that a model's weights can come as."""
+  for naming in NAMINGS.get(model_name, {}):
+    for kind in KINDS:
+      try:
+        yield naming, kind, _expected(model_name, naming, kind, num_classes, overrides)
+      except NoNameError:
+        continue
+
+
+def _recognise_model(
+  state: Mapping[str, Any], model_name: str, overrides: Mapping[str, Any]
+) -> Recognition:
+  """The naming and kind of a model that share most names with a state dict."""
+  if model_name not in NAMINGS:
+    create_model(model_name)  # an unknown name is the likelier mistake
+    _naming(model_name, "official")
+  create_model(model_name, **overrides)
+  naming, kind, wanted = max(
+    _candidates(model_name, 1000, overrides), key=lambda found: len(found[2].keys() & state.keys())
+  )
+  if not wanted.keys() & state.keys():
+    raise InputError(
+      f"none of the {len(state)} names is one of {model_name}'s, in no naming of "
+      f"{', '.join(NAMINGS[model_name])}: they are {_some(state)}, where {naming} naming has "
+      f"{_some(wanted)}"
+    )
+  return Recognition(model_name, naming, kind, _num_classes(state, wanted))
+
+
+def _num_classes(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> int | None:
+  """Of the main classifier in a state dict."""
+  for name, entry in wanted.items():
+    if entry.path[1:] == ("head", "bias") and name in state and len(state[name].shape) == 1:
+      return state[name].shape[0]
+  return None
+
+
+def _fitting_model(
+  state: Mapping[str, Any], overrides: Mapping[str, Any], hint: str = ""
+) -> Recognition | None:
+  """The model whose names and shapes are exactly those of a state dict, heads aside."""
+  plain = hint.lower().replace("-", "_")
+  # To trace a model takes half a second.
+  likeliest_first = sorted(list_models(), key=lambda name: -len(name) * (name in plain))
+  for model_name in likeliest_first:
+    try:
+      for naming, kind, wanted in _candidates(model_name, 1000, overrides):
+        fits = wanted.keys() == state.keys() and all(
+          tuple(state[name].shape) == entry.shape or entry.in_head for name, entry in wanted.items()
+        )
+        if fits:
+          return Recognition(model_name, naming, kind, _num_classes(state, wanted))
+    except InputError:  # overrides that this family does not have
+      continue
+  return None
+
+
+def _misfits(state: Mapping[str, np.ndarray], wanted: Mapping[str, Entry]) -> list[str]:
+  """What is missing, not wanted, or of another shape: a line each."""
+  missing = {name: entry.shape for name, entry in wanted.items() if name not in state}
+  unexpected = {name: value.shape for name, value in state.items() if name not in wanted}
+  known = {name: entry.shape for name, entry in wanted.items()}
+  return [
+    *(
+      f"missing {name} {shape}{_closest(name, shape, unexpected)}"
+      for name, shape in missing.items()
+    ),
+    *(
+      f"unexpected {name} {shape}{_closest(name, shape, missing or known)}"
+      for name, shape in unexpected.items()
+    ),
+    *(
+      f"{name} is {state[name].shape}, wanted {shape}"
+      for name, shape in known.items()
+      if name in state and state[name].shape != shape
+    ),
+  ]
+
+
+def _closest(name: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, ...]]) -> str:
+  """The most similar names among those of the same shape."""
+  same_shape = [other for other, its in others.items() if its == shape]
+  close = difflib.get_close_matches(name, same_shape, n=2, cutoff=0.5)
+  return f", closest: {' or '.join(close)}" if close else ""
+
+
+def _bad_values(
+  state: Mapping[str, np.ndarray], wanted: Mapping[str, Entry], dtype: np.dtype
+) -> list[str]:
+  """Tensors whose numbers cannot be used: a line each."""
+  lines = []
+  for name in (name for name in wanted if name in state):
+    value = state[name]
+    if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
+      lines.append(f"{name} holds {value.dtype}, not floating-point numbers")
+    elif value.dtype.itemsize < min(dtype.itemsize, 4):
+      lines.append(f"{name} is {value.dtype}")
+    elif not np.isfinite(value).all():
+      count = np.count_nonzero(~np.isfinite(value))
+      lines.append(f"{name} holds {count} of {value.size} numbers that are not finite")
+    elif wanted[name].path[-1] == "var" and (value < 0).any():
+      lines.append(f"{name} holds negative variances")
+  return lines
+
+
+def _hints(
+  state: Mapping[str, np.ndarray],
+  found: Recognition,
+  num_classes: int,
+  overrides: Mapping[str, Any],
+) -> list[str]:
+  """What may have gone wrong as a whole."""
+  hints = []
+  if found.num_classes not in (None, num_classes):
+    hints.append(
+      f"The file has {found.num_classes} classes: pass num_classes={found.num_classes}, or drop "
+      "its classifier and start a new one (drop_head=True)."
+    )
+  other_kind = KINDS[1 - KINDS.index(found.kind)]
+  ours, others = (
+    _expected(found.model, found.naming, kind, num_classes, overrides)
+    for kind in (found.kind, other_kind)
+  )
+  strangers = (others.keys() - ours.keys()) & state.keys()
+  if strangers:
+    hints.append(f"It mixes both kinds: {len(strangers)} tensors belong to the {other_kind} form.")
+  fitting = _fitting_model(state, {})
+  if fitting is not None and fitting.model != found.model:
+    hints.append(f"Names and shapes are those of {fitting.model}.")
+  return hints
+
+
+def _some(names: Iterable[str]) -> str:
+  names = list(names)
+  return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _get(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
+  return functools.reduce(lambda below, key: below[key], path, tree)
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+  for key in path[:-1]:
+    tree = tree.setdefault(key, {})
+  tree[path[-1]] = value

@@ -1,0 +1,122 @@
+"""Weights from the Hugging Face hub, with the preprocessing that their repository states."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from repjax.errors import InputError
+from repjax.spec import Preprocessing
+
+PREFIX = "hf:"
+_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class HubFile(NamedTuple):
+  """A weight file of the hub, on this machine's disk.
+
+  Attributes:
+    path: of the file in the local cache.
+    repository: owner and name.
+    revision: the commit, in full.
+    config: what the repository's config.json holds; empty where there is none.
+  """
+
+  path: Path
+  repository: str
+  revision: str
+  config: dict[str, Any]
+
+
+def fetch(reference: str) -> HubFile:
+  """Fetches a repository's weight file and config.json, or finds them in the local cache.
+
+  Args:
+    reference: "hf:OWNER/NAME", "hf:OWNER/NAME@REVISION", and ":FILE" behind either for a file that
+      is not called model.safetensors or pytorch_model.bin.
+
+  Raises:
+    InputError: the hub cannot be reached and the cache does not hold the file, or there is no such
+      repository, revision or file.
+  """
+  try:
+    import huggingface_hub
+    from huggingface_hub import errors
+  except ImportError:
+    raise InputError(
+      f"{reference} needs the huggingface_hub package: pip install 'repjax[hub]'"
+    ) from None
+  repository, _, file = reference.removeprefix(PREFIX).partition(":")
+  repository, _, revision = repository.partition("@")
+  unreachable = None
+  try:
+    # Asked first because it answers at once where there is no network.
+    huggingface_hub.HfApi().model_info(repository, revision=revision or None, timeout=20)
+  except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+    raise InputError(
+      f"the hub has no public repository {repository} with revision {revision or 'main'}; gated "
+      "and private ones need `hf auth login` first"
+    ) from error
+  except errors.HFValidationError as error:
+    raise InputError(f"{reference} is not hf:OWNER/NAME[@REVISION][:FILE]: {error}") from error
+  except Exception as error:  # the kinds of its HTTP library change from version to version
+    unreachable = error
+
+  def download(name: str) -> Path | None:
+    try:
+      return Path(
+        huggingface_hub.hf_hub_download(
+          repository,
+          name,
+          revision=revision or None,
+          local_files_only=unreachable is not None,
+        )
+      )
+    except errors.EntryNotFoundError:
+      return None
+
+  names = (file,) if file else _FILES
+  path = next(filter(None, map(download, names)), None)
+  if path is None and unreachable is not None:
+    raise InputError(
+      f"the Hugging Face hub cannot be reached ({unreachable}), and the local cache does not hold "
+      f"{' or '.join(names)} of {repository}. Connect, or fetch the file elsewhere with "
+      f"`hf download {repository} {names[0]}` and pass --from FILE"
+    )
+  if path is None:
+    raise InputError(
+      f"{repository} holds no {' or '.join(names)}; name its weight file: hf:{repository}:FILE"
+    )
+  config_path = download("config.json")
+  config = json.loads(config_path.read_text()) if config_path else {}
+  # The cache's layout: .../snapshots/<commit>/<file>.
+  commit = path.parts[path.parts.index("snapshots") + 1]
+  return HubFile(path, repository, commit, config)
+
+
+def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
+  """What timm's config.json says about images; None where it says nothing.
+
+  The shorter side is resized to floor(size / crop_pct), as timm evaluates.
+
+  Raises:
+    InputError: a crop or interpolation that `Preprocessing` cannot express.
+  """
+  stated = config.get("pretrained_cfg", {})
+  if "input_size" not in stated:
+    return None
+  size = int(stated["input_size"][-1])
+  if stated.get("crop_mode", "center") != "center":
+    raise InputError(f"config.json asks for crop_mode {stated['crop_mode']!r}; only center is read")
+  if stated.get("interpolation") not in ("bilinear", "bicubic", "nearest"):
+    raise InputError(
+      f"config.json asks for interpolation {stated.get('interpolation')!r}; bilinear, bicubic and "
+      "nearest are read"
+    )
+  return Preprocessing(
+    image_size=size,
+    resize_size=math.floor(size / stated["crop_pct"]),
+    interpolation=stated["interpolation"],
+    mean=tuple(stated["mean"]),
+    std=tuple(stated["std"]),
+  )

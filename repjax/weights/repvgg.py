@@ -1,0 +1,85 @@
+"""RepVGG's names in the authors' repository, in timm and in mmpretrain, and their preprocessing.
+
+References:
+  https://github.com/DingXiaoH/RepVGG
+  https://github.com/huggingface/pytorch-image-models, timm/models/byobnet.py
+  https://github.com/open-mmlab/mmpretrain, mmpretrain/models/backbones/repvgg.py
+"""
+
+from repjax.models.repvgg import VARIANTS
+from repjax.spec import Preprocessing
+from repjax.weights.naming import DENSE_AS_CONV, Naming, Row
+
+_INSIDE = (Row("conv", "conv"), Row("bn", "bn"))  # a branch's convolution and norm
+
+_OFFICIAL_LAYERS = (
+  Row(r"AuxHead_(\w+)/RepConv_0/conv3x3", r"\1_aux.0"),
+  Row(r"AuxHead_(\w+)/head", r"\1_aux.3"),
+  Row("stem", "stage0"),
+  Row("head", "linear"),
+  Row("RepConv_0/conv3x3", "rbr_dense"),
+  Row("RepConv_0/conv1x1", "rbr_1x1"),
+  Row("RepConv_0/identity/bn", "rbr_identity"),
+  Row("RepConv_0/conv", "rbr_reparam"),
+  *_INSIDE,
+)
+
+_OFFICIAL = (
+  *_OFFICIAL_LAYERS,
+  Row(r"(stage\w+)/block(\d+)", r"\1.\2"),
+  Row("SqueezeExcite_0/(down|up)", r"se.\1", DENSE_AS_CONV),
+)
+
+_OFFICIAL_PLUS = (
+  *_OFFICIAL_LAYERS,
+  Row(r"(stage\w+)/block(\d+)", r"\1.blocks.\2"),
+  Row("SqueezeExcite_0/(down|up)", r"post_se.\1", DENSE_AS_CONV),
+)
+
+_TIMM = (
+  Row("stem", "stem"),
+  *(Row(rf"stage{stage}/block(\d+)", rf"stages.{stage - 1}.\1") for stage in (1, 2, 3, 4)),
+  Row("head", "head.fc"),
+  Row("RepConv_0/conv3x3", "conv_kxk"),
+  Row("RepConv_0/conv1x1", "conv_1x1"),
+  Row("RepConv_0/identity/bn", "identity"),
+  Row("RepConv_0/conv", "reparam_conv"),
+  *_INSIDE,
+  Row("SqueezeExcite_0/down", "attn.fc1", DENSE_AS_CONV),
+  Row("SqueezeExcite_0/up", "attn.fc2", DENSE_AS_CONV),
+)
+
+_MMPRETRAIN = (
+  Row("stem", "backbone.stem"),
+  Row(r"stage([1-4])/block(\d+)", r"backbone.stage_\1.\2"),
+  Row("head", "head.fc"),
+  Row("RepConv_0/conv3x3", "branch_3x3"),
+  Row("RepConv_0/conv1x1", "branch_1x1"),
+  Row("RepConv_0/identity/bn", "branch_norm"),
+  Row("RepConv_0/conv", "branch_reparam"),
+  Row("conv", "conv"),
+  Row("bn", "norm"),
+  Row("SqueezeExcite_0/down", "se_layer.conv1.conv", DENSE_AS_CONV),
+  Row("SqueezeExcite_0/up", "se_layer.conv2.conv", DENSE_AS_CONV),
+)
+
+_NAMINGS: dict[str, Naming] = {"official": _OFFICIAL, "timm": _TIMM, "mmpretrain": _MMPRETRAIN}
+
+NAMINGS: dict[str, dict[str, Naming]] = {
+  **dict.fromkeys(VARIANTS, _NAMINGS),
+  "repvggplus_l2pse": {"official": _OFFICIAL_PLUS},
+}
+"""Model to source to table."""
+
+_AT_320 = Preprocessing(image_size=320, resize_size=320)
+
+PREPROCESSING: dict[tuple[str, str], Preprocessing] = {
+  ("repvgg_d2se", "official"): _AT_320,
+  ("repvgg_d2se", "timm"): _AT_320,
+  ("repvggplus_l2pse", "official"): _AT_320,
+}
+"""(model, source) to the evaluation transform behind its published accuracy.
+
+All others resize the shorter side to 256 and cut out 224, bilinearly, with ImageNet's mean and
+standard deviation, which are the defaults of `Preprocessing`.
+"""

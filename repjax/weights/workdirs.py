@@ -1,0 +1,180 @@
+"""Weights into a folder that the rest of repjax reads, and out of one."""
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from repjax import store
+from repjax.errors import InputError
+from repjax.spec import ModelSpec, Preprocessing, load
+from repjax.weights import hub
+from repjax.weights.convert import KINDS, Recognition, from_torch, recognise, to_torch
+from repjax.weights.files import read
+from repjax.weights.repvgg import PREPROCESSING
+
+
+def import_weights(
+  source: str,
+  workdir: Path,
+  *,
+  model_name: str | None = None,
+  num_classes: int | None = None,
+  drop_head: bool = False,
+  allow_half: bool = False,
+  entry: str | None = None,
+  overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """Makes a workdir from a checkpoint file; writes nothing unless all of it fits.
+
+  A training-form checkpoint becomes a checkpoint of step 0, a deploy-form one the deploy folder.
+
+  Args:
+    source: path of a file, or "hf:OWNER/NAME[@REVISION][:FILE]".
+    workdir: folder to be made.
+    model_name: as in `create_model`; None finds the model whose names and shapes fit.
+    num_classes: of the model; None takes what the file has.
+    drop_head: draw a new classifier instead of reading the file's.
+    allow_half: widen half-precision weights to float32 instead of refusing them.
+    entry: which of several state dicts in the file.
+    overrides: as in `create_model`.
+
+  Returns:
+    What is also written to import.json: `source`, `file`, `bytes`, `sha256`, `revision` (of the
+    hub), `model`, `naming`, `kind`, `num_classes`, `new_head`, and `parameters`.
+
+  Raises:
+    InputError: the folder is not empty, or the weights cannot be read or do not fit.
+  """
+  if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    raise InputError(f"{workdir} exists and is not empty; give a new --workdir")
+  overrides = dict(overrides or {})
+  fetched = hub.fetch(source) if source.startswith(hub.PREFIX) else None
+  path = fetched.path if fetched else Path(source)
+  state = read(path, entry=entry)
+  with ThreadPoolExecutor(1) as background:
+    checksum = background.submit(_sha256, path)
+    found = recognise(state, model_name, hint=source, **overrides)
+    num_classes = num_classes or found.num_classes
+    if num_classes is None:
+      raise InputError(f"{path} holds no classifier; pass --num-classes N and --drop-head")
+    if allow_half:
+      state = {name: _widened(value) for name, value in state.items()}
+    variables = from_torch(
+      found.model, state, num_classes=num_classes, drop_head=drop_head, **overrides
+    )
+    spec = ModelSpec(
+      found.model,
+      num_classes,
+      overrides,
+      _preprocessing(found, fetched),
+      _class_names(fetched, num_classes),
+    )
+    record = {
+      "source": source,
+      "file": path.name,
+      "bytes": path.stat().st_size,
+      "sha256": checksum.result(),
+      "revision": fetched.revision if fetched else None,
+      **found._asdict(),
+      "num_classes": num_classes,
+      "new_head": drop_head,
+      "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+    }
+  _write(workdir, spec, variables, record)
+  return record
+
+
+def export_weights(
+  workdir: Path, target: Path, *, naming: str = "official", form: str = "train"
+) -> dict[str, np.ndarray]:
+  """Writes a folder's model as a .safetensors file in another project's names.
+
+  Args:
+    workdir: of a run or an import.
+    target: the file, which must not exist yet.
+    naming: "official", "timm" or "mmpretrain".
+    form: "train" or "deploy".
+
+  Returns:
+    What was written: name to array. Batch norms have the counter that PyTorch keeps, at zero.
+
+  Raises:
+    InputError: the folder does not hold that form, the naming does not cover the model, or the file
+      exists.
+  """
+  try:
+    from safetensors.numpy import save_file
+  except ImportError:
+    raise InputError("writing .safetensors needs: pip install 'repjax[weights]'") from None
+  if target.suffix != ".safetensors":
+    raise InputError(f"{target} is written as .safetensors; call it {target.stem}.safetensors")
+  if target.exists():
+    raise InputError(f"{target} exists; give another --to, or remove it first")
+  _, variables, spec = load(workdir, deploy=form == "deploy")
+  state = to_torch(spec.name, variables, naming)
+  for name in list(state):
+    if name.endswith(".running_var"):
+      counter = name.removesuffix("running_var") + "num_batches_tracked"
+      state[counter] = np.zeros((), np.int64)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  draft = target.with_name(f"{target.name}.draft")
+  save_file(state, draft, metadata={"format": "pt"})
+  draft.replace(target)
+  return state
+
+
+def _sha256(path: Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _widened(value: np.ndarray) -> np.ndarray:
+  is_half = value.dtype.itemsize < 4 and jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
+  return value.astype(np.float32) if is_half else value
+
+
+def _preprocessing(found: Recognition, fetched: hub.HubFile | None) -> Preprocessing:
+  """The repository's own, or what goes with the published weights of that model and source."""
+  stated = hub.preprocessing(fetched.config) if fetched else None
+  return stated or PREPROCESSING.get((found.model, found.naming), Preprocessing())
+
+
+def _class_names(fetched: hub.HubFile | None, num_classes: int) -> tuple[str, ...]:
+  names = fetched.config.get("label_names", ()) if fetched else ()
+  return tuple(names) if len(names) == num_classes else ()
+
+
+def _write(workdir: Path, spec: ModelSpec, variables: Any, record: dict[str, Any]) -> None:
+  """Writes the whole folder beside its place, then moves it there."""
+  draft = workdir.with_name(f"{workdir.name}.draft")
+  shutil.rmtree(draft, ignore_errors=True)
+  draft.mkdir(parents=True)
+  is_train = record["kind"] == KINDS[0]
+  if is_train:
+    store.write_tree(draft / "checkpoints" / "0" / "variables", variables)
+  else:
+    store.write_tree(draft / "deploy" / "params", variables["params"])
+    spec.write(draft / "deploy")
+  spec.write(draft)
+  store.write_json(draft / "import.json", record)
+  store.write_json(
+    draft / "config.json",
+    {
+      "model": spec.name,
+      "dataset": "imagenet2012" if spec.num_classes == 1000 else None,
+      "data_dir": None,
+      "eval_split": "validation",
+      "batch_size": 64,
+      "num_workers": 0,
+      "tolerance": 1e-5,
+    },
+  )
+  if workdir.exists():
+    workdir.rmdir()
+  draft.replace(workdir)

@@ -1,0 +1,34 @@
+"""Writes a workdir's model as .safetensors in the names of the authors' code, timm or mmpretrain.
+
+python scripts/export_weights.py --workdir runs/a0 --to repvgg_a0.safetensors --naming timm
+"""
+
+import argparse
+from pathlib import Path
+
+from repjax import weights
+from repjax.errors import one_paragraph
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
+  parser.add_argument("--to", required=True, type=Path, help="the .safetensors file to be made")
+  parser.add_argument("--naming", default="official", help="official, timm or mmpretrain")
+  parser.add_argument("--form", choices=("train", "deploy"), default="train")
+  arguments = parser.parse_args()
+  with one_paragraph():
+    state = weights.export_weights(
+      arguments.workdir, arguments.to, naming=arguments.naming, form=arguments.form
+    )
+  size = arguments.to.stat().st_size
+  print(
+    f"{len(state)} tensors, {arguments.form} form, {arguments.naming} names, {size:,} bytes\n"
+    f"saved: {arguments.to}"
+  )
+
+
+if __name__ == "__main__":
+  main()

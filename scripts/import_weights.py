@@ -1,0 +1,77 @@
+"""Makes a workdir from somebody else's checkpoint: a file, or a repository of the Hugging Face hub.
+
+python scripts/import_weights.py --from RepVGG-A0-train.pth --workdir runs/a0
+python scripts/import_weights.py --from hf:timm/repvgg_a0.rvgg_in1k --workdir runs/a0
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from repjax import store, weights
+from repjax.errors import InputError, one_paragraph
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+  """The dictionary that --overrides spells."""
+  try:
+    value = json.loads(text)
+  except ValueError:
+    value = None
+  if not isinstance(value, dict):
+    raise InputError(f'--overrides takes JSON such as {{"stage_sizes": [1, 2, 2, 1]}}, got {text}')
+  return value
+
+
+def main() -> None:
+  start = time.perf_counter()
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--from", dest="source", required=True, help="a file, or hf:OWNER/NAME[@REVISION][:FILE]"
+  )
+  parser.add_argument("--workdir", required=True, type=Path, help="folder to be made")
+  parser.add_argument("--model", default="auto", help="its name (default: auto, by the shapes)")
+  parser.add_argument("--num-classes", type=int, help="wanted (default: those in the file)")
+  parser.add_argument(
+    "--drop-head", action="store_true", help="draw a new classifier, for other classes"
+  )
+  parser.add_argument(
+    "--allow-half", action="store_true", help="widen half-precision weights to float32"
+  )
+  parser.add_argument("--entry", help="which of several state dicts, such as state_dict_ema")
+  parser.add_argument("--overrides", default="{}", help="of the model's attributes, as JSON")
+  arguments = parser.parse_args()
+  with one_paragraph():
+    record = weights.import_weights(
+      arguments.source,
+      arguments.workdir,
+      model_name=None if arguments.model == "auto" else arguments.model,
+      num_classes=arguments.num_classes,
+      drop_head=arguments.drop_head,
+      allow_half=arguments.allow_half,
+      entry=arguments.entry,
+      overrides=parse_overrides(arguments.overrides),
+    )
+  preprocessing = store.read_json(arguments.workdir / "model.json")["preprocessing"]
+  revision = f", revision {record['revision']}" if record["revision"] else ""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  print(
+    f"recognised: {record['model']}, {record['naming']} names, {record['kind']} form, "
+    f"{record['num_classes']} classes{' with a new classifier' if record['new_head'] else ''}\n"
+    f"parameters: {record['parameters']:,}\n"
+    f"images: shorter side to {preprocessing['resize_size']} px, "
+    f"{preprocessing['interpolation']}, central {preprocessing['image_size']} px, "
+    f"mean {preprocessing['mean']}, std {preprocessing['std']}\n"
+    f"file: {record['bytes']:,} bytes, sha256 {record['sha256']}{revision}\n"
+    f"saved: {arguments.workdir}, in {time.perf_counter() - start:.1f} s, with "
+    f"{peak / 1e6:.0f} MB of memory at most"
+  )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,35 @@
+"""Prints what a model costs by stage: output shapes, parameters, multiplications, in both forms.
+
+python scripts/summary.py --model repvgg_a0
+"""
+
+import argparse
+from pathlib import Path
+
+from repjax import ModelSpec, analysis
+from repjax.errors import one_paragraph
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument("--model", help="a name of repjax.list_models()")
+  what.add_argument("--workdir", type=Path, help="folder of a run or an import")
+  parser.add_argument("--num-classes", type=int, default=1000, help="with --model")
+  parser.add_argument("--image-size", type=int, help="pixels (default: 224, or the folder's)")
+  arguments = parser.parse_args()
+  with one_paragraph():
+    if arguments.workdir:
+      spec = ModelSpec.read(arguments.workdir)
+    else:
+      spec = ModelSpec(arguments.model, arguments.num_classes)
+    image_size = arguments.image_size or spec.preprocessing.image_size
+    found = analysis.summary(spec.create_model(), image_size)
+  print(f"{spec.name}, {spec.num_classes} classes, one image of {image_size} px")
+  print(analysis.format_summary(found))
+
+
+if __name__ == "__main__":
+  main()
