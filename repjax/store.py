@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from repjax.errors import InputError
 
@@ -54,9 +55,21 @@ def write_tree(path: Path, tree: Any) -> None:
   import orbax.checkpoint as ocp
 
   arrays = jax.tree.map(lambda leaf: np.asarray(leaf).view(_Constant), jax.device_get(tree))
-  # A file for each array: fewer copies in memory than in Orbax's one database.
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+  # A file for each array: Orbax's one database would hold another copy of everything in memory.
+  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+  with _quiet_absl(), ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(arrays))
+
+
+@contextlib.contextmanager
+def _quiet_absl() -> Iterator[None]:
+  """Holds back warnings, of which Orbax has one for every tree that is in no database."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
 
 
 class _Constant(np.ndarray):

@@ -62,8 +62,8 @@ def recognise(
   fitting = _fitting_model(state, overrides, hint)
   if fitting is None:
     raise InputError(
-      f"no model has the names and shapes of these {len(state)} tensors ({_some(state)}); name "
-      "the model that comes closest, and the error will list what does not fit"
+      f"no model has just the names and shapes of this state dict ({len(state)} tensors: "
+      f"{_some(state)}); name the model that comes closest, and the error lists what does not fit"
     )
   return fitting
 
@@ -102,19 +102,14 @@ def from_torch(
   dropped = {name: entry for name, entry in wanted.items() if drop_head and entry.in_head}
   state = {name: value for name, value in state.items() if name not in dropped}
   wanted = {name: entry for name, entry in wanted.items() if name not in dropped}
-  misfits, bad_values = _misfits(state, wanted), _bad_values(state, wanted, np.dtype(param_dtype))
-  if misfits or bad_values:
-    hints = _hints(state, found, num_classes, overrides) if misfits else []
-    if any(value.dtype.itemsize < 4 for value in state.values()):
-      hints.append(
-        "Half-precision weights are already rounded; if that is wanted, widen them "
-        "(value.astype('float32'), or --allow-half), or pass param_dtype='float16'."
-      )
-    raise InputError(
+  problems = _misfits(state, wanted) + _bad_values(state, wanted, np.dtype(param_dtype))
+  if problems:
+    headline = (
       f"these weights do not fit {model_name} (read as {found.naming} names, {found.kind} form) "
-      f"with {num_classes} classes; nothing was converted. "
-      + "\n  ".join([" ".join(hints), *misfits, *bad_values])
+      f"with {num_classes} classes; nothing was converted. Problems: {len(problems)}."
     )
+    hints = _hints(state, wanted, found, num_classes, overrides)
+    raise InputError("\n  ".join([" ".join([headline, *hints]), *problems]))
   variables: dict[str, Any] = {}
   for name, entry in wanted.items():
     value = entry.layout.from_torch(state[name]).astype(param_dtype, copy=False)
@@ -224,9 +219,8 @@ def _recognise_model(
   )
   if not wanted.keys() & state.keys():
     raise InputError(
-      f"none of the {len(state)} names is one of {model_name}'s, in no naming of "
-      f"{', '.join(NAMINGS[model_name])}: they are {_some(state)}, where {naming} naming has "
-      f"{_some(wanted)}"
+      f"no name in this state dict is one of {model_name}'s (in {' or '.join(NAMINGS[model_name])} "
+      f"naming): it has {_some(state)}, where {naming} naming has {_some(wanted)}"
     )
   return Recognition(model_name, naming, kind, _num_classes(state, wanted))
 
@@ -297,7 +291,7 @@ def _bad_values(
     value = state[name]
     if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
       lines.append(f"{name} holds {value.dtype}, not floating-point numbers")
-    elif value.dtype.itemsize < min(dtype.itemsize, 4):
+    elif is_half(value) and dtype.itemsize > value.dtype.itemsize:
       lines.append(f"{name} is {value.dtype}")
     elif not np.isfinite(value).all():
       count = np.count_nonzero(~np.isfinite(value))
@@ -307,30 +301,43 @@ def _bad_values(
   return lines
 
 
+def is_half(value: np.ndarray) -> bool:
+  """Whether an array holds floating-point numbers of fewer than 32 bits."""
+  return value.dtype.itemsize < 4 and jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
+
+
 def _hints(
   state: Mapping[str, np.ndarray],
+  wanted: Mapping[str, Entry],
   found: Recognition,
   num_classes: int,
   overrides: Mapping[str, Any],
 ) -> list[str]:
   """What may have gone wrong as a whole."""
+  if any(map(is_half, state.values())):
+    return [
+      "Half-precision weights are rounded already: if that is wanted, widen them first "
+      "(value.astype('float32'), or --allow-half), or pass param_dtype='float16'."
+    ]
+  other_kind = KINDS[1 - KINDS.index(found.kind)]
+  other = _expected(found.model, found.naming, other_kind, num_classes, overrides)
+  strangers = [name for name in state if name in other and name not in wanted]
+  if strangers:
+    return [f"It mixes both kinds: of the {other_kind} form are {_some(strangers)}."]
   hints = []
-  if found.num_classes not in (None, num_classes):
+  if found.num_classes not in (None, num_classes) and any(e.in_head for e in wanted.values()):
     hints.append(
       f"The file has {found.num_classes} classes: pass num_classes={found.num_classes}, or drop "
-      "its classifier and start a new one (drop_head=True)."
+      "its classifier and draw a new one (drop_head=True, or --drop-head)."
     )
-  other_kind = KINDS[1 - KINDS.index(found.kind)]
-  ours, others = (
-    _expected(found.model, found.naming, kind, num_classes, overrides)
-    for kind in (found.kind, other_kind)
+  shapes_differ = any(
+    state[name].shape != entry.shape and not entry.in_head
+    for name, entry in wanted.items()
+    if name in state
   )
-  strangers = (others.keys() - ours.keys()) & state.keys()
-  if strangers:
-    hints.append(f"It mixes both kinds: {len(strangers)} tensors belong to the {other_kind} form.")
-  fitting = _fitting_model(state, {})
-  if fitting is not None and fitting.model != found.model:
-    hints.append(f"Names and shapes are those of {fitting.model}.")
+  if shapes_differ:
+    fitting = _fitting_model(state, {})
+    hints += [f"Its names and shapes are those of {fitting.model}."] if fitting else []
   return hints
 
 

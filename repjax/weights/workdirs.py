@@ -14,7 +14,7 @@ from repjax import store
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub
-from repjax.weights.convert import KINDS, Recognition, from_torch, recognise, to_torch
+from repjax.weights.convert import KINDS, Recognition, from_torch, is_half, recognise, to_torch
 from repjax.weights.files import read
 from repjax.weights.repvgg import PREPROCESSING
 
@@ -64,7 +64,7 @@ def import_weights(
     if num_classes is None:
       raise InputError(f"{path} holds no classifier; pass --num-classes N and --drop-head")
     if allow_half:
-      state = {name: _widened(value) for name, value in state.items()}
+      state = {name: x.astype(np.float32) if is_half(x) else x for name, x in state.items()}
     variables = from_torch(
       found.model, state, num_classes=num_classes, drop_head=drop_head, **overrides
     )
@@ -132,11 +132,6 @@ def export_weights(
 def _sha256(path: Path) -> str:
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _widened(value: np.ndarray) -> np.ndarray:
-  is_half = value.dtype.itemsize < 4 and jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
-  return value.astype(np.float32) if is_half else value
 
 
 def _preprocessing(found: Recognition, fetched: hub.HubFile | None) -> Preprocessing:
