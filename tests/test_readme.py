@@ -13,10 +13,10 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_there_are_python_examples():
-  assert len(BLOCKS) == 3
+  assert len(BLOCKS) == 4
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["functions", "own network", "load"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["functions", "own network", "load", "weights"])
 def test_python_examples_run(block, finished, tmp_path, monkeypatch):
   (tmp_path / "runs").mkdir()
   (tmp_path / "runs" / "digits").symlink_to(finished[0])
