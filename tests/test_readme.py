@@ -8,6 +8,8 @@ import pytest
 
 import repjax
 
+pytest_plugins = ["tests.training.fixtures"]
+
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
