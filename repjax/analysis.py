@@ -1,9 +1,11 @@
 """What a model costs: shapes, parameters and multiplications by stage, read off its trace."""
 
 import dataclasses
+import inspect
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -34,7 +36,7 @@ class Stage(NamedTuple):
     name: of the scope.
     output_shape: of what it returns for one image, without the batch axis; None where it returns
       something else than an array.
-    train: cost in training form; None where the scope is in deploy form only.
+    train: cost in training form, or in the only form; None where only the deploy form has it.
     deploy: cost in deploy form; None where the form has no such scope, or the model no such form.
   """
 
@@ -62,8 +64,9 @@ def summary(model: nn.Module, image_size: int | tuple[int, int]) -> Summary:
   """Counts what a model's evaluation costs by stage, in both forms where it has two.
 
   Everything is read off the traced program, so that any Linen module works that maps images
-  (N, H, W, 3) to something. Nothing is computed. In the training form auxiliary heads count, as
-  they are part of it.
+  (N, H, W, 3), and perhaps train=False, to something. Nothing is computed. In the training form
+  auxiliary heads count, as they are part of it. A scan counts as often as it runs; of a `cond` all
+  branches count, of a `while_loop` one pass.
 
   Args:
     model: with an attribute `deploy`, as the models of repjax have, both forms are counted.
@@ -79,11 +82,14 @@ def summary(model: nn.Module, image_size: int | tuple[int, int]) -> Summary:
       https://arxiv.org/abs/2101.03697
   """
   has_forms = hasattr(model, "deploy") and dataclasses.is_dataclass(model)
-  train, shapes = _costs(model.clone(deploy=False) if has_forms else model, image_size)
-  deploy = _costs(model.clone(deploy=True), image_size)[0] if has_forms else None
+  train, shapes = _costs(_in_form(model, False) if has_forms else model, image_size)
+  deploy = None
+  if has_forms:
+    deploy, deploy_shapes = _costs(_in_form(model, True), image_size)
+    shapes = deploy_shapes | shapes
   stages = tuple(
-    Stage(name, shapes.get(name), train[name], deploy.get(name) if deploy else None)
-    for name in train
+    Stage(name, shapes.get(name), train.get(name), deploy.get(name) if deploy else None)
+    for name in dict.fromkeys([*train, *(deploy or ())])
   )
   return Summary(stages, _total(train), _total(deploy) if deploy else None)
 
@@ -91,21 +97,22 @@ def summary(model: nn.Module, image_size: int | tuple[int, int]) -> Summary:
 def format_summary(found: Summary) -> str:
   """The summary as a table for people."""
   forms = ("training form", "deploy form") if found.deploy else ("",)
-  width = max(len("total"), *(len(stage.name) for stage in found.stages))
-  columns = f"{'parameters':>13}{'MACs':>18}{'Winograd':>18}"
-  lines = [
-    f"{'':<{width}}{'':>16}" + "".join(f"{form:>49}" for form in forms),
-    f"{'stage':<{width}}{'output':>16}" + columns * len(forms),
-  ]
-  total = Stage("total", None, found.train, found.deploy)
-  for stage in (*found.stages, total):
+  table = [["stage", "output", *("parameters", "MACs", "Winograd") * len(forms)]]
+  for stage in (*found.stages, Stage("total", None, found.train, found.deploy)):
     shape = "x".join(map(str, stage.output_shape)) if stage.output_shape else ""
-    costs = (stage.train, stage.deploy)[: len(forms)]
-    cells = (
-      "".join(f"{n:>{w},}" for n, w in zip(cost, (13, 18, 18))) if cost else "" for cost in costs
-    )
-    lines.append(f"{stage.name:<{width}}{shape:>16}" + "".join(f"{cell:>49}" for cell in cells))
-  return "\n".join(line.rstrip() for line in lines)
+    row = [stage.name, shape]
+    for cost in (stage.train, stage.deploy)[: len(forms)]:
+      row += [f"{number:,}" for number in cost] if cost else ["", "", ""]
+    table.append(row)
+  widths = [max(map(len, column)) + 2 for column in zip(*table)]
+  headline = "".join(
+    f"{form:>{sum(widths[2 + 3 * index : 5 + 3 * index])}}" for index, form in enumerate(forms)
+  )
+  lines = [
+    f"{name:<{widths[0]}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:]))
+    for name, *cells in table
+  ]
+  return "\n".join([(" " * sum(widths[:2]) + headline).rstrip(), *lines])
 
 
 def _costs(
@@ -116,36 +123,63 @@ def _costs(
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
 
+  called = []  # in the order of the program, norms and other layers without products included
+
   def is_stage(module: nn.Module, method: str) -> bool:
-    return len(module.path) == 1 and method == "__call__"
+    if len(module.path) != 1:
+      return False
+    called.append(module.path[0])
+    return method == "__call__"
+
+  takes_train = "train" in inspect.signature(type(model).__call__).parameters
+  form: dict[str, Any] = {"train": False} if takes_train else {}
 
   def run(variables: Any, images: jax.Array) -> Any:
     _, state = model.apply(
-      variables, images, capture_intermediates=is_stage, mutable=["intermediates"]
+      variables, images, capture_intermediates=is_stage, mutable=["intermediates"], **form
     )
     return state.get("intermediates", {})
 
   program, outputs = jax.make_jaxpr(run, return_shape=True)(variables, images)
+  own = type(model).__name__
+  params = defaultdict(int)
+  for name, tree in variables.get("params", {}).items():
+    params[name if isinstance(tree, Mapping) else own] += sum(x.size for x in jax.tree.leaves(tree))
   macs, winograd = defaultdict(int), defaultdict(Fraction)
   for scope, count, is_winograd in _products(program.jaxpr, (), 1):
-    # The first name is the model's own.
-    stage = scope[1] if len(scope) > 1 else "(outside)"
+    stage = _stage_name(scope, {*params, *called}, own)
     macs[stage] += count
     winograd[stage] += count * (Fraction(4, 9) if is_winograd else 1)
-  params = {
-    name: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    for name, tree in variables.get("params", {}).items()
-  }
   shapes = {
     name: value["__call__"][0].shape[1:]
     for name, value in outputs.items()
     if hasattr(value.get("__call__", (None,))[0], "shape")
   }
   costs = {
-    name: Cost(params.get(name, 0), macs[name], round(winograd[name]))
-    for name in dict.fromkeys([*macs, *params])
+    name: Cost(params[name], macs[name], round(winograd[name]))
+    for name in dict.fromkeys([*called, *macs, *params])
+    if macs[name] or params[name]
   }
   return costs, shapes
+
+
+def _stage_name(scope: tuple[str, ...], stages: Collection[str], model: str) -> str:
+  """The top-level scope that a name stack such as RepVGG/stage1/block0/... belongs to.
+
+  Transformations show as vmap(stage1), methods as stage1.method. What a model computes in no scope
+  is its own, under the name of its class.
+  """
+  for name in scope:
+    while match := re.fullmatch(r"\w+\((.*)\)", name):
+      name = match[1]
+    if name.partition(".")[0] in stages:
+      return name.partition(".")[0]
+  return model
+
+
+def _in_form(model: nn.Module, deploy: bool) -> nn.Module:
+  settings: Any = {"deploy": deploy}
+  return model.clone(**settings)
 
 
 def _total(costs: dict[str, Cost]) -> Cost:

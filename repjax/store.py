@@ -153,7 +153,7 @@ def read_checkpoint(
     InputError: no checkpoint is whole.
   """
   found = checkpoints(workdir)
-  if not found and current_folder(workdir / "deploy").exists():
+  if not found and (current_folder(workdir / "deploy") / "params").exists():
     raise InputError(f"{workdir} holds a deploy form only; the training form cannot be had from it")
   order = sorted(found, key=lambda step: (found[step] if best else 0, step), reverse=True)
   problems = []

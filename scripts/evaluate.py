@@ -20,6 +20,8 @@ def main() -> None:
   parser.add_argument("--dataset", help="a TFDS name instead of the run's own, or synthetic")
   parser.add_argument("--split", help="of the data set, instead of the run's own")
   parser.add_argument("--data-dir", help="where TFDS keeps the data set")
+  parser.add_argument("--batch-size", type=int, help="instead of the run's own")
+  parser.add_argument("--num-workers", type=int, help="processes that read images")
   parser.add_argument(
     "--form", choices=(*FORMS, "both"), help="which form (default: those in the folder)"
   )
@@ -35,6 +37,8 @@ def main() -> None:
       dataset=arguments.dataset,
       eval_split=arguments.split,
       data_dir=arguments.data_dir,
+      batch_size=arguments.batch_size,
+      num_workers=arguments.num_workers,
     )
     for form in forms:
       result = training.evaluate(config, arguments.workdir, deploy=form == "deploy")
@@ -44,7 +48,8 @@ def main() -> None:
         f"{form:<8}{result['parameters']:>14,}{result['accuracy']:>12.2%} {result['loss']:>9.4f}",
         flush=True,
       )
-    print(f"on every image of {config.dataset}'s {config.eval_split} split, reloaded from disk")
+    what = ", which is noise" if config.dataset == "synthetic" else ", reloaded from disk"
+    print(f"on every image of {config.dataset}'s {config.eval_split} split{what}")
 
 
 if __name__ == "__main__":

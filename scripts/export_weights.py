@@ -17,15 +17,18 @@ def main() -> None:
   parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
   parser.add_argument("--to", required=True, type=Path, help="the .safetensors file to be made")
   parser.add_argument("--naming", default="official", help="official, timm or mmpretrain")
-  parser.add_argument("--form", choices=("train", "deploy"), default="train")
+  parser.add_argument(
+    "--form", choices=("train", "deploy"), help="(default: train if there is one)"
+  )
   arguments = parser.parse_args()
   with one_paragraph():
     state = weights.export_weights(
       arguments.workdir, arguments.to, naming=arguments.naming, form=arguments.form
     )
   size = arguments.to.stat().st_size
+  form = "train" if any(name.endswith("running_var") for name in state) else "deploy"
   print(
-    f"{len(state)} tensors, {arguments.form} form, {arguments.naming} names, {size:,} bytes\n"
+    f"{len(state)} tensors, {form} form, {arguments.naming} names, {size:,} bytes\n"
     f"saved: {arguments.to}"
   )
 

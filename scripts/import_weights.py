@@ -58,12 +58,16 @@ def main() -> None:
       overrides=parse_overrides(arguments.overrides),
     )
   preprocessing = store.read_json(arguments.workdir / "model.json")["preprocessing"]
+  entry = f"entry: {record['entry']}" if record["entry"] else ""
+  if record["other_entries"]:
+    entry += f" (--entry takes {' or '.join(record['other_entries'])} instead)"
   revision = f", revision {record['revision']}" if record["revision"] else ""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   print(
-    f"recognised: {record['model']}, {record['naming']} names, {record['kind']} form, "
+    f"recognized: {record['model']}, {record['naming']} names, {record['kind']} form, "
     f"{record['num_classes']} classes{' with a new classifier' if record['new_head'] else ''}\n"
-    f"parameters: {record['parameters']:,}\n"
+    + (f"{entry}\n" if entry else "")
+    + f"parameters: {record['parameters']:,}, from {', '.join(record['dtypes'])}\n"
     f"images: shorter side to {preprocessing['resize_size']} px, "
     f"{preprocessing['interpolation']}, central {preprocessing['image_size']} px, "
     f"mean {preprocessing['mean']}, std {preprocessing['std']}\n"

@@ -30,7 +30,11 @@ def main() -> None:
       eval_split=arguments.split,
       data_dir=arguments.data_dir,
     )
-    if arguments.dataset is None and (arguments.workdir / "import.json").exists():
+    if (
+      arguments.dataset is None
+      and arguments.split is None
+      and (arguments.workdir / "import.json").exists()
+    ):
       config.dataset, config.eval_split = "synthetic", "sample"
     if arguments.tolerance is not None:
       config.tolerance = arguments.tolerance

@@ -25,7 +25,9 @@ def main() -> None:
       spec = ModelSpec.read(arguments.workdir)
     else:
       spec = ModelSpec(arguments.model, arguments.num_classes)
-    image_size = arguments.image_size or spec.preprocessing.image_size
+    image_size = arguments.image_size
+    if image_size is None:
+      image_size = spec.preprocessing.image_size
     found = analysis.summary(spec.create_model(), image_size)
   print(f"{spec.name}, {spec.num_classes} classes, one image of {image_size} px")
   print(analysis.format_summary(found))

@@ -140,6 +140,8 @@ class RepVGG(nn.Module):
       raise InputError("aux_heads needs two blocks in stage 3, one on each side of its third head")
     if int(64 * min(self.width_multipliers)) < 1:
       raise InputError(f"width_multipliers {self.width_multipliers} leave a stage no channel")
+    if self.num_classes < 1:
+      raise InputError(f"num_classes must be at least 1, got {self.num_classes}")
     blocks = sum(self.stage_sizes)
     groups = self.groups if isinstance(self.groups, Mapping) else {1: self.groups}
     if not all(0 < int(block) <= blocks and count > 0 for block, count in groups.items()):

@@ -140,7 +140,7 @@ def open_split(config: Config, split: str, spec: ModelSpec) -> Source:
   if len(source.class_names) != spec.num_classes:
     raise InputError(
       f"{config.dataset} has {len(source.class_names)} classes, the model has {spec.num_classes}; "
-      f"train one with --config.num_classes={len(source.class_names)}"
+      f"train one with --config.num_classes={len(source.class_names)}, or name another data set"
     )
   return source
 

@@ -1,6 +1,6 @@
 """Other people's checkpoints: read, converted to our trees, and written in their names."""
 
-from repjax.weights.convert import Recognition, from_torch, recognise, to_torch
+from repjax.weights.convert import Recognition, from_torch, recognize, to_torch
 from repjax.weights.files import read
 from repjax.weights.workdirs import export_weights, import_weights
 
@@ -10,6 +10,6 @@ __all__ = [
   "from_torch",
   "import_weights",
   "read",
-  "recognise",
+  "recognize",
   "to_torch",
 ]

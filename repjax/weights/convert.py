@@ -13,7 +13,7 @@ from repjax.errors import InputError, unknown
 from repjax.models import create_model, init, list_models
 from repjax.spec import ModelSpec
 from repjax.weights import repvgg
-from repjax.weights.naming import Entry, Naming, NoNameError, entries
+from repjax.weights.naming import Entry, Naming, NoNameError, entries, plain_name
 
 NAMINGS: dict[str, dict[str, Naming]] = {**repvgg.NAMINGS}
 """Model to source to table; a new family adds its own."""
@@ -38,7 +38,7 @@ class Recognition(NamedTuple):
   num_classes: int | None
 
 
-def recognise(
+def recognize(
   state_dict: Mapping[str, Any],
   model_name: str | None = None,
   *,
@@ -49,23 +49,24 @@ def recognise(
 
   Args:
     state_dict: name to array.
-    model_name: as in `create_model`; None searches all models for the one whose shapes fit.
+    model_name: as in `create_model`; None searches all models for the one whose names and shapes
+      fit, or fit best; what does not fit is then for `from_torch` to say.
     hint: a text that may name the model, such as the file's name; models in it are tried first.
     **overrides: as in `create_model`.
 
   Raises:
-    InputError: no model fits, or no name in it is one that `model_name` has in any naming.
+    InputError: no model fits at all, or no name in it is one that `model_name` has in any naming.
   """
-  state = _without_counters(state_dict)
+  state = _normalised(state_dict)
   if model_name is not None:
-    return _recognise_model(state, model_name, overrides)
-  fitting = _fitting_model(state, overrides, hint)
-  if fitting is None:
+    return _recognize_model(state, model_name, overrides)
+  closest, _ = _closest_model(state, overrides, hint)
+  if closest is None:
     raise InputError(
-      f"no model has just the names and shapes of this state dict ({len(state)} tensors: "
-      f"{_some(state)}); name the model that comes closest, and the error lists what does not fit"
+      f"no model has tensors of the names and shapes of this state dict ({len(state)}: "
+      f"{_some(state)})"
     )
-  return fitting
+  return closest
 
 
 def from_torch(
@@ -96,20 +97,26 @@ def from_torch(
     InputError: the state dict does not fit. The one text lists all missing, unexpected, misshapen,
       half-precision and non-finite tensors.
   """
-  state = {name: _to_numpy(name, value) for name, value in _without_counters(state_dict).items()}
-  found = _recognise_model(state, model_name, overrides)
+  dtype = np.dtype(param_dtype)
+  if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+    raise InputError(f"param_dtype is a floating-point type, got {dtype}")
+  state = _normalised(state_dict)
+  found = _recognize_model(state, model_name, overrides)
   wanted = _expected(model_name, found.naming, found.kind, num_classes, overrides)
   dropped = {name: entry for name, entry in wanted.items() if drop_head and entry.in_head}
   state = {name: value for name, value in state.items() if name not in dropped}
   wanted = {name: entry for name, entry in wanted.items() if name not in dropped}
-  problems = _misfits(state, wanted) + _bad_values(state, wanted, np.dtype(param_dtype))
+  problems = _misfits(state, wanted) + _bad_values(state, wanted, dtype)
   if problems:
     headline = (
       f"these weights do not fit {model_name} (read as {found.naming} names, {found.kind} form) "
       f"with {num_classes} classes; nothing was converted. Problems: {len(problems)}."
     )
-    hints = _hints(state, wanted, found, num_classes, overrides)
-    raise InputError("\n  ".join([" ".join([headline, *hints]), *problems]))
+    hints = _hints(state, wanted, found, num_classes, overrides, len(problems))
+    text = "\n  ".join([" ".join([headline, *hints]), *problems])
+    if len(problems) > 20:  # the first line has scrolled away
+      text += "\n" + " ".join([f"That was why they do not fit {model_name}.", *hints])
+    raise InputError(text)
   variables: dict[str, Any] = {}
   for name, entry in wanted.items():
     value = entry.layout.from_torch(state[name]).astype(param_dtype, copy=False)
@@ -141,10 +148,22 @@ def to_torch(
     InputError: the naming does not know this model, or has no name for one of its leaves.
   """
   table = _naming(model_name, naming)
+  if "params" not in variables or not variables.keys() <= {"params", "batch_stats"}:
+    raise InputError(
+      f"to_torch takes {{'params', 'batch_stats'}}, or {{'params'}} of a deploy form; got "
+      f"{_some(variables)}"
+    )
   try:
     wanted = entries(table, variables)
   except NoNameError as error:
     raise InputError(f"{naming} names of {model_name} do not cover {error}") from error
+  norms = {entry.path[1:-1] for entry in wanted.values() if entry.path[-1] == "scale"}
+  lacking = norms - {entry.path[1:-1] for entry in wanted.values() if entry.path[-1] == "var"}
+  if lacking:
+    raise InputError(
+      f"{len(lacking)} batch norms have no statistics, {'/'.join(min(lacking))} for one; pass the "
+      "batch_stats that belong to these params"
+    )
 
   return {
     name: np.ascontiguousarray(entry.layout.to_torch(np.asarray(_get(variables, entry.path))))
@@ -162,14 +181,22 @@ def _naming(model_name: str, naming: str) -> Naming:
   return NAMINGS[model_name][naming]
 
 
-def _without_counters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  return {name: value for name, value in state_dict.items() if not name.endswith(_COUNTER)}
+def _normalised(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  """Arrays by their plain names, without the counters of batch norms."""
+  if not state_dict:
+    raise InputError("the state dict is empty")
+  return {
+    plain_name(name): _to_numpy(name, value)
+    for name, value in state_dict.items()
+    if not name.endswith(_COUNTER)
+  }
 
 
 def _to_numpy(name: str, value: Any) -> np.ndarray:
   try:
     return np.asarray(value)
-  except (TypeError, RuntimeError) as error:  # a tensor on a GPU, with a gradient, or in bfloat16
+  except (TypeError, ValueError, RuntimeError) as error:
+    # A tensor on a GPU, with a gradient, or in bfloat16; a ragged list.
     raise InputError(
       f"{name} is no array: {error}; pass {{name: t.detach().cpu().float() ...}}"
     ) from error
@@ -194,6 +221,13 @@ def _shapes(model_name: str, kind: str, num_classes: int, overrides: str) -> dic
   return spec.variable_shapes(deploy=kind == "deploy")
 
 
+def check_overrides(overrides: Mapping[str, Any]) -> None:
+  """Raises InputError for what are arguments of their own."""
+  for name in ("deploy", "num_classes", "dtype", "param_dtype"):
+    if name in overrides:
+      raise InputError(f"{name} is no override of a model's attributes; leave it out of them")
+
+
 def _candidates(
   model_name: str, num_classes: int, overrides: Mapping[str, Any]
 ) -> Iterable[tuple[str, str, dict[str, Entry]]]:
@@ -206,13 +240,14 @@ def _candidates(
         continue
 
 
-def _recognise_model(
+def _recognize_model(
   state: Mapping[str, Any], model_name: str, overrides: Mapping[str, Any]
 ) -> Recognition:
   """The naming and kind of a model that share most names with a state dict."""
   if model_name not in NAMINGS:
     create_model(model_name)  # an unknown name is the likelier mistake
     _naming(model_name, "official")
+  check_overrides(overrides)
   create_model(model_name, **overrides)
   naming, kind, wanted = max(
     _candidates(model_name, 1000, overrides), key=lambda found: len(found[2].keys() & state.keys())
@@ -233,24 +268,42 @@ def _num_classes(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> int |
   return None
 
 
-def _fitting_model(
+def _closest_model(
   state: Mapping[str, Any], overrides: Mapping[str, Any], hint: str = ""
-) -> Recognition | None:
-  """The model whose names and shapes are exactly those of a state dict, heads aside."""
+) -> tuple[Recognition | None, bool]:
+  """The model with most of the names and shapes of a state dict, and whether it has just those.
+
+  Heads are left aside; None where no model has any.
+
+  Raises:
+    InputError: no model takes the overrides.
+  """
+  check_overrides(overrides)
   plain = hint.lower().replace("-", "_")
   # To trace a model takes half a second.
   likeliest_first = sorted(list_models(), key=lambda name: -len(name) * (name in plain))
+  refusals, closest, most = [], None, 0
   for model_name in likeliest_first:
     try:
       for naming, kind, wanted in _candidates(model_name, 1000, overrides):
-        fits = wanted.keys() == state.keys() and all(
-          tuple(state[name].shape) == entry.shape or entry.in_head for name, entry in wanted.items()
-        )
-        if fits:
-          return Recognition(model_name, naming, kind, _num_classes(state, wanted))
-    except InputError:  # overrides that this family does not have
-      continue
-  return None
+        same = sum(name in state and state[name].shape == e.shape for name, e in wanted.items())
+        if same > most:
+          closest = Recognition(model_name, naming, kind, _num_classes(state, wanted))
+          most = same
+        if _fits(state, wanted):
+          return Recognition(model_name, naming, kind, _num_classes(state, wanted)), True
+    except InputError as error:  # overrides that this family does not have
+      refusals.append(error)
+  if len(refusals) == len(likeliest_first):
+    raise refusals[0]
+  return closest, False
+
+
+def _fits(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> bool:
+  """Whether names and shapes are the same, heads aside."""
+  body = {name: entry.shape for name, entry in wanted.items() if not entry.in_head}
+  heads = wanted.keys() - body.keys()
+  return body == {name: value.shape for name, value in state.items() if name not in heads}
 
 
 def _misfits(state: Mapping[str, np.ndarray], wanted: Mapping[str, Entry]) -> list[str]:
@@ -287,7 +340,8 @@ def _bad_values(
 ) -> list[str]:
   """Tensors whose numbers cannot be used: a line each."""
   lines = []
-  for name in (name for name in wanted if name in state):
+  fitting = [name for name, e in wanted.items() if name in state and state[name].shape == e.shape]
+  for name in fitting:
     value = state[name]
     if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
       lines.append(f"{name} holds {value.dtype}, not floating-point numbers")
@@ -296,6 +350,8 @@ def _bad_values(
     elif not np.isfinite(value).all():
       count = np.count_nonzero(~np.isfinite(value))
       lines.append(f"{name} holds {count} of {value.size} numbers that are not finite")
+    elif float(np.abs(value).max(initial=0)) > float(jax.numpy.finfo(dtype).max):
+      lines.append(f"{name} holds numbers too large for {dtype}")
     elif wanted[name].path[-1] == "var" and (value < 0).any():
       lines.append(f"{name} holds negative variances")
   return lines
@@ -312,32 +368,29 @@ def _hints(
   found: Recognition,
   num_classes: int,
   overrides: Mapping[str, Any],
+  problems: int,
 ) -> list[str]:
   """What may have gone wrong as a whole."""
+  hints = []
   if any(map(is_half, state.values())):
-    return [
-      "Half-precision weights are rounded already: if that is wanted, widen them first "
-      "(value.astype('float32'), or --allow-half), or pass param_dtype='float16'."
-    ]
+    hints.append(
+      "Half-precision weights are rounded already: if that is wanted, widen them first, with "
+      "value.astype('float32') or --allow-half."
+    )
   other_kind = KINDS[1 - KINDS.index(found.kind)]
   other = _expected(found.model, found.naming, other_kind, num_classes, overrides)
   strangers = [name for name in state if name in other and name not in wanted]
   if strangers:
-    return [f"It mixes both kinds: of the {other_kind} form are {_some(strangers)}."]
-  hints = []
+    return [*hints, f"It mixes both kinds: of the {other_kind} form are {_some(strangers)}."]
   if found.num_classes not in (None, num_classes) and any(e.in_head for e in wanted.values()):
     hints.append(
       f"The file has {found.num_classes} classes: pass num_classes={found.num_classes}, or drop "
       "its classifier and draw a new one (drop_head=True, or --drop-head)."
     )
-  shapes_differ = any(
-    state[name].shape != entry.shape and not entry.in_head
-    for name, entry in wanted.items()
-    if name in state
-  )
-  if shapes_differ:
-    fitting = _fitting_model(state, {})
-    hints += [f"Its names and shapes are those of {fitting.model}."] if fitting else []
+  if not overrides and problems > len(wanted) / 10:  # too many for a few odd tensors
+    closest, fits = _closest_model(state, {})
+    if closest and fits and closest.model != found.model:
+      hints.append(f"Its names and shapes are those of {closest.model}.")
   return hints
 
 

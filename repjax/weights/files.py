@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from repjax.errors import InputError
 from repjax.weights import torch_files
+from repjax.weights.naming import plain_name
 
 _WRAPPERS = ("state_dict", "model", "state_dict_ema")
-_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
 
 def read(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str, np.ndarray]:
@@ -31,11 +31,21 @@ def read(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str,
     InputError: there is no such file, it is truncated or damaged, it asks for code to be run, or it
       holds no state dict.
   """
-  path = Path(path)
+  return read_entry(Path(path), entry)[2]
+
+
+def read_entry(
+  path: Path, entry: str | None = None
+) -> tuple[str, list[str], dict[str, np.ndarray]]:
+  """As `read`, with the name of the entry that was taken ("" without one), and of the others."""
   if not path.is_file():
-    raise InputError(f"{path} does not exist; give the path of a checkpoint file")
-  with path.open("rb") as file:
-    head = file.read(9)
+    what = "is a folder" if path.is_dir() else "does not exist"
+    raise InputError(f"{path} {what}; give the path of a checkpoint file")
+  try:
+    with path.open("rb") as file:
+      head = file.read(9)
+  except OSError as error:
+    raise InputError(f"{path} cannot be opened: {error.strerror}") from error
   if len(head) < 9:
     raise InputError(f"{path} has {len(head)} bytes; fetch it again")
   if head[8:] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
@@ -44,7 +54,9 @@ def read(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str,
     value = _read_npz(path)
   else:
     value = torch_files.load(path)
-  return _flat(path, _unwrap(path, value, entry))
+  found = state_dicts(value)
+  name = _choose(path, value, found, entry)
+  return name, [other for other in found if other != name], _flat(path, found[name])
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -58,6 +70,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     # Reading instead of mapping: the mapped pages would count beside the copies.
     with safe_open(path, framework="numpy", backend="pread") as file:
       return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+  except (AttributeError, TypeError, ValueError) as error:  # of a kind that NumPy lacks
+    raise InputError(f"{path} holds tensors of a kind that NumPy lacks: {error}") from error
   except SafetensorError as error:
     raise InputError(
       f"{path} cannot be read: it is truncated or damaged ({error}). Compare its size with the "
@@ -69,55 +83,73 @@ def _is_npz(path: Path) -> bool:
   try:
     with zipfile.ZipFile(path) as archive:
       return any(name.endswith(".npy") for name in archive.namelist())
-  except zipfile.BadZipFile:
+  except Exception:  # of any damaged archive; whoever reads it next says what is wrong
     return False
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
   try:
     with np.load(path, allow_pickle=False) as file:
-      return dict(file)
-  except (ValueError, OSError, zipfile.BadZipFile) as error:
-    raise InputError(f"{path} cannot be read: {error}") from error
+      arrays = dict(file)
+    for name, array in arrays.items():
+      if array.dtype.kind == "V":
+        raise ValueError(f"{name} is of no dtype that .npz can hold; store it as float32")
+    return arrays
+  except Exception as error:  # a damaged archive or header can raise nearly anything
+    raise InputError(
+      f"{path} cannot be read: it is damaged, or holds something else than plain arrays "
+      f"({type(error).__name__}: {str(error)[:200]})"
+    ) from error
 
 
-def _unwrap(path: Path, value: Any, entry: str | None) -> Mapping[str, Any]:
-  """The state dict itself."""
-  found = state_dicts(value)
+def _choose(path: Path, value: Any, found: Mapping[str, Any], entry: str | None) -> str:
+  """The name of the state dict to take."""
   if entry is not None:
     if entry not in found:
-      names = ", ".join(name or "(the file itself)" for name in found) or "none"
+      names = _shown(name or "(the file itself)" for name in found) or "none"
       raise InputError(f"{path} has no state dict called {entry!r}; it has: {names}")
-    return found[entry]
+    return entry
   for name in ("", *_WRAPPERS):
     if name in found:
-      return found[name]
+      return name
   if len(found) == 1:
-    return next(iter(found.values()))
-  kind = type(value).__name__
-  held = f"a dictionary of {', '.join(map(str, list(value)[:12]))}" if _is_dict(value) else kind
+    return next(iter(found))
+  if found:
+    raise InputError(
+      f"{path} holds several state dicts, {_shown(found)}; name one with entry= or --entry"
+    )
+  held = getattr(value, "class_name", type(value).__name__)
+  if isinstance(value, Mapping):
+    held = f"a dictionary of {_shown(value)}" if value else "an empty dictionary"
   raise InputError(
-    f"{path} holds no state dict, a dictionary of tensors by name: it is {held}. Save one with "
-    "torch.save(model.state_dict(), FILE), or name one of several with entry="
+    f"{path} holds no state dict, a dictionary of tensors by name: it is {held[:400]}. Save one "
+    "with torch.save(model.state_dict(), FILE)"
   )
+
+
+def _shown(names: Iterable[Any]) -> str:
+  """Some names for an error; nothing that a terminal would obey, nothing long."""
+  plain = (str(name) for name in names if isinstance(name, str) or type(name) is int)
+  texts = [ascii(name[:60])[1:-1] for name in plain]
+  return ", ".join(texts[:12]) + (", ..." if len(texts) > 12 else "")
 
 
 def state_dicts(value: Any) -> dict[str, Mapping[str, Any]]:
   """The state dicts in a checkpoint by the name of their entry; "" is the checkpoint itself."""
-  if not _is_dict(value):
+  if not isinstance(value, Mapping):
     return {}
   if _is_state_dict(value):
     return {"": value}
-  return {str(key): item for key, item in value.items() if _is_state_dict(item)}
-
-
-def _is_dict(value: Any) -> bool:
-  return isinstance(value, Mapping)
+  return {
+    str(key): item
+    for key, item in value.items()
+    if isinstance(key, str | int) and _is_state_dict(item)
+  }
 
 
 def _is_state_dict(value: Any) -> bool:
   return (
-    _is_dict(value)
+    isinstance(value, Mapping)
     and len(value) > 0
     and all(isinstance(key, str) and isinstance(item, np.ndarray) for key, item in value.items())
   )
@@ -127,10 +159,8 @@ def _flat(path: Path, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Without the prefixes of wrapped modules."""
   plain = {}
   for key, value in state.items():
-    name = key
-    while name.startswith(_PREFIXES):
-      name = name.partition(".")[2]
+    name = plain_name(key)
     if name in plain:
-      raise InputError(f"{path} holds {name} twice, once with a prefix of {_PREFIXES}")
+      raise InputError(f"{path} holds {name} twice, with and without a prefix such as module.")
     plain[name] = value
   return plain

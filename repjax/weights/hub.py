@@ -72,8 +72,18 @@ def fetch(reference: str) -> HubFile:
           local_files_only=unreachable is not None,
         )
       )
+    except errors.LocalEntryNotFoundError as error:
+      if unreachable is not None:
+        return None
+      raise InputError(f"{name} of {repository} could not be fetched: {error}") from error
     except errors.EntryNotFoundError:
       return None
+    except errors.GatedRepoError as error:
+      raise InputError(
+        f"{repository} is gated: accept its terms on its page, then log in with `hf auth login`"
+      ) from error
+    except Exception as error:  # the HTTP library's kinds again
+      raise InputError(f"{name} of {repository} could not be fetched: {error}") from error
 
   names = (file,) if file else _FILES
   path = next(filter(None, map(download, names)), None)
@@ -81,17 +91,26 @@ def fetch(reference: str) -> HubFile:
     raise InputError(
       f"the Hugging Face hub cannot be reached ({unreachable}), and the local cache does not hold "
       f"{' or '.join(names)} of {repository}. Connect, or fetch the file elsewhere with "
-      f"`hf download {repository} {names[0]}` and pass --from FILE"
+      f"`hf download {repository}` and bring the cache, or pass --from FILE"
     )
   if path is None:
     raise InputError(
       f"{repository} holds no {' or '.join(names)}; name its weight file: hf:{repository}:FILE"
     )
   config_path = download("config.json")
-  config = json.loads(config_path.read_text()) if config_path else {}
+  if config_path is None and unreachable is not None:
+    raise InputError(
+      f"the local cache holds {path.name} of {repository} but not its config.json, which says how "
+      f"images are prepared, and the hub cannot be reached ({unreachable}); run `hf download "
+      f"{repository}` where it can"
+    )
+  try:
+    config = json.loads(config_path.read_text()) if config_path else {}
+  except ValueError as error:
+    raise InputError(f"{config_path} is damaged ({error}); delete it and try again") from error
   # The cache's layout: .../snapshots/<commit>/<file>.
-  commit = path.parts[path.parts.index("snapshots") + 1]
-  return HubFile(path, repository, commit, config)
+  folders = path.parts[: -len(Path(names[0]).parts)]
+  return HubFile(path, repository, folders[-1], config)
 
 
 def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
@@ -102,10 +121,9 @@ def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
   Raises:
     InputError: a crop or interpolation that `Preprocessing` cannot express.
   """
-  stated = config.get("pretrained_cfg", {})
+  stated = config.get("pretrained_cfg") or {}
   if "input_size" not in stated:
     return None
-  size = int(stated["input_size"][-1])
   if stated.get("crop_mode", "center") != "center":
     raise InputError(f"config.json asks for crop_mode {stated['crop_mode']!r}; only center is read")
   if stated.get("interpolation") not in ("bilinear", "bicubic", "nearest"):
@@ -113,10 +131,15 @@ def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
       f"config.json asks for interpolation {stated.get('interpolation')!r}; bilinear, bicubic and "
       "nearest are read"
     )
-  return Preprocessing(
-    image_size=size,
-    resize_size=math.floor(size / stated["crop_pct"]),
-    interpolation=stated["interpolation"],
-    mean=tuple(stated["mean"]),
-    std=tuple(stated["std"]),
-  )
+  try:
+    _, height, width = stated["input_size"]
+    mean, std = ((float(r), float(g), float(b)) for r, g, b in (stated["mean"], stated["std"]))
+    crop_pct = stated.get("crop_pct") or 0.875
+    if height != width or not 0 < crop_pct <= 1:
+      raise ValueError("a square image and a crop_pct in 0 ... 1 are wanted")
+    resize_size = math.floor(width / crop_pct)
+  except (KeyError, TypeError, ValueError) as error:
+    raise InputError(
+      f"config.json's pretrained_cfg cannot be used: {type(error).__name__}: {error}"
+    ) from error
+  return Preprocessing(width, resize_size, stated["interpolation"], mean, std)

@@ -78,6 +78,13 @@ class NoNameError(ValueError):
   """A naming has no name for a path."""
 
 
+def plain_name(name: str) -> str:
+  """A tensor's name without the prefixes of DistributedDataParallel and torch.compile."""
+  while name.startswith(("module.", "_orig_mod.")):
+    name = name.partition(".")[2]
+  return name
+
+
 def entries(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Entry]:
   """The state dict's name of every leaf of a tree of arrays or shapes.
 

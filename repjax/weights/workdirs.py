@@ -1,7 +1,9 @@
 """Weights into a folder that the rest of repjax reads, and out of one."""
 
 import hashlib
+import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +16,8 @@ from repjax import store
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub
-from repjax.weights.convert import KINDS, Recognition, from_torch, is_half, recognise, to_torch
-from repjax.weights.files import read
+from repjax.weights.convert import KINDS, Recognition, from_torch, is_half, recognize, to_torch
+from repjax.weights.files import read_entry
 from repjax.weights.repvgg import PREPROCESSING
 
 
@@ -46,23 +48,29 @@ def import_weights(
 
   Returns:
     What is also written to import.json: `source`, `file`, `bytes`, `sha256`, `revision` (of the
-    hub), `model`, `naming`, `kind`, `num_classes`, `new_head`, and `parameters`.
+    hub), `entry` and `other_entries` (state dicts in the file), `dtypes`, `model`, `naming`,
+    `kind`, `num_classes`, `new_head`, and `parameters`.
 
   Raises:
     InputError: the folder is not empty, or the weights cannot be read or do not fit.
   """
-  if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-    raise InputError(f"{workdir} exists and is not empty; give a new --workdir")
+  workdir = check_new(workdir)
   overrides = dict(overrides or {})
+  if "features_only" in overrides:
+    raise InputError("features_only is no part of an import; pass it to create_model afterwards")
+  if num_classes is not None and num_classes < 1:
+    raise InputError(f"--num-classes must be at least 1, got {num_classes}")
   fetched = hub.fetch(source) if source.startswith(hub.PREFIX) else None
   path = fetched.path if fetched else Path(source)
-  state = read(path, entry=entry)
+  entry, others, state = read_entry(path, entry)
+  dtypes = sorted({str(x.dtype) for x in state.values() if x.dtype.kind not in "iu"})
   with ThreadPoolExecutor(1) as background:
     checksum = background.submit(_sha256, path)
-    found = recognise(state, model_name, hint=source, **overrides)
+    found = recognize(state, model_name, hint=source, **overrides)
     num_classes = num_classes or found.num_classes
-    if num_classes is None:
-      raise InputError(f"{path} holds no classifier; pass --num-classes N and --drop-head")
+    if num_classes is None and drop_head:
+      raise InputError(f"{path} holds no classifier: say of how many classes, --num-classes N")
+    num_classes = num_classes or 1000  # without any classifier, which from_torch will say
     if allow_half:
       state = {name: x.astype(np.float32) if is_half(x) else x for name, x in state.items()}
     variables = from_torch(
@@ -73,7 +81,7 @@ def import_weights(
       num_classes,
       overrides,
       _preprocessing(found, fetched),
-      _class_names(fetched, num_classes),
+      () if drop_head else _class_names(fetched, num_classes),
     )
     record = {
       "source": source,
@@ -81,6 +89,9 @@ def import_weights(
       "bytes": path.stat().st_size,
       "sha256": checksum.result(),
       "revision": fetched.revision if fetched else None,
+      "entry": entry,
+      "other_entries": others,
+      "dtypes": dtypes,
       **found._asdict(),
       "num_classes": num_classes,
       "new_head": drop_head,
@@ -91,7 +102,7 @@ def import_weights(
 
 
 def export_weights(
-  workdir: Path, target: Path, *, naming: str = "official", form: str = "train"
+  workdir: Path, target: Path, *, naming: str = "official", form: str | None = None
 ) -> dict[str, np.ndarray]:
   """Writes a folder's model as a .safetensors file in another project's names.
 
@@ -99,7 +110,7 @@ def export_weights(
     workdir: of a run or an import.
     target: the file, which must not exist yet.
     naming: "official", "timm" or "mmpretrain".
-    form: "train" or "deploy".
+    form: "train" or "deploy"; None takes the training form where the folder has one.
 
   Returns:
     What was written: name to array. Batch norms have the counter that PyTorch keeps, at zero.
@@ -114,8 +125,9 @@ def export_weights(
     raise InputError("writing .safetensors needs: pip install 'repjax[weights]'") from None
   if target.suffix != ".safetensors":
     raise InputError(f"{target} is written as .safetensors; call it {target.stem}.safetensors")
-  if target.exists():
-    raise InputError(f"{target} exists; give another --to, or remove it first")
+  check_new(target)
+  if form is None:
+    form = "train" if store.checkpoints(workdir) else "deploy"
   _, variables, spec = load(workdir, deploy=form == "deploy")
   state = to_torch(spec.name, variables, naming)
   for name in list(state):
@@ -123,10 +135,28 @@ def export_weights(
       counter = name.removesuffix("running_var") + "num_batches_tracked"
       state[counter] = np.zeros((), np.int64)
   target.parent.mkdir(parents=True, exist_ok=True)
-  draft = target.with_name(f"{target.name}.draft")
-  save_file(state, draft, metadata={"format": "pt"})
-  draft.replace(target)
+  with tempfile.TemporaryDirectory(prefix=".export.", dir=target.parent) as draft:
+    save_file(state, Path(draft, target.name), metadata={"format": "pt"})
+    Path(draft, target.name).replace(target)
   return state
+
+
+def check_new(path: Path) -> Path:
+  """The path, without links, of something that can be made there.
+
+  Raises:
+    InputError: it exists (an empty folder may), it is the current folder, or a file is in the way.
+  """
+  path = path.resolve()
+  if path.is_dir() and not any(path.iterdir()):
+    if path == Path.cwd():
+      raise InputError("the current folder cannot be replaced; give the path of a new one")
+  elif path.exists():
+    raise InputError(f"{path} exists already; give another path, or remove it first")
+  nearest = next(parent for parent in path.parents if parent.exists())
+  if not nearest.is_dir():
+    raise InputError(f"{path} cannot be made: {nearest} is a file")
+  return path
 
 
 def _sha256(path: Path) -> str:
@@ -141,35 +171,45 @@ def _preprocessing(found: Recognition, fetched: hub.HubFile | None) -> Preproces
 
 
 def _class_names(fetched: hub.HubFile | None, num_classes: int) -> tuple[str, ...]:
-  names = fetched.config.get("label_names", ()) if fetched else ()
+  names = (fetched.config.get("label_names") or ()) if fetched else ()
   return tuple(names) if len(names) == num_classes else ()
 
 
 def _write(workdir: Path, spec: ModelSpec, variables: Any, record: dict[str, Any]) -> None:
   """Writes the whole folder beside its place, then moves it there."""
-  draft = workdir.with_name(f"{workdir.name}.draft")
-  shutil.rmtree(draft, ignore_errors=True)
-  draft.mkdir(parents=True)
-  is_train = record["kind"] == KINDS[0]
-  if is_train:
-    store.write_tree(draft / "checkpoints" / "0" / "variables", variables)
-  else:
-    store.write_tree(draft / "deploy" / "params", variables["params"])
-    spec.write(draft / "deploy")
-  spec.write(draft)
-  store.write_json(draft / "import.json", record)
-  store.write_json(
-    draft / "config.json",
-    {
-      "model": spec.name,
-      "dataset": "imagenet2012" if spec.num_classes == 1000 else None,
-      "data_dir": None,
-      "eval_split": "validation",
-      "batch_size": 64,
-      "num_workers": 0,
-      "tolerance": 1e-5,
-    },
-  )
-  if workdir.exists():
-    workdir.rmdir()
-  draft.replace(workdir)
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  draft = Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", dir=workdir.parent))
+  try:
+    if record["kind"] == KINDS[0]:
+      store.write_tree(draft / "checkpoints" / "0" / "variables", variables)
+    else:
+      store.write_tree(draft / "deploy" / "params", variables["params"])
+      spec.write(draft / "deploy")
+    spec.write(draft)
+    store.write_json(draft / "import.json", record)
+    store.write_json(draft / "config.json", _evaluation_config(spec))
+    draft.chmod(0o777 & ~_umask())
+    if workdir.exists():
+      workdir.rmdir()
+    draft.replace(workdir)
+  finally:
+    shutil.rmtree(draft, ignore_errors=True)
+
+
+def _umask() -> int:
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+def _evaluation_config(spec: ModelSpec) -> dict[str, Any]:
+  """What `evaluate` and `convert` read from a config."""
+  return {
+    "model": spec.name,
+    "dataset": "imagenet2012" if spec.num_classes == 1000 else None,
+    "data_dir": None,
+    "eval_split": "validation",
+    "batch_size": 64,
+    "num_workers": 0,
+    "tolerance": 1e-5,
+  }
