@@ -140,7 +140,7 @@ def test_import_weights_says_what_it_recognized_and_from_what(import_weights, ch
   *lines, last = printed.splitlines()
   assert lines == [
     f"recognized: repvgg_a0, timm names, {kind} form, 10 classes",
-    f"parameters: {parameters:,}",
+    f"parameters: {parameters:,}, from float32",
     "images: shorter side to 256 px, bilinear, central 224 px, "
     "mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225]",
     f"file: {path.stat().st_size:,} bytes, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}",
@@ -168,7 +168,10 @@ def test_import_weights_takes_another_number_of_classes(import_weights, checkpoi
     (("--entry", "model"), "has no state dict called 'model'; it has: (the file itself)"),
     (("--overrides", "[1]"), "error: --overrides takes JSON such as"),
     (("--overrides", "{stage_sizes"), "error: --overrides takes JSON such as"),
-    (("--overrides", "{}"), "error: no model has just the names and shapes of this state dict"),
+    (
+      ("--overrides", "{}"),
+      "error: no model has tensors of the names and shapes of this state dict",
+    ),
     (("--from", "none.pth"), "error: none.pth does not exist; give the path of a checkpoint"),
   ],
   ids=str,
@@ -205,7 +208,7 @@ def test_export_weights_writes_what_import_weights_read(
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
   before = target.read_bytes()
   text = stop_of(run_script, "export_weights", "--workdir", workdir, *to)
-  assert text == f"error: {target} exists; give another --to, or remove it first"
+  assert text == f"error: {target} exists already; give another path, or remove it first"
   assert target.read_bytes() == before
 
 
@@ -238,7 +241,7 @@ def test_an_import_is_compared_on_noise_and_then_evaluated(run_script, import_we
   for row, form in zip(rows, ("train", "deploy"), strict=True):
     assert row.split()[:2] == [form, f"{report['parameters'][form]:,}"]
     assert row.split()[2] == f"{report['accuracy'][form]:.2%}"
-  assert last == "on every image of synthetic's sample split, reloaded from disk"
+  assert last == "on every image of synthetic's sample split, which is noise"
 
 
 def test_an_import_is_compared_on_the_images_that_are_named(run_script, import_weights, checkpoint):

@@ -188,10 +188,22 @@ def _refuse_meta(*arguments):
   raise InputError("it holds a meta tensor, which has no values; save the model with its weights")
 
 
-def _ordered_dict(*arguments):
-  if arguments:
-    raise ValueError("a dictionary that is no state dict")
-  return OrderedDict()
+def _ordered_dict(pairs=()):
+  """Python 3 fills it afterwards, Python 2 hands over a list of lists of two."""
+  made = OrderedDict()
+  for key, value in pairs:
+    if not _is_plain(key):
+      raise ValueError("a dictionary with keys that are no plain values")
+    made[key] = value
+  return made
+
+
+def _is_plain(key: Any) -> bool:
+  """Whether a key is hashed without a walk through what it holds."""
+  plain = str | bytes | int | float | None
+  return isinstance(key, plain) or (
+    isinstance(key, tuple) and len(key) < 16 and all(isinstance(item, plain) for item in key)
+  )
 
 
 def _size(sizes=()):
@@ -240,7 +252,6 @@ def _refusal(module: str, name: str) -> RefusedPickleError:
   )
 
 
-_PLAIN = str | bytes | int | float | None
 _PURE_PYTHON: Any = pickle._Unpickler  # its memo cannot be made to take gigabytes, as C's can
 
 
@@ -252,6 +263,7 @@ class _Unpickler(_PURE_PYTHON):
   def __init__(self, file: Any, announce: Callable[[_Storage], Any] | None = None):
     super().__init__(file, encoding="latin1")  # Python 2's strings
     self._announce = announce
+    self._handed_over = 0  # elements of lists that functions were given, so that none grows
 
   def persistent_load(self, pid: Any) -> Any:
     if not isinstance(pid, tuple) or not 0 < len(pid) < 8:
@@ -289,6 +301,9 @@ class _Unpickler(_PURE_PYTHON):
   def _make(self, what: Any, arguments: Any) -> None:
     """Puts what a name makes of its arguments on the stack."""
     if isinstance(what, _Function) and isinstance(arguments, tuple) and len(arguments) < 32:
+      self._handed_over += sum(len(a) for a in arguments if isinstance(a, list))
+      if self._handed_over > 10**6:
+        raise ValueError("too many elements in lists that are copied")
       self.append(what.call(*arguments))
     elif isinstance(what, _Class):
       self.append(_Inert(what.name))
@@ -324,7 +339,7 @@ class _Unpickler(_PURE_PYTHON):
       for key, value in zip(items[::2], items[1::2], strict=True):
         if isinstance(key, _Inert):  # of an Enum, for example; no state dict has such keys
           continue
-        if not isinstance(key, _PLAIN):
+        if not _is_plain(key):
           raise ValueError("a dictionary with keys that are no plain values")
         target[key] = value
     elif not isinstance(target, _Inert):

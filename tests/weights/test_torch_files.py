@@ -174,6 +174,8 @@ LEFTOVERS = {
   "device": Call(Name("torch", "device"), "cuda", 0),
   "method": Call(Name("builtins", "getattr"), CONFIG, "update"),
   "any": Name("typing", "Any"),
+  "keys of a class": Raw(b"}cpackage.kinds\nKind\nK\2\x85RK\1s"),
+  "keys of tuples": {(224, 224): 0.5, ("a", 1): 2},
   "nothing": None,
   "numbers": [1, 2.5, 10**30, True, "text", b"bytes", {3, 4}, (1, (2, 3))],
 }
@@ -217,6 +219,9 @@ FUNCTIONS = [
   ("builtins", "setattr"),
   ("__builtin__", "eval"),
   ("__builtin__", "file"),
+  ("__builtin__", "ValueError"),
+  ("copy_reg", "Anything"),
+  ("posix", "DirEntry"),
   ("io", "open"),
   ("_io", "FileIO"),
   ("runpy", "run_path"),
@@ -651,6 +656,17 @@ def test_compressed_tensors_are_refused(path, compression):
   assert "compressed" in refusal(path)
 
 
+def test_encrypted_records_are_refused(path):
+  writer.save_zip(path, {"w": writer.sample("float32")})
+  content = bytearray(path.read_bytes())
+  begin = content.find(b"PK\x01\x02")
+  while begin >= 0:
+    content[begin + 8] |= 1
+    begin = content.find(b"PK\x01\x02", begin + 1)
+  path.write_bytes(content)
+  assert "encrypted" in refusal(path)
+
+
 @pytest.mark.parametrize("name", ["../../outside", "/outside", "..\\outside", "data/../../outside"])
 def test_names_in_an_archive_touch_no_other_file(path, tmp_path, name):
   value = {"w": writer.sample("float32")}
@@ -752,8 +768,9 @@ def test_views_of_pytorch_0_3_are_refused_by_name(path):
 
 
 @every_format
-def test_a_view_that_is_not_stored_as_it_reads_is_refused(path, save):
-  call = writer.dense(writer.sample("complex64"))
+@pytest.mark.parametrize("dtype", ["complex64", "uint16"])
+def test_a_view_that_is_not_stored_as_it_reads_is_refused(path, save, dtype):
+  call = writer.dense(writer.sample(dtype))
   call.arguments = (*call.arguments, {"conj": True})
   save(path, {"w": call})
   assert "conj" in refusal(path)
