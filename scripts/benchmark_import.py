@@ -4,6 +4,7 @@ python scripts/benchmark_import.py --model repvgg_b3
 """
 
 import argparse
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,8 +33,7 @@ def write_files(model: str, folder: Path) -> list[Path]:
   paths = [folder / f"{model}.safetensors"]
   save_file(state, paths[0])
   if importlib.util.find_spec("torch"):
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     paths.append(folder / f"{model}.pth")
     torch.save({name: torch.from_numpy(np.array(value)) for name, value in state.items()}, paths[1])
   return paths

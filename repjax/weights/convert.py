@@ -249,15 +249,28 @@ def _recognize_model(
     _naming(model_name, "official")
   check_overrides(overrides)
   create_model(model_name, **overrides)
-  naming, kind, wanted = max(
-    _candidates(model_name, 1000, overrides), key=lambda found: len(found[2].keys() & state.keys())
-  )
+  naming, kind, wanted = _best_naming(state, _candidates(model_name, 1000, overrides))
   if not wanted.keys() & state.keys():
     raise InputError(
       f"no name in this state dict is one of {model_name}'s (in {' or '.join(NAMINGS[model_name])} "
       f"naming): it has {_some(state)}, where {naming} naming has {_some(wanted)}"
     )
   return Recognition(model_name, naming, kind, _num_classes(state, wanted))
+
+
+def _best_naming(
+  state: Mapping[str, Any], candidates: Iterable[tuple[str, str, dict[str, Entry]]]
+) -> tuple[str, str, dict[str, Entry]]:
+  """The candidate that shares most names; the first with just these, so that no more are traced."""
+  best, most = None, -1
+  for candidate in candidates:
+    shared = len(candidate[2].keys() & state.keys())
+    if shared > most:
+      best, most = candidate, shared
+    if shared == len(state) == len(candidate[2]):
+      break
+  assert best is not None  # every model with importable weights has a naming
+  return best
 
 
 def _num_classes(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> int | None:
@@ -350,11 +363,15 @@ def _bad_values(
     elif not np.isfinite(value).all():
       count = np.count_nonzero(~np.isfinite(value))
       lines.append(f"{name} holds {count} of {value.size} numbers that are not finite")
-    elif float(np.abs(value).max(initial=0)) > float(jax.numpy.finfo(dtype).max):
+    elif value.dtype.itemsize > dtype.itemsize and _overflows(value, dtype):
       lines.append(f"{name} holds numbers too large for {dtype}")
     elif wanted[name].path[-1] == "var" and (value < 0).any():
       lines.append(f"{name} holds negative variances")
   return lines
+
+
+def _overflows(value: np.ndarray, dtype: np.dtype) -> bool:
+  return float(np.abs(value).max(initial=0)) > float(jax.numpy.finfo(dtype).max)
 
 
 def is_half(value: np.ndarray) -> bool:
