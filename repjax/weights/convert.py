@@ -206,13 +206,15 @@ def _expected(
   model_name: str, naming: str, kind: str, num_classes: int, overrides: Mapping[str, Any]
 ) -> dict[str, Entry]:
   """What a state dict of that model, naming and kind holds."""
-  table = tuple(_naming(model_name, naming))
-  return _expected_cached(table, model_name, kind, num_classes, json.dumps(dict(overrides)))
+  return _expected_cached(model_name, naming, kind, num_classes, json.dumps(dict(overrides)))
 
 
 @functools.lru_cache(maxsize=256)
-def _expected_cached(table, model_name, kind, num_classes, overrides):
-  return entries(table, _shapes(model_name, kind, num_classes, overrides))
+def _expected_cached(
+  model_name: str, naming: str, kind: str, num_classes: int, overrides: str
+) -> dict[str, Entry]:
+  shapes = _shapes(model_name, kind, num_classes, overrides)
+  return entries(_naming(model_name, naming), shapes)
 
 
 @functools.lru_cache(maxsize=128)
@@ -229,13 +231,16 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
 
 
 def _candidates(
-  model_name: str, num_classes: int, overrides: Mapping[str, Any]
+  model_name: str, overrides: Mapping[str, Any]
 ) -> Iterable[tuple[str, str, dict[str, Entry]]]:
-  """Naming, kind and expected tensors of everything that a model's weights can come as."""
+  """Naming, kind and expected tensors of everything that a model's weights can come as.
+
+  The heads are those of 1000 classes, and not for comparing.
+  """
   for naming in NAMINGS.get(model_name, {}):
     for kind in KINDS:
       try:
-        yield naming, kind, _expected(model_name, naming, kind, num_classes, overrides)
+        yield naming, kind, _expected(model_name, naming, kind, 1000, overrides)
       except NoNameError:
         continue
 
@@ -249,7 +254,7 @@ def _recognize_model(
     _naming(model_name, "official")
   check_overrides(overrides)
   create_model(model_name, **overrides)
-  naming, kind, wanted = _best_naming(state, _candidates(model_name, 1000, overrides))
+  naming, kind, wanted = _best_naming(state, _candidates(model_name, overrides))
   if not wanted.keys() & state.keys():
     raise InputError(
       f"no name in this state dict is one of {model_name}'s (in {' or '.join(NAMINGS[model_name])} "
@@ -298,7 +303,7 @@ def _closest_model(
   refusals, closest, most = [], None, 0
   for model_name in likeliest_first:
     try:
-      for naming, kind, wanted in _candidates(model_name, 1000, overrides):
+      for naming, kind, wanted in _candidates(model_name, overrides):
         same = sum(name in state and state[name].shape == e.shape for name, e in wanted.items())
         if same > most:
           closest = Recognition(model_name, naming, kind, _num_classes(state, wanted))
