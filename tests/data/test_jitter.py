@@ -121,19 +121,19 @@ def box(touched):
 
 
 def test_erased_rectangles_have_the_areas_ratios_and_places_asked_for():
-  step = random_erasing(1, area=(0.1, 0.2), ratio=(0.5, 2))
+  step = random_erasing(1, area=(0.1, 0.2), ratio=(0.5, 3))
   boxes = np.array([box(erased(step, 64, seed)[0]) for seed in range(1500)])
   top, left, height, width = boxes.T
   # Sides are rounded to whole pixels.
   assert ((height + 0.5) * (width + 0.5) >= 0.1 * 64**2).all()
   assert ((height - 0.5) * (width - 0.5) <= 0.2 * 64**2).all()
   assert ((height + 0.5) / (width - 0.5) >= 0.5).all()
-  assert ((height - 0.5) / (width + 0.5) <= 2).all()
+  assert ((height - 0.5) / (width + 0.5) <= 3).all()
   assert abs((height * width / 64**2).mean() - 0.15) < 0.003
   assert abs((height * width / 64**2).std() - 0.1 / 12**0.5) < 0.003
   ratios = np.log(height / width)
-  assert abs(ratios.mean()) < 0.04
-  assert abs(ratios.std() - 2 * np.log(2) / 12**0.5) < 0.03
+  assert abs(ratios.mean() - np.log(0.5 * 3) / 2) < 0.04
+  assert abs(ratios.std() - np.log(3 / 0.5) / 12**0.5) < 0.03
   for start, side in ((top, height), (left, width)):
     assert start.min() == 0
     assert (start + side).max() == 64
