@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.image_size = 16
   config.resize_size = 16
   config.mean, config.std = (0.3,) * 3, (0.35,) * 3
-  config.augment = "shift"
+  config.augment = "pad_and_crop"
   config.batch_size = 64
   config.num_epochs = 20.0
   config.learning_rate = 0.4

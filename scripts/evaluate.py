@@ -22,6 +22,7 @@ def main() -> None:
   parser.add_argument("--data-dir", help="where TFDS keeps the data set")
   parser.add_argument("--batch-size", type=int, help="instead of the run's own")
   parser.add_argument("--num-workers", type=int, help="processes that read images")
+  parser.add_argument("--ten-crop", action="store_true", help="average ten crops of each image")
   parser.add_argument(
     "--form", choices=(*FORMS, "both"), help="which form (default: those in the folder)"
   )
@@ -41,15 +42,18 @@ def main() -> None:
       num_workers=arguments.num_workers,
     )
     for form in forms:
-      result = training.evaluate(config, arguments.workdir, deploy=form == "deploy")
+      result = training.evaluate(
+        config, arguments.workdir, deploy=form == "deploy", ten_crop=arguments.ten_crop
+      )
       if form == forms[0]:
         print(f"{'form':<8}{'parameters':>14}{'accuracy':>12}{'loss':>10}")
       print(
         f"{form:<8}{result['parameters']:>14,}{result['accuracy']:>12.2%} {result['loss']:>9.4f}",
         flush=True,
       )
+    crops = ", ten crops each" if arguments.ten_crop else ""
     what = ", which is noise" if config.dataset == "synthetic" else ", reloaded from disk"
-    print(f"on every image of {config.dataset}'s {config.eval_split} split{what}")
+    print(f"on every image of {config.dataset}'s {config.eval_split} split{crops}{what}")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_the_shared_recipe_is_the_papers():
   assert (config.momentum, config.nesterov, config.weight_decay) == (0.9, False, 1e-4)
   assert (config.warmup_epochs, config.label_smoothing) == (0, 0)
   assert (config.image_size, config.resize_size, config.interpolation) == (224, 256, "bilinear")
-  assert config.augment == "random_resized_crop"
+  assert config.augment == "random_resized_crop | flip"
   assert config.mean == (0.485, 0.456, 0.406)
   assert config.std == (0.229, 0.224, 0.225)
   assert set(config.model_overrides.to_dict().values()) == {None}

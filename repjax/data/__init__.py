@@ -3,8 +3,8 @@
 Nothing here imports jax, so worker processes never touch an accelerator.
 """
 
+from repjax.data.augment import parse as parse_augmentation
 from repjax.data.pipeline import eval_batches, train_batches
 from repjax.data.sources import Source, open_source
-from repjax.data.transforms import AUGMENTATIONS
 
-__all__ = ["AUGMENTATIONS", "Source", "eval_batches", "open_source", "train_batches"]
+__all__ = ["Source", "eval_batches", "open_source", "parse_augmentation", "train_batches"]

@@ -1,15 +1,13 @@
-"""Random changes of colours and of rectangles, and the check of augmentation steps' numbers."""
+"""Random changes of colours and of rectangles."""
 
 import functools
 import math
-import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from repjax.data import operations
-from repjax.errors import InputError
+from repjax.data.checks import check_number, check_range
 
 Step = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 """`step(pixels, rng)`: uint8 (S, S, 3) to uint8 (S, S, 3). It leaves `pixels` as they are."""
@@ -72,8 +70,8 @@ def random_erasing(
       (RE-R). https://arxiv.org/abs/1708.04896
   """
   check_number("random_erasing's probability", probability, 0, 1)
-  areas = _check_range("random_erasing's area", area, 0, 1)
-  ratios = _check_range("random_erasing's ratio", ratio, 0, math.inf)
+  areas = check_range("random_erasing's area", area, 0, 1)
+  ratios = check_range("random_erasing's ratio", ratio, 0, math.inf)
   return functools.partial(_erased, probability=probability, areas=areas, ratios=ratios)
 
 
@@ -90,26 +88,6 @@ def cutout(pixels: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarra
   painted = pixels.copy()
   painted[max(top, 0) : top + side, max(left, 0) : left + side] = _CUTOUT_COLOUR
   return painted
-
-
-def check_number(what: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
-  """Refuses what is not a finite number from `low` to `high`; `what` names it in the error."""
-  number: Any = (
-    value if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-  )
-  if not low <= number <= high or math.isinf(number) or (whole and number != int(number)):
-    wanted = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of {low:g} or more"
-    raise InputError(f"{what} is {value!r}; it must be a {'whole ' * whole}number {wanted}")
-
-
-def _check_range(what: str, value: Any, low: float, high: float) -> tuple[float, float]:
-  if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-    raise InputError(f"{what} is {value!r}; it must be two numbers, (least, largest)")
-  for number in value:
-    check_number(f"a bound of {what}", number, low, high)
-  if not 0 < value[0] <= value[1]:
-    raise InputError(f"{what} is {value!r}; it must be (least, largest), both above 0")
-  return float(value[0]), float(value[1])
 
 
 def _jittered(

@@ -5,12 +5,16 @@ import os
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import cv2
 import grain
 import numpy as np
 from absl import flags
 
+from repjax.data import augment as augmentations
+from repjax.data.decode import Picture
 from repjax.data.sources import Examples
-from repjax.data.transforms import AUGMENTATIONS, decode, resize_and_crop
+from repjax.data.transforms import resize_and_crop
+from repjax.data.transforms import ten_crop as ten_crops
 
 Batch = dict[str, np.ndarray]
 
@@ -29,7 +33,9 @@ def train_batches(
 ) -> Generator[Batch]:
   """Endless shuffled, augmented batches from step `start_step` on.
 
-  Each epoch shows every example once, in an order of its own. A batch may straddle two epochs.
+  Each epoch shows every example once, in an order of its own. The epochs follow one another without
+  a gap: where a batch size does not divide their length, a batch holds the last examples of one
+  epoch and then the first of the next, which may be the same images in another augmentation.
   (seed, step) alone fix the examples of a batch and how they are augmented: neither the number of
   workers nor where a run was interrupted changes them.
 
@@ -37,7 +43,7 @@ def train_batches(
     examples: of the split.
     batch_size: images a step, over all shards.
     image_size: side of the images in pixels.
-    augment: a key of AUGMENTATIONS.
+    augment: a line that `augment.parse` reads.
     interpolation: a key of INTERPOLATIONS.
     seed: of the order and the augmentations.
     start_step: the step that the first batch is for.
@@ -46,6 +52,9 @@ def train_batches(
 
   Yields:
     {"image": uint8 (B, S, S, 3), "label": int32 (B,)}, B = batch_size / count.
+
+  Raises:
+    InputError: an image that cannot be decoded; the text names it.
   """
   index, count = shard
   transform = functools.partial(_augmented, augment, image_size, interpolation)
@@ -67,6 +76,7 @@ def eval_batches(
   image_size: int,
   resize_size: int,
   interpolation: str,
+  ten_crop: bool = False,
   shard: tuple[int, int] = (0, 1),
   num_workers: int = 0,
 ) -> Iterator[Batch]:
@@ -77,18 +87,24 @@ def eval_batches(
 
   Args: as in `train_batches`, and
     resize_size: length of the shorter side before the central crop, in pixels.
+    ten_crop: ten crops of each image in place of the central one.
 
   Yields:
-    {"image": uint8 (B, S, S, 3), "label": int32 (B,), "mask": bool (B,)}, B = batch_size / count.
+    {"image": uint8 (B, S, S, 3), "label": int32 (B,), "mask": bool (B,)}, B = batch_size / count;
+    with `ten_crop`, images are (B, 10, S, S, 3).
+
+  Raises:
+    InputError: an image that cannot be decoded; the text names it.
   """
   index, count = shard
   size = batch_size // count
-  transform = functools.partial(_resized, image_size, resize_size, interpolation)
+  crop = ten_crops if ten_crop else resize_and_crop
+  transform = functools.partial(_resized, crop, image_size, resize_size, interpolation)
   batches = _iterate(
     grain.MapDataset.source(examples)[index::count].map(transform).batch(size), num_workers
   )
   nothing = {
-    "image": np.zeros((0, image_size, image_size, 3), np.uint8),
+    "image": np.zeros((0, *[10] * ten_crop, image_size, image_size, 3), np.uint8),
     "label": np.zeros((0,), np.int32),
   }
   for _ in range(-(-len(examples) // (size * count))):
@@ -104,13 +120,18 @@ def eval_batches(
 def _augmented(
   augment: str, size: int, interpolation: str, example: dict[str, Any], rng: np.random.Generator
 ) -> Batch:
-  pixels = AUGMENTATIONS[augment](decode(example["image"]), size, interpolation, rng)
-  return _example(pixels, example)
+  augmentation = augmentations.parse(augment)  # which parses once a process
+  return _example(augmentation(_picture(example), size, interpolation, rng), example)
 
 
-def _resized(size: int, resize_size: int, interpolation: str, example: dict[str, Any]) -> Batch:
-  pixels = resize_and_crop(decode(example["image"]), size, resize_size, interpolation)
-  return _example(pixels, example)
+def _resized(
+  crop: Any, size: int, resize_size: int, interpolation: str, example: dict[str, Any]
+) -> Batch:
+  return _example(crop(_picture(example), size, resize_size, interpolation), example)
+
+
+def _picture(example: dict[str, Any]) -> Picture:
+  return Picture(example["image"], example.get("name", "the image"))
 
 
 def _example(pixels: np.ndarray, example: dict[str, Any]) -> Batch:
@@ -124,10 +145,18 @@ def _iterate(batches: grain.MapDataset, num_workers: int) -> Generator[Batch]:
   threads = min(16, os.cpu_count() or 1)
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   iterable = batches.to_iter_dataset(options)
+  _one_thread_each()
   if num_workers:
-    iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    workers = grain.MultiprocessingOptions(num_workers=num_workers)
+    iterable = iterable.mp_prefetch(workers, _one_thread_each)
   iterator = iter(iterable)
   try:
     yield from iterator
   finally:
     iterator.close()  # stops threads and worker processes
+
+
+def _one_thread_each(*worker: int) -> None:
+  """Keeps OpenCV to one thread a call: images are what is worked on in parallel."""
+  del worker
+  cv2.setNumThreads(1)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from repjax.data.jitter import Step, check_number, color_jitter, cutout, random_erasing
+from repjax.data.checks import check_number
+from repjax.data.jitter import Step, color_jitter, cutout, random_erasing
 from repjax.data.operations import OPERATIONS
 from repjax.errors import InputError, unknown
 

@@ -16,7 +16,7 @@ from repjax.training.step import make_eval_step
 
 
 def batches(
-  config: Config, source: Source, preprocessing: Preprocessing
+  config: Config, source: Source, preprocessing: Preprocessing, *, ten_crop: bool = False
 ) -> Iterator[dict[str, np.ndarray]]:
   """The split as masked batches, cut for this process's devices, with a bar on a terminal."""
   batch_size = parallel.fitting_batch_size(config.batch_size)
@@ -26,6 +26,7 @@ def batches(
     image_size=preprocessing.image_size,
     resize_size=preprocessing.resize_size,
     interpolation=preprocessing.interpolation,
+    ten_crop=ten_crop,
     shard=parallel.shard(),
     num_workers=config.num_workers,
   )
@@ -58,13 +59,16 @@ def run(
   }
 
 
-def evaluate(config: Config, workdir: str | Path, *, deploy: bool = False) -> dict[str, float]:
+def evaluate(
+  config: Config, workdir: str | Path, *, deploy: bool = False, ten_crop: bool = False
+) -> dict[str, float]:
   """Evaluates one form of a workdir's model over the whole evaluation split.
 
   Args:
     config: names the data set; the model and its preprocessing are read from the workdir.
     workdir: of a run.
     deploy: the plain form, otherwise the training form of the best checkpoint.
+    ten_crop: average ten crops of each image, see `repjax.data.transforms.ten_crop`.
 
   Returns:
     `accuracy` in 0 ... 1, mean `loss`, `count` of images, and `parameters`.
@@ -79,7 +83,8 @@ def evaluate(config: Config, workdir: str | Path, *, deploy: bool = False) -> di
   eval_step = parallel.data_parallel(
     make_eval_step(model, spec.preprocessing, axis_name=parallel.AXIS)
   )
-  result = run(eval_step, parallel.place(variables), batches(config, source, spec.preprocessing))
+  split = batches(config, source, spec.preprocessing, ten_crop=ten_crop)
+  result = run(eval_step, parallel.place(variables), split)
   return result | {"parameters": count_parameters(variables["params"])}
 
 

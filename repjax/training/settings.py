@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from repjax import store
-from repjax.data import AUGMENTATIONS, Source, open_source
+from repjax.data import Source, open_source, parse_augmentation
 from repjax.data.transforms import INTERPOLATIONS
 from repjax.errors import InputError, unknown
 from repjax.spec import ModelSpec, Preprocessing
@@ -100,11 +100,11 @@ def check(config: Config) -> None:
   check_evaluation(config)
   for field, choices in (
     ("dtype", DTYPES),
-    ("augment", AUGMENTATIONS),
     ("interpolation", INTERPOLATIONS),
   ):
     if config[field] not in choices:
       raise unknown(f"value of config.{field}", config[field], choices)
+  parse_augmentation(config.augment)
   for field in ("image_size", "num_classes", "log_every_steps"):
     if config[field] < 1:
       raise InputError(f"config.{field} must be at least 1, got {config[field]}")

@@ -126,17 +126,25 @@ def make_eval_step(
 
   Returns:
     A pure function of variables and {"image", "label", "mask": bool (N,)}; its sums are scalars:
-    `correct`, `loss` and `count`.
+    `correct`, `loss` and `count`. Of images (N, crops, H, W, 3) the crops' probabilities are
+    averaged, as Krizhevsky et al. (NIPS 2012, section 4.1) do.
   """
 
+  def scores_of(variables: Any, images: jax.Array) -> jax.Array:
+    crops = images.shape[1:-3]
+    images = images.reshape(-1, *images.shape[-3:])  # (N * crops, H, W, 3)
+    logits = jnp.asarray(model.apply(variables, preprocessing.normalize(images)), jnp.float32)
+    if not crops:
+      return logits
+    log_probabilities = jax.nn.log_softmax(logits).reshape(-1, *crops, logits.shape[-1])
+    return jax.nn.logsumexp(log_probabilities, axis=1)  # (N, K), up to a constant
+
   def eval_step(variables: Any, batch: Batch) -> dict[str, jax.Array]:
-    logits = jnp.asarray(
-      model.apply(variables, preprocessing.normalize(batch["image"])), jnp.float32
-    )
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    scores = scores_of(variables, batch["image"])
+    loss = optax.softmax_cross_entropy_with_integer_labels(scores, batch["label"])
     mask = batch["mask"]
     sums = {
-      "correct": jnp.sum((logits.argmax(-1) == batch["label"]) & mask),
+      "correct": jnp.sum((scores.argmax(-1) == batch["label"]) & mask),
       "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
       "count": jnp.sum(mask),
     }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from repjax.data import jitter, operations
+from repjax.data import operations
 from repjax.data.jitter import color_jitter, cutout, random_erasing
 from repjax.errors import InputError
 
@@ -190,23 +190,6 @@ def test_cutout_has_its_centre_anywhere():
   counts = collections.Counter((top + h - 1, left + w - 1) for top, left, h, w in boxes)
   assert set(counts) == set(np.ndindex(16, 16))
   assert max(counts.values()) < 20 + 5 * 20**0.5
-
-
-@pytest.mark.parametrize("value", ["0.5", None, True, float("nan"), [0.5], 1 + 0j, -0.1, 1.1])
-def test_a_number_outside_its_range_is_refused_by_name(value):
-  with pytest.raises(InputError, match=r"^random_erasing's probability is .* number from 0 to 1$"):
-    random_erasing(value)
-
-
-@pytest.mark.parametrize("value", [0, 1, 0.5, np.float32(0.5), np.int64(1)])
-def test_a_number_inside_its_range_is_taken(value):
-  jitter.check_number("it", value, 0, 1)
-
-
-def test_whole_numbers_may_be_asked_for():
-  jitter.check_number("it", 3.0, 0, 5, whole=True)
-  with pytest.raises(InputError, match=r"^it is 3.5; it must be a whole number from 0 to 5$"):
-    jitter.check_number("it", 3.5, 0, 5, whole=True)
 
 
 @pytest.mark.parametrize("argument", STRENGTHS)

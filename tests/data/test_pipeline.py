@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from repjax.data import eval_batches, train_batches
-from repjax.data.transforms import AUGMENTATIONS
+from repjax.errors import InputError
+from tests.data.images import encoded
 from tests.training import tiny
 
 COUNT, BATCH = 20, 8
+FULL = "random_resized_crop | flip | color_jitter | rand_augment(noise=0.5) | random_erasing(0.5)"
 
 
 class Numbered:
@@ -44,7 +46,7 @@ def train(steps, examples=None, **changes):
   settings = {
     "batch_size": BATCH,
     "image_size": 8,
-    "augment": "random_resized_crop",
+    "augment": "random_resized_crop | flip",
     "interpolation": "bilinear",
     "seed": 0,
   }
@@ -77,7 +79,7 @@ def from_the_start():
   return train(10)
 
 
-@pytest.mark.parametrize(("start", "num_workers"), [(3, 0), (3, 1), (0, 2)])
+@pytest.mark.parametrize(("start", "num_workers"), [(3, 0), (3, 1), (0, 3)])
 def test_seed_and_step_alone_fix_a_batch(from_the_start, start, num_workers):
   batches = train(10 - start, start_step=start, num_workers=num_workers)
   assert_equal(batches, from_the_start[start:])
@@ -124,7 +126,7 @@ def test_shards_together_are_the_whole_batch(from_the_start, start):
       np.testing.assert_array_equal(together, whole[name])
 
 
-@pytest.mark.parametrize("augment", AUGMENTATIONS)
+@pytest.mark.parametrize("augment", ["none", "pad_and_crop | flip", FULL])
 def test_every_augmentation_goes_through_the_pipeline(augment):
   (batch,) = train(1, augment=augment)
   assert batch["image"].shape == (BATCH, 8, 8, 3)
@@ -162,6 +164,33 @@ def test_an_evaluation_batch_is_uint8_images_int32_labels_and_a_mask():
     "label": ((3,), np.int32),
     "mask": ((3,), np.bool_),
   }
+
+
+def test_ten_crops_of_each_image_are_one_more_axis():
+  (batch,) = evaluation(examples=Numbered(2), batch_size=3, ten_crop=True)
+  assert batch["image"].shape == (3, 10, 8, 8, 3)
+  (single,) = evaluation(examples=Numbered(2), batch_size=3)
+  np.testing.assert_array_equal(batch["image"][:, 4], single["image"])
+  np.testing.assert_array_equal(batch["image"][0, 0], Numbered()[0]["image"][:8, :8])
+  np.testing.assert_array_equal(batch["label"], single["label"])
+
+
+class Damaged(Numbered):
+  """Example 5 is the beginning of a JPEG."""
+
+  def __getitem__(self, index):
+    example = super().__getitem__(index) | {"name": f"image {index} (cat.jpg)"}
+    damaged = encoded(example["image"], "JPEG")[:400]
+    return example | ({"image": damaged} if index == 5 else {})
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+  "run", [lambda **k: train(9, **k), lambda **k: evaluation(batch_size=4, **k)]
+)
+def test_an_image_that_cannot_be_decoded_is_named(run, num_workers):
+  with pytest.raises(InputError, match=r"^image 5 \(cat.jpg\) cannot be decoded: "):
+    run(examples=Damaged(), num_workers=num_workers)
 
 
 def test_reading_data_sets_up_no_accelerator_and_no_tensorflow(tmp_path):

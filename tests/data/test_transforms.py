@@ -1,164 +1,238 @@
-"""Each transform against its definition."""
+"""Evaluation's crops to the pixel, and training's crops by their laws."""
 
-import io
 import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from repjax.data.decode import Picture
 from repjax.data.transforms import (
-  AUGMENTATIONS,
   INTERPOLATIONS,
-  decode,
+  central_square,
+  flip,
+  pad_and_crop,
+  random_box,
   random_resized_crop,
   resize_and_crop,
-  shift,
+  ten_crop,
 )
+from repjax.errors import InputError
+from tests.data.images import encoded, noise, rotated, smooth
+
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+SIZES = [
+  ((40, 20), (32, 16), (12, 4)),
+  ((20, 40), (16, 32), (4, 12)),
+  ((21, 40), (16, 30), (4, 11)),  # 30.5 rounds down
+  ((41, 20), (32, 16), (12, 4)),  # 32.8 rounds down
+  ((5, 4), (20, 16), (6, 4)),  # smaller than wanted
+  ((16, 16), (16, 16), (4, 4)),
+  ((16, 33), (16, 33), (4, 12)),  # the shorter side fits: no resampling
+  ((16, 31), (16, 31), (4, 12)),  # 11.5 and, above, 12.5 round to even
+]
 
 
-def noise(width, height, seed=0):
-  """An RGB image in which no pixel is black."""
-  rng = np.random.default_rng(seed)
-  return Image.fromarray(rng.integers(1, 256, (height, width, 3), np.uint8))
-
-
-@pytest.fixture
-def recorded_boxes(monkeypatch):
-  """The rectangles that are cut out of images, be it by `crop` or by `resize`."""
-  boxes = []
-
-  def crop(self, box):
-    boxes.append(box)
-    return self
-
-  def resize(self, size, resample, box=None):
-    boxes.extend([] if box is None else [box])
-    return Image.new("RGB", size)
-
-  monkeypatch.setattr(Image.Image, "crop", crop)
-  monkeypatch.setattr(Image.Image, "resize", resize)
-  return boxes
-
-
-def encoded(image, file_format="PNG"):
-  file = io.BytesIO()
-  image.save(file, file_format)
-  return file.getvalue()
-
-
-def scripted(uniform=(), integers=(), random=()):
+def scripted(integers=(), random=()):
   """A generator that returns the given numbers, whatever the range."""
-  rows = {"uniform": uniform, "integers": integers, "random": random}
-  streams = {name: iter(values) for name, values in rows.items()}
+  integers, random = iter(integers), iter(random)
   return types.SimpleNamespace(
-    **{name: lambda *_, stream=stream: next(stream) for name, stream in streams.items()}
+    integers=lambda *_: next(integers), random=lambda *_: np.asarray(next(random))
   )
 
 
-@pytest.mark.parametrize(
-  ("source", "resized", "box"),
-  [
-    ((40, 20), (32, 16), (12, 4, 20, 12)),
-    ((20, 40), (16, 32), (4, 12, 12, 20)),
-    ((21, 40), (16, 30), (4, 11, 12, 19)),  # 30.5 rounds down
-    ((41, 20), (32, 16), (12, 4, 20, 12)),  # 32.8 rounds down
-    ((5, 4), (20, 16), (6, 4, 14, 12)),  # smaller than wanted
-    ((16, 16), (16, 16), (4, 4, 12, 12)),
-    ((16, 33), (16, 33), (4, 12, 12, 20)),  # the shorter side fits: no resampling
-    ((16, 31), (16, 31), (4, 12, 12, 20)),  # 11.5 and, above, 12.5 round to even
-  ],
-  ids=str,
-)
+def by_pillow(pixels, resized, interpolation):
+  image = Image.fromarray(pixels)
+  method = getattr(Image.Resampling, interpolation.upper())
+  return image if image.size == resized else image.resize(resized, method)
+
+
+@pytest.mark.parametrize(("source", "resized", "corner"), SIZES, ids=str)
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_resize_and_crop_is_the_shorter_side_resized_and_the_centre_cut_out(
-  source, resized, box, interpolation
+  source, resized, corner, interpolation
 ):
-  image = noise(*source)
-  method = getattr(Image.Resampling, interpolation.upper())
-  by_hand = image if source == resized else image.resize(resized, method)
-  result = resize_and_crop(image, 8, 16, interpolation)
+  left, top = corner
+  image = by_pillow(noise(*source), resized, interpolation)
+  result = resize_and_crop(Picture(noise(*source)), 8, 16, interpolation)
   assert result.dtype == np.uint8
-  np.testing.assert_array_equal(result, np.asarray(by_hand.crop(box)))
+  expected = np.asarray(image.crop((left, top, left + 8, top + 8)))
+  np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("source", [(500, 375), (375, 500), (224, 300)], ids=str)
+@pytest.mark.parametrize("resize_size", [224, 256])
+def test_a_jpegs_evaluation_is_pillows_to_the_pixel(source, resize_size):
+  data = encoded(smooth(*source), "JPEG", quality=90)
+  whole = Picture(data).pixels()  # which another test holds to be Pillow's
+  width, height = source
+  longer = int(resize_size * max(source) / min(source))
+  resized = (resize_size, longer) if width < height else (longer, resize_size)
+  image = by_pillow(whole, resized, "bilinear")
+  left, top = (round((side - 224) / 2) for side in resized)
+  expected = np.asarray(image.crop((left, top, left + 224, top + 224)))
+  np.testing.assert_array_equal(
+    resize_and_crop(Picture(data), 224, resize_size, "bilinear"), expected
+  )
+
+
+def test_evaluation_follows_exif():
+  upright, lying = (Picture(rotated(smooth(40, 20), orientation)) for orientation in (1, 6))
+  first, second = (resize_and_crop(picture, 16, 20, "bilinear") for picture in (upright, lying))
+  np.testing.assert_array_equal(np.rot90(first, -1), second)
+
+
+@pytest.mark.parametrize(("source", "resized", "corner"), SIZES, ids=str)
+def test_ten_crops_are_the_corners_the_centre_and_their_mirror_images(source, resized, corner):
+  image = by_pillow(noise(*source), resized, "bilinear")
+  right, bottom = (side - 8 for side in image.size)
+  result = ten_crop(Picture(noise(*source)), 8, 16, "bilinear")
+  assert result.shape == (10, 8, 8, 3)
+  corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), corner]
+  for crop, mirrored, (left, top) in zip(result, result[5:], corners):
+    expected = np.asarray(image.crop((left, top, left + 8, top + 8)))
+    np.testing.assert_array_equal(crop, expected)
+    np.testing.assert_array_equal(mirrored, expected[:, ::-1])
+
+
+def test_the_fifth_of_ten_crops_is_the_central_one():
+  picture = Picture(noise(31, 40))
+  np.testing.assert_array_equal(
+    ten_crop(picture, 8, 16, "bicubic")[4], resize_and_crop(picture, 8, 16, "bicubic")
+  )
 
 
 def test_no_augmentation_is_the_central_square_at_full_size():
-  image = noise(24, 16)
-  result = AUGMENTATIONS["none"](image, 16, "bilinear", np.random.default_rng(0))
-  np.testing.assert_array_equal(result, np.asarray(image)[:, 4:20])
+  pixels = noise(24, 16)
+  result = central_square()(Picture(pixels), 16, "bilinear", np.random.default_rng(0))
+  np.testing.assert_array_equal(result, pixels[:, 4:20])
 
 
 @pytest.mark.parametrize("top", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("left", [0, 2, 4])
-def test_shift_moves_the_image_and_fills_with_black(top, left):
-  image = noise(16, 16)
-  result = shift(image, 16, "bilinear", scripted(integers=[(top, left)]))
+def test_pad_and_crop_moves_the_image_and_fills_with_black(top, left):
+  pixels = noise(16, 16)
+  result = pad_and_crop()(Picture(pixels), 16, "bilinear", scripted(integers=[(top, left)]))
   down, right = 2 - top, 2 - left
   expected = np.zeros((16, 16, 3), np.uint8)
   for row, column in np.ndindex(16, 16):
     if 0 <= row - down < 16 and 0 <= column - right < 16:
-      expected[row, column] = np.asarray(image)[row - down, column - right]
+      expected[row, column] = pixels[row - down, column - right]
   np.testing.assert_array_equal(result, expected)
 
 
-def test_shift_draws_every_offset_up_to_an_eighth_and_none_beyond():
-  image, rng = noise(16, 16), np.random.default_rng(0)
-  pixels = np.asarray(image)
+@pytest.mark.parametrize(("padding", "most"), [(None, 2), (0, 0), (3, 3)])
+def test_pad_and_crop_draws_every_offset_up_to_the_padding_and_none_beyond(padding, most):
+  pixels, rng = noise(16, 16), np.random.default_rng(0)
   padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
   known = {
     padded[4 + row : 20 + row, 4 + column : 20 + column].tobytes(): (row, column)
     for row in range(-4, 5)
     for column in range(-4, 5)
   }
-  seen = {known[shift(image, 16, "bilinear", rng).tobytes()] for _ in range(500)}
-  assert seen == {(row, column) for row in range(-2, 3) for column in range(-2, 3)}
+  crop = pad_and_crop(padding)
+  seen = {known[crop(Picture(pixels), 16, "bilinear", rng).tobytes()] for _ in range(500)}
+  offsets = range(-most, most + 1)
+  assert seen == {(row, column) for row in offsets for column in offsets}
 
 
-def test_shift_resizes_to_a_square_first():
-  image = noise(20, 10)
-  result = shift(image, 16, "bicubic", scripted(integers=[(2, 2)]))
-  expected = image.resize((16, 16), Image.Resampling.BICUBIC)
+def test_pad_and_crop_resizes_to_a_square_first():
+  result = pad_and_crop()(Picture(noise(20, 10)), 16, "bicubic", scripted(integers=[(2, 2)]))
+  expected = by_pillow(noise(20, 10), (16, 16), "bicubic")
   np.testing.assert_array_equal(result, np.asarray(expected))
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_a_known_random_resized_crop(mirrored):
-  image = noise(32, 32)
-  # A quarter of the area, square, 3 from the left and 5 from the top.
-  rng = scripted(uniform=[0.25, 0.0], integers=[3, 5], random=[0.1 if mirrored else 0.9])
-  result = random_resized_crop(image, 16, "nearest", rng)
-  expected = np.asarray(image)[5:21, 3:19]
-  np.testing.assert_array_equal(result, expected[:, ::-1] if mirrored else expected)
+# A quarter of the area of 32 x 32 pixels, square, 3 from the left and 5 from the top.
+QUARTER = [[((0.25 - 0.08) / 0.92, 0.5, 3.5 / 17, 5.5 / 17)] * 10]
+
+
+def test_a_known_random_resized_crop():
+  pixels = noise(32, 32)
+  result = random_resized_crop()(Picture(pixels), 16, "nearest", scripted(random=QUARTER))
+  np.testing.assert_array_equal(result, pixels[5:21, 3:19])
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("size", [6, 16, 24])
+def test_a_random_crop_depends_on_the_pixels_of_its_rectangle_alone(interpolation, size):
+  inside = np.zeros((32, 32, 3), np.uint8)
+  inside[5:21, 3:19] = noise(32, 32)[5:21, 3:19]
+  first, second = (
+    random_resized_crop()(Picture(pixels), size, interpolation, scripted(random=QUARTER))
+    for pixels in (noise(32, 32), inside)
+  )
+  np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("source", [(500, 375), (375, 500), (1600, 1200), (90, 60)])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_a_random_crop_is_what_pillow_would_cut_out(source, interpolation, file_format):
+  data = encoded(smooth(*source), file_format, quality=98, subsampling=0)
+  for seed in range(4):
+    rng, same = np.random.default_rng(seed), np.random.default_rng(seed)
+    result = random_resized_crop()(Picture(data), 64, interpolation, rng)
+    box = random_box(*source, AREA, RATIO, same)
+    method = getattr(Image.Resampling, interpolation.upper())
+    whole = Image.fromarray(Picture(data).pixels())
+    expected = np.asarray(whole.crop(box).resize((64, 64), method))
+    # A smooth image, in which a shift by a pixel shows and antialiasing does not. A JPEG that was
+    # reduced is cut between pixels of the reduced image.
+    reduced = file_format == "JPEG" and source != (90, 60)
+    assert np.abs(result.astype(float) - expected).mean() <= (1.1 if reduced else 0.25)
+
+
+@pytest.mark.parametrize(("side", "reduction"), [(63, 1), (127, 1), (128, 2), (256, 4), (600, 8)])
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_leaves_enough_pixels(side, reduction):
+  asked = []
+
+  class Recorded(Picture):
+    def pixels(self, reduction=1):
+      asked.append(reduction)
+      return super().pixels(reduction)
+
+  picture = Recorded(encoded(smooth(side, side), "JPEG"))
+  whole = random_resized_crop(area=(0.999999, 1.0), ratio=(1.0, 1.0))
+  result = whole(picture, 64, "bilinear", np.random.default_rng(0))
+  assert result.shape == (64, 64, 3)
+  assert asked == [reduction]
+
+
+def boxes(size, count=2000, area=AREA, ratio=RATIO):
+  rng = np.random.default_rng(0)
+  return np.array([random_box(*size, area, ratio, rng) for _ in range(count)]).T
 
 
 @pytest.mark.parametrize("size", [(400, 400), (640, 480), (300, 500)], ids=str)
-def test_random_boxes_lie_inside_and_have_the_papers_areas_and_ratios(size, recorded_boxes):
-  image, rng = noise(*size), np.random.default_rng(0)
-  for _ in range(2000):
-    random_resized_crop(image, 4, "bilinear", rng)
-  left, top, right, bottom = np.array(recorded_boxes).T
+@pytest.mark.parametrize("area", [AREA, (0.5, 1.0)])
+def test_random_boxes_lie_inside_and_have_the_areas_and_ratios_asked_for(size, area):
+  left, top, right, bottom = boxes(size, area=area)
   assert left.min() == top.min() == 0
   assert (right.max(), bottom.max()) == size
   width, height = right - left, bottom - top
   # Sides are rounded to whole pixels, so each may be off by half a pixel.
-  area = size[0] * size[1]
-  assert np.all((width + 0.5) * (height + 0.5) >= 0.08 * area)
-  assert np.all((width - 0.5) * (height - 0.5) <= area)
+  pixels = size[0] * size[1]
+  assert np.all((width + 0.5) * (height + 0.5) >= area[0] * pixels)
+  assert np.all((width - 0.5) * (height - 0.5) <= area[1] * pixels)
   assert np.all((width + 0.5) / (height - 0.5) >= 3 / 4)
   assert np.all((width - 0.5) / (height + 0.5) <= 4 / 3)
 
 
-def test_random_boxes_fill_the_ranges(recorded_boxes):
-  image, rng = noise(400, 400), np.random.default_rng(0)
-  for _ in range(2000):
-    random_resized_crop(image, 4, "bilinear", rng)
-  left, top, right, bottom = np.array(recorded_boxes).T
+def test_random_boxes_fill_the_ranges_evenly():
+  left, top, right, bottom = boxes((400, 400))
   fraction, ratio = (right - left) * (bottom - top) / 400**2, (right - left) / (bottom - top)
   assert fraction.min() < 0.1
   assert fraction.max() > 0.9
   assert ratio.min() < 0.77
   assert ratio.max() > 1.3
   assert abs(np.mean(ratio > 1) - 0.5) < 0.05
+  small = fraction < 0.5  # which fit nearly always
+  quarters = np.histogram(fraction[small], np.linspace(0.08, 0.5, 5))[0] / small.sum()
+  assert np.abs(quarters - 0.25).max() < 0.05
+  for start, length in ((left, right - left), (top, bottom - top)):
+    place = (start / (400 - length + 1))[small]
+    assert abs(place.mean() - 0.5) < 0.03
+    assert abs(place.std() - 12**-0.5) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -166,85 +240,33 @@ def test_random_boxes_fill_the_ranges(recorded_boxes):
   [((1, 100), (0, 49, 1, 50)), ((9, 100), (0, 44, 9, 56)), ((100, 9), (44, 0, 56, 9))],
 )
 def test_where_no_box_fits_the_largest_central_one_is_taken(size, box):
-  image = noise(*size)
-  never = scripted(uniform=[1.0, 0.0] * 10, random=[0.9])
-  result = random_resized_crop(image, 8, "nearest", never)
-  expected = image.crop(box).resize((8, 8), Image.Resampling.NEAREST)
-  np.testing.assert_array_equal(result, np.asarray(expected))
+  never = scripted(random=[[(1.0, 0.5, 0.5, 0.5)] * 10])
+  assert random_box(*size, AREA, RATIO, never) == box
 
 
-@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_a_random_crop_depends_on_the_pixels_of_its_rectangle_alone(interpolation):
-  box = (3, 5, 19, 21)
-  inside = Image.new("RGB", (32, 32))
-  inside.paste(noise(32, 32).crop(box), box[:2])
-  results = []
-  for image in (noise(32, 32), inside):
-    rng = scripted(uniform=[0.25, 0.0], integers=box[:2], random=[0.9])
-    results.append(random_resized_crop(image, 24, interpolation, rng))
-  np.testing.assert_array_equal(*results)
-
-
-def test_half_of_the_random_crops_are_mirrored():
-  ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (64, 1, 3)))
-  rng = np.random.default_rng(0)
-  crops = [random_resized_crop(ramp, 8, "bilinear", rng) for _ in range(500)]
-  mirrored = np.mean([crop[0, 0, 0] > crop[0, -1, 0] for crop in crops])
-  assert abs(mirrored - 0.5) < 0.07
-
-
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-@pytest.mark.parametrize("size", [(16, 16), (9, 40), (40, 9), (1, 1)], ids=str)
-def test_every_augmentation_gives_the_size_and_type_and_follows_the_generator(name, size):
-  first, again = (
-    AUGMENTATIONS[name](noise(*size), 16, "bilinear", np.random.default_rng(3)) for _ in range(2)
-  )
-  assert first.shape == (16, 16, 3)
-  assert first.dtype == np.uint8
-  np.testing.assert_array_equal(first, again)
-
-
-GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
-
-
-def grey_palette():
-  image = Image.fromarray(GREY, "L").convert("P")
-  image.putpalette([value for grey in range(256) for value in (grey, 255 - grey, 7)])
-  return image
+@pytest.mark.parametrize("probability", [0, 0.2, 0.5, 1])
+def test_flip_mirrors_with_its_probability(probability):
+  pixels, rng = noise(5, 5), np.random.default_rng(0)
+  results = [flip(probability)(pixels, rng) for _ in range(1000)]
+  mirrored = [np.array_equal(result, pixels[:, ::-1]) for result in results]
+  assert all(flipped or result is pixels for flipped, result in zip(mirrored, results))
+  assert abs(np.mean(mirrored) - probability) <= (0.05 if 0 < probability < 1 else 0)
 
 
 @pytest.mark.parametrize(
-  ("image", "rgb"),
+  ("make", "message"),
   [
-    (Image.fromarray(GREY), (GREY, GREY, GREY)),
-    (grey_palette(), (GREY, 255 - GREY, np.full_like(GREY, 7))),
-    (Image.fromarray(np.stack([GREY, GREY.T], -1), "LA"), (GREY, GREY, GREY)),
-    (
-      Image.fromarray(np.stack([GREY, GREY.T, 255 - GREY, GREY // 2], -1), "RGBA"),
-      (GREY, GREY.T, 255 - GREY),
-    ),
-    (Image.fromarray(GREY > 99), ((GREY > 99) * np.uint8(255),) * 3),
-    (Image.fromarray(GREY.astype(np.uint16) * 257), (GREY, GREY, GREY)),
+    (lambda: random_resized_crop(area=(0.0, 1.0)), r"_crop's area is \(0.0, 1.0\)"),
+    (lambda: random_resized_crop(area=(0.5, 1.5)), r"_crop's area is 1.5; .* from 0 to 1"),
+    (lambda: random_resized_crop(area=0.5), "area is 0.5; it must be two numbers"),
+    (lambda: random_resized_crop(ratio=(2, 1)), r"ratio is \(2, 1\); it must be \(least, largest"),
+    (lambda: random_resized_crop(ratio=("a", "b")), "ratio is 'a'; it must be a number"),
+    (lambda: pad_and_crop(-1), "padding is -1; it must be a whole number of 0 or more"),
+    (lambda: pad_and_crop(1.5), "padding is 1.5; it must be a whole number"),
+    (lambda: flip(2), "flip's probability is 2; it must be a number from 0 to 1"),
+    (lambda: flip("often"), "flip's probability is 'often'"),
   ],
-  ids=["grey", "palette", "grey and alpha", "RGBA", "black and white", "16-bit grey"],
 )
-def test_every_kind_of_png_comes_out_rgb(image, rgb):
-  decoded = decode(encoded(image))
-  assert decoded.mode == "RGB"
-  np.testing.assert_array_equal(np.asarray(decoded), np.stack(rgb, -1))
-
-
-def test_a_cmyk_jpeg_comes_out_rgb():
-  # Full black ink is black, no ink is white; JPEG is off by little.
-  ink = np.zeros((16, 16, 4), np.uint8)
-  ink[:, 8:, 3] = 255
-  decoded = decode(encoded(Image.fromarray(ink, "CMYK"), "JPEG"))
-  assert decoded.mode == "RGB"
-  pixels = np.asarray(decoded).astype(int)
-  assert pixels[:, :8].min() > 250
-  assert pixels[:, 8:].max() < 5
-
-
-def test_an_array_is_taken_as_it_is():
-  pixels = np.asarray(noise(3, 5))
-  np.testing.assert_array_equal(np.asarray(decode(pixels)), pixels)
+def test_arguments_that_cannot_be_are_named(make, message):
+  with pytest.raises(InputError, match=message):
+    make()

@@ -52,3 +52,19 @@ def test_what_the_report_says_is_what_evaluation_finds(finished, digits_dir):
   for form, accuracy in report["accuracy"].items():
     result = training.evaluate(tiny.config(digits_dir), workdir, deploy=form == "deploy")
     assert result["accuracy"] == accuracy
+
+
+def test_ten_crops_of_images_that_just_fit_are_five_copies_and_their_mirror_images(
+  finished, digits_dir, test_images
+):
+  # Digits are resized to 16 px and 16 px wide, so that every corner is the centre.
+  images, labels = test_images
+  result = training.evaluate(tiny.config(digits_dir), finished[0], ten_crop=True)
+  model, variables, _ = repjax.load(finished[0], deploy=False)
+  apply = jax.jit(model.apply)
+  both = [apply(variables, x) for x in (images, images[:, :, ::-1])]
+  mean = sum(np.asarray(jax.nn.softmax(logits), np.float64) for logits in both) / 2
+  assert result["count"] == 360
+  assert result["accuracy"] == np.mean(mean.argmax(-1) == labels)
+  loss = -np.mean(np.log(mean[np.arange(360), labels]))
+  assert result["loss"] == pytest.approx(loss, rel=1e-5)

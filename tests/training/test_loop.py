@@ -180,7 +180,7 @@ def test_bfloat16_gates_auxiliary_heads_and_dropout_train_and_deploy(digits_dir,
     dtype="bfloat16",
     nesterov=True,
     label_smoothing=0.1,
-    augment="random_resized_crop",
+    augment="random_resized_crop | flip",
     num_steps=2,
   )
   report = training.train(config, tmp_path)

@@ -276,6 +276,26 @@ def test_evaluation_sums_over_unmasked_images_only(axis_name):
   assert relative_error(sums["loss"], 5 * cross_entropy(logits, labels)) <= 1e-6
 
 
+def test_the_probabilities_of_ten_crops_are_averaged():
+  model = Toy()
+  variables = random_variables(model, jnp.ones((1, 16, 16, 3)))
+  rng = np.random.default_rng(0)
+  crops = rng.integers(0, 256, (DEVICES, 10, 16, 16, 3), np.uint8)
+  labels = rng.integers(0, 3, DEVICES).astype(np.int32)
+  step = make_eval_step(model, PREPROCESSING, axis_name=parallel.AXIS)
+  batch = {"image": crops, "label": labels, "mask": np.array([1, 1, 0, 1], bool)}
+  sums = parallel.data_parallel(step)(parallel.place(variables), parallel.split(batch))
+  mean = np.zeros((DEVICES, 3))
+  for number in range(10):
+    images = PREPROCESSING.normalize(jnp.asarray(crops[:, number]))
+    mean += np.asarray(jax.nn.softmax(jax.jit(model.apply)(variables, images)), np.float64) / 10
+  seen = batch["mask"]
+  assert sums["count"] == 3
+  assert sums["correct"] == np.sum((mean.argmax(-1) == labels)[seen])
+  loss = -np.log(mean[np.arange(DEVICES), labels])[seen].sum()
+  assert relative_error(sums["loss"], loss) <= 1e-5
+
+
 def test_a_first_state_is_at_step_zero_without_momentum():
   model = Toy()
   state, _ = toy_state(model)
