@@ -35,5 +35,5 @@ def test_a_range_comes_back_as_two_floats(value):
 
 @pytest.mark.parametrize("value", [(2, 1), (0, 1), (1,), (1, 2, 3), "ab", 1, None, (1, "2")])
 def test_what_is_no_range_is_refused_by_name(value):
-  with pytest.raises(InputError, match="of it is|^it is"):
+  with pytest.raises(InputError, match=r"of it is|^it is"):
     check_range("it", value, 0, math.inf)
