@@ -40,6 +40,7 @@ def main() -> None:
       batch_size=arguments.batch_size,
       num_workers=arguments.num_workers,
     )
+    recalibrated = 0
     for form in forms:
       result = training.evaluate(config, arguments.workdir, deploy=form == "deploy")
       if form == forms[0]:
@@ -48,6 +49,9 @@ def main() -> None:
         f"{form:<8}{result['parameters']:>14,}{result['accuracy']:>12.2%} {result['loss']:>9.4f}",
         flush=True,
       )
+      recalibrated = result.get("recalibrated", recalibrated)
+    if recalibrated:
+      print(f"training form with batch norms re-estimated over {recalibrated} batches")
     what = ", which is noise" if config.dataset == "synthetic" else ", reloaded from disk"
     print(f"on every image of {config.dataset}'s {config.eval_split} split{what}")
 

@@ -58,7 +58,10 @@ def continued(digits_dir, cache_home, tmp_path_factory):
 def test_a_run_leaves_these_files_and_no_others(finished):
   workdir, _, _ = finished
   names = {path.name for path in workdir.iterdir()}
-  assert names == {"config.json", "model.json", "metrics.jsonl", "checkpoints", "deploy"}
+  assert names == {
+    *("config.json", "model.json", "data.json", "metrics.jsonl"),
+    *("checkpoints", "deploy"),
+  }
   assert {path.name for path in (workdir / "deploy").iterdir()} == {
     "model.json",
     "report.json",
