@@ -51,6 +51,8 @@ def continued(digits_dir, cache_home, tmp_path_factory):
       training.train(config, workdir)
     patch.undo()
     assert store.checkpoints(workdir).keys() == {tiny.EVAL_STEPS}
+    # Statistics beside a checkpoint must leave no trace in what follows from it.
+    training.recalibrate(config, workdir, num_batches=1)
     training.train(config, workdir)
   return workdir
 
