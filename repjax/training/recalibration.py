@@ -24,7 +24,6 @@ from flax import linen as nn
 from repjax import store
 from repjax.data import Source, train_batches
 from repjax.errors import InputError
-from repjax.layers import rep_norm
 from repjax.spec import ModelSpec, Preprocessing
 from repjax.training import evaluation, parallel, settings
 from repjax.training.settings import Config
@@ -137,13 +136,14 @@ def pooled_statistics(
   """
   step = parallel.data_parallel(_make_statistics_step(model, preprocessing))
   placed = parallel.place(dict(variables))
+  shares = _shares(model, variables, preprocessing.image_size)
   totals, count = None, 0
   for batch in batches:
     rows = jax.device_get(step(placed, parallel.split({"image": batch["image"]})))
-    sums = _map_norms(_sum_of_moments, rows)
+    sums = _map_norms(lambda path, norm: _sum_of_moments(norm, shares[path]), rows)
     totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
     count += jax.device_count()
-  pooled = _map_norms(lambda moments: _from_moments(moments, count), totals)
+  pooled = _map_norms(lambda _, moments: _from_moments(moments, count), totals)
   return jax.tree.map(lambda x, like: x.astype(like.dtype), pooled, variables["batch_stats"])
 
 
@@ -219,16 +219,32 @@ def _make_statistics_step(
   return statistics_step
 
 
-def _map_norms(function: Callable[[dict[str, Any]], Any], tree: Any) -> Any:
-  """Applies a function to the statistics of each norm: the dictionaries that hold arrays."""
+def _shares(
+  model: nn.Module, variables: Mapping[str, Any], image_size: int
+) -> dict[tuple[str, ...], float]:
+  """Path of each norm to the share that a batch has in its new statistics, as float32 holds it."""
+  shares = {}
+
+  def note(method: Any, arguments: Any, keywords: Any, context: Any) -> Any:
+    if isinstance(context.module, nn.BatchNorm):
+      shares[context.module.path] = float(np.float32(1 - context.module.momentum))
+    return method(*arguments, **keywords)
+
+  with nn.intercept_methods(note):
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    jax.eval_shape(model.apply, dict(variables), images)
+  return shares
+
+
+def _map_norms(function: Callable[..., Any], tree: Any, path: tuple[str, ...] = ()) -> Any:
+  """`function(path, statistics)` for each norm, which is a dictionary that holds arrays."""
   if any(isinstance(value, Mapping) for value in tree.values()):
-    return {name: _map_norms(function, value) for name, value in tree.items()}
-  return function(tree)
+    return {name: _map_norms(function, value, (*path, name)) for name, value in tree.items()}
+  return function(path, tree)
 
 
-def _sum_of_moments(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _sum_of_moments(rows: dict[str, np.ndarray], share: float) -> dict[str, np.ndarray]:
   """Sums over devices, in float64, of the batches' means and second moments."""
-  share = float(np.float32(1 - rep_norm.MOMENTUM))  # of a batch in statistics that were zero
   mean, var = (np.asarray(rows[name], np.float64) / share for name in ("mean", "var"))  # (D, C)
   return {"mean": mean.sum(0), "second": (var + mean**2).sum(0)}
 

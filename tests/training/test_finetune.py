@@ -13,7 +13,7 @@ from configs import finetune as finetune_config
 from repjax import store, training, weights
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
-from repjax.training import finetune, loop, settings
+from repjax.training import finetune, loop, optimizer, settings
 from tests.helpers import leaves, randomise
 from tests.training import tiny
 from tests.weights import cases
@@ -272,7 +272,7 @@ def test_a_classifier_keeps_random_values_that_follow_the_seed(finished, digits_
       open_config(digits_dir, init_from=str(finished[0]), num_classes=5, seed=seed, **NOISE)
     )
     plan = settings.make_plan(config)
-    sgd = loop.optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
+    sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
     plans.append(leaves(loop._first_state(config, plan, sgd, tmp_path).params))
   first, again, other = plans
   assert first["head/kernel"].shape[1] == 5
@@ -371,4 +371,12 @@ def test_a_changed_data_set_stops_a_run_that_would_continue(
   monkeypatch.setattr(settings, "open_source", grown)
   with pytest.raises(InputError, match=r"has changed since .* began: train.images 1437 -> 1500\."):
     training.train(tiny.config(digits_dir, num_steps=20), workdir)
+  assert tiny.contents(workdir) == before
+
+
+def test_a_run_that_would_freeze_its_backbone_half_way_is_stopped(finished, digits_dir, tmp_path):
+  workdir = shutil.copytree(finished[0], tmp_path / "run")
+  before = tiny.contents(workdir)
+  with pytest.raises(InputError, match="a backbone cannot be frozen or thawed"):
+    training.train(tiny.config(digits_dir, num_steps=20, backbone_rate=0.0), workdir)
   assert tiny.contents(workdir) == before

@@ -16,7 +16,7 @@ from repjax import store, training, weights
 from repjax.data import open_source, train_batches
 from repjax.errors import InputError
 from repjax.layers import rep_norm
-from repjax.training import evaluation, recalibration, settings
+from repjax.training import evaluation, finetune, optimizer, recalibration, settings
 from repjax.training.checkpoint import restore_newest
 from repjax.training.step import create_state
 from tests.helpers import assert_close, leaves, randomise, relative_error, shapes
@@ -63,7 +63,7 @@ def training_batches(digits_dir, count):
 
 def inputs_of_norms(spec, params):
   """A function from images to {path: what each batch norm in train mode has to normalise}."""
-  model, stats = spec.create_model(), spec.variable_shapes()["batch_stats"]
+  model, stats = spec.create_model(remat=False), spec.variable_shapes()["batch_stats"]
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stats)
 
   def run(images):
@@ -104,7 +104,7 @@ def expected_statistics(spec, params, batches, parts):
 @pytest.mark.parametrize(
   ("overrides", "synchronised", "momentum"),
   [
-    (tiny.OVERRIDES, False, 0.9),
+    ({**tiny.OVERRIDES, "remat": True}, False, 0.9),
     (tiny.OVERRIDES, True, 0.5),
     (tiny.WITH_GATES_AND_HEADS, False, 0),
   ],
@@ -136,10 +136,11 @@ def test_statistics_are_those_of_all_activations_whatever_the_momentum(
 def test_pooled_moments_are_exact_where_means_lie_far_apart():
   rng = np.random.default_rng(0)
   values = rng.normal(rng.normal(0, 100, (6, 1, 5)), 1, (6, 50, 5))  # (batches, images, channels)
-  share = float(np.float32(1 - rep_norm.MOMENTUM))
+  share = 0.125
   sums = [
     recalibration._sum_of_moments(
-      {"mean": share * part.mean(1), "var": share * part.var(1)}  # of three devices
+      {"mean": share * part.mean(1), "var": share * part.var(1)},
+      share,  # of three devices
     )
     for part in (values[:3], values[3:])
   ]
@@ -237,26 +238,28 @@ def test_recalibrating_changes_nothing_else_and_can_be_undone(
     store.remove_recalibrated(workdir)
 
 
-def test_an_undo_killed_at_its_end_is_done(recalibrated, tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_an_undo_that_is_killed_brings_nothing_older_back(
+  recalibrated, tmp_path, monkeypatch, killed_at
+):
   workdir = shutil.copytree(recalibrated[0], tmp_path / "run")
-  shutil.copytree(workdir / "recalibrated", workdir / "recalibrated.old")
+  older = shutil.copytree(workdir / "recalibrated", workdir / "recalibrated.old")
+  store.write_json(older / "recalibration.json", {**recalibrated[1], "batches": 99})
   removed, remove = [], shutil.rmtree
 
-  def killed_at_the_second(path, **settings):
+  def killed(path, **settings):
     if path.exists():
       removed.append(path)
-      if len(removed) == 2:
+      if len(removed) == killed_at:
         raise KeyboardInterrupt
     remove(path, **settings)
 
   with monkeypatch.context() as patch:
-    patch.setattr(store.shutil, "rmtree", killed_at_the_second)
+    patch.setattr(store.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
       store.remove_recalibrated(workdir)
-  assert removed == [workdir / "recalibrated.draft"] * 2
-  jax.tree.map(
-    np.testing.assert_array_equal, repjax.load(workdir, deploy=False)[1], own_variables(workdir)
-  )
+  record = store.read_best(workdir, shapes_of(workdir))[2]
+  assert record == (recalibrated[1] if killed_at == 1 else None)
 
 
 def test_the_conversion_folds_them_and_says_so(recalibrated, digits_dir, tmp_path):
@@ -284,13 +287,24 @@ def test_the_conversion_folds_them_and_says_so(recalibrated, digits_dir, tmp_pat
 def test_a_run_that_continues_does_not_see_them(recalibrated):
   workdir, _ = recalibrated
   spec = repjax.ModelSpec.read(workdir)
-  sgd = training.loop.optimizer.sgd(
-    lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0
-  )
+  sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
   shapes = jax.eval_shape(lambda values: create_state(values, sgd), spec.variable_shapes())
   state = restore_newest(workdir, shapes)
   own = store.read_checkpoint(workdir, {"variables": spec.variable_shapes()})[1]["variables"]
   jax.tree.map(np.testing.assert_array_equal, state.batch_stats, own["batch_stats"])
+
+
+def test_fine_tuning_starts_from_them(recalibrated):
+  workdir, record = recalibrated
+  spec = repjax.ModelSpec.read(workdir)
+  drawn = randomise(spec.variable_shapes(), seed=5)
+  variables, text = finetune.first_variables(workdir, spec, drawn)
+  assert text == (
+    f"starting from {workdir}, step {record['step']}, statistics re-estimated over {BATCHES} "
+    "batches; classifier kept"
+  )
+  expected = repjax.load(workdir, deploy=False)[1]
+  jax.tree.map(np.testing.assert_array_equal, variables, expected)
 
 
 def replace_checkpoint(workdir, step, accuracy=1.0):
