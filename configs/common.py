@@ -8,6 +8,11 @@ def get_config() -> ml_collections.ConfigDict:
   """Every field there is, with its default."""
   config = ml_collections.ConfigDict()
 
+  # Start: folder of a run or of an import to take weights from; None: they are drawn. With it,
+  # model, overrides and preprocessing below may be None: as in that folder. num_classes may always
+  # be: as many as the data set has.
+  config.init_from = config_dict.placeholder(str)
+
   # Model: a name of repjax.list_models() and attributes that replace those of its variant.
   config.model = "repvgg_a0"
   config.model_overrides = ml_collections.ConfigDict()
@@ -46,11 +51,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.nesterov = False
   config.weight_decay = 1e-4
   config.label_smoothing = 0.0
+  config.backbone_rate = 1.0  # factor on the rate of all but the classifier; 0 freezes it
   config.aux_weight = 0.1  # of the loss of each auxiliary head, where the model has them
 
   # The run.
   config.seed = 0
   config.log_every_steps = 50
   config.eval_every_epochs = 1.0  # evaluation and checkpoint
+  # Batches to re-estimate batch norms over at the end; 0: none. A frozen backbone keeps its own.
+  config.recalibrate_batches = 0
   config.tolerance = 1e-5  # largest relative difference between both forms' logits
   return config

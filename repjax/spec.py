@@ -129,7 +129,8 @@ def load(
   Args:
     workdir: of a run, or the deploy folder itself.
     deploy: the plain form: what the deploy folder holds or, before there is one, the training form
-      re-parameterized here; otherwise the training form of the best checkpoint.
+      re-parameterized here; otherwise the training form of the best checkpoint, in either case
+      with re-estimated statistics where it has some.
 
   Returns:
     The model, its variables, and its ModelSpec. `model.apply(variables, images)` gives logits;
@@ -151,8 +152,7 @@ def load(
   )
   if deploy and (deploy_folder / "params").exists():
     return model, {"params": store.read_tree(deploy_folder / "params", shapes["params"])}, spec
-  like = {"variables": spec.variable_shapes()}
-  variables = store.read_checkpoint(folder, like, best=True)[1]["variables"]
+  variables = store.read_best(folder, spec.variable_shapes())[1]
   if deploy:
     variables = {"params": jax.jit(reparameterize)(variables["params"], variables["batch_stats"])}
   return model, variables, spec

@@ -1,8 +1,9 @@
 """Folders on disk: JSON and trees, written whole or not at all, and checkpoints read back.
 
 runs/digits/
-config.json  model.json  metrics.jsonl
+config.json  model.json  data.json  metrics.jsonl
 checkpoints/<step>/       variables and training state: the newest and the best
+recalibrated/             re-estimated batch_stats/ of one checkpoint, recalibration.json
 deploy/                   model.json, report.json, params/
 """
 
@@ -14,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,95 @@ def read_checkpoint(
     f"{workdir / 'checkpoints'} holds no whole checkpoint"
     + (f": {'; '.join(problems)}" if problems else "; has this run saved one yet?")
   )
+
+
+def read_best(
+  workdir: Path, shapes: dict[str, Any]
+) -> tuple[int, dict[str, Any], dict[str, Any] | None]:
+  """Reads the best whole checkpoint as it is used: with re-estimated statistics where it has some.
+
+  Continuing a run reads its newest checkpoint by `read_checkpoint`, which knows nothing of them.
+
+  Args:
+    workdir: the folder of a run or an import.
+    shapes: the tree of its variables.
+
+  Returns:
+    The step, the variables, and what `write_recalibrated` was told about their statistics; None
+    where they are the checkpoint's own, as they are where `recalibrated` belongs to another one.
+
+  Raises:
+    InputError: no checkpoint is whole, or the statistics are damaged.
+  """
+  step, items = read_checkpoint(workdir, {"variables": shapes}, best=True)
+  variables = items["variables"]
+  folder = current_folder(workdir / "recalibrated")
+  if not folder.exists():
+    return step, variables, None
+  try:
+    record = read_json(folder / "recalibration.json")
+    if not isinstance(record, dict) or not {"step", "checkpoint", "batches"} <= record.keys():
+      raise InputError(f"{folder / 'recalibration.json'} is damaged: fields are missing")
+    if (record["step"], record["checkpoint"]) != (step, _checksum(variables["batch_stats"])):
+      return step, variables, None
+    batch_stats = read_tree(folder / "batch_stats", shapes["batch_stats"])
+  except InputError as error:
+    raise InputError(
+      f"{error}. To use the checkpoint's own statistics again: "
+      f"python scripts/recalibrate.py --workdir {workdir} --undo"
+    ) from error
+  return step, {**variables, "batch_stats": batch_stats}, record
+
+
+def write_recalibrated(
+  workdir: Path, step: int, replaced: Any, batch_stats: Any, facts: dict[str, Any]
+) -> dict[str, Any]:
+  """Writes re-estimated statistics beside a checkpoint, whole or not at all.
+
+  Args:
+    workdir: the folder of a run or an import.
+    step: of the checkpoint.
+    replaced: its own statistics, by which it is known if another one of that step takes its place.
+    batch_stats: the re-estimated ones.
+    facts: about them, `batches` among them.
+
+  Returns:
+    What recalibration.json says: the facts with `step` and `checkpoint`, a checksum of `replaced`.
+  """
+  record = {"step": step, "checkpoint": _checksum(replaced), **facts}
+  draft = workdir / "recalibrated.draft"
+  shutil.rmtree(draft, ignore_errors=True)
+  draft.mkdir(parents=True)
+  write_tree(draft / "batch_stats", batch_stats)
+  write_json(draft / "recalibration.json", record)
+  replace_folder(draft, workdir / "recalibrated")
+  return record
+
+
+def remove_recalibrated(workdir: Path) -> None:
+  """Removes re-estimated statistics.
+
+  Raises:
+    InputError: there are none.
+  """
+  folder = workdir / "recalibrated"
+  if not current_folder(folder).exists():
+    raise InputError(f"{workdir} holds no re-estimated statistics, so there is nothing to undo")
+  draft = workdir / "recalibrated.draft"
+  shutil.rmtree(draft, ignore_errors=True)
+  # What `current_folder` would fall back to goes first, and each goes whole.
+  for path in (folder.with_name("recalibrated.old"), folder):
+    if path.exists():
+      path.replace(draft)
+      shutil.rmtree(draft)
+
+
+def _checksum(tree: Any) -> int:
+  """Of every array in a tree, in the order of their paths."""
+  checksum = 0
+  for leaf in jax.tree.leaves(jax.device_get(tree)):
+    checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
+  return checksum
 
 
 def _on_default_device(like: Any) -> Any:

@@ -41,6 +41,7 @@ def main() -> None:
       batch_size=arguments.batch_size,
       num_workers=arguments.num_workers,
     )
+    recalibrated = 0
     for form in forms:
       result = training.evaluate(
         config, arguments.workdir, deploy=form == "deploy", ten_crop=arguments.ten_crop
@@ -52,6 +53,9 @@ def main() -> None:
         flush=True,
       )
     crops = ", ten crops each" if arguments.ten_crop else ""
+      recalibrated = result.get("recalibrated", recalibrated)
+    if recalibrated:
+      print(f"training form with batch norms re-estimated over {recalibrated} batches")
     what = ", which is noise" if config.dataset == "synthetic" else ", reloaded from disk"
     print(f"on every image of {config.dataset}'s {config.eval_split} split{crops}{what}")
 

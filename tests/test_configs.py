@@ -8,7 +8,7 @@ import pytest
 import repjax
 from configs import common
 from repjax.data import open_source
-from repjax.training import settings
+from repjax.training import finetune, settings
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -32,30 +32,53 @@ PAPER = {
 }
 
 
+NEVER_SET = {"data_dir", "init_from", "num_steps"}  # None in the shared config too
+LEFT_OPEN = {
+  *("model", "num_classes", "dataset"),
+  *("image_size", "resize_size", "interpolation", "mean", "std"),
+}
+
+
 def load(name):
   module = importlib.import_module(f"configs.{name}")
   return module.get_config(), module.__doc__
 
 
 def test_there_is_a_config_for_each_result_of_the_simple_recipe_and_one_to_try():
-  assert {*PAPER, "digits"} == set(NAMES)
+  assert {*PAPER, "digits", "finetune"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_sets_only_fields_that_there_are_and_keeps_their_types(name):
   config, base = load(name)[0].to_dict(), common.get_config().to_dict()
   assert config.keys() == base.keys()
+  open_fields = {field for field, value in config.items() if value is None} - NEVER_SET
+  assert open_fields == (LEFT_OPEN if name == "finetune" else set())
   for field, value in base.items():
-    if value is not None and field != "model_overrides":
+    if value is not None and field not in {"model_overrides", *open_fields}:
       assert type(config[field]) is type(value), field
 
 
+@pytest.mark.parametrize("field", sorted(LEFT_OPEN))
+def test_a_field_that_is_left_open_takes_values_of_the_shared_configs_type_only(field):
+  config, base = load("finetune")[0], common.get_config()
+  config[field] = base[field]
+  assert config[field] == base[field]
+  with pytest.raises(TypeError):
+    config[field] = {"of another": "type"}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_names_a_model_and_values_that_can_be_used(name):
+def test_a_config_names_a_model_and_values_that_can_be_used(name, finished, digits_dir):
   config, _ = load(name)
+  if name == "finetune":
+    config.update({"init_from": str(finished[0]), "dataset": "digits", "eval_split": "test"})
+    config.data_dir = str(digits_dir)
+    config = finetune.resolve(config)
   assert config.model in repjax.list_models()
   settings.check(config)
   assert settings.model_spec(config, ()).name == config.model
+  assert finetune.resolve(config).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,3 +122,14 @@ def test_the_digits_config_runs_on_the_digits(digits_dir):
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_divide_over_the_usual_numbers_of_devices(name, devices):
   assert load(name)[0].batch_size % devices == 0
+
+
+def test_fine_tuning_is_short_and_gentle_and_ends_with_recalibration():
+  config, base = load("finetune")[0], common.get_config()
+  assert config.num_epochs < base.num_epochs
+  assert config.learning_rate < base.learning_rate
+  assert 0 < config.warmup_epochs < config.num_epochs
+  assert 0 < config.backbone_rate < 1
+  assert config.recalibrate_batches > 0
+  assert config.eval_every_epochs == 1
+  assert (config.train_split, config.eval_split) == ("train", "validation")

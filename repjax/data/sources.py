@@ -3,6 +3,8 @@
 import contextlib
 import io
 import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -20,10 +22,12 @@ class Examples(Protocol):
 
 
 class Source(NamedTuple):
-  """A split: its examples, and the names of the classes in the order of the labels."""
+  """A split: its examples, the names of the classes in the order of the labels, and what tells this
+  set from another of the same name."""
 
   examples: Examples
   class_names: tuple[str, ...]
+  fingerprint: Mapping[str, Any] = MappingProxyType({})
 
 
 class Synthetic:

@@ -3,6 +3,7 @@
 from repjax.training.conversion import convert
 from repjax.training.evaluation import evaluate
 from repjax.training.loop import train
+from repjax.training.recalibration import recalibrate
 from repjax.training.settings import read_config
 
-__all__ = ["convert", "evaluate", "read_config", "train"]
+__all__ = ["convert", "evaluate", "read_config", "recalibrate", "train"]

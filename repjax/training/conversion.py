@@ -29,9 +29,9 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
     workdir: of a run.
 
   Returns:
-    The report: `step`, `dataset`, `images`, `accuracy` of both forms, `agreement` of their
-    predictions, `logits_difference`, `layers` (scope to largest relative difference of its output),
-    and `parameters` of both forms.
+    The report: `step`, `recalibrated` (None, or how its statistics were re-estimated), `dataset`,
+    `images`, `accuracy` of both forms, `agreement` of their predictions, `logits_difference`,
+    `layers` (scope to largest relative difference of its output), and `parameters` of both forms.
 
   Raises:
     InputError: the forms differ by more than the tolerance (nothing is overwritten), or there is no
@@ -42,9 +42,7 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
   workdir = Path(workdir)
   spec = ModelSpec.read(workdir)
   source = settings.open_split(config, config.eval_split, spec)
-  shapes = {"variables": spec.variable_shapes()}
-  step, items = store.read_checkpoint(workdir, shapes, best=True)
-  variables = items["variables"]
+  step, variables, recalibrated = store.read_best(workdir, spec.variable_shapes())
   with jax.default_matmul_precision("highest"):
     params = jax.jit(reparameterize)(variables["params"], variables["batch_stats"])
     compare = parallel.data_parallel(_make_compare_step(spec))
@@ -63,6 +61,7 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
   images = sums["count"]
   report = {
     "step": step,
+    "recalibrated": recalibrated,
     "dataset": config.dataset,
     "images": images,
     "accuracy": {form: sums[f"{form}_correct"] / images for form in ("train", "deploy")},
@@ -97,6 +96,7 @@ def format_report(report: dict[str, Any]) -> str:
   ]
   if report["dataset"] != "synthetic":  # the labels of noise mean nothing
     rows.append(("accuracy", f"{accuracy['train']:.2%}", f"{accuracy['deploy']:.2%}"))
+  recalibrated = report["recalibrated"]
   return "\n".join(
     [
       *(f"{name:<24}{train:>16}{deploy:>16}" for name, train, deploy in rows),
@@ -104,6 +104,9 @@ def format_report(report: dict[str, Any]) -> str:
       f"{'logits differ by':<24}{report['logits_difference']:>16.1e} of the largest "
       f"(tolerance {report['tolerance']:.0e})",
       _worst_layer(report["layers"]),
+      *(
+        [f"statistics re-estimated over {recalibrated['batches']} batches"] if recalibrated else []
+      ),
     ]
   )
 

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import tqdm
 
+from repjax import store
 from repjax.data import Source, eval_batches
-from repjax.spec import Preprocessing, load
+from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.training import parallel, settings
 from repjax.training.settings import Config
 from repjax.training.step import make_eval_step
@@ -71,21 +72,29 @@ def evaluate(
     ten_crop: average ten crops of each image, see `repjax.data.transforms.ten_crop`.
 
   Returns:
-    `accuracy` in 0 ... 1, mean `loss`, `count` of images, and `parameters`.
+    `accuracy` in 0 ... 1, mean `loss`, `count` of images, `parameters` and, where the statistics
+    are re-estimated ones, `recalibrated`: over how many batches.
 
   Raises:
     InputError: the workdir does not hold that form, or the data set cannot be opened.
   """
   settings.check_evaluation(config)
   parallel.use_compilation_cache()
-  model, variables, spec = load(workdir, deploy=deploy)
+  recalibrated = None
+  if deploy:
+    model, variables, spec = load(workdir)
+  else:
+    spec = ModelSpec.read(Path(workdir))
+    model = spec.create_model()
+    _, variables, recalibrated = store.read_best(Path(workdir), spec.variable_shapes())
   source = settings.open_split(config, config.eval_split, spec)
   eval_step = parallel.data_parallel(
     make_eval_step(model, spec.preprocessing, axis_name=parallel.AXIS)
   )
   split = batches(config, source, spec.preprocessing, ten_crop=ten_crop)
   result = run(eval_step, parallel.place(variables), split)
-  return result | {"parameters": count_parameters(variables["params"])}
+  result["parameters"] = count_parameters(variables["params"])
+  return result | ({"recalibrated": recalibrated["batches"]} if recalibrated else {})
 
 
 def count_parameters(params: Any) -> int:

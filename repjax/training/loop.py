@@ -12,10 +12,11 @@ import numpy as np
 from repjax.data import train_batches
 from repjax.errors import InputError
 from repjax.models import init
-from repjax.training import evaluation, optimizer, parallel, settings
+from repjax.training import claims, evaluation, finetune, optimizer, parallel, settings
 from repjax.training.checkpoint import CheckpointWriter, restore_newest
 from repjax.training.conversion import convert, format_report
 from repjax.training.metrics import MetricsFile, Progress
+from repjax.training.recalibration import format_recalibration, recalibrate
 from repjax.training.settings import Config
 from repjax.training.step import TrainState, create_state, make_eval_step, make_train_step
 
@@ -31,14 +32,19 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     The report of `convert`.
 
   Raises:
-    InputError: a config that cannot be run, a workdir of another model, a loss that is not finite
-      (checkpoints stay intact), or forms that differ by more than the tolerance.
+    InputError: a config that cannot be run, a workdir of another model or other images, a folder
+      that cannot be started from, a loss that is not finite (checkpoints stay intact), or forms
+      that differ by more than the tolerance.
   """
   workdir = Path(workdir)
   print(f"workdir: {workdir}", flush=True)
   parallel.use_compilation_cache()
+  config = finetune.resolve(config, workdir)
   plan = settings.make_plan(config)
-  settings.check_workdir(workdir, plan.spec)
+  fingerprints = {"train": plan.train.fingerprint, "eval": plan.eval.fingerprint}
+  claims.check_data(workdir, fingerprints)
+  claims.check_workdir(workdir, plan.spec)
+  claims.check_continuing(workdir, config)
   schedule = optimizer.learning_rate_schedule(
     config.learning_rate, config.batch_size, plan.warmup_steps, plan.total_steps
   )
@@ -47,14 +53,23 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     momentum=config.momentum,
     nesterov=config.nesterov,
     weight_decay=config.weight_decay,
+    backbone_rate=config.backbone_rate,
   )
   state = _first_state(config, plan, sgd, workdir)
-  settings.claim_workdir(workdir, config, plan.spec)  # only now: a state that fits was read
+  claims.claim_workdir(
+    workdir, config, plan.spec, fingerprints
+  )  # only now: a state that fits was read
   print(_headline(config, plan), flush=True)
   if int(state.step) < plan.total_steps:
     _train(config, plan, schedule, sgd, parallel.place(state), workdir)
   else:
     print(f"all {plan.total_steps} steps were done already", flush=True)
+  if config.recalibrate_batches and config.backbone_rate == 0:
+    print("the frozen backbone keeps its statistics; they are not re-estimated", flush=True)
+  elif config.recalibrate_batches:
+    print("re-estimating the batch norms of the best checkpoint", flush=True)
+    record = recalibrate(config, workdir, num_batches=config.recalibrate_batches)
+    print(format_recalibration(record), flush=True)
   print("re-parameterizing the best checkpoint and comparing both forms", flush=True)
   report = convert(config, workdir)
   print(format_report(report) + f"\nsaved: {workdir / 'deploy'}", flush=True)
@@ -62,26 +77,42 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
 
 def _first_state(config: Config, plan: settings.Plan, sgd: Any, workdir: Path) -> TrainState:
+  """Of the newest checkpoint, else from `config.init_from`, else drawn."""
   variables = init(
     plan.spec.create_model(), jax.random.key(config.seed), plan.spec.preprocessing.image_size
   )
   fresh = create_state(variables, sgd)
   restored = restore_newest(workdir, fresh)
-  if restored is None:
+  if restored is not None:
+    own = "; config.init_from is not read again" if config.init_from else ""
+    print(f"continuing from the checkpoint of step {int(restored.step)}{own}", flush=True)
+    return restored
+  if not config.init_from and config.backbone_rate == 0:
+    raise InputError(
+      "config.backbone_rate = 0 would freeze weights that nothing has trained; name a folder to "
+      "start from, --config.init_from=FOLDER, or set another rate"
+    )
+  if not config.init_from:
     return fresh
-  print(f"continuing from the checkpoint of step {int(restored.step)}", flush=True)
-  return restored
+  variables, text = finetune.first_variables(config.init_from, plan.spec, variables)
+  print(text, flush=True)
+  return create_state(variables, sgd)
 
 
 def _headline(config: Config, plan: settings.Plan) -> str:
   """What is about to be trained, and at what rate."""
   peak = config.learning_rate * config.batch_size / optimizer.BASE_BATCH_SIZE
+  backbone = ""
+  if config.backbone_rate != 1:
+    backbone = f", {config.backbone_rate:g} times that for all but the classifier"
+  if config.backbone_rate == 0:
+    backbone = "; the classifier alone learns, all else is frozen and runs as in evaluation"
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   return (
     f"{config.model} on {config.dataset}: {len(plan.train.examples):,} images, "
     f"{config.num_classes} classes, {plan.spec.preprocessing.image_size} px, on {devices}\n"
     f"{plan.total_steps:,} steps of {config.batch_size} images; learning rate "
-    f"{config.learning_rate} x {config.batch_size}/{optimizer.BASE_BATCH_SIZE} = {peak:g}"
+    f"{config.learning_rate} x {config.batch_size}/{optimizer.BASE_BATCH_SIZE} = {peak:g}{backbone}"
   )
 
 
@@ -103,6 +134,7 @@ def _train(
       aux_weight=config.aux_weight,
       seed=config.seed,
       axis_name=parallel.AXIS,
+      frozen=config.backbone_rate == 0,
     ),
     donate=True,
   )

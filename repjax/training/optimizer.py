@@ -47,8 +47,29 @@ def is_bias(path: tuple[str, ...]) -> bool:
   return path[-1] == "bias"
 
 
+def is_classifier(path: tuple[str, ...]) -> bool:
+  """Whether the parameter at `path` belongs to a classifier, the auxiliary heads' own included.
+
+  These are the parameters whose shapes depend on the number of classes.
+  """
+  return "head" in path[:-1]
+
+
+def classifier_only(params: Any) -> Any:
+  """The part of a network's parameters that learns while its backbone is frozen: the classifier.
+
+  Auxiliary heads, whose only use is to teach the backbone, are frozen with it.
+  """
+  return {"head": params["head"]}
+
+
 def sgd(
-  schedule: optax.Schedule, *, momentum: float, nesterov: bool, weight_decay: float
+  schedule: optax.Schedule,
+  *,
+  momentum: float,
+  nesterov: bool,
+  weight_decay: float,
+  backbone_rate: float = 1.0,
 ) -> optax.GradientTransformation:
   """SGD as PyTorch has it: weight decay joins the gradient before the momentum.
 
@@ -57,15 +78,33 @@ def sgd(
     momentum: of the gradient's trace.
     nesterov: look ahead.
     weight_decay: times the parameters that `decayed` names.
+    backbone_rate: factor on the updates of all that `is_classifier` does not name. At 0 the
+      optimizer holds, takes and returns nothing but what `classifier_only` selects.
 
   References:
     https://github.com/DingXiaoH/RepVGG at 9a1de4a, train.py
   """
-  return optax.chain(
+  inner = optax.chain(
     optax.add_decayed_weights(weight_decay, mask=lambda params: _by_path(decayed, params)),
     optax.masked(optax.scale(2.0), lambda params: _by_path(is_bias, params)),
     optax.sgd(schedule, momentum, nesterov),
   )
+  if backbone_rate == 1:
+    return inner
+
+  if backbone_rate == 0:
+    return optax.GradientTransformation(
+      lambda params: inner.init(classifier_only(params)),
+      lambda updates, state, params=None: inner.update(updates, state, classifier_only(params)),
+    )
+
+  # Not another link of the chain: the state in a checkpoint must fit whatever the factor.
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    updates, state = inner.update(updates, state, params)
+    classifier = _by_path(is_classifier, updates)
+    return jax.tree.map(lambda u, own: u if own else u * backbone_rate, updates, classifier), state
+
+  return optax.GradientTransformation(inner.init, update)
 
 
 def _by_path(rule: Any, params: Any) -> Any:

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 
@@ -18,10 +17,11 @@ from repjax.training import parallel
 Config: TypeAlias = Any
 """An ml_collections.ConfigDict with the fields of configs/common.py; their types are its own."""
 
-_EVALUATION_FIELDS = (
+EVALUATION_FIELDS = (
   *("dataset", "data_dir", "eval_split", "batch_size", "num_workers", "tolerance"),
 )
 _FIELDS = (
+  *("init_from", "backbone_rate", "recalibrate_batches"),
   *("model", "model_overrides", "num_classes", "dtype", "sync_batch_norm"),
   *("dataset", "data_dir", "train_split", "eval_split", "image_size", "resize_size"),
   *("interpolation", "mean", "std", "augment", "num_workers"),
@@ -71,7 +71,7 @@ def model_spec(config: Config, class_names: tuple[str, ...]) -> ModelSpec:
 
 def check_evaluation(config: Config) -> None:
   """Raises InputError for what no evaluation or conversion could use."""
-  _check_fields(config, _EVALUATION_FIELDS)
+  check_fields(config, EVALUATION_FIELDS)
   if config.dataset is None:
     raise InputError(
       "no data set is named: pass --dataset NAME --split SPLIT, a TFDS name such as imagenet2012 "
@@ -85,7 +85,9 @@ def check_evaluation(config: Config) -> None:
     raise InputError(f"config.num_workers must be at least 0, got {config.num_workers}")
 
 
-def _check_fields(config: Config, fields: tuple[str, ...]) -> None:
+def check_fields(config: Config, fields: tuple[str, ...] | None = None) -> None:
+  """Raises InputError for a field that is missing, of those of a whole run if not told others."""
+  fields = _FIELDS if fields is None else fields
   missing = [field for field in fields if field not in config]
   if missing:
     raise InputError(
@@ -96,7 +98,7 @@ def _check_fields(config: Config, fields: tuple[str, ...]) -> None:
 
 def check(config: Config) -> None:
   """Raises InputError for a field that is missing, or a value that no run could use."""
-  _check_fields(config, _FIELDS)
+  check_fields(config)
   check_evaluation(config)
   for field, choices in (
     ("dtype", DTYPES),
@@ -111,7 +113,10 @@ def check(config: Config) -> None:
   for field in ("num_epochs", "eval_every_epochs", "learning_rate"):
     if not config[field] > 0:
       raise InputError(f"config.{field} must be above 0, got {config[field]}")
-  for field in ("seed", "warmup_epochs", "momentum", "weight_decay", "aux_weight"):
+  for field in (
+    *("seed", "warmup_epochs", "momentum", "weight_decay", "aux_weight"),
+    *("backbone_rate", "recalibrate_batches"),
+  ):
     if not config[field] >= 0:
       raise InputError(f"config.{field} must be at least 0, got {config[field]}")
   if not 0 <= config.label_smoothing < 1:
@@ -140,9 +145,21 @@ def open_split(config: Config, split: str, spec: ModelSpec) -> Source:
   if len(source.class_names) != spec.num_classes:
     raise InputError(
       f"{config.dataset} has {len(source.class_names)} classes, the model has {spec.num_classes}; "
-      f"train one with --config.num_classes={len(source.class_names)}, or name another data set"
+      f"for those of {config.dataset} train one with "
+      f"--config.num_classes={len(source.class_names)}, which with --config.init_from=FOLDER of "
+      "this model keeps all but its classifier, or name another data set"
     )
   return source
+
+
+def check_batch_fits(config: Config, train: Source) -> None:
+  """Raises InputError where a split has less images than a batch."""
+  images = len(train.examples)
+  if config.batch_size > images:
+    raise InputError(
+      f"batch_size {config.batch_size} is more than the {images} images of {config.dataset}'s "
+      f"{config.train_split} split; pass --config.batch_size={2 ** int(math.log2(images))} or less"
+    )
 
 
 def make_plan(config: Config) -> Plan:
@@ -158,11 +175,7 @@ def make_plan(config: Config) -> Plan:
     open_split(config, split, spec) for split in (config.train_split, config.eval_split)
   )
   spec = model_spec(config, train.class_names)
-  if config.batch_size > len(train.examples):
-    raise InputError(
-      f"batch_size {config.batch_size} is more than the {len(train.examples)} images of "
-      f"{config.dataset}'s {config.train_split} split"
-    )
+  check_batch_fits(config, train)
   steps_per_epoch = len(train.examples) / config.batch_size
   total = config.num_steps
   if total is None:
@@ -197,57 +210,3 @@ def read_config(workdir: str | Path, **changes: Any) -> Config:
     raise InputError(f"{path} is damaged: it does not hold a config")
   changed = {field: change for field, change in changes.items() if change is not None}
   return ml_collections.ConfigDict({**value, **changed}, convert_dict=True)
-
-
-def check_workdir(workdir: Path, spec: ModelSpec) -> None:
-  """Raises InputError where a workdir holds, or may hold, a run of another model, or an import."""
-  if (workdir / "import.json").exists():
-    raise InputError(f"{workdir} holds imported weights, not a run; give another --workdir")
-  if store.checkpoints(workdir) and not (workdir / "model.json").exists():
-    raise InputError(
-      f"{workdir} has checkpoints but no model.json that says of which model; restore that file, "
-      "or give another --workdir"
-    )
-  if (workdir / "model.json").exists():
-    held = ModelSpec.read(workdir)
-    ours, theirs = ({**s.to_json(), "class_names": ()} for s in (spec, held))
-    # Through JSON, so that tuples and lists compare equal.
-    if _plain(ours) != _plain(theirs):
-      raise InputError(
-        f"{workdir} belongs to another model: {_difference(_plain(theirs), _plain(ours))}. "
-        "Nothing was changed; give another --workdir, or the config that this run began with"
-      )
-
-
-def claim_workdir(workdir: Path, config: Config, spec: ModelSpec) -> None:
-  """Writes config.json and model.json, and says which fields differ from those that were there."""
-  new = config.to_dict()
-  if (workdir / "config.json").exists():
-    changed = _difference(store.read_json(workdir / "config.json"), _plain(new))
-    if changed:
-      print(f"config changed since this run began: {changed}", flush=True)
-  store.write_json(workdir / "config.json", new)
-  spec.write(workdir)
-
-
-def _plain(value: Any) -> Any:
-  """Tuples as lists and all keys as strings, as JSON gives them back."""
-  if isinstance(value, dict):
-    return {str(key): _plain(item) for key, item in value.items()}
-  return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _difference(old: dict, new: dict) -> str:
-  """The fields in which two plain configs differ, as "field old -> new"."""
-  flat_old, flat_new = (
-    {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    for leaves in (
-      jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
-      for tree in (old, new)
-    )
-  )
-  return ", ".join(
-    f"{key} {flat_old.get(key)} -> {flat_new.get(key)}"
-    for key in sorted({*flat_old, *flat_new})
-    if flat_old.get(key) != flat_new.get(key)
-  )

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import struct
 
 from repjax.spec import Preprocessing
+from repjax.training.optimizer import classifier_only
 
 Batch = dict[str, jax.Array]
 
@@ -50,6 +51,7 @@ def make_train_step(
   aux_weight: float = 0.1,
   seed: int = 0,
   axis_name: str | None = None,
+  frozen: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Builds `train_step(state, batch) -> (state, metrics)`.
 
@@ -61,6 +63,9 @@ def make_train_step(
     aux_weight: of the loss of each auxiliary head.
     seed: of dropout, with the step and the device.
     axis_name: over which gradients, running statistics and metrics are averaged; None: alone.
+    frozen: only the classifier learns, by an `optimizer` made with `backbone_rate=0`. The network
+      runs as in evaluation: its batch norms use and keep their running statistics, dropout does
+      nothing, auxiliary heads take no part. All but the classifier stays bit for bit what it was.
 
   Returns:
     A pure function of a state and {"image": uint8 (N, H, W, 3), "label": int32 (N,)}. The metrics
@@ -81,32 +86,34 @@ def make_train_step(
     if axis_name is not None:
       rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
 
-    def loss_of(params):
-      outputs, updates = model.apply(
-        {"params": params, "batch_stats": state.batch_stats},
-        images,
-        train=True,
-        mutable=["batch_stats"],
-        rngs={"dropout": rng},
+    def apply(learning):
+      variables = {"params": {**state.params, **learning}, "batch_stats": state.batch_stats}
+      if frozen:
+        return model.apply(variables, images), {}
+      return model.apply(
+        variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": rng}
       )
+
+    def loss_of(learning):
+      outputs, updates = apply(learning)
       logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, {})
       loss = cross_entropy(logits, batch["label"])
       for aux_logits in auxiliary.values():
         loss += aux_weight * cross_entropy(aux_logits, batch["label"])
-      return loss, (logits, updates["batch_stats"])
+      return loss, (logits, updates)
 
-    (loss, (logits, batch_stats)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-      state.params
-    )
+    learning = classifier_only(state.params) if frozen else state.params
+    (loss, (logits, collections)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learning)
     correct = logits.argmax(-1) == batch["label"]
     metrics = {"loss": loss, "accuracy": correct.mean(dtype=jnp.float32)}
     if axis_name is not None:
-      gradients, batch_stats, metrics = jax.lax.pmean((gradients, batch_stats, metrics), axis_name)
+      gradients, collections, metrics = jax.lax.pmean((gradients, collections, metrics), axis_name)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    learned: Any = optax.apply_updates(learning, updates)
     new_state = TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      batch_stats=batch_stats,
+      params={**state.params, **learned},
+      batch_stats=collections.get("batch_stats", state.batch_stats),
       opt_state=opt_state,
     )
     return new_state, metrics | {"grad_norm": optax.tree.norm(gradients)}

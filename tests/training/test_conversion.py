@@ -51,6 +51,7 @@ def test_the_report_says_what_was_compared(finished):
   )
   assert report.keys() == {
     "step",
+    "recalibrated",
     "dataset",
     "images",
     "accuracy",
@@ -61,6 +62,7 @@ def test_the_report_says_what_was_compared(finished):
     "parameters",
   }
   assert report["step"] == best[0]
+  assert report["recalibrated"] is None
   assert report["tolerance"] == 1e-5
   assert report["parameters"] == {
     "train": sum(leaf.size for leaf in jax.tree.leaves(best[1]["variables"]["params"])),
@@ -171,6 +173,7 @@ def test_a_run_without_a_checkpoint_cannot_be_converted(workdir, digits_dir):
 
 REPORT = {
   "step": 1200,
+  "recalibrated": None,
   "dataset": "imagenet2012",
   "images": 50000,
   "accuracy": {"train": 0.72406, "deploy": 0.72404},
@@ -192,6 +195,13 @@ def test_a_report_reads_as_a_table():
     "logits differ by 2.3e-06 of the largest (tolerance 1e-05)",
     "worst of 2 layers: 3.4e-06 at stage1/block0/RepConv_0",
   ]
+
+
+def test_a_report_says_that_statistics_were_re_estimated():
+  report = {**REPORT, "recalibrated": {"batches": 100}}
+  *table, last = conversion.format_report(report).split("\n")
+  assert "\n".join(table) == conversion.format_report(REPORT)
+  assert last == "statistics re-estimated over 100 batches"
 
 
 def test_a_reports_columns_line_up():

@@ -51,6 +51,8 @@ def continued(digits_dir, cache_home, tmp_path_factory):
       training.train(config, workdir)
     patch.undo()
     assert store.checkpoints(workdir).keys() == {tiny.EVAL_STEPS}
+    # Statistics beside a checkpoint must leave no trace in what follows from it.
+    training.recalibrate(config, workdir, num_batches=1)
     training.train(config, workdir)
   return workdir
 
@@ -58,7 +60,10 @@ def continued(digits_dir, cache_home, tmp_path_factory):
 def test_a_run_leaves_these_files_and_no_others(finished):
   workdir, _, _ = finished
   names = {path.name for path in workdir.iterdir()}
-  assert names == {"config.json", "model.json", "metrics.jsonl", "checkpoints", "deploy"}
+  assert names == {
+    *("config.json", "model.json", "data.json", "metrics.jsonl"),
+    *("checkpoints", "deploy"),
+  }
   assert {path.name for path in (workdir / "deploy").iterdir()} == {
     "model.json",
     "report.json",

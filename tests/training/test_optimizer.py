@@ -109,6 +109,73 @@ def test_several_steps_are_those_of_pytorch(nesterov, momentum):
     assert relative_error(value, expected) <= 1e-14, path
 
 
+def test_the_classifier_is_what_depends_on_the_number_of_classes(paths):
+  model = {"stage_sizes": (1, 1, 2, 1), "se": "post", "se_reduction": 4, "aux_heads": True}
+  shapes = [
+    jax.eval_shape(
+      repjax.create_model("repvgg_a0", num_classes=classes, **model).init,
+      jax.random.key(0),
+      jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32),
+    )["params"]
+    for classes in (3, 5)
+  ]
+  of_three, of_five = (leaves(tree) for tree in shapes)
+  differ = {path for path, leaf in of_three.items() if leaf.shape != of_five[path].shape}
+  assert differ == {"/".join(path) for path in paths if optimizer.is_classifier(path)}
+  assert len(differ) == 8  # kernel and bias of the classifier and of three auxiliary heads
+
+
+LAYOUT = {
+  "stem": {"conv": {"kernel": (3, 3, 2, 4)}, "bn": {"scale": (4,), "bias": (4,)}},
+  "AuxHead_stage1": {"RepConv_0": {"kernel": (4, 4)}, "head": {"kernel": (4, 5), "bias": (5,)}},
+  "head": {"kernel": (4, 5), "bias": (5,)},
+}
+
+
+def drawn(seed):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32),
+    LAYOUT,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+def steps_of(count, **settings):
+  """The updates of the last of some steps, and the optimizer's state."""
+  sgd = optimizer.sgd(lambda step: 0.3, momentum=0.9, nesterov=True, weight_decay=0.03, **settings)
+  params, state = drawn(0), sgd.init(drawn(0))
+  for seed in range(1, 1 + count):
+    updates, state = sgd.update(drawn(seed), state, params)
+  return updates, state
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("factor", [0.1, 0.3, 2.0])
+def test_the_backbones_rate_scales_its_updates_exactly_and_no_others(factor, steps):
+  plain, state = steps_of(steps)
+  scaled, scaled_state = steps_of(steps, backbone_rate=factor)
+  for path, update in leaves(scaled).items():
+    own = 1 if path.startswith(("head/", "AuxHead_stage1/head/")) else factor
+    np.testing.assert_array_equal(update, leaves(plain)[path] * np.float32(own), err_msg=path)
+  # So that a run may continue at another factor.
+  assert jax.tree.structure(scaled_state) == jax.tree.structure(state)
+  jax.tree.map(np.testing.assert_array_equal, scaled_state, state)
+
+
+def test_an_optimizer_for_a_frozen_backbone_holds_and_changes_the_classifier_alone():
+  params, gradients = drawn(0), {"head": drawn(1)["head"]}
+  settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.03}
+  sgd = optimizer.sgd(lambda step: 0.3, backbone_rate=0.0, **settings)
+  state = sgd.init(params)
+  arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+  assert sorted(leaf.shape for leaf in arrays) == [(4, 5), (5,)]
+  updates, _ = sgd.update(gradients, state, params)
+  expected, _ = steps_of(1)
+  assert updates.keys() == {"head"}
+  jax.tree.map(np.testing.assert_array_equal, updates["head"], expected["head"])
+
+
 @pytest.mark.parametrize("batch_size", [64, 256, 1024])
 def test_the_rate_warms_up_linearly_then_falls_as_a_cosine_to_zero(batch_size):
   schedule = optimizer.learning_rate_schedule(0.1, batch_size, 10, 110)

@@ -1,7 +1,5 @@
 """Every mistake in a config is named before anything is written."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -22,7 +20,10 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"interpolation": "cubic"}, "unknown value of config.interpolation 'cubic'; did you mean b"),
     ({"batch_size": 30}, "batch_size 30 does not divide over 4 devices; use 28 or 32"),
     ({"batch_size": 0}, "config.batch_size must be at least 1, got 0"),
-    ({"batch_size": 1440}, "batch_size 1440 is more than the 1437 images of digits's train split"),
+    (
+      {"batch_size": 1440},
+      "than the 1437 images of digits's train split; pass --config.batch_size=1024 or",
+    ),
     ({"image_size": 4}, "H and W at least 8; got (1, 4, 4, 3): use a larger image size"),
     ({"model": "repvg_a0"}, "unknown model 'repvg_a0'; did you mean repvgg_a0"),
     ({"model_overrides": {"depth": 3}}, "unknown override of repvgg_a0 'depth'"),
@@ -30,7 +31,7 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"model_overrides": {"stage_sizes": (1, 1)}}, "stage_sizes takes 4 numbers"),
     (
       {"num_classes": 7},
-      "digits has 10 classes, the model has 7; train one with --config.num_class",
+      "digits has 10 classes, the model has 7; for those of digits train one with",
     ),
     ({"num_steps": 0}, "config.num_steps = 0 leaves no step to train"),
     ({"num_epochs": 0.0}, "config.num_epochs must be above 0, got 0.0"),
@@ -75,6 +76,8 @@ def test_an_override_that_no_run_can_use_is_named(digits_dir, overrides, fragmen
     {"warmup_epochs": -1.0},
     {"seed": -1},
     {"num_workers": -1},
+    {"backbone_rate": -0.1},
+    {"recalibrate_batches": -1},
     {"model_overrides": {"dropout": 2.0}},
   ],
   ids=str,
@@ -121,66 +124,6 @@ def test_evaluation_resizes_to_no_less_than_the_image_size(digits_dir):
   assert plan.spec.preprocessing.resize_size == 16
 
 
-@pytest.fixture
-def claimed(digits_dir, tmp_path):
-  """A workdir that belongs to a run of the tiny model, and a function that claims it again."""
-
-  def claim(**changes):
-    config = tiny.config(digits_dir, **changes)
-    spec = settings.make_plan(config).spec
-    settings.check_workdir(tmp_path, spec)
-    settings.claim_workdir(tmp_path, config, spec)
-
-  claim()
-  return tmp_path, claim
-
-
-def test_a_claimed_workdir_holds_config_and_model(claimed, digits_dir):
-  workdir, _ = claimed
-  config = tiny.config(digits_dir)
-  assert sorted(tiny.contents(workdir)) == ["config.json", "model.json"]
-  read = settings.read_config(workdir)
-  assert json.dumps(read.to_dict()) == json.dumps(config.to_dict())  # lists and tuples are one
-  assert settings.make_plan(read)[3:] == settings.make_plan(config)[3:]
-  assert repjax.ModelSpec.read(workdir).class_names == tuple("0123456789")
-
-
-def test_claiming_again_says_and_changes_nothing(claimed, capsys):
-  workdir, claim = claimed
-  before = tiny.contents(workdir)
-  claim()
-  assert tiny.contents(workdir) == before
-  assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(
-  ("changes", "difference"),
-  [
-    ({"model": "repvgg_b0"}, "name repvgg_a0 -> repvgg_b0"),
-    ({"image_size": 24}, "preprocessing.image_size 16 -> 24"),
-    ({"model_overrides": {"act": "silu"}}, "overrides.act None -> silu"),
-    ({"model_overrides": {"stage_sizes": (1, 2, 1, 1)}}, "overrides.stage_sizes.1 1 -> 2"),
-  ],
-  ids=str,
-)
-def test_a_workdir_of_another_model_is_refused_and_left_alone(claimed, changes, difference):
-  workdir, claim = claimed
-  before = tiny.contents(workdir)
-  with pytest.raises(InputError, match="belongs to another model") as caught:
-    claim(**changes)
-  assert difference in str(caught.value)
-  assert "Nothing was changed; give another --workdir" in str(caught.value)
-  assert tiny.contents(workdir) == before
-
-
-def test_other_changes_are_printed_and_kept(claimed, capsys):
-  workdir, claim = claimed
-  claim(learning_rate=0.25, num_steps=20)
-  expected = "config changed since this run began: learning_rate 0.4 -> 0.25, num_steps 12 -> 20\n"
-  assert capsys.readouterr().out == expected
-  assert settings.read_config(workdir).num_steps == 20
-
-
 @pytest.mark.parametrize("field", common.get_config())
 def test_a_config_that_lacks_a_field_is_refused(field):
   config = common.get_config()
@@ -201,11 +144,7 @@ def test_a_folder_without_a_run_has_no_config(tmp_path):
     settings.read_config(tmp_path)
 
 
-def test_checkpoints_without_a_model_json_are_not_taken_for_this_models(claimed):
-  workdir, claim = claimed
-  (workdir / "checkpoints" / "4").mkdir(parents=True)
-  (workdir / "model.json").unlink()
-  before = tiny.contents(workdir)
-  with pytest.raises(InputError, match=r"no model\.json"):
-    claim()
-  assert tiny.contents(workdir) == before
+def test_another_number_of_classes_names_both_ways_out(digits_dir):
+  with pytest.raises(InputError, match="digits has 10 classes, the model has 7") as caught:
+    settings.make_plan(tiny.config(digits_dir, num_classes=7))
+  assert "--config.num_classes=10, which with --config.init_from=FOLDER" in str(caught.value)

@@ -303,3 +303,79 @@ def test_a_first_state_is_at_step_zero_without_momentum():
   assert state.step == 0
   assert state.step.dtype == jnp.int32
   assert not any(value.any() for value in jax.tree.leaves(state.opt_state))
+
+
+def frozen_parts(**overrides):
+  """A model with everything that behaves otherwise in training, its state and its frozen step."""
+  overrides = {**tiny.WITH_GATES_AND_HEADS, "dropout": 0.5, **overrides}
+  model = repjax.create_model("repvgg_a0", num_classes=CLASSES, **overrides)
+  sgd = optimizer.sgd(
+    lambda step: RATE, momentum=0.9, nesterov=False, weight_decay=DECAY, backbone_rate=0.0
+  )
+  state = create_state(random_variables(model, jnp.ones((1, 16, 16, 3))), sgd)
+
+  def build(axis_name=None):
+    return make_train_step(
+      model, sgd, PREPROCESSING, label_smoothing=SMOOTHING, axis_name=axis_name, frozen=True
+    )
+
+  return model, state, build
+
+
+def bits(tree):
+  return {path: np.asarray(leaf).tobytes() for path, leaf in leaves(tree).items()}
+
+
+def test_a_frozen_backbone_stays_bit_for_bit_while_its_classifier_learns():
+  _, state, build = frozen_parts()
+  # Adding nothing to a negative zero makes it a positive one.
+  state.params["stem"]["RepConv_0"]["conv3x3"]["bn"]["bias"] = jnp.full(8, -0.0)
+  step = parallel.data_parallel(build(parallel.AXIS))
+  new = parallel.place(state)
+  for seed in range(3):
+    new, _ = step(new, parallel.split(make_batch(seed)))
+  assert bits(new.batch_stats) == bits(state.batch_stats)
+  before, after = bits(state.params), bits(new.params)
+  changed = {path for path in before if after[path] != before[path]}
+  assert changed == {"head/kernel", "head/bias"}
+  assert new.step == 3
+
+
+def test_a_frozen_step_is_a_step_of_regression_on_features_in_evaluation_mode():
+  model, state, build = frozen_parts()
+  batch = make_batch()
+  new, metrics = jax.jit(build())(state, batch)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  features = jax.jit(model.clone(features_only=True).apply)(
+    variables, PREPROCESSING.normalize(jnp.asarray(batch["image"]))
+  )["stage4"].mean((1, 2))
+
+  def loss_of(head):
+    return cross_entropy(features @ head["kernel"] + head["bias"][None], batch["label"], SMOOTHING)
+
+  head = state.params["head"]
+  loss, gradients = jax.value_and_grad(loss_of)(head)
+  assert relative_error(metrics["loss"], loss) <= 1e-5
+  kernel = head["kernel"] - RATE * (gradients["kernel"] + DECAY * head["kernel"])
+  bias = head["bias"] - 2 * RATE * gradients["bias"]
+  assert relative_error(new.params["head"]["kernel"], kernel) <= 1e-5
+  assert relative_error(new.params["head"]["bias"], bias) <= 1e-5
+  norm = np.sqrt(sum((value**2).sum() for value in jax.tree.leaves(gradients)))
+  assert relative_error(metrics["grad_norm"], norm) <= 1e-5
+
+
+def test_a_frozen_backbone_has_no_backward_pass():
+  model, state, build = frozen_parts(aux_heads=False)
+  batch = make_batch()
+
+  def convolutions(function, *arguments):
+    return str(jax.make_jaxpr(function)(*arguments)).count("conv_general_dilated[")
+
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  images = PREPROCESSING.normalize(jnp.asarray(batch["image"]))
+  forward = convolutions(model.apply, variables, images)
+  assert convolutions(build(), state, batch) == forward == 2 * 6
+  sgd = optimizer.sgd(lambda step: RATE, momentum=0.9, nesterov=False, weight_decay=DECAY)
+  learning = make_train_step(model, sgd, PREPROCESSING)
+  full = create_state(variables, sgd)
+  assert convolutions(learning, full, batch) > 2 * forward

@@ -1,0 +1,39 @@
+"""Fine-tuning: another model's weights with a new classifier, on a data set of one's own.
+
+Model and preprocessing are those of the folder to start from, a run or an import in training form;
+the number of classes is that of the data set. What is given on the command line wins.
+
+    python scripts/import_weights.py --from hf:timm/repvgg_a0.rvgg_in1k --workdir runs/a0
+    python main.py --config configs/finetune.py --workdir runs/mine --config.init_from=runs/a0 \
+      --config.dataset=mine
+
+With a few dozen images, train the classifier alone: --config.backbone_rate=0. To let the whole
+network learn afterwards, start from that run: --workdir runs/mine2 --config.init_from=runs/mine.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from configs import common
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """A short, gentle schedule; what is None is found out when the run begins."""
+  config = common.get_config()
+  config.model = config_dict.placeholder(str)
+  config.num_classes = config_dict.placeholder(int)
+  config.dataset = config_dict.placeholder(str)
+  for field in ("image_size", "resize_size"):
+    config[field] = config_dict.placeholder(int)
+  config.interpolation = config_dict.placeholder(str)
+  for field in ("mean", "std"):
+    config[field] = config_dict.placeholder(tuple)
+
+  config.batch_size = 32
+  config.num_epochs = 20.0
+  config.warmup_epochs = 1.0
+  config.learning_rate = 0.08  # 0.01 for a batch of 32
+  config.backbone_rate = 0.3
+  config.recalibrate_batches = 50
+  config.log_every_steps = 10
+  return config

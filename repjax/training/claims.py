@@ -1,0 +1,119 @@
+"""Whose a workdir is: what a run writes about itself, and what may not change when it continues."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from repjax import store
+from repjax.errors import InputError
+from repjax.spec import ModelSpec
+from repjax.training.settings import Config, read_config
+
+
+def check_data(workdir: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> None:
+  """Raises InputError where a run would continue on other images than it began with.
+
+  Only facts that both sides know are compared; a workdir without data.json is an older one.
+
+  Args:
+    workdir: of the run.
+    fingerprints: "train" and "eval" to the `Source.fingerprint` of that split.
+  """
+  path = workdir / "data.json"
+  if not store.checkpoints(workdir) or not path.exists():
+    return
+  held = store.read_json(path)
+  if not isinstance(held, dict) or not all(isinstance(facts, dict) for facts in held.values()):
+    raise InputError(f"{path} is damaged: it does not hold facts about the data; restore it")
+  new = plain(fingerprints)
+  shared = {part: held[part].keys() & new[part].keys() for part in held.keys() & new.keys()}
+  theirs, ours = (
+    {part: {name: facts[part][name] for name in names} for part, names in shared.items()}
+    for facts in (held, new)
+  )
+  changed = difference(theirs, ours)
+  if changed:
+    raise InputError(
+      f"the data set has changed since the run in {workdir} began: {changed}. A run continues on "
+      "the same images only: restore the set, or train on the new one in a new folder from where "
+      f"this run is: another --workdir with --config.init_from={workdir}"
+    )
+
+
+def check_workdir(workdir: Path, spec: ModelSpec) -> None:
+  """Raises InputError where a workdir holds, or may hold, a run of another model, or an import."""
+  if (workdir / "import.json").exists():
+    raise InputError(
+      f"{workdir} holds imported weights, not a run; give another --workdir, "
+      f"with --config.init_from={workdir} to start from them"
+    )
+  if store.checkpoints(workdir) and not (workdir / "model.json").exists():
+    raise InputError(
+      f"{workdir} has checkpoints but no model.json that says of which model; restore that file, "
+      "or give another --workdir"
+    )
+  if (workdir / "model.json").exists():
+    held = ModelSpec.read(workdir)
+    ours, theirs = ({**s.to_json(), "class_names": ()} for s in (spec, held))
+    # Through JSON, so that tuples and lists compare equal.
+    if plain(ours) != plain(theirs):
+      raise InputError(
+        f"{workdir} belongs to another model: {difference(plain(theirs), plain(ours))}. "
+        "Nothing was changed; give another --workdir, or the config that this run began with"
+      )
+
+
+def check_continuing(workdir: Path, config: Config) -> None:
+  """Raises InputError where a run with checkpoints would freeze or thaw its backbone.
+
+  The optimizer's state in them is of the parameters that were learning.
+  """
+  path = workdir / "config.json"
+  if not store.checkpoints(workdir) or not path.exists():
+    return
+  before = read_config(workdir).get("backbone_rate", 1.0)
+  if (before == 0) != (config.backbone_rate == 0):
+    raise InputError(
+      f"the run in {workdir} began with config.backbone_rate = {before}, and a backbone cannot be "
+      f"frozen or thawed ({config.backbone_rate}) within a run; begin another from it: another "
+      f"--workdir with --config.init_from={workdir}"
+    )
+
+
+def claim_workdir(
+  workdir: Path, config: Config, spec: ModelSpec, fingerprints: Mapping[str, Mapping[str, Any]]
+) -> None:
+  """Writes config.json, model.json and data.json, and says which config fields have changed."""
+  new = config.to_dict()
+  if (workdir / "config.json").exists():
+    changed = difference(store.read_json(workdir / "config.json"), plain(new))
+    if changed:
+      print(f"config changed since this run began: {changed}", flush=True)
+  store.write_json(workdir / "config.json", new)
+  store.write_json(workdir / "data.json", plain(fingerprints))
+  spec.write(workdir)
+
+
+def plain(value: Any) -> Any:
+  """Tuples as lists and all keys as strings, as JSON gives them back."""
+  if isinstance(value, Mapping):
+    return {str(key): plain(item) for key, item in value.items()}
+  return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def difference(old: dict, new: dict) -> str:
+  """The fields in which two plain trees differ, as "field old -> new"."""
+  flat_old, flat_new = (
+    {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    for leaves in (
+      jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
+      for tree in (old, new)
+    )
+  )
+  return ", ".join(
+    f"{key} {flat_old.get(key)} -> {flat_new.get(key)}"
+    for key in sorted({*flat_old, *flat_new})
+    if flat_old.get(key) != flat_new.get(key)
+  )

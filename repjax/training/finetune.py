@@ -1,0 +1,215 @@
+"""Starting from weights that there are: what a config leaves open, and the first variables."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from repjax import store
+from repjax.data import open_source
+from repjax.errors import InputError
+from repjax.spec import ModelSpec
+from repjax.training import claims, optimizer, settings
+from repjax.training.settings import Config
+
+_PREPROCESSING = ("image_size", "resize_size", "interpolation", "mean", "std")
+_WEIGHTS = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
+# They change neither a tree nor what the trained network computes.
+_FREE_ATTRIBUTES = {"dropout", "remat", "num_classes", "parent", "name"}
+
+
+def resolve(config: Config, workdir: str | Path | None = None) -> Config:
+  """Fills in what a config leaves open (None), so that it says all about a run.
+
+  Model, overrides and preprocessing come from the run in `workdir` where it has checkpoints, so
+  that it continues without the folder that it began from, and otherwise from `config.init_from`.
+  The number of classes is that of the data set. Whatever the config gives wins, except that an
+  image size given without a resize size keeps the ratio of the two.
+
+  Args:
+    config: with the fields of configs/common.py.
+    workdir: of the run.
+
+  Returns:
+    A new config without references; only fields that may be None in a run are.
+
+  Raises:
+    InputError: a field that nothing says, or a folder that cannot be started from.
+  """
+  settings.check_fields(config)
+  full = ml_collections.ConfigDict(config.to_dict())
+  held = _held_spec(config, workdir)
+  with full.ignore_type():
+    if held is not None:
+      _fill(full, held)
+    if full.model_overrides is None:
+      full.model_overrides = ml_collections.ConfigDict()
+    missing = [field for field in ("model", *_PREPROCESSING) if full[field] is None]
+    if missing:
+      raise InputError(
+        f"config.{missing[0]} is not set, nor does config.init_from name a folder to take it from; "
+        f"pass --config.init_from=FOLDER of a run or an import, or set {', '.join(missing)}"
+      )
+    if full.dataset is None:
+      raise InputError(
+        "config.dataset is not set; pass --config.dataset=NAME, of TFDS or of an image folder that "
+        "was prepared"
+      )
+    if full.num_classes is None:
+      full.num_classes = _count_classes(full, held)
+  return full
+
+
+def _held_spec(config: Config, workdir: str | Path | None) -> ModelSpec | None:
+  """What the workdir's own run says about its model, or else the folder to start from."""
+  if workdir is not None:
+    own = Path(workdir)
+    if config.init_from and Path(config.init_from).resolve() == own.resolve():
+      raise InputError(
+        f"config.init_from names the workdir itself, {own}; leave it out to continue that run, or "
+        "give another --workdir for a new run that starts from it"
+      )
+    if store.checkpoints(own) and (own / "model.json").exists():
+      return ModelSpec.read(own)
+  return source_spec(config.init_from) if config.init_from else None
+
+
+def _fill(full: Config, held: ModelSpec) -> None:
+  """Puts a model's facts where the config is None."""
+  if full.model is None:
+    full.model = held.name
+  given = full.model_overrides.to_dict() if full.model_overrides is not None else {}
+  overrides = {**given, **claims.plain(held.overrides)}
+  overrides.update({name: value for name, value in given.items() if value is not None})
+  full.model_overrides = ml_collections.ConfigDict(overrides)
+  theirs = held.preprocessing
+  if full.resize_size is None and full.image_size is not None:
+    full.resize_size = round(full.image_size * theirs.resize_size / theirs.image_size)
+  for field in _PREPROCESSING:
+    if full[field] is None:
+      full[field] = getattr(theirs, field)
+
+
+def _count_classes(config: Config, held: ModelSpec | None) -> int:
+  if config.dataset == "synthetic":
+    if held is None:
+      raise InputError(
+        "config.num_classes is not set, and noise has as many classes as one asks for; set it"
+      )
+    return held.num_classes
+  source = open_source(config.dataset, config.train_split, data_dir=config.data_dir)
+  return len(source.class_names)
+
+
+def source_spec(folder: str | Path) -> ModelSpec:
+  """Reads what a folder to start from says about its model.
+
+  Raises:
+    InputError: it is a file of weights, not the folder of a run or an import, has no training form,
+      or is damaged.
+  """
+  text, path = str(folder), Path(folder)
+  if text.startswith("hf:") or path.is_file() or (not path.exists() and text.endswith(_WEIGHTS)):
+    name = text.rpartition("/")[2].partition(".")[0] or "imported"
+    raise InputError(
+      f"config.init_from takes a folder, {text} is a checkpoint to be imported first: python "
+      f"scripts/import_weights.py --from {text} --workdir runs/{name}, and then "
+      f"--config.init_from=runs/{name}"
+    )
+  if not path.exists():
+    raise InputError(f"config.init_from: {path} does not exist; give the folder of a run or import")
+  if not (path / "model.json").exists():
+    raise InputError(
+      f"config.init_from: {path} is not the folder of a run or an import, it has no model.json; is "
+      "it the right folder?"
+    )
+  if not store.checkpoints(path):
+    deploy = (path / "params").exists() or store.current_folder(path / "deploy").exists()
+    what = "has no checkpoint"
+    if deploy:
+      what = "holds a deploy form only, whose branches and batch norms are gone"
+    raise InputError(
+      f"config.init_from: {path} {what}; give the folder of a run, or of an import of weights in "
+      "training form"
+    )
+  return ModelSpec.read(path)
+
+
+def first_variables(
+  folder: str | Path, spec: ModelSpec, fresh: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+  """The variables of another run's or import's training form, for a model that fits it.
+
+  The classifiers are drawn anew where the number of classes differs, or where both sides know the
+  names of their classes and these differ. All else is taken over bit for bit, with re-estimated
+  statistics where the folder has some.
+
+  Args:
+    folder: of a run or an import.
+    spec: of the model to be trained.
+    fresh: its variables as drawn.
+
+  Returns:
+    The variables, and what was taken over, in words.
+
+  Raises:
+    InputError: the folder cannot be started from, or its model is another one.
+  """
+  held = source_spec(folder)
+  _check_fit(folder, held, spec)
+  step, variables, record = store.read_best(Path(folder), held.variable_shapes())
+  renamed = bool(held.class_names and spec.class_names) and held.class_names != spec.class_names
+  anew = held.num_classes != spec.num_classes or renamed
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, own, theirs: own if anew and optimizer.is_classifier(_keys(path)) else theirs,
+    fresh["params"],
+    variables["params"],
+  )
+  if held.num_classes != spec.num_classes:
+    classifier = f"new classifier: {held.num_classes} -> {spec.num_classes} classes"
+  elif renamed:
+    classifier = f"new classifier: {spec.num_classes} classes of other names"
+  else:
+    classifier = "classifier kept"
+  statistics = f", statistics re-estimated over {record['batches']} batches" if record else ""
+  text = f"starting from {folder}, step {step}{statistics}; {classifier}"
+  return {"params": params, "batch_stats": variables["batch_stats"]}, text
+
+
+def _check_fit(folder: str | Path, held: ModelSpec, spec: ModelSpec) -> None:
+  """Raises InputError where two models differ in anything but the classes."""
+  theirs, ours = ({"model": s.name, **_attributes(s)} for s in (held, spec))
+  differences = claims.difference(theirs, ours)
+  if not differences:
+    theirs, ours = (_body_shapes(s) for s in (held, spec))
+    differences = claims.difference(theirs, ours)
+  if differences:
+    raise InputError(
+      f"the model in {folder} is not the config's: {differences}. Set these fields as they are "
+      "there, or leave them None as in configs/finetune.py"
+    )
+
+
+def _attributes(spec: ModelSpec) -> dict[str, Any]:
+  """What a model is built from, the variant's own values included."""
+  model = spec.create_model()
+  return claims.plain(
+    {
+      field.name: getattr(model, field.name)
+      for field in dataclasses.fields(model)
+      if field.name not in _FREE_ATTRIBUTES
+    }
+  )
+
+
+def _body_shapes(spec: ModelSpec) -> dict[str, str]:
+  """Path to shape of every variable that does not depend on the number of classes."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(spec.variable_shapes())
+  paths = {_keys(path): str(leaf.shape) for path, leaf in flat}
+  return {"/".join(path): s for path, s in paths.items() if not optimizer.is_classifier(path)}
+
+
+def _keys(path: Any) -> tuple[str, ...]:
+  return tuple(entry.key for entry in path)

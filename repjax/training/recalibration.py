@@ -1,0 +1,262 @@
+"""Re-estimating batch-norm statistics for parameters that no longer change ("precise batch norm").
+
+Running statistics are a moving average over parameters that were moving too. Those of many batches
+under the final parameters, weighted alike, describe the network that is shipped.
+
+References:
+  Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3. https://arxiv.org/abs/2105.07576
+  Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization, UAI 2018,
+    section 3.2: averaged weights have no statistics at all before this. https://arxiv.org/abs/1803.05407
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from flax import linen as nn
+
+from repjax import store
+from repjax.data import Source, train_batches
+from repjax.errors import InputError
+from repjax.spec import ModelSpec, Preprocessing
+from repjax.training import evaluation, parallel, settings
+from repjax.training.settings import Config
+from repjax.training.step import make_eval_step
+
+_FIELDS = (*settings.EVALUATION_FIELDS, "train_split", "augment", "seed", "sync_batch_norm")
+# What the config of an import does not say: ImageNet's training pipeline, as in the papers.
+_IMPORTED = {
+  "train_split": "train",
+  "augment": "random_resized_crop | flip",
+  "seed": 0,
+  "sync_batch_norm": False,
+}
+
+
+def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dict[str, Any]:
+  """Re-estimates the running statistics of a workdir's best checkpoint from training batches.
+
+  The first batches of the training pipeline, augmented and normalised as in training, run through
+  the training form in train mode with fixed parameters and without dropout. For the statistics
+  (m_i, v_i) of each batch on each device, all of one size,
+
+    mean = avg m_i;  var = avg (v_i + m_i^2) - mean^2,
+
+  which are mean and variance over all activations seen, whatever the momentum. They are written to
+  `workdir/recalibrated`; the checkpoint stays as it is, and a run that continues does not see them.
+
+  Args:
+    config: of the run, or of an import; names the data sets of both splits.
+    workdir: of a run or an import.
+    num_batches: how many batches of `config.batch_size`, at least 1.
+
+  Returns:
+    What recalibration.json says: `step`, `batches`, `batch_size`, `images`, `dataset`, `split`,
+    `eval_split`, and `accuracy` and `loss` on the evaluation split, each `before` and `after`.
+
+  Raises:
+    InputError: no batches, a data set of other classes, no whole checkpoint in training form, or
+      statistics that are not finite; nothing is written.
+  """
+  workdir = Path(workdir)
+  if num_batches < 1:
+    raise InputError(f"statistics need at least 1 batch, got {num_batches}")
+  config = _with_defaults(config, workdir)
+  parallel.use_compilation_cache()
+  spec = ModelSpec.read(workdir)
+  step, items = store.read_checkpoint(workdir, {"variables": spec.variable_shapes()}, best=True)
+  variables = items["variables"]
+  train, held_out = _open_splits(config, workdir, spec)
+  batches = _training_batches(config, train, spec.preprocessing)
+  model = spec.create_model(
+    dropout=0.0, axis_name=parallel.AXIS if config.sync_batch_norm else None
+  )
+  with contextlib.closing(batches):
+    batch_stats = pooled_statistics(
+      model,
+      variables,
+      spec.preprocessing,
+      tqdm.tqdm(
+        itertools.islice(batches, num_batches),
+        "re-estimating",
+        num_batches,
+        leave=False,
+        disable=None,
+      ),
+    )
+  _check_finite(batch_stats, step)
+  eval_step = parallel.data_parallel(
+    make_eval_step(spec.create_model(), spec.preprocessing, axis_name=parallel.AXIS)
+  )
+  results = {
+    name: evaluation.run(
+      eval_step,
+      parallel.place({"params": variables["params"], "batch_stats": stats}),
+      evaluation.batches(config, held_out, spec.preprocessing),
+    )
+    for name, stats in (("before", variables["batch_stats"]), ("after", batch_stats))
+  }
+  facts = {
+    "batches": num_batches,
+    "batch_size": config.batch_size,
+    "images": num_batches * config.batch_size,
+    "dataset": config.dataset,
+    "split": config.train_split,
+    "eval_split": config.eval_split,
+    **{
+      value: {name: result[value] for name, result in results.items()}
+      for value in ("accuracy", "loss")
+    },
+  }
+  return store.write_recalibrated(workdir, step, variables["batch_stats"], batch_stats, facts)
+
+
+def pooled_statistics(
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  preprocessing: Preprocessing,
+  batches: Iterable[dict[str, np.ndarray]],
+) -> Any:
+  """Statistics over all activations of some batches, each device's part normalised by itself.
+
+  Args:
+    model: in training form, without dropout.
+    variables: its parameters, and statistics whose values are not read.
+    preprocessing: how uint8 images become inputs.
+    batches: at least one {"image": uint8 (B, S, S, 3), ...}, all of one size B.
+
+  Returns:
+    A tree like `variables["batch_stats"]`, accumulated in float64.
+  """
+  step = parallel.data_parallel(_make_statistics_step(model, preprocessing))
+  placed = parallel.place(dict(variables))
+  shares = _shares(model, variables, preprocessing.image_size)
+  totals, count = None, 0
+  for batch in batches:
+    rows = jax.device_get(step(placed, parallel.split({"image": batch["image"]})))
+    sums = _map_norms(lambda path, norm: _sum_of_moments(norm, shares[path]), rows)
+    totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+    count += jax.device_count()
+  pooled = _map_norms(lambda _, moments: _from_moments(moments, count), totals)
+  return jax.tree.map(lambda x, like: x.astype(like.dtype), pooled, variables["batch_stats"])
+
+
+def format_recalibration(record: Mapping[str, Any]) -> str:
+  """What was done, and what it changed, in a few lines for people."""
+  accuracy, loss = record["accuracy"], record["loss"]
+  return (
+    f"batch norms of step {record['step']} re-estimated over {record['batches']:,} batches of "
+    f"{record['batch_size']:,} images of {record['dataset']}'s {record['split']} split\n"
+    f"{record['eval_split']} accuracy {accuracy['before']:.2%} -> {accuracy['after']:.2%}, "
+    f"loss {loss['before']:.4f} -> {loss['after']:.4f}"
+  )
+
+
+def _with_defaults(config: Config, workdir: Path) -> Config:
+  """The config, checked, with what that of an import lacks."""
+  if (workdir / "import.json").exists():
+    config = type(config)({**_IMPORTED, **config.to_dict()})
+  settings.check_fields(config, _FIELDS)
+  settings.check_evaluation(config)
+  parallel.check_batch_size(config.batch_size)
+  return config
+
+
+def _open_splits(config: Config, workdir: Path, spec: ModelSpec) -> tuple[Source, Source]:
+  """Both splits.
+
+  Raises:
+    InputError: they have other classes than the model, or less than a batch to train on.
+  """
+  train, held_out = (
+    settings.open_split(config, split, spec) for split in (config.train_split, config.eval_split)
+  )
+  # Imports name their classes in other ways than data sets do.
+  ours = not (workdir / "import.json").exists() and config.dataset != "synthetic"
+  if ours and spec.class_names and train.class_names != spec.class_names:
+    raise InputError(
+      f"{config.dataset} has other classes than the model: {', '.join(train.class_names[:3])}, ... "
+      f"where it knows {', '.join(spec.class_names[:3])}, ...; name the set that it was trained on"
+    )
+  settings.check_batch_fits(config, train)
+  return train, held_out
+
+
+def _training_batches(config: Config, source: Source, preprocessing: Preprocessing) -> Any:
+  return train_batches(
+    source.examples,
+    batch_size=config.batch_size,
+    image_size=preprocessing.image_size,
+    augment=config.augment,
+    interpolation=preprocessing.interpolation,
+    seed=config.seed,
+    shard=parallel.shard(),
+    num_workers=config.num_workers,
+  )
+
+
+def _make_statistics_step(
+  model: nn.Module, preprocessing: Preprocessing
+) -> Callable[[Any, Any], Any]:
+  """Builds a step that returns what a batch adds to statistics of zero, a row for each device."""
+
+  def statistics_step(variables: Any, batch: Any) -> Any:
+    zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+    _, updates = model.apply(
+      {"params": variables["params"], "batch_stats": zeros},
+      preprocessing.normalize(batch["image"]),
+      train=True,
+      mutable=["batch_stats"],
+    )
+    return jax.lax.all_gather(updates["batch_stats"], parallel.AXIS)
+
+  return statistics_step
+
+
+def _shares(
+  model: nn.Module, variables: Mapping[str, Any], image_size: int
+) -> dict[tuple[str, ...], float]:
+  """Path of each norm to the share that a batch has in its new statistics, as float32 holds it."""
+  shares = {}
+
+  def note(method: Any, arguments: Any, keywords: Any, context: Any) -> Any:
+    if isinstance(context.module, nn.BatchNorm):
+      shares[context.module.path] = float(np.float32(1 - context.module.momentum))
+    return method(*arguments, **keywords)
+
+  with nn.intercept_methods(note):
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    jax.eval_shape(model.apply, dict(variables), images)
+  return shares
+
+
+def _map_norms(function: Callable[..., Any], tree: Any, path: tuple[str, ...] = ()) -> Any:
+  """`function(path, statistics)` for each norm, which is a dictionary that holds arrays."""
+  if any(isinstance(value, Mapping) for value in tree.values()):
+    return {name: _map_norms(function, value, (*path, name)) for name, value in tree.items()}
+  return function(path, tree)
+
+
+def _sum_of_moments(rows: dict[str, np.ndarray], share: float) -> dict[str, np.ndarray]:
+  """Sums over devices, in float64, of the batches' means and second moments."""
+  mean, var = (np.asarray(rows[name], np.float64) / share for name in ("mean", "var"))  # (D, C)
+  return {"mean": mean.sum(0), "second": (var + mean**2).sum(0)}
+
+
+def _from_moments(sums: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+  mean = sums["mean"] / count
+  return {"mean": mean, "var": np.maximum(sums["second"] / count - mean**2, 0.0)}
+
+
+def _check_finite(batch_stats: Any, step: int) -> None:
+  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(batch_stats)):
+    raise InputError(
+      f"the re-estimated statistics of step {step} are not finite, so nothing was written; has "
+      "this run diverged?"
+    )

@@ -1,0 +1,165 @@
+"""A workdir belongs to one model, one data set and one way to learn: nothing else may continue."""
+
+import json
+
+import pytest
+
+import repjax
+from repjax.errors import InputError
+from repjax.training import claims, settings
+from tests.training import tiny
+
+pytest_plugins = ["tests.training.fixtures"]
+
+DATA = {
+  "train": {"name": "flowers", "images": 120, "classes": {"count": 3, "names": "5a1f"}},
+  "eval": {"name": "flowers", "images": 30, "classes": {"count": 3, "names": "5a1f"}},
+}
+
+
+@pytest.fixture
+def claimed(digits_dir, tmp_path):
+  """A workdir that belongs to a run of the tiny model, and a function that claims it again."""
+
+  def claim(**changes):
+    config = tiny.config(digits_dir, **changes)
+    spec = settings.make_plan(config).spec
+    claims.check_workdir(tmp_path, spec)
+    claims.claim_workdir(tmp_path, config, spec, DATA)
+
+  claim()
+  return tmp_path, claim
+
+
+def test_a_claimed_workdir_holds_config_and_model(claimed, digits_dir):
+  workdir, _ = claimed
+  config = tiny.config(digits_dir)
+  assert sorted(tiny.contents(workdir)) == ["config.json", "data.json", "model.json"]
+  assert json.loads((workdir / "data.json").read_text()) == DATA
+  read = settings.read_config(workdir)
+  assert json.dumps(read.to_dict()) == json.dumps(config.to_dict())  # lists and tuples are one
+  assert settings.make_plan(read)[3:] == settings.make_plan(config)[3:]
+  assert repjax.ModelSpec.read(workdir).class_names == tuple("0123456789")
+
+
+def test_claiming_again_says_and_changes_nothing(claimed, capsys):
+  workdir, claim = claimed
+  before = tiny.contents(workdir)
+  claim()
+  assert tiny.contents(workdir) == before
+  assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+  ("changes", "difference"),
+  [
+    ({"model": "repvgg_b0"}, "name repvgg_a0 -> repvgg_b0"),
+    ({"image_size": 24}, "preprocessing.image_size 16 -> 24"),
+    ({"model_overrides": {"act": "silu"}}, "overrides.act None -> silu"),
+    ({"model_overrides": {"stage_sizes": (1, 2, 1, 1)}}, "overrides.stage_sizes.1 1 -> 2"),
+  ],
+  ids=str,
+)
+def test_a_workdir_of_another_model_is_refused_and_left_alone(claimed, changes, difference):
+  workdir, claim = claimed
+  before = tiny.contents(workdir)
+  with pytest.raises(InputError, match="belongs to another model") as caught:
+    claim(**changes)
+  assert difference in str(caught.value)
+  assert "Nothing was changed; give another --workdir" in str(caught.value)
+  assert tiny.contents(workdir) == before
+
+
+def test_other_changes_are_printed_and_kept(claimed, capsys):
+  workdir, claim = claimed
+  claim(learning_rate=0.25, num_steps=20)
+  expected = "config changed since this run began: learning_rate 0.4 -> 0.25, num_steps 12 -> 20\n"
+  assert capsys.readouterr().out == expected
+  assert settings.read_config(workdir).num_steps == 20
+
+
+def test_checkpoints_without_a_model_json_are_not_taken_for_this_models(claimed):
+  workdir, claim = claimed
+  (workdir / "checkpoints" / "4").mkdir(parents=True)
+  (workdir / "model.json").unlink()
+  before = tiny.contents(workdir)
+  with pytest.raises(InputError, match=r"no model\.json"):
+    claim()
+  assert tiny.contents(workdir) == before
+
+
+def with_checkpoint(workdir):
+  (workdir / "checkpoints" / "4").mkdir(parents=True)
+  return workdir
+
+
+def changed(part, **facts):
+  return {**DATA, part: {**DATA[part], **facts}}
+
+
+@pytest.mark.parametrize(
+  ("data", "difference"),
+  [
+    (changed("train", images=130), "train.images 120 -> 130"),
+    (changed("eval", name="fruit"), "eval.name flowers -> fruit"),
+    (
+      changed("train", classes={"count": 4, "names": "77e0"}),
+      "train.classes.count 3 -> 4, train.classes.names 5a1f -> 77e0",
+    ),
+  ],
+  ids=["images", "name", "classes"],
+)
+def test_a_run_does_not_continue_on_other_images(claimed, data, difference):
+  workdir, _ = claimed
+  claims.check_data(workdir, data)  # there is no checkpoint yet that would be continued
+  before = tiny.contents(with_checkpoint(workdir))
+  claims.check_data(workdir, DATA)
+  with pytest.raises(InputError) as caught:
+    claims.check_data(workdir, data)
+  assert f"the run in {workdir} began: {difference}. A run continues on" in str(caught.value)
+  assert f"another --workdir with --config.init_from={workdir}" in str(caught.value)
+  assert tiny.contents(workdir) == before
+
+
+def test_an_older_workdir_and_facts_that_one_side_lacks_are_accepted(claimed):
+  workdir = with_checkpoint(claimed[0])
+  claims.check_data(workdir, changed("train", checksum="c0ffee"))
+  claims.check_data(workdir, {**DATA, "eval": {}})
+  (workdir / "data.json").unlink()
+  claims.check_data(workdir, changed("train", images=130))
+
+
+@pytest.mark.parametrize("damaged", ["[]", '{"train": 3}', '{"train": '])
+def test_a_damaged_data_json_is_named(claimed, damaged):
+  workdir = with_checkpoint(claimed[0])
+  (workdir / "data.json").write_text(damaged)
+  with pytest.raises(InputError, match=r"data\.json is damaged"):
+    claims.check_data(workdir, DATA)
+
+
+@pytest.mark.parametrize(("before", "now"), [(1.0, 0.0), (0.0, 0.1)])
+def test_a_backbone_is_not_frozen_or_thawed_within_a_run(claimed, digits_dir, before, now):
+  workdir, claim = claimed
+  claim(backbone_rate=before)
+  config = tiny.config(digits_dir, backbone_rate=now)
+  claims.check_continuing(workdir, config)  # no step was taken
+  with_checkpoint(workdir)
+  with pytest.raises(InputError, match="a backbone cannot be frozen or thawed") as caught:
+    claims.check_continuing(workdir, config)
+  assert f"another --workdir with --config.init_from={workdir}" in str(caught.value)
+
+
+def test_other_rates_continue_and_so_does_an_older_config(claimed, digits_dir):
+  workdir = with_checkpoint(claimed[0])
+  claims.check_continuing(workdir, tiny.config(digits_dir, backbone_rate=0.1))
+  held = json.loads((workdir / "config.json").read_text())
+  del held["backbone_rate"]
+  (workdir / "config.json").write_text(json.dumps(held))
+  claims.check_continuing(workdir, tiny.config(digits_dir))
+
+
+def test_imported_weights_are_started_from_not_trained_on(claimed):
+  workdir, claim = claimed
+  (workdir / "import.json").touch()
+  with pytest.raises(InputError, match=f"--config.init_from={workdir} to start from them"):
+    claim()

@@ -1,0 +1,503 @@
+"""Re-estimated statistics are those of all activations seen, and belong to one checkpoint."""
+
+import itertools
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import repjax
+from repjax import store, training, weights
+from repjax.data import open_source, train_batches
+from repjax.errors import InputError
+from repjax.layers import rep_norm
+from repjax.training import evaluation, finetune, optimizer, recalibration, settings
+from repjax.training.checkpoint import restore_newest
+from repjax.training.step import create_state
+from tests.helpers import assert_close, leaves, randomise, relative_error, shapes
+from tests.training import tiny
+from tests.weights import cases
+
+pytest_plugins = ["tests.training.fixtures"]
+
+BATCHES, DEVICES = 3, 4
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+  """A copy of a finished run."""
+  return shutil.copytree(finished[0], tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def recalibrated(finished, digits_dir, cache_home, tmp_path_factory):
+  """A copy of a finished run with re-estimated statistics, which no test may change; the record."""
+  folder = shutil.copytree(finished[0], tmp_path_factory.mktemp("runs") / "recalibrated")
+  with tiny.quick_programs(cache_home / "repjax" / "xla"):
+    record = training.recalibrate(tiny.config(digits_dir), folder, num_batches=BATCHES)
+  return folder, record
+
+
+def own_variables(workdir):
+  """The best checkpoint, whatever lies beside it."""
+  like = {"variables": repjax.ModelSpec.read(workdir).variable_shapes()}
+  return store.read_checkpoint(workdir, like, best=True)[1]["variables"]
+
+
+def training_batches(digits_dir, count):
+  batches = train_batches(
+    open_source("digits", "train", data_dir=str(digits_dir)).examples,
+    batch_size=32,
+    image_size=16,
+    augment="pad_and_crop",
+    interpolation="bilinear",
+    seed=0,
+  )
+  return list(itertools.islice(batches, count))
+
+
+def inputs_of_norms(spec, params):
+  """A function from images to {path: what each batch norm in train mode has to normalise}."""
+  model, stats = spec.create_model(remat=False), spec.variable_shapes()["batch_stats"]
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stats)
+
+  def run(images):
+    seen = {}
+
+    def keep(next_function, arguments, keywords, context):
+      if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+        seen["/".join(context.module.path)] = arguments[0]
+      return next_function(*arguments, **keywords)
+
+    with nn.intercept_methods(keep):
+      model.apply(
+        {"params": params, "batch_stats": zeros},
+        spec.preprocessing.normalize(images),
+        train=True,
+        mutable=["batch_stats"],
+      )
+    return seen
+
+  return jax.jit(run)
+
+
+def expected_statistics(spec, params, batches, parts):
+  """Mean and variance, in float64, over all activations of all batches in that many parts each."""
+  inputs, rows = inputs_of_norms(spec, params), {}
+  for batch in batches:
+    for images in np.split(batch["image"], parts):
+      for path, x in inputs(images).items():
+        rows.setdefault(path, []).append(np.asarray(x, np.float64).reshape(-1, x.shape[-1]))
+  joined = {path: np.concatenate(values) for path, values in rows.items()}
+  return {
+    f"{path}/{name}": function(values, axis=0)
+    for path, values in joined.items()
+    for name, function in (("mean", np.mean), ("var", np.var))
+  }
+
+
+@pytest.mark.parametrize(
+  ("overrides", "synchronised", "momentum"),
+  [
+    ({**tiny.OVERRIDES, "remat": True}, False, 0.9),
+    (tiny.OVERRIDES, True, 0.5),
+    (tiny.WITH_GATES_AND_HEADS, False, 0),
+  ],
+  ids=["devices alone", "synchronised", "gates and heads"],
+)
+def test_statistics_are_those_of_all_activations_whatever_the_momentum(
+  digits_dir, monkeypatch, overrides, synchronised, momentum
+):
+  monkeypatch.setattr(rep_norm, "MOMENTUM", momentum)
+  spec = repjax.ModelSpec(
+    "repvgg_a0", 10, overrides, repjax.spec.Preprocessing(16, 16, "bilinear", (0.3,) * 3)
+  )
+  variables = randomise(spec.variable_shapes())
+  batches = training_batches(digits_dir, BATCHES)
+  result = recalibration.pooled_statistics(
+    spec.create_model(axis_name="batch" if synchronised else None),
+    variables,
+    spec.preprocessing,
+    batches,
+  )
+  assert shapes(result) == shapes(variables["batch_stats"])
+  parts = 1 if synchronised else DEVICES
+  expected = expected_statistics(spec, variables["params"], batches, parts)
+  assert leaves(result).keys() == expected.keys()
+  for path, value in leaves(result).items():
+    assert_close(value, expected[path], 2e-5)
+
+
+def test_pooled_moments_are_exact_where_means_lie_far_apart():
+  rng = np.random.default_rng(0)
+  values = rng.normal(rng.normal(0, 100, (6, 1, 5)), 1, (6, 50, 5))  # (batches, images, channels)
+  share = 0.125
+  sums = [
+    recalibration._sum_of_moments(
+      {"mean": share * part.mean(1), "var": share * part.var(1)},
+      share,  # of three devices
+    )
+    for part in (values[:3], values[3:])
+  ]
+  moments = recalibration._from_moments(jax.tree.map(np.add, *sums), 6)
+  flat = values.reshape(-1, 5)
+  assert_close(moments["mean"], flat.mean(0), 1e-14)
+  assert_close(moments["var"], flat.var(0), 1e-13)
+  shares = {"mean": sums[0]["mean"], "second": sums[0]["mean"] ** 2 * (1 - 1e-16)}
+  assert (recalibration._from_moments(shares, 1)["var"] >= 0).all()
+
+
+def test_a_runs_statistics_are_those_of_its_first_batches(recalibrated, digits_dir):
+  workdir, _ = recalibrated
+  spec, variables = repjax.ModelSpec.read(workdir), own_variables(workdir)
+  model = spec.create_model()
+  expected = recalibration.pooled_statistics(
+    model, variables, spec.preprocessing, training_batches(digits_dir, BATCHES)
+  )
+  loaded = repjax.load(workdir, deploy=False)[1]
+  jax.tree.map(np.testing.assert_array_equal, loaded["batch_stats"], expected)
+  jax.tree.map(np.testing.assert_array_equal, loaded["params"], variables["params"])
+  differ = [
+    relative_error(value, leaves(variables["batch_stats"])[path])
+    for path, value in leaves(expected).items()
+  ]
+  assert min(differ) > 1e-3
+
+
+def test_dropout_takes_no_part(recalibrated, finished, digits_dir, tmp_path):
+  folder = shutil.copytree(finished[0], tmp_path / "run")
+  value = json.loads((folder / "model.json").read_text())
+  value["overrides"]["dropout"] = 0.5
+  (folder / "model.json").write_text(json.dumps(value))
+  record = training.recalibrate(tiny.config(digits_dir), folder, num_batches=BATCHES)
+  assert record == recalibrated[1]
+
+
+def test_the_record_says_what_was_done_and_what_it_changed(finished, recalibrated, digits_dir):
+  workdir, record = recalibrated
+  config = tiny.config(digits_dir)
+  before = training.evaluate(config, finished[0])
+  after = training.evaluate(config, workdir)
+  assert after.pop("recalibrated") == BATCHES
+  assert before.keys() == after.keys()
+  assert before["loss"] != after["loss"]
+  assert record == json.loads((workdir / "recalibrated" / "recalibration.json").read_text())
+  assert record == {
+    "step": finished[1]["step"],
+    "checkpoint": record["checkpoint"],
+    "batches": BATCHES,
+    "batch_size": 32,
+    "images": BATCHES * 32,
+    "dataset": "digits",
+    "split": "train",
+    "eval_split": "test",
+    **{name: {"before": before[name], "after": after[name]} for name in ("accuracy", "loss")},
+  }
+
+
+def test_a_record_reads_as_two_lines():
+  record = {
+    "step": 1200,
+    "batches": 1000,
+    "batch_size": 256,
+    "dataset": "imagenet2012",
+    "split": "train",
+    "eval_split": "validation",
+    "accuracy": {"before": 0.72, "after": 0.7241},
+    "loss": {"before": 1.25, "after": 1.2},
+  }
+  assert recalibration.format_recalibration(record).splitlines() == [
+    "batch norms of step 1200 re-estimated over 1,000 batches of 256 images of imagenet2012's "
+    "train split",
+    "validation accuracy 72.00% -> 72.41%, loss 1.2500 -> 1.2000",
+  ]
+
+
+def test_recalibrating_changes_nothing_else_and_can_be_undone(
+  recalibrated, finished, workdir, digits_dir
+):
+  before = tiny.contents(workdir)
+  shutil.copytree(recalibrated[0] / "recalibrated", workdir / "recalibrated")
+  after = tiny.contents(recalibrated[0])
+  assert {path: data for path, data in after.items() if path in before} == before
+  assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"recalibrated"}
+  assert training.evaluate(tiny.config(digits_dir), workdir)["recalibrated"] == BATCHES
+  shutil.copytree(workdir / "recalibrated", workdir / "recalibrated.old")  # of a killed replacement
+  store.remove_recalibrated(workdir)
+  assert tiny.contents(workdir) == before
+  assert not list(workdir.glob("recalibrated*"))
+  jax.tree.map(
+    np.testing.assert_array_equal, repjax.load(workdir, deploy=False)[1], own_variables(workdir)
+  )
+  with pytest.raises(InputError, match="holds no re-estimated statistics"):
+    store.remove_recalibrated(workdir)
+
+
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_an_undo_that_is_killed_brings_nothing_older_back(
+  recalibrated, tmp_path, monkeypatch, killed_at
+):
+  workdir = shutil.copytree(recalibrated[0], tmp_path / "run")
+  older = shutil.copytree(workdir / "recalibrated", workdir / "recalibrated.old")
+  store.write_json(older / "recalibration.json", {**recalibrated[1], "batches": 99})
+  removed, remove = [], shutil.rmtree
+
+  def killed(path, **settings):
+    if path.exists():
+      removed.append(path)
+      if len(removed) == killed_at:
+        raise KeyboardInterrupt
+    remove(path, **settings)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(store.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+      store.remove_recalibrated(workdir)
+  record = store.read_best(workdir, shapes_of(workdir))[2]
+  assert record == (recalibrated[1] if killed_at == 1 else None)
+
+
+def test_the_conversion_folds_them_and_says_so(recalibrated, digits_dir, tmp_path):
+  workdir = shutil.copytree(recalibrated[0], tmp_path / "run")
+  report = training.convert(tiny.config(digits_dir), workdir)
+  assert report["recalibrated"] == recalibrated[1]
+  assert report["accuracy"]["train"] == recalibrated[1]["accuracy"]["after"]
+  assert report["logits_difference"] <= 1e-5
+  _, trained, _ = repjax.load(workdir, deploy=False)
+  folded = leaves(jax.jit(repjax.reparameterize)(trained["params"], trained["batch_stats"]))
+  deployed = leaves(repjax.load(workdir)[1]["params"])
+  for path, value in deployed.items():
+    assert_close(value, folded[path], 1e-5)
+  own = own_variables(workdir)
+  other = leaves(jax.jit(repjax.reparameterize)(own["params"], own["batch_stats"]))
+  assert (
+    relative_error(deployed["stem/RepConv_0/conv/kernel"], other["stem/RepConv_0/conv/kernel"])
+    > 1e-3
+  )
+  shutil.rmtree(workdir / "deploy")
+  for path, value in leaves(repjax.load(workdir)[1]["params"]).items():
+    assert_close(value, folded[path], 1e-5)
+
+
+def test_a_run_that_continues_does_not_see_them(recalibrated):
+  workdir, _ = recalibrated
+  spec = repjax.ModelSpec.read(workdir)
+  sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
+  shapes = jax.eval_shape(lambda values: create_state(values, sgd), spec.variable_shapes())
+  state = restore_newest(workdir, shapes)
+  own = store.read_checkpoint(workdir, {"variables": spec.variable_shapes()})[1]["variables"]
+  jax.tree.map(np.testing.assert_array_equal, state.batch_stats, own["batch_stats"])
+
+
+def test_fine_tuning_starts_from_them(recalibrated):
+  workdir, record = recalibrated
+  spec = repjax.ModelSpec.read(workdir)
+  drawn = randomise(spec.variable_shapes(), seed=5)
+  variables, text = finetune.first_variables(workdir, spec, drawn)
+  assert text == (
+    f"starting from {workdir}, step {record['step']}, statistics re-estimated over {BATCHES} "
+    "batches; classifier kept"
+  )
+  expected = repjax.load(workdir, deploy=False)[1]
+  jax.tree.map(np.testing.assert_array_equal, variables, expected)
+
+
+def replace_checkpoint(workdir, step, accuracy=1.0):
+  """A checkpoint with other statistics, better than all."""
+  variables = randomise(repjax.ModelSpec.read(workdir).variable_shapes(), seed=9)
+  folder = workdir / "checkpoints" / str(step)
+  shutil.rmtree(folder, ignore_errors=True)
+  store.write_tree(folder / "variables", variables)
+  store.write_json(store.metrics_file(workdir, step), {"accuracy": accuracy})
+  return variables
+
+
+@pytest.mark.parametrize("later", [0, 8], ids=["of the same step", "of another step"])
+def test_they_are_for_one_checkpoint_alone(recalibrated, tmp_path, later):
+  workdir = shutil.copytree(recalibrated[0], tmp_path / "run")
+  variables = replace_checkpoint(workdir, recalibrated[1]["step"] + later)
+  step, loaded, record = store.read_best(workdir, shapes_of(workdir))
+  assert (step, record) == (recalibrated[1]["step"] + later, None)
+  jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+
+
+def shapes_of(workdir):
+  return repjax.ModelSpec.read(workdir).variable_shapes()
+
+
+@pytest.mark.usefixtures("no_leftovers")
+@pytest.mark.parametrize(
+  "spoil",
+  [
+    lambda folder: (folder / "recalibration.json").write_text('{"step": '),
+    lambda folder: (folder / "recalibration.json").write_text("[]"),
+    lambda folder: shutil.rmtree(next((folder / "batch_stats").glob("stem*"))),
+  ],
+  ids=["half a record", "no record", "half the statistics"],
+)
+def test_damaged_statistics_are_named_with_the_way_out(recalibrated, tmp_path, spoil):
+  workdir = shutil.copytree(recalibrated[0], tmp_path / "run")
+  spoil(workdir / "recalibrated")
+  with pytest.raises(InputError, match=r"is damaged|cannot be read") as caught:
+    repjax.load(workdir, deploy=False)
+  command = f"python scripts/recalibrate.py --workdir {workdir} --undo"
+  assert str(caught.value).endswith(f"To use the checkpoint's own statistics again: {command}")
+  store.remove_recalibrated(workdir)
+  repjax.load(workdir, deploy=False)
+
+
+@pytest.mark.parametrize("name", ["write_tree", "write_json", "replace_folder"])
+def test_a_crash_while_writing_leaves_what_there_was(
+  recalibrated, digits_dir, tmp_path, monkeypatch, name
+):
+  workdir = shutil.copytree(recalibrated[0], tmp_path / "run")
+  expected = store.read_best(workdir, shapes_of(workdir))
+
+  def crash(*arguments):
+    raise OSError("the disk is full")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(store, name, crash)
+    with pytest.raises(OSError, match="the disk is full"):
+      store.write_recalibrated(
+        workdir, 4, expected[1]["batch_stats"], expected[1]["batch_stats"], {"batches": 9}
+      )
+  step, variables, record = store.read_best(workdir, shapes_of(workdir))
+  assert (step, record) == (expected[0], expected[2])
+  jax.tree.map(np.testing.assert_array_equal, variables, expected[1])
+
+
+@pytest.mark.parametrize(
+  ("changes", "batches", "said"),
+  [
+    ({}, 0, "statistics need at least 1 batch, got 0"),
+    ({}, -3, "statistics need at least 1 batch, got -3"),
+    ({"batch_size": 30}, 1, "batch_size 30 does not divide over 4 devices"),
+    ({"batch_size": 1440}, 1, "batch_size 1440 is more than the 1437 images"),
+    ({"dataset": "digit"}, 1, "unknown data set 'digit'; did you mean digits"),
+    ({"dataset": None}, 1, "no data set is named"),
+    ({"train_split": "trian"}, 1, "unknown split of digits 'trian'"),
+    ({"eval_split": "tset"}, 1, "unknown split of digits 'tset'"),
+  ],
+  ids=str,
+)
+def test_what_cannot_be_recalibrated_is_named_and_nothing_is_written(
+  workdir, digits_dir, changes, batches, said
+):
+  before = tiny.contents(workdir)
+  with pytest.raises(InputError) as caught:
+    training.recalibrate(tiny.config(digits_dir, **changes), workdir, num_batches=batches)
+  assert said in str(caught.value)
+  assert tiny.contents(workdir) == before
+
+
+def named(*names):
+  """An `open_source` whose classes are called otherwise."""
+
+  def open_renamed(*arguments, **settings):
+    return open_source(*arguments, **settings)._replace(class_names=names)
+
+  return open_renamed
+
+
+@pytest.mark.parametrize(
+  ("names", "said"),
+  [
+    (("a", "b"), "digits has 2 classes, the model has 10"),
+    (tuple("abcdefghij"), "other classes than the model: a, b, c, ... where it knows 0, 1, 2, ..."),
+  ],
+  ids=["number", "names"],
+)
+def test_a_set_of_other_classes_is_refused(workdir, digits_dir, monkeypatch, names, said):
+  monkeypatch.setattr(settings, "open_source", named(*names))
+  with pytest.raises(InputError) as caught:
+    training.recalibrate(tiny.config(digits_dir), workdir, num_batches=1)
+  assert said in str(caught.value)
+  assert not (workdir / "recalibrated").exists()
+
+
+def test_a_run_whose_config_lacks_a_field_is_damaged(workdir, digits_dir):
+  config = tiny.config(digits_dir)
+  del config.augment
+  with pytest.raises(InputError, match="the config lacks augment"):
+    training.recalibrate(config, workdir, num_batches=1)
+
+
+def test_statistics_that_are_not_finite_are_not_written(workdir, digits_dir):
+  step = max(store.checkpoints(workdir))
+  variables = replace_checkpoint(workdir, step)
+  variables["params"]["stem"]["RepConv_0"]["conv3x3"]["conv"]["kernel"] *= math.nan
+  shutil.rmtree(workdir / "checkpoints" / str(step) / "variables")
+  store.write_tree(workdir / "checkpoints" / str(step) / "variables", variables)
+  with pytest.raises(InputError, match=f"of step {step} are not finite, so nothing was written"):
+    training.recalibrate(tiny.config(digits_dir), workdir, num_batches=1)
+  assert not (workdir / "recalibrated").exists()
+
+
+def test_a_run_re_estimates_at_its_end_and_says_so(finished, workdir, digits_dir, capsys):
+  config = tiny.config(digits_dir, recalibrate_batches=BATCHES)
+  report = training.train(config, workdir)
+  record = report["recalibrated"]
+  printed = capsys.readouterr().out
+  assert recalibration.format_recalibration(record) in printed
+  assert f"statistics re-estimated over {BATCHES} batches" in printed
+  assert record["accuracy"]["before"] == finished[1]["accuracy"]["train"]
+  assert record["accuracy"]["after"] == report["accuracy"]["train"]
+
+
+@pytest.fixture
+def imported(tmp_path):
+  """An import of a small network with random weights in one form."""
+
+  def build(kind):
+    path, folder = tmp_path / "a0.npz", tmp_path / "imported"
+    np.savez(path, **cases.random_state("repvgg_a0", kind, "timm", **cases.TINY))
+    weights.import_weights(str(path), folder, overrides=cases.TINY)
+    return folder
+
+  return build
+
+
+def test_an_import_is_recalibrated_on_the_images_that_are_named(imported, monkeypatch):
+  folder = imported("train")
+  config = settings.read_config(
+    folder, dataset="synthetic", train_split="sample", eval_split="sample", batch_size=8
+  )
+  seen = []
+
+  def recorded(examples, **settings):
+    seen.append(settings)
+    return train_batches(examples, **settings)
+
+  monkeypatch.setattr(recalibration, "train_batches", recorded)
+  record = training.recalibrate(config, folder, num_batches=2)
+  assert (record["step"], record["images"], record["split"]) == (0, 16, "sample")
+  assert (seen[0]["augment"], seen[0]["seed"]) == ("random_resized_crop | flip", 0)
+  assert store.read_best(folder, shapes_of(folder))[2] == record
+  with pytest.raises(InputError, match="no data set is named: pass --dataset NAME --split SPLIT"):
+    training.recalibrate(settings.read_config(folder), folder, num_batches=1)
+
+
+def test_an_import_of_the_deploy_form_has_no_statistics(imported):
+  folder = imported("deploy")
+  config = settings.read_config(
+    folder, dataset="synthetic", train_split="sample", eval_split="sample", batch_size=8
+  )
+  with pytest.raises(InputError, match="holds a deploy form only"):
+    training.recalibrate(config, folder, num_batches=1)
+
+
+def test_the_evaluation_before_ignores_statistics_of_an_earlier_time(
+  recalibrated, digits_dir, tmp_path
+):
+  workdir = shutil.copytree(recalibrated[0], tmp_path / "run")
+  again = training.recalibrate(tiny.config(digits_dir), workdir, num_batches=1)
+  for value in ("accuracy", "loss"):
+    assert again[value]["before"] == recalibrated[1][value]["before"]
+  assert store.read_best(workdir, shapes_of(workdir))[2] == again
+  assert evaluation.evaluate(tiny.config(digits_dir), workdir)["recalibrated"] == 1
