@@ -26,7 +26,7 @@ _FIELDS = (
   *("dataset", "data_dir", "train_split", "eval_split", "image_size", "resize_size"),
   *("interpolation", "mean", "std", "augment", "num_workers"),
   *("batch_size", "num_epochs", "num_steps", "learning_rate", "warmup_epochs", "momentum"),
-  *("nesterov", "weight_decay", "label_smoothing", "aux_weight"),
+  *("nesterov", "weight_decay", "label_smoothing", "mixup", "cutmix", "aux_weight"),
   *("seed", "log_every_steps", "eval_every_epochs", "tolerance"),
 )
 
@@ -111,7 +111,9 @@ def check(config: Config) -> None:
   for field in ("num_epochs", "eval_every_epochs", "learning_rate"):
     if not config[field] > 0:
       raise InputError(f"config.{field} must be above 0, got {config[field]}")
-  for field in ("seed", "warmup_epochs", "momentum", "weight_decay", "aux_weight"):
+  for field in (
+    *("seed", "warmup_epochs", "momentum", "weight_decay", "aux_weight", "mixup", "cutmix"),
+  ):
     if not config[field] >= 0:
       raise InputError(f"config.{field} must be at least 0, got {config[field]}")
   if not 0 <= config.label_smoothing < 1:
@@ -152,7 +154,7 @@ def make_plan(config: Config) -> Plan:
     InputError: a value that no run could use.
   """
   check(config)
-  parallel.check_batch_size(config.batch_size)
+  parallel.check_batch_size(config.batch_size, mixing=config.mixup > 0 or config.cutmix > 0)
   spec = model_spec(config, ())
   train, evaluation = (
     open_split(config, split, spec) for split in (config.train_split, config.eval_split)
