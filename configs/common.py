@@ -51,6 +51,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.nesterov = False
   config.weight_decay = 1e-4
   config.label_smoothing = 0.0
+  config.mixup = 0.0  # alpha of the Beta distribution that mixes two images; 0: off
+  config.cutmix = 0.0  # the same for boxes of other images; with both, each step takes one of them
   config.backbone_rate = 1.0  # factor on the rate of all but the classifier; 0 freezes it
   config.aux_weight = 0.1  # of the loss of each auxiliary head, where the model has them
 

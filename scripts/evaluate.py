@@ -52,10 +52,10 @@ def main() -> None:
         f"{form:<8}{result['parameters']:>14,}{result['accuracy']:>12.2%} {result['loss']:>9.4f}",
         flush=True,
       )
-    crops = ", ten crops each" if arguments.ten_crop else ""
       recalibrated = result.get("recalibrated", recalibrated)
     if recalibrated:
       print(f"training form with batch norms re-estimated over {recalibrated} batches")
+    crops = ", ten crops each" if arguments.ten_crop else ""
     what = ", which is noise" if config.dataset == "synthetic" else ", reloaded from disk"
     print(f"on every image of {config.dataset}'s {config.eval_split} split{crops}{what}")
 

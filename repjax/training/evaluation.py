@@ -1,11 +1,11 @@
 """Evaluation: every example of the split exactly once, on any number of devices."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tqdm
 
 from repjax import store
@@ -18,8 +18,8 @@ from repjax.training.step import make_eval_step
 
 def batches(
   config: Config, source: Source, preprocessing: Preprocessing, *, ten_crop: bool = False
-) -> Iterator[dict[str, np.ndarray]]:
-  """The split as masked batches, cut for this process's devices, with a bar on a terminal."""
+) -> Iterator[dict[str, jax.Array]]:
+  """The split as masked batches on this process's devices, with a bar on a terminal."""
   batch_size = parallel.fitting_batch_size(config.batch_size)
   whole = eval_batches(
     source.examples,
@@ -32,8 +32,8 @@ def batches(
     num_workers=config.num_workers,
   )
   count = -(-len(source.examples) // batch_size)
-  for batch in tqdm.tqdm(whole, "evaluating", count, leave=False, disable=None):
-    yield parallel.split(batch)
+  with contextlib.closing(parallel.prefetch(whole)) as ready:
+    yield from tqdm.tqdm(ready, "evaluating", count, leave=False, disable=None)
 
 
 def run(

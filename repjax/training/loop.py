@@ -131,6 +131,8 @@ def _train(
       sgd,
       preprocessing,
       label_smoothing=config.label_smoothing,
+      mixup=config.mixup,
+      cutmix=config.cutmix,
       aux_weight=config.aux_weight,
       seed=config.seed,
       axis_name=parallel.AXIS,
@@ -143,7 +145,7 @@ def _train(
   )
   learning_rate = jax.jit(schedule)
   first_step = int(state.step)
-  batches = train_batches(
+  read = train_batches(
     plan.train.examples,
     batch_size=config.batch_size,
     image_size=preprocessing.image_size,
@@ -156,22 +158,24 @@ def _train(
   )
   progress = Progress(first_step, plan.total_steps, config.batch_size)
   with (
-    contextlib.closing(batches),
+    contextlib.closing(parallel.prefetch(read)) as batches,
     contextlib.closing(CheckpointWriter(workdir)) as checkpoints,
     contextlib.closing(MetricsFile(workdir / "metrics.jsonl", first_step)) as records,
   ):
     pending = []  # metrics still on the devices, one entry a step
     print("compiling the first step", flush=True)
     for step in range(first_step + 1, plan.total_steps + 1):
-      state, metrics = train_step(state, parallel.split(next(batches)))
+      # At most two steps are under way, so that no batches pile up on the devices.
+      jax.block_until_ready(pending[-2:-1])
+      state, metrics = train_step(state, batches.take(running=pending[-1:]))
       pending.append(metrics)
       pause = step % plan.eval_every_steps == 0 or step == plan.total_steps
       if step == first_step + 1:  # shown alone: what is written may not depend on where a run began
-        progress.update(step, *_settle(pending, step))
+        progress.update(step, *_settle(pending, step), batches.waited)
       if pause or step % config.log_every_steps == 0:
         loss, accuracy = _settle(pending, step)
         pending = []
-        progress.update(step, loss, accuracy)
+        progress.update(step, loss, accuracy, batches.waited)
         records.write(
           step=step, loss=loss, accuracy=accuracy, learning_rate=float(learning_rate(step - 1))
         )
@@ -189,6 +193,7 @@ def _train(
           f"loss {result['loss']:.4f} on {result['count']:,} images",
           seconds=time.perf_counter() - start,
         )
+    progress.finish()
 
 
 def _settle(pending: list[dict[str, jax.Array]], step: int) -> tuple[float, float]:

@@ -4,7 +4,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
+
+_MUCH_WAITING = 0.1
+_MORE_DATA = (
+  "data limits the speed: more --config.num_workers (processes that decode and augment), a faster "
+  "disk, or images stored smaller help"
+)
 
 
 class MetricsFile:
@@ -37,8 +43,16 @@ def _step_of(line: str) -> float:
     return float("inf")
 
 
+class _Mark(NamedTuple):
+  """Where training was at an update: steps done, seconds of training, seconds without data."""
+
+  step: int
+  seconds: float
+  waited: float
+
+
 class Progress:
-  """The live line: step, loss, accuracy, images per second, time left.
+  """The live line: step, loss, accuracy, images per second, wait for data, time left.
 
   On a terminal it is rewritten in place; elsewhere each update is a line. The clock starts with the
   first update, so that compilation is not counted as speed.
@@ -48,19 +62,41 @@ class Progress:
     self._total, self._batch, self._out = total_steps, batch_size, out or sys.stdout
     self._live = self._out.isatty()
     self._width = 0
-    self._start_step, self._start = first_step, None
     self._paused = 0.0
+    self._start = self._last = None
 
-  def update(self, step: int, loss: float, accuracy: float) -> None:
-    """Shows where training is."""
-    now = time.perf_counter()
+  def update(self, step: int, loss: float, accuracy: float, waited: float) -> None:
+    """Shows where training is.
+
+    Args:
+      step: that was done last.
+      loss: mean over the steps since the last update.
+      accuracy: likewise.
+      waited: seconds since the run began in which the devices had nothing to do for lack of data.
+    """
+    now = _Mark(step, time.perf_counter() - self._paused, waited)
     text = f"step {step}/{self._total}  loss {loss:.4f}  accuracy {accuracy:6.2%}"
-    if self._start is None:
-      self._start_step, self._start = step, now
-    elif step > self._start_step:
-      rate = (step - self._start_step) / (now - self._start - self._paused)
-      text += f"  {rate * self._batch:,.0f} images/s  {_clock((self._total - step) / rate)} left"
+    if self._start is None or self._last is None:
+      self._start = self._last = now
+    elif step > self._last.step:
+      rate = (step - self._start.step) / (now.seconds - self._start.seconds)
+      text += f"  {rate * self._batch:,.0f} images/s  data {_share_waited(self._last, now):.0%}"
+      text += f"  {_clock((self._total - step) / rate)} left"
+      self._last = now
     self._show(text, keep=False)
+
+  def finish(self) -> None:
+    """Says for how long steps waited for data, and what helps where that was much."""
+    if self._start is None or self._last is None or self._start == self._last:
+      return
+    share = _share_waited(self._start, self._last)
+    text = (
+      f"steps waited {self._last.waited - self._start.waited:.1f} s of "
+      f"{self._last.seconds - self._start.seconds:.1f} s for data ({share:.1%})"
+    )
+    if share > _MUCH_WAITING:
+      text += f"\n{_MORE_DATA}"
+    self._show(text, keep=True)
 
   def note(self, text: str, seconds: float = 0.0) -> None:
     """Shows a line that stays; `seconds` of work that was not training do not slow the rate."""
@@ -75,6 +111,11 @@ class Progress:
     else:
       self._out.write(text + "\n")
     self._out.flush()
+
+
+def _share_waited(since: _Mark, now: _Mark) -> float:
+  """Which part of the time between two marks the devices waited for data."""
+  return (now.waited - since.waited) / (now.seconds - since.seconds)
 
 
 def _clock(seconds: float) -> str:

@@ -1,15 +1,16 @@
 """How devices are used: data parallelism by `jax.pmap`. No other file knows."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from repjax.errors import InputError
+from repjax.training.prefetch import ReadAhead
 
 AXIS = "batch"
 """The pmapped axis: gradients, statistics and metrics are averaged over it."""
@@ -23,7 +24,8 @@ def data_parallel(step: Callable[..., Any], donate: bool = False) -> Callable[..
     donate: reuse the memory of the state, which the caller must not read again.
 
   Returns:
-    A function of a state from `place` and a batch from `split`; its results carry no device axis.
+    A function of a state from `place` and a batch from `split` or `prefetch`; its results carry no
+    device axis.
   """
   return jax.pmap(
     step,
@@ -46,6 +48,26 @@ def split(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   return {name: value.reshape(devices, -1, *value.shape[1:]) for name, value in batch.items()}
 
 
+def prefetch(batches: Iterable[dict[str, np.ndarray]], size: int = 2) -> ReadAhead:
+  """Reads, cuts and copies batches to this process's devices ahead of time, in a thread.
+
+  Args:
+    batches: this process's, uncut. They must not be written to once they are yielded: on a CPU,
+      arrays may share memory with what they were made from.
+    size: batches that are on the devices before anyone has taken them.
+
+  Returns:
+    An iterator of batches for a `data_parallel` function, to be closed; see `ReadAhead`.
+  """
+  sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
+
+  def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    # Waits for the copies, so that a batch which can be taken is there.
+    return jax.block_until_ready(jax.device_put(split(batch), sharding))
+
+  return ReadAhead(batches, put, size)
+
+
 def shard() -> tuple[int, int]:
   """(index, count) of this process among those that read data."""
   return jax.process_index(), jax.process_count()
@@ -56,8 +78,8 @@ def fitting_batch_size(batch_size: int) -> int:
   return batch_size + -batch_size % jax.device_count()
 
 
-def check_batch_size(batch_size: int) -> None:
-  """Raises InputError where a batch does not divide over the devices."""
+def check_batch_size(batch_size: int, mixing: bool = False) -> None:
+  """Raises InputError where a batch does not divide over the devices, or into pairs on each."""
   devices = jax.device_count()
   if batch_size < 1 or batch_size % devices:
     below = batch_size - batch_size % devices
@@ -65,6 +87,11 @@ def check_batch_size(batch_size: int) -> None:
     raise InputError(
       f"batch_size {batch_size} does not divide over {devices} devices; "
       f"use {' or '.join(map(str, fitting))}"
+    )
+  if mixing and batch_size < 2 * devices:
+    raise InputError(
+      "config.mixup and config.cutmix mix the images that one device has, and batch_size "
+      f"{batch_size} leaves it one; use at least {2 * devices}, or set both to 0"
     )
 
 

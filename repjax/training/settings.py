@@ -26,7 +26,7 @@ _FIELDS = (
   *("dataset", "data_dir", "train_split", "eval_split", "image_size", "resize_size"),
   *("interpolation", "mean", "std", "augment", "num_workers"),
   *("batch_size", "num_epochs", "num_steps", "learning_rate", "warmup_epochs", "momentum"),
-  *("nesterov", "weight_decay", "label_smoothing", "aux_weight"),
+  *("nesterov", "weight_decay", "label_smoothing", "mixup", "cutmix", "aux_weight"),
   *("seed", "log_every_steps", "eval_every_epochs", "tolerance"),
 )
 
@@ -114,7 +114,7 @@ def check(config: Config) -> None:
     if not config[field] > 0:
       raise InputError(f"config.{field} must be above 0, got {config[field]}")
   for field in (
-    *("seed", "warmup_epochs", "momentum", "weight_decay", "aux_weight"),
+    *("seed", "warmup_epochs", "momentum", "weight_decay", "aux_weight", "mixup", "cutmix"),
     *("backbone_rate", "recalibrate_batches"),
   ):
     if not config[field] >= 0:
@@ -169,7 +169,7 @@ def make_plan(config: Config) -> Plan:
     InputError: a value that no run could use.
   """
   check(config)
-  parallel.check_batch_size(config.batch_size)
+  parallel.check_batch_size(config.batch_size, mixing=config.mixup > 0 or config.cutmix > 0)
   spec = model_spec(config, ())
   train, evaluation = (
     open_split(config, split, spec) for split in (config.train_split, config.eval_split)

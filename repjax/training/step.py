@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax import struct
 
 from repjax.spec import Preprocessing
+from repjax.training import mixing
 from repjax.training.optimizer import classifier_only
 
 Batch = dict[str, jax.Array]
@@ -48,6 +49,8 @@ def make_train_step(
   preprocessing: Preprocessing,
   *,
   label_smoothing: float = 0.0,
+  mixup: float = 0.0,
+  cutmix: float = 0.0,
   aux_weight: float = 0.1,
   seed: int = 0,
   axis_name: str | None = None,
@@ -60,8 +63,10 @@ def make_train_step(
     optimizer: from gradients to updates.
     preprocessing: how uint8 images become inputs.
     label_smoothing: e of targets (1 - e) onehot + e / classes.
-    aux_weight: of the loss of each auxiliary head.
-    seed: of dropout, with the step and the device.
+    mixup: alpha of Mixup, see `repjax.training.mixing`; 0: off.
+    cutmix: alpha of CutMix; 0: off.
+    aux_weight: of the loss of each auxiliary head, which has the same targets.
+    seed: of dropout and mixing, with the step and the device.
     axis_name: over which gradients, running statistics and metrics are averaged; None: alone.
     frozen: only the classifier learns, by an `optimizer` made with `backbone_rate=0`. The network
       runs as in evaluation: its batch norms use and keep their running statistics, dropout does
@@ -69,22 +74,32 @@ def make_train_step(
 
   Returns:
     A pure function of a state and {"image": uint8 (N, H, W, 3), "label": int32 (N,)}. The metrics
-    are scalars: `loss`, `accuracy` and `grad_norm`. An overflow in the update itself shows in the
-    next step's metrics.
+    are scalars: `loss`, `accuracy` and `grad_norm`. Of a mixed image the label with the larger
+    share counts as right. An overflow in the update itself shows in the next step's metrics.
   """
 
-  def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  def cross_entropy(
+    logits: jax.Array, labels: jax.Array, share: jax.Array | None = None
+  ) -> jax.Array:
     logits = logits.astype(jnp.float32)
     targets = optax.smooth_labels(
       jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing
     )
+    if share is not None:
+      targets = mixing.blend(targets, share)
     return optax.softmax_cross_entropy(logits, targets).mean()
 
   def train_step(state: TrainState, batch: Batch):
-    images = preprocessing.normalize(batch["image"])
+    images, labels, share = preprocessing.normalize(batch["image"]), batch["label"], None
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     if axis_name is not None:
       rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+    if mixup or cutmix:
+      # A key of its own: what dropout draws does not depend on whether images are mixed.
+      own, share = mixing.draw(
+        jax.random.fold_in(rng, 1), images.shape[1:3], mixup=mixup, cutmix=cutmix
+      )
+      images = mixing.blend(images, own)
 
     def apply(learning):
       variables = {"params": {**state.params, **learning}, "batch_stats": state.batch_stats}
@@ -97,14 +112,15 @@ def make_train_step(
     def loss_of(learning):
       outputs, updates = apply(learning)
       logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, {})
-      loss = cross_entropy(logits, batch["label"])
+      loss = cross_entropy(logits, labels, share)
       for aux_logits in auxiliary.values():
-        loss += aux_weight * cross_entropy(aux_logits, batch["label"])
+        loss += aux_weight * cross_entropy(aux_logits, labels, share)
       return loss, (logits, updates)
 
     learning = classifier_only(state.params) if frozen else state.params
     (loss, (logits, collections)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learning)
-    correct = logits.argmax(-1) == batch["label"]
+    expected = labels if share is None else mixing.dominant(labels, share)
+    correct = logits.argmax(-1) == expected
     metrics = {"loss": loss, "accuracy": correct.mean(dtype=jnp.float32)}
     if axis_name is not None:
       gradients, collections, metrics = jax.lax.pmean((gradients, collections, metrics), axis_name)

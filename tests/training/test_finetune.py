@@ -27,7 +27,9 @@ def open_config(digits_dir, **changes):
   """The config for fine-tuning, on the digits and with few steps."""
   config = finetune_config.get_config()
   config.update({"dataset": "digits", "data_dir": str(digits_dir), "eval_split": "test"})
-  config.update({"batch_size": 32, "augment": "pad_and_crop", "num_steps": 2, "recalibrate_batches": 0})
+  config.update(
+    {"batch_size": 32, "augment": "pad_and_crop", "num_steps": 2, "recalibrate_batches": 0}
+  )
   config.model_overrides.update(changes.pop("model_overrides", {}))
   config.update(changes)
   return config

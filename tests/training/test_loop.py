@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import re
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +91,7 @@ def test_a_run_says_what_it_does(finished):
   assert [line.split("  ")[0] for line in lines if line.startswith("step ")] == [
     f"step {step}/12" for step in (1, 3, 4, 4, 6, 8, 8, 9, 12, 12)
   ]
+  assert len([line for line in lines if re.match(r"steps waited .* s for data \(", line)]) == 1
   assert lines[-1] == f"saved: {workdir}/deploy"
 
 
@@ -176,15 +180,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
   assert step == 4
   assert all(np.isfinite(value).all() for value in jax.tree.leaves(items))
   assert not (tmp_path / "deploy").exists()
+  assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
 
 
-def test_bfloat16_gates_auxiliary_heads_and_dropout_train_and_deploy(digits_dir, tmp_path):
+def test_bfloat16_gates_auxiliary_heads_dropout_and_mixing_train_and_deploy(digits_dir, tmp_path):
   config = tiny.config(
     digits_dir,
     model_overrides={**tiny.WITH_GATES_AND_HEADS, "dropout": 0.2},
     dtype="bfloat16",
     nesterov=True,
     label_smoothing=0.1,
+    mixup=0.2,
+    cutmix=1.0,
     augment="random_resized_crop | flip",
     num_steps=2,
   )
@@ -195,6 +202,25 @@ def test_bfloat16_gates_auxiliary_heads_and_dropout_train_and_deploy(digits_dir,
   _, items = newest(tmp_path)
   assert {leaf.dtype for leaf in jax.tree.leaves(items["variables"])} == {np.dtype("float32")}
   assert "AuxHead_stage1" in items["variables"]["params"]
+
+
+def test_a_run_that_waits_for_its_data_says_so(digits_dir, tmp_path, monkeypatch, capsys):
+  batches_of = loop.train_batches
+
+  def slowly(*arguments, **settings):
+    for number, batch in enumerate(batches_of(*arguments, **settings)):
+      time.sleep(0.5 if number > 2 else 0.0)  # of three, the last two are read during compilation
+      yield batch
+
+  monkeypatch.setattr(loop, "train_batches", slowly)
+  config = tiny.config(digits_dir, num_steps=6, log_every_steps=6, eval_every_epochs=1.0)
+  training.train(config, tmp_path)
+  printed = capsys.readouterr().out
+  (shown,) = re.findall(r"data (\d+)%", printed)
+  assert int(shown) > 20
+  (waited,) = re.findall(r"steps waited (\S+) s of", printed)
+  assert 0.5 < float(waited) < 3
+  assert "data limits the speed: more --config.num_workers" in printed
 
 
 def test_nothing_is_written_where_the_evaluation_split_does_not_exist(digits_dir, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import types
 
 import pytest
@@ -92,35 +93,38 @@ def clock(monkeypatch):
 def test_elsewhere_than_on_a_terminal_each_update_is_a_line(clock):
   out = io.StringIO()
   progress = Progress(0, 76, 8, out)
-  progress.update(1, 2.34567, 0.25)
+  progress.update(1, 2.34567, 0.25, 3.0)
   clock.now += 10
-  progress.update(11, 1.5, 1.0)
+  progress.update(11, 1.5, 1.0, 3.3)
   assert out.getvalue().splitlines() == [
     "step 1/76  loss 2.3457  accuracy 25.00%",
-    "step 11/76  loss 1.5000  accuracy 100.00%  8 images/s  1:05 left",
+    "step 11/76  loss 1.5000  accuracy 100.00%  8 images/s  data 3%  1:05 left",
   ]
 
 
 def test_a_terminals_line_is_rewritten_in_place_and_a_note_stays(clock):
   out = Terminal()
   progress = Progress(0, 100, 1000, out)
-  progress.update(1, 2.0, 0.5)
+  progress.update(1, 2.0, 0.5, 0.0)
   clock.now += 1
-  progress.update(2, 1.0, 0.5)
-  assert out.screen() == ["step 2/100  loss 1.0000  accuracy 50.00%  1,000 images/s  1:38 left"]
+  progress.update(2, 1.0, 0.5, 0.0)
+  assert out.screen() == [
+    "step 2/100  loss 1.0000  accuracy 50.00%  1,000 images/s  data 0%  1:38 left"
+  ]
   progress.note("short")
   assert out.screen() == ["short", ""]
-  progress.update(3, 1.0, 0.5)
+  clock.now += 1
+  progress.update(3, 1.0, 0.5, 0.0)
   assert [line.split("  ")[0] for line in out.screen()] == ["short", "step 3/100"]
 
 
 def test_time_that_was_not_training_does_not_slow_the_rate(clock):
   out = io.StringIO()
   progress = Progress(0, 100, 10, out)
-  progress.update(1, 1.0, 0.0)
+  progress.update(1, 1.0, 0.0, 0.0)
   clock.now += 5
   progress.note("evaluation", seconds=3)
-  progress.update(3, 1.0, 0.0)
+  progress.update(3, 1.0, 0.0, 0.0)
   assert "10 images/s" in out.getvalue()
 
 
@@ -129,10 +133,10 @@ def test_time_before_the_first_update_is_not_counted(clock):
   progress = Progress(40, 100, 10, out)
   clock.now += 1000
   progress.note("evaluation", seconds=500)
-  progress.update(41, 1.0, 0.0)
+  progress.update(41, 1.0, 0.0, 0.0)
   clock.now += 4
-  progress.update(43, 1.0, 0.0)
-  assert "5 images/s  1:54 left" in out.getvalue()
+  progress.update(43, 1.0, 0.0, 0.0)
+  assert "5 images/s  data 0%  1:54 left" in out.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,64 @@ def test_time_before_the_first_update_is_not_counted(clock):
 def test_time_left_reads_as_a_clock(clock, seconds, text):
   out = io.StringIO()
   progress = Progress(0, 3, 1, out)
-  progress.update(1, 1.0, 0.0)
+  progress.update(1, 1.0, 0.0, 0.0)
   clock.now += seconds or 1e-9
-  progress.update(2, 1.0, 0.0)
+  progress.update(2, 1.0, 0.0, 0.0)
   assert out.getvalue().endswith(f"  {text} left\n")
+
+
+def test_the_live_line_shows_the_wait_since_the_last_update(clock):
+  out = io.StringIO()
+  progress = Progress(0, 100, 10, out)
+  progress.update(1, 1.0, 0.0, 0.0)
+  for step, waited in ((2, 0.5), (3, 0.5), (4, 3.0)):
+    clock.now += 2
+    progress.note("evaluation", seconds=1.5)
+    clock.now += 3.5
+    progress.update(step, 1.0, 0.0, waited)
+  assert re.findall(r"data (\S+) ", out.getvalue()) == ["12%", "0%", "62%"]
+
+
+def finished(clock, waited, out=None):
+  """The last lines of a run of 85 s after its first step, which waited for 7 s."""
+  out = out or io.StringIO()
+  progress = Progress(0, 100, 10, out)
+  progress.update(1, 1.0, 0.0, 7.0)
+  clock.now += 40
+  progress.note("evaluation", seconds=15)
+  progress.update(50, 1.0, 0.0, 7.0 + waited / 3)
+  clock.now += 60
+  progress.update(100, 1.0, 0.0, 7.0 + waited)
+  progress.note("evaluation", seconds=15)
+  progress.finish()
+  return out.getvalue().splitlines()
+
+
+def test_the_end_of_training_says_how_long_steps_waited(clock):
+  assert finished(clock, 1.2)[-1] == "steps waited 1.2 s of 85.0 s for data (1.4%)"
+
+
+def test_much_waiting_is_followed_by_what_helps(clock):
+  assert finished(clock, 8.4)[-1] == "steps waited 8.4 s of 85.0 s for data (9.9%)"
+  wait, advice = finished(clock, 42.5)[-2:]
+  assert wait == "steps waited 42.5 s of 85.0 s for data (50.0%)"
+  assert advice.startswith("data limits the speed: more --config.num_workers")
+
+
+def test_a_terminal_keeps_the_last_lines(clock):
+  lines = finished(clock, 42.5, out := Terminal())
+  assert len(lines) > 0
+  assert [line.split(" ")[0] for line in out.screen()] == [
+    *("evaluation", "evaluation", "steps", "data", ""),
+  ]
+
+
+@pytest.mark.parametrize("updates", [0, 1, 2])
+def test_a_run_of_one_step_has_nothing_to_say_about_waiting(clock, updates):
+  out = io.StringIO()
+  progress = Progress(0, 1, 10, out)
+  for _ in range(updates):
+    progress.update(1, 1.0, 0.0, 1.0)
+    clock.now += 1
+  progress.finish()
+  assert "waited" not in out.getvalue()

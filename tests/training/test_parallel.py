@@ -1,5 +1,7 @@
 """How devices are used."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +63,56 @@ def test_data_parallel_runs_a_step_on_each_devices_part(donate):
   result = step(state, parallel.split({"x": np.arange(8, dtype=np.float32)}))
   np.testing.assert_array_equal(result, 1 + np.full(3, np.arange(8).sum() / 4))
   assert state.is_deleted() == donate
+
+
+@pytest.mark.parametrize("batch_size", [8, 12, 256])
+def test_mixing_takes_batches_of_two_and_more_images_a_device(batch_size):
+  parallel.check_batch_size(batch_size, mixing=True)
+
+
+def test_mixing_refuses_one_image_a_device():
+  with pytest.raises(InputError, match="batch_size 4 leaves it one; use at least 8, or set both"):
+    parallel.check_batch_size(4, mixing=True)
+  parallel.check_batch_size(4)
+
+
+def some_batches(count=5):
+  rng = np.random.default_rng(0)
+  for _ in range(count):
+    images = rng.integers(0, 256, (8, 6, 6, 3), np.uint8)
+    yield {"image": images, "label": rng.integers(0, 10, (8,), np.int32)}
+
+
+def test_prefetched_batches_are_split_ones_with_each_part_on_its_device():
+  with contextlib.closing(parallel.prefetch(some_batches())) as ready:
+    batches = list(ready)
+  assert len(batches) == 5
+  for batch, expected in zip(batches, map(parallel.split, some_batches())):
+    assert batch.keys() == expected.keys()
+    for name, value in batch.items():
+      assert value.dtype == expected[name].dtype
+      np.testing.assert_array_equal(value, expected[name])
+      assert [shard.device for shard in value.addressable_shards] == jax.local_devices()
+      for index, shard in enumerate(value.addressable_shards):
+        np.testing.assert_array_equal(shard.data[0], expected[name][index])
+
+
+def test_a_step_takes_prefetched_batches_without_moving_them_and_with_the_same_result():
+  def weigh(state, batch):
+    seen = jnp.sin(batch["image"].astype(jnp.float32)).sum()
+    seen *= batch["label"].sum().astype(jnp.float32)
+    return state + jax.lax.pmean(seen, parallel.AXIS)
+
+  step = parallel.data_parallel(weigh)
+  state = parallel.place(jnp.ones((3,)))
+  with contextlib.closing(parallel.prefetch(some_batches())) as ready:
+    for batch, plain in zip(ready, some_batches()):
+      with jax.transfer_guard("disallow"):
+        result = step(state, batch)
+      np.testing.assert_array_equal(result, step(state, parallel.split(plain)))
+  refused = pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed")
+  with refused, jax.transfer_guard("disallow"):  # what has to be moved does not get through
+    step(state, parallel.split(plain))
 
 
 def test_one_process_reads_the_whole_data_set():

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import repjax
 from repjax.spec import Preprocessing
-from repjax.training import optimizer, parallel
+from repjax.training import mixing, optimizer, parallel
 from repjax.training.step import TrainState, create_state, make_eval_step, make_train_step
 from tests.helpers import F64, leaves, random_variables, relative_error, shapes
 from tests.training import tiny
@@ -231,8 +231,103 @@ def test_each_auxiliary_head_adds_its_weighted_loss():
   assert metrics["accuracy"] == np.mean(logits.argmax(-1) == batch["label"])
 
 
-def drawn_mask(state, sgd, seed=0):
-  step = jax.jit(make_train_step(DropoutMask(), sgd, PREPROCESSING, seed=seed))
+@pytest.mark.parametrize("number", [0, 7])
+@pytest.mark.parametrize(
+  "alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}], ids=str
+)
+def test_a_step_on_mixed_images_has_the_loss_of_mixed_targets(alphas, number):
+  model = Toy(aux=("first",))
+  state, sgd = toy_state(model)
+  state = state.replace(step=jnp.asarray(number, jnp.int32))
+  batch = make_batch(classes=3)
+  step = make_train_step(
+    model, sgd, PREPROCESSING, aux_weight=0.3, label_smoothing=0.1, seed=5, **alphas
+  )
+  _, metrics = jax.jit(step)(state, batch)
+
+  # The key of mixing is fixed, so that a run continues as it began under any later version.
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), number), 1)
+  smooth = 0.9 * jnp.eye(3)[batch["label"]] + 0.1 / 3
+  images = PREPROCESSING.normalize(batch["image"])
+  images, targets = mixing.mix(images, smooth, key, **alphas)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  (logits, aux), _ = jax.jit(
+    lambda values: model.apply(variables, values, train=True, mutable=["batch_stats"])
+  )(images)
+
+  def loss(values):
+    log_p = values - np.log(np.exp(values).sum(-1, keepdims=True))
+    return -np.mean(np.sum(np.asarray(targets, np.float64) * log_p, -1))
+
+  logits, first = np.asarray(logits, np.float64), np.asarray(aux["first"], np.float64)
+  assert relative_error(metrics["loss"], loss(logits) + 0.3 * loss(first)) <= 1e-4
+  assert metrics["accuracy"] == np.mean(logits.argmax(-1) == targets.argmax(-1))
+
+
+class Shares(nn.Module):
+  """Keeps the first image's mean on every device as running statistics."""
+
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, images, train=False):
+    count = DEVICES if self.axis_name else 1
+    held = self.variable("batch_stats", "shares", jnp.zeros, (count,))
+    if train:
+      mine = images[0].mean()
+      held.value = jax.lax.all_gather(mine, self.axis_name) if self.axis_name else mine[None]
+    return nn.Dense(3)(images.mean((1, 2)))
+
+
+@functools.cache
+def shares_step(mixup, cutmix, seed, axis_name):
+  """A function from a step's number to the step's `Shares` of images that are white, then black."""
+  plain = Preprocessing(16, 16, "bilinear", (0.0,) * 3, (1.0,) * 3)
+  variables = jax.jit(Shares().init)(jax.random.key(0), jnp.ones((1, 16, 16, 3)))
+  sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
+  state = create_state(variables, sgd)
+  batch = make_batch(classes=3)
+  batch["image"][:] = 0
+  batch["image"][::EACH] = 255
+  alphas = {"mixup": mixup, "cutmix": cutmix}
+  step = make_train_step(Shares(axis_name), sgd, plain, seed=seed, axis_name=axis_name, **alphas)
+  if axis_name is None:
+    run = jax.jit(step)
+  else:
+    run, state, batch = parallel.data_parallel(step), parallel.place(state), parallel.split(batch)
+
+  def shares(number):
+    numbered = state.replace(step=parallel.place(jnp.asarray(number, jnp.int32)))
+    return np.asarray(run(numbered, batch)[0].batch_stats["shares"])
+
+  return shares
+
+
+def test_the_mixture_follows_seed_and_step():
+  first = shares_step(0.4, 1.0, 0, None)
+  assert len({first(number).item() for number in range(5)}) == 5
+  assert first(3) == first(3)
+  assert shares_step(0.4, 1.0, 1, None)(3) != first(3)
+
+
+def test_the_mixture_differs_between_devices():
+  shares = shares_step(0.4, 0.0, 0, parallel.AXIS)
+  assert len(set(shares(0))) == DEVICES
+  np.testing.assert_array_equal(shares(0), shares(0))
+
+
+def test_a_step_that_mixes_nothing_draws_nothing_for_it(monkeypatch):
+  model = Toy(dropout=0.5)
+  state, sgd = toy_state(model)
+  monkeypatch.setattr("repjax.training.step.mixing", None)
+  step = make_train_step(model, sgd, PREPROCESSING, mixup=0.0, cutmix=0.0)
+  text = str(jax.make_jaxpr(step)(state, make_batch(classes=3)))
+  assert text.count("random_fold_in") == 2  # the step's key, and Flax's of dropout
+  assert text.count("random_bits") == 1
+
+
+def drawn_mask(state, sgd, seed=0, **alphas):
+  step = jax.jit(make_train_step(DropoutMask(), sgd, PREPROCESSING, seed=seed, **alphas))
   return np.asarray(step(state, make_batch(classes=3))[0].batch_stats["mask"])
 
 
@@ -245,6 +340,7 @@ def test_dropout_follows_seed_and_step():
   np.testing.assert_array_equal(drawn_mask(state, sgd), mask)
   assert not np.array_equal(drawn_mask(state.replace(step=state.step + 1), sgd), mask)
   assert not np.array_equal(drawn_mask(state, sgd, seed=1), mask)
+  np.testing.assert_array_equal(drawn_mask(state, sgd, mixup=0.4, cutmix=1.0), mask)
 
 
 def test_dropout_differs_between_devices():
