@@ -52,25 +52,27 @@ def parse_arguments() -> argparse.Namespace:
 def describe(made: Prepared, name: str, data_dir: str | None) -> str:
   """What was made of a folder, and the command that uses it."""
   train = made.counts["train"]
-  small, large = (train.index(extreme(train)) for extreme in (min, max))
+  sizes = [
+    f"{count:,} ({made.class_names[train.index(count)]})" for count in (min(train), max(train))
+  ]
   images = ", ".join(f"{sum(counts):,} {split}" for split, counts in made.counts.items())
   some = ", ".join(made.class_names[:8]) + (", ..." if len(made.class_names) > 8 else "")
   lines = [
     f"classes: {len(made.class_names)} ({some})",
     f"images: {images}",
-    f"training images a class: {train[small]:,} ({made.class_names[small]}) to {train[large]:,} "
-    f"({made.class_names[large]})",
+    "training images a class: "
+    + (" to ".join(sizes) if min(train) < max(train) else f"{min(train):,}"),
   ]
   if made.skipped:
     path, reason = min(made.skipped.items())
     lines.append(
-      f"skipped: {len(made.skipped):,} files that cannot be read, such as {path} ({reason}); all "
-      f"are in {made.path / SKIPPED}"
+      f"skipped, as they cannot be read: {len(made.skipped):,}, such as {path} ({reason}); all are "
+      f"listed in {made.path / SKIPPED}"
     )
   if made.repeated:
     lines.append(
-      f"warning: {made.repeated:,} images outside the validation split are in it too, byte for "
-      "byte, so that its accuracy will be too high"
+      f"warning: images that are in the validation split and outside it, byte for byte: "
+      f"{made.repeated:,}; the accuracy on it will be too high"
     )
   where = f" --config.data_dir={shlex.quote(str(Path(data_dir).absolute()))}" if data_dir else ""
   size = sum(path.stat().st_size for path in made.path.iterdir())

@@ -40,11 +40,11 @@ def find_images(folder: Path, validation_ratio: float | None, seed: int) -> Foun
     return Found({}, [*problems, f"{folder} {what}; a folder with one folder a class is wanted"])
   parts = _split_folders(folder, problems)
   splits = {role: _classes(path, folder, problems) for role, path in parts.items()}
+  ratio = DEFAULT_RATIO if validation_ratio is None or problems else validation_ratio
   if not splits:
-    classes = _classes(folder, folder, problems)
-    splits = _divide(classes, DEFAULT_RATIO if validation_ratio is None else validation_ratio, seed)
+    splits = _divide(_classes(folder, folder, problems), ratio, seed)
   elif set(splits) == {"train"} and validation_ratio is not None:
-    splits = _divide(splits["train"], validation_ratio, seed)
+    splits = _divide(splits["train"], ratio, seed)
   elif validation_ratio is not None:
     problems.append(f"{folder} has a validation split of its own; leave --validation-ratio out")
   problems += _class_problems(folder, splits)
