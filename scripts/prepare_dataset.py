@@ -35,6 +35,11 @@ def parse_arguments() -> argparse.Namespace:
   mode.add_argument("--tfds", metavar="NAME", help="a set that TFDS downloads and prepares")
   parser.add_argument("--data-dir", help="where the sets are (default: TFDS's own default)")
   parser.add_argument("--num-workers", type=int, help="threads (default: one for each core)")
+  parser.add_argument(
+    "--to",
+    metavar="DATA_DIR",
+    help="with --from-tfrecord: where the copy goes (default: beside the TFRecord files)",
+  )
   folder = parser.add_argument_group("with --from-folder")
   folder.add_argument("--name", help="of the set: lower-case letters, digits, underscores")
   folder.add_argument(
@@ -102,11 +107,13 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print(describe(made, arguments.name, arguments.data_dir))
   elif arguments.from_tfrecord:
-    workers = {"num_workers": arguments.num_workers} if arguments.num_workers else {}
-    path = convert_tfrecord(arguments.from_tfrecord, data_dir=arguments.data_dir, **workers)
-    print(
-      f"copied: {path} holds the set as TFRecord and as array_record now; either may be deleted"
+    path = convert_tfrecord(
+      arguments.from_tfrecord,
+      data_dir=arguments.data_dir,
+      to=arguments.to,
+      num_workers=arguments.num_workers or 4,
     )
+    print(f"copied: {path} holds the set as array_record; its TFRecord files are as they were")
   else:
     path = download_set(arguments.tfds, data_dir=arguments.data_dir)
     print(f"prepared: {path}")
@@ -120,6 +127,8 @@ def main() -> None:
   with one_paragraph():
     if arguments.from_folder and not arguments.name:
       raise InputError("--from-folder needs --name, under which configs will find the set")
+    if arguments.to and not arguments.from_tfrecord:
+      raise InputError("--to goes with --from-tfrecord; use --data-dir to say where the sets are")
     run(arguments)
 
 

@@ -109,6 +109,7 @@ def test_images_in_both_splits_are_warned_of(run_script, photos, tmp_path):
     (("--tfds", "cifr10"), "error: unknown data set 'cifr10'; did you mean cifar10"),
     (("--from-tfrecord", "cifr10"), "error: unknown data set 'cifr10'; did you mean cifar10"),
     (("--tfds", "mnist", "--num-workers", "0"), "error: --num-workers counts threads, at least 1"),
+    (("--tfds", "mnist", "--to", "x"), "error: --to goes with --from-tfrecord; use --data-dir"),
     (("--tfds", "mnist", "--from-tfrecord", "mnist"), 2),
     ((), 2),
   ],
@@ -122,8 +123,11 @@ def test_a_tfrecord_set_is_converted_by_the_command_in_the_error(run_script, tfr
   with pytest.raises(ValueError, match="--from-tfrecord pets") as caught:
     open_source("pets", "train", data_dir=str(tfrecord_set))
   command = str(caught.value).split("python scripts/prepare_dataset.py ")[1].split()
+  other = tfrecord_set / "other"
+  printed = run_script("prepare_dataset", *command, "--to", other, "--num-workers", "1")
+  assert f"copied: {other}/pets/1.0.0 holds" in printed
   printed = run_script("prepare_dataset", *command)
-  assert printed.startswith(f"copied: {tfrecord_set}/pets/1.0.0 holds the set as TFRecord and as a")
+  assert printed.startswith(f"copied: {tfrecord_set}/pets/1.0.0 holds the set as array_record; its")
   assert len(open_source("pets", "train", data_dir=str(tfrecord_set)).examples) == 18
 
 

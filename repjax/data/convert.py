@@ -1,6 +1,7 @@
 """TFDS sets stored as TFRecord get array_record copies of their files, without TensorFlow."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from repjax.data.builders import builder_of, file_formats
 from repjax.data.crc32c import masked_crc32c
 from repjax.errors import InputError
 
+INFO = "dataset_info.json"
+
 
 class _Shard(NamedTuple):
   source: Path
@@ -22,19 +25,27 @@ class _Shard(NamedTuple):
   images: int
 
 
-def convert_tfrecord(name: str, *, data_dir: str | None = None, num_workers: int = 4) -> Path:
-  """Writes array_record files beside a set's TFRecord files, which stay as they are.
+def convert_tfrecord(
+  name: str,
+  *,
+  data_dir: str | None = None,
+  to: str | os.PathLike[str] | None = None,
+  num_workers: int = 4,
+) -> Path:
+  """Copies the records of a set's TFRecord files, which stay as they are, into array_record files.
 
   Both formats hold the same records, so that these are copied, after their checksums and their
-  number were compared. TFDS's metadata then lists array_record as a further format.
+  number were compared.
 
   Args:
     name: of the set, with its variant or version where it has several.
     data_dir: where TFDS keeps its sets; None is TFDS's own default.
+    to: another such folder, for a set that is array_record only. None writes the files beside the
+      TFRecord files and adds array_record to the formats in the set's metadata.
     num_workers: files that are copied at a time.
 
   Returns:
-    The folder of the set's files.
+    The folder of the new files.
 
   Raises:
     InputError: nobody knows the set, it is not stored as TFRecord or has an array_record copy, a
@@ -43,7 +54,7 @@ def convert_tfrecord(name: str, *, data_dir: str | None = None, num_workers: int
   builder = builder_of(name, data_dir)
   folder = Path(builder.data_path)
   formats = file_formats(builder) if folder.exists() else []
-  if "array_record" in formats:
+  if "array_record" in formats and to is None:
     raise InputError(
       f"{name} in {folder} is there as array_record already; it can be used as it is"
     )
@@ -56,14 +67,45 @@ def convert_tfrecord(name: str, *, data_dir: str | None = None, num_workers: int
       f"{name} in {folder} is incomplete: {len(missing)} of its {len(shards)} files are missing, "
       f"{missing[0]} for one; copy the set once more"
     )
-  with records.disk_errors(folder):
-    _check_room(folder, sum(shard.source.stat().st_size for shard in shards))
-    with records.draft_folder(folder / ".array_record.incomplete") as draft:
-      _copy_all(shards, draft, name, num_workers)
-      for shard in shards:
-        (draft / shard.copy).rename(folder / shard.copy)
-      _announce(folder, draft)
-  return folder
+  variant = builder.builder_config.name if builder.builder_config else ""
+  target = records.sets_folder(to) / builder.name / variant / str(builder.version) if to else folder
+  with records.disk_errors(target):
+    if to is None:
+      _copy_beside(shards, folder, name, num_workers)
+    else:
+      _copy_to(target, shards, folder, name, num_workers)
+  return target
+
+
+def _copy_beside(shards: list[_Shard], folder: Path, name: str, num_workers: int) -> None:
+  with records.draft_folder(folder / ".array_record.incomplete") as draft:
+    _copy_all(shards, draft, name, num_workers)
+    for shard in shards:
+      (draft / shard.copy).rename(folder / shard.copy)
+    info = _read_info(folder)
+    info["alternativeFileFormats"] = [*info.get("alternativeFileFormats", ()), "array_record"]
+    _write_info(draft, info).replace(folder / INFO)  # the set has the new format from here on
+
+
+def _copy_to(target: Path, shards: list[_Shard], folder: Path, name: str, num_workers: int) -> None:
+  with records.whole_set(target, replace=False) as draft:
+    _copy_all(shards, draft, name, num_workers)
+    for path in folder.iterdir():
+      if path.suffix in (".json", ".txt") and path.name != INFO:
+        shutil.copyfile(path, draft / path.name)
+    info = _read_info(folder) | {"fileFormat": "array_record"}
+    info.pop("alternativeFileFormats", None)
+    _write_info(draft, info)
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+  return json.loads((folder / INFO).read_text())
+
+
+def _write_info(folder: Path, info: dict[str, Any]) -> Path:
+  path = folder / INFO
+  path.write_text(json.dumps(info, indent=2))
+  return path
 
 
 def read_tfrecord(path: Path) -> Iterator[bytes]:
@@ -107,12 +149,13 @@ def _check_room(folder: Path, wanted: int) -> None:
   free = shutil.disk_usage(folder).free
   if free < wanted:
     raise InputError(
-      f"{folder} needs {wanted / 1e9:.1f} GB for an array_record copy and has {free / 1e9:.1f} GB; "
-      "make room first"
+      f"the disk of {folder.parent} needs {wanted / 1e9:.1f} GB for an array_record copy and has "
+      f"{free / 1e9:.1f} GB; make room, or write it to another disk with --to"
     )
 
 
 def _copy_all(shards: list[_Shard], draft: Path, name: str, num_workers: int) -> None:
+  _check_room(draft, sum(shard.source.stat().st_size for shard in shards))
   total = sum(shard.images for shard in shards)
   with (
     tqdm(total=total, desc=name, unit=" images", disable=None) as bar,
@@ -139,13 +182,3 @@ def _copy(shard: _Shard, draft: Path, bar: tqdm) -> None:
       f"{shard.source} holds {copied} records, {shard.images} by the set's metadata; copy the set "
       "once more"
     )
-
-
-def _announce(folder: Path, draft: Path) -> None:
-  """Adds array_record to the formats in the set's metadata, in one step."""
-  path = folder / "dataset_info.json"
-  info = json.loads(path.read_text())
-  info["alternativeFileFormats"] = [*info.get("alternativeFileFormats", ()), "array_record"]
-  changed = draft / path.name
-  changed.write_text(json.dumps(info, indent=2))
-  changed.replace(path)

@@ -41,7 +41,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     where = error.filename or path
     raise InputError(
       f"{where} cannot be written ({error.strerror or error}); nothing was changed: make room or "
-      "get the permission, or choose another folder with --data-dir"
+      "get the permission, or choose another folder"
     ) from error
 
 
@@ -97,7 +97,12 @@ def whole_set(target: Path, *, replace: bool) -> Iterator[Path]:
     target.parent.mkdir(exist_ok=True)
     if target.exists():
       target.rename(replaced)
-    draft.rename(target)
+    try:
+      draft.rename(target)
+    except OSError:
+      if replaced.exists():
+        replaced.rename(target)
+      raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 

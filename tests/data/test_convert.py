@@ -174,8 +174,39 @@ def test_a_damaged_set_is_not_converted(tfrecord_set, damage, said):
 
 def test_without_room_nothing_is_begun(tfrecord_set, monkeypatch):
   monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 17_000}))
-  with pytest.raises(InputError, match=r"needs 0\.0 GB for an array_record copy and has 0\.0 GB"):
+  with pytest.raises(
+    InputError, match=r"needs 0\.0 GB for an array_record copy and has 0\.0 GB; make r"
+  ):
     convert_tfrecord("pets", data_dir=str(tfrecord_set))
+
+
+def test_a_copy_may_go_to_another_folder(tfrecord_set, tmp_path):
+  source, target = tfrecord_set / "pets" / "1.0.0", tmp_path / "other"
+  before = files_below(source)
+  assert convert_tfrecord("pets", data_dir=str(tfrecord_set), to=target) == target / "pets/1.0.0"
+  assert files_below(source) == before
+  assert {path.name for path in target.iterdir()} == {"pets"}
+  assert not list(target.rglob("*tfrecord*"))
+  for split in ("train", "validation"):
+    assert examples("pets", split, target) == examples("known", split, tfrecord_set)
+  with pytest.raises(InputError, match="a set called pets exists already"):
+    convert_tfrecord("pets", data_dir=str(tfrecord_set), to=target)
+  convert_tfrecord("pets", data_dir=str(tfrecord_set))  # has both formats now
+  convert_tfrecord("pets", data_dir=str(tfrecord_set), to=tmp_path / "third")
+  assert files_below(tmp_path / "third") == files_below(target)
+
+
+def test_a_variant_keeps_its_folder(tfrecord_set, tmp_path):
+  folder = tfrecord_set / "pets" / "1.0.0"
+  folder.rename(tfrecord_set / "moved")
+  folder.parent.joinpath("small").mkdir()
+  folder = (tfrecord_set / "moved").rename(folder.parent / "small" / "1.0.0")
+  info = json.loads((folder / "dataset_info.json").read_text())
+  (folder / "dataset_info.json").write_text(json.dumps(info | {"configName": "small"}))
+  made = convert_tfrecord("pets/small", data_dir=str(tfrecord_set), to=tmp_path / "other")
+  assert made == tmp_path / "other/pets/small/1.0.0"
+  theirs = examples("known", "train", tfrecord_set)
+  assert examples("pets/small", "train", tmp_path / "other") == theirs
 
 
 @pytest.mark.parametrize(

@@ -510,6 +510,39 @@ def test_the_old_set_stays_where_its_successor_fails(photos, tmp_path):
   assert {path.name for path in tmp_path.iterdir()} == {"photos", "pets"}
 
 
+def test_the_old_set_comes_back_where_the_new_one_cannot_be_moved(photos, tmp_path, monkeypatch):
+  made = prepare_folder(photos, "pets", data_dir=tmp_path)
+  before, rename = files_below(made.path), Path.rename
+
+  def fail(path, target):
+    if path.name == ".pets.incomplete":
+      raise OSError(5, "Input/output error")
+    return rename(path, target)
+
+  monkeypatch.setattr(Path, "rename", fail)
+  (photos / "train/cat/train0.jpg").unlink()
+  text = refusal(photos, "pets", data_dir=tmp_path, replace=True)
+  assert "cannot be written (Input/output error); nothing was changed" in text
+  assert files_below(made.path) == before
+  assert {path.name for path in tmp_path.iterdir()} == {"photos", "pets"}
+
+
+def test_images_are_stored_in_an_order_that_the_seed_fixes(photos, tmp_path):
+  orders = []
+  for seed in (0, 1):
+    prepare_folder(photos, "pets", data_dir=tmp_path, seed=seed, replace=True)
+    orders.append(list(stored("pets", "train", tmp_path)))
+  assert orders[0] != orders[1]
+  assert sorted(orders[0]) == sorted(orders[1])
+  assert sorted(orders[0]) not in orders
+
+
+def test_the_size_of_a_split_is_that_of_its_records(photos, tmp_path):
+  prepare_folder(photos, "pets", data_dir=tmp_path)
+  images = sum(path.stat().st_size for path in (photos / "train").rglob("*.jpg"))
+  assert images < fingerprints("pets", tmp_path)["train"]["bytes"] < images + 8 * 200
+
+
 def test_a_set_that_was_moved_aside_comes_back(photos, tmp_path):
   made = prepare_folder(photos, "pets", data_dir=tmp_path)
   before = files_below(made.path)
@@ -544,9 +577,12 @@ def test_a_kill_in_the_middle_leaves_nothing_that_opens(photos, tmp_path):
   assert (tmp_path / ".pets.incomplete").exists()
   with pytest.raises(InputError, match="unknown data set 'pets'"):
     open_source("pets", "train", data_dir=str(tmp_path))
-  prepare_folder(photos, "pets", data_dir=tmp_path)
-  assert len(stored("pets", "train", tmp_path)) == 8
+  (tmp_path / ".pets.incomplete" / "more").mkdir()
+  made = prepare_folder(photos, "pets", data_dir=tmp_path)
   assert {path.name for path in tmp_path.iterdir()} == {"photos", "pets"}
+  fresh = prepare_folder(photos, "pets", data_dir=tmp_path / "fresh")
+  assert files_below(made.path) == files_below(fresh.path)
+  assert {path.name for path in made.path.iterdir()} == {path.name for path in fresh.path.iterdir()}
 
 
 def test_two_processes_do_not_write_one_set(photos, tmp_path):
