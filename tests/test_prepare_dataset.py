@@ -141,7 +141,7 @@ def test_a_tfrecord_set_is_converted_by_the_command_in_the_error(run_script, tfr
     ),
     (
       AssertionError("Manual directory\n  is empty."),
-      "mnist: Manual directory is empty. Then run th",
+      "empty. Then run .* again. TFDS makes sets a",
     ),
     (OSError(28, "No space left on device"), "OSError: .*No space left on device"),
   ],

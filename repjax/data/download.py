@@ -1,9 +1,16 @@
 """Sets that TFDS downloads, or makes from files that were downloaded by hand, as array_record."""
 
+import importlib.util
 from pathlib import Path
 
 from repjax.data.builders import builder_of, command, file_formats
 from repjax.errors import InputError
+
+LARGE_SETS = (
+  "TFDS makes sets above 1 GB with TensorFlow only: either install it for this one step, or unpack "
+  "the images into folders, one a class, and use --from-folder, which needs no TensorFlow at any "
+  "size"
+)
 
 
 def download_set(name: str, *, data_dir: str | None = None) -> Path:
@@ -41,16 +48,13 @@ def _explained(error: Exception) -> str:
   text = " ".join(str(error).split()) or type(error).__name__
   kinds = {kind.__name__ for kind in type(error).__mro__}
   if isinstance(error, ImportError):
-    return (
-      f"it needs a package that is not installed ({text}). TFDS makes sets above 1 GB with "
-      "TensorFlow only: either install it for this one step, or unpack the images into folders, "
-      "one a class, and use --from-folder, which needs no TensorFlow at any size"
-    )
+    return f"it needs a package that is not installed ({text}). {LARGE_SETS}"
   if kinds & {"ConnectionError", "DownloadError", "Timeout", "HTTPError", "URLError"}:
     return (
       f"the download failed ({text}). Look at the network and run the same command again, or "
       "prepare the set on another machine and copy its folder here"
     )
   if isinstance(error, AssertionError):  # files to be downloaded by hand are missing
-    return f"{text} Then run the same command again"
+    here = importlib.util.find_spec("tensorflow")
+    return f"{text} Then run the same command again. {'' if here else LARGE_SETS}".rstrip()
   return f"{type(error).__name__}: {text}"

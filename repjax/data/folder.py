@@ -77,9 +77,13 @@ def prepare_folder(
     InputError: the folder, the name or the disk cannot be used; lists everything that was found.
   """
   target = records.sets_folder(data_dir) / name / VERSION
-  found = layout.find_images(Path(folder), validation_ratio, seed)
+  try:
+    found = layout.find_images(Path(folder), validation_ratio, seed)
+  except OSError as error:
+    raise InputError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
   problems = [*name_problems(name), *found.problems]
-  problems += records.existing_problems(target, replace=replace)
+  with records.disk_errors(target):
+    problems += records.existing_problems(target, replace=replace)
   if problems:
     raise InputError("\n".join(problems))
   workers = num_workers or os.cpu_count() or 1

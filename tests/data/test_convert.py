@@ -138,6 +138,24 @@ def test_a_set_of_before_formats_were_noted_is_taken_for_tfrecord(tfrecord_set):
   assert len(examples("pets", "train", tfrecord_set)) == 18
 
 
+def test_a_set_that_tfds_knows_is_converted_too(tfrecord_set):
+  folder = tfrecord_set / "mnist" / "3.0.1"
+  folder.mkdir(parents=True)
+  for path in (tfrecord_set / "pets" / "1.0.0").iterdir():
+    (folder / path.name.replace("pets", "mnist")).write_bytes(path.read_bytes())
+  info = json.loads((folder / "dataset_info.json").read_text())
+  (folder / "dataset_info.json").write_text(
+    json.dumps(info | {"name": "mnist", "version": "3.0.1"})
+  )
+  (folder / "label.labels.txt").write_text("".join(f"{digit}\n" for digit in range(10)))
+  convert_tfrecord("mnist", data_dir=str(tfrecord_set))
+  expected = [
+    (row["image"], row["label"], row["index"]) for row in examples("known", "train", tfrecord_set)
+  ]
+  found = examples("mnist", "train", tfrecord_set)
+  assert [(row["image"], row["label"], row["index"]) for row in found] == expected
+
+
 def cut_off(path):
   path.write_bytes(path.read_bytes()[:-5])
 

@@ -615,6 +615,46 @@ def test_a_data_dir_that_cannot_be_made_is_one_paragraph(photos, tmp_path):
   assert "cannot be written (Not a directory)" in text
 
 
+@pytest.mark.parametrize("method", ["iterdir", "is_dir"])
+def test_folders_that_may_not_be_read_are_named(photos, tmp_path, monkeypatch, method):
+  original = getattr(Path, method)
+
+  def refuse(path):
+    if path == photos / "val":
+      raise PermissionError(13, "Permission denied", str(path))
+    return original(path)
+
+  monkeypatch.setattr(Path, method, refuse)
+  text = refusal(photos, "pets", data_dir=tmp_path / "sets")
+  assert f"{photos}/val cannot be read: Permission denied" in text.splitlines()
+
+
+def test_inner_folders_that_may_not_be_read_are_named(photos, tmp_path, monkeypatch):
+  scandir = os.scandir
+
+  def refuse(path):
+    if str(path).endswith("/val/dog"):
+      raise PermissionError(13, "Permission denied", str(path))
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  text = refusal(photos, "pets", data_dir=tmp_path / "sets")
+  assert text.splitlines()[0] == f"{photos}/val/dog cannot be read: Permission denied"
+
+
+def test_a_data_dir_that_may_not_be_read_is_one_paragraph(photos, tmp_path, monkeypatch):
+  exists = Path.exists
+
+  def refuse(path):
+    if "sets" in path.parts:
+      raise PermissionError(13, "Permission denied", str(path))
+    return exists(path)
+
+  monkeypatch.setattr(Path, "exists", refuse)
+  text = refusal(photos, "pets", data_dir=tmp_path / "sets")
+  assert text.startswith(f"{tmp_path}/sets/pets/1.0.0 cannot be written (Permission denied)")
+
+
 def test_few_images_are_in_memory_at_a_time():
   started = []
 
