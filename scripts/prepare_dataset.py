@@ -105,7 +105,8 @@ def run(arguments: argparse.Namespace) -> None:
       replace=arguments.replace,
       num_workers=arguments.num_workers,
     )
-    print(describe(made, arguments.name, arguments.data_dir))
+    text = describe(made, arguments.name, arguments.data_dir)
+    print(text.encode(errors="backslashreplace").decode())  # a file's name need not be UTF-8
   elif arguments.from_tfrecord:
     path = convert_tfrecord(
       arguments.from_tfrecord,

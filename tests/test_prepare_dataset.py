@@ -75,8 +75,8 @@ def test_a_folder_is_prepared_and_described(run_script, photos, tmp_path):
   (photos / "ant" / "0.jpg").write_bytes(b"")
   (photos / "bee" / "9.jpg").write_bytes((photos / "bee" / "0.jpg").read_bytes())
   assert stop_of(run_script, *prepare, "--replace", "--strict") == (
-    "error: 1 files cannot be read, so nothing was written; without --strict they are left out: "
-    "ant/0.jpg: empty file"
+    "error: nothing was written, since 1 of the files cannot be read; without --strict they are "
+    "left out: ant/0.jpg: empty file"
   )
   printed = run_script(*prepare, "--replace", "--num-workers", "1", "--validation-ratio", "0.5")
   assert "skipped, as they cannot be read: 1, such as ant/0.jpg (empty file); all are " in printed
@@ -99,6 +99,21 @@ def test_images_in_both_splits_are_warned_of(run_script, photos, tmp_path):
   assert re.search(
     "warning: images that are in the validation split and outside it.*: (8|9)", printed
   )
+
+
+def test_names_of_files_need_not_be_utf8(run_script, photos, tmp_path):
+  write_image(photos / "ant" / os.fsdecode(b"caf\xe9.jpg"))
+  (photos / "ant" / os.fsdecode(b"broken \xff.jpg")).write_bytes(b"")
+  printed = run_script(
+    "prepare_dataset", "--from-folder", photos, "--name", "pets", "--data-dir", tmp_path
+  )
+  assert r"such as ant/broken \udcff.jpg (empty file)" in printed
+  assert b"broken \xff.jpg\t" in (tmp_path / "pets/1.0.0/skipped.txt").read_bytes()
+  names = set()
+  for split in ("train", "validation"):
+    examples = open_source("pets", split, data_dir=str(tmp_path)).examples
+    names |= {examples[index]["file_name"] for index in range(len(examples))}
+  assert "ant/caf\ufffd.jpg" in names
 
 
 @pytest.mark.parametrize(
@@ -175,13 +190,13 @@ def test_tfds_does_not_prepare_what_is_there_as_tfrecord(run_script, tfrecord_se
 SIGNALLED = """
 import os, runpy, sys
 from repjax.data import folder
-read, calls, number = folder._read, [], int(sys.argv.pop())
+read, calls, number = folder.read_image, [], int(sys.argv.pop())
 def signalling(*arguments):
   calls.append(arguments)
   if len(calls) == 6:
     os.kill(os.getpid(), number)
   return read(*arguments)
-folder._read = signalling
+folder.read_image = signalling
 sys.argv[0] = "scripts/prepare_dataset.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -1,28 +1,23 @@
 """Folders of images become TFDS sets: `<class>/*.jpg`, or `{train,val}/<class>/*.jpg`."""
 
-import collections
 import hashlib
-import io
-import itertools
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
-from PIL import Image, UnidentifiedImageError
 from tensorflow_datasets.core import example_serializer, naming
 from tqdm import tqdm
 
 from repjax.data import layout, records
 from repjax.data.layout import Classes
+from repjax.data.reading import ImageFile, in_order, read_image
 from repjax.errors import InputError
 
 VERSION = "1.0.0"  # of every set made here; what differs is the checksum
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # of the contents, whatever a file's ending says
 SKIPPED = "skipped.txt"
 
 
@@ -95,8 +90,9 @@ def prepare_folder(
     counts, skipped, repeated = _write(draft, Path(folder), found.splits, name, seed, workers)
     if strict and skipped:
       raise InputError(
-        f"{len(skipped)} files cannot be read, so nothing was written; without --strict they are "
-        "left out: " + "; ".join(f"{path}: {why}" for path, why in sorted(skipped.items()))
+        f"nothing was written, since {len(skipped):,} of the files cannot be read; without "
+        "--strict they are left out: "
+        + "; ".join(f"{path}: {why}" for path, why in sorted(skipped.items()))
       )
   return Prepared(target, tuple(found.splits["train"]), counts, skipped, repeated)
 
@@ -123,48 +119,58 @@ def _write(
 ) -> tuple[dict[str, list[int]], dict[str, str], int]:
   """Writes the whole set; the images of each class by split, what was skipped and repeated."""
   class_names = tuple(splits["train"])
-  total = sum(len(paths) for classes in splits.values() for paths in classes.values())
-  files, checksums, counts = {}, {}, {}
-  skipped: dict[str, str] = {}
-  validation, repeated = set(), 0
-  with tqdm(total=total, desc=name, unit=" images", disable=None) as bar:
-    # Validation comes first, so that training images that are in it too are seen at once.
-    for split in ("validation", *(split for split in splits if split != "validation")):
-      writer = _SplitWriter(draft, name, split, class_names)
-      for image in _in_order(_read, _stored_order(folder, splits[split], seed), num_workers):
-        bar.update()
-        if image.fault:
-          skipped[image.name] = image.fault
-          continue
-        writer.write(image)
-        if split == "validation":
-          validation.add(image.digest)
-        repeated += split != "validation" and image.digest in validation
-      files[split], checksums[split] = writer.finish()
-      counts[split] = writer.counts
+  writers = {split: _SplitWriter(draft, name, split, class_names) for split in splits}
+  skipped, repeated = _write_images(writers, folder, splits, name, seed, num_workers)
+  counts = {split: writer.counts for split, writer in writers.items()}
   _refuse_lost_classes(splits, counts, skipped)
   records.write_info(
     draft,
     name,
     VERSION,
     features=_features(class_names),
-    splits={split: files[split] for split in splits},
+    splits={split: writer.finish() for split, writer in writers.items()},
     description="Images from a folder, one class for each folder in it.",
-    metadata={"checksum": checksums},
+    metadata={
+      "checksum": {split: writer.checksum.hexdigest() for split, writer in writers.items()}
+    },
   )
   lines = [f"{path}\t{reason}\n" for path, reason in sorted(skipped.items())]
   if lines:
     (draft / SKIPPED).write_text("".join(lines), "utf-8", "surrogateescape")
-  return {split: counts[split] for split in splits}, skipped, repeated
+  return counts, skipped, repeated
 
 
-def _stored_order(folder: Path, classes: Classes, seed: int) -> list[tuple[Path, str, int]]:
+def _write_images(
+  writers: dict[str, "_SplitWriter"],
+  folder: Path,
+  splits: dict[str, Classes],
+  name: str,
+  seed: int,
+  num_workers: int,
+) -> tuple[dict[str, str], int]:
+  skipped: dict[str, str] = {}
+  validation, repeated = set(), 0
+  total = sum(len(paths) for classes in splits.values() for paths in classes.values())
+  with tqdm(total=total, desc=name, unit=" images", disable=None) as bar:
+    # Validation comes first, so that other images that are in it too are seen at once.
+    for split in sorted(splits, key=lambda split: split != "validation"):
+      for image in in_order(read_image, _stored_order(folder, splits[split], seed), num_workers):
+        bar.update()
+        if image.fault:
+          skipped[image.name] = image.fault
+          continue
+        writers[split].write(image)
+        if split == "validation":
+          validation.add(image.digest)
+        repeated += split != "validation" and image.digest in validation
+  return skipped, repeated
+
+
+def _stored_order(folder: Path, classes: Classes, seed: int) -> Iterator[tuple[Path, str, int]]:
   """The images of a split, mixed, so that any part of the split holds all classes."""
   pairs = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
-  return [
-    (folder / path, path, label)
-    for path, label in sorted(pairs, key=lambda pair: layout.rank(seed, pair[0]))
-  ]
+  for path, label in sorted(pairs, key=lambda pair: layout.rank(seed, pair[0])):
+    yield folder / path, path, label
 
 
 def _refuse_lost_classes(
@@ -191,30 +197,20 @@ class _SplitWriter:
     self._features = _features(class_names)
     specs: Any = self._features.get_serialized_info()
     self._serializer = example_serializer.ExampleSerializer(specs)
-    self._checksum = hashlib.sha256()
+    self.checksum = hashlib.sha256()
     self.counts = [0] * len(class_names)
 
-  def write(self, image: "_Image") -> None:
+  def write(self, image: ImageFile) -> None:
     """Appends an example."""
     name = image.name.encode("utf-8", "surrogateescape")
     example = {"image": image.data, "label": image.label, "file_name": name}
     self._shards.write(self._serializer.serialize_example(self._features.encode_example(example)))
-    self._checksum.update(name + b"\0" + image.digest)
+    self.checksum.update(name + b"\0" + image.digest)
     self.counts[image.label] += 1
 
-  def finish(self) -> tuple[records.SplitFiles, str]:
-    """Ends the files; what TFDS notes of them, and the checksum."""
-    return self._shards.finish(), self._checksum.hexdigest()
-
-
-class _Image(NamedTuple):
-  """A file that was read; `fault` is why it is no image."""
-
-  name: str
-  label: int
-  data: bytes
-  digest: bytes
-  fault: str | None
+  def finish(self) -> records.SplitFiles:
+    """Ends the files; what TFDS notes of them."""
+    return self._shards.finish()
 
 
 def _features(class_names: tuple[str, ...]) -> tfds.features.FeaturesDict:
@@ -225,46 +221,3 @@ def _features(class_names: tuple[str, ...]) -> tfds.features.FeaturesDict:
       "file_name": tfds.features.Text(),
     }
   )
-
-
-def _read(path: Path, name: str, label: int) -> _Image:
-  data, digest = b"", b""
-  try:
-    data = path.read_bytes()
-    digest = hashlib.sha256(data).digest()
-    fault = _fault(data)
-  except OSError as error:
-    fault = error.strerror or str(error)
-  return _Image(name, label, data, digest, fault)
-
-
-def _fault(data: bytes) -> str | None:
-  """Why these bytes are not a whole image; None where they are."""
-  if not data:
-    return "empty file"
-  try:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-      image.draft(None, (1, 1))  # a JPEG at an eighth of its size: all of it is read, in less time
-      image.load()
-  except UnidentifiedImageError:
-    return f"not an image of a known kind ({', '.join(FORMATS)})"
-  except Exception as error:  # Pillow has many kinds for damaged files
-    return " ".join(str(error).split()) or type(error).__name__
-  return None
-
-
-def _in_order(
-  function: Callable[..., _Image], arguments: Iterable[tuple], num_workers: int
-) -> Iterator[_Image]:
-  """Results of threads, in order, with few of them in memory at a time."""
-  arguments, pending = iter(arguments), collections.deque()
-  with ThreadPoolExecutor(num_workers) as pool:
-    try:
-      while True:
-        for each in itertools.islice(arguments, 4 * num_workers - len(pending)):
-          pending.append(pool.submit(function, *each))
-        if not pending:
-          return
-        yield pending.popleft().result()
-    finally:
-      pool.shutdown(cancel_futures=True)

@@ -127,7 +127,7 @@ class ShardWriter:
   def write(self, record: bytes) -> None:
     """Appends a record."""
     if self._writer is None:
-      path = self._folder / f"shard{len(self._lengths)}"
+      path = self._unnamed(len(self._lengths))
       self._writer, self._left = open_writer(path), SHARD_BYTES
       self._lengths.append(0)
     with writer_errors(self._folder):
@@ -144,8 +144,11 @@ class ShardWriter:
     count = len(self._lengths)
     for index in range(count):
       target = self._template.sharded_filepath(shard_index=index, num_shards=count)
-      (self._folder / f"shard{index}").rename(target)
+      self._unnamed(index).rename(target)
     return SplitFiles(self._lengths, self._bytes)
+
+  def _unnamed(self, index: int) -> Path:
+    return self._folder / f"{self._template.split}.{index}"
 
   def _end_shard(self) -> None:
     if self._writer is not None:

@@ -20,6 +20,7 @@ from repjax.data import folder as folder_module
 from repjax.data import open_source, records
 from repjax.data.folder import prepare_folder
 from repjax.data.layout import find_images
+from repjax.data.reading import in_order
 from repjax.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ MODES = {
 def write_image(path, seed=0, mode="RGB", kind=None, exif=None, size=(24, 20), **options):
   """A random image, other for each seed and path."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  rng = np.random.default_rng([seed, *path.parts[-1].encode(), *path.parts[-2].encode()])
+  rng = np.random.default_rng([seed, *os.fsencode(path.name), *os.fsencode(path.parent.name)])
   if mode == "I;16":
     image = Image.fromarray(rng.integers(0, 65536, size[::-1], np.uint16))
   else:
@@ -213,7 +214,7 @@ def test_nothing_is_listed_where_everything_was_read(photos, tmp_path):
 def test_strict_lists_every_unreadable_file_and_writes_nothing(photos, tmp_path):
   reasons = spoil(photos)
   text = refusal(photos, "pets", data_dir=tmp_path / "sets", strict=True)
-  assert text.startswith(f"{len(reasons)} files cannot be read, so nothing was written")
+  assert text.startswith(f"nothing was written, since {len(reasons)} of the files cannot be")
   assert all(f"{name}: " in text for name in reasons)
   assert not list((tmp_path / "sets").iterdir())
 
@@ -555,14 +556,14 @@ def test_a_set_that_was_moved_aside_comes_back(photos, tmp_path):
 KILLED = """
 import os, signal, sys
 from repjax.data import folder
-read, count = folder._read, 0
+read, count = folder.read_image, 0
 def deadly(*arguments):
   global count
   count += 1
   if count == 6:
     os.kill(os.getpid(), signal.SIGKILL)
   return read(*arguments)
-folder._read = deadly
+folder.read_image = deadly
 folder.prepare_folder(sys.argv[1], "pets", data_dir=sys.argv[2], num_workers=1)
 """
 
@@ -662,7 +663,7 @@ def test_few_images_are_in_memory_at_a_time():
     started.append(number)
     return number
 
-  for consumed, number in enumerate(folder_module._in_order(read, zip(range(500)), 2)):
+  for consumed, number in enumerate(in_order(read, zip(range(500)), 2)):
     assert number == consumed
     assert len(started) <= consumed + 8
   assert len(started) == 500
