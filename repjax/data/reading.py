@@ -57,12 +57,9 @@ def in_order(
   """Results of threads, in order, with few of them in memory at a time."""
   arguments, pending = iter(arguments), collections.deque()
   with ThreadPoolExecutor(num_workers) as pool:
-    try:
-      while True:
-        for each in itertools.islice(arguments, 4 * num_workers - len(pending)):
-          pending.append(pool.submit(function, *each))
-        if not pending:
-          return
-        yield pending.popleft().result()
-    finally:
-      pool.shutdown(cancel_futures=True)
+    while True:
+      for each in itertools.islice(arguments, 4 * num_workers - len(pending)):
+        pending.append(pool.submit(function, *each))
+      if not pending:
+        return
+      yield pending.popleft().result()
