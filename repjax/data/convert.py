@@ -1,0 +1,184 @@
+"""TFDS sets stored as TFRecord get array_record copies of their files, without TensorFlow."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from repjax.data import records
+from repjax.data.builders import builder_of, file_formats
+from repjax.data.crc32c import masked_crc32c
+from repjax.errors import InputError
+
+INFO = "dataset_info.json"
+
+
+class _Shard(NamedTuple):
+  source: Path
+  copy: str
+  images: int
+
+
+def convert_tfrecord(
+  name: str,
+  *,
+  data_dir: str | None = None,
+  to: str | os.PathLike[str] | None = None,
+  num_workers: int = 4,
+) -> Path:
+  """Copies the records of a set's TFRecord files, which stay as they are, into array_record files.
+
+  Both formats hold the same records, so that these are copied, after their checksums and their
+  number were compared.
+
+  Args:
+    name: of the set, with its variant or version where it has several.
+    data_dir: where TFDS keeps its sets; None is TFDS's own default.
+    to: another such folder, for a set that is array_record only. None writes the files beside the
+      TFRecord files and adds array_record to the formats in the set's metadata.
+    num_workers: files that are copied at a time.
+
+  Returns:
+    The folder of the new files.
+
+  Raises:
+    InputError: nobody knows the set, it is not stored as TFRecord or has an array_record copy, a
+      file is missing, cut off or damaged, or the disk cannot be written.
+  """
+  builder = builder_of(name, data_dir)
+  folder = Path(builder.data_path)
+  formats = file_formats(builder) if folder.exists() else []
+  if "array_record" in formats and to is None:
+    raise InputError(
+      f"{name} in {folder} is there as array_record already; it can be used as it is"
+    )
+  if "tfrecord" not in formats:
+    have = f"is stored as {formats[0]}" if formats else "does not exist"
+    raise InputError(f"there is no TFRecord set to convert: {folder} {have}")
+  shards = _shards(builder)
+  if missing := [shard.source.name for shard in shards if not shard.source.exists()]:
+    raise InputError(
+      f"{name} in {folder} is incomplete: {len(missing)} of its {len(shards)} files are missing, "
+      f"{missing[0]} for one; copy the set once more"
+    )
+  variant = builder.builder_config.name if builder.builder_config else ""
+  target = records.sets_folder(to) / builder.name / variant / str(builder.version) if to else folder
+  with records.disk_errors(target):
+    if to is None:
+      _copy_beside(shards, folder, name, num_workers)
+    else:
+      _copy_to(target, shards, folder, name, num_workers)
+  return target
+
+
+def _copy_beside(shards: list[_Shard], folder: Path, name: str, num_workers: int) -> None:
+  with records.draft_folder(folder / ".array_record.incomplete") as draft:
+    _copy_all(shards, draft, name, num_workers)
+    for shard in shards:
+      (draft / shard.copy).rename(folder / shard.copy)
+    info = _read_info(folder)
+    info["alternativeFileFormats"] = [*info.get("alternativeFileFormats", ()), "array_record"]
+    _write_info(draft, info).replace(folder / INFO)  # the set has the new format from here on
+
+
+def _copy_to(target: Path, shards: list[_Shard], folder: Path, name: str, num_workers: int) -> None:
+  with records.whole_set(target, replace=False) as draft:
+    _copy_all(shards, draft, name, num_workers)
+    for path in folder.iterdir():
+      if path.suffix in (".json", ".txt") and path.name != INFO:
+        shutil.copyfile(path, draft / path.name)
+    info = _read_info(folder) | {"fileFormat": "array_record"}
+    info.pop("alternativeFileFormats", None)
+    _write_info(draft, info)
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+  return json.loads((folder / INFO).read_text())
+
+
+def _write_info(folder: Path, info: dict[str, Any]) -> Path:
+  path = folder / INFO
+  path.write_text(json.dumps(info, indent=2))
+  return path
+
+
+def read_tfrecord(path: Path) -> Iterator[bytes]:
+  """The records of a file: each is its length, a checksum of that, the bytes, a checksum of them.
+
+  Raises:
+    InputError: the file is cut off or damaged.
+  """
+  with path.open("rb") as file:
+    index = 0
+    while header := file.read(12):
+      whole = len(header) == 12
+      if whole and masked_crc32c(header[:8]) != struct.unpack("<I", header[8:])[0]:
+        raise InputError(f"{path} is damaged at record {index}; copy this file once more")
+      length = struct.unpack("<Q", header[:8])[0] if whole else 0
+      data, end = file.read(length), file.read(4)
+      if not whole or len(data) < length or len(end) < 4:
+        raise InputError(f"{path} is cut off in record {index}; copy this file once more")
+      if masked_crc32c(data) != struct.unpack("<I", end)[0]:
+        raise InputError(f"{path} is damaged in record {index}; copy this file once more")
+      yield data
+      index += 1
+
+
+def _shards(builder: Any) -> list[_Shard]:
+  shards = []
+  for split in builder.info.splits.values():
+    names = [
+      split.replace(filename_template=split.filename_template.replace(filetype_suffix=suffix))
+      for suffix in ("tfrecord", "array_record")
+    ]
+    paths, copies = ([Path(path) for path in info.filepaths] for info in names)
+    shards += [
+      _Shard(path, copy.name, images)
+      for path, copy, images in zip(paths, copies, split.shard_lengths)
+    ]
+  return shards
+
+
+def _check_room(folder: Path, wanted: int) -> None:
+  free = shutil.disk_usage(folder).free
+  if free < wanted:
+    raise InputError(
+      f"the disk of {folder.parent} needs {wanted / 1e9:.1f} GB for an array_record copy and has "
+      f"{free / 1e9:.1f} GB; make room, or write it to another disk with --to"
+    )
+
+
+def _copy_all(shards: list[_Shard], draft: Path, name: str, num_workers: int) -> None:
+  _check_room(draft, sum(shard.source.stat().st_size for shard in shards))
+  total = sum(shard.images for shard in shards)
+  with (
+    tqdm(total=total, desc=name, unit=" images", disable=None) as bar,
+    ThreadPoolExecutor(num_workers) as pool,
+  ):
+    try:
+      for _ in pool.map(lambda shard: _copy(shard, draft, bar), shards):
+        pass
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+
+def _copy(shard: _Shard, draft: Path, bar: tqdm) -> None:
+  copied = 0
+  writer = records.open_writer(draft / shard.copy)
+  with records.writer_errors(draft / shard.copy):
+    for record in read_tfrecord(shard.source):
+      writer.write(record)
+      copied += 1
+      bar.update()
+    writer.close()
+  if copied != shard.images:
+    raise InputError(
+      f"{shard.source} holds {copied} records, {shard.images} by the set's metadata; copy the set "
+      "once more"
+    )
