@@ -132,7 +132,7 @@ def test_images_that_cannot_be_compared_fail_whichever_batch_they_are_in(
 
   def last_batch_not_finite(*arguments):
     batches = [
-      batch | {"image": batch["image"].astype(np.float32)} for batch in batches_of(*arguments)
+      batch | {"image": np.array(batch["image"], np.float32)} for batch in batches_of(*arguments)
     ]
     batches[-1]["image"][:] = np.nan
     return iter(batches)
