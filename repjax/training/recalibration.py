@@ -73,35 +73,16 @@ def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dic
   step, items = store.read_checkpoint(workdir, {"variables": spec.variable_shapes()}, best=True)
   variables = items["variables"]
   train, held_out = _open_splits(config, workdir, spec)
-  batches = _training_batches(config, train, spec.preprocessing)
   model = spec.create_model(
     dropout=0.0, axis_name=parallel.AXIS if config.sync_batch_norm else None
   )
-  with contextlib.closing(batches):
-    batch_stats = pooled_statistics(
-      model,
-      variables,
-      spec.preprocessing,
-      tqdm.tqdm(
-        itertools.islice(batches, num_batches),
-        "re-estimating",
-        num_batches,
-        leave=False,
-        disable=None,
-      ),
-    )
+  with contextlib.closing(_training_batches(config, train, spec.preprocessing)) as batches:
+    first = itertools.islice(batches, num_batches)
+    shown = tqdm.tqdm(first, "re-estimating", num_batches, leave=False, disable=None)
+    batch_stats = pooled_statistics(model, variables, spec.preprocessing, shown)
   _check_finite(batch_stats, step)
-  eval_step = parallel.data_parallel(
-    make_eval_step(spec.create_model(), spec.preprocessing, axis_name=parallel.AXIS)
-  )
-  results = {
-    name: evaluation.run(
-      eval_step,
-      parallel.place({"params": variables["params"], "batch_stats": stats}),
-      evaluation.batches(config, held_out, spec.preprocessing),
-    )
-    for name, stats in (("before", variables["batch_stats"]), ("after", batch_stats))
-  }
+  trees = {"before": variables, "after": {**variables, "batch_stats": batch_stats}}
+  results = _evaluate(config, held_out, spec, trees)
   facts = {
     "batches": num_batches,
     "batch_size": config.batch_size,
@@ -199,6 +180,23 @@ def _training_batches(config: Config, source: Source, preprocessing: Preprocessi
     shard=parallel.shard(),
     num_workers=config.num_workers,
   )
+
+
+def _evaluate(
+  config: Config, source: Source, spec: ModelSpec, trees: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+  """Accuracy and loss of a model with each of some variables."""
+  eval_step = parallel.data_parallel(
+    make_eval_step(spec.create_model(), spec.preprocessing, axis_name=parallel.AXIS)
+  )
+  return {
+    name: evaluation.run(
+      eval_step,
+      parallel.place(variables),
+      evaluation.batches(config, source, spec.preprocessing),
+    )
+    for name, variables in trees.items()
+  }
 
 
 def _make_statistics_step(
