@@ -16,7 +16,10 @@ pytest_plugins = ["tests.training.fixtures"]
   ("changes", "fragment"),
   [
     ({"dtype": "float16"}, "unknown value of config.dtype 'float16'; did you mean bfloat16 or"),
-    ({"augment": "shft"}, "unknown value of config.augment 'shft'; did you mean shift?"),
+    (
+      {"augment": "pad_crop"},
+      "unknown step of config.augment 'pad_crop'; did you mean pad_and_crop",
+    ),
     ({"interpolation": "cubic"}, "unknown value of config.interpolation 'cubic'; did you mean b"),
     ({"batch_size": 30}, "batch_size 30 does not divide over 4 devices; use 28 or 32"),
     ({"batch_size": 0}, "config.batch_size must be at least 1, got 0"),
