@@ -1,10 +1,11 @@
 """Times the training input on JPEGs of ImageNet's usual size against plain Pillow.
 
 The images are 500 x 375 pieces of the photographs that scikit-image ships, as JPEGs of several
-qualities; ImageNet's own files have about 110 kB. Seconds are of the processor, so images/s are
-those of one core that does nothing else.
+qualities; ImageNet's own files have about 110 kB. Printed are images a second: decode, random crop
+and flip alone on one core, in turns; the whole pipeline on one core; and the pipeline with N worker
+processes on N cores.
 
-    python scripts/benchmark_input.py --qualities 75 90 95
+    python scripts/benchmark_input.py
 """
 
 import argparse
@@ -14,7 +15,6 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from repjax.data import train_batches
+from repjax.data import augment, train_batches
 from repjax.data.decode import Picture
-from repjax.data.transforms import flip, random_box, random_resized_crop
+from repjax.data.transforms import random_box
 from repjax.errors import InputError, one_paragraph
 
 WIDTH, HEIGHT = 500, 375
+LINES = {"pillow": "pillow | flip", "repjax": "random_resized_crop | flip"}
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "rocket")
 
 
@@ -45,7 +46,7 @@ class Jpegs:
 
 
 def make_jpegs(count: int, quality: int) -> list[bytes]:
-  """JPEGs of random 4:3 pieces, at least half as wide as the photograph."""
+  """JPEGs of random 4:3 pieces, nearly as large as the photographs."""
   try:
     import skimage.data
   except ModuleNotFoundError:
@@ -55,7 +56,7 @@ def make_jpegs(count: int, quality: int) -> list[bytes]:
   for number in range(count):
     photograph = sources[number % len(sources)]
     most = min(photograph.width, photograph.height * 4 // 3)
-    width = int(rng.integers(most // 2, most + 1))
+    width = int(rng.integers(most * 4 // 5, most + 1))
     height = width * 3 // 4
     left = int(rng.integers(photograph.width - width + 1))
     top = int(rng.integers(photograph.height - height + 1))
@@ -68,124 +69,120 @@ def make_jpegs(count: int, quality: int) -> list[bytes]:
   return files
 
 
-def with_pillow(file: bytes, size: int, rng: np.random.Generator) -> np.ndarray:
-  """Decode, RandomResizedCrop and flip as a PyTorch user has them, with Pillow alone."""
-  image = Image.open(io.BytesIO(file)).convert("RGB")
+def crop_with_pillow(
+  picture: Picture, size: int, interpolation: str, rng: np.random.Generator
+) -> np.ndarray:
+  """Decode and RandomResizedCrop as a PyTorch user has them, with Pillow alone."""
+  del interpolation
+  assert isinstance(picture.image, bytes)
+  image = Image.open(io.BytesIO(picture.image)).convert("RGB")
   box = random_box(*image.size, (0.08, 1.0), (3 / 4, 4 / 3), rng)
-  image = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
-  if rng.random() < 0.5:
-    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-  return np.asarray(image)
-
-
-def with_repjax() -> Callable[[bytes, int, np.random.Generator], np.ndarray]:
-  """The same by the package."""
-  crop, mirror = random_resized_crop(), flip()
-
-  def transform(file: bytes, size: int, rng: np.random.Generator) -> np.ndarray:
-    return mirror(crop(Picture(file), size, "bilinear", rng), rng)
-
-  return transform
+  return np.asarray(image.crop(box).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def seconds_in_turns(
-  transforms: list[Callable[..., np.ndarray]], files: list[bytes], size: int, rounds: int
-) -> list[list[float]]:
-  """Processor seconds an image of each transform in each round, after a warm-up."""
-  times = [[] for _ in transforms]
+  lines: dict[str, str], files: list[bytes], size: int, rounds: int
+) -> dict[str, list[float]]:
+  """Processor seconds an image of each augmentation in each round, after a warm-up."""
+  times = {name: [] for name in lines}
   for number in range(rounds + 1):
-    for transform, row in zip(transforms, times):
-      rng = np.random.default_rng(number)
+    for name, line in lines.items():
+      transform, rng = augment.parse(line), np.random.default_rng(number)
       start = time.process_time()
       for file in files:
-        transform(file, size, rng)
-      row.append((time.process_time() - start) / len(files))
-  return [row[1:] for row in times]
+        transform(Picture(file), size, "bilinear", rng)
+      times[name].append((time.process_time() - start) / len(files))
+  return {name: row[1:] for name, row in times.items()}
 
 
 def pipeline_rate(
-  files: list[bytes], size: int, batch_size: int, batches: int, num_workers: int
-) -> tuple[float, float]:
-  """Images a second, and processor seconds an image, of the pipeline that training uses."""
-  examples = Jpegs(files, batch_size * batches)
+  line: str, files: list[bytes], arguments: argparse.Namespace, num_workers: int, cores: int
+) -> float:
+  """Images a second of the pipeline that training uses, on some of the cores."""
+  whole = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, sorted(whole)[:cores])
   source = train_batches(
-    examples,
-    batch_size=batch_size,
-    image_size=size,
-    augment="random_resized_crop | flip",
+    Jpegs(files, arguments.batch_size * arguments.batches),
+    batch_size=arguments.batch_size,
+    image_size=arguments.image_size,
+    augment=line,
     interpolation="bilinear",
     seed=0,
     num_workers=num_workers,
   )
-  for _ in range(2 + 2 * num_workers):  # starting up, and what was prepared meanwhile
+  for _ in range(8):  # starting up, and what was prepared meanwhile
     next(source)
-  start, own = time.perf_counter(), time.process_time()
-  for _ in range(batches):
+  start = time.perf_counter()
+  for _ in range(arguments.batches):
     next(source)
-  seconds, own = time.perf_counter() - start, time.process_time() - own
+  seconds = time.perf_counter() - start
   source.close()
-  images = batch_size * batches
-  return images / seconds, own / images
+  os.sched_setaffinity(0, whole)
+  return arguments.batch_size * arguments.batches / seconds
 
 
 def measure(quality: int, arguments: argparse.Namespace) -> dict[str, Any]:
-  """One quality: both transforms alone, and the pipeline by number of workers."""
+  """One quality: both transforms alone, then in the pipeline, then by number of workers."""
   files = make_jpegs(arguments.images, quality)
-  pillow, ours = seconds_in_turns(
-    [with_pillow, with_repjax()], files, arguments.image_size, arguments.rounds
-  )
-  result = {
+  times = seconds_in_turns(LINES, files, arguments.image_size, arguments.rounds)
+  ratios = [a / b for a, b in zip(times["pillow"], times["repjax"])]
+  result: dict[str, Any] = {
     "quality": quality,
     "kilobytes": sum(map(len, files)) / len(files) / 1e3,
-    "pillow_images_per_second": 1 / statistics.median(pillow),
-    "repjax_images_per_second": 1 / statistics.median(ours),
-    "ratio": statistics.median(a / b for a, b in zip(pillow, ours)),
-    "ratio_range": [f(a / b for a, b in zip(pillow, ours)) for f in (min, max)],
-    "pipeline": {},
+    "transform": {name: 1 / statistics.median(row) for name, row in times.items()},
+    "transform_ratio": statistics.median(ratios),
+    "transform_ratio_range": [min(ratios), max(ratios)],
+    "pipeline_on_one_core": {
+      name: statistics.median(pipeline_rate(line, files, arguments, 0, 1) for _ in range(3))
+      for name, line in LINES.items()
+    },
   }
-  for workers in arguments.workers:
-    rate, own = pipeline_rate(
-      files, arguments.image_size, arguments.batch_size, arguments.batches, workers
-    )
-    result["pipeline"][workers] = {
-      "images_per_second": rate,
-      **({"images_per_second_per_core": 1 / own} if workers == 0 else {}),
-    }
+  rates = result["pipeline_on_one_core"]
+  result["pipeline_ratio"] = rates["repjax"] / rates["pillow"]
+  result["by_workers"] = {
+    workers: pipeline_rate(LINES["repjax"], files, arguments, workers, workers)
+    for workers in arguments.workers
+  }
   return result
+
+
+def format_row(row: dict[str, Any]) -> str:
+  """A line of the table."""
+  alone, pipeline = row["transform"], row["pipeline_on_one_core"]
+  low, high = row["transform_ratio_range"]
+  ratio = f"{row['transform_ratio']:.2f} ({low:.2f}-{high:.2f})"
+  return (
+    f"{row['kilobytes']:>4.0f}  {alone['pillow']:>6.0f}  {alone['repjax']:>6.0f}  {ratio:<18}"
+    f"  {pipeline['pillow']:>6.0f}  {pipeline['repjax']:>6.0f}  {row['pipeline_ratio']:<8.2f}"
+    + "".join(f"{rate:>12.0f}" for rate in row["by_workers"].values())
+  )
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--qualities", type=int, nargs="+", default=[75, 90, 95], help="of the JPEGs")
+  parser.add_argument("--qualities", type=int, nargs="+", default=[75, 90, 95, 98])
   parser.add_argument("--images", type=int, default=200, help="different images")
   parser.add_argument("--image-size", type=int, default=224, help="of the crops, in pixels")
   parser.add_argument("--rounds", type=int, default=7, help="over all images, of each transform")
   parser.add_argument("--batch-size", type=int, default=64)
   parser.add_argument("--batches", type=int, default=40, help="measured, of the pipeline")
-  parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+  parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
   parser.add_argument("--output", type=Path, help="a JSON file for the results")
   arguments = parser.parse_args()
   cv2.setNumThreads(1)
+  augment.CROPS["pillow"] = lambda: crop_with_pillow
   with one_paragraph():
     results = []
-    print(
-      f"{'kB':>6}{'Pillow':>9}{'repjax':>9}  {'ratio':<18}"
-      + "".join(f"{n:>4} workers" for n in arguments.workers)
-      + "    images/s"
-    )
+    workers = "".join(f"{n:>4} workers" for n in arguments.workers)
+    print(f"{'':>4}  {'transform alone':<34}  {'pipeline, one core':<24}")
+    columns = f"  {'Pillow':>6}  {'repjax':>6}  "
+    print(f"{'kB':>4}{columns}{'ratio':<18}{columns}{'ratio':<8}{workers}")
     for quality in arguments.qualities:
       row = measure(quality, arguments)
       results.append(row)
-      ratio = f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f}-{row['ratio_range'][1]:.2f})"
-      print(
-        f"{row['kilobytes']:>6.0f}{row['pillow_images_per_second']:>9.0f}"
-        f"{row['repjax_images_per_second']:>9.0f}  {ratio:<18}"
-        + "".join(f"{p['images_per_second']:>12.0f}" for p in row["pipeline"].values()),
-        flush=True,
-      )
-  print("Pillow and repjax: decode, random crop and flip alone, on one core; then the pipeline")
+      print(format_row(row), flush=True)
   if arguments.output:
     machine = {
       "processor": _processor(),

@@ -27,6 +27,7 @@ class Picture:
   """An image whose size is known and whose pixels are not decoded yet.
 
   Attributes:
+    image: as it was given.
     width: in pixels, as a person sees the image: after the rotation that EXIF asks for.
     height: in pixels, likewise.
   """
@@ -41,7 +42,7 @@ class Picture:
     Raises:
       InputError: the bytes are no image.
     """
-    self._name, self._image = name, image
+    self.image, self._name = image, name
     self._by_opencv = True
     if isinstance(image, np.ndarray):
       self.height, self.width = image.shape[:2]
@@ -69,14 +70,14 @@ class Picture:
     Raises:
       InputError: the image is damaged.
     """
-    if isinstance(self._image, np.ndarray):
-      return self._image
+    if isinstance(self.image, np.ndarray):
+      return self.image
     if self._by_opencv:
-      pixels = cv2.imdecode(np.frombuffer(self._image, np.uint8), _REDUCED[reduction])
+      pixels = cv2.imdecode(np.frombuffer(self.image, np.uint8), _REDUCED[reduction])
       if pixels is not None:
         return pixels
     with self._named_errors():  # Pillow says what is wrong, where something is
-      return _decode(Image.open(io.BytesIO(self._image)))
+      return _decode(Image.open(io.BytesIO(self.image)))
 
   @contextlib.contextmanager
   def _named_errors(self) -> Iterator[None]:

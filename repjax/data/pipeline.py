@@ -1,6 +1,7 @@
 """Batches, by Grain. The step number is the whole state of the training pipeline."""
 
 import functools
+import math
 import os
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -141,8 +142,9 @@ def _example(pixels: np.ndarray, example: dict[str, Any]) -> Batch:
 def _iterate(batches: grain.MapDataset, num_workers: int) -> Generator[Batch]:
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain reads its flags, which only an absl program has parsed
-  # More threads than cores only wait for one another. The buffer counts whole batches.
-  threads = min(16, os.cpu_count() or 1)
+  # More threads than cores only wait for one another. The buffer counts whole batches, and every
+  # worker process has one.
+  threads = min(16, math.ceil(_cores() / max(1, num_workers)))
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   iterable = batches.to_iter_dataset(options)
   _one_thread_each()
@@ -154,6 +156,11 @@ def _iterate(batches: grain.MapDataset, num_workers: int) -> Generator[Batch]:
     yield from iterator
   finally:
     iterator.close()  # stops threads and worker processes
+
+
+def _cores() -> int:
+  """How many this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _one_thread_each(*worker: int) -> None:
