@@ -7,8 +7,9 @@ the number of classes is that of the data set. What is given on the command line
     python main.py --config configs/finetune.py --workdir runs/mine --config.init_from=runs/a0 \
       --config.dataset=mine
 
-With a few dozen images, train the classifier alone: --config.backbone_rate=0. To let the whole
-network learn afterwards, start from that run: --workdir runs/mine2 --config.init_from=runs/mine.
+With a few dozen images, take more epochs. --config.backbone_rate=0 trains the classifier alone, in
+less time; to let the whole network learn afterwards, start from that run: --workdir runs/mine2
+--config.init_from=runs/mine.
 """
 
 import ml_collections
@@ -29,10 +30,11 @@ def get_config() -> ml_collections.ConfigDict:
   for field in ("mean", "std"):
     config[field] = config_dict.placeholder(tuple)
 
+  config.augment = "random_resized_crop(area=(0.35, 1)) | flip"
   config.batch_size = 32
   config.num_epochs = 20.0
   config.warmup_epochs = 1.0
-  config.learning_rate = 0.08  # 0.01 for a batch of 32
+  config.learning_rate = 0.4  # 0.05 for a batch of 32
   config.backbone_rate = 0.3
   config.recalibrate_batches = 50
   config.log_every_steps = 10
