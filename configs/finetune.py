@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.batch_size = 32
   config.num_epochs = 20.0
   config.warmup_epochs = 1.0
-  config.learning_rate = 0.4  # 0.05 for a batch of 32
+  config.learning_rate = 0.08  # 0.01 for a batch of 32
   config.backbone_rate = 0.3
   config.recalibrate_batches = 50
   config.log_every_steps = 10
