@@ -12,7 +12,7 @@ import numpy as np
 from repjax.data import train_batches
 from repjax.errors import InputError
 from repjax.models import init
-from repjax.training import claims, evaluation, finetune, optimizer, parallel, settings
+from repjax.training import claims, evaluation, finetune, parallel, recipe, schedules, settings
 from repjax.training.checkpoint import CheckpointWriter, restore_newest
 from repjax.training.conversion import convert, format_report
 from repjax.training.metrics import MetricsFile, Progress
@@ -45,16 +45,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   claims.check_data(workdir, fingerprints)
   claims.check_workdir(workdir, plan.spec)
   claims.check_continuing(workdir, config)
-  schedule = optimizer.learning_rate_schedule(
-    config.learning_rate, config.batch_size, plan.warmup_steps, plan.total_steps
-  )
-  sgd = optimizer.sgd(
-    schedule,
-    momentum=config.momentum,
-    nesterov=config.nesterov,
-    weight_decay=config.weight_decay,
-    backbone_rate=config.backbone_rate,
-  )
+  schedule = recipe.make_schedule(config, plan)
+  sgd = recipe.make_optimizer(config, schedule)
   state = _first_state(config, plan, sgd, workdir)
   claims.claim_workdir(
     workdir, config, plan.spec, fingerprints
@@ -101,7 +93,7 @@ def _first_state(config: Config, plan: settings.Plan, sgd: Any, workdir: Path) -
 
 def _headline(config: Config, plan: settings.Plan) -> str:
   """What is about to be trained, and at what rate."""
-  peak = config.learning_rate * config.batch_size / optimizer.BASE_BATCH_SIZE
+  peak = config.learning_rate * config.batch_size / schedules.BASE_BATCH_SIZE
   backbone = ""
   if config.backbone_rate != 1:
     backbone = f", {config.backbone_rate:g} times that for all but the classifier"
@@ -112,7 +104,7 @@ def _headline(config: Config, plan: settings.Plan) -> str:
     f"{config.model} on {config.dataset}: {len(plan.train.examples):,} images, "
     f"{config.num_classes} classes, {plan.spec.preprocessing.image_size} px, on {devices}\n"
     f"{plan.total_steps:,} steps of {config.batch_size} images; learning rate "
-    f"{config.learning_rate} x {config.batch_size}/{optimizer.BASE_BATCH_SIZE} = {peak:g}{backbone}"
+    f"{config.learning_rate} x {config.batch_size}/{schedules.BASE_BATCH_SIZE} = {peak:g}{backbone}"
   )
 
 
@@ -134,6 +126,7 @@ def _train(
       mixup=config.mixup,
       cutmix=config.cutmix,
       aux_weight=config.aux_weight,
+      custom_l2=config.custom_l2,
       seed=config.seed,
       axis_name=parallel.AXIS,
       frozen=config.backbone_rate == 0,

@@ -12,7 +12,7 @@ from repjax.data import Source, open_source, parse_augmentation
 from repjax.data.transforms import INTERPOLATIONS
 from repjax.errors import InputError, unknown
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.training import parallel
+from repjax.training import parallel, recipe
 
 Config: TypeAlias = Any
 """An ml_collections.ConfigDict with the fields of configs/common.py; their types are its own."""
@@ -21,12 +21,11 @@ EVALUATION_FIELDS = (
   *("dataset", "data_dir", "eval_split", "batch_size", "num_workers", "tolerance"),
 )
 _FIELDS = (
-  *("init_from", "backbone_rate", "recalibrate_batches"),
+  *("init_from", "recalibrate_batches"),
   *("model", "model_overrides", "num_classes", "dtype", "sync_batch_norm"),
   *("dataset", "data_dir", "train_split", "eval_split", "image_size", "resize_size"),
   *("interpolation", "mean", "std", "augment", "num_workers"),
-  *("batch_size", "num_epochs", "num_steps", "learning_rate", "warmup_epochs", "momentum"),
-  *("nesterov", "weight_decay", "label_smoothing", "mixup", "cutmix", "aux_weight"),
+  *recipe.FIELDS,
   *("seed", "log_every_steps", "eval_every_epochs", "tolerance"),
 )
 
@@ -110,17 +109,12 @@ def check(config: Config) -> None:
   for field in ("image_size", "num_classes", "log_every_steps"):
     if config[field] < 1:
       raise InputError(f"config.{field} must be at least 1, got {config[field]}")
-  for field in ("num_epochs", "eval_every_epochs", "learning_rate"):
-    if not config[field] > 0:
-      raise InputError(f"config.{field} must be above 0, got {config[field]}")
-  for field in (
-    *("seed", "warmup_epochs", "momentum", "weight_decay", "aux_weight", "mixup", "cutmix"),
-    *("backbone_rate", "recalibrate_batches"),
-  ):
+  if not config.eval_every_epochs > 0:
+    raise InputError(f"config.eval_every_epochs must be above 0, got {config.eval_every_epochs}")
+  for field in ("seed", "recalibrate_batches"):
     if not config[field] >= 0:
       raise InputError(f"config.{field} must be at least 0, got {config[field]}")
-  if not 0 <= config.label_smoothing < 1:
-    raise InputError(f"config.label_smoothing is in 0 ... 1, got {config.label_smoothing}")
+  recipe.check(config)
   for field in ("mean", "std"):
     if len(config[field]) != 3 or (field == "std" and not min(config[field]) > 0):
       raise InputError(f"config.{field} takes three numbers, a std above 0, got {config[field]}")

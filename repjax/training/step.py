@@ -9,7 +9,9 @@ import optax
 from flax import linen as nn
 from flax import struct
 
+from repjax.algebra import wide_dtype
 from repjax.spec import Preprocessing
+from repjax.training import custom_l2 as penalty
 from repjax.training import mixing
 from repjax.training.optimizer import classifier_only
 
@@ -52,6 +54,7 @@ def make_train_step(
   mixup: float = 0.0,
   cutmix: float = 0.0,
   aux_weight: float = 0.1,
+  custom_l2: float = 0.0,
   seed: int = 0,
   axis_name: str | None = None,
   frozen: bool = False,
@@ -66,6 +69,8 @@ def make_train_step(
     mixup: alpha of Mixup, see `repjax.training.mixing`; 0: off.
     cutmix: alpha of CutMix; 0: off.
     aux_weight: of the loss of each auxiliary head, which has the same targets.
+    custom_l2: weight w of a penalty 0.5 w `repjax.training.custom_l2`, with the statistics that
+      the step has updated; part of the loss. It has no part in a frozen network's.
     seed: of dropout and mixing, with the step and the device.
     axis_name: over which gradients, running statistics and metrics are averaged; None: alone.
     frozen: only the classifier learns, by an `optimizer` made with `backbone_rate=0`. The network
@@ -81,7 +86,7 @@ def make_train_step(
   def cross_entropy(
     logits: jax.Array, labels: jax.Array, share: jax.Array | None = None
   ) -> jax.Array:
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(wide_dtype(logits.dtype))
     targets = optax.smooth_labels(
       jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing
     )
@@ -115,6 +120,8 @@ def make_train_step(
       loss = cross_entropy(logits, labels, share)
       for aux_logits in auxiliary.values():
         loss += aux_weight * cross_entropy(aux_logits, labels, share)
+      if custom_l2 and not frozen:
+        loss += 0.5 * custom_l2 * penalty.custom_l2(learning, updates["batch_stats"])
       return loss, (logits, updates)
 
     learning = classifier_only(state.params) if frozen else state.params
