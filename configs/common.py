@@ -1,4 +1,4 @@
-"""What all configs share: the RepVGG paper's simple recipe on ImageNet. The others override it."""
+"""What all configs share: the RepVGG paper's simple recipe on ImageNet, and its strong recipe."""
 
 import ml_collections
 from ml_collections import config_dict
@@ -32,6 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.train_split = "train"
   config.eval_split = "validation"
   config.image_size = 224
+  # In evaluation, in model.json and thus in deployment; None: as in training.
+  config.eval_image_size = config_dict.placeholder(int)
   config.resize_size = 256  # of the shorter side in evaluation, before the central crop
   config.interpolation = "bilinear"
   config.mean = (0.485, 0.456, 0.406)
@@ -86,4 +88,15 @@ def get_config() -> ml_collections.ConfigDict:
   # Batches to re-estimate batch norms over at the end; 0: none. A frozen backbone keeps its own.
   config.recalibrate_batches = 0
   config.tolerance = 1e-5  # largest relative difference between both forms' logits
+  return config
+
+
+def get_strong_config() -> ml_collections.ConfigDict:
+  """The RepVGG paper's strong recipe; its mixup's alpha is that of mmpretrain's config of B3."""
+  config = get_config()
+  config.num_epochs = 200.0
+  config.warmup_epochs = 5.0
+  config.augment = "random_resized_crop | flip | auto_augment"
+  config.label_smoothing = 0.1
+  config.mixup = 0.2
   return config

@@ -24,11 +24,22 @@ pytest_plugins = ["tests.training.fixtures"]
     ),
     ({"interpolation": "cubic"}, "unknown value of config.interpolation 'cubic'; did you mean b"),
     ({"batch_size": 30}, "batch_size 30 does not divide over 4 devices; use 28 or 32"),
+    ({"accumulate_steps": 0}, "config.accumulate_steps must be at least 1, got 0"),
+    (
+      {"accumulate_steps": 3},
+      "batch_size 32 does not divide into 12; use 24 or 36",
+    ),
+    ({"accumulate_steps": 16}, "batch_size 32 does not divide into 64; use 64"),
+    (
+      {"accumulate_steps": 8, "mixup": 0.2},
+      "batch_size 32 in 8 parts on 4 devices leaves it one; use at least 64",
+    ),
     ({"batch_size": 0}, "config.batch_size must be at least 1, got 0"),
     (
       {"batch_size": 1440},
       "than the 1437 images of digits's train split; pass --config.batch_size=1024 or",
     ),
+    ({"eval_image_size": 0}, "config.eval_image_size must be at least 1, got 0"),
     ({"image_size": 4}, "H and W at least 8; got (1, 4, 4, 3): use a larger image size"),
     ({"model": "repvg_a0"}, "unknown model 'repvg_a0'; did you mean repvgg_a0"),
     ({"model_overrides": {"depth": 3}}, "unknown override of repvgg_a0 'depth'"),
@@ -51,9 +62,9 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"weight_decay_rule": "more_than_one"}, "did you mean more_than_one_axis"),
     (
       {"warmup_rate": 0.5},
-      "config.warmup_rate = 0.5 is above the peak, config.learning_rate = 0.4",
+      "config.warmup_rate = 0.5 is above the peak, config.learning_rate",
     ),
-    ({"final_rate": 0.5}, "config.final_rate = 0.5 is above the peak, config.learning_rate = 0.4"),
+    ({"final_rate": 0.5}, "config.final_rate = 0.5 is above the peak, config.learning_rate"),
     ({"optimizer": "adamw", "nesterov": True}, "config.nesterov is of SGD; with config.optimizer"),
     ({"optimizer": "adamw", "momentum": 1.0}, "AdamW's first beta, is below 1; got 1.0"),
     ({"custom_l2": 1e-4}, "set it to 'all_but_penalised_kernels', or config.custom_l2 to 0"),
@@ -185,12 +196,35 @@ def test_every_field_of_a_recipe_reaches_its_optimizer(changes):
     config.update(changes)
     ours = recipe.make_optimizer(config, lambda step: 0.1)
     state = ours.init(params)
-    for scale in (1.0, 2.0):
-      updates, state = ours.update(jax.tree.map(lambda x: scale * x, params), state, params)
+    for gradients in (params, jax.tree.map(lambda x: 2 * x, params)):
+      updates, state = ours.update(gradients, state, params)
     return jax.tree.leaves(updates)
 
   ours, plain = second_update(changes), second_update({})
   assert any(np.any(a != b) for a, b in zip(ours, plain))
+
+
+def test_models_see_another_size_in_evaluation_where_one_is_set(digits_dir):
+  plan = settings.make_plan(tiny.config(digits_dir, eval_image_size=24))
+  assert plan.spec.preprocessing.image_size == plan.spec.preprocessing.resize_size == 24
+
+
+@pytest.mark.parametrize("sizes", [(4, 16), (16, 4)])
+def test_both_sizes_must_be_large_enough(digits_dir, sizes):
+  config = tiny.config(digits_dir, image_size=sizes[0], eval_image_size=sizes[1])
+  with pytest.raises(InputError, match=r"H and W at least 8; got \(1, 4, 4, 3\)"):
+    settings.make_plan(config)
+
+
+def test_a_model_whose_parameters_depend_on_the_size_has_one_size(digits_dir, monkeypatch):
+  def shapes(spec, *, deploy=False):
+    del deploy
+    return {"params": spec.preprocessing.image_size}
+
+  monkeypatch.setattr(settings.ModelSpec, "variable_shapes", shapes)
+  settings.make_plan(tiny.config(digits_dir, eval_image_size=16))
+  with pytest.raises(InputError, match="cannot be trained at 16 px and evaluated at 24; leave"):
+    settings.make_plan(tiny.config(digits_dir, eval_image_size=24))
 
 
 def test_evaluation_resizes_to_no_less_than_the_image_size(digits_dir):
