@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _first_state(config: Config, plan: settings.Plan, sgd: Any, workdir: Path) -
   variables = init(
     plan.spec.create_model(), jax.random.key(config.seed), plan.spec.preprocessing.image_size
   )
-  fresh = create_state(variables, sgd)
+  fresh = create_state(variables, sgd, ema=config.ema_decay > 0)
   restored = restore_newest(workdir, fresh)
   if restored is not None:
     own = "; config.init_from is not read again" if config.init_from else ""
@@ -88,7 +89,7 @@ def _first_state(config: Config, plan: settings.Plan, sgd: Any, workdir: Path) -
     return fresh
   variables, text = finetune.first_variables(config.init_from, plan.spec, variables)
   print(text, flush=True)
-  return create_state(variables, sgd)
+  return create_state(variables, sgd, ema=config.ema_decay > 0)
 
 
 def _headline(config: Config, plan: settings.Plan) -> str:
@@ -99,12 +100,17 @@ def _headline(config: Config, plan: settings.Plan) -> str:
     backbone = f", {config.backbone_rate:g} times that for all but the classifier"
   if config.backbone_rate == 0:
     backbone = "; the classifier alone learns, all else is frozen and runs as in evaluation"
+  size, evaluated = f"{config.image_size} px", plan.spec.preprocessing.image_size
+  if evaluated != config.image_size:
+    size += f" ({evaluated} in evaluation)"
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   return (
     f"{config.model} on {config.dataset}: {len(plan.train.examples):,} images, "
-    f"{config.num_classes} classes, {plan.spec.preprocessing.image_size} px, on {devices}\n"
+    f"{config.num_classes} classes, {size}, on {devices}\n"
     f"{plan.total_steps:,} steps of {config.batch_size} images; learning rate "
     f"{config.learning_rate} x {config.batch_size}/{schedules.BASE_BATCH_SIZE} = {peak:g}{backbone}"
+    + f"; gradients of {config.accumulate_steps} parts of a batch are averaged"
+    * (config.accumulate_steps > 1)
   )
 
 
@@ -127,6 +133,9 @@ def _train(
       cutmix=config.cutmix,
       aux_weight=config.aux_weight,
       custom_l2=config.custom_l2,
+      accumulate_steps=config.accumulate_steps,
+      ema_decay=config.ema_decay,
+      ema_start=plan.warmup_steps,
       seed=config.seed,
       axis_name=parallel.AXIS,
       frozen=config.backbone_rate == 0,
@@ -141,7 +150,7 @@ def _train(
   read = train_batches(
     plan.train.examples,
     batch_size=config.batch_size,
-    image_size=preprocessing.image_size,
+    image_size=config.image_size,
     augment=config.augment,
     interpolation=preprocessing.interpolation,
     seed=config.seed,
@@ -174,19 +183,38 @@ def _train(
         )
       if pause:
         start = time.perf_counter()
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        result = evaluation.run(
-          eval_step, variables, evaluation.batches(config, plan.eval, preprocessing)
+        result, text = _evaluate(
+          state,
+          lambda variables: evaluation.run(
+            eval_step, variables, evaluation.batches(config, plan.eval, preprocessing)
+          ),
         )
-        _check_finite("the evaluation's loss", result["loss"], step)
-        records.write(step=step, eval_accuracy=result["accuracy"], eval_loss=result["loss"])
-        checkpoints.save(state, result["accuracy"])
+        records.write(step=step, **result)
+        # The average, where there is one, is what the checkpoint is for.
+        checkpoints.save(state, result.get("ema_accuracy", result["eval_accuracy"]))
         progress.note(
-          f"step {step}/{plan.total_steps}  evaluation: accuracy {result['accuracy']:.2%}, "
-          f"loss {result['loss']:.4f} on {result['count']:,} images",
-          seconds=time.perf_counter() - start,
+          f"step {step}/{plan.total_steps}  evaluation: {text}", seconds=time.perf_counter() - start
         )
     progress.finish()
+
+
+def _evaluate(
+  state: TrainState, run: Callable[[Any], dict[str, float]]
+) -> tuple[dict[str, float], str]:
+  """Evaluates what learns and, where there is one, its average: for the metrics, and in words.
+
+  Raises:
+    InputError: a loss is not finite.
+  """
+  step, result, texts = int(state.step), {}, []
+  trees = {"eval": state.variables} | ({"ema": state.ema} if state.ema is not None else {})
+  for name, variables in trees.items():
+    found = run(variables)
+    _check_finite("the evaluation's loss", found["loss"], step)
+    result |= {f"{name}_accuracy": found["accuracy"], f"{name}_loss": found["loss"]}
+    texts.append(f"accuracy {found['accuracy']:.2%}, loss {found['loss']:.4f}")
+    texts[0] += f" on {found['count']:,} images" if name == "eval" else ""
+  return result, "; average over the steps: ".join(texts)
 
 
 def _settle(pending: list[dict[str, jax.Array]], step: int) -> tuple[float, float]:

@@ -20,6 +20,8 @@ from tests.helpers import (
 )
 from tests.training import tiny
 
+pytest_plugins = ["tests.training.fixtures"]
+
 CASES = [name for name, case in goldens().items() if "custom_l2" in case["expect"]]
 
 

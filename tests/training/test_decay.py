@@ -11,6 +11,8 @@ from repjax.training.custom_l2 import penalised_kernels
 from repjax.training.decay import DECAY_RULES, bias_mask, decay_mask
 from tests.helpers import leaves, official_name
 
+pytest_plugins = ["tests.training.fixtures"]
+
 NAMED = functools.partial(official_name, plus=True)
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from repjax.training.schedules import CURVES, learning_rate_schedule
 
+pytest_plugins = ["tests.training.fixtures"]
+
 TOTAL, WARMUP = 110, 10
 
 
