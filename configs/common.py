@@ -1,4 +1,4 @@
-"""What all configs share: the RepVGG paper's simple recipe on ImageNet. The others override it."""
+"""What all configs share: the RepVGG paper's simple recipe on ImageNet, and its strong recipe."""
 
 import ml_collections
 from ml_collections import config_dict
@@ -32,6 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.train_split = "train"
   config.eval_split = "validation"
   config.image_size = 224
+  # In evaluation, in model.json and thus in deployment; None: as in training.
+  config.eval_image_size = config_dict.placeholder(int)
   config.resize_size = 256  # of the shorter side in evaluation, before the central crop
   config.interpolation = "bilinear"
   config.mean = (0.485, 0.456, 0.406)
@@ -40,20 +42,43 @@ def get_config() -> ml_collections.ConfigDict:
   config.num_workers = 0  # worker processes; 0: threads
 
   # Training length.
-  config.batch_size = 256  # over all devices
+  config.batch_size = 256  # images an update, over all devices
+  # Parts into which each device cuts its share of a batch to need less memory: their gradients are
+  # averaged before the one update. A step remains an update; batch norms see a part at a time.
+  config.accumulate_steps = 1
   config.num_epochs = 120.0
   config.num_steps = config_dict.placeholder(int)  # instead of num_epochs
 
-  # Optimizer: SGD with momentum, linear warm-up from zero, then cosine to zero.
-  config.learning_rate = 0.1  # for a batch of 256, scaled linearly with batch_size
+  # Learning rate: warm-up, then "cosine", "step" or "poly", see repjax/training/schedules.py. All
+  # rates are for a batch of 256 and are scaled linearly with batch_size.
+  config.learning_rate = 0.1
+  config.schedule = "cosine"
   config.warmup_epochs = 0.0
-  config.momentum = 0.9
+  config.warmup_rate = 0.0  # of the first step of a warm-up
+  config.warmup_overlaps = False  # the curve begins with the run, not behind the warm-up
+  config.final_rate = 0.0  # cosine and poly end there, and step goes no lower
+  config.drop_epochs = 30.0  # "step": between two drops
+  config.drop_factor = 0.1  # "step": of each drop
+  config.poly_power = 0.9  # "poly": (1 - part done) to this power
+  config.backbone_rate = 1.0  # factor on the rate of all but the classifier; 0 freezes it
+
+  # Optimizer: "sgd" or "adamw".
+  config.optimizer = "sgd"
+  config.momentum = 0.9  # the first beta of AdamW
   config.nesterov = False
   config.weight_decay = 1e-4
+  # What decays, and whether biases learn twice as fast: see repjax/training/decay.py.
+  config.weight_decay_rule = "kernels_and_fast_biases"
+  config.custom_l2 = 0.0  # weight of RepVGG's penalty, see repjax/training/custom_l2.py; 0: off
+  config.clip_norm = 0.0  # largest norm of the gradient; 0: no limit
+  # Decay an update of the average of parameters and statistics that is evaluated beside the model,
+  # decides which checkpoint is the best and is what is deployed; a plain copy during the warm-up.
+  config.ema_decay = 0.0  # 0: off
+
+  # Loss.
   config.label_smoothing = 0.0
   config.mixup = 0.0  # alpha of the Beta distribution that mixes two images; 0: off
   config.cutmix = 0.0  # the same for boxes of other images; with both, each step takes one of them
-  config.backbone_rate = 1.0  # factor on the rate of all but the classifier; 0 freezes it
   config.aux_weight = 0.1  # of the loss of each auxiliary head, where the model has them
 
   # The run.
@@ -63,4 +88,15 @@ def get_config() -> ml_collections.ConfigDict:
   # Batches to re-estimate batch norms over at the end; 0: none. A frozen backbone keeps its own.
   config.recalibrate_batches = 0
   config.tolerance = 1e-5  # largest relative difference between both forms' logits
+  return config
+
+
+def get_strong_config() -> ml_collections.ConfigDict:
+  """The RepVGG paper's strong recipe; its mixup's alpha is that of mmpretrain's config of B3."""
+  config = get_config()
+  config.num_epochs = 200.0
+  config.warmup_epochs = 5.0
+  config.augment = "random_resized_crop | flip | auto_augment"
+  config.label_smoothing = 0.1
+  config.mixup = 0.2
   return config

@@ -30,9 +30,21 @@ PAPER = {
   "repvgg_b2": 78.78,
   "repvgg_b2g4": 78.50,
 }
+# Table 5: after 200 epochs of the strong recipe, the model and its top-1.
+STRONG = {
+  "repvgg_b2g4_strong": ("repvgg_b2g4", 79.38),
+  "repvgg_b3": ("repvgg_b3", 80.52),
+  "repvgg_b3g4": ("repvgg_b3g4", 80.21),
+}
+# README of the authors' repository, at 320 px.
+AT_320 = {
+  "repvgg_d2se": 83.55,
+  "repvggplus_l2pse": 84.06,
+  "repvggplus_l2pse_custom_l2": 84.16,
+}
 
 
-NEVER_SET = {"data_dir", "init_from", "num_steps"}  # None in the shared config too
+NEVER_SET = {"data_dir", "init_from", "num_steps", "eval_image_size"}  # None in the shared one too
 LEFT_OPEN = {
   *("model", "num_classes", "dataset"),
   *("image_size", "resize_size", "interpolation", "mean", "std"),
@@ -44,8 +56,8 @@ def load(name):
   return module.get_config(), module.__doc__
 
 
-def test_there_is_a_config_for_each_result_of_the_simple_recipe_and_one_to_try():
-  assert {*PAPER, "digits", "finetune"} == set(NAMES)
+def test_there_is_a_config_for_each_result_and_one_to_try():
+  assert {*PAPER, *STRONG, *AT_320, "digits", "finetune"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,11 +107,80 @@ def test_a_config_of_the_paper_gives_its_number_and_is_the_shared_recipe(name):
   assert config.to_dict() == base.to_dict()
 
 
+@pytest.mark.parametrize("name", STRONG)
+def test_a_config_of_the_strong_recipe_gives_its_number_and_is_that_recipe(name):
+  config, text = load(name)
+  model, accuracy = STRONG[name]
+  assert f"{accuracy:.2f} %" in text
+  base = common.get_strong_config()
+  base.model = model
+  assert config.to_dict() == base.to_dict()
+
+
+def test_the_strong_recipe_is_the_papers():
+  config, simple = common.get_strong_config(), common.get_config()
+  assert changes(simple, config) == {
+    "num_epochs": 200,
+    "warmup_epochs": 5,
+    "augment": "random_resized_crop | flip | auto_augment",
+    "label_smoothing": 0.1,
+    "mixup": 0.2,
+  }
+
+
+def changes(base, config):
+  """The fields in which a config differs from another, with its values."""
+  held = base.to_dict()
+  return {field: value for field, value in config.to_dict().items() if value != held[field]}
+
+
+@pytest.mark.parametrize("name", AT_320)
+def test_a_model_of_two_sizes_is_evaluated_and_deployed_at_the_second(name):
+  config, text = load(name)
+  assert f"{AT_320[name]:.2f} % top-1 at 320 px (resize 320" in text
+  preprocessing = settings.preprocessing(config)
+  assert (preprocessing.image_size, preprocessing.resize_size) == (320, 320)
+  assert config.image_size == (224 if name == "repvgg_d2se" else 256)
+
+
+def test_the_recipe_of_d2se_is_the_strong_one_but_for_the_size():
+  config, strong = load("repvgg_d2se")[0], common.get_strong_config()
+  assert changes(strong, config) == {
+    "model": "repvgg_d2se",
+    "eval_image_size": 320,
+    "resize_size": 320,
+  }
+
+
+def test_the_recipe_of_l2pse_is_the_later_scripts():
+  config = load("repvggplus_l2pse")[0]
+  assert (config.num_epochs, config.warmup_epochs, config.batch_size) == (300, 5, 256)
+  assert (config.optimizer, config.momentum, config.nesterov) == ("sgd", 0.9, True)
+  assert (config.schedule, config.warmup_rate, config.final_rate) == ("cosine", 0, 0)
+  assert (config.learning_rate, config.warmup_overlaps) == (0.1, True)
+  assert (config.weight_decay, config.weight_decay_rule) == (4e-5, "more_than_one_axis")
+  assert (config.label_smoothing, config.mixup, config.cutmix) == (0.1, 0.2, 0)
+  assert (config.aux_weight, config.custom_l2, config.ema_decay, config.clip_norm) == (0.1, 0, 0, 0)
+  assert config.augment == (
+    'random_resized_crop | flip | rand_augment(2, 15, noise="uniform", probability=1, cutout=True)'
+  )
+  assert repjax.create_model(config.model).aux_heads
+  twin = load("repvggplus_l2pse_custom_l2")[0]
+  assert changes(config, twin) == {
+    "weight_decay_rule": "all_but_penalised_kernels",
+    "custom_l2": 4e-5,
+  }
+
+
 def test_the_shared_recipe_is_the_papers():
   config = common.get_config()
   assert (config.num_epochs, config.batch_size, config.learning_rate) == (120, 256, 0.1)
   assert (config.momentum, config.nesterov, config.weight_decay) == (0.9, False, 1e-4)
   assert (config.warmup_epochs, config.label_smoothing) == (0, 0)
+  assert (config.optimizer, config.schedule, config.warmup_rate) == ("sgd", "cosine", 0)
+  assert config.weight_decay_rule == "kernels_and_fast_biases"
+  assert (config.custom_l2, config.clip_norm, config.ema_decay) == (0, 0, 0)
+  assert (config.accumulate_steps, config.mixup, config.cutmix) == (1, 0, 0)
   assert (config.image_size, config.resize_size, config.interpolation) == (224, 256, "bilinear")
   assert config.augment == "random_resized_crop | flip"
   assert config.mean == (0.485, 0.456, 0.406)

@@ -22,7 +22,7 @@ MAY_IMPORT = {
   "analysis": {"models", "reparam", "spec"},
   "weights": {"models", "reparam", "spec"},
   "deploy": {"models", "reparam", "spec"},
-  "training": {"data", "models", "reparam", "spec"},
+  "training": {"algebra", "data", "models", "reparam", "spec"},
   "data": set(),
 }
 # Other people's packages that a room keeps to, or stays clear of.

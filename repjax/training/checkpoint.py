@@ -45,11 +45,24 @@ class CheckpointWriter:
 
 
 def to_items(state: TrainState) -> dict:
-  """A state as the items of a checkpoint: `variables` alone suffice for inference."""
-  return {
-    "variables": {"params": state.params, "batch_stats": state.batch_stats},
-    "training": {"step": state.step, "opt_state": state.opt_state},
-  }
+  """A state as the items of a checkpoint: `variables` alone suffice for inference.
+
+  Where a run averages its variables, the average is what is evaluated, converted and started from,
+  so that is what `variables` are; those that learn are then part of `training`.
+  """
+  training = {"step": state.step, "opt_state": state.opt_state}
+  if state.ema is None:
+    return {"variables": state.variables, "training": training}
+  return {"variables": state.ema, "training": {**training, "learning": state.variables}}
+
+
+def from_items(items: dict) -> TrainState:
+  """The inverse of `to_items`."""
+  training = dict(items["training"])
+  learning = training.pop("learning", None)
+  if learning is None:
+    return TrainState(**items["variables"], **training)
+  return TrainState(**learning, **training, ema=items["variables"])
 
 
 def restore_newest(workdir: Path, like: TrainState) -> TrainState | None:
@@ -70,8 +83,4 @@ def restore_newest(workdir: Path, like: TrainState) -> TrainState | None:
     target = Path(tempfile.mkdtemp(prefix=f"{newer}-", dir=workdir / "damaged"))
     (workdir / "checkpoints" / str(newer)).replace(target)
     print(f"the damaged checkpoint of step {newer} is now in {target}", flush=True)
-  return TrainState(
-    params=items["variables"]["params"],
-    batch_stats=items["variables"]["batch_stats"],
-    **items["training"],
-  )
+  return from_items(items)

@@ -66,14 +66,21 @@ def check_workdir(workdir: Path, spec: ModelSpec) -> None:
 
 
 def check_continuing(workdir: Path, config: Config) -> None:
-  """Raises InputError where a run with checkpoints would freeze or thaw its backbone.
+  """Raises InputError where a run with checkpoints would freeze its backbone, or begin to average.
 
   The optimizer's state in them is of the parameters that were learning.
   """
   path = workdir / "config.json"
   if not store.checkpoints(workdir) or not path.exists():
     return
-  before = read_config(workdir).get("backbone_rate", 1.0)
+  held = read_config(workdir)
+  if (held.get("ema_decay", 0.0) > 0) != (config.ema_decay > 0):
+    raise InputError(
+      f"the run in {workdir} began with config.ema_decay = {held.get('ema_decay', 0.0)}, and an "
+      f"average cannot be begun or dropped ({config.ema_decay}) within a run; begin another from "
+      f"it: another --workdir with --config.init_from={workdir}"
+    )
+  before = held.get("backbone_rate", 1.0)
   if (before == 0) != (config.backbone_rate == 0):
     raise InputError(
       f"the run in {workdir} began with config.backbone_rate = {before}, and a backbone cannot be "

@@ -29,9 +29,10 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
     workdir: of a run.
 
   Returns:
-    The report: `step`, `recalibrated` (None, or how its statistics were re-estimated), `dataset`,
-    `images`, `accuracy` of both forms, `agreement` of their predictions, `logits_difference`,
-    `layers` (scope to largest relative difference of its output), and `parameters` of both forms.
+    The report: `step`, `recalibrated` (None, or how its statistics were re-estimated), `ema_decay`
+    (of the average that was converted; 0: none), `dataset`, `images`, `accuracy` of both forms,
+    `agreement` of their predictions, `logits_difference`, `layers` (scope to largest relative
+    difference of its output), and `parameters` of both forms.
 
   Raises:
     InputError: the forms differ by more than the tolerance (nothing is overwritten), or there is no
@@ -62,6 +63,7 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
   report = {
     "step": step,
     "recalibrated": recalibrated,
+    "ema_decay": config.get("ema_decay", 0.0),
     "dataset": config.dataset,
     "images": images,
     "accuracy": {form: sums[f"{form}_correct"] / images for form in ("train", "deploy")},
@@ -106,6 +108,11 @@ def format_report(report: dict[str, Any]) -> str:
       _worst_layer(report["layers"]),
       *(
         [f"statistics re-estimated over {recalibrated['batches']} batches"] if recalibrated else []
+      ),
+      *(
+        [f"parameters and statistics averaged over the steps, decay {report['ema_decay']:g}"]
+        if report["ema_decay"]
+        else []
       ),
     ]
   )

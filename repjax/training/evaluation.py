@@ -68,7 +68,8 @@ def evaluate(
   Args:
     config: names the data set; the model and its preprocessing are read from the workdir.
     workdir: of a run.
-    deploy: the plain form, otherwise the training form of the best checkpoint.
+    deploy: the plain form, otherwise the training form of the best checkpoint: where the run
+      averages its parameters and statistics, of the average.
     ten_crop: average ten crops of each image, see `repjax.data.transforms.ten_crop`.
 
   Returns:

@@ -40,6 +40,11 @@ def resolve(config: Config, workdir: str | Path | None = None) -> Config:
   """
   settings.check_fields(config)
   full = ml_collections.ConfigDict(config.to_dict())
+  if full.image_size is None and full.eval_image_size is not None:
+    raise InputError(
+      f"config.eval_image_size = {full.eval_image_size} needs config.image_size, the size to train "
+      "at; a folder to start from says only at which its model was evaluated"
+    )
   held = _held_spec(config, workdir)
   with full.ignore_type():
     if held is not None:
@@ -85,8 +90,9 @@ def _fill(full: Config, held: ModelSpec) -> None:
   overrides.update({name: value for name, value in given.items() if value is not None})
   full.model_overrides = ml_collections.ConfigDict(overrides)
   theirs = held.preprocessing
-  if full.resize_size is None and full.image_size is not None:
-    full.resize_size = round(full.image_size * theirs.resize_size / theirs.image_size)
+  size = full.image_size if full.eval_image_size is None else full.eval_image_size
+  if full.resize_size is None and size is not None:
+    full.resize_size = round(size * theirs.resize_size / theirs.image_size)
   for field in _PREPROCESSING:
     if full[field] is None:
       full[field] = getattr(theirs, field)

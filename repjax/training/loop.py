@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from repjax.data import train_batches
 from repjax.errors import InputError
 from repjax.models import init
-from repjax.training import claims, evaluation, finetune, optimizer, parallel, settings
+from repjax.training import claims, evaluation, finetune, parallel, recipe, schedules, settings
 from repjax.training.checkpoint import CheckpointWriter, restore_newest
 from repjax.training.conversion import convert, format_report
 from repjax.training.metrics import MetricsFile, Progress
@@ -45,16 +46,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   claims.check_data(workdir, fingerprints)
   claims.check_workdir(workdir, plan.spec)
   claims.check_continuing(workdir, config)
-  schedule = optimizer.learning_rate_schedule(
-    config.learning_rate, config.batch_size, plan.warmup_steps, plan.total_steps
-  )
-  sgd = optimizer.sgd(
-    schedule,
-    momentum=config.momentum,
-    nesterov=config.nesterov,
-    weight_decay=config.weight_decay,
-    backbone_rate=config.backbone_rate,
-  )
+  schedule = recipe.make_schedule(config, plan)
+  sgd = recipe.make_optimizer(config, schedule)
   state = _first_state(config, plan, sgd, workdir)
   claims.claim_workdir(
     workdir, config, plan.spec, fingerprints
@@ -81,7 +74,7 @@ def _first_state(config: Config, plan: settings.Plan, sgd: Any, workdir: Path) -
   variables = init(
     plan.spec.create_model(), jax.random.key(config.seed), plan.spec.preprocessing.image_size
   )
-  fresh = create_state(variables, sgd)
+  fresh = create_state(variables, sgd, ema=config.ema_decay > 0)
   restored = restore_newest(workdir, fresh)
   if restored is not None:
     own = "; config.init_from is not read again" if config.init_from else ""
@@ -96,23 +89,28 @@ def _first_state(config: Config, plan: settings.Plan, sgd: Any, workdir: Path) -
     return fresh
   variables, text = finetune.first_variables(config.init_from, plan.spec, variables)
   print(text, flush=True)
-  return create_state(variables, sgd)
+  return create_state(variables, sgd, ema=config.ema_decay > 0)
 
 
 def _headline(config: Config, plan: settings.Plan) -> str:
   """What is about to be trained, and at what rate."""
-  peak = config.learning_rate * config.batch_size / optimizer.BASE_BATCH_SIZE
+  peak = config.learning_rate * config.batch_size / schedules.BASE_BATCH_SIZE
   backbone = ""
   if config.backbone_rate != 1:
     backbone = f", {config.backbone_rate:g} times that for all but the classifier"
   if config.backbone_rate == 0:
     backbone = "; the classifier alone learns, all else is frozen and runs as in evaluation"
+  size, evaluated = f"{config.image_size} px", plan.spec.preprocessing.image_size
+  if evaluated != config.image_size:
+    size += f" ({evaluated} in evaluation)"
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   return (
     f"{config.model} on {config.dataset}: {len(plan.train.examples):,} images, "
-    f"{config.num_classes} classes, {plan.spec.preprocessing.image_size} px, on {devices}\n"
+    f"{config.num_classes} classes, {size}, on {devices}\n"
     f"{plan.total_steps:,} steps of {config.batch_size} images; learning rate "
-    f"{config.learning_rate} x {config.batch_size}/{optimizer.BASE_BATCH_SIZE} = {peak:g}{backbone}"
+    f"{config.learning_rate} x {config.batch_size}/{schedules.BASE_BATCH_SIZE} = {peak:g}{backbone}"
+    + f"; gradients of {config.accumulate_steps} parts of a batch are averaged"
+    * (config.accumulate_steps > 1)
   )
 
 
@@ -134,6 +132,10 @@ def _train(
       mixup=config.mixup,
       cutmix=config.cutmix,
       aux_weight=config.aux_weight,
+      custom_l2=config.custom_l2,
+      accumulate_steps=config.accumulate_steps,
+      ema_decay=config.ema_decay,
+      ema_start=plan.warmup_steps,
       seed=config.seed,
       axis_name=parallel.AXIS,
       frozen=config.backbone_rate == 0,
@@ -148,7 +150,7 @@ def _train(
   read = train_batches(
     plan.train.examples,
     batch_size=config.batch_size,
-    image_size=preprocessing.image_size,
+    image_size=config.image_size,
     augment=config.augment,
     interpolation=preprocessing.interpolation,
     seed=config.seed,
@@ -181,19 +183,38 @@ def _train(
         )
       if pause:
         start = time.perf_counter()
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        result = evaluation.run(
-          eval_step, variables, evaluation.batches(config, plan.eval, preprocessing)
+        result, text = _evaluate(
+          state,
+          lambda variables: evaluation.run(
+            eval_step, variables, evaluation.batches(config, plan.eval, preprocessing)
+          ),
         )
-        _check_finite("the evaluation's loss", result["loss"], step)
-        records.write(step=step, eval_accuracy=result["accuracy"], eval_loss=result["loss"])
-        checkpoints.save(state, result["accuracy"])
+        records.write(step=step, **result)
+        # The average, where there is one, is what the checkpoint is for.
+        checkpoints.save(state, result.get("ema_accuracy", result["eval_accuracy"]))
         progress.note(
-          f"step {step}/{plan.total_steps}  evaluation: accuracy {result['accuracy']:.2%}, "
-          f"loss {result['loss']:.4f} on {result['count']:,} images",
-          seconds=time.perf_counter() - start,
+          f"step {step}/{plan.total_steps}  evaluation: {text}", seconds=time.perf_counter() - start
         )
     progress.finish()
+
+
+def _evaluate(
+  state: TrainState, run: Callable[[Any], dict[str, float]]
+) -> tuple[dict[str, float], str]:
+  """Evaluates what learns and, where there is one, its average: for the metrics, and in words.
+
+  Raises:
+    InputError: a loss is not finite.
+  """
+  step, result, texts = int(state.step), {}, []
+  trees = {"eval": state.variables} | ({"ema": state.ema} if state.ema is not None else {})
+  for name, variables in trees.items():
+    found = run(variables)
+    _check_finite("the evaluation's loss", found["loss"], step)
+    result |= {f"{name}_accuracy": found["accuracy"], f"{name}_loss": found["loss"]}
+    texts.append(f"accuracy {found['accuracy']:.2%}, loss {found['loss']:.4f}")
+    texts[0] += f" on {found['count']:,} images" if name == "eval" else ""
+  return result, "; average over the steps: ".join(texts)
 
 
 def _settle(pending: list[dict[str, jax.Array]], step: int) -> tuple[float, float]:

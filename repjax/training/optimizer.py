@@ -1,50 +1,14 @@
-"""Schedule, weight-decay rule and optimizer of the RepVGG authors' training script."""
+"""From gradients to updates: SGD and AdamW, weight decay by rule, clipping, a backbone's rate."""
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-BASE_BATCH_SIZE = 256
+from repjax.training.decay import DECAY_RULES, bias_mask, decay_mask, map_by_path
 
-
-def learning_rate_schedule(
-  learning_rate: float, batch_size: int, warmup_steps: int, total_steps: int
-) -> optax.Schedule:
-  """Linear warm-up from zero, then a half cosine to zero at `total_steps`.
-
-  Args:
-    learning_rate: the peak for a batch of 256, scaled linearly with the batch.
-    batch_size: over all devices.
-    warmup_steps: length of the warm-up, which counts towards the total.
-    total_steps: of the run.
-
-  References:
-    Goyal et al., Accurate, Large Minibatch SGD, 2017, section 2.1. https://arxiv.org/abs/1706.02677
-  """
-  peak = learning_rate * batch_size / BASE_BATCH_SIZE
-  schedule = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup_steps))
-  if warmup_steps:
-    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-    schedule = optax.join_schedules([warmup, schedule], [warmup_steps])
-  # Optax divides the step by a number, which strict dtype promotion refuses to an integer.
-  return lambda step: schedule(jnp.asarray(step, jnp.float32))
-
-
-def decayed(path: tuple[str, ...]) -> bool:
-  """Whether weight decay applies to the parameter at `path`: kernels and the identity's scale.
-
-  In the authors' script of June 2021 every parameter decays whose name holds neither "bias" nor
-  "bn"; the batch norm of the identity branch is called `rbr_identity` there, so its scale does.
-  """
-  identity_scale = path[-1] == "scale" and any(name.startswith("identity") for name in path)
-  return path[-1] == "kernel" or identity_scale
-
-
-def is_bias(path: tuple[str, ...]) -> bool:
-  """Whether the parameter at `path` is a bias; the authors let those learn twice as fast."""
-  return path[-1] == "bias"
+OPTIMIZERS = ("sgd", "adamw")
+_RULE = "kernels_and_fast_biases"
 
 
 def is_classifier(path: tuple[str, ...]) -> bool:
@@ -69,26 +33,83 @@ def sgd(
   momentum: float,
   nesterov: bool,
   weight_decay: float,
+  weight_decay_rule: str = _RULE,
+  clip_norm: float = 0.0,
   backbone_rate: float = 1.0,
 ) -> optax.GradientTransformation:
   """SGD as PyTorch has it: weight decay joins the gradient before the momentum.
 
   Args:
-    schedule: step to learning rate.
+    schedule: update to learning rate.
     momentum: of the gradient's trace.
     nesterov: look ahead.
-    weight_decay: times the parameters that `decayed` names.
+    weight_decay: times the parameters that decay.
+    weight_decay_rule: which do, and how fast biases learn: a key of DECAY_RULES.
+    clip_norm: the largest norm of all gradients together, before weight decay; 0: no limit.
     backbone_rate: factor on the updates of all that `is_classifier` does not name. At 0 the
       optimizer holds, takes and returns nothing but what `classifier_only` selects.
 
   References:
     https://github.com/DingXiaoH/RepVGG at 9a1de4a, train.py
   """
+  rule = DECAY_RULES[weight_decay_rule]
   inner = optax.chain(
-    optax.add_decayed_weights(weight_decay, mask=lambda params: _by_path(decayed, params)),
-    optax.masked(optax.scale(2.0), lambda params: _by_path(is_bias, params)),
+    optax.add_decayed_weights(weight_decay, mask=lambda params: decay_mask(rule, params)),
+    optax.masked(optax.scale(rule.bias_rate), bias_mask),
     optax.sgd(schedule, momentum, nesterov),
   )
+  return _for_backbone(_clipped(inner, clip_norm), backbone_rate)
+
+
+def adamw(
+  schedule: optax.Schedule,
+  *,
+  momentum: float,
+  weight_decay: float,
+  weight_decay_rule: str = _RULE,
+  clip_norm: float = 0.0,
+  backbone_rate: float = 1.0,
+) -> optax.GradientTransformation:
+  """AdamW as PyTorch has it: p -= rate (m / (sqrt(v) + 1e-8) + weight_decay p), v's beta 0.999.
+
+  Args: as in `sgd`, and
+    momentum: the first beta.
+
+  References:
+    Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019.
+      https://arxiv.org/abs/1711.05101
+  """
+  rule = DECAY_RULES[weight_decay_rule]
+  inner = optax.chain(
+    _scale_by_adam(momentum),
+    optax.add_decayed_weights(weight_decay, mask=lambda params: decay_mask(rule, params)),
+    # Behind Adam, which would undo a factor on the gradient.
+    optax.masked(optax.scale(rule.bias_rate), bias_mask),
+    optax.scale_by_learning_rate(schedule),
+  )
+  return _for_backbone(_clipped(inner, clip_norm), backbone_rate)
+
+
+def _scale_by_adam(momentum: float) -> optax.GradientTransformation:
+  """Optax's own, which takes a number to the power of an integer; strict promotion refuses that."""
+  adam = optax.scale_by_adam(momentum)
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    with jax.numpy_dtype_promotion("standard"):
+      return adam.update(updates, state, params)
+
+  return optax.GradientTransformation(adam.init, update)
+
+
+def _clipped(inner: optax.GradientTransformation, clip_norm: float) -> optax.GradientTransformation:
+  """`inner` behind a limit to the norm of all gradients."""
+  return optax.chain(optax.clip_by_global_norm(clip_norm), inner) if clip_norm else inner
+
+
+def _for_backbone(
+  inner: optax.GradientTransformation, backbone_rate: float
+) -> optax.GradientTransformation:
+  """`inner` with a factor on the updates of all but the classifier."""
   if backbone_rate == 1:
     return inner
 
@@ -101,14 +122,7 @@ def sgd(
   # Not another link of the chain: the state in a checkpoint must fit whatever the factor.
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     updates, state = inner.update(updates, state, params)
-    classifier = _by_path(is_classifier, updates)
+    classifier = map_by_path(lambda path, _: is_classifier(path), updates)
     return jax.tree.map(lambda u, own: u if own else u * backbone_rate, updates, classifier), state
 
   return optax.GradientTransformation(inner.init, update)
-
-
-def _by_path(rule: Any, params: Any) -> Any:
-  """A tree like `params` of rule(path)."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: rule(tuple(entry.key for entry in path)), params
-  )

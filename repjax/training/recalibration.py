@@ -173,13 +173,18 @@ def _training_batches(config: Config, source: Source, preprocessing: Preprocessi
   return train_batches(
     source.examples,
     batch_size=config.batch_size,
-    image_size=preprocessing.image_size,
+    image_size=_training_size(config, preprocessing),
     augment=config.augment,
     interpolation=preprocessing.interpolation,
     seed=config.seed,
     shard=parallel.shard(),
     num_workers=config.num_workers,
   )
+
+
+def _training_size(config: Config, preprocessing: Preprocessing) -> int:
+  """Which may be another than in evaluation; the config of an import does not say it."""
+  return config.get("image_size") or preprocessing.image_size
 
 
 def _evaluate(

@@ -1,9 +1,11 @@
 """From a config to what a run needs, with every mistake in it named before anything is written."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 
@@ -12,7 +14,7 @@ from repjax.data import Source, open_source, parse_augmentation
 from repjax.data.transforms import INTERPOLATIONS
 from repjax.errors import InputError, unknown
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.training import parallel
+from repjax.training import parallel, recipe
 
 Config: TypeAlias = Any
 """An ml_collections.ConfigDict with the fields of configs/common.py; their types are its own."""
@@ -21,12 +23,12 @@ EVALUATION_FIELDS = (
   *("dataset", "data_dir", "eval_split", "batch_size", "num_workers", "tolerance"),
 )
 _FIELDS = (
-  *("init_from", "backbone_rate", "recalibrate_batches"),
+  *("init_from", "recalibrate_batches"),
   *("model", "model_overrides", "num_classes", "dtype", "sync_batch_norm"),
-  *("dataset", "data_dir", "train_split", "eval_split", "image_size", "resize_size"),
-  *("interpolation", "mean", "std", "augment", "num_workers"),
-  *("batch_size", "num_epochs", "num_steps", "learning_rate", "warmup_epochs", "momentum"),
-  *("nesterov", "weight_decay", "label_smoothing", "mixup", "cutmix", "aux_weight"),
+  *("dataset", "data_dir", "train_split", "eval_split"),
+  *("image_size", "eval_image_size", "resize_size", "interpolation", "mean", "std"),
+  *("augment", "num_workers"),
+  *recipe.FIELDS,
   *("seed", "log_every_steps", "eval_every_epochs", "tolerance"),
 )
 
@@ -45,28 +47,47 @@ class Plan(NamedTuple):
   eval_every_steps: int
 
 
+def preprocessing(config: Config) -> Preprocessing:
+  """How images become inputs in evaluation and in deployment."""
+  size = config.image_size if config.eval_image_size is None else config.eval_image_size
+  return Preprocessing(
+    image_size=size,
+    resize_size=max(config.resize_size, size),
+    interpolation=config.interpolation,
+    mean=tuple(config.mean),
+    std=tuple(config.std),
+  )
+
+
 def model_spec(config: Config, class_names: tuple[str, ...]) -> ModelSpec:
   """What model.json will say.
 
   Raises:
     InputError: a model, override or image size that cannot be.
   """
-  preprocessing = Preprocessing(
-    image_size=config.image_size,
-    resize_size=max(config.resize_size, config.image_size),
-    interpolation=config.interpolation,
-    mean=tuple(config.mean),
-    std=tuple(config.std),
-  )
   spec = ModelSpec(
     name=config.model,
     num_classes=config.num_classes,
     overrides={k: v for k, v in config.model_overrides.to_dict().items() if v is not None},
-    preprocessing=preprocessing,
+    preprocessing=preprocessing(config),
     class_names=class_names,
   )
   spec.variable_shapes()  # traces the model, which checks overrides and the image size
   return spec
+
+
+def check_training_size(config: Config, spec: ModelSpec) -> None:
+  """Raises InputError where a model cannot be trained at one image size and used at another."""
+  training = dataclasses.replace(spec.preprocessing, image_size=config.image_size)
+  if training == spec.preprocessing:
+    return
+  shapes = dataclasses.replace(spec, preprocessing=training).variable_shapes()
+  if shapes != spec.variable_shapes():
+    raise InputError(
+      f"the parameters of {config.model} depend on the image size, so it cannot be trained at "
+      f"{config.image_size} px and evaluated at {spec.preprocessing.image_size}; leave "
+      "config.eval_image_size unset"
+    )
 
 
 def check_evaluation(config: Config) -> None:
@@ -107,20 +128,17 @@ def check(config: Config) -> None:
     if config[field] not in choices:
       raise unknown(f"value of config.{field}", config[field], choices)
   parse_augmentation(config.augment)
-  for field in ("image_size", "num_classes", "log_every_steps"):
-    if config[field] < 1:
-      raise InputError(f"config.{field} must be at least 1, got {config[field]}")
-  for field in ("num_epochs", "eval_every_epochs", "learning_rate"):
-    if not config[field] > 0:
-      raise InputError(f"config.{field} must be above 0, got {config[field]}")
   for field in (
-    *("seed", "warmup_epochs", "momentum", "weight_decay", "aux_weight", "mixup", "cutmix"),
-    *("backbone_rate", "recalibrate_batches"),
+    *("image_size", "eval_image_size", "num_classes", "log_every_steps", "accumulate_steps"),
   ):
+    if config[field] is not None and config[field] < 1:
+      raise InputError(f"config.{field} must be at least 1, got {config[field]}")
+  if not config.eval_every_epochs > 0:
+    raise InputError(f"config.eval_every_epochs must be above 0, got {config.eval_every_epochs}")
+  for field in ("seed", "recalibrate_batches"):
     if not config[field] >= 0:
       raise InputError(f"config.{field} must be at least 0, got {config[field]}")
-  if not 0 <= config.label_smoothing < 1:
-    raise InputError(f"config.label_smoothing is in 0 ... 1, got {config.label_smoothing}")
+  recipe.check(config)
   for field in ("mean", "std"):
     if len(config[field]) != 3 or (field == "std" and not min(config[field]) > 0):
       raise InputError(f"config.{field} takes three numbers, a std above 0, got {config[field]}")
@@ -152,6 +170,25 @@ def open_split(config: Config, split: str, spec: ModelSpec) -> Source:
   return source
 
 
+def check_parts(config: Config) -> None:
+  """Raises InputError where a device's share of a batch does not divide into `accumulate_steps`."""
+  parts, devices = config.accumulate_steps, jax.device_count()
+  below = config.batch_size - config.batch_size % (parts * devices)
+  if below != config.batch_size:
+    fitting = [size for size in (below, below + parts * devices) if size > 0]
+    raise InputError(
+      f"config.accumulate_steps = {parts} cuts what each of {devices} devices has of a batch into "
+      f"parts, and batch_size {config.batch_size} does not divide into {parts * devices}; use "
+      f"{' or '.join(map(str, fitting))}"
+    )
+  if parts > 1 and (config.mixup or config.cutmix) and config.batch_size < 2 * parts * devices:
+    raise InputError(
+      f"config.mixup and config.cutmix mix the images of one part, and batch_size "
+      f"{config.batch_size} in {parts} parts on {devices} devices leaves it one; use at least "
+      f"{2 * parts * devices}, or set both to 0"
+    )
+
+
 def check_batch_fits(config: Config, train: Source) -> None:
   """Raises InputError where a split has less images than a batch."""
   images = len(train.examples)
@@ -170,11 +207,13 @@ def make_plan(config: Config) -> Plan:
   """
   check(config)
   parallel.check_batch_size(config.batch_size, mixing=config.mixup > 0 or config.cutmix > 0)
+  check_parts(config)
   spec = model_spec(config, ())
   train, evaluation = (
     open_split(config, split, spec) for split in (config.train_split, config.eval_split)
   )
-  spec = model_spec(config, train.class_names)
+  spec = dataclasses.replace(spec, class_names=train.class_names)
+  check_training_size(config, spec)
   check_batch_fits(config, train)
   steps_per_epoch = len(train.examples) / config.batch_size
   total = config.num_steps

@@ -9,8 +9,11 @@ import optax
 from flax import linen as nn
 from flax import struct
 
+from repjax.algebra import wide_dtype
 from repjax.spec import Preprocessing
+from repjax.training import custom_l2 as penalty
 from repjax.training import mixing
+from repjax.training.accumulation import accumulate
 from repjax.training.optimizer import classifier_only
 
 Batch = dict[str, jax.Array]
@@ -25,21 +28,32 @@ class TrainState:
     params: the model's parameters.
     batch_stats: running statistics of the batch norms.
     opt_state: of the optimizer.
+    ema: {"params", "batch_stats"} averaged over the steps, None where a run does not average.
   """
 
   step: jax.Array
   params: Any
   batch_stats: Any
   opt_state: optax.OptState
+  ema: Any = None
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """The model's variables as they learn."""
+    return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def create_state(variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state at step 0 for the variables of a model."""
+def create_state(
+  variables: Any, optimizer: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
+  """The state at step 0 for the variables of a model, with an average of them on request."""
+  own = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
-    params=variables["params"],
-    batch_stats=variables["batch_stats"],
+    **own,
     opt_state=optimizer.init(variables["params"]),
+    # Copies: a step that reuses the memory of its state cannot be given an array twice.
+    ema=jax.tree.map(jnp.copy, own) if ema else None,
   )
 
 
@@ -52,6 +66,10 @@ def make_train_step(
   mixup: float = 0.0,
   cutmix: float = 0.0,
   aux_weight: float = 0.1,
+  custom_l2: float = 0.0,
+  accumulate_steps: int = 1,
+  ema_decay: float = 0.0,
+  ema_start: int = 0,
   seed: int = 0,
   axis_name: str | None = None,
   frozen: bool = False,
@@ -66,7 +84,14 @@ def make_train_step(
     mixup: alpha of Mixup, see `repjax.training.mixing`; 0: off.
     cutmix: alpha of CutMix; 0: off.
     aux_weight: of the loss of each auxiliary head, which has the same targets.
-    seed: of dropout and mixing, with the step and the device.
+    custom_l2: weight w of a penalty 0.5 w `repjax.training.custom_l2`, with the statistics that
+      the step has updated; part of the loss. It has no part in a frozen network's.
+    accumulate_steps: parts into which the batch is cut, see `repjax.training.accumulation`. Batch
+      norms and mixing see one part at a time; running statistics are updated by each in turn.
+    ema_decay: d of the average a <- d a + (1 - d) x of parameters and statistics behind the
+      update, of a state that has one.
+    ema_start: steps for which the average is a plain copy.
+    seed: of dropout and mixing, with the step, the device and the part.
     axis_name: over which gradients, running statistics and metrics are averaged; None: alone.
     frozen: only the classifier learns, by an `optimizer` made with `backbone_rate=0`. The network
       runs as in evaluation: its batch norms use and keep their running statistics, dropout does
@@ -74,14 +99,15 @@ def make_train_step(
 
   Returns:
     A pure function of a state and {"image": uint8 (N, H, W, 3), "label": int32 (N,)}. The metrics
-    are scalars: `loss`, `accuracy` and `grad_norm`. Of a mixed image the label with the larger
-    share counts as right. An overflow in the update itself shows in the next step's metrics.
+    are scalars: `loss`, `accuracy` and `grad_norm`, which is that before clipping. Of a mixed image
+    the label with the larger share counts as right. An overflow in the update itself shows in the
+    next step's metrics.
   """
 
   def cross_entropy(
     logits: jax.Array, labels: jax.Array, share: jax.Array | None = None
   ) -> jax.Array:
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(wide_dtype(logits.dtype))
     targets = optax.smooth_labels(
       jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing
     )
@@ -89,11 +115,8 @@ def make_train_step(
       targets = mixing.blend(targets, share)
     return optax.softmax_cross_entropy(logits, targets).mean()
 
-  def train_step(state: TrainState, batch: Batch):
+  def gradients_of(variables: Any, batch: Batch, rng: jax.Array):
     images, labels, share = preprocessing.normalize(batch["image"]), batch["label"], None
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    if axis_name is not None:
-      rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
     if mixup or cutmix:
       # A key of its own: what dropout draws does not depend on whether images are mixed.
       own, share = mixing.draw(
@@ -102,11 +125,11 @@ def make_train_step(
       images = mixing.blend(images, own)
 
     def apply(learning):
-      variables = {"params": {**state.params, **learning}, "batch_stats": state.batch_stats}
+      together = {**variables, "params": {**variables["params"], **learning}}
       if frozen:
-        return model.apply(variables, images), {}
+        return model.apply(together, images), {}
       return model.apply(
-        variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": rng}
+        together, images, train=True, mutable=["batch_stats"], rngs={"dropout": rng}
       )
 
     def loss_of(learning):
@@ -115,26 +138,45 @@ def make_train_step(
       loss = cross_entropy(logits, labels, share)
       for aux_logits in auxiliary.values():
         loss += aux_weight * cross_entropy(aux_logits, labels, share)
+      if custom_l2 and not frozen:
+        loss += 0.5 * custom_l2 * penalty.custom_l2(learning, updates["batch_stats"])
       return loss, (logits, updates)
 
-    learning = classifier_only(state.params) if frozen else state.params
-    (loss, (logits, collections)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learning)
+    params = variables["params"]
+    learning = classifier_only(params) if frozen else params
+    (loss, (logits, updates)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learning)
     expected = labels if share is None else mixing.dominant(labels, share)
     correct = logits.argmax(-1) == expected
-    metrics = {"loss": loss, "accuracy": correct.mean(dtype=jnp.float32)}
+    return gradients, updates, {"loss": loss, "accuracy": correct.mean(dtype=jnp.float32)}
+
+  def train_step(state: TrainState, batch: Batch):
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
     if axis_name is not None:
-      gradients, collections, metrics = jax.lax.pmean((gradients, collections, metrics), axis_name)
+      rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+    results = accumulate(gradients_of, state.variables, batch, rng, accumulate_steps)
+    if axis_name is not None:
+      results = jax.lax.pmean(results, axis_name)
+    gradients, collections, metrics = results
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    learning = classifier_only(state.params) if frozen else state.params
     learned: Any = optax.apply_updates(learning, updates)
-    new_state = TrainState(
-      step=state.step + 1,
-      params={**state.params, **learned},
-      batch_stats=collections.get("batch_stats", state.batch_stats),
-      opt_state=opt_state,
-    )
+    new: dict[str, Any] = {
+      "params": {**state.params, **learned},
+      "batch_stats": collections.get("batch_stats", state.batch_stats),
+    }
+    average = None
+    if state.ema is not None:
+      decay = jnp.where(state.step < ema_start, 0.0, ema_decay)
+      average = _averaged(state.ema, new, decay)
+    new_state = TrainState(step=state.step + 1, **new, opt_state=opt_state, ema=average)
     return new_state, metrics | {"grad_norm": optax.tree.norm(gradients)}
 
   return train_step
+
+
+def _averaged(average: Any, new: Any, decay: jax.Array) -> Any:
+  """decay average + (1 - decay) new, which at a decay of 0 is `new` to the bit."""
+  return jax.tree.map(lambda a, x: x + decay.astype(x.dtype) * (a - x), average, new)
 
 
 def make_eval_step(

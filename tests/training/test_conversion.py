@@ -52,6 +52,7 @@ def test_the_report_says_what_was_compared(finished):
   assert report.keys() == {
     "step",
     "recalibrated",
+    "ema_decay",
     "dataset",
     "images",
     "accuracy",
@@ -174,6 +175,7 @@ def test_a_run_without_a_checkpoint_cannot_be_converted(workdir, digits_dir):
 REPORT = {
   "step": 1200,
   "recalibrated": None,
+  "ema_decay": 0.0,
   "dataset": "imagenet2012",
   "images": 50000,
   "accuracy": {"train": 0.72406, "deploy": 0.72404},
@@ -202,6 +204,12 @@ def test_a_report_says_that_statistics_were_re_estimated():
   *table, last = conversion.format_report(report).split("\n")
   assert "\n".join(table) == conversion.format_report(REPORT)
   assert last == "statistics re-estimated over 100 batches"
+
+
+def test_a_report_says_that_an_average_was_converted():
+  *table, last = conversion.format_report({**REPORT, "ema_decay": 0.9999}).split("\n")
+  assert table == conversion.format_report(REPORT).split("\n")
+  assert last == "parameters and statistics averaged over the steps, decay 0.9999"
 
 
 def test_a_reports_columns_line_up():

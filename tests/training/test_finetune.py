@@ -124,6 +124,7 @@ def test_noise_has_the_classes_of_the_folder(finished, digits_dir):
   [
     ({"init_from": None}, "config.model is not set, nor does config.init_from name a folder"),
     ({"init_from": None, "model": "repvgg_a0"}, "or set image_size, resize_size, interpolation, m"),
+    ({"eval_image_size": 24}, "config.eval_image_size = 24 needs config.image_size, the size to"),
     ({"dataset": None}, "config.dataset is not set; pass --config.dataset=NAME"),
   ],
   ids=str,

@@ -14,7 +14,7 @@ import pytest
 
 from repjax import store, training
 from repjax.errors import InputError
-from repjax.training import loop, optimizer, settings
+from repjax.training import loop, optimizer, schedules, settings
 from repjax.training.step import create_state
 from tests.training import tiny
 
@@ -104,7 +104,7 @@ def test_metrics_hold_training_and_evaluation_in_the_order_of_the_steps(finished
   assert sorted(rows, key=lambda row: row["step"]) == rows
   assert [row["step"] for row in trained] == [3, 4, 6, 8, 9, 12]
   assert [row["step"] for row in evaluated] == [4, 8, 12]
-  schedule = optimizer.learning_rate_schedule(0.4, 32, 3, 12)
+  schedule = schedules.learning_rate_schedule(0.4, 32, 3, 12)
   for row in trained:
     assert row.keys() == {"step", "loss", "accuracy", "learning_rate"}
     assert row["learning_rate"] == float(schedule(row["step"] - 1))

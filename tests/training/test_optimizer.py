@@ -1,6 +1,4 @@
-"""Schedule, weight-decay rule and optimizer against the authors' script of June 2021."""
-
-import math
+"""The optimizers against PyTorch's by their documentation, and a backbone's own rate."""
 
 import jax
 import jax.numpy as jnp
@@ -10,106 +8,127 @@ import pytest
 
 import repjax
 from repjax.training import optimizer
-from tests.helpers import leaves, official_name, relative_error
+from tests.helpers import leaves, relative_error
 
 pytest_plugins = ["tests.training.fixtures"]
 
 
-@pytest.fixture(scope="module")
-def paths():
-  """The path of every parameter of a RepVGG with every kind of scope there is."""
-  model = repjax.create_model(
-    "repvgg_a0", stage_sizes=(1, 1, 2, 1), se="post", se_reduction=4, aux_heads=True
+LAYOUT = {
+  "stem": {
+    "RepConv_0": {
+      "conv3x3": {"conv": {"kernel": (3, 3, 2, 4)}, "bn": {"scale": (4,), "bias": (4,)}},
+      "conv1x1": {"conv": {"kernel": (1, 1, 2, 4)}, "bn": {"scale": (4,), "bias": (4,)}},
+      "identity": {"bn": {"scale": (4,), "bias": (4,)}},
+    }
+  },
+  "AuxHead_stage1": {"RepConv_0": {"kernel": (4, 4)}, "head": {"kernel": (4, 5), "bias": (5,)}},
+  "head": {"kernel": (4, 5), "bias": (5,)},
+}
+# What each rule lets decay in LAYOUT, and how fast biases learn.
+RULES = {
+  "kernels_and_fast_biases": ("kernel", "identity/bn/scale"),
+  "all_but_penalised_kernels": ("head/kernel", "RepConv_0/kernel", "identity/bn/scale"),
+  "more_than_one_axis": ("kernel", "identity/bn/scale"),
+}
+BIAS_RATES = {"kernels_and_fast_biases": 2, "all_but_penalised_kernels": 2, "more_than_one_axis": 1}
+RATES = [0.5, 0.2, 0.9, 0.0, 0.3]
+
+
+def drawn(seed, dtype=jnp.float32):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda shape: jnp.asarray(rng.standard_normal(shape), dtype),
+    LAYOUT,
+    is_leaf=lambda x: isinstance(x, tuple),
   )
-  images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-  return [tuple(path.split("/")) for path in leaves(shapes["params"])]
 
 
-def test_what_decays_is_what_the_authors_script_lets_decay(paths):
-  # train.py: no decay where the name holds "bias" or "bn".
-  by_name = {
-    path: not any(word in official_name("/".join(path), plus=True) for word in ("bias", "bn"))
-    for path in paths
-  }
-  assert {path: optimizer.decayed(path) for path in paths} == by_name
-
-
-def test_what_decays_in_words(paths):
-  kinds = {path[-2:] for path in paths if optimizer.decayed(path)}
-  assert kinds == {
-    ("conv", "kernel"),
-    ("head", "kernel"),
-    ("down", "kernel"),
-    ("up", "kernel"),
-    ("bn", "scale"),
-  }
-  scales = {path[-3] for path in paths if path[-1] == "scale" and optimizer.decayed(path)}
-  assert scales == {"identity"}
-  assert {path[-3] for path in paths if path[-1] == "scale"} == {"identity", "conv3x3", "conv1x1"}
-
-
-def test_biases_alone_learn_twice_as_fast(paths):
-  by_name = {path: "bias" in official_name("/".join(path), plus=True) for path in paths}
-  assert {path: optimizer.is_bias(path) for path in paths} == by_name
-  kinds = {path[-2:] for path in paths if optimizer.is_bias(path)}
-  assert kinds == {("bn", "bias"), ("head", "bias"), ("down", "bias"), ("up", "bias")}
-
-
-def torch_sgd(params, gradients, rates, *, momentum, nesterov, weight_decay):
-  """torch.optim.SGD by its documentation; a parameter is (value, decay?, times the rate)."""
+def torch_sgd(value, gradients, decay, factor, *, momentum, nesterov):
+  """torch.optim.SGD by its documentation, with `factor` on the rate."""
   trace = None
-  value, decays, factor = params
-  for gradient, rate in zip(gradients, rates):
-    g = gradient + weight_decay * decays * value
+  for gradient, rate in zip(gradients, RATES):
+    g = gradient + decay * value
     trace = g if trace is None else momentum * trace + g
-    step = g + momentum * trace if nesterov else trace
-    value = value - factor * rate * step
+    value = value - factor * rate * (g + momentum * trace if nesterov else trace)
   return value
 
 
+def torch_adamw(value, gradients, decay, factor, *, momentum):
+  """torch.optim.AdamW by its documentation, with `factor` on the rate."""
+  first = second = 0
+  for count, (gradient, rate) in enumerate(zip(gradients, RATES), 1):
+    rate *= factor
+    value = value - rate * decay * value
+    first = momentum * first + (1 - momentum) * gradient
+    second = 0.999 * second + 0.001 * gradient**2
+    deviation = np.sqrt(second / (1 - 0.999**count)) + 1e-8
+    value = value - rate * first / (1 - momentum**count) / deviation
+  return value
+
+
+def clipped(gradients, limit):
+  """torch.nn.utils.clip_grad_norm_ by its documentation, without the 1e-6 that it adds."""
+  norm = np.sqrt(sum((np.asarray(value) ** 2).sum() for value in jax.tree.leaves(gradients)))
+  return jax.tree.map(lambda value: value * min(1, limit / norm), gradients)
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_several_steps_are_those_of_pytorch(nesterov, momentum):
-  rng = np.random.default_rng(0)
-  layout = {
-    "stem": {
-      "conv3x3": {"conv": {"kernel": (3, 3, 2, 4)}, "bn": {"scale": (4,), "bias": (4,)}},
-      "identity": {"bn": {"scale": (4,), "bias": (4,)}},
-    },
-    "head": {"kernel": (4, 5), "bias": (5,)},
-  }
-
-  def draw():
-    return jax.tree.map(rng.standard_normal, layout, is_leaf=lambda x: isinstance(x, tuple))
-
-  first, gradients = draw(), [draw() for _ in range(5)]
-  rates = [0.5, 0.2, 0.9, 0.0, 0.3]
-  sgd = optimizer.sgd(
-    lambda step: jnp.asarray(rates)[step], momentum=momentum, nesterov=nesterov, weight_decay=0.03
+@pytest.mark.parametrize("clip_norm", [0.0, 12.5, 1e3])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+  ("name", "options"),
+  [
+    ("sgd", {"momentum": 0.0, "nesterov": False}),
+    ("sgd", {"momentum": 0.9, "nesterov": False}),
+    ("sgd", {"momentum": 0.9, "nesterov": True}),
+    ("adamw", {"momentum": 0.8}),
+  ],
+  ids=str,
+)
+def test_several_steps_are_those_of_pytorch(name, options, rule, clip_norm):
+  params, gradients = drawn(0, jnp.float64), [drawn(seed, jnp.float64) for seed in range(1, 6)]
+  first = leaves(params)
+  ours = getattr(optimizer, name)(
+    lambda step: jnp.asarray(RATES)[step],
+    weight_decay=0.03,
+    weight_decay_rule=rule,
+    clip_norm=clip_norm,
+    **options,
   )
-  params = jax.tree.map(jnp.asarray, first)
-  state = sgd.init(params)
-  update = jax.jit(sgd.update)
+  state, update = ours.init(params), jax.jit(ours.update)
   for gradient in gradients:
-    updates, state = update(jax.tree.map(jnp.asarray, gradient), state, params)
+    updates, state = update(gradient, state, params)
     params = optax.apply_updates(params, updates)
 
-  decays = ("stem/conv3x3/conv/kernel", "stem/identity/bn/scale", "head/kernel")
+  limited = [clipped(gradient, clip_norm or np.inf) for gradient in gradients]
   for path, value in leaves(params).items():
-    expected = torch_sgd(
-      (leaves(first)[path], path in decays, 2 if path.endswith("bias") else 1),
-      [leaves(gradient)[path] for gradient in gradients],
-      rates,
-      momentum=momentum,
-      nesterov=nesterov,
-      weight_decay=0.03,
+    expected = {"sgd": torch_sgd, "adamw": torch_adamw}[name](
+      np.asarray(first[path]),
+      [np.asarray(leaves(gradient)[path]) for gradient in limited],
+      0.03 * path.endswith(RULES[rule]),
+      BIAS_RATES[rule] if path.endswith("bias") else 1,
+      **options,
     )
-    assert relative_error(value, expected) <= 1e-14, path
+    assert relative_error(value, expected) <= 1e-13, path
 
 
-def test_the_classifier_is_what_depends_on_the_number_of_classes(paths):
+def test_the_norms_of_these_gradients_are_above_and_below_a_limit_of_the_test():
+  norms = [float(optax.tree.norm(drawn(seed))) for seed in range(1, 6)]
+  assert min(norms) < 12.5 < max(norms) < 1e3
+
+
+def test_the_default_optimizers_state_is_that_of_earlier_checkpoints():
+  state = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.1).init(
+    {"head": {"kernel": jnp.ones((2, 3))}}
+  )
+  flat, _ = jax.tree_util.tree_flatten_with_path(state)
+  assert {jax.tree_util.keystr(path): leaf.shape for path, leaf in flat} == {
+    "[2][0].trace['head']['kernel']": (2, 3),
+    "[2][1].count": (),
+  }
+
+
+def test_the_classifier_is_what_depends_on_the_number_of_classes():
   model = {"stage_sizes": (1, 1, 2, 1), "se": "post", "se_reduction": 4, "aux_heads": True}
   shapes = [
     jax.eval_shape(
@@ -121,40 +140,42 @@ def test_the_classifier_is_what_depends_on_the_number_of_classes(paths):
   ]
   of_three, of_five = (leaves(tree) for tree in shapes)
   differ = {path for path, leaf in of_three.items() if leaf.shape != of_five[path].shape}
-  assert differ == {"/".join(path) for path in paths if optimizer.is_classifier(path)}
+  assert differ == {path for path in of_three if optimizer.is_classifier(tuple(path.split("/")))}
   assert len(differ) == 8  # kernel and bias of the classifier and of three auxiliary heads
 
 
-LAYOUT = {
-  "stem": {"conv": {"kernel": (3, 3, 2, 4)}, "bn": {"scale": (4,), "bias": (4,)}},
-  "AuxHead_stage1": {"RepConv_0": {"kernel": (4, 4)}, "head": {"kernel": (4, 5), "bias": (5,)}},
-  "head": {"kernel": (4, 5), "bias": (5,)},
-}
-
-
-def drawn(seed):
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32),
-    LAYOUT,
-    is_leaf=lambda x: isinstance(x, tuple),
-  )
-
-
-def steps_of(count, **settings):
+def steps_of(count, name="sgd", **options):
   """The updates of the last of some steps, and the optimizer's state."""
-  sgd = optimizer.sgd(lambda step: 0.3, momentum=0.9, nesterov=True, weight_decay=0.03, **settings)
-  params, state = drawn(0), sgd.init(drawn(0))
+  ours = make(name, **options)
+  params, state = drawn(0), ours.init(drawn(0))
   for seed in range(1, 1 + count):
-    updates, state = sgd.update(drawn(seed), state, params)
+    updates, state = ours.update(drawn(seed), state, params)
   return updates, state
 
 
+def make(name, **options):
+  if name == "sgd":
+    options["nesterov"] = True
+  return getattr(optimizer, name)(lambda step: 0.3, momentum=0.9, weight_decay=0.03, **options)
+
+
+CHOICES = pytest.mark.parametrize(
+  ("name", "options"),
+  [
+    ("sgd", {}),
+    ("sgd", {"weight_decay_rule": "all_but_penalised_kernels", "clip_norm": 2.0}),
+    ("adamw", {"weight_decay_rule": "more_than_one_axis", "clip_norm": 2.0}),
+  ],
+  ids=str,
+)
+
+
+@CHOICES
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("factor", [0.1, 0.3, 2.0])
-def test_the_backbones_rate_scales_its_updates_exactly_and_no_others(factor, steps):
-  plain, state = steps_of(steps)
-  scaled, scaled_state = steps_of(steps, backbone_rate=factor)
+def test_the_backbones_rate_scales_its_updates_exactly_and_no_others(factor, steps, name, options):
+  plain, state = steps_of(steps, name, **options)
+  scaled, scaled_state = steps_of(steps, name, **options, backbone_rate=factor)
   for path, update in leaves(scaled).items():
     own = 1 if path.startswith(("head/", "AuxHead_stage1/head/")) else factor
     np.testing.assert_array_equal(update, leaves(plain)[path] * np.float32(own), err_msg=path)
@@ -163,54 +184,19 @@ def test_the_backbones_rate_scales_its_updates_exactly_and_no_others(factor, ste
   jax.tree.map(np.testing.assert_array_equal, scaled_state, state)
 
 
-def test_an_optimizer_for_a_frozen_backbone_holds_and_changes_the_classifier_alone():
+@CHOICES
+def test_an_optimizer_for_a_frozen_backbone_holds_and_changes_the_classifier_alone(name, options):
   params, gradients = drawn(0), {"head": drawn(1)["head"]}
-  settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.03}
-  sgd = optimizer.sgd(lambda step: 0.3, backbone_rate=0.0, **settings)
-  state = sgd.init(params)
+  frozen = make(name, **options, backbone_rate=0.0)
+  state = frozen.init(params)
   arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
-  assert sorted(leaf.shape for leaf in arrays) == [(4, 5), (5,)]
-  updates, _ = sgd.update(gradients, state, params)
-  expected, _ = steps_of(1)
+  moments = {"sgd": 1, "adamw": 2}[name]
+  assert sorted(leaf.shape for leaf in arrays) == moments * [(4, 5)] + moments * [(5,)]
+  updates, _ = frozen.update(gradients, state, params)
   assert updates.keys() == {"head"}
-  jax.tree.map(np.testing.assert_array_equal, updates["head"], expected["head"])
-
-
-@pytest.mark.parametrize("batch_size", [64, 256, 1024])
-def test_the_rate_warms_up_linearly_then_falls_as_a_cosine_to_zero(batch_size):
-  schedule = optimizer.learning_rate_schedule(0.1, batch_size, 10, 110)
-  peak = 0.1 * batch_size / 256
-  expected = {
-    0: 0,
-    1: 0.1 * peak,
-    5: 0.5 * peak,
-    10: peak,
-    35: (2 + math.sqrt(2)) / 4 * peak,
-    60: 0.5 * peak,
-    85: (2 - math.sqrt(2)) / 4 * peak,
-    110: 0,
-    111: 0,
-  }
-  for step, rate in expected.items():
-    assert float(schedule(step)) == pytest.approx(rate, rel=1e-6, abs=1e-7 * peak), step
-
-
-def test_without_warm_up_the_first_step_is_at_the_peak():
-  schedule = optimizer.learning_rate_schedule(0.1, 256, 0, 100)
-  rates = [float(schedule(step)) for step in range(101)]
-  expected = [0.05 * (1 + math.cos(math.pi * step / 100)) for step in range(101)]
-  np.testing.assert_allclose(rates, expected, rtol=1e-6, atol=1e-8)
-
-
-def test_a_run_that_is_all_warm_up_has_a_schedule():
-  schedule = optimizer.learning_rate_schedule(0.1, 256, 4, 4)
-  assert [float(schedule(step)) for step in range(4)] == pytest.approx([0, 0.025, 0.05, 0.075])
-
-
-@pytest.mark.parametrize("warmup_steps", [0, 3])
-def test_the_schedule_is_the_same_for_a_traced_step_under_strict_promotion(warmup_steps):
-  schedule = optimizer.learning_rate_schedule(0.1, 256, warmup_steps, 10)
-  expected = [float(schedule(step)) for step in range(11)]
-  with jax.numpy_dtype_promotion("strict"):
-    traced = jax.jit(jax.vmap(schedule))(jnp.arange(11))
-  np.testing.assert_allclose(traced, expected, 1e-6, 1e-8)
+  # The limit to the norm is then one to the classifier's.
+  alone = make(name, **options)
+  expected, _ = alone.update(
+    gradients, alone.init({"head": params["head"]}), {"head": params["head"]}
+  )
+  jax.tree.map(np.testing.assert_array_equal, updates, expected)

@@ -501,3 +501,14 @@ def test_the_evaluation_before_ignores_statistics_of_an_earlier_time(
     assert again[value]["before"] == recalibrated[1][value]["before"]
   assert store.read_best(workdir, shapes_of(workdir))[2] == again
   assert evaluation.evaluate(tiny.config(digits_dir), workdir)["recalibrated"] == 1
+
+
+@pytest.mark.parametrize("trained", [24, None])
+def test_statistics_are_of_images_of_the_size_that_was_trained_at(digits_dir, trained):
+  config = tiny.config(digits_dir, image_size=24, eval_image_size=16)
+  if trained is None:
+    del config["image_size"]  # as in the config of an import
+  source = open_source("digits", "train", data_dir=str(digits_dir))
+  batches = recalibration._training_batches(config, source, settings.Preprocessing(16, 16))
+  assert next(batches)["image"].shape[1:3] == (trained or 16,) * 2
+  batches.close()

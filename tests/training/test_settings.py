@@ -1,12 +1,14 @@
 """Every mistake in a config is named before anything is written."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import repjax
 from configs import common
 from repjax.errors import InputError
-from repjax.training import settings
+from repjax.training import recipe, settings
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -22,11 +24,22 @@ pytest_plugins = ["tests.training.fixtures"]
     ),
     ({"interpolation": "cubic"}, "unknown value of config.interpolation 'cubic'; did you mean b"),
     ({"batch_size": 30}, "batch_size 30 does not divide over 4 devices; use 28 or 32"),
+    ({"accumulate_steps": 0}, "config.accumulate_steps must be at least 1, got 0"),
+    (
+      {"accumulate_steps": 3},
+      "batch_size 32 does not divide into 12; use 24 or 36",
+    ),
+    ({"accumulate_steps": 16}, "batch_size 32 does not divide into 64; use 64"),
+    (
+      {"accumulate_steps": 8, "mixup": 0.2},
+      "batch_size 32 in 8 parts on 4 devices leaves it one; use at least 64",
+    ),
     ({"batch_size": 0}, "config.batch_size must be at least 1, got 0"),
     (
       {"batch_size": 1440},
       "than the 1437 images of digits's train split; pass --config.batch_size=1024 or",
     ),
+    ({"eval_image_size": 0}, "config.eval_image_size must be at least 1, got 0"),
     ({"image_size": 4}, "H and W at least 8; got (1, 4, 4, 3): use a larger image size"),
     ({"model": "repvg_a0"}, "unknown model 'repvg_a0'; did you mean repvgg_a0"),
     ({"model_overrides": {"depth": 3}}, "unknown override of repvgg_a0 'depth'"),
@@ -44,6 +57,17 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"learning_rate": float("nan")}, "config.learning_rate must be above 0, got nan"),
     ({"tolerance": 0.0}, "config.tolerance must be above 0, got 0.0"),
     ({"log_every_steps": 0}, "config.log_every_steps must be at least 1, got 0"),
+    ({"optimizer": "adam"}, "unknown value of config.optimizer 'adam'; did you mean adamw"),
+    ({"schedule": "cosin"}, "unknown value of config.schedule 'cosin'; did you mean cosine"),
+    ({"weight_decay_rule": "more_than_one"}, "did you mean more_than_one_axis"),
+    (
+      {"warmup_rate": 0.5},
+      "config.warmup_rate = 0.5 is above the peak, config.learning_rate",
+    ),
+    ({"final_rate": 0.5}, "config.final_rate = 0.5 is above the peak, config.learning_rate"),
+    ({"optimizer": "adamw", "nesterov": True}, "config.nesterov is of SGD; with config.optimizer"),
+    ({"optimizer": "adamw", "momentum": 1.0}, "AdamW's first beta, is below 1; got 1.0"),
+    ({"custom_l2": 1e-4}, "set it to 'all_but_penalised_kernels', or config.custom_l2 to 0"),
     ({"dataset": "digit"}, "unknown data set 'digit'; did you mean digits"),
     ({"train_split": "trian"}, "unknown split of digits 'trian'; did you mean train?"),
     ({"eval_split": "validation"}, "unknown split of digits 'validation'"),
@@ -84,6 +108,15 @@ def test_an_override_that_no_run_can_use_is_named(digits_dir, overrides, fragmen
     {"seed": -1},
     {"num_workers": -1},
     {"backbone_rate": -0.1},
+    {"warmup_rate": -0.1},
+    {"final_rate": float("nan")},
+    {"drop_epochs": 0.0},
+    {"drop_factor": 0.0},
+    {"poly_power": 0.0},
+    {"custom_l2": -1.0, "weight_decay_rule": "all_but_penalised_kernels"},
+    {"clip_norm": -1.0},
+    {"ema_decay": 1.0},
+    {"ema_decay": -0.1},
     {"recalibrate_batches": -1},
     {"model_overrides": {"dropout": 2.0}},
   ],
@@ -124,6 +157,74 @@ def test_epochs_give_the_number_of_steps_where_none_is_set(digits_dir):
 def test_a_warm_up_is_never_longer_than_the_run(digits_dir):
   plan = settings.make_plan(tiny.config(digits_dir, warmup_epochs=100.0))
   assert plan.warmup_steps == plan.total_steps == 12
+
+
+def test_every_field_of_a_recipe_reaches_its_schedule(digits_dir):
+  config = tiny.config(
+    digits_dir, num_steps=40, schedule="step", drop_epochs=10 * 32 / 1437, drop_factor=0.5
+  )
+  config.update({"warmup_rate": 0.08, "final_rate": 0.12})
+  schedule = recipe.make_schedule(config, settings.make_plan(config))
+  rates = [float(schedule(step)) * 8 for step in (0, 3, 9, 10, 19, 20, 39)]  # a batch of 32
+  assert rates == pytest.approx([0.08, 0.4, 0.4, 0.2, 0.2, 0.12, 0.12])
+  config.update({"schedule": "poly", "poly_power": 2.0, "warmup_overlaps": True})
+  schedule = recipe.make_schedule(config, settings.make_plan(config))
+  assert float(schedule(20)) * 8 == pytest.approx(0.12 + 0.28 / 4)
+  config.update({"schedule": "cosine", "warmup_overlaps": False, "warmup_epochs": 0.0})
+  schedule = recipe.make_schedule(config, settings.make_plan(config))
+  assert float(schedule(20)) * 8 == pytest.approx(0.12 + 0.28 / 2)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"momentum": 0.5},
+    {"nesterov": True},
+    {"weight_decay": 0.5},
+    {"weight_decay_rule": "more_than_one_axis"},
+    {"clip_norm": 0.1},
+    {"backbone_rate": 0.5},
+    {"optimizer": "adamw"},
+  ],
+  ids=str,
+)
+def test_every_field_of_a_recipe_reaches_its_optimizer(changes):
+  params = {"stem": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+
+  def second_update(changes):
+    config = common.get_config()
+    config.update(changes)
+    ours = recipe.make_optimizer(config, lambda step: 0.1)
+    state = ours.init(params)
+    for gradients in (params, jax.tree.map(lambda x: 2 * x, params)):
+      updates, state = ours.update(gradients, state, params)
+    return jax.tree.leaves(updates)
+
+  ours, plain = second_update(changes), second_update({})
+  assert any(np.any(a != b) for a, b in zip(ours, plain))
+
+
+def test_models_see_another_size_in_evaluation_where_one_is_set(digits_dir):
+  plan = settings.make_plan(tiny.config(digits_dir, eval_image_size=24))
+  assert plan.spec.preprocessing.image_size == plan.spec.preprocessing.resize_size == 24
+
+
+@pytest.mark.parametrize("sizes", [(4, 16), (16, 4)])
+def test_both_sizes_must_be_large_enough(digits_dir, sizes):
+  config = tiny.config(digits_dir, image_size=sizes[0], eval_image_size=sizes[1])
+  with pytest.raises(InputError, match=r"H and W at least 8; got \(1, 4, 4, 3\)"):
+    settings.make_plan(config)
+
+
+def test_a_model_whose_parameters_depend_on_the_size_has_one_size(digits_dir, monkeypatch):
+  def shapes(spec, *, deploy=False):
+    del deploy
+    return {"params": spec.preprocessing.image_size}
+
+  monkeypatch.setattr(settings.ModelSpec, "variable_shapes", shapes)
+  settings.make_plan(tiny.config(digits_dir, eval_image_size=16))
+  with pytest.raises(InputError, match="cannot be trained at 16 px and evaluated at 24; leave"):
+    settings.make_plan(tiny.config(digits_dir, eval_image_size=24))
 
 
 def test_evaluation_resizes_to_no_less_than_the_image_size(digits_dir):

@@ -1,0 +1,22 @@
+"""RepVGG-B3 on ImageNet by the paper's strong recipe.
+
+200 epochs, batch 256, SGD 0.1 with 5 epochs of warm-up and cosine, AutoAugment, crop and flip,
+label smoothing 0.1, mixup 0.2.
+
+Paper: Ding et al., RepVGG, CVPR 2021, Table 5. https://arxiv.org/abs/2101.03697
+Expected: 80.52 % top-1 at 224 px (resize 256, central crop), as printed there;
+not yet reproduced here.
+
+  python main.py --config configs/repvgg_b3.py
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The strong recipe with this model."""
+  config = common.get_strong_config()
+  config.model = "repvgg_b3"
+  return config

@@ -1,0 +1,75 @@
+"""The learning rate as a function of the step: a warm-up, then one of a few curves."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+BASE_BATCH_SIZE = 256
+CURVES = ("cosine", "step", "poly")
+
+
+def learning_rate_schedule(
+  learning_rate: float,
+  batch_size: int,
+  warmup_steps: int,
+  total_steps: int,
+  *,
+  curve: str = "cosine",
+  warmup_rate: float = 0.0,
+  warmup_overlaps: bool = False,
+  final_rate: float = 0.0,
+  drop_steps: int = 1,
+  drop_factor: float = 0.1,
+  power: float = 0.9,
+) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+  """Linear warm-up to the peak, then a curve down to `final_rate` at `total_steps`.
+
+  With t the part of the curve's length that is done, from 0 to 1:
+
+    cosine: final + (peak - final) (1 + cos(pi t)) / 2;  poly: final + (peak - final) (1 - t)^power;
+    step: max(final, peak * drop_factor^floor(step / drop_steps)), counted from the first step.
+
+  The first step of the run is number 0. A curve begins where the warm-up ends, as in the RepVGG
+  paper's strong recipe; or, with `warmup_overlaps`, with the run, beneath the warm-up, so that the
+  rate drops a little where that ends, as in the authors' later script. That script sets each rate
+  one step late, which is not copied.
+
+  Args:
+    learning_rate: the peak for a batch of 256, scaled linearly with the batch, as is every rate.
+    batch_size: images an update, over all devices.
+    warmup_steps: length of the warm-up, which counts towards the total.
+    total_steps: of the run.
+    curve: one of CURVES.
+    warmup_rate: of step 0, where there is a warm-up.
+    warmup_overlaps: see above.
+    final_rate: see above.
+    drop_steps: between two drops of "step".
+    drop_factor: of each.
+    power: of "poly".
+
+  References:
+    Goyal et al., Accurate, Large Minibatch SGD, 2017, section 2.1. https://arxiv.org/abs/1706.02677
+    Loshchilov and Hutter, SGDR, ICLR 2017, eq. 5. https://arxiv.org/abs/1608.03983
+    Chen et al., DeepLab, 2016, section 4.1.1 ("poly"). https://arxiv.org/abs/1606.00915
+  """
+  peak, first, final = (
+    rate * batch_size / BASE_BATCH_SIZE for rate in (learning_rate, warmup_rate, final_rate)
+  )
+  begin = 0 if warmup_overlaps or curve == "step" else warmup_steps
+  length = max(1, total_steps - begin)
+  falling = {
+    "cosine": optax.cosine_decay_schedule(peak, length, final / peak),
+    "step": optax.exponential_decay(peak, drop_steps, drop_factor, staircase=True, end_value=final),
+    "poly": optax.polynomial_schedule(peak, final, power, length),
+  }[curve]
+  rising = optax.linear_schedule(first, peak, warmup_steps) if warmup_steps else None
+
+  def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+    # Optax divides the step by a number, which strict dtype promotion refuses to an integer.
+    step = jnp.asarray(step, jnp.float32)
+    rate = jnp.asarray(falling(step - begin))
+    return rate if rising is None else jnp.where(step < warmup_steps, rising(step), rate)
+
+  return schedule

@@ -1,0 +1,129 @@
+"""The learning rate against the formulas of the papers, written out in Python."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repjax.training.schedules import CURVES, learning_rate_schedule
+
+pytest_plugins = ["tests.training.fixtures"]
+
+TOTAL, WARMUP = 110, 10
+
+
+def rates(schedule, steps=TOTAL + 1):
+  return np.array([float(schedule(step)) for step in range(steps)])
+
+
+def formula(curve, done, *, final=0.0, step=0, power=0.9, drop_steps=30, drop_factor=0.1):
+  """Of a peak of 1."""
+  return {
+    "cosine": final + (1 - final) * (1 + math.cos(math.pi * done)) / 2,
+    "poly": final + (1 - final) * (1 - done) ** power,
+    "step": max(final, drop_factor ** (step // drop_steps)),
+  }[curve]
+
+
+@pytest.mark.parametrize("batch_size", [64, 256, 1024])
+def test_the_rate_warms_up_linearly_then_falls_as_a_cosine_to_zero(batch_size):
+  schedule = learning_rate_schedule(0.1, batch_size, 10, 110)
+  peak = 0.1 * batch_size / 256
+  expected = {
+    0: 0,
+    1: 0.1 * peak,
+    5: 0.5 * peak,
+    10: peak,
+    35: (2 + math.sqrt(2)) / 4 * peak,
+    60: 0.5 * peak,
+    85: (2 - math.sqrt(2)) / 4 * peak,
+    110: 0,
+    111: 0,
+  }
+  for step, rate in expected.items():
+    assert float(schedule(step)) == pytest.approx(rate, rel=1e-6, abs=1e-7 * peak), step
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_without_warm_up_the_first_step_is_at_the_peak(curve):
+  schedule = learning_rate_schedule(0.1, 256, 0, 100, curve=curve, drop_steps=30)
+  expected = [0.1 * formula(curve, step / 100, step=step) for step in range(101)]
+  np.testing.assert_allclose(rates(schedule, 101), expected, rtol=1e-5, atol=1e-8)
+  assert float(schedule(0)) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("curve", CURVES)
+def test_every_rate_is_scaled_with_the_batch(curve, overlaps):
+  options = {"warmup_rate": 0.001, "final_rate": 0.002, "warmup_overlaps": overlaps}
+  one, four = (
+    learning_rate_schedule(0.1, size, WARMUP, TOTAL, curve=curve, drop_steps=30, **options)
+    for size in (256, 1024)
+  )
+  np.testing.assert_allclose(rates(four), 4 * rates(one), rtol=1e-5)
+  assert float(one(0)) == pytest.approx(0.001, rel=1e-5)
+  assert float(one(WARMUP // 2)) == pytest.approx(0.0505, rel=1e-5)
+  assert float(one(TOTAL)) == pytest.approx(0.002, rel=1e-5)
+
+
+@pytest.mark.parametrize("curve", ["cosine", "poly"])
+def test_behind_the_warm_up_the_curve_is_complete(curve):
+  schedule = learning_rate_schedule(
+    0.1, 256, WARMUP, TOTAL, curve=curve, power=2.0, final_rate=0.01
+  )
+  expected = [
+    0.1 * formula(curve, (step - WARMUP) / (TOTAL - WARMUP), final=0.1, power=2.0)
+    for step in range(WARMUP, TOTAL + 1)
+  ]
+  np.testing.assert_allclose(rates(schedule)[WARMUP:], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("curve", ["cosine", "poly"])
+def test_beneath_the_warm_up_the_curve_is_over_the_whole_run(curve):
+  schedule = learning_rate_schedule(0.1, 256, WARMUP, TOTAL, curve=curve, warmup_overlaps=True)
+  expected = [0.1 * formula(curve, step / TOTAL) for step in range(TOTAL + 1)]
+  np.testing.assert_allclose(rates(schedule)[WARMUP:], expected[WARMUP:], rtol=1e-5, atol=1e-8)
+  rising = rates(schedule)[:WARMUP]
+  np.testing.assert_allclose(rising, np.arange(WARMUP) * 0.1 / WARMUP, rtol=1e-5)
+  # Where the warm-up would have reached the peak the curve is below it already.
+  assert float(schedule(WARMUP)) < 0.1 - 1e-4
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_drops_are_counted_from_the_first_step(overlaps):
+  schedule = learning_rate_schedule(
+    1.0,
+    256,
+    WARMUP,
+    TOTAL,
+    curve="step",
+    drop_steps=30,
+    drop_factor=0.5,
+    final_rate=0.2,
+    warmup_overlaps=overlaps,
+  )
+  expected = {9: 0.9, 10: 1, 29: 1, 30: 0.5, 59: 0.5, 60: 0.25, 89: 0.25, 90: 0.2, 110: 0.2}
+  for step, rate in expected.items():
+    assert float(schedule(step)) == pytest.approx(rate), step
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_a_run_that_is_all_warm_up_has_a_schedule(curve):
+  schedule = learning_rate_schedule(0.1, 256, 4, 4, curve=curve, drop_steps=9)
+  assert rates(schedule, 4).tolist() == pytest.approx([0, 0.025, 0.05, 0.075])
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+@pytest.mark.parametrize("curve", CURVES)
+def test_the_schedule_is_the_same_for_a_traced_step_under_strict_promotion(
+  curve, warmup_steps, overlaps
+):
+  schedule = learning_rate_schedule(
+    0.1, 256, warmup_steps, 10, curve=curve, drop_steps=3, warmup_overlaps=overlaps
+  )
+  with jax.numpy_dtype_promotion("strict"):
+    traced = jax.jit(jax.vmap(schedule))(jnp.arange(11))
+  np.testing.assert_allclose(traced, rates(schedule, 11), 1e-6, 1e-8)
