@@ -19,6 +19,7 @@ from repjax.training.metrics import MetricsFile, Progress
 from repjax.training.recalibration import format_recalibration, recalibrate
 from repjax.training.settings import Config
 from repjax.training.step import TrainState, create_state, make_eval_step, make_train_step
+from repjax.training.watch import Watch
 
 
 def train(config: Config, workdir: str | Path) -> dict[str, Any]:
@@ -161,6 +162,7 @@ def _train(
     contextlib.closing(parallel.prefetch(read)) as batches,
     contextlib.closing(CheckpointWriter(workdir)) as checkpoints,
     contextlib.closing(MetricsFile(workdir / "metrics.jsonl", first_step)) as records,
+    contextlib.closing(Watch(workdir, first_step, tensorboard=config.tensorboard)) as watch,
   ):
     pending = []  # metrics still on the devices, one entry a step
     print("compiling the first step", flush=True)
@@ -175,10 +177,11 @@ def _train(
       if pause or step % config.log_every_steps == 0:
         loss, accuracy = _settle(pending, step)
         pending = []
-        progress.update(step, loss, accuracy, batches.waited)
-        records.write(
-          step=step, loss=loss, accuracy=accuracy, learning_rate=float(learning_rate(step - 1))
-        )
+        pace = progress.update(step, loss, accuracy, batches.waited)
+        values = {"loss": loss, "accuracy": accuracy}
+        values["learning_rate"] = float(learning_rate(step - 1))
+        records.write(step=step, **values)
+        watch.write(step, pace, **values)
       if pause:
         start = time.perf_counter()
         variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -186,7 +189,9 @@ def _train(
           eval_step, variables, evaluation.batches(config, plan.eval, preprocessing)
         )
         _check_finite("the evaluation's loss", result["loss"], step)
-        records.write(step=step, eval_accuracy=result["accuracy"], eval_loss=result["loss"])
+        values = {"eval_accuracy": result["accuracy"], "eval_loss": result["loss"]}
+        records.write(step=step, **values)
+        watch.write(step, **values)
         checkpoints.save(state, result["accuracy"])
         progress.note(
           f"step {step}/{plan.total_steps}  evaluation: accuracy {result['accuracy']:.2%}, "

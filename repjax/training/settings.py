@@ -12,7 +12,7 @@ from repjax.data import Source, open_source, parse_augmentation
 from repjax.data.transforms import INTERPOLATIONS
 from repjax.errors import InputError, unknown
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.training import parallel
+from repjax.training import parallel, watch
 
 Config: TypeAlias = Any
 """An ml_collections.ConfigDict with the fields of configs/common.py; their types are its own."""
@@ -27,7 +27,7 @@ _FIELDS = (
   *("interpolation", "mean", "std", "augment", "num_workers"),
   *("batch_size", "num_epochs", "num_steps", "learning_rate", "warmup_epochs", "momentum"),
   *("nesterov", "weight_decay", "label_smoothing", "mixup", "cutmix", "aux_weight"),
-  *("seed", "log_every_steps", "eval_every_epochs", "tolerance"),
+  *("seed", "log_every_steps", "eval_every_epochs", "tolerance", "tensorboard"),
 )
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -107,6 +107,8 @@ def check(config: Config) -> None:
     if config[field] not in choices:
       raise unknown(f"value of config.{field}", config[field], choices)
   parse_augmentation(config.augment)
+  if config.tensorboard:
+    watch.check_tensorboard()
   for field in ("image_size", "num_classes", "log_every_steps"):
     if config[field] < 1:
       raise InputError(f"config.{field} must be at least 1, got {config[field]}")

@@ -1,0 +1,77 @@
+"""What is written for people who look on: `timing.jsonl`, and TensorBoard's files where wanted."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+
+from repjax.errors import InputError
+from repjax.training.metrics import MetricsFile, Pace
+
+
+class Watch:
+  """Records how fast training is, and shows everything to TensorBoard.
+
+  `timing.jsonl` has a line for each stretch of training: `step` at its end, `images`, `seconds` and
+  `waited`, the seconds of those without data. No other run would reproduce them, so they are not in
+  `metrics.jsonl`. TensorBoard reads `workdir/tensorboard`. Only the first process writes.
+  """
+
+  def __init__(self, workdir: Path, first_step: int, *, tensorboard: bool):
+    """Opens the files for a run that continues after `first_step`; what lies behind it goes."""
+    self._timing = self._board = None
+    if jax.process_index() != 0:
+      return
+    self._timing = MetricsFile(workdir / "timing.jsonl", first_step)
+    if tensorboard:
+      from tensorboardX import SummaryWriter
+
+      # TensorBoard reads files in the order of their names, which begin with the second; it drops
+      # what earlier files say about `purge_step` and later.
+      self._board = SummaryWriter(
+        str(workdir / "tensorboard"),
+        purge_step=first_step + 1,
+        filename_suffix=f".{first_step:09}",
+      )
+
+  def write(self, step: int, pace: Pace | None = None, **values: float) -> None:
+    """Records the values of a line of `metrics.jsonl`, and the pace of the steps before it."""
+    if self._timing is not None and pace is not None:
+      self._timing.write(step=step, **pace._asdict())
+    if self._board is not None:
+      for tag, value in {**_tagged(values), **_speed(pace)}.items():
+        self._board.add_scalar(tag, value, step)
+      self._board.flush()
+
+  def close(self) -> None:
+    """Closes the files."""
+    if self._timing is not None:
+      self._timing.close()
+    if self._board is not None:
+      self._board.close()
+
+
+def check_tensorboard() -> None:
+  """Raises InputError where TensorBoard's files cannot be written for lack of a package."""
+  if importlib.util.find_spec("tensorboardX") is None:
+    raise InputError(
+      "config.tensorboard needs a package that is not installed: pip install tensorboardX "
+      "(or 'repjax[tensorboard]'), or leave it False"
+    )
+
+
+def _tagged(values: dict[str, float]) -> dict[str, float]:
+  """"eval_loss" as "eval/loss", "loss" as "train/loss"."""
+  return {
+    f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
+    for name, value in values.items()
+  }
+
+
+def _speed(pace: Pace | None) -> dict[str, float]:
+  if pace is None:
+    return {}
+  return {
+    "speed/images_per_second": pace.images / pace.seconds,
+    "speed/share_waiting_for_data": pace.waited / pace.seconds,
+  }
