@@ -17,6 +17,7 @@ from repjax.training.checkpoint import CheckpointWriter, restore_newest
 from repjax.training.conversion import convert, format_report
 from repjax.training.metrics import MetricsFile, Progress
 from repjax.training.recalibration import format_recalibration, recalibrate
+from repjax.training.report import draw_at_end
 from repjax.training.settings import Config
 from repjax.training.step import TrainState, create_state, make_eval_step, make_train_step
 from repjax.training.watch import Watch
@@ -74,6 +75,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   print("re-parameterizing the best checkpoint and comparing both forms", flush=True)
   report = convert(config, workdir)
   print(format_report(report) + f"\nsaved: {workdir / 'deploy'}", flush=True)
+  draw_at_end(workdir)
   return report
 
 
@@ -181,7 +183,7 @@ def _train(
         values = {"loss": loss, "accuracy": accuracy}
         values["learning_rate"] = float(learning_rate(step - 1))
         records.write(step=step, **values)
-        watch.write(step, pace, **values)
+        watch.write(step, values, pace)
       if pause:
         start = time.perf_counter()
         variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -191,7 +193,7 @@ def _train(
         _check_finite("the evaluation's loss", result["loss"], step)
         values = {"eval_accuracy": result["accuracy"], "eval_loss": result["loss"]}
         records.write(step=step, **values)
-        watch.write(step, **values)
+        watch.write(step, values)
         checkpoints.save(state, result["accuracy"])
         progress.note(
           f"step {step}/{plan.total_steps}  evaluation: accuracy {result['accuracy']:.2%}, "

@@ -34,7 +34,7 @@ class Watch:
         filename_suffix=f".{first_step:09}",
       )
 
-  def write(self, step: int, pace: Pace | None = None, **values: float) -> None:
+  def write(self, step: int, values: dict[str, float], pace: Pace | None = None) -> None:
     """Records the values of a line of `metrics.jsonl`, and the pace of the steps before it."""
     if self._timing is not None and pace is not None:
       self._timing.write(step=step, **pace._asdict())
@@ -61,7 +61,7 @@ def check_tensorboard() -> None:
 
 
 def _tagged(values: dict[str, float]) -> dict[str, float]:
-  """"eval_loss" as "eval/loss", "loss" as "train/loss"."""
+  """Names as tags: "eval_loss" as "eval/loss", "loss" as "train/loss"."""
   return {
     f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
     for name, value in values.items()
