@@ -12,12 +12,12 @@ from flax import linen as nn
 
 from repjax import store
 from repjax.errors import InputError
-from repjax.layers import RepConv, fold_rep_conv
-from repjax.layers.rep_norm import EPSILON
 from repjax.reparam import FOLDS, layer_name
 from repjax.spec import ModelSpec, load
 
 Tree = Mapping[str, Any]
+
+EPSILON = 1e-5  # what `reparameterize` takes if not told otherwise
 
 
 class Part(NamedTuple):
@@ -88,9 +88,13 @@ def fold_branches(params: Tree, stats: Tree, epsilon: float = EPSILON) -> dict[s
   names = branch_order(params)
   rows = np.eye(len(names))
   return {
-    name: fold_rep_conv(_weighted(params, names, row), stats, epsilon)["conv"]
+    name: _fold(_weighted(params, names, row), stats, epsilon)["conv"]
     for name, row in zip(names, rows)
   }
+
+
+def _fold(params: Tree, stats: Tree, epsilon: float) -> Any:
+  return FOLDS["RepConv"](params, stats, epsilon)
 
 
 def _weighted(params: Tree, names: Sequence[str], weights: Any) -> dict[str, Any]:
@@ -147,10 +151,10 @@ def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...
 
   def note(method: Callable[..., Any], arguments: Any, keywords: Any, context: Any) -> Any:
     path = context.module.path
-    if isinstance(context.module, RepConv) and context.method_name == "__call__":
-      inside = any(layer_name(scope, FOLDS) for scope in path[:-1])
-      if not inside and path not in paths:
-        paths.append(path)
+    layers = [layer_name(scope) for scope in path]
+    is_call = context.method_name == "__call__" and path not in paths
+    if is_call and layers[-1:] == ["RepConv"] and not any(layers[:-1]):
+      paths.append(path)
     return method(*arguments, **keywords)
 
   with nn.intercept_methods(note):
@@ -198,7 +202,7 @@ def _measure(params: Tree, stats: Tree, names: tuple[str, ...]) -> tuple[jax.Arr
   """`_in_short` of the fused kernel and of each branch's part in it, on a first axis."""
 
   def measure(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _in_short(fold_rep_conv(_weighted(params, names, weights), stats, EPSILON))
+    return _in_short(_fold(_weighted(params, names, weights), stats, EPSILON))
 
   # One fold compiled, and one after the other in memory.
   rows = np.concatenate([np.ones((1, len(names))), np.eye(len(names))])

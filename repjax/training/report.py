@@ -47,8 +47,11 @@ def write_report(
   figure = drawing.draw(histories, kernels, notes)
   target.parent.mkdir(parents=True, exist_ok=True)
   draft = target.with_name(f"{target.name}.{os.getpid()}.draft")
-  drawing.save(figure, draft)
-  draft.replace(target)
+  try:
+    drawing.save(figure, draft)
+    draft.replace(target)
+  finally:
+    draft.unlink(missing_ok=True)
   return target, notes
 
 
@@ -79,10 +82,10 @@ def draw_at_end(workdir: Path) -> None:
   try:
     path, notes = write_report(workdir)
   except (InputError, OSError) as error:
-    print(f"no picture of the run: {error}", flush=True)
-    print(f"to draw it later: python scripts/report.py --workdir {workdir}", flush=True)
-    return
-  print("\n".join([*notes, f"picture: {path}"]), flush=True)
+    later = f"python scripts/report.py --workdir {workdir}"
+    print(f"no picture of the run: {error}; to draw it later: {later}", flush=True)
+  else:
+    print("\n".join([*notes, f"picture: {path}"]), flush=True)
 
 
 def _kernels_or_note(workdir: Path) -> tuple[Kernels | None, str | None]:

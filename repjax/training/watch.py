@@ -1,7 +1,9 @@
 """What is written for people who look on: `timing.jsonl`, and TensorBoard's files where wanted."""
 
 import importlib.util
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -24,24 +26,14 @@ class Watch:
       return
     self._timing = MetricsFile(workdir / "timing.jsonl", first_step)
     if tensorboard:
-      from tensorboardX import SummaryWriter
-
-      # TensorBoard reads files in the order of their names, which begin with the second; it drops
-      # what earlier files say about `purge_step` and later.
-      self._board = SummaryWriter(
-        str(workdir / "tensorboard"),
-        purge_step=first_step + 1,
-        filename_suffix=f".{first_step:09}",
-      )
+      self._board = _EventFile(workdir / "tensorboard", first_step)
 
   def write(self, step: int, values: dict[str, float], pace: Pace | None = None) -> None:
     """Records the values of a line of `metrics.jsonl`, and the pace of the steps before it."""
     if self._timing is not None and pace is not None:
       self._timing.write(step=step, **pace._asdict())
     if self._board is not None:
-      for tag, value in {**_tagged(values), **_speed(pace)}.items():
-        self._board.add_scalar(tag, value, step)
-      self._board.flush()
+      self._board.write(step, {**_tagged(values), **_speed(pace)})
 
   def close(self) -> None:
     """Closes the files."""
@@ -49,6 +41,40 @@ class Watch:
       self._timing.close()
     if self._board is not None:
       self._board.close()
+
+
+class _EventFile:
+  """A file for TensorBoard. Each write is on disk when it returns, as in `metrics.jsonl`.
+
+  tensorboardX's own SummaryWriter hands events to a thread: those under way would be missing where
+  the process is killed and another one continues behind them.
+  """
+
+  def __init__(self, folder: Path, first_step: int):
+    from tensorboardX import event_file_writer
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    self._protos: Any = event_pb2, summary_pb2
+    folder.mkdir(exist_ok=True)
+    # TensorBoard reads files in the order of their names, which begin with the second; where a
+    # session starts, it drops what earlier files say about that step and later ones.
+    self._file = event_file_writer.EventsWriter(str(folder / "events"), f".{first_step:09}")
+    start = self._protos[0].SessionLog(status=self._protos[0].SessionLog.START)
+    self._write(step=first_step + 1, session_log=start)
+
+  def write(self, step: int, scalars: dict[str, float]) -> None:
+    """Records tag to value."""
+    summaries = self._protos[1].Summary
+    values = [summaries.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+    self._write(step=step, summary=summaries(value=values))
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+  def _write(self, **fields: Any) -> None:
+    self._file.write_event(self._protos[0].Event(wall_time=time.time(), **fields))
+    self._file.flush()
 
 
 def check_tensorboard() -> None:
