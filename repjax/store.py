@@ -1,7 +1,7 @@
 """Folders on disk: JSON and trees, written whole or not at all, and checkpoints read back.
 
 runs/digits/
-config.json  model.json  data.json  metrics.jsonl
+config.json  model.json  data.json  metrics.jsonl  timing.jsonl  report.png
 checkpoints/<step>/       variables and training state: the newest and the best
 recalibrated/             re-estimated batch_stats/ of one checkpoint, recalibration.json
 deploy/                   model.json, report.json, params/

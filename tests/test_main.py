@@ -52,7 +52,7 @@ def test_a_run_goes_into_a_folder_called_like_its_config(run_main, tmp_path, dig
   assert finished.returncode == 0, finished.stderr
   lines = finished.stdout.splitlines()
   assert lines[0] == "workdir: runs/small"
-  assert lines[-1] == "saved: runs/small/deploy"
+  assert lines[-2:] == ["saved: runs/small/deploy", "picture: runs/small/report.png"]
   held = json.loads((tmp_path / "runs" / "small" / "config.json").read_text())
   assert held["log_every_steps"] == 5
   assert (tmp_path / "runs" / "small" / "deploy" / "report.json").exists()

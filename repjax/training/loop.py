@@ -18,8 +18,10 @@ from repjax.training.checkpoint import CheckpointWriter, restore_newest
 from repjax.training.conversion import convert, format_report
 from repjax.training.metrics import MetricsFile, Progress
 from repjax.training.recalibration import format_recalibration, recalibrate
+from repjax.training.report import draw_at_end
 from repjax.training.settings import Config
 from repjax.training.step import TrainState, create_state, make_eval_step, make_train_step
+from repjax.training.watch import Watch
 
 
 def train(config: Config, workdir: str | Path) -> dict[str, Any]:
@@ -66,6 +68,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   print("re-parameterizing the best checkpoint and comparing both forms", flush=True)
   report = convert(config, workdir)
   print(format_report(report) + f"\nsaved: {workdir / 'deploy'}", flush=True)
+  draw_at_end(workdir)
   return report
 
 
@@ -163,6 +166,7 @@ def _train(
     contextlib.closing(parallel.prefetch(read)) as batches,
     contextlib.closing(CheckpointWriter(workdir)) as checkpoints,
     contextlib.closing(MetricsFile(workdir / "metrics.jsonl", first_step)) as records,
+    contextlib.closing(Watch(workdir, first_step, tensorboard=config.tensorboard)) as watch,
   ):
     pending = []  # metrics still on the devices, one entry a step
     print("compiling the first step", flush=True)
@@ -177,10 +181,11 @@ def _train(
       if pause or step % config.log_every_steps == 0:
         loss, accuracy = _settle(pending, step)
         pending = []
-        progress.update(step, loss, accuracy, batches.waited)
-        records.write(
-          step=step, loss=loss, accuracy=accuracy, learning_rate=float(learning_rate(step - 1))
-        )
+        pace = progress.update(step, loss, accuracy, batches.waited)
+        values = {"loss": loss, "accuracy": accuracy}
+        values["learning_rate"] = float(learning_rate(step - 1))
+        records.write(step=step, **values)
+        watch.write(step, values, pace)
       if pause:
         start = time.perf_counter()
         result, text = _evaluate(
@@ -190,8 +195,9 @@ def _train(
           ),
         )
         records.write(step=step, **result)
+        watch.write(step, result)
         # The average, where there is one, is what the checkpoint is for.
-        checkpoints.save(state, result.get("ema_accuracy", result["eval_accuracy"]))
+        checkpoints.save(state, result.get("eval_ema_accuracy", result["eval_accuracy"]))
         progress.note(
           f"step {step}/{plan.total_steps}  evaluation: {text}", seconds=time.perf_counter() - start
         )
@@ -207,7 +213,7 @@ def _evaluate(
     InputError: a loss is not finite.
   """
   step, result, texts = int(state.step), {}, []
-  trees = {"eval": state.variables} | ({"ema": state.ema} if state.ema is not None else {})
+  trees = {"eval": state.variables} | ({"eval_ema": state.ema} if state.ema is not None else {})
   for name, variables in trees.items():
     found = run(variables)
     _check_finite("the evaluation's loss", found["loss"], step)

@@ -51,6 +51,20 @@ class _Mark(NamedTuple):
   waited: float
 
 
+class Pace(NamedTuple):
+  """How a stretch of training went, without compilation and evaluation.
+
+  Attributes:
+    images: that were trained on, over all devices.
+    seconds: that it took.
+    waited: seconds of those in which the devices had nothing to do for lack of data.
+  """
+
+  images: int
+  seconds: float
+  waited: float
+
+
 class Progress:
   """The live line: step, loss, accuracy, images per second, wait for data, time left.
 
@@ -65,7 +79,7 @@ class Progress:
     self._paused = 0.0
     self._start = self._last = None
 
-  def update(self, step: int, loss: float, accuracy: float, waited: float) -> None:
+  def update(self, step: int, loss: float, accuracy: float, waited: float) -> Pace | None:
     """Shows where training is.
 
     Args:
@@ -73,17 +87,24 @@ class Progress:
       loss: mean over the steps since the last update.
       accuracy: likewise.
       waited: seconds since the run began in which the devices had nothing to do for lack of data.
+
+    Returns:
+      The pace since the last update; None at the first, and where no step was done since.
     """
     now = _Mark(step, time.perf_counter() - self._paused, waited)
     text = f"step {step}/{self._total}  loss {loss:.4f}  accuracy {accuracy:6.2%}"
+    pace = None
     if self._start is None or self._last is None:
       self._start = self._last = now
     elif step > self._last.step:
       rate = (step - self._start.step) / (now.seconds - self._start.seconds)
       text += f"  {rate * self._batch:,.0f} images/s  data {_share_waited(self._last, now):.0%}"
       text += f"  {_clock((self._total - step) / rate)} left"
+      images = (step - self._last.step) * self._batch
+      pace = Pace(images, now.seconds - self._last.seconds, waited - self._last.waited)
       self._last = now
     self._show(text, keep=False)
+    return pace
 
   def finish(self) -> None:
     """Says for how long steps waited for data, and what helps where that was much."""

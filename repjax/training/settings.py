@@ -14,7 +14,7 @@ from repjax.data import Source, open_source, parse_augmentation
 from repjax.data.transforms import INTERPOLATIONS
 from repjax.errors import InputError, unknown
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.training import parallel, recipe
+from repjax.training import parallel, recipe, watch
 
 Config: TypeAlias = Any
 """An ml_collections.ConfigDict with the fields of configs/common.py; their types are its own."""
@@ -29,7 +29,7 @@ _FIELDS = (
   *("image_size", "eval_image_size", "resize_size", "interpolation", "mean", "std"),
   *("augment", "num_workers"),
   *recipe.FIELDS,
-  *("seed", "log_every_steps", "eval_every_epochs", "tolerance"),
+  *("seed", "log_every_steps", "eval_every_epochs", "tolerance", "tensorboard"),
 )
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -128,6 +128,8 @@ def check(config: Config) -> None:
     if config[field] not in choices:
       raise unknown(f"value of config.{field}", config[field], choices)
   parse_augmentation(config.augment)
+  if config.tensorboard:
+    watch.check_tensorboard()
   for field in (
     *("image_size", "eval_image_size", "num_classes", "log_every_steps", "accumulate_steps"),
   ):

@@ -136,12 +136,20 @@ def test_the_average_has_an_evaluation_of_its_own(run):
   evaluated = [row for row in records(run[0]) if "eval_loss" in row]
   assert [row["step"] for row in evaluated] == [4, 8, 12]
   for row in evaluated:
-    assert row.keys() == {"step", "eval_accuracy", "eval_loss", "ema_accuracy", "ema_loss"}
-    assert row["ema_loss"] != row["eval_loss"]
+    assert row.keys() == {
+      "step",
+      "eval_accuracy",
+      "eval_loss",
+      "eval_ema_accuracy",
+      "eval_ema_loss",
+    }
+    assert row["eval_ema_loss"] != row["eval_loss"]
 
 
 def test_the_averages_accuracy_decides_which_checkpoint_is_the_best(run):
-  accuracies = {row["step"]: row["ema_accuracy"] for row in records(run[0]) if "ema_loss" in row}
+  accuracies = {
+    row["step"]: row["eval_ema_accuracy"] for row in records(run[0]) if "eval_ema_loss" in row
+  }
   kept = store.checkpoints(run[0])
   assert kept.items() <= accuracies.items()
   best = max(accuracies, key=lambda step: (accuracies[step], step))
@@ -151,13 +159,18 @@ def test_the_averages_accuracy_decides_which_checkpoint_is_the_best(run):
 
 def test_the_average_is_what_is_evaluated_later_and_deployed(run, digits_dir):
   workdir, report = run
-  row = next(row for row in records(workdir) if row["step"] == report["step"] and "ema_loss" in row)
+  row = next(
+    row for row in records(workdir) if row["step"] == report["step"] and "eval_ema_loss" in row
+  )
   assert report["ema_decay"] == DECAY
-  assert report["accuracy"] == {"train": row["ema_accuracy"], "deploy": row["ema_accuracy"]}
+  assert report["accuracy"] == {
+    "train": row["eval_ema_accuracy"],
+    "deploy": row["eval_ema_accuracy"],
+  }
   for deploy in (False, True):
     result = evaluation.evaluate(averaging(digits_dir), workdir, deploy=deploy)
-    assert result["accuracy"] == row["ema_accuracy"]
-    assert result["loss"] == pytest.approx(row["ema_loss"], rel=1e-4)
+    assert result["accuracy"] == row["eval_ema_accuracy"]
+    assert result["loss"] == pytest.approx(row["eval_ema_loss"], rel=1e-4)
 
 
 def test_an_averaging_run_that_was_interrupted_ends_with_the_same_bits(run, continued, digits_dir):

@@ -17,6 +17,7 @@ from repjax.errors import InputError
 from repjax.training import loop, optimizer, schedules, settings
 from repjax.training.step import create_state
 from tests.training import tiny
+from tests.training.boards import shown
 
 pytest_plugins = ["tests.training.fixtures"]
 
@@ -40,7 +41,8 @@ def records(workdir):
 @pytest.fixture(scope="module")
 def continued(digits_dir, cache_home, tmp_path_factory):
   """The tiny run, interrupted two steps behind its first checkpoint and started again."""
-  workdir, config = tmp_path_factory.mktemp("runs") / "continued", tiny.config(digits_dir)
+  workdir = tmp_path_factory.mktemp("runs") / "continued"
+  config = tiny.config(digits_dir, tensorboard=True)
   batches_of = loop.train_batches
 
   def until_interrupted(*arguments, **settings):
@@ -64,8 +66,8 @@ def test_a_run_leaves_these_files_and_no_others(finished):
   workdir, _, _ = finished
   names = {path.name for path in workdir.iterdir()}
   assert names == {
-    *("config.json", "model.json", "data.json", "metrics.jsonl"),
-    *("checkpoints", "deploy"),
+    *("config.json", "model.json", "data.json", "metrics.jsonl", "timing.jsonl"),
+    *("checkpoints", "deploy", "report.png"),
   }
   assert {path.name for path in (workdir / "deploy").iterdir()} == {
     "model.json",
@@ -92,7 +94,7 @@ def test_a_run_says_what_it_does(finished):
     f"step {step}/12" for step in (1, 3, 4, 4, 6, 8, 8, 9, 12, 12)
   ]
   assert len([line for line in lines if re.match(r"steps waited .* s for data \(", line)]) == 1
-  assert lines[-1] == f"saved: {workdir}/deploy"
+  assert lines[-2:] == [f"saved: {workdir}/deploy", f"picture: {workdir}/report.png"]
 
 
 def test_metrics_hold_training_and_evaluation_in_the_order_of_the_steps(finished):
@@ -130,6 +132,19 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(finished, continued)
 
 def test_a_run_that_was_interrupted_ends_with_the_same_metrics(finished, continued):
   assert records(continued) == records(finished[0])
+
+
+def test_a_run_that_was_interrupted_shows_and_times_every_record_once(continued):
+  expected = {}
+  for row in records(continued):
+    for name in row.keys() - {"step"}:
+      tag = name.replace("eval_", "eval/") if "eval" in name else f"train/{name}"
+      expected.setdefault(tag, []).append((row["step"], pytest.approx(row[name])))
+  found = shown(continued / "tensorboard")
+  assert {tag: points for tag, points in found.items() if "speed/" not in tag} == expected
+  lines = (continued / "timing.jsonl").read_text().splitlines()
+  timed = [json.loads(line)["step"] for line in lines]
+  assert [step for step, _ in found["speed/images_per_second"]] == timed == [3, 4, 6, 8, 9, 12]
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_report(finished, continued):

@@ -171,6 +171,17 @@ def test_the_live_line_shows_the_wait_since_the_last_update(clock):
   assert re.findall(r"data (\S+) ", out.getvalue()) == ["12%", "0%", "62%"]
 
 
+def test_an_update_returns_the_pace_since_the_one_before(clock):
+  progress = Progress(10, 100, 64, io.StringIO())
+  assert progress.update(11, 1.0, 0.0, 5.0) is None
+  assert progress.update(11, 1.0, 0.0, 5.0) is None
+  clock.now += 4
+  assert progress.update(21, 1.0, 0.0, 6.0) == (640, 4.0, 1.0)
+  clock.now += 5
+  progress.note("evaluation", seconds=3)
+  assert progress.update(22, 1.0, 0.0, 6.5) == metrics.Pace(images=64, seconds=2.0, waited=0.5)
+
+
 def finished(clock, waited, out=None):
   """The last lines of a run of 85 s after its first step, which waited for 7 s."""
   out = out or io.StringIO()
