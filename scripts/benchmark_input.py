@@ -187,10 +187,15 @@ def main() -> None:
     machine = {
       "processor": _processor(),
       "cpus": os.cpu_count(),
+      "system": platform.platform(),
       "python": platform.python_version(),
       "opencv": cv2.__version__,
       "pillow": Image.__version__,
       "image_size": arguments.image_size,
+      "images": arguments.images,
+      "rounds": arguments.rounds,
+      "batch_size": arguments.batch_size,
+      "batches": arguments.batches,
     }
     arguments.output.write_text(json.dumps({**machine, "results": results}, indent=2) + "\n")
 

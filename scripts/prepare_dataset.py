@@ -4,8 +4,8 @@ python scripts/prepare_dataset.py --from-folder ~/pictures/pets --name pets
 python scripts/prepare_dataset.py --from-tfrecord imagenet2012 --data-dir /data/tfds
 python scripts/prepare_dataset.py --tfds cifar10
 
-A folder holds one folder of .jpg, .jpeg or .png files a class, or such folders in its folders train
-and val. Its images are stored as they are.
+A folder holds one folder of .jpg, .png, .webp or .bmp files a class, or such folders in its folders
+train and val. Its images are stored as they are.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from absl import logging
 from repjax.data.convert import convert_tfrecord
 from repjax.data.download import download_set
 from repjax.data.folder import SKIPPED, Prepared, prepare_folder
+from repjax.data.layout import ENDINGS
 from repjax.errors import InputError, one_paragraph
 
 
@@ -74,10 +75,15 @@ def describe(made: Prepared, name: str, data_dir: str | None) -> str:
       f"skipped, as they cannot be read: {len(made.skipped):,}, such as {path} ({reason}); all are "
       f"listed in {made.path / SKIPPED}"
     )
+  if made.others:
+    lines.append(
+      f"left out, as their endings are not {', '.join(ENDINGS)}: {len(made.others):,}, such as "
+      f"{min(made.others)}; all are listed in {made.path / SKIPPED}"
+    )
   if made.repeated:
     lines.append(
       f"warning: images that are in the validation split and outside it, byte for byte: "
-      f"{made.repeated:,}; the accuracy on it will be too high"
+      f"{len(made.repeated):,}, such as {min(made.repeated)}; the accuracy on it will be too high"
     )
   where = f" --config.data_dir={shlex.quote(str(Path(data_dir).absolute()))}" if data_dir else ""
   size = sum(path.stat().st_size for path in made.path.iterdir())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from PIL import Image
 
 import repjax
 
@@ -23,6 +24,7 @@ def test_python_examples_run(block, finished, tmp_path, monkeypatch):
   (tmp_path / "runs").mkdir()
   (tmp_path / "runs" / "digits").symlink_to(finished[0])
   monkeypatch.chdir(tmp_path)
+  Image.new("L", (8, 8)).save("picture.png")
   exec(compile(block, "README.md", "exec"), {})
 
 

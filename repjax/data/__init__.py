@@ -6,5 +6,13 @@ Nothing here imports jax, so worker processes never touch an accelerator.
 from repjax.data.augment import parse as parse_augmentation
 from repjax.data.pipeline import eval_batches, train_batches
 from repjax.data.sources import Source, open_source
+from repjax.data.transforms import read_image
 
-__all__ = ["Source", "eval_batches", "open_source", "parse_augmentation", "train_batches"]
+__all__ = [
+  "Source",
+  "eval_batches",
+  "open_source",
+  "parse_augmentation",
+  "read_image",
+  "train_batches",
+]

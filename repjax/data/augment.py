@@ -52,6 +52,8 @@ def parse(line: str) -> Augmentation:
     InputError: a step that does not exist, in a wrong place or with arguments that it does not
       take; the text says which.
   """
+  if not isinstance(line, str):
+    raise InputError(f"config.augment is one line of steps, such as 'none | flip'; got {line!r}")
   first, *others = line.split("|")
   return Augmentation(
     _build(first, CROPS, STEPS), tuple(_build(text, STEPS, CROPS) for text in others)
@@ -63,8 +65,8 @@ def _build(text: str, table: Mapping[str, Any], other: Mapping[str, Any]) -> Any
   if name in other:
     where = "after the first step" if other is STEPS else "as the first step only"
     raise InputError(
-      f"config.augment: {name} can stand {where}; first come {', '.join(CROPS)}, then any of "
-      f"{', '.join(STEPS)}, with | between them"
+      f"config.augment: {name} can stand {where}; first comes one of {', '.join(CROPS)}, then any "
+      f"of {', '.join(STEPS)}, with | between them, as in 'none | flip'"
     )
   if name not in table:
     raise unknown("step of config.augment", name, [*CROPS, *STEPS])
@@ -72,9 +74,17 @@ def _build(text: str, table: Mapping[str, Any], other: Mapping[str, Any]) -> Any
     inspect.signature(table[name]).bind(*positional, **named)
   except TypeError as error:
     raise InputError(
-      f"config.augment: {text.strip()}: {error}; it is {name}{inspect.signature(table[name])}"
+      f"config.augment: {text.strip()}: {error}; it is {name}({_parameters(table[name])})"
     ) from None
   return table[name](*positional, **named)
+
+
+def _parameters(make: Callable[..., Any]) -> str:
+  """What a step takes, as a person would write it."""
+  return ", ".join(
+    name if parameter.default is parameter.empty else f"{name}={parameter.default!r}"
+    for name, parameter in inspect.signature(make).parameters.items()
+  )
 
 
 def _read(text: str) -> tuple[str, list[Any], dict[str, Any]]:

@@ -28,7 +28,8 @@ class Prepared(NamedTuple):
     path: the folder with its files.
     class_names: in the order of the labels.
     counts: images of each class, by split.
-    skipped: files that were left out, each with the reason.
+    skipped: images that cannot be read and were left out, each with the reason.
+    others: files that are no images by their endings, left out too.
     repeated: images outside the validation split that are in it too, byte for byte.
   """
 
@@ -36,7 +37,8 @@ class Prepared(NamedTuple):
   class_names: tuple[str, ...]
   counts: dict[str, list[int]]
   skipped: dict[str, str]
-  repeated: int
+  others: list[str]
+  repeated: list[str]
 
 
 def prepare_folder(
@@ -53,7 +55,8 @@ def prepare_folder(
   """Makes a TFDS set of a folder of images, which `open_source(name, ...)` then opens.
 
   The files' bytes are stored as they are. Every file is decoded once; those that cannot be are left
-  out and listed in `skipped.txt` beside the set's files. The same folder gives the same files.
+  out and listed in `skipped.txt` beside the set's files, as are files with other endings. The same
+  folder gives the same files.
 
   Args:
     folder: one folder a class, either directly in it or in its folders for training and validation.
@@ -87,14 +90,15 @@ def prepare_folder(
     records.whole_set(target, replace=replace) as draft,
     warnings.catch_warnings(action="ignore"),  # Pillow's, about odd but readable files
   ):
-    counts, skipped, repeated = _write(draft, Path(folder), found.splits, name, seed, workers)
+    counts, skipped, repeated = _write(draft, Path(folder), found, name, seed, workers)
     if strict and skipped:
       raise InputError(
         f"nothing was written, since {len(skipped):,} of the files cannot be read; without "
         "--strict they are left out: "
         + "; ".join(f"{path}: {why}" for path, why in sorted(skipped.items()))
       )
-  return Prepared(target, tuple(found.splits["train"]), counts, skipped, repeated)
+  class_names = tuple(found.splits["train"])
+  return Prepared(target, class_names, counts, skipped, found.others, repeated)
 
 
 def name_problems(name: str) -> list[str]:
@@ -115,9 +119,10 @@ def name_problems(name: str) -> list[str]:
 
 
 def _write(
-  draft: Path, folder: Path, splits: dict[str, Classes], name: str, seed: int, num_workers: int
-) -> tuple[dict[str, list[int]], dict[str, str], int]:
+  draft: Path, folder: Path, found: layout.Found, name: str, seed: int, num_workers: int
+) -> tuple[dict[str, list[int]], dict[str, str], list[str]]:
   """Writes the whole set; the images of each class by split, what was skipped and repeated."""
+  splits = found.splits
   class_names = tuple(splits["train"])
   writers = {split: _SplitWriter(draft, name, split, class_names) for split in splits}
   skipped, repeated = _write_images(writers, folder, splits, name, seed, num_workers)
@@ -134,7 +139,10 @@ def _write(
       "checksum": {split: writer.checksum.hexdigest() for split, writer in writers.items()}
     },
   )
-  lines = [f"{path}\t{reason}\n" for path, reason in sorted(skipped.items())]
+  listed = (
+    dict.fromkeys(found.others, f"its ending is none of {', '.join(layout.ENDINGS)}") | skipped
+  )
+  lines = [f"{path}\t{reason}\n" for path, reason in sorted(listed.items())]
   if lines:
     (draft / SKIPPED).write_text("".join(lines), "utf-8", "surrogateescape")
   return counts, skipped, repeated
@@ -147,9 +155,9 @@ def _write_images(
   name: str,
   seed: int,
   num_workers: int,
-) -> tuple[dict[str, str], int]:
+) -> tuple[dict[str, str], list[str]]:
   skipped: dict[str, str] = {}
-  validation, repeated = set(), 0
+  validation, repeated = set(), []
   total = sum(len(paths) for classes in splits.values() for paths in classes.values())
   with tqdm(total=total, desc=name, unit=" images", disable=None) as bar:
     # Validation comes first, so that other images that are in it too are seen at once.
@@ -162,7 +170,8 @@ def _write_images(
         writers[split].write(image)
         if split == "validation":
           validation.add(image.digest)
-        repeated += split != "validation" and image.digest in validation
+        elif image.digest in validation:
+          repeated.append(image.name)
   return skipped, repeated
 
 

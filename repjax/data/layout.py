@@ -10,20 +10,28 @@ from typing import NamedTuple
 Classes = dict[str, list[str]]
 """A class's name to the paths of its images, below the folder that was given."""
 
-ENDINGS = (".jpg", ".jpeg", ".png")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 ROLES = {
   **dict.fromkeys(("train", "training"), "train"),
   **dict.fromkeys(("val", "valid", "validation"), "validation"),
   **dict.fromkeys(("test", "testing"), "test"),
 }
+_TWO_SPLITS = {"train", "validation"}
 DEFAULT_RATIO = 0.2
 
 
 class Found(NamedTuple):
-  """The images of a folder by split and class, or why it cannot be used."""
+  """The images of a folder by split and class, or why it cannot be used.
+
+  Attributes:
+    splits: name to its classes.
+    problems: all that is wrong; without any, the folder can be used.
+    others: files in the classes' folders whose ending is not one of ENDINGS.
+  """
 
   splits: dict[str, Classes]
   problems: list[str]
+  others: list[str]
 
 
 def find_images(folder: Path, validation_ratio: float | None, seed: int) -> Found:
@@ -34,15 +42,16 @@ def find_images(folder: Path, validation_ratio: float | None, seed: int) -> Foun
   Returns:
     splits in the order train, validation, test, each with the same classes, sorted; or problems.
   """
-  problems = _ratio_problems(validation_ratio)
+  problems, others = _ratio_problems(validation_ratio), []
   if not folder.is_dir():
     what = "is a file" if folder.exists() else "does not exist"
-    return Found({}, [*problems, f"{folder} {what}; a folder with one folder a class is wanted"])
+    wanted = f"{folder} {what}; a folder with one folder a class is wanted"
+    return Found({}, [*problems, wanted], [])
   parts = _split_folders(folder, problems)
-  splits = {role: _classes(path, folder, problems) for role, path in parts.items()}
+  splits = {role: _classes(path, folder, problems, others) for role, path in parts.items()}
   ratio = DEFAULT_RATIO if validation_ratio is None or problems else validation_ratio
   if not splits:
-    splits = _divide(_classes(folder, folder, problems), ratio, seed)
+    splits = _divide(_classes(folder, folder, problems, others), ratio, seed)
   elif set(splits) == {"train"} and validation_ratio is not None:
     splits = _divide(splits["train"], ratio, seed)
   elif validation_ratio is not None:
@@ -50,7 +59,7 @@ def find_images(folder: Path, validation_ratio: float | None, seed: int) -> Foun
   problems += _class_problems(folder, splits)
   if not problems:
     problems += _single_images(splits)
-  return Found(splits, list(dict.fromkeys(problems)))
+  return Found(splits, list(dict.fromkeys(problems)), others)
 
 
 def rank(seed: int, path: str) -> bytes:
@@ -89,7 +98,7 @@ def _split_folders(folder: Path, problems: list[str]) -> dict[str, Path]:
   return {role: parts[role] for role in ("train", "validation", "test") if role in parts}
 
 
-def _classes(part: Path, folder: Path, problems: list[str]) -> Classes:
+def _classes(part: Path, folder: Path, problems: list[str], others: list[str]) -> Classes:
   """The classes of one split, in order of their names."""
   direct = [p.name for p in _entries(part, problems) if _is_image(p.name) and p.is_file()]
   if direct:
@@ -100,8 +109,14 @@ def _classes(part: Path, folder: Path, problems: list[str]) -> Classes:
   classes, empty = {}, []
   for path in _subfolders(part, problems):
     inside = path.relative_to(folder)
+    if {ROLES.get(inner.name.lower()) for inner in _subfolders(path, problems)} >= _TWO_SPLITS:
+      problems.append(
+        f"{path} holds folders for training and validation, so it is no class: did you mean "
+        f"--from-folder {path}?"
+      )
     files = _files(path, problems)
     classes[path.name] = sorted(os.path.join(inside, name) for name in files if _is_image(name))
+    others += [os.path.join(inside, name) for name in files if not _is_image(name)]
     if not classes[path.name]:
       endings = collections.Counter(Path(name).suffix or "no ending" for name in files)
       holds = ", ".join(f"{count} x {ending}" for ending, count in sorted(endings.items()))

@@ -64,8 +64,9 @@ class Synthetic:
 class Records:
   """The examples of a TFDS split; an error says which of them cannot be read."""
 
-  def __init__(self, stored: Any, name: str, split: str, file_name: str | None):
+  def __init__(self, stored: Any, name: str, split: str, file_name: str | None, num_classes: int):
     self._stored, self._name, self._split, self._file_name = stored, name, split, file_name
+    self._num_classes = num_classes
 
   def __len__(self) -> int:
     return len(self._stored)
@@ -89,6 +90,11 @@ class Records:
         f"{whole_name} cannot be read: the set's files are damaged or incomplete "
         f"({' '.join(str(error).split())}); prepare the set once more"
       ) from error
+    if not 0 <= example["label"] < self._num_classes:
+      raise InputError(
+        f"{whole_name} has the label {example['label']}, where 0 to {self._num_classes - 1} are "
+        "wanted: this split is for submissions and says no classes; take another"
+      )
     if self._file_name:
       file_name = found[self._file_name].bytes_list.value[0].decode("utf-8", "replace")
       example |= {"file_name": file_name, "name": f"{whole_name} ({file_name})"}
@@ -122,13 +128,18 @@ def open_source(
     return _synthetic(split, num_classes, image_size)
   builder = digits_builder(data_dir) if name == "digits" else find_builder(name, data_dir)
   if split not in builder.info.splits:
-    raise unknown(f"split of {name}", split, builder.info.splits)
+    raise InputError(
+      f"{unknown(f'split of {name}', split, builder.info.splits)}; config.train_split and "
+      "config.eval_split name them, or a script's --split"
+    )
   features: Any = builder.info.features
   if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
     raise InputError(f"{name} is not an image classification set: it has {sorted(features)}")
   class_names = tuple(features["label"].names)
   file_name = next((key for key in FILE_NAMES if key in features), None)
-  examples = Records(_stored_records(name, builder, split), name, split, file_name)
+  examples = Records(
+    _stored_records(name, builder, split), name, split, file_name, len(class_names)
+  )
   return Source(examples, class_names, _fingerprint(builder, split, class_names))
 
 

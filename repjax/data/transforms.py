@@ -1,8 +1,10 @@
 """From an image of any size to a uint8 square: evaluation's resize and crop, training's crops."""
 
 import math
+import os
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 from repjax.data.checks import check_number, check_range
 from repjax.data.decode import REDUCTIONS, Picture
+from repjax.errors import InputError
 
 
 class Interpolation(NamedTuple):
@@ -49,6 +52,33 @@ def resize_and_crop(
   pixels = _resized(picture, resize_size, interpolation)
   height, width = pixels.shape[:2]
   return _cut(pixels, round((height - size) / 2), round((width - size) / 2), size)
+
+
+def read_image(file: str | os.PathLike[str] | bytes, preprocessing: Any) -> np.ndarray:
+  """An image file as a model sees it in evaluation.
+
+  Args:
+    file: a path, or the bytes of a file.
+    preprocessing: of the model's ModelSpec.
+
+  Returns:
+    uint8 (S, S, 3); `preprocessing.normalize` makes the model's input of a batch of such images.
+
+  Raises:
+    InputError: the file does not exist or is no image.
+
+  Example:
+    model, variables, spec = repjax.load("runs/pets")
+    image = read_image("cat.jpg", spec.preprocessing)
+    logits = model.apply(variables, spec.preprocessing.normalize(image[None]))
+  """
+  name = "the image" if isinstance(file, bytes) else str(file)
+  try:
+    data = file if isinstance(file, bytes) else Path(file).read_bytes()
+  except OSError as error:
+    raise InputError(f"{name} cannot be read: {error.strerror}") from error
+  size, resize_size = preprocessing.image_size, preprocessing.resize_size
+  return resize_and_crop(Picture(data, name), size, resize_size, preprocessing.interpolation)
 
 
 def ten_crop(picture: Picture, size: int, resize_size: int, interpolation: str) -> np.ndarray:
@@ -187,7 +217,8 @@ def random_box(
     if 0 < w <= width and 0 < h <= height:
       left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
       return (left, top, left + w, top + h)
-  w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+  w = min(width, max(1, round(height * ratio[1])))
+  h = min(height, max(1, round(width / ratio[0])))
   left, top = (width - w) // 2, (height - h) // 2
   return (left, top, left + w, top + h)
 

@@ -34,6 +34,16 @@ def check_data(workdir: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> 
     for facts in (held, new)
   )
   changed = difference(theirs, ours)
+  names = {
+    part: [facts[part].get(key) for facts in (theirs, ours) for key in ("name", "split")]
+    for part in ours
+  }
+  if any(name[:2] != name[2:] for name in names.values()):
+    raise InputError(
+      f"the run in {workdir} began with other data: {changed}. Name the data that it began with, "
+      "or train on these in a new folder from where this run is: another --workdir with "
+      f"--config.init_from={workdir}"
+    )
   if changed:
     raise InputError(
       f"the data set has changed since the run in {workdir} began: {changed}. A run continues on "

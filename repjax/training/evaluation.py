@@ -15,6 +15,8 @@ from repjax.training import parallel, settings
 from repjax.training.settings import Config
 from repjax.training.step import make_eval_step
 
+_WORTH_PROCESSES = 10_000  # images
+
 
 def batches(
   config: Config, source: Source, preprocessing: Preprocessing, *, ten_crop: bool = False
@@ -29,7 +31,8 @@ def batches(
     interpolation=preprocessing.interpolation,
     ten_crop=ten_crop,
     shard=parallel.shard(),
-    num_workers=config.num_workers,
+    # Starting processes takes as long as reading some thousand images.
+    num_workers=config.num_workers if len(source.examples) >= _WORTH_PROCESSES else 0,
   )
   count = -(-len(source.examples) // batch_size)
   with contextlib.closing(parallel.prefetch(whole)) as ready:

@@ -123,7 +123,7 @@ def pooled_statistics(
     rows = jax.device_get(step(placed, parallel.split({"image": batch["image"]})))
     sums = _map_norms(lambda path, norm: _sum_of_moments(norm, shares[path]), rows)
     totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-    count += jax.device_count()
+    count += len(jax.tree.leaves(rows)[0])
   pooled = _map_norms(lambda _, moments: _from_moments(moments, count), totals)
   return jax.tree.map(lambda x, like: x.astype(like.dtype), pooled, variables["batch_stats"])
 

@@ -60,12 +60,16 @@ def test_every_step_has_defaults(name):
     ("none | flip(**{})", "is no step"),
     ("none | 3", "'3' is no step"),
     ("none | np.flip(1)", "is no step"),
-    ("flip", "flip can stand after the first step; first come none, pad_and_crop"),
+    ("flip", "flip can stand after the first step; first comes one of none, pad_and_crop"),
     ("none | none", "none can stand as the first step only"),
     ("random_resize_crop", "unknown step of config.augment 'random_resize_crop'; did you mean"),
     ("none | randaugment", "unknown step of config.augment 'randaugment'; did you mean"),
-    ("none | flip(1, 2)", r"flip\(1, 2\): too many positional arguments; it is flip\(prob"),
+    (
+      "none | flip(1, 2)",
+      r"flip\(1, 2\): too many positional arguments; it is flip\(probability=0.5\)",
+    ),
     ("none | flip(chance=1)", r"got an unexpected keyword argument 'chance'; it is flip"),
+    (3, "is one line of steps, such as 'none | flip'; got 3"),
     ("none | flip(2)", "flip's probability is 2; it must be a number from 0 to 1"),
   ],
 )

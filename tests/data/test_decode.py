@@ -57,6 +57,21 @@ def test_an_image_is_shown_as_exif_says(orientation, file_format):
   np.testing.assert_array_equal(picture.pixels(), pillows(data))
 
 
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF
+ xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description
+ xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize("exif", [Image.Exif(), {0x010E: "a tag"}], ids=["XMP alone", "EXIF too"])
+def test_an_orientation_in_xmp_counts_as_in_pillow(exif):
+  tags = Image.Exif()
+  tags.update(exif)
+  data = encoded(smooth(40, 24), "JPEG", xmp=XMP, exif=tags)
+  picture = Picture(data)
+  assert (picture.width, picture.height) == (24, 40)
+  np.testing.assert_array_equal(picture.pixels(), pillows(data))
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_reduced_jpeg_is_the_average_of_its_pixels(reduction, orientation):
@@ -121,6 +136,13 @@ def test_a_palettes_transparent_colour_is_white():
   decoded = Picture(data).pixels()
   np.testing.assert_array_equal(decoded[0, 0], [255, 255, 255])
   np.testing.assert_array_equal(decoded[0, 1], [1, 254, 7])
+
+
+def test_a_transparent_grey_of_16_bits_is_white():
+  values = GREY.astype(np.uint16) * 257
+  data = encoded(Image.fromarray(values), transparency=257)
+  expected = np.where(GREY == 1, 255, GREY)
+  np.testing.assert_array_equal(Picture(data).pixels(), np.stack([expected] * 3, -1))
 
 
 def test_a_cmyk_jpeg_has_pillows_pixels():

@@ -228,12 +228,34 @@ def test_a_class_that_is_lost_altogether_is_an_error(photos, tmp_path):
   assert not list((tmp_path / "sets").iterdir())
 
 
-def test_images_in_both_splits_are_counted(photos, tmp_path):
-  assert prepare_folder(photos, "apart", data_dir=tmp_path).repeated == 0
+def test_images_in_both_splits_are_named(photos, tmp_path):
+  assert prepare_folder(photos, "apart", data_dir=tmp_path).repeated == []
   shutil.copy(photos / "val/cat/val0.jpg", photos / "train/cat/again.jpg")
   shutil.copy(photos / "val/cat/val0.jpg", photos / "train/dog/other.jpg")
   shutil.copy(photos / "train/cat/train0.jpg", photos / "train/cat/twice.jpg")
-  assert prepare_folder(photos, "pets", data_dir=tmp_path).repeated == 2
+  assert sorted(prepare_folder(photos, "pets", data_dir=tmp_path).repeated) == [
+    "train/cat/again.jpg",
+    "train/dog/other.jpg",
+  ]
+
+
+def test_files_with_other_endings_are_left_out_and_listed(photos, tmp_path):
+  (photos / "train/cat/phone.heic").write_bytes(b"x")
+  (photos / "val/dog/notes.txt").write_bytes(b"x")
+  (photos / "val/dog/.hidden").write_bytes(b"x")
+  made = prepare_folder(photos, "pets", data_dir=tmp_path, strict=True)
+  assert made.others == ["train/cat/phone.heic", "val/dog/notes.txt"]
+  assert not made.skipped
+  assert (made.path / "skipped.txt").read_text().splitlines() == [
+    f"{name}\tits ending is none of .jpg, .jpeg, .png, .webp, .bmp" for name in made.others
+  ]
+
+
+def test_a_folder_above_the_right_one_is_noticed(photos, tmp_path):
+  shutil.copytree(photos / "val", photos.parent / "other")
+  text = refusal(photos.parent, "pets", data_dir=tmp_path / "sets")
+  assert f"{photos} holds folders for training and validation, so it is no class" in text
+  assert f"did you mean --from-folder {photos}?" in text
 
 
 def no_folder(folder):
@@ -265,7 +287,7 @@ def one_class(folder):
 def empty_classes(folder):
   for name in ("train/ant", "train/bee", "val/ant", "val/bee"):
     (folder / name).mkdir()
-  (folder / "val/bee/1.webp").write_bytes(b"")
+  (folder / "val/bee/1.tiff").write_bytes(b"")
 
 
 def missing_in_validation(folder):
@@ -314,7 +336,7 @@ def blanks(folder):
     (one_class, ["two folders with images are wanted, got only one, cat"]),
     (
       empty_classes,
-      ["train/ant (no files); train/bee (no files)", "val/ant (no files); val/bee (1 x .webp)"],
+      ["train/ant (no files); train/bee (no files)", "val/ant (no files); val/bee (1 x .tiff)"],
     ),
     (missing_in_validation, ["in train but have no folder in validation: dog. Every"]),
     (missing_in_training, ["in validation but have no folder in train: emu. Every"]),

@@ -230,6 +230,29 @@ def test_the_names_of_files_are_told_where_the_set_has_them(tmp_path, key):
   assert "checksum" not in source.fingerprint
 
 
+def test_a_split_without_labels_is_refused(tmp_path):
+  features = tfds.features.FeaturesDict(
+    {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["a", "b"])}
+  )
+  folder = tmp_path / "blind" / "1.0.0"
+  folder.mkdir(parents=True)
+  serializer = ExampleSerializer(features.get_serialized_info())
+  writer = records.ShardWriter(folder, "blind", "test")
+  writer.write(serializer.serialize_example({"image": b"bytes", "label": -1}))
+  records.write_info(
+    folder,
+    "blind",
+    "1.0.0",
+    features=features,
+    splits={"test": writer.finish()},
+    description="",
+    metadata={},
+  )
+  source = open_source("blind", "test", data_dir=str(tmp_path))
+  with pytest.raises(InputError, match="image 0 of the test split of blind has the label -1"):
+    source.examples[0]
+
+
 def test_a_damaged_record_names_the_set_the_split_and_the_index(stored_as):
   folder = stored_as("own_pets", "1.0.0", "array_record")
   path = next(pathlib.Path(folder).rglob("own_pets-test.array_record*"))

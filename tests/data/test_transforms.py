@@ -14,6 +14,7 @@ from repjax.data.transforms import (
   pad_and_crop,
   random_box,
   random_resized_crop,
+  read_image,
   resize_and_crop,
   ten_crop,
 )
@@ -74,6 +75,19 @@ def test_a_jpegs_evaluation_is_pillows_to_the_pixel(source, resize_size):
   np.testing.assert_array_equal(
     resize_and_crop(Picture(data), 224, resize_size, "bilinear"), expected
   )
+
+
+def test_an_image_file_is_read_as_in_evaluation(tmp_path):
+  data = encoded(smooth(60, 40), "JPEG")
+  (tmp_path / "a.jpg").write_bytes(data)
+  preprocessing = types.SimpleNamespace(image_size=16, resize_size=20, interpolation="bicubic")
+  expected = resize_and_crop(Picture(data), 16, 20, "bicubic")
+  for file in (data, tmp_path / "a.jpg", str(tmp_path / "a.jpg")):
+    np.testing.assert_array_equal(read_image(file, preprocessing), expected)
+  with pytest.raises(InputError, match=r"b.jpg cannot be read: No such file"):
+    read_image(tmp_path / "b.jpg", preprocessing)
+  with pytest.raises(InputError, match="the image cannot be decoded: not an image"):
+    read_image(b"text", preprocessing)
 
 
 def test_evaluation_follows_exif():
@@ -242,6 +256,12 @@ def test_random_boxes_fill_the_ranges_evenly():
 def test_where_no_box_fits_the_largest_central_one_is_taken(size, box):
   never = scripted(random=[[(1.0, 0.5, 0.5, 0.5)] * 10])
   assert random_box(*size, AREA, RATIO, never) == box
+
+
+def test_the_largest_central_box_has_a_pixel_at_least():
+  never = [[(1.0, 0.5, 0.5, 0.5)] * 10]
+  assert random_box(9, 1, AREA, (0.1, 0.2), scripted(random=never)) == (4, 0, 5, 1)
+  assert random_box(1, 9, AREA, (5, 10), scripted(random=never)) == (0, 4, 1, 5)
 
 
 @pytest.mark.parametrize("probability", [0, 0.2, 0.5, 1])

@@ -100,11 +100,11 @@ def changed(part, **facts):
 @pytest.mark.parametrize(
   ("data", "difference"),
   [
-    (changed("train", images=130), "train.images 120 -> 130"),
-    (changed("eval", name="fruit"), "eval.name flowers -> fruit"),
+    (changed("train", images=130), "began: train.images 120 -> 130. A run continues on"),
+    (changed("eval", name="fruit"), "began with other data: eval.name flowers -> fruit. Name"),
     (
       changed("train", classes={"count": 4, "names": "77e0"}),
-      "train.classes.count 3 -> 4, train.classes.names 5a1f -> 77e0",
+      "began: train.classes.count 3 -> 4, train.classes.names 5a1f -> 77e0. A run continues on",
     ),
   ],
   ids=["images", "name", "classes"],
@@ -116,7 +116,7 @@ def test_a_run_does_not_continue_on_other_images(claimed, data, difference):
   claims.check_data(workdir, DATA)
   with pytest.raises(InputError) as caught:
     claims.check_data(workdir, data)
-  assert f"the run in {workdir} began: {difference}. A run continues on" in str(caught.value)
+  assert f"the run in {workdir} {difference}" in str(caught.value)
   assert f"another --workdir with --config.init_from={workdir}" in str(caught.value)
   assert tiny.contents(workdir) == before
 
