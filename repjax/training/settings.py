@@ -28,6 +28,7 @@ _FIELDS = (
   *("batch_size", "num_epochs", "num_steps", "learning_rate", "warmup_epochs", "momentum"),
   *("nesterov", "weight_decay", "label_smoothing", "mixup", "cutmix", "aux_weight"),
   *("seed", "log_every_steps", "eval_every_epochs", "tolerance"),
+  "save_every_minutes",
 )
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -115,7 +116,7 @@ def check(config: Config) -> None:
       raise InputError(f"config.{field} must be above 0, got {config[field]}")
   for field in (
     *("seed", "warmup_epochs", "momentum", "weight_decay", "aux_weight", "mixup", "cutmix"),
-    *("backbone_rate", "recalibrate_batches"),
+    *("backbone_rate", "recalibrate_batches", "save_every_minutes"),
   ):
     if not config[field] >= 0:
       raise InputError(f"config.{field} must be at least 0, got {config[field]}")
