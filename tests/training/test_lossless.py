@@ -275,7 +275,7 @@ def test_killed_during_a_save_then_stopped_the_same_command_ends_with_the_same_b
   assert half_saved(workdir)
 
   second = run_main()
-  wait_until(lambda: "step" in (second.stdout.readline() or pytest.fail("ended")))
+  wait_until(lambda: (second.stdout.readline() or pytest.fail("ended")).startswith("step "))
   with pytest.raises(InputError, match=f"is in use by process {second.pid} on"):
     training.train(tiny.config(digits_dir), workdir)
   second.terminate()
