@@ -1,5 +1,6 @@
 """From a config to what a run needs, with every mistake in it named before anything is written."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -175,7 +176,7 @@ def make_plan(config: Config) -> Plan:
   train, evaluation = (
     open_split(config, split, spec) for split in (config.train_split, config.eval_split)
   )
-  spec = model_spec(config, train.class_names)
+  spec = dataclasses.replace(spec, class_names=train.class_names)  # traced already
   check_batch_fits(config, train)
   steps_per_epoch = len(train.examples) / config.batch_size
   total = config.num_steps
