@@ -41,7 +41,8 @@ class Interruption:
 
   def __exit__(self, *_: object) -> None:
     for number, handler in self._before.items():
-      signal.signal(number, handler)
+      if handler is not None:  # one that was not set by Python cannot be put back
+        signal.signal(number, handler)
 
   @contextlib.contextmanager
   def deferred(self) -> Iterator[None]:
