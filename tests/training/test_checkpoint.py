@@ -231,7 +231,7 @@ def test_one_without_an_evaluation_is_never_the_best_beside_one_with(tmp_path):
   assert store.checkpoints(tmp_path) == {4: 0.0, 8: -1.0}
   assert store.read_checkpoint(tmp_path, to_items(make_state(0)), best=True)[0] == 4
   CheckpointWriter(tmp_path).rate(8, 0.5)
-  assert store.checkpoints(tmp_path) == {4: 0.0, 8: 0.5}
+  assert store.checkpoints(tmp_path) == {8: 0.5}
   save(tmp_path, {10: None})
   assert store.checkpoints(tmp_path) == {8: 0.5, 10: -1.0}
 
