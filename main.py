@@ -8,10 +8,18 @@ from ml_collections import config_flags
 
 from repjax import training
 from repjax.errors import InputError, one_paragraph
+from repjax.training.interruption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's configuration.")
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; continues what it holds. Default: runs/<config name>."
+)
+
+_RESUME = flags.DEFINE_enum(
+  "resume",
+  "auto",
+  ["auto", "must", "never"],
+  "Whether the workdir's run is continued: if there is one, there must be one, or must be none.",
 )
 
 
@@ -43,12 +51,13 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells much about every save
   config_file = config_flags.get_config_filename(flags.FLAGS["config"])
   with one_paragraph():
-    training.train(_CONFIG.value, _WORKDIR.value or f"runs/{Path(config_file).stem}")
+    workdir = _WORKDIR.value or f"runs/{Path(config_file).stem}"
+    training.train(_CONFIG.value, workdir, resume=_RESUME.value)
 
 
 if __name__ == "__main__":
   try:
     app.run(main, flags_parser=parse_flags)
-  except KeyboardInterrupt:
-    print("interrupted; the same command continues from the last checkpoint, if there is one yet")
-    sys.exit(130)
+  except KeyboardInterrupt as stop:
+    print("stopped; the same command continues from the last checkpoint, if there is one yet")
+    sys.exit(0 if isinstance(stop, Preempted) else 130)

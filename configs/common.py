@@ -85,6 +85,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0
   config.log_every_steps = 50
   config.eval_every_epochs = 1.0  # evaluation and checkpoint
+  config.save_every_minutes = 10.0  # more checkpoints, without evaluation; 0: none
   config.tensorboard = False  # write event files into the run's folder, by tensorboardX
   # Batches to re-estimate batch norms over at the end; 0: none. A frozen backbone keeps its own.
   config.recalibrate_batches = 0

@@ -8,10 +8,12 @@ deploy/                   model.json, report.json, params/
 """
 
 import contextlib
+import errno
 import gc
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -28,14 +30,71 @@ from repjax.errors import InputError
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes a JSON file that is never seen half-written."""
+  """Writes a JSON file that is never seen half-written.
+
+  Raises:
+    InputError: it cannot be written; what was there before is intact.
+  """
+  text = json.dumps(value, indent=2) + "\n"
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError):
     raise InputError(f"{path.parent} cannot be a folder: there is a file of that name") from None
   draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-  draft.write_text(json.dumps(value, indent=2) + "\n")
+  with writing(path):
+    draft.write_text(text)
+    put(draft, path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+  """Says what could not be written when anything fails, such as a disk that is full.
+
+  Raises:
+    InputError: in place of the error; its text promises that what was there before is intact.
+  """
+  try:
+    yield
+  except InputError:
+    raise
+  except Exception as error:  # TensorStore's are of many kinds
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # how it tells the system's
+    number = int(code[1]) if code else getattr(error, "errno", None)
+    reason = os.strerror(number) if number else str(error).partition("\n")[0][:300]
+    raise InputError(
+      f"{path} could not be written: {reason}. What was saved before is "
+      "intact; make room, or mend what the error names, and run the same command again"
+    ) from error
+
+
+def put(draft: Path, path: Path) -> None:
+  """Gives a finished file or folder its name; a power cut leaves it whole or not there at all."""
+  sync(draft)
   draft.replace(path)
+  sync_entries(path.parent)
+
+
+def sync(path: Path) -> None:
+  """Waits until a file, or a folder with all that is below it, is on the disk itself."""
+  for each in (path, *(path.rglob("*") if path.is_dir() else ())):
+    _sync_one(each)
+
+
+def sync_entries(folder: Path) -> None:
+  """Waits until a folder's entries, not what is in them, are on the disk itself."""
+  _sync_one(folder)
+
+
+def _sync_one(path: Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError as error:
+    # Some network file systems know no such thing for folders.
+    if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+      raise
+  finally:
+    os.close(descriptor)
 
 
 def read_json(path: Path) -> Any:
@@ -59,7 +118,7 @@ def write_tree(path: Path, tree: Any) -> None:
   arrays = jax.tree.map(lambda leaf: np.asarray(leaf).view(_Constant), jax.device_get(tree))
   # A file for each array: Orbax's one database would hold another copy of everything in memory.
   handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
-  with _quiet_absl(), ocp.Checkpointer(handler) as checkpointer:
+  with writing(path), _quiet_absl(), ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(arrays))
 
 
@@ -106,10 +165,12 @@ def replace_folder(draft: Path, path: Path) -> None:
   Between two renames the old one is called `<path>.old`; see `current_folder`.
   """
   old = path.with_name(f"{path.name}.old")
-  if path.exists():
-    shutil.rmtree(old, ignore_errors=True)
-    path.replace(old)
-  draft.replace(path)
+  with writing(path):
+    sync(draft)
+    if path.exists():
+      shutil.rmtree(old, ignore_errors=True)
+      path.replace(old)
+    put(draft, path)
   shutil.rmtree(old, ignore_errors=True)
 
 
@@ -119,13 +180,39 @@ def current_folder(path: Path) -> Path:
   return old if old.exists() and not path.exists() else path
 
 
+def remove_folder(path: Path) -> None:
+  """Removes a folder, of which nobody sees a part."""
+  draft = path.with_name(f"{path.name}.draft")
+  shutil.rmtree(draft, ignore_errors=True)
+  path.replace(draft)
+  shutil.rmtree(draft)
+
+
+def sweep(workdir: Path) -> None:
+  """Removes what writers that were killed have left in a workdir, which nobody else writes to."""
+  checkpoints = workdir / "checkpoints"
+  left = [
+    *(workdir / f"{name}.draft" for name in ("deploy", "recalibrated", "metrics")),
+    *workdir.glob("*.json.*.draft"),
+    *checkpoints.glob("*.draft"),
+    *checkpoints.glob("*/metrics/*.draft"),
+    *checkpoints.glob("*.orbax-checkpoint-tmp*"),
+    *(workdir / f"{n}.old" for n in ("deploy", "recalibrated") if (workdir / n).exists()),
+  ]
+  for path in left:
+    if path.is_dir():
+      shutil.rmtree(path)
+    else:
+      path.unlink(missing_ok=True)
+
+
 def metrics_file(workdir: Path, step: int) -> Path:
   """Where Orbax keeps the accuracy of a checkpoint."""
   return workdir / "checkpoints" / str(step) / "metrics" / "metrics"
 
 
 def checkpoints(workdir: Path) -> dict[int, float]:
-  """Step to accuracy of each finished checkpoint in a workdir; -1 where no accuracy is readable."""
+  """Step to accuracy of each finished checkpoint in a workdir; -1 where no accuracy is known."""
   folder = workdir / "checkpoints"
   found = {}
   for path in folder.iterdir() if folder.exists() else ():
@@ -244,13 +331,10 @@ def remove_recalibrated(workdir: Path) -> None:
   folder = workdir / "recalibrated"
   if not current_folder(folder).exists():
     raise InputError(f"{workdir} holds no re-estimated statistics, so there is nothing to undo")
-  draft = workdir / "recalibrated.draft"
-  shutil.rmtree(draft, ignore_errors=True)
-  # What `current_folder` would fall back to goes first, and each goes whole.
+  # What `current_folder` would fall back to goes first.
   for path in (folder.with_name("recalibrated.old"), folder):
     if path.exists():
-      path.replace(draft)
-      shutil.rmtree(draft)
+      remove_folder(path)
 
 
 def _checksum(tree: Any) -> int:

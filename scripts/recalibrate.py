@@ -12,6 +12,7 @@ from pathlib import Path
 
 from repjax import store, training
 from repjax.errors import one_paragraph
+from repjax.training import lock
 from repjax.training.conversion import format_report
 from repjax.training.recalibration import format_recalibration
 
@@ -39,15 +40,16 @@ def main() -> None:
       data_dir=arguments.data_dir,
       batch_size=arguments.batch_size,
     )
-    if arguments.undo:
-      store.remove_recalibrated(arguments.workdir)
-      print("the checkpoint's own statistics are in use again", flush=True)
-      if arguments.dataset is None and (arguments.workdir / "import.json").exists():
-        config.dataset, config.eval_split = "synthetic", "sample"
-    else:
-      record = training.recalibrate(config, arguments.workdir, num_batches=arguments.batches)
-      print(format_recalibration(record), flush=True)
-    report = training.convert(config, arguments.workdir)
+    with lock.hold(arguments.workdir):
+      if arguments.undo:
+        store.remove_recalibrated(arguments.workdir)
+        print("the checkpoint's own statistics are in use again", flush=True)
+        if arguments.dataset is None and (arguments.workdir / "import.json").exists():
+          config.dataset, config.eval_split = "synthetic", "sample"
+      else:
+        record = training.recalibrate(config, arguments.workdir, num_batches=arguments.batches)
+        print(format_recalibration(record), flush=True)
+      report = training.convert(config, arguments.workdir)
   print(format_report(report) + f"\nsaved: {arguments.workdir / 'deploy'}")
 
 

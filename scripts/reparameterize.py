@@ -10,6 +10,7 @@ from pathlib import Path
 
 from repjax import training
 from repjax.errors import one_paragraph
+from repjax.training import lock
 from repjax.training.conversion import format_report
 
 
@@ -38,7 +39,8 @@ def main() -> None:
       config.dataset, config.eval_split = "synthetic", "sample"
     if arguments.tolerance is not None:
       config.tolerance = arguments.tolerance
-    report = training.convert(config, arguments.workdir)
+    with lock.hold(arguments.workdir):
+      report = training.convert(config, arguments.workdir)
   print(format_report(report) + f"\nsaved: {arguments.workdir}/deploy")
 
 

@@ -29,8 +29,9 @@ A0 = f"--config={tiny.ROOT}/configs/repvgg_a0.py"
     (["--config=configs/none.py"], "No such file or directory: 'configs/none.py"),
     ([A0, "--config.bach_size=64"], 'Did you mean "batch_size" instead of "bach_size"?'),
     ([A0, "--config.dataset=imagnet2012"], "error: unknown data set 'imagnet2012'; did you mean"),
+    ([A0, "--resume=must"], "error: runs/repvgg_a0 holds no checkpoint to continue from; is it"),
   ],
-  ids=["none", "file", "field", "value"],
+  ids=["none", "file", "field", "value", "resume"],
 )
 def test_a_mistake_is_named_without_a_traceback_and_nothing_is_written(
   run_main, tmp_path, arguments, message

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import runpy
 import shutil
 
@@ -12,6 +13,7 @@ import pytest
 import repjax.models
 from repjax import weights
 from repjax.models.repvgg import RepVGG
+from repjax.training import lock
 from tests.training import tiny
 from tests.weights import cases
 
@@ -86,6 +88,18 @@ def test_reparameterize_overwrites_nothing_where_the_forms_differ(run_script, wo
     run_script("reparameterize", "--workdir", workdir, "--tolerance", "1e-12")
   assert stop.value.code.startswith("error: the deploy form differs from the training form by")
   assert tiny.contents(workdir) == before
+
+
+@pytest.mark.parametrize(
+  ("name", "arguments"),
+  [("reparameterize", ()), ("recalibrate", ("--undo",)), ("recalibrate", ("--batches", 1))],
+)
+def test_a_folder_in_use_is_not_written_to(run_script, workdir, name, arguments):
+  with lock.hold(workdir):
+    before = tiny.contents(workdir)
+    text = stop_of(run_script, name, "--workdir", workdir, *arguments)
+    assert f"error: {workdir} is in use by process {os.getpid()} on" in text
+    assert tiny.contents(workdir) == before
 
 
 def test_evaluate_prints_a_row_for_each_form(run_script, finished):

@@ -1,6 +1,8 @@
 """JSON files and trees on disk: whole or not at all, and clear errors for what is damaged."""
 
+import errno
 import json
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, value):
     raise OSError("the disk is full")
 
   monkeypatch.setattr(type(path), "write_text", crash)
-  with pytest.raises((OSError, TypeError)):
+  with pytest.raises((InputError, TypeError)):
     store.write_json(path, value)
   assert json.loads(path.read_text()) == {"a": 1}
 
@@ -144,3 +146,50 @@ def test_only_numbered_folders_are_checkpoints(tmp_path):
 
 def test_a_workdir_without_checkpoints_has_none(tmp_path):
   assert store.checkpoints(tmp_path) == {}
+
+
+def test_what_writers_that_were_killed_left_is_swept_and_nothing_else(tmp_path):
+  kept = [
+    *("config.json", "notes.draft", "my.json.draft", "deploy/params", "recalibrated.old/file"),
+    *("checkpoints/4/metrics/metrics", "checkpoints/notes", "damaged/4-x/file"),
+  ]
+  left = [
+    *("config.json.17.draft", "metrics.draft", "deploy.draft/params", "recalibrated.draft/file"),
+    *("deploy.old/params", "checkpoints/2.draft/variables/d"),
+    *("checkpoints/8.orbax-checkpoint-tmp/variables/d", "checkpoints/4/metrics/metrics.9.draft"),
+  ]
+  for name in (*kept, *left):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  store.sweep(tmp_path)
+  files = [path for path in tmp_path.rglob("*") if path.is_file()]
+  assert sorted(str(path.relative_to(tmp_path)) for path in files) == sorted(kept)
+  folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+  assert folders == {"deploy", "recalibrated.old", "checkpoints", "damaged"}
+  store.sweep(tmp_path / "none")
+
+
+def test_what_cannot_be_written_is_named_with_the_reason(tmp_path):
+  with pytest.raises(InputError) as caught, store.writing(tmp_path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  assert f"{tmp_path} could not be written: No space left on device. What" in str(caught.value)
+  with pytest.raises(InputError, match="as it is"), store.writing(tmp_path):
+    raise InputError("as it is")
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+  (tmp_path / "draft" / "below").mkdir(parents=True)
+  (tmp_path / "draft" / "below" / "file").write_text("x")
+  fsync, synced = os.fsync, []
+
+  def note(descriptor):
+    synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "name").exists()))
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, "fsync", note)
+  store.put(tmp_path / "draft", tmp_path / "name")
+  draft = tmp_path / "draft"
+  assert set(synced[:-1]) == {
+    (str(p), False) for p in (draft, draft / "below", draft / "below/file")
+  }
+  assert synced[-1] == (str(tmp_path), True)

@@ -2,7 +2,9 @@
 
 import functools
 import math
+import multiprocessing
 import os
+import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -150,7 +152,7 @@ def _iterate(batches: grain.MapDataset, num_workers: int) -> Generator[Batch]:
   _one_thread_each()
   if num_workers:
     workers = grain.MultiprocessingOptions(num_workers=num_workers)
-    iterable = iterable.mp_prefetch(workers, _one_thread_each)
+    iterable = iterable.mp_prefetch(workers, _prepare_worker)
   iterator = iter(iterable)
   try:
     yield from iterator
@@ -163,7 +165,21 @@ def _cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _one_thread_each(*worker: int) -> None:
+def _one_thread_each() -> None:
   """Keeps OpenCV to one thread a call: images are what is worked on in parallel."""
-  del worker
   cv2.setNumThreads(1)
+
+
+def _prepare_worker(*worker: int) -> None:
+  """What a worker process does first: it also ends with the process that started it."""
+  del worker
+  _one_thread_each()
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """A parent that was killed can stop nobody, and its workers would wait for ever."""
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    parent.join()
+    os._exit(1)

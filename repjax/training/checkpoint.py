@@ -1,47 +1,143 @@
 """Writing checkpoints: the newest and the best are kept. Reading is in `repjax.store`."""
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from absl import logging
 
 from repjax import store
+from repjax.errors import InputError
 from repjax.training.step import TrainState
+
+_NOT_EVALUATED = -1.0
+_VARIABLES = ("params", "batch_stats")
+
+
+class Bookmark(NamedTuple):
+  """Where the loop was when it saved a checkpoint, so that it goes on as if it had never stopped.
+
+  Attributes:
+    records: lines that metrics.jsonl had; None: those up to the checkpoint's step.
+    pending: metrics of the steps behind the last training record, a row a step.
+    evaluated: whether the evaluation of this step, if it is due, was done and recorded.
+  """
+
+  records: int | None
+  pending: Sequence[Mapping[str, float]]
+  evaluated: bool
 
 
 class CheckpointWriter:
-  """Saves training states into `workdir/checkpoints`, in the background."""
+  """Saves training states into `workdir/checkpoints`, in the background.
+
+  A checkpoint is superseded, and removed, only when a newer one is on the disk itself.
+  """
 
   def __init__(self, workdir: Path):
-    def accuracy(metrics):
-      return metrics["accuracy"]
-
+    self._workdir, self._saving = workdir, None
+    self._verbosity = logging.get_verbosity()
+    if self._verbosity <= logging.WARNING:  # Orbax logs tracebacks of the errors that it raises
+      logging.set_verbosity(logging.FATAL)
     for step, value in store.checkpoints(workdir).items():
       if value < 0:  # unreadable, which Orbax would stop at; the rest may be whole
         store.write_json(store.metrics_file(workdir, step), {"accuracy": value})
+    # Orbax keeps all: `settle` removes them.
+    options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["accuracy"])
+    self._folder = (workdir / "checkpoints").absolute()
+    self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    # `best_fn` alone would drop the newest checkpoint.
-    keep = checkpoint_managers.AnyPreservationPolicy(
-      [checkpoint_managers.LatestN(1), checkpoint_managers.BestN(get_metric_fn=accuracy, n=1)]
-    )
-    options = ocp.CheckpointManagerOptions(preservation_policy=keep, best_fn=accuracy)
-    self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+  def save(
+    self,
+    state: TrainState,
+    accuracy: float | None,
+    *,
+    records: int | None = None,
+    pending: Sequence[Mapping[str, float]] = (),
+  ) -> None:
+    """Starts saving; the state may be donated to the next step as soon as this returns.
 
-  def save(self, state: TrainState, accuracy: float) -> None:
-    """Starts saving; the state may be donated to the next step as soon as this returns."""
+    Args:
+      state: of the step that was done last.
+      accuracy: of its evaluation; None where it was not evaluated. It is then never the best one
+        beside another that was.
+      records: see `Bookmark`.
+      pending: see `Bookmark`.
+
+    Raises:
+      InputError: this or the save before it cannot be written, or a state that was not evaluated
+        holds values that are not finite. Earlier checkpoints are intact.
+    """
+    self.settle()
     # From one device's copy: Orbax would save a slice from each device and compile programs for it.
     trees = jax.device_get(to_items(state))
-    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    self._manager.save(
-      int(state.step), args=ocp.args.Composite(**items), metrics={"accuracy": accuracy}
-    )
+    step = int(state.step)
+    if accuracy is None:
+      _check_finite(trees, step)
+    bookmark = Bookmark(records, [dict(row) for row in pending], accuracy is not None)
+    items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    items["bookmark"] = ocp.args.JsonSave(bookmark._asdict())
+    with store.writing(self._folder / str(step)):
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(**items),
+        metrics={"accuracy": _NOT_EVALUATED if accuracy is None else accuracy},
+      )
+    self._saving = step
+
+  def rate(self, step: int, accuracy: float) -> None:
+    """Gives a checkpoint that was saved without one its accuracy."""
+    store.write_json(store.metrics_file(self._workdir, step), {"accuracy": accuracy})
+    self._remove_superseded()
+
+  def poll(self) -> None:
+    """Finishes a save that is done in the background; raises InputError if it has failed."""
+    if not self._manager.is_saving_in_progress():
+      self.settle()
+
+  def settle(self) -> None:
+    """Waits until what was saved is on disk, and removes what it supersedes.
+
+    Raises:
+      InputError: it could not be written.
+    """
+    if self._saving is None:
+      return
+    saved, self._saving = self._folder / str(self._saving), None
+    with store.writing(saved):
+      self._manager.wait_until_finished()
+      store.sync(saved)
+      store.sync_entries(self._folder)
+    self._remove_superseded()
+
+  def _remove_superseded(self) -> None:
+    """Removes all but the newest and the best."""
+    found = store.checkpoints(self._workdir)
+    best = max(found, key=lambda step: (found[step], step))
+    for step in found.keys() - {best, max(found)}:
+      store.remove_folder(self._folder / str(step))
 
   def close(self) -> None:
-    """Waits until everything is on disk."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Settles, and ends the threads of this writer."""
+    try:
+      self.settle()
+      self._manager.close()
+    finally:
+      logging.set_verbosity(self._verbosity)
+
+
+def _check_finite(trees: Any, step: int) -> None:
+  """Raises InputError for a state from which no run could continue."""
+  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trees)):
+    raise InputError(
+      f"parameters or statistics are not finite behind step {step}, which was therefore not saved; "
+      "the same command continues from the last checkpoint. A lower --config.learning_rate usually "
+      "helps, in another --workdir"
+    )
 
 
 def to_items(state: TrainState) -> dict:
@@ -84,3 +180,12 @@ def restore_newest(workdir: Path, like: TrainState) -> TrainState | None:
     (workdir / "checkpoints" / str(newer)).replace(target)
     print(f"the damaged checkpoint of step {newer} is now in {target}", flush=True)
   return from_items(items)
+
+
+def read_bookmark(workdir: Path, step: int) -> Bookmark:
+  """What a checkpoint says about the loop; of one that does not say it, what can be assumed."""
+  path = workdir / "checkpoints" / str(step) / "bookmark" / "metadata"
+  try:
+    return Bookmark(**store.read_json(path))
+  except (InputError, TypeError):
+    return Bookmark(None, [], store.checkpoints(workdir).get(step, _NOT_EVALUATED) >= 0)

@@ -7,9 +7,28 @@ from typing import Any
 import jax
 
 from repjax import store
-from repjax.errors import InputError
+from repjax.errors import InputError, unknown
 from repjax.spec import ModelSpec
 from repjax.training.settings import Config, read_config
+
+FREE = {
+  "data_dir",  # the images are known by their fingerprint
+  "eval_every_epochs",
+  "init_from",  # a run that has begun does not read it again
+  "log_every_steps",
+  "num_workers",
+  "recalibrate_batches",
+  "save_every_minutes",
+  "tensorboard",
+  "tolerance",
+}
+"""The config's fields that no parameter depends on: they may change when a run continues."""
+
+RESUME = ("auto", "must", "never")
+_OF_A_RUN = (
+  *("config.json", "model.json", "import.json", "metrics.jsonl", "checkpoints", "deploy"),
+)
+_BEFORE = {"backbone_rate": 1.0, "ema_decay": 0.0}  # what runs did that are older than the field
 
 
 def check_data(workdir: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> None:
@@ -75,27 +94,47 @@ def check_workdir(workdir: Path, spec: ModelSpec) -> None:
       )
 
 
-def check_continuing(workdir: Path, config: Config) -> None:
-  """Raises InputError where a run with checkpoints would freeze its backbone, or begin to average.
+def check_resume(workdir: Path, resume: str) -> None:
+  """Raises InputError where a workdir holds a run and must not, or none that could be continued.
 
-  The optimizer's state in them is of the parameters that were learning.
+  Args:
+    workdir: of the run.
+    resume: "auto", "must" or "never".
+  """
+  if resume not in RESUME:
+    raise unknown("value of resume", resume, RESUME)
+  if resume == "must" and not store.checkpoints(workdir):
+    raise InputError(
+      f"{workdir} holds no checkpoint to continue from; is it the right folder? --resume=auto "
+      "begins a run where there is none"
+    )
+  held = [name for name in _OF_A_RUN if (workdir / name).exists()]
+  if resume == "never" and held:
+    raise InputError(
+      f"{workdir} already holds {', '.join(held)}, of a run that --resume=never must not touch; "
+      "give another --workdir, or --resume=auto to continue that run"
+    )
+
+
+def check_continuing(workdir: Path, config: Config) -> None:
+  """Raises InputError where a run with checkpoints would learn in another way than it began.
+
+  Fields of FREE may change. One that the run's config.json does not know is newer than that run,
+  and is taken for what it was before it could be set.
   """
   path = workdir / "config.json"
   if not store.checkpoints(workdir) or not path.exists():
     return
-  held = read_config(workdir)
-  if (held.get("ema_decay", 0.0) > 0) != (config.ema_decay > 0):
+  held = plain({**_BEFORE, **read_config(workdir).to_dict()})
+  new = plain(config.to_dict())
+  fixed = (held.keys() & new.keys()) - FREE
+  changed = difference(*({name: facts[name] for name in fixed} for facts in (held, new)))
+  if changed:
     raise InputError(
-      f"the run in {workdir} began with config.ema_decay = {held.get('ema_decay', 0.0)}, and an "
-      f"average cannot be begun or dropped ({config.ema_decay}) within a run; begin another from "
-      f"it: another --workdir with --config.init_from={workdir}"
-    )
-  before = held.get("backbone_rate", 1.0)
-  if (before == 0) != (config.backbone_rate == 0):
-    raise InputError(
-      f"the run in {workdir} began with config.backbone_rate = {before}, and a backbone cannot be "
-      f"frozen or thawed ({config.backbone_rate}) within a run; begin another from it: another "
-      f"--workdir with --config.init_from={workdir}"
+      f"the run in {workdir} began with another config: {changed}. A run is continued as it began, "
+      "so that it ends as if it had never stopped; set this back, or begin another run from it: "
+      f"another --workdir with --config.init_from={workdir} (from nothing: without that, and "
+      f"--resume=never to be sure). What may change is {', '.join(sorted(FREE))}"
     )
 
 

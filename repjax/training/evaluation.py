@@ -1,7 +1,7 @@
 """Evaluation: every example of the split exactly once, on any number of devices."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ _WORTH_PROCESSES = 10_000  # images
 
 def batches(
   config: Config, source: Source, preprocessing: Preprocessing, *, ten_crop: bool = False
-) -> Iterator[dict[str, jax.Array]]:
+) -> Generator[dict[str, jax.Array]]:
   """The split as masked batches on this process's devices, with a bar on a terminal."""
   batch_size = parallel.fitting_batch_size(config.batch_size)
   whole = eval_batches(

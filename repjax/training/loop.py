@@ -3,19 +3,30 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from repjax import store
 from repjax.data import train_batches
 from repjax.errors import InputError
 from repjax.models import init
-from repjax.training import claims, evaluation, finetune, parallel, recipe, schedules, settings
-from repjax.training.checkpoint import CheckpointWriter, restore_newest
+from repjax.training import (
+  claims,
+  evaluation,
+  finetune,
+  lock,
+  parallel,
+  recipe,
+  schedules,
+  settings,
+)
+from repjax.training.checkpoint import Bookmark, CheckpointWriter, read_bookmark, restore_newest
 from repjax.training.conversion import convert, format_report
+from repjax.training.interruption import AbandonedError, Interruption
 from repjax.training.metrics import MetricsFile, Progress
 from repjax.training.recalibration import format_recalibration, recalibrate
 from repjax.training.report import draw_at_end
@@ -24,23 +35,40 @@ from repjax.training.step import TrainState, create_state, make_eval_step, make_
 from repjax.training.watch import Watch
 
 
-def train(config: Config, workdir: str | Path) -> dict[str, Any]:
+def train(config: Config, workdir: str | Path, *, resume: str = "auto") -> dict[str, Any]:
   """Trains a model from a config, or continues where the workdir's run stopped, and converts it.
+
+  In the main thread, SIGTERM and Ctrl-C end a run behind the step in hand, which is saved.
 
   Args:
     config: with the fields of configs/common.py.
     workdir: folder of the run, see `repjax.store`.
+    resume: "auto" continues what there is, "must" insists on it, "never" on a new run.
 
   Returns:
     The report of `convert`.
 
   Raises:
-    InputError: a config that cannot be run, a workdir of another model or other images, a folder
-      that cannot be started from, a loss that is not finite (checkpoints stay intact), or forms
-      that differ by more than the tolerance.
+    InputError: a config that cannot be run, a workdir of another model, way to learn or other
+      images, or in use by another process, a folder that cannot be started from or is not what
+      `resume` says, a loss that is not finite or a file that cannot be written (checkpoints stay
+      intact), or forms that differ by more than the tolerance.
+    Preempted: SIGTERM came; the same call continues.
+    KeyboardInterrupt: Ctrl-C, likewise.
   """
   workdir = Path(workdir)
   print(f"workdir: {workdir}", flush=True)
+  claims.check_resume(workdir, resume)
+  with Interruption() as interruption:
+    if parallel.shard()[0]:  # another process writes
+      return _run(config, workdir, interruption)
+    with lock.hold(workdir):
+      store.sweep(workdir)
+      return _run(config, workdir, interruption)
+
+
+def _run(config: Config, workdir: Path, interruption: Interruption) -> dict[str, Any]:
+  """Does the whole of a run, or what is left of it."""
   parallel.use_compilation_cache()
   config = finetune.resolve(config, workdir)
   plan = settings.make_plan(config)
@@ -55,8 +83,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     workdir, config, plan.spec, fingerprints
   )  # only now: a state that fits was read
   print(_headline(config, plan), flush=True)
-  if int(state.step) < plan.total_steps:
-    _train(config, plan, schedule, sgd, parallel.place(state), workdir)
+  bookmark = read_bookmark(workdir, int(state.step)) if state.step else Bookmark(0, [], True)
+  if int(state.step) < plan.total_steps or not bookmark.evaluated:
+    _train(config, plan, schedule, sgd, parallel.place(state), workdir, bookmark, interruption)
   else:
     print(f"all {plan.total_steps} steps were done already", flush=True)
   if config.recalibrate_batches and config.backbone_rate == 0:
@@ -118,7 +147,14 @@ def _headline(config: Config, plan: settings.Plan) -> str:
 
 
 def _train(
-  config: Config, plan: settings.Plan, schedule: Any, sgd: Any, state: TrainState, workdir: Path
+  config: Config,
+  plan: settings.Plan,
+  schedule: Any,
+  sgd: Any,
+  state: TrainState,
+  workdir: Path,
+  bookmark: Bookmark,
+  interruption: Interruption,
 ) -> None:
   """Steps, logs, evaluates and saves until the last step."""
   preprocessing = plan.spec.preprocessing
@@ -163,44 +199,79 @@ def _train(
   )
   progress = Progress(first_step, plan.total_steps, config.batch_size)
   with (
+    interruption.deferred(),
     contextlib.closing(parallel.prefetch(read)) as batches,
     contextlib.closing(CheckpointWriter(workdir)) as checkpoints,
-    contextlib.closing(MetricsFile(workdir / "metrics.jsonl", first_step)) as records,
+    contextlib.closing(
+      MetricsFile(workdir / "metrics.jsonl", first_step, bookmark.records)
+    ) as records,
     contextlib.closing(Watch(workdir, first_step, tensorboard=config.tensorboard)) as watch,
   ):
+
+    def evaluate(step: int) -> float | None:
+      """Shows and records how good the state is; None where the run is to stop."""
+      start = time.perf_counter()
+
+      def run(variables: Any) -> dict[str, float]:
+        split = evaluation.batches(config, plan.eval, preprocessing)
+        return evaluation.run(eval_step, variables, interruption.watch(split))
+
+      try:
+        result, text = _evaluate(state, run)
+      except AbandonedError:
+        return None
+      records.write(step=step, **result)
+      watch.write(step, result)
+      progress.note(
+        f"step {step}/{plan.total_steps}  evaluation: {text}", seconds=time.perf_counter() - start
+      )
+      # The average, where there is one, is what the checkpoint is for.
+      return result.get("eval_ema_accuracy", result["eval_accuracy"])
+
+    def is_due(step: int) -> bool:
+      return step % plan.eval_every_steps == 0 or step == plan.total_steps
+
+    if is_due(first_step) and not bookmark.evaluated:
+      accuracy = evaluate(first_step)
+      if accuracy is not None:
+        checkpoints.rate(first_step, accuracy)
     pending = []  # metrics still on the devices, one entry a step
-    print("compiling the first step", flush=True)
-    for step in range(first_step + 1, plan.total_steps + 1):
+    rows = list(bookmark.pending)  # those of the steps before since the last record
+    saved_at = time.monotonic()
+    last_step = plan.total_steps if interruption.noted is None else first_step
+    if first_step < last_step:
+      print("compiling the first step", flush=True)
+    for step in range(first_step + 1, last_step + 1):
       # At most two steps are under way, so that no batches pile up on the devices.
       jax.block_until_ready(pending[-2:-1])
       state, metrics = train_step(state, batches.take(running=pending[-1:]))
       pending.append(metrics)
-      pause = step % plan.eval_every_steps == 0 or step == plan.total_steps
-      if step == first_step + 1:  # shown alone: what is written may not depend on where a run began
-        progress.update(step, *_settle(pending, step), batches.waited)
-      if pause or step % config.log_every_steps == 0:
-        loss, accuracy = _settle(pending, step)
+      minutes = (time.monotonic() - saved_at) / 60
+      saves = (
+        is_due(step) or interruption.noted is not None or 0 < config.save_every_minutes <= minutes
+      )
+      logs = is_due(step) or step % config.log_every_steps == 0
+      if saves or logs or step == first_step + 1:
+        rows += _settle(pending, step)
         pending = []
+        checkpoints.poll()
+      if step == first_step + 1:  # shown alone: what is written may not depend on where a run began
+        progress.update(step, *_means(rows[-1:]), batches.waited)
+      if logs:
+        loss, accuracy = _means(rows)
+        rows = []
         pace = progress.update(step, loss, accuracy, batches.waited)
         values = {"loss": loss, "accuracy": accuracy}
         values["learning_rate"] = float(learning_rate(step - 1))
         records.write(step=step, **values)
         watch.write(step, values, pace)
-      if pause:
-        start = time.perf_counter()
-        result, text = _evaluate(
-          state,
-          lambda variables: evaluation.run(
-            eval_step, variables, evaluation.batches(config, plan.eval, preprocessing)
-          ),
-        )
-        records.write(step=step, **result)
-        watch.write(step, result)
-        # The average, where there is one, is what the checkpoint is for.
-        checkpoints.save(state, result.get("eval_ema_accuracy", result["eval_accuracy"]))
-        progress.note(
-          f"step {step}/{plan.total_steps}  evaluation: {text}", seconds=time.perf_counter() - start
-        )
+      if saves:
+        accuracy = evaluate(step) if is_due(step) else None
+        records.sync()  # before the checkpoint that counts them
+        checkpoints.save(state, accuracy, records=records.count, pending=rows)
+        saved_at = time.monotonic()
+        if interruption.noted is not None:
+          break
     progress.finish()
 
 
@@ -223,8 +294,8 @@ def _evaluate(
   return result, "; average over the steps: ".join(texts)
 
 
-def _settle(pending: list[dict[str, jax.Array]], step: int) -> tuple[float, float]:
-  """Mean loss and accuracy of the steps that end at `step`.
+def _settle(pending: list[dict[str, jax.Array]], step: int) -> list[dict[str, float]]:
+  """Loss and accuracy of each of the steps that end at `step`.
 
   Raises:
     InputError: one of the steps was not finite.
@@ -233,6 +304,11 @@ def _settle(pending: list[dict[str, jax.Array]], step: int) -> tuple[float, floa
   for number, row in enumerate(rows, start=step - len(rows) + 1):
     for name in ("loss", "grad_norm"):
       _check_finite(name, row[name], number)
+  return [{name: float(row[name]) for name in ("loss", "accuracy")} for row in rows]
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+  """Mean loss and accuracy of some steps."""
   loss, accuracy = (float(np.mean([row[name] for row in rows])) for name in ("loss", "accuracy"))
   return loss, accuracy
 

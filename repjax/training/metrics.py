@@ -1,10 +1,14 @@
 """What a run writes about itself: `metrics.jsonl` and the live line."""
 
+import errno
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
+
+from repjax import store
 
 _MUCH_WAITING = 0.1
 _MORE_DATA = (
@@ -14,21 +18,50 @@ _MORE_DATA = (
 
 
 class MetricsFile:
-  """`metrics.jsonl`: one JSON object a line, only values that another run would reproduce."""
+  """`metrics.jsonl`: one JSON object a line, only values that another run would reproduce.
 
-  def __init__(self, path: Path, first_step: int):
-    """Opens the file for a run that continues after `first_step`, dropping what lies behind it."""
+  Attributes:
+    count: how many lines it has.
+  """
+
+  def __init__(self, path: Path, first_step: int, count: int | None = None):
+    """Opens the file for a run that continues, dropping what lies behind the point where it does.
+
+    Args:
+      path: of the file.
+      first_step: records of later steps are dropped.
+      count: of lines to keep, where it is known.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= first_step]
+    kept = [line for line in lines if _step_of(line) <= first_step][:count]
+    if count is not None and len(kept) < count:
+      print(f"{path} lacks {count - len(kept)} records; the run goes on without them", flush=True)
     draft = path.with_suffix(".draft")
-    draft.write_text("".join(f"{line}\n" for line in kept))
-    draft.replace(path)
-    self._file = path.open("a")
+    with store.writing(path):
+      draft.write_text("".join(f"{line}\n" for line in kept))
+      store.put(draft, path)
+      self._file = path.open("ab", buffering=0)
+    self._path, self.count = path, len(kept)
 
   def write(self, **values: Any) -> None:
-    """Appends one record."""
-    self._file.write(json.dumps(values) + "\n")
-    self._file.flush()
+    """Appends one record.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    line = f"{json.dumps(values)}\n".encode()
+    with store.writing(self._path):
+      if self._file.write(line) != len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    self.count += 1
+
+  def sync(self) -> None:
+    """Waits until all records are on the disk itself."""
+    with store.writing(self._path):
+      os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Closes the file."""

@@ -30,6 +30,7 @@ _FIELDS = (
   *("augment", "num_workers"),
   *recipe.FIELDS,
   *("seed", "log_every_steps", "eval_every_epochs", "tolerance", "tensorboard"),
+  "save_every_minutes",
 )
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -137,7 +138,7 @@ def check(config: Config) -> None:
       raise InputError(f"config.{field} must be at least 1, got {config[field]}")
   if not config.eval_every_epochs > 0:
     raise InputError(f"config.eval_every_epochs must be above 0, got {config.eval_every_epochs}")
-  for field in ("seed", "recalibrate_batches"):
+  for field in ("seed", "recalibrate_batches", "save_every_minutes"):
     if not config[field] >= 0:
       raise InputError(f"config.{field} must be at least 0, got {config[field]}")
   recipe.check(config)

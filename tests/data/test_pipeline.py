@@ -208,3 +208,24 @@ if __name__ == "__main__":
 """)
   finished = tiny.run_python(str(script), cwd=tmp_path, cache=tmp_path)
   assert finished.returncode == 0, finished.stderr
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+  script = tmp_path / "hold.py"
+  script.write_text("""
+import multiprocessing, os, sys, time
+from repjax.data import pipeline
+
+def work():
+  pipeline._prepare_worker(0, 1)
+  print(os.getpid(), flush=True)
+  time.sleep(600)
+
+if __name__ == "__main__":
+  multiprocessing.get_context("spawn").Process(target=work).start()
+  time.sleep(600)
+""")
+  parent = tiny.start_python(str(script), cwd=tmp_path, cache=tmp_path)
+  assert int(parent.stdout.readline()) != parent.pid
+  parent.kill()
+  parent.communicate(timeout=20)  # ends when nobody holds its output any more

@@ -10,7 +10,7 @@ import pytest
 from repjax import store
 from repjax.errors import InputError
 from repjax.training import optimizer, parallel
-from repjax.training.checkpoint import CheckpointWriter, restore_newest, to_items
+from repjax.training.checkpoint import CheckpointWriter, read_bookmark, restore_newest, to_items
 from repjax.training.step import create_state
 from tests.training import tiny
 
@@ -214,3 +214,54 @@ def test_a_checkpoint_of_another_model_is_not_read(workdir):
   wider = state.replace(params={"stem": {"kernel": jnp.zeros((3, 3, 4, 9)), "bias": jnp.zeros(9)}})
   with pytest.raises(InputError, match="holds no whole checkpoint"):
     restore_newest(workdir, wider)
+
+
+def test_a_state_that_is_not_finite_is_not_saved_without_an_evaluation(tmp_path):
+  state = make_state(3)
+  spoiled = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+  writer = CheckpointWriter(tmp_path)
+  with pytest.raises(InputError, match="not finite behind step 3, which was therefore not saved"):
+    writer.save(spoiled, None)
+  writer.close()
+  assert store.checkpoints(tmp_path) == {}
+
+
+def test_one_without_an_evaluation_is_never_the_best_beside_one_with(tmp_path):
+  save(tmp_path, {2: None, 4: 0.0, 6: None, 8: None})
+  assert store.checkpoints(tmp_path) == {4: 0.0, 8: -1.0}
+  assert store.read_checkpoint(tmp_path, to_items(make_state(0)), best=True)[0] == 4
+  CheckpointWriter(tmp_path).rate(8, 0.5)
+  assert store.checkpoints(tmp_path) == {8: 0.5}
+  save(tmp_path, {10: None})
+  assert store.checkpoints(tmp_path) == {8: 0.5, 10: -1.0}
+
+
+def test_a_bookmark_comes_back_exactly(tmp_path):
+  rows = [{"loss": 1 / 3, "accuracy": 0.1}, {"loss": 1e-300, "accuracy": 1.0}]
+  writer = CheckpointWriter(tmp_path)
+  writer.save(make_state(4), 0.5, records=9)
+  writer.save(make_state(6), None, records=11, pending=rows)
+  writer.close()
+  assert read_bookmark(tmp_path, 4) == (9, [], True)
+  assert read_bookmark(tmp_path, 6) == (11, rows, False)
+
+
+def test_a_checkpoint_without_a_bookmark_is_an_older_one(workdir):
+  shutil.rmtree(workdir / "checkpoints" / "8" / "bookmark")
+  assert read_bookmark(workdir, 8) == (None, [], True)
+
+
+def test_fields_that_are_none_are_not_saved_and_others_are():
+  items = to_items(make_state(3).replace(opt_state=None))
+  assert items["training"].keys() == {"step"}
+  assert to_items(make_state(3))["training"].keys() == {"step", "opt_state"}
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(tmp_path, monkeypatch):
+  seen = []
+  monkeypatch.setattr(store, "sync", lambda path: seen.append(("synced", path.name)))
+  monkeypatch.setattr(store, "remove_folder", lambda path: seen.append(("removed", path.name)))
+  save(tmp_path, {2: 0.5, 4: 0.6})
+  assert [entry for entry in seen if entry[1].isdigit()] == [
+    *(("synced", "2"), ("synced", "4"), ("removed", "2")),
+  ]

@@ -137,25 +137,76 @@ def test_a_damaged_data_json_is_named(claimed, damaged):
     claims.check_data(workdir, DATA)
 
 
-@pytest.mark.parametrize(("before", "now"), [(1.0, 0.0), (0.0, 0.1)])
-def test_a_backbone_is_not_frozen_or_thawed_within_a_run(claimed, digits_dir, before, now):
-  workdir, claim = claimed
-  claim(backbone_rate=before)
-  config = tiny.config(digits_dir, backbone_rate=now)
+@pytest.mark.parametrize(
+  ("changes", "difference"),
+  [
+    ({"learning_rate": 0.25, "seed": 1}, "learning_rate 0.4 -> 0.25, seed 0 -> 1"),
+    ({"num_steps": 20}, "num_steps 12 -> 20"),
+    ({"num_epochs": 4.0}, "num_epochs 20.0 -> 4.0"),
+    ({"batch_size": 64}, "batch_size 32 -> 64"),
+    ({"backbone_rate": 0.0}, "backbone_rate 1.0 -> 0.0"),
+    ({"std": (0.3, 0.3, 0.35)}, "std.0 0.35 -> 0.3, std.1 0.35 -> 0.3"),
+  ],
+  ids=str,
+)
+def test_a_run_does_not_continue_in_another_way_than_it_began(
+  claimed, digits_dir, changes, difference
+):
+  workdir, _ = claimed
+  config = tiny.config(digits_dir, **changes)
   claims.check_continuing(workdir, config)  # no step was taken
-  with_checkpoint(workdir)
-  with pytest.raises(InputError, match="a backbone cannot be frozen or thawed") as caught:
+  before = tiny.contents(with_checkpoint(workdir))
+  with pytest.raises(InputError) as caught:
     claims.check_continuing(workdir, config)
-  assert f"another --workdir with --config.init_from={workdir}" in str(caught.value)
+  assert f"the run in {workdir} began with another config: {difference}. A run" in str(caught.value)
+  assert f"another --workdir with --config.init_from={workdir} (" in str(caught.value)
+  assert "--resume=never" in str(caught.value)
+  assert "What may change is data_dir, eval_every_epochs, init_from," in str(caught.value)
+  assert tiny.contents(workdir) == before
 
 
-def test_other_rates_continue_and_so_does_an_older_config(claimed, digits_dir):
+def test_fields_that_no_parameter_depends_on_may_change(claimed, digits_dir):
   workdir = with_checkpoint(claimed[0])
-  claims.check_continuing(workdir, tiny.config(digits_dir, backbone_rate=0.1))
+  changes = {
+    "data_dir": "elsewhere",
+    "eval_every_epochs": 3.0,
+    "init_from": "folder",
+    "log_every_steps": 1,
+    "num_workers": 1,
+    "recalibrate_batches": 1,
+    "save_every_minutes": 0.5,
+    "tolerance": 1e-3,
+  }
+  assert changes.keys() | {"tensorboard"} == claims.FREE
+  config = tiny.config(digits_dir)
+  with config.ignore_type():
+    config.update(changes)
+  claims.check_continuing(workdir, config)
+
+
+def test_fields_that_are_newer_than_a_run_stop_nothing(claimed, digits_dir):
+  workdir = with_checkpoint(claimed[0])
   held = json.loads((workdir / "config.json").read_text())
-  del held["backbone_rate"]
+  for field in ("backbone_rate", "mixup"):
+    del held[field]
   (workdir / "config.json").write_text(json.dumps(held))
-  claims.check_continuing(workdir, tiny.config(digits_dir))
+  claims.check_continuing(workdir, tiny.config(digits_dir, mixup=0.5))
+  with pytest.raises(InputError, match=r"backbone_rate 1\.0 -> 0\.0"):
+    claims.check_continuing(workdir, tiny.config(digits_dir, backbone_rate=0.0))
+
+
+def test_resume_says_whether_there_may_or_must_be_a_run(claimed, tmp_path):
+  workdir, empty = claimed[0], tmp_path / "empty"
+  for resume, folder in (("auto", workdir), ("auto", empty), ("never", empty)):
+    claims.check_resume(folder, resume)
+  with pytest.raises(InputError, match=r"already holds config\.json, model\.json"):
+    claims.check_resume(workdir, "never")
+  for folder in (empty, workdir):
+    with pytest.raises(InputError, match=f"{folder} holds no checkpoint to continue from"):
+      claims.check_resume(folder, "must")
+  claims.check_resume(with_checkpoint(workdir), "must")
+  with pytest.raises(InputError, match="unknown value of resume 'maybe'"):
+    claims.check_resume(workdir, "maybe")
 
 
 def test_imported_weights_are_started_from_not_trained_on(claimed):

@@ -60,6 +60,20 @@ def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path, cut):
   assert steps_in(path) == [2, 4, 6]
 
 
+def test_of_one_step_as_many_records_are_kept_as_were_there(tmp_path, capsys):
+  path = tmp_path / "metrics.jsonl"
+  write(path, 0, 2, 4, 4)
+  records = MetricsFile(path, 4, 2)
+  assert records.count == 2
+  records.write(step=4)
+  assert records.count == 3
+  records.close()
+  assert steps_in(path) == [2, 4, 4]
+  assert capsys.readouterr().out == ""
+  MetricsFile(path, 4, 5).close()
+  assert f"{path} lacks 2 records; the run goes on without them" in capsys.readouterr().out
+
+
 def test_no_other_file_is_left(tmp_path):
   write(tmp_path / "metrics.jsonl", 0, 1)
   write(tmp_path / "metrics.jsonl", 1, 2)

@@ -67,8 +67,8 @@ def contents(folder):
   return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def run_python(*arguments, cwd, cache):
-  """Runs Python on this checkout in a process of its own."""
+def start_python(*arguments, cwd, cache):
+  """Starts Python on this checkout in a process of its own."""
   environment = {
     "HOME": str(cwd),
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -79,11 +79,18 @@ def run_python(*arguments, cwd, cache):
     "PYTHONPATH": str(ROOT),
     "XDG_CACHE_HOME": str(cache),
   }
-  return subprocess.run(
+  return subprocess.Popen(
     [sys.executable, *arguments],
     cwd=cwd,
     env=environment,
-    capture_output=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
     text=True,
-    check=False,
   )
+
+
+def run_python(*arguments, cwd, cache):
+  """Runs Python on this checkout in a process of its own, to its end."""
+  process = start_python(*arguments, cwd=cwd, cache=cache)
+  out, err = process.communicate()
+  return subprocess.CompletedProcess(process.args, process.returncode, out, err)

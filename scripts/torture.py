@@ -1,0 +1,233 @@
+"""Kills a small training run again and again, and counts the bits in which it then ends otherwise.
+
+A run on the digits is done once undisturbed. Then the same command is started, killed by SIGKILL at
+a random moment of a random phase, started again, and so on until it ends by itself; then the next
+run begins. Everything that runs leave is compared: all checkpoints, metrics.jsonl, re-estimated
+statistics and the deploy form. The exit status is 1 where a bit differs.
+
+python scripts/torture.py --kills 50
+python scripts/torture.py --kills 5 -- --config.nesterov=True
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tqdm
+
+from repjax import store
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {
+  "model_overrides.stage_sizes": (1, 1, 1, 1),
+  "model_overrides.width_multipliers": (0.125,) * 4,
+  "batch_size": 32,
+  "num_steps": 40,
+  "eval_every_epochs": 0.2,  # 9 steps
+  "log_every_steps": 7,
+  "save_every_minutes": 0.003,
+  "recalibrate_batches": 2,
+}
+# What a run does from the moment when it says so.
+PHASES = {
+  "compiling": "compilation",
+  "step": "steps",
+  "re-estimating": "recalibration",
+  "re-parameterizing": "conversion",
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--kills", type=int, default=50, help="how often to kill")
+  parser.add_argument("--seed", type=int, default=0, help="of the moments")
+  parser.add_argument("--folder", type=Path, help="where to run (default: a temporary folder)")
+  parser.add_argument("--json", type=Path, help="also write the result there")
+  parser.add_argument("rest", nargs="*", metavar="-- ARGUMENT", help="more arguments of main.py")
+  arguments = parser.parse_args()
+  jax.config.update("jax_platforms", "cpu")
+  with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
+    result = torture(
+      arguments.folder or Path(temporary), arguments.kills, arguments.seed, arguments.rest
+    )
+  text = (
+    f"survived {result['kills']} kills in {result['runs']} runs "
+    f"({', '.join(f'{count} in {phase}' for phase, count in result['phases'].items())}); "
+    f"differing bits: {result['differing_bits']} in {result['bits_of_a_run']:,} of each run"
+  )
+  print(text)
+  if arguments.json:
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+  sys.exit(1 if result["differing_bits"] else 0)
+
+
+def torture(folder: Path, kills: int, seed: int, more: list[str]) -> dict[str, Any]:
+  """Does what this script is for; the result as it is printed.
+
+  Raises:
+    SystemExit: a run ended with an error.
+  """
+  start = time.perf_counter()
+  print("two runs undisturbed, of which the first compiles", flush=True)
+  run_once(folder / "first", folder / "cache", more)
+  seen, _ = run_once(folder / "reference", folder / "cache", more)
+  expected = contents(folder / "reference")
+  rng, phases, runs = random.Random(seed), collections.Counter(), 0
+  differing = count_differing(contents(folder / "first"), expected)
+  with tqdm.tqdm(total=kills, desc="kills", disable=None) as bar:
+    while phases.total() < kills:
+      runs += 1
+      for phase in run_with_kills(folder, f"run{runs}", more, rng, seen, kills, phases):
+        phases[phase] += 1
+        bar.update()
+        bar.set_postfix_str(f"run {runs}, {phase}")
+      differing += count_differing(contents(folder / f"run{runs}"), expected)
+      bar.write(f"{phases.total()} kills, run {runs} has ended, differing bits: {differing}")
+  return {
+    "kills": phases.total(),
+    "runs": runs,
+    "phases": dict(phases.most_common()),
+    "differing_bits": differing,
+    "bits_of_a_run": 8 * sum(len(data) for data in expected.values()),
+    "undisturbed_seconds": round(seen["end"], 1),
+    "seconds": round(time.perf_counter() - start, 1),
+    "seed": seed,
+  }
+
+
+def run_with_kills(
+  folder: Path,
+  name: str,
+  more: list[str],
+  rng: random.Random,
+  seen: dict[str, float],
+  kills: int,
+  phases: collections.Counter[str],
+) -> Iterator[str]:
+  """Starts a run until it ends by itself; yields the phase of each kill, `kills` in all."""
+  times = list(seen.items())
+  while True:
+    moment = None
+    if phases.total() < kills:
+      number = rng.randrange(len(times) - 1)
+      moment = times[number][0], rng.uniform(0, times[number + 1][1] - times[number][1])
+    _, phase = run_once(folder / name, folder / "cache_of_the_killed", more, moment)
+    if phase is None:
+      return
+    yield phase
+
+
+def run_once(
+  workdir: Path, cache: Path, more: list[str], moment: tuple[str, float] | None = None
+) -> tuple[dict[str, float], str | None]:
+  """Starts or continues a run, and kills it `moment[1]` seconds after it has begun a phase.
+
+  Returns:
+    When each phase began, in seconds, and the last one's "end"; and the phase in which the run was
+    killed, None where it had ended before.
+
+  Raises:
+    SystemExit: it ended with an error.
+  """
+  command = [sys.executable, "-u", str(ROOT / "main.py"), f"--workdir={workdir}"]
+  command += [f"--config={ROOT}/configs/digits.py"]
+  command += [f"--config.{field}={value}" for field, value in SETTINGS.items()]
+  environment = {
+    **os.environ,
+    "JAX_NUM_CPU_DEVICES": "2",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(ROOT),
+    "TFDS_DATA_DIR": str(cache / "tfds"),
+    "XDG_CACHE_HOME": str(cache),
+  }
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  log = workdir.with_suffix(".log")
+  with log.open("w") as out:
+    process = subprocess.Popen(
+      command + more, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True
+    )
+    seen = follow(process, log, moment)
+    killed = process.poll() is None
+    process.kill()
+    process.wait()
+  if killed:
+    return seen, phase_of(workdir, seen)
+  if process.returncode:
+    raise SystemExit(f"status {process.returncode} from {' '.join(command)}\n{log.read_text()}")
+  return seen, None
+
+
+def follow(
+  process: subprocess.Popen[str], log: Path, moment: tuple[str, float] | None
+) -> dict[str, float]:
+  """When each phase began; returns when a process has ended, or at the moment to kill it."""
+  start, seen = time.perf_counter(), {"start-up": 0.0}
+  while process.poll() is None:
+    now = time.perf_counter() - start
+    for line in log.read_text().splitlines():
+      phase = PHASES.get(line.split(" ")[0])
+      if phase:
+        seen.setdefault(phase, now)
+    if moment and moment[0] in seen and now >= seen[moment[0]] + moment[1]:
+      break
+    time.sleep(0.002)
+  return {**seen, "end": time.perf_counter() - start}
+
+
+def phase_of(workdir: Path, seen: dict[str, float]) -> str:
+  """What a killed run was doing."""
+  if list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")):
+    return "a save"
+  return [phase for phase in seen if phase != "end"][-1]
+
+
+def contents(workdir: Path) -> dict[str, bytes]:
+  """All that a run leaves, arrays by their place and files by their name."""
+  found = {
+    str(path.relative_to(workdir)): path.read_bytes()
+    for path in workdir.rglob("*.json*")
+    if "checkpoints" not in path.parts and "params" not in path.parts
+  }
+  folders = [workdir / "deploy" / "params"]
+  if (workdir / "recalibrated").exists():
+    folders.append(workdir / "recalibrated" / "batch_stats")
+  for step in store.checkpoints(workdir):
+    folders += [workdir / "checkpoints" / str(step) / item for item in ("variables", "training")]
+  for folder in folders:
+    with ocp.StandardCheckpointer() as checkpointer:
+      tree = checkpointer.restore(folder.absolute())
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+      name = f"{folder.relative_to(workdir)}{jax.tree_util.keystr(path)}"
+      found[name] = np.asarray(leaf).tobytes()
+  return {**found, "names": " ".join(sorted(path.name for path in workdir.iterdir())).encode()}
+
+
+def count_differing(ours: dict[str, bytes], theirs: dict[str, bytes]) -> int:
+  """The bits in which two runs' contents differ; what one side lacks differs altogether."""
+  count = 0
+  for name in ours.keys() | theirs.keys():
+    pair = [np.frombuffer(side.get(name, b""), np.uint8) for side in (ours, theirs)]
+    shorter = min(map(len, pair))
+    count += int(np.bitwise_count(pair[0][:shorter] ^ pair[1][:shorter]).sum())
+    count += 8 * (max(map(len, pair)) - shorter)
+  return count
+
+
+if __name__ == "__main__":
+  main()
