@@ -197,12 +197,15 @@ def phase_of(workdir: Path, seen: dict[str, float]) -> str:
   return [phase for phase in seen if phase != "end"][-1]
 
 
+_TIMED = {"timing.jsonl", "report.png", "tensorboard"}  # what tells how long a run took
+
+
 def contents(workdir: Path) -> dict[str, bytes]:
   """All that a run leaves, arrays by their place and files by their name."""
   found = {
     str(path.relative_to(workdir)): path.read_bytes()
     for path in workdir.rglob("*.json*")
-    if "checkpoints" not in path.parts and "params" not in path.parts
+    if "checkpoints" not in path.parts and "params" not in path.parts and path.name not in _TIMED
   }
   folders = [workdir / "deploy" / "params"]
   if (workdir / "recalibrated").exists():
@@ -215,7 +218,8 @@ def contents(workdir: Path) -> dict[str, bytes]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
       name = f"{folder.relative_to(workdir)}{jax.tree_util.keystr(path)}"
       found[name] = np.asarray(leaf).tobytes()
-  return {**found, "names": " ".join(sorted(path.name for path in workdir.iterdir())).encode()}
+  names = sorted({path.name for path in workdir.iterdir()} - _TIMED)
+  return {**found, "names": " ".join(names).encode()}
 
 
 def count_differing(ours: dict[str, bytes], theirs: dict[str, bytes]) -> int:

@@ -251,12 +251,6 @@ def test_a_checkpoint_without_a_bookmark_is_an_older_one(workdir):
   assert read_bookmark(workdir, 8) == (None, [], True)
 
 
-def test_fields_that_are_none_are_not_saved_and_others_are():
-  items = to_items(make_state(3).replace(opt_state=None))
-  assert items["training"].keys() == {"step"}
-  assert to_items(make_state(3))["training"].keys() == {"step", "opt_state"}
-
-
 def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(tmp_path, monkeypatch):
   seen = []
   monkeypatch.setattr(store, "sync", lambda path: seen.append(("synced", path.name)))

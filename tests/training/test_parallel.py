@@ -7,8 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import repjax
 from repjax.errors import InputError
-from repjax.training import parallel
+from repjax.spec import Preprocessing
+from repjax.training import optimizer, parallel
+from repjax.training.step import create_state, make_eval_step, make_train_step
+from tests.helpers import F64, random_variables
+from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
 
@@ -139,3 +144,73 @@ def test_a_cache_folder_that_the_user_has_set_stays(monkeypatch, tmp_path):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
   parallel.use_compilation_cache()
   assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+
+
+PREPROCESSING = Preprocessing(16, 16, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_synchronised_batch_norm_has_the_gradients_of_one_device_with_the_whole_batch(x64):
+  model = repjax.create_model("repvgg_a0", num_classes=10, **tiny.OVERRIDES, **F64)
+  rng = np.random.default_rng(0)
+  images = rng.standard_normal((8, 16, 16, 3))
+  weights = rng.standard_normal((8, 10))
+  variables = random_variables(model, jnp.ones((1, 16, 16, 3)))
+
+  def gradients(axis_name, reduce):
+    def step(state, batch):
+      def loss_of(params):
+        logits, updates = model.clone(axis_name=axis_name).apply(
+          {**state, "params": params}, batch["image"], train=True, mutable=["batch_stats"]
+        )
+        return (jnp.sin(logits) * batch["weight"]).sum(-1).mean(), updates["batch_stats"]
+
+      (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
+      return reduce((loss, stats, grads))
+
+    return step
+
+  def mean(tree):
+    return jax.lax.pmean(tree, parallel.AXIS)
+
+  batch = {"image": images, "weight": weights}
+  expected = jax.jit(gradients(None, lambda tree: tree))(variables, batch)
+  placed = parallel.place(variables)
+  shared = parallel.data_parallel(gradients(parallel.AXIS, mean))(placed, parallel.split(batch))
+  largest = max(np.abs(value).max() for value in jax.tree.leaves(expected[2]))
+  for ours, theirs in zip(jax.tree.leaves(shared), jax.tree.leaves(expected), strict=True):
+    assert np.abs(ours - theirs).max() <= 1e-12 * largest
+
+
+def test_everything_that_steps_return_is_the_same_on_every_device():
+  overrides = {**tiny.OVERRIDES, "se": "post", "se_reduction": 4}
+  model = repjax.create_model("repvgg_a0", num_classes=10, dropout=0.3, **overrides)
+  sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+  state = create_state(random_variables(model, jnp.ones((1, 16, 16, 3))), sgd)
+  step = make_train_step(
+    model,
+    sgd,
+    PREPROCESSING,
+    label_smoothing=0.1,
+    mixup=0.2,
+    cutmix=1.0,
+    axis_name=parallel.AXIS,
+  )
+  train_step = parallel.data_parallel(step, donate=True)
+  eval_step = parallel.data_parallel(make_eval_step(model, PREPROCESSING, axis_name=parallel.AXIS))
+  state, seen = parallel.place(state), []
+  for seed in range(2):
+    rng = np.random.default_rng(seed)
+    batch = {
+      "image": rng.integers(0, 256, (8, 16, 16, 3), np.uint8),
+      "label": rng.integers(0, 10, (8,), np.int32),
+      "mask": np.arange(8) < 5,
+    }
+    state, metrics = train_step(state, parallel.split(batch))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    seen.append((metrics, eval_step(variables, parallel.split(batch))))
+  assert len(jax.tree.leaves(state)) > 80
+  for value in jax.tree.leaves((state, seen)):
+    copies = [np.asarray(shard.data) for shard in value.addressable_shards]
+    assert len(copies) == 4
+    assert {copy.tobytes() for copy in copies} == {copies[0].tobytes()}
+    assert copies[0].shape == value.shape
