@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import runpy
 import shutil
 
 import numpy as np
@@ -16,20 +15,6 @@ from tests.weights import cases
 
 pytest_plugins = ["tests.training.fixtures"]
 pytestmark = pytest.mark.usefixtures("quick_programs")
-
-
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-  """Runs a script in this process; what it printed."""
-
-  def run(name, *arguments):
-    path = str(tiny.ROOT / "scripts" / f"{name}.py")
-    monkeypatch.setattr("sys.argv", [path, *map(str, arguments)])
-    capsys.readouterr()
-    runpy.run_path(path, run_name="__main__")
-    return capsys.readouterr().out
-
-  return run
 
 
 def stop_of(run, *arguments):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import runpy
 import shutil
 
 import jax
@@ -19,20 +18,6 @@ from tests.weights import cases
 
 pytest_plugins = ["tests.training.fixtures"]
 pytestmark = pytest.mark.usefixtures("quick_programs")
-
-
-@pytest.fixture
-def run_script(monkeypatch, capsys):
-  """Runs a script in this process; what it printed, or the text it ended with."""
-
-  def run(name, *arguments):
-    path = str(tiny.ROOT / "scripts" / f"{name}.py")
-    monkeypatch.setattr("sys.argv", [path, *map(str, arguments)])
-    capsys.readouterr()
-    runpy.run_path(path, run_name="__main__")
-    return capsys.readouterr().out
-
-  return run
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import runpy
 import shutil
 
 import jax.numpy as jnp
@@ -70,3 +71,17 @@ def overtrained(finished, tmp_path):
   writer.save(create_state(variables, sgd).replace(step=jnp.asarray(20)), accuracy=0.0)
   writer.close()
   return workdir
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+  """Runs a script in this process; what it printed, or the text it ended with."""
+
+  def run(name, *arguments):
+    path = str(tiny.ROOT / "scripts" / f"{name}.py")
+    monkeypatch.setattr("sys.argv", [path, *map(str, arguments)])
+    capsys.readouterr()
+    runpy.run_path(path, run_name="__main__")
+    return capsys.readouterr().out
+
+  return run
