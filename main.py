@@ -8,13 +8,16 @@ from ml_collections import config_flags
 
 from repjax import training
 from repjax.errors import InputError, one_paragraph
-from repjax.training.interruption import Preempted
+from repjax.training import processes
+from repjax.training.interruption import status_of
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with the run's configuration.")
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; continues what it holds. Default: runs/<config name>."
 )
-
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Be one of several processes that train together, see the README."
+)
 _RESUME = flags.DEFINE_enum(
   "resume",
   "auto",
@@ -52,7 +55,8 @@ def main(argv: list[str]) -> None:
   config_file = config_flags.get_config_filename(flags.FLAGS["config"])
   with one_paragraph():
     workdir = _WORKDIR.value or f"runs/{Path(config_file).stem}"
-    training.train(_CONFIG.value, workdir, resume=_RESUME.value)
+    with processes.joined(_DISTRIBUTED.value):
+      training.train(_CONFIG.value, workdir, resume=_RESUME.value)
 
 
 if __name__ == "__main__":
@@ -60,4 +64,4 @@ if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)
   except KeyboardInterrupt as stop:
     print("stopped; the same command continues from the last checkpoint, if there is one yet")
-    sys.exit(0 if isinstance(stop, Preempted) else 130)
+    sys.exit(status_of(stop))

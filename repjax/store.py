@@ -111,14 +111,25 @@ def read_json(path: Path) -> Any:
     raise InputError(f"{path} is damaged ({error}); restore it or start in a new folder") from error
 
 
+def by_itself() -> Any:
+  """Options by which Orbax does not wait for the other processes of a run; one reads and writes."""
+  import orbax.checkpoint as ocp
+
+  own = jax.process_index()
+  return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+
+
 def write_tree(path: Path, tree: Any) -> None:
   """Writes a tree of arrays into the new folder `path`."""
   import orbax.checkpoint as ocp
 
   arrays = jax.tree.map(lambda leaf: np.asarray(leaf).view(_Constant), jax.device_get(tree))
   # A file for each array: Orbax's one database would hold another copy of everything in memory.
-  handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
-  with writing(path), _quiet_absl(), ocp.Checkpointer(handler) as checkpointer:
+  handler = ocp.PyTreeCheckpointHandler(
+    use_ocdbt=False, use_compression=False, multiprocessing_options=by_itself()
+  )
+  writer = ocp.Checkpointer(handler, multiprocessing_options=by_itself())
+  with writing(path), _quiet_absl(), writer as checkpointer:
     checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(arrays))
 
 
@@ -150,7 +161,8 @@ def read_tree(path: Path, like: Any) -> Any:
 
   if not path.exists():
     raise InputError(f"{path} does not exist; is {path.parent} the right folder?")
-  with _held_back_stderr() as problems, ocp.StandardCheckpointer() as checkpointer:
+  alone = ocp.StandardCheckpointer(multiprocessing_options=by_itself())
+  with _held_back_stderr() as problems, alone as checkpointer:
     try:
       return checkpointer.restore(path.absolute(), _on_default_device(like))
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file

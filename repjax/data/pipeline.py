@@ -50,7 +50,7 @@ def train_batches(
     interpolation: a key of INTERPOLATIONS.
     seed: of the order and the augmentations.
     start_step: the step that the first batch is for.
-    shard: (index, count): which part of each batch this process reads.
+    shard: (index, count): which part of each batch this process reads; neighbours stay together.
     num_workers: worker processes; 0 reads in threads of this process.
 
   Yields:
@@ -66,8 +66,8 @@ def train_batches(
     .seed(seed)
     .shuffle()
     .repeat()
-    .random_map(transform)[index::count]
-    .batch(batch_size // count)[start_step:]
+    .random_map(transform)
+    .batch(batch_size // count)[index::count][start_step:]
   )
   return _iterate(batches, num_workers)
 
@@ -104,7 +104,7 @@ def eval_batches(
   crop = ten_crops if ten_crop else resize_and_crop
   transform = functools.partial(_resized, crop, image_size, resize_size, interpolation)
   batches = _iterate(
-    grain.MapDataset.source(examples)[index::count].map(transform).batch(size), num_workers
+    grain.MapDataset.source(examples).map(transform).batch(size)[index::count], num_workers
   )
   nothing = {
     "image": np.zeros((0, *[10] * ten_crop, image_size, image_size, 3), np.uint8),

@@ -46,9 +46,15 @@ class CheckpointWriter:
     for step, value in store.checkpoints(workdir).items():
       if value < 0:  # unreadable, which Orbax would stop at; the rest may be whole
         store.write_json(store.metrics_file(workdir, step), {"accuracy": value})
-    # Orbax keeps all: `settle` removes them.
-    options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["accuracy"])
+    # Orbax keeps all: `settle` removes them. Every process has a whole copy of the state, so that
+    # one saves it and the others go on; were it all of them, each save would be a barrier.
+    options = ocp.CheckpointManagerOptions(
+      best_fn=lambda metrics: metrics["accuracy"],
+      create=False,  # which Orbax does not do for one process of several
+      multiprocessing_options=store.by_itself(),
+    )
     self._folder = (workdir / "checkpoints").absolute()
+    self._folder.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   def save(

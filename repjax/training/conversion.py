@@ -13,7 +13,7 @@ from repjax import store
 from repjax.errors import InputError
 from repjax.reparam import layer_name, reparameterize
 from repjax.spec import ModelSpec
-from repjax.training import evaluation, parallel, settings
+from repjax.training import evaluation, parallel, processes, settings
 from repjax.training.settings import Config
 
 
@@ -41,9 +41,9 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
   settings.check_evaluation(config)
   parallel.use_compilation_cache()
   workdir = Path(workdir)
-  spec = ModelSpec.read(workdir)
-  source = settings.open_split(config, config.eval_split, spec)
-  step, variables, recalibrated = store.read_best(workdir, spec.variable_shapes())
+  spec = processes.first(ModelSpec.read, workdir)
+  source = processes.together(settings.open_split, config, config.eval_split, spec)
+  step, variables, recalibrated = processes.first(store.read_best, workdir, spec.variable_shapes())
   with jax.default_matmul_precision("highest"):
     params = jax.jit(reparameterize)(variables["params"], variables["batch_stats"])
     compare = parallel.data_parallel(_make_compare_step(spec))
@@ -83,7 +83,7 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
       f"largest logit over {images} images, more than the tolerance of {config.tolerance:.1e}; "
       f"{workdir / 'deploy'} was left as it was. {_worst_layer(relative)}"
     )
-  _write(workdir, spec, params, report)
+  processes.first(_write, workdir, spec, params, report)
   return report
 
 

@@ -11,7 +11,7 @@ import tqdm
 from repjax import store
 from repjax.data import Source, eval_batches
 from repjax.spec import ModelSpec, Preprocessing, load
-from repjax.training import parallel, settings
+from repjax.training import parallel, processes, settings
 from repjax.training.settings import Config
 from repjax.training.step import make_eval_step
 
@@ -36,7 +36,8 @@ def batches(
   )
   count = -(-len(source.examples) // batch_size)
   with contextlib.closing(parallel.prefetch(whole)) as ready:
-    yield from tqdm.tqdm(ready, "evaluating", count, leave=False, disable=None)
+    hidden = None if processes.is_first() else True
+    yield from tqdm.tqdm(ready, "evaluating", count, leave=False, disable=hidden)
 
 
 def run(
@@ -86,12 +87,14 @@ def evaluate(
   parallel.use_compilation_cache()
   recalibrated = None
   if deploy:
-    model, variables, spec = load(workdir)
+    model, variables, spec = processes.first(load, workdir)
   else:
-    spec = ModelSpec.read(Path(workdir))
+    spec = processes.first(ModelSpec.read, Path(workdir))
     model = spec.create_model()
-    _, variables, recalibrated = store.read_best(Path(workdir), spec.variable_shapes())
-  source = settings.open_split(config, config.eval_split, spec)
+    _, variables, recalibrated = processes.first(
+      store.read_best, Path(workdir), spec.variable_shapes()
+    )
+  source = processes.together(settings.open_split, config, config.eval_split, spec)
   eval_step = parallel.data_parallel(
     make_eval_step(model, spec.preprocessing, axis_name=parallel.AXIS)
   )

@@ -12,8 +12,20 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _NOTED = b"\nstopping: the step in hand is finished and saved first (Ctrl-C again: stop at once)\n"
 
 
-class Preempted(KeyboardInterrupt):
-  """SIGTERM has stopped a run, which the same command continues."""
+class Stopped(KeyboardInterrupt):
+  """Ctrl-C has stopped a run, which the same command continues.
+
+  Attributes:
+    agreed: all processes of the run have stopped together.
+  """
+
+  def __init__(self, agreed: bool = False):
+    super().__init__()
+    self.agreed = agreed
+
+
+class Preempted(Stopped):
+  """SIGTERM has."""
 
 
 class AbandonedError(Exception):
@@ -27,10 +39,12 @@ class Interruption:
 
   Attributes:
     noted: the signal that came inside `deferred`; None as long as there is none.
+    agreed: whether all processes of the run stop for it.
   """
 
   def __init__(self) -> None:
     self.noted: int | None = None
+    self.agreed = False
     self._deferring = False
 
   def __enter__(self) -> "Interruption":
@@ -53,7 +67,12 @@ class Interruption:
     finally:
       self._deferring = False
     if self.noted is not None:
-      raise _error(self.noted)
+      raise _error(self.noted, self.agreed)
+
+  def agree(self) -> None:
+    """Takes a signal that came in another process for one of this process too."""
+    self.noted = self.noted or signal.SIGTERM
+    self.agreed = True
 
   def watch(self, items: Generator[Any, None, None]) -> Iterator[Any]:
     """The items, until a signal is noted; what yields them is closed then.
@@ -76,5 +95,10 @@ class Interruption:
       os.write(2, _NOTED)  # print may be what the signal has interrupted
 
 
-def _error(number: int) -> KeyboardInterrupt:
-  return Preempted() if number == signal.SIGTERM else KeyboardInterrupt()
+def _error(number: int, agreed: bool = False) -> Stopped:
+  return Preempted(agreed) if number == signal.SIGTERM else Stopped(agreed)
+
+
+def status_of(stop: KeyboardInterrupt) -> int:
+  """What the program ends with: nothing is wrong where a cluster wanted its machine back."""
+  return 0 if isinstance(stop, Preempted) else 128 + signal.SIGINT

@@ -1,4 +1,8 @@
-"""How devices are used: data parallelism by `jax.pmap`. No other file knows."""
+"""How devices are used: data parallelism by `jax.pmap`. No other file knows.
+
+Device d of D has examples d * B / D ... (d + 1) * B / D - 1 of a batch of B, however many processes
+the devices belong to: each process reads the part that its devices need, and cuts it for them.
+"""
 
 import os
 from collections.abc import Callable, Iterable
@@ -7,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from repjax.errors import InputError
 from repjax.training.prefetch import ReadAhead
@@ -37,9 +41,12 @@ def data_parallel(step: Callable[..., Any], donate: bool = False) -> Callable[..
 
 
 def place(tree: Any) -> Any:
-  """Copies a tree onto every device, whole."""
-  mesh = jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  """Copies a tree onto every device of this process, whole; the same tree in all processes.
+
+  A pmapped function takes arrays that lie so without another copy, which is what makes it safe to
+  donate them where there are several processes.
+  """
+  return jax.device_put(tree, NamedSharding(_own_mesh(), PartitionSpec()))
 
 
 def split(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -59,13 +66,18 @@ def prefetch(batches: Iterable[dict[str, np.ndarray]], size: int = 2) -> ReadAhe
   Returns:
     An iterator of batches for a `data_parallel` function, to be closed; see `ReadAhead`.
   """
-  sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(AXIS))
+  sharding = NamedSharding(_own_mesh(), PartitionSpec(AXIS))
 
   def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     # Waits for the copies, so that a batch which can be taken is there.
     return jax.block_until_ready(jax.device_put(split(batch), sharding))
 
   return ReadAhead(batches, put, size)
+
+
+def _own_mesh() -> Mesh:
+  """This process's devices, in the order in which a pmapped function uses them."""
+  return Mesh(np.array(jax.local_devices()), (AXIS,))
 
 
 def shard() -> tuple[int, int]:

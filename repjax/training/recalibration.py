@@ -25,7 +25,7 @@ from repjax import store
 from repjax.data import Source, train_batches
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.training import evaluation, parallel, settings
+from repjax.training import evaluation, parallel, processes, settings
 from repjax.training.settings import Config
 from repjax.training.step import make_eval_step
 
@@ -67,18 +67,21 @@ def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dic
   workdir = Path(workdir)
   if num_batches < 1:
     raise InputError(f"statistics need at least 1 batch, got {num_batches}")
-  config = _with_defaults(config, workdir)
+  config = processes.first(_with_defaults, config, workdir)
   parallel.use_compilation_cache()
-  spec = ModelSpec.read(workdir)
-  step, items = store.read_checkpoint(workdir, {"variables": spec.variable_shapes()}, best=True)
+  spec = processes.first(ModelSpec.read, workdir)
+  step, items = processes.first(
+    store.read_checkpoint, workdir, {"variables": spec.variable_shapes()}, best=True
+  )
   variables = items["variables"]
-  train, held_out = _open_splits(config, workdir, spec)
+  train, held_out = processes.together(_open_splits, config, workdir, spec)
   model = spec.create_model(
     dropout=0.0, axis_name=parallel.AXIS if config.sync_batch_norm else None
   )
   with contextlib.closing(_training_batches(config, train, spec.preprocessing)) as batches:
     first = itertools.islice(batches, num_batches)
-    shown = tqdm.tqdm(first, "re-estimating", num_batches, leave=False, disable=None)
+    hidden = None if processes.is_first() else True
+    shown = tqdm.tqdm(first, "re-estimating", num_batches, leave=False, disable=hidden)
     batch_stats = pooled_statistics(model, variables, spec.preprocessing, shown)
   _check_finite(batch_stats, step)
   trees = {"before": variables, "after": {**variables, "batch_stats": batch_stats}}
@@ -95,7 +98,9 @@ def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dic
       for value in ("accuracy", "loss")
     },
   }
-  return store.write_recalibrated(workdir, step, variables["batch_stats"], batch_stats, facts)
+  return processes.first(
+    store.write_recalibrated, workdir, step, variables["batch_stats"], batch_stats, facts
+  )
 
 
 def pooled_statistics(

@@ -5,8 +5,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from repjax import store
 from repjax.errors import InputError
 from repjax.training.contributions import Kernels, read_kernels
@@ -77,8 +75,6 @@ def read_histories(workdirs: Sequence[Path]) -> list[History]:
 
 def draw_at_end(workdir: Path) -> None:
   """Writes the picture of a run that has ended and says where; a missing one stops nothing."""
-  if jax.process_index() != 0:
-    return
   try:
     path, notes = write_report(workdir)
   except (InputError, OSError) as error:

@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from repjax.errors import InputError
 from repjax.training.metrics import MetricsFile, Pace
 
@@ -16,29 +14,24 @@ class Watch:
 
   `timing.jsonl` has a line for each stretch of training: `step` at its end, `images`, `seconds` and
   `waited`, the seconds of those without data. No other run would reproduce them, so they are not in
-  `metrics.jsonl`. TensorBoard reads `workdir/tensorboard`. Only the first process writes.
+  `metrics.jsonl`. TensorBoard reads `workdir/tensorboard`.
   """
 
   def __init__(self, workdir: Path, first_step: int, *, tensorboard: bool):
     """Opens the files for a run that continues after `first_step`; what lies behind it goes."""
-    self._timing = self._board = None
-    if jax.process_index() != 0:
-      return
     self._timing = MetricsFile(workdir / "timing.jsonl", first_step)
-    if tensorboard:
-      self._board = _EventFile(workdir / "tensorboard", first_step)
+    self._board = _EventFile(workdir / "tensorboard", first_step) if tensorboard else None
 
   def write(self, step: int, values: dict[str, float], pace: Pace | None = None) -> None:
     """Records the values of a line of `metrics.jsonl`, and the pace of the steps before it."""
-    if self._timing is not None and pace is not None:
+    if pace is not None:
       self._timing.write(step=step, **pace._asdict())
     if self._board is not None:
       self._board.write(step, {**_tagged(values), **_speed(pace)})
 
   def close(self) -> None:
     """Closes the files."""
-    if self._timing is not None:
-      self._timing.close()
+    self._timing.close()
     if self._board is not None:
       self._board.close()
 

@@ -12,7 +12,7 @@ import pytest
 import repjax
 from repjax import store, training
 from repjax.errors import InputError
-from repjax.training import evaluation, loop, parallel
+from repjax.training import evaluation, fitting, parallel
 from repjax.training.checkpoint import from_items, restore_newest, to_items
 from repjax.training.step import create_state, make_train_step
 from tests.helpers import leaves
@@ -108,14 +108,14 @@ def run(digits_dir, cache_home, tmp_path_factory):
 def continued(digits_dir, cache_home, tmp_path_factory):
   """The same run, interrupted behind its first checkpoint and started again."""
   workdir = tmp_path_factory.mktemp("ema") / "continued"
-  batches_of = loop.train_batches
+  batches_of = fitting.train_batches
 
   def until_interrupted(*arguments, **settings):
     yield from itertools.islice(batches_of(*arguments, **settings), tiny.EVAL_STEPS + 2)
     raise KeyboardInterrupt
 
   with tiny.quick_programs(cache_home / "repjax" / "xla"), pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "train_batches", until_interrupted)
+    patch.setattr(fitting, "train_batches", until_interrupted)
     with pytest.raises(KeyboardInterrupt):
       training.train(averaging(digits_dir), workdir)
     patch.undo()

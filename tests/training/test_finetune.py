@@ -276,7 +276,7 @@ def test_a_classifier_keeps_random_values_that_follow_the_seed(finished, digits_
     )
     plan = settings.make_plan(config)
     sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
-    plans.append(leaves(loop._first_state(config, plan, sgd, tmp_path).params))
+    plans.append(leaves(loop._first_state(config, plan, sgd, tmp_path)[0].params))
   first, again, other = plans
   assert first["head/kernel"].shape[1] == 5
   for path, value in first.items():

@@ -6,11 +6,11 @@ import threading
 
 import pytest
 
-from repjax.training.interruption import AbandonedError, Interruption, Preempted
+from repjax.training.interruption import AbandonedError, Interruption, Preempted, Stopped
 
 pytest_plugins = ["tests.training.fixtures"]
 
-BOTH = [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)]
+BOTH = [(signal.SIGTERM, Preempted), (signal.SIGINT, Stopped)]
 
 
 def send(*numbers):
@@ -56,7 +56,7 @@ def test_further_sigterms_change_nothing_and_a_second_ctrl_c_stops_at_once():
   with Interruption() as interruption, pytest.raises(KeyboardInterrupt) as caught:
     work(interruption)
   assert noted == [signal.SIGTERM]
-  assert type(caught.value) is KeyboardInterrupt
+  assert type(caught.value) is Stopped
 
 
 def test_an_error_wins_over_a_noted_signal():

@@ -14,7 +14,7 @@ import pytest
 
 from repjax import store, training
 from repjax.errors import InputError
-from repjax.training import loop, optimizer, schedules, settings
+from repjax.training import fitting, optimizer, schedules, settings
 from repjax.training.step import create_state
 from tests.training import tiny
 from tests.training.boards import shown
@@ -43,7 +43,7 @@ def continued(digits_dir, cache_home, tmp_path_factory):
   """The tiny run, interrupted two steps behind its first checkpoint and started again."""
   workdir = tmp_path_factory.mktemp("runs") / "continued"
   config = tiny.config(digits_dir, tensorboard=True)
-  batches_of = loop.train_batches
+  batches_of = fitting.train_batches
 
   def until_interrupted(*arguments, **settings):
     batches = batches_of(*arguments, **settings)
@@ -51,7 +51,7 @@ def continued(digits_dir, cache_home, tmp_path_factory):
     raise KeyboardInterrupt
 
   with tiny.quick_programs(cache_home / "repjax" / "xla"), pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, "train_batches", until_interrupted)
+    patch.setattr(fitting, "train_batches", until_interrupted)
     with pytest.raises(KeyboardInterrupt):
       training.train(config, workdir)
     patch.undo()
@@ -161,7 +161,7 @@ def test_a_finished_run_started_again_trains_no_further(
     return {name: data for name, data in held if not name.startswith("deploy/params/")}
 
   before = files()
-  monkeypatch.setattr(loop, "train_batches", None)
+  monkeypatch.setattr(fitting, "train_batches", None)
   assert training.train(tiny.config(digits_dir), workdir) == finished[1]
   assert "all 12 steps were done already" in capsys.readouterr().out
   assert files() == before
@@ -172,7 +172,7 @@ def test_a_finished_run_started_again_trains_no_further(
 def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
   digits_dir, tmp_path, monkeypatch, spoiled, noticed
 ):
-  data_parallel = loop.parallel.data_parallel
+  data_parallel = fitting.parallel.data_parallel
 
   def spoiling(step, donate=False):
     run = data_parallel(step, donate)
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
 
     return run_and_spoil
 
-  monkeypatch.setattr(loop.parallel, "data_parallel", spoiling)
+  monkeypatch.setattr(fitting.parallel, "data_parallel", spoiling)
   with pytest.raises(InputError, match=f"is nan at step {noticed}; training stopped") as caught:
     training.train(tiny.config(digits_dir), tmp_path)
   assert "A lower --config.learning_rate" in str(caught.value)
@@ -220,14 +220,14 @@ def test_bfloat16_gates_auxiliary_heads_dropout_and_mixing_train_and_deploy(digi
 
 
 def test_a_run_that_waits_for_its_data_says_so(digits_dir, tmp_path, monkeypatch, capsys):
-  batches_of = loop.train_batches
+  batches_of = fitting.train_batches
 
   def slowly(*arguments, **settings):
     for number, batch in enumerate(batches_of(*arguments, **settings)):
       time.sleep(0.5 if number > 2 else 0.0)  # of three, the last two are read during compilation
       yield batch
 
-  monkeypatch.setattr(loop, "train_batches", slowly)
+  monkeypatch.setattr(fitting, "train_batches", slowly)
   config = tiny.config(digits_dir, num_steps=6, log_every_steps=6, eval_every_epochs=1.0)
   training.train(config, tmp_path)
   printed = capsys.readouterr().out

@@ -13,9 +13,9 @@ import pytest
 
 from repjax import store, training
 from repjax.errors import InputError
-from repjax.training import evaluation, loop
+from repjax.training import evaluation, fitting, loop
 from repjax.training.checkpoint import CheckpointWriter, read_bookmark
-from repjax.training.interruption import Preempted
+from repjax.training.interruption import Preempted, Stopped
 from repjax.training.metrics import MetricsFile
 from scripts import torture
 from tests.training import tiny
@@ -65,8 +65,8 @@ def wait_until(condition, seconds=60):
 @pytest.mark.parametrize(
   ("module", "name", "at", "numbers", "error"),
   [
-    (loop, "train_batches", 5, [signal.SIGTERM], Preempted),
-    (loop, "train_batches", 0, [signal.SIGINT, signal.SIGTERM, signal.SIGTERM], KeyboardInterrupt),
+    (fitting, "train_batches", 5, [signal.SIGTERM], Preempted),
+    (fitting, "train_batches", 0, [signal.SIGINT, signal.SIGTERM, signal.SIGTERM], Stopped),
     (evaluation, "eval_batches", 1, [signal.SIGTERM], Preempted),
   ],
   ids=["a step", "the first step", "an evaluation"],
@@ -106,7 +106,7 @@ def test_a_second_ctrl_c_during_a_save_stops_at_once_and_spoils_nothing(
     settle(self)
 
   with monkeypatch.context() as patch:
-    send_when(patch, loop, "train_batches", 5, signal.SIGTERM)
+    send_when(patch, fitting, "train_batches", 5, signal.SIGTERM)
     patch.setattr(CheckpointWriter, "settle", settle_and_send)
     with pytest.raises(KeyboardInterrupt):
       training.train(config, tmp_path)
@@ -227,14 +227,14 @@ def test_an_image_that_cannot_be_read_ends_the_run_at_once_and_is_named(
   digits_dir, tmp_path, monkeypatch, assert_as_undisturbed, num_workers
 ):
   config = tiny.config(digits_dir, num_workers=num_workers)
-  batches_of = loop.train_batches
+  batches_of = fitting.train_batches
   seventh = int(grain.MapDataset.source(range(1437)).seed(config.seed).shuffle()[32 * 6])
 
   def damaged(examples, **settings):
     return batches_of(OneDamaged(examples, seventh), **settings)
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop, "train_batches", damaged)
+    patch.setattr(fitting, "train_batches", damaged)
     with pytest.raises(InputError, match=f"image {seventh} .* cannot be decoded"):
       training.train(config, tmp_path)
   assert store.checkpoints(tmp_path).keys() == {4}

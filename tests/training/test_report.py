@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from repjax.errors import InputError
-from repjax.training import draw_curves, draw_kernels, drawing, report
+from repjax.training import draw_curves, draw_kernels, drawing
 from repjax.training.contributions import Kernels, Layer, Part, choose, read_kernels
 from repjax.training.curves import Curve, History, read_history
 from repjax.training.report import draw_at_end, write_report
@@ -397,13 +397,6 @@ def test_a_disk_that_is_full_stops_no_run(finished, tmp_path, capsys, monkeypatc
   draw_at_end(workdir)
   assert "No space left on device" in capsys.readouterr().out
   assert tiny.contents(workdir) == before
-
-
-def test_other_processes_draw_nothing(finished, capsys, monkeypatch):
-  monkeypatch.setattr("jax.process_index", lambda: 1)
-  monkeypatch.setattr(report, "write_report", None)
-  draw_at_end(finished[0])
-  assert capsys.readouterr().out == ""
 
 
 def test_training_loads_no_drawing_before_it_draws():

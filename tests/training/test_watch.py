@@ -3,7 +3,6 @@
 import importlib.util
 import json
 
-import jax
 import pytest
 
 from repjax import training
@@ -69,14 +68,6 @@ def test_a_run_that_continues_shows_no_step_twice(tmp_path, first_step):
   expected = [*kept, (6, 1.0), (8, 1.0), (10, 1.0)]
   assert shown(tmp_path / "tensorboard") == {"train/loss": expected}
   assert len(list((tmp_path / "tensorboard").iterdir())) in (1, 2)
-
-
-def test_other_processes_write_nothing(tmp_path, monkeypatch):
-  monkeypatch.setattr(jax, "process_index", lambda: 1)
-  watch = Watch(tmp_path, 0, tensorboard=True)
-  watch.write(10, {"loss": 2.0}, Pace(640, 2.5, 0.5))
-  watch.close()
-  assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_is_said_before_anything_begins(digits_dir, tmp_path, monkeypatch):

@@ -1,0 +1,72 @@
+"""Several processes on this machine, joined into one run."""
+
+import os
+import socket
+import subprocess
+import sys
+from typing import NamedTuple
+
+from tests.training import tiny
+
+SECONDS = 120
+
+
+class Ended(NamedTuple):
+  """How one of the processes ended."""
+
+  returncode: int
+  stdout: str
+  stderr: str
+
+
+def run(*arguments, folders, cache, devices=2):
+  """Runs Python with the same arguments in a process for each folder, until all have ended.
+
+  Args:
+    *arguments: of each.
+    folders: in which they are, and where they write what they print.
+    cache: folder for compiled programs.
+    devices: of each process.
+  """
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  processes = []
+  for index, folder in enumerate(folders):
+    environment = {
+      "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+      "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+      "JAX_NUM_CPU_DEVICES": str(devices),
+      "JAX_NUM_PROCESSES": str(len(folders)),
+      "JAX_PLATFORMS": "cpu",
+      "JAX_PROCESS_ID": str(index),
+      "PATH": os.defpath,
+      "HOME": str(cache),
+      "PYTHONPATH": str(tiny.ROOT),
+      "XDG_CACHE_HOME": str(cache),
+    }
+    command = [sys.executable, *map(str, arguments)]
+    outputs = [open(f"{folder}.{name}", "w+") for name in ("stdout", "stderr")]  # noqa: SIM115
+    processes.append(
+      (
+        subprocess.Popen(
+          command, cwd=folder, env=environment, text=True, stdout=outputs[0], stderr=outputs[1]
+        ),
+        outputs,
+      )
+    )
+  return [_ended(*each) for each in processes]
+
+
+def _ended(process, outputs):
+  try:
+    process.wait(SECONDS)
+  finally:
+    process.kill()
+    texts = []
+    for output in outputs:
+      output.seek(0)
+      texts.append(output.read())
+      output.close()
+  return Ended(process.returncode, *texts)

@@ -1,0 +1,159 @@
+"""Two processes with two devices each against one process with four."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from repjax import store
+from repjax.spec import ModelSpec
+from repjax.training import optimizer
+from repjax.training.checkpoint import restore_newest
+from repjax.training.step import create_state
+from tests.helpers import random_variables, relative_error
+from tests.training import cluster, tiny
+
+pytest_plugins = ["tests.training.fixtures"]
+
+# main.py, killed in process 0 as soon as the first checkpoint is on disk.
+KILLED = """
+import os, runpy, signal, sys
+import jax
+from repjax.training.checkpoint import CheckpointWriter
+
+save = CheckpointWriter.save
+
+def save_and_die(self, *arguments, **more):
+  save(self, *arguments, **more)
+  self.close()
+  assert jax.process_index() == 0 and jax.process_count() == 2
+  os.kill(os.getpid(), signal.SIGKILL)
+
+CheckpointWriter.save = save_and_die
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+# main.py, of which process 1 alone is told to stop.
+STOPPED = """
+import os, runpy, signal, sys
+import jax
+from repjax.training import fitting
+
+batches_of = fitting.train_batches
+
+def stopping(*arguments, **settings):
+  for number, batch in enumerate(batches_of(*arguments, **settings)):
+    if number == 2 and jax.process_index() == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    yield batch
+
+fitting.train_batches = stopping
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(digits_dir, cache_home, tmp_path_factory):
+  """The tiny run on two processes, which is killed, continued, stopped and continued.
+
+  Their folders, and for each of the three starts how they ended and which checkpoints there were.
+  """
+  home = tmp_path_factory.mktemp("two")
+  folders = [home / "first", home / "second"]  # each with a workdir of its own, if it made one
+  for folder in folders:
+    folder.mkdir()
+  config = home / "small.py"
+  config.write_text(
+    "from tests.training import tiny\n"
+    f"def get_config():\n  return tiny.config({str(digits_dir)!r}, tensorboard=True)\n"
+  )
+  (home / "killed.py").write_text(KILLED)
+  main = (tiny.ROOT / "main.py", f"--config={config}", "--distributed")
+  (home / "stopped.py").write_text(STOPPED)
+  starts = []
+  for program in ([home / "killed.py"], [home / "stopped.py"], []):
+    ended = cluster.run(*program, *main, folders=folders, cache=cache_home)
+    starts.append((ended, sorted(store.checkpoints(folders[0] / "runs" / "small"))))
+  return folders, *starts
+
+
+def test_a_process_that_is_killed_takes_the_other_with_it(runs):
+  (first, second), held = runs[1]
+  assert first.returncode == -9
+  assert second.returncode not in (0, None)
+  assert "another task died" in second.stderr
+  assert held == [tiny.EVAL_STEPS]
+
+
+def test_a_signal_to_one_process_saves_and_ends_all(runs):
+  (first, second), held = runs[2]
+  assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+  assert f"continuing from the checkpoint of step {tiny.EVAL_STEPS}\n" in first.stdout
+  assert "on 4 x cpu of 2 processes\n" in first.stdout
+  assert "stopping: the step in hand" in second.stderr
+  assert "re-parameterizing" not in first.stdout
+  for each in (first, second):
+    assert each.stdout.endswith("continues from the last checkpoint, if there is one yet\n")
+  assert held[-1] in (6, 8, 9)  # where they ask one another
+
+
+def test_the_run_continues_from_where_the_first_process_was(runs):
+  (first, second), held = runs[3]
+  assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+  assert f"continuing from the checkpoint of step {runs[2][1][-1]}\n" in first.stdout
+  assert held[-1] == tiny.STEPS
+
+
+def test_the_first_process_alone_prints_and_writes(runs):
+  (ours, theirs), ((first, second), _) = runs[0], runs[3]
+  assert first.stdout.endswith("saved: runs/small/deploy\npicture: runs/small/report.png\n")
+  assert "step 12/12" in first.stdout
+  lines = [line for line in second.stdout.splitlines() if not line.startswith("[Gloo]")]
+  assert lines == []
+  assert [path.name for path in ours.iterdir()] == ["runs"]
+  assert list(theirs.iterdir()) == []
+
+
+def state_of(workdir):
+  spec = ModelSpec.read(workdir)
+  sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4)
+  model = spec.create_model()
+  size = spec.preprocessing.image_size
+  variables = random_variables(model, np.ones((1, size, size, 3), np.float32))
+  state = restore_newest(workdir, create_state(variables, sgd))
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def test_two_processes_with_two_devices_are_one_with_four(runs, finished):
+  ours, theirs = state_of(runs[0][0] / "runs" / "small"), state_of(finished[0])
+  assert ours.keys() == theirs.keys()
+  for path, value in ours.items():
+    # The momentum of the stem's 1x1 is all but zero, so that rounding shows in it.
+    tolerance = 1e-3 if path.startswith(".opt_state") else 1e-5
+    assert relative_error(value, theirs[path]) <= tolerance, path
+
+
+def records(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_and_evaluation_are_those_of_one_process(runs, finished):
+  ours, theirs = records(runs[0][0] / "runs" / "small"), records(finished[0])
+  assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+  for record, expected in zip(ours, theirs, strict=True):
+    assert record.keys() == expected.keys()
+    for name in record.keys() - {"loss", "eval_loss"}:
+      assert record[name] == expected[name], (record["step"], name)
+    for name in record.keys() & {"loss", "eval_loss"}:
+      assert record[name] == pytest.approx(expected[name], rel=1e-5), (record["step"], name)
+
+
+def test_the_deploy_form_is_that_of_one_process(runs, finished):
+  ours = store.read_json(runs[0][0] / "runs" / "small" / "deploy" / "report.json")
+  assert ours["images"] == finished[1]["images"] == 360
+  for name in ("step", "accuracy", "agreement", "parameters"):
+    assert ours[name] == finished[1][name]
