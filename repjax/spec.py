@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax import store
+from repjax import disk, store
 from repjax.errors import InputError, unknown
 from repjax.models import create_model
 from repjax.reparam import reparameterize
@@ -109,7 +109,7 @@ class ModelSpec:
 
   def write(self, folder: Path) -> None:
     """Writes model.json into a folder."""
-    store.write_json(folder / "model.json", self.to_json())
+    disk.write_json(folder / "model.json", self.to_json())
 
   @classmethod
   def read(cls, folder: Path) -> "ModelSpec":
@@ -118,7 +118,7 @@ class ModelSpec:
     Raises:
       InputError: there is none, or it is damaged.
     """
-    return cls.from_json(store.read_json(folder / "model.json"))
+    return cls.from_json(disk.read_json(folder / "model.json"))
 
 
 def load(
@@ -147,11 +147,9 @@ def load(
   spec = ModelSpec.read(folder)
   model = spec.create_model(deploy=deploy)
   shapes = spec.variable_shapes(deploy=deploy)
-  deploy_folder = store.current_folder(
-    folder if (folder / "params").exists() else folder / "deploy"
-  )
+  deploy_folder = disk.current_folder(folder if (folder / "params").exists() else folder / "deploy")
   if deploy and (deploy_folder / "params").exists():
-    return model, {"params": store.read_tree(deploy_folder / "params", shapes["params"])}, spec
+    return model, {"params": disk.read_tree(deploy_folder / "params", shapes["params"])}, spec
   variables = store.read_best(folder, spec.variable_shapes())[1]
   if deploy:
     variables = {"params": jax.jit(reparameterize)(variables["params"], variables["batch_stats"])}

@@ -1,4 +1,4 @@
-"""Folders on disk: JSON and trees, written whole or not at all, and checkpoints read back.
+"""The folder of a run: its checkpoints read back, its statistics re-estimated, its litter swept.
 
 runs/digits/
 config.json  model.json  data.json  metrics.jsonl  timing.jsonl  report.png
@@ -7,197 +7,17 @@ recalibrated/             re-estimated batch_stats/ of one checkpoint, recalibra
 deploy/                   model.json, report.json, params/
 """
 
-import contextlib
-import errno
-import gc
-import io
 import json
-import os
-import re
 import shutil
-import sys
-import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
+from repjax import disk
 from repjax.errors import InputError
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Writes a JSON file that is never seen half-written.
-
-  Raises:
-    InputError: it cannot be written; what was there before is intact.
-  """
-  text = json.dumps(value, indent=2) + "\n"
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-  except (FileExistsError, NotADirectoryError):
-    raise InputError(f"{path.parent} cannot be a folder: there is a file of that name") from None
-  draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-  with writing(path):
-    draft.write_text(text)
-    put(draft, path)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-  """Says what could not be written when anything fails, such as a disk that is full.
-
-  Raises:
-    InputError: in place of the error; its text promises that what was there before is intact.
-  """
-  try:
-    yield
-  except InputError:
-    raise
-  except Exception as error:  # TensorStore's are of many kinds
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # how it tells the system's
-    number = int(code[1]) if code else getattr(error, "errno", None)
-    reason = os.strerror(number) if number else str(error).partition("\n")[0][:300]
-    raise InputError(
-      f"{path} could not be written: {reason}. What was saved before is "
-      "intact; make room, or mend what the error names, and run the same command again"
-    ) from error
-
-
-def put(draft: Path, path: Path) -> None:
-  """Gives a finished file or folder its name; a power cut leaves it whole or not there at all."""
-  sync(draft)
-  draft.replace(path)
-  sync_entries(path.parent)
-
-
-def sync(path: Path) -> None:
-  """Waits until a file, or a folder with all that is below it, is on the disk itself."""
-  for each in (path, *(path.rglob("*") if path.is_dir() else ())):
-    _sync_one(each)
-
-
-def sync_entries(folder: Path) -> None:
-  """Waits until a folder's entries, not what is in them, are on the disk itself."""
-  _sync_one(folder)
-
-
-def _sync_one(path: Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  except OSError as error:
-    # Some network file systems know no such thing for folders.
-    if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-      raise
-  finally:
-    os.close(descriptor)
-
-
-def read_json(path: Path) -> Any:
-  """Reads a JSON file.
-
-  Raises:
-    InputError: there is none, or it is damaged.
-  """
-  if not path.exists():
-    raise InputError(f"{path} does not exist; is {path.parent} the right folder?")
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise InputError(f"{path} is damaged ({error}); restore it or start in a new folder") from error
-
-
-def by_itself() -> Any:
-  """Options by which Orbax does not wait for the other processes of a run; one reads and writes."""
-  import orbax.checkpoint as ocp
-
-  own = jax.process_index()
-  return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
-
-
-def write_tree(path: Path, tree: Any) -> None:
-  """Writes a tree of arrays into the new folder `path`."""
-  import orbax.checkpoint as ocp
-
-  arrays = jax.tree.map(lambda leaf: np.asarray(leaf).view(_Constant), jax.device_get(tree))
-  # A file for each array: Orbax's one database would hold another copy of everything in memory.
-  handler = ocp.PyTreeCheckpointHandler(
-    use_ocdbt=False, use_compression=False, multiprocessing_options=by_itself()
-  )
-  writer = ocp.Checkpointer(handler, multiprocessing_options=by_itself())
-  with writing(path), _quiet_absl(), writer as checkpointer:
-    checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(arrays))
-
-
-@contextlib.contextmanager
-def _quiet_absl() -> Iterator[None]:
-  """Holds back warnings, of which Orbax has one for every tree that is in no database."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)
-
-
-class _Constant(np.ndarray):
-  """An array that nobody changes while Orbax writes it, so that it need not copy it first."""
-
-  def __deepcopy__(self, memo: Any) -> np.ndarray:
-    return self
-
-
-def read_tree(path: Path, like: Any) -> Any:
-  """Reads a tree of arrays with the structure, shapes and dtypes of `like`.
-
-  Raises:
-    InputError: there is none, it is damaged, or it is of another model.
-  """
-  import orbax.checkpoint as ocp
-
-  if not path.exists():
-    raise InputError(f"{path} does not exist; is {path.parent} the right folder?")
-  alone = ocp.StandardCheckpointer(multiprocessing_options=by_itself())
-  with _held_back_stderr() as problems, alone as checkpointer:
-    try:
-      return checkpointer.restore(path.absolute(), _on_default_device(like))
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-      first_sentence = str(error).partition("\n")[0].partition(". ")[0]
-      problems.append(f"{type(error).__name__}: {first_sentence}"[:300])
-  raise InputError(f"{path} cannot be read: {problems[0]}")
-
-
-def replace_folder(draft: Path, path: Path) -> None:
-  """Puts the finished folder `draft` in the place of `path`, which may exist.
-
-  Between two renames the old one is called `<path>.old`; see `current_folder`.
-  """
-  old = path.with_name(f"{path.name}.old")
-  with writing(path):
-    sync(draft)
-    if path.exists():
-      shutil.rmtree(old, ignore_errors=True)
-      path.replace(old)
-    put(draft, path)
-  shutil.rmtree(old, ignore_errors=True)
-
-
-def current_folder(path: Path) -> Path:
-  """`path`, or what `replace_folder` was about to replace when it was killed."""
-  old = path.with_name(f"{path.name}.old")
-  return old if old.exists() and not path.exists() else path
-
-
-def remove_folder(path: Path) -> None:
-  """Removes a folder, of which nobody sees a part."""
-  draft = path.with_name(f"{path.name}.draft")
-  shutil.rmtree(draft, ignore_errors=True)
-  path.replace(draft)
-  shutil.rmtree(draft)
 
 
 def sweep(workdir: Path) -> None:
@@ -254,14 +74,14 @@ def read_checkpoint(
     InputError: no checkpoint is whole.
   """
   found = checkpoints(workdir)
-  if not found and (current_folder(workdir / "deploy") / "params").exists():
+  if not found and (disk.current_folder(workdir / "deploy") / "params").exists():
     raise InputError(f"{workdir} holds a deploy form only; the training form cannot be had from it")
   order = sorted(found, key=lambda step: (found[step] if best else 0, step), reverse=True)
   problems = []
   for step in order:
     folder = workdir / "checkpoints" / str(step)
     try:
-      return step, {item: read_tree(folder / item, like) for item, like in items.items()}
+      return step, {item: disk.read_tree(folder / item, like) for item, like in items.items()}
     except InputError as error:
       problems.append(str(error))
       print(f"checkpoint of step {step} is damaged, trying another: {error}", flush=True)
@@ -291,16 +111,16 @@ def read_best(
   """
   step, items = read_checkpoint(workdir, {"variables": shapes}, best=True)
   variables = items["variables"]
-  folder = current_folder(workdir / "recalibrated")
+  folder = disk.current_folder(workdir / "recalibrated")
   if not folder.exists():
     return step, variables, None
   try:
-    record = read_json(folder / "recalibration.json")
+    record = disk.read_json(folder / "recalibration.json")
     if not isinstance(record, dict) or not {"step", "checkpoint", "batches"} <= record.keys():
       raise InputError(f"{folder / 'recalibration.json'} is damaged: fields are missing")
     if (record["step"], record["checkpoint"]) != (step, _checksum(variables["batch_stats"])):
       return step, variables, None
-    batch_stats = read_tree(folder / "batch_stats", shapes["batch_stats"])
+    batch_stats = disk.read_tree(folder / "batch_stats", shapes["batch_stats"])
   except InputError as error:
     raise InputError(
       f"{error}. To use the checkpoint's own statistics again: "
@@ -328,9 +148,9 @@ def write_recalibrated(
   draft = workdir / "recalibrated.draft"
   shutil.rmtree(draft, ignore_errors=True)
   draft.mkdir(parents=True)
-  write_tree(draft / "batch_stats", batch_stats)
-  write_json(draft / "recalibration.json", record)
-  replace_folder(draft, workdir / "recalibrated")
+  disk.write_tree(draft / "batch_stats", batch_stats)
+  disk.write_json(draft / "recalibration.json", record)
+  disk.replace_folder(draft, workdir / "recalibrated")
   return record
 
 
@@ -341,12 +161,12 @@ def remove_recalibrated(workdir: Path) -> None:
     InputError: there are none.
   """
   folder = workdir / "recalibrated"
-  if not current_folder(folder).exists():
+  if not disk.current_folder(folder).exists():
     raise InputError(f"{workdir} holds no re-estimated statistics, so there is nothing to undo")
   # What `current_folder` would fall back to goes first.
   for path in (folder.with_name("recalibrated.old"), folder):
     if path.exists():
-      remove_folder(path)
+      disk.remove_folder(path)
 
 
 def _checksum(tree: Any) -> int:
@@ -355,26 +175,3 @@ def _checksum(tree: Any) -> int:
   for leaf in jax.tree.leaves(jax.device_get(tree)):
     checksum = zlib.crc32(np.asarray(leaf).tobytes(), checksum)
   return checksum
-
-
-def _on_default_device(like: Any) -> Any:
-  """The same shapes and dtypes, to be put on this process's first device."""
-  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
-
-
-@contextlib.contextmanager
-def _held_back_stderr() -> Iterator[list[str]]:
-  """Yields a list for problems; what is written to stderr meanwhile is shown if it stays empty.
-
-  Where one array of many cannot be read, Orbax abandons the other reads, and each of them prints a
-  traceback from a thread of its own.
-  """
-  problems, text = [], io.StringIO()
-  with contextlib.redirect_stderr(text):
-    yield problems
-    if problems:
-      gc.collect()  # abandoned reads complain when they are collected
-      time.sleep(0.2)
-  if not problems:
-    sys.stderr.write(text.getvalue())

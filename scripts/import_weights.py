@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from repjax import store, weights
+from repjax import disk, weights
 from repjax.errors import InputError, one_paragraph
 
 
@@ -57,7 +57,7 @@ def main() -> None:
       entry=arguments.entry,
       overrides=parse_overrides(arguments.overrides),
     )
-  preprocessing = store.read_json(arguments.workdir / "model.json")["preprocessing"]
+  preprocessing = disk.read_json(arguments.workdir / "model.json")["preprocessing"]
   entry = f"entry: {record['entry']}" if record["entry"] else ""
   if record["other_entries"]:
     entry += f" (--entry takes {' or '.join(record['other_entries'])} instead)"

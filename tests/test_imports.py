@@ -10,9 +10,10 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
 # A room is a file or a folder of the package. Anyone may import the leaves.
-LEAVES = {"errors", "store"}
+LEAVES = {"disk", "errors", "store"}
 MAY_IMPORT = {
   "errors": set(),
+  "disk": set(),
   "store": set(),
   "algebra": set(),
   "layers": {"algebra"},

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from repjax import store
+from repjax import disk, store
 from repjax.errors import InputError
 from repjax.training.step import TrainState
 
@@ -45,13 +45,13 @@ class CheckpointWriter:
       logging.set_verbosity(logging.FATAL)
     for step, value in store.checkpoints(workdir).items():
       if value < 0:  # unreadable, which Orbax would stop at; the rest may be whole
-        store.write_json(store.metrics_file(workdir, step), {"accuracy": value})
+        disk.write_json(store.metrics_file(workdir, step), {"accuracy": value})
     # Orbax keeps all: `settle` removes them. Every process has a whole copy of the state, so that
     # one saves it and the others go on; were it all of them, each save would be a barrier.
     options = ocp.CheckpointManagerOptions(
       best_fn=lambda metrics: metrics["accuracy"],
       create=False,  # which Orbax does not do for one process of several
-      multiprocessing_options=store.by_itself(),
+      multiprocessing_options=disk.by_itself(),
     )
     self._folder = (workdir / "checkpoints").absolute()
     self._folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class CheckpointWriter:
     bookmark = Bookmark(records, [dict(row) for row in pending], accuracy is not None)
     items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     items["bookmark"] = ocp.args.JsonSave(bookmark._asdict())
-    with store.writing(self._folder / str(step)):
+    with disk.writing(self._folder / str(step)):
       self._manager.save(
         step,
         args=ocp.args.Composite(**items),
@@ -97,7 +97,7 @@ class CheckpointWriter:
 
   def rate(self, step: int, accuracy: float) -> None:
     """Gives a checkpoint that was saved without one its accuracy."""
-    store.write_json(store.metrics_file(self._workdir, step), {"accuracy": accuracy})
+    disk.write_json(store.metrics_file(self._workdir, step), {"accuracy": accuracy})
     self._remove_superseded()
 
   def poll(self) -> None:
@@ -114,10 +114,10 @@ class CheckpointWriter:
     if self._saving is None:
       return
     saved, self._saving = self._folder / str(self._saving), None
-    with store.writing(saved):
+    with disk.writing(saved):
       self._manager.wait_until_finished()
-      store.sync(saved)
-      store.sync_entries(self._folder)
+      disk.sync(saved)
+      disk.sync_entries(self._folder)
     self._remove_superseded()
 
   def _remove_superseded(self) -> None:
@@ -125,7 +125,7 @@ class CheckpointWriter:
     found = store.checkpoints(self._workdir)
     best = max(found, key=lambda step: (found[step], step))
     for step in found.keys() - {best, max(found)}:
-      store.remove_folder(self._folder / str(step))
+      disk.remove_folder(self._folder / str(step))
 
   def close(self) -> None:
     """Settles, and ends the threads of this writer."""
@@ -192,6 +192,6 @@ def read_bookmark(workdir: Path, step: int) -> Bookmark:
   """What a checkpoint says about the loop; of one that does not say it, what can be assumed."""
   path = workdir / "checkpoints" / str(step) / "bookmark" / "metadata"
   try:
-    return Bookmark(**store.read_json(path))
+    return Bookmark(**disk.read_json(path))
   except (InputError, TypeError):
     return Bookmark(None, [], store.checkpoints(workdir).get(step, _NOT_EVALUATED) >= 0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from repjax import store
+from repjax import disk, store
 from repjax.errors import InputError, unknown
 from repjax.spec import ModelSpec
 from repjax.training.settings import Config, read_config
@@ -43,7 +43,7 @@ def check_data(workdir: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> 
   path = workdir / "data.json"
   if not store.checkpoints(workdir) or not path.exists():
     return
-  held = store.read_json(path)
+  held = disk.read_json(path)
   if not isinstance(held, dict) or not all(isinstance(facts, dict) for facts in held.values()):
     raise InputError(f"{path} is damaged: it does not hold facts about the data; restore it")
   new = plain(fingerprints)
@@ -144,11 +144,11 @@ def claim_workdir(
   """Writes config.json, model.json and data.json, and says which config fields have changed."""
   new = config.to_dict()
   if (workdir / "config.json").exists():
-    changed = difference(store.read_json(workdir / "config.json"), plain(new))
+    changed = difference(disk.read_json(workdir / "config.json"), plain(new))
     if changed:
       print(f"config changed since this run began: {changed}", flush=True)
-  store.write_json(workdir / "config.json", new)
-  store.write_json(workdir / "data.json", plain(fingerprints))
+  disk.write_json(workdir / "config.json", new)
+  disk.write_json(workdir / "data.json", plain(fingerprints))
   spec.write(workdir)
 
 

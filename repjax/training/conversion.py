@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repjax import store
+from repjax import disk, store
 from repjax.errors import InputError
 from repjax.reparam import layer_name, reparameterize
 from repjax.spec import ModelSpec
@@ -173,7 +173,7 @@ def _write(workdir: Path, spec: ModelSpec, params: Any, report: dict[str, Any]) 
   draft = workdir / "deploy.draft"
   shutil.rmtree(draft, ignore_errors=True)
   draft.mkdir(parents=True)
-  store.write_tree(draft / "params", params)
+  disk.write_tree(draft / "params", params)
   spec.write(draft)
-  store.write_json(draft / "report.json", report)
-  store.replace_folder(draft, workdir / "deploy")
+  disk.write_json(draft / "report.json", report)
+  disk.replace_folder(draft, workdir / "deploy")

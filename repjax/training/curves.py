@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repjax import store
+from repjax import disk
 
 FILES = ("metrics.jsonl", "timing.jsonl")
 
@@ -60,7 +60,7 @@ def read_history(workdir: Path, name: str | None = None) -> History:
   if judged in curves:  # of the average, where there is one: as checkpoints are chosen
     steps, values = curves[judged]
     best = int(steps[values == values.max()].max())
-  config = store.read_json(workdir / "config.json") if (workdir / "config.json").exists() else {}
+  config = disk.read_json(workdir / "config.json") if (workdir / "config.json").exists() else {}
   return History(
     workdir.absolute().name if name is None else name,
     f"{config['model']} on {config['dataset']}" if config.get("dataset") and curves else "",

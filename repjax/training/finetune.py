@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from repjax import store
+from repjax import disk, store
 from repjax.data import open_source
 from repjax.errors import InputError
 from repjax.spec import ModelSpec
@@ -132,7 +132,7 @@ def source_spec(folder: str | Path) -> ModelSpec:
       "it the right folder?"
     )
   if not store.checkpoints(path):
-    deploy = (path / "params").exists() or store.current_folder(path / "deploy").exists()
+    deploy = (path / "params").exists() or disk.current_folder(path / "deploy").exists()
     what = "has no checkpoint"
     if deploy:
       what = "holds a deploy form only, whose branches and batch norms are gone"

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from repjax import store
+from repjax import disk
 
 _MUCH_WAITING = 0.1
 _MORE_DATA = (
@@ -40,9 +40,9 @@ class MetricsFile:
     if count is not None and len(kept) < count:
       print(f"{path} lacks {count - len(kept)} records; the run goes on without them", flush=True)
     draft = path.with_suffix(".draft")
-    with store.writing(path):
+    with disk.writing(path):
       draft.write_text("".join(f"{line}\n" for line in kept))
-      store.put(draft, path)
+      disk.put(draft, path)
       self._file = path.open("ab", buffering=0)
     self._path, self.count = path, len(kept)
 
@@ -53,14 +53,14 @@ class MetricsFile:
       InputError: it cannot be written.
     """
     line = f"{json.dumps(values)}\n".encode()
-    with store.writing(self._path):
+    with disk.writing(self._path):
       if self._file.write(line) != len(line):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     self.count += 1
 
   def sync(self) -> None:
     """Waits until all records are on the disk itself."""
-    with store.writing(self._path):
+    with disk.writing(self._path):
       os.fsync(self._file.fileno())
 
   def close(self) -> None:

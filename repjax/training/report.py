@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from repjax import store
+from repjax import disk, store
 from repjax.errors import InputError
 from repjax.training.contributions import Kernels, read_kernels
 from repjax.training.curves import History, distinct_names, read_history
@@ -61,7 +61,7 @@ def read_histories(workdirs: Sequence[Path]) -> list[History]:
   """
   for number, workdir in enumerate(workdirs):
     if not (workdir / "model.json").exists():
-      store.read_json(workdir / "model.json")
+      disk.read_json(workdir / "model.json")
     if workdir.resolve() in [other.resolve() for other in workdirs[:number]]:
       raise InputError(f"{workdir} is given twice; compare it with another run")
   histories = [
@@ -87,7 +87,7 @@ def draw_at_end(workdir: Path) -> None:
 def _kernels_or_note(workdir: Path) -> tuple[Kernels | None, str | None]:
   """A folder's kernels, or why there are none."""
   deploy = workdir if (workdir / "params").exists() else workdir / "deploy"
-  if not store.checkpoints(workdir) and not (store.current_folder(deploy) / "params").exists():
+  if not store.checkpoints(workdir) and not (disk.current_folder(deploy) / "params").exists():
     return None, f"{workdir} holds no checkpoint yet, so no kernels are shown"
   try:
     return read_kernels(workdir), None

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from repjax import store
+from repjax import disk
 from repjax.data import Source, open_source, parse_augmentation
 from repjax.data.transforms import INTERPOLATIONS
 from repjax.errors import InputError, unknown
@@ -247,7 +247,7 @@ def read_config(workdir: str | Path, **changes: Any) -> Config:
     InputError: the folder holds no run, or its config.json is damaged.
   """
   path = Path(workdir) / "config.json"
-  value = store.read_json(path)
+  value = disk.read_json(path)
   if not isinstance(value, dict):
     raise InputError(f"{path} is damaged: it does not hold a config")
   changed = {field: change for field, change in changes.items() if change is not None}

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax import store
+from repjax import disk, store
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub
@@ -181,13 +181,13 @@ def _write(workdir: Path, spec: ModelSpec, variables: Any, record: dict[str, Any
   draft = Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", dir=workdir.parent))
   try:
     if record["kind"] == KINDS[0]:
-      store.write_tree(draft / "checkpoints" / "0" / "variables", variables)
+      disk.write_tree(draft / "checkpoints" / "0" / "variables", variables)
     else:
-      store.write_tree(draft / "deploy" / "params", variables["params"])
+      disk.write_tree(draft / "deploy" / "params", variables["params"])
       spec.write(draft / "deploy")
     spec.write(draft)
-    store.write_json(draft / "import.json", record)
-    store.write_json(draft / "config.json", _evaluation_config(spec))
+    disk.write_json(draft / "import.json", record)
+    disk.write_json(draft / "config.json", _evaluation_config(spec))
     draft.chmod(0o777 & ~_umask())
     if workdir.exists():
       workdir.rmdir()

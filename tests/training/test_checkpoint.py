@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repjax import store
+from repjax import disk, store
 from repjax.errors import InputError
 from repjax.training import optimizer, parallel
 from repjax.training.checkpoint import CheckpointWriter, read_bookmark, restore_newest, to_items
@@ -253,8 +253,8 @@ def test_a_checkpoint_without_a_bookmark_is_an_older_one(workdir):
 
 def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(tmp_path, monkeypatch):
   seen = []
-  monkeypatch.setattr(store, "sync", lambda path: seen.append(("synced", path.name)))
-  monkeypatch.setattr(store, "remove_folder", lambda path: seen.append(("removed", path.name)))
+  monkeypatch.setattr(disk, "sync", lambda path: seen.append(("synced", path.name)))
+  monkeypatch.setattr(disk, "remove_folder", lambda path: seen.append(("removed", path.name)))
   save(tmp_path, {2: 0.5, 4: 0.6})
   assert [entry for entry in seen if entry[1].isdigit()] == [
     *(("synced", "2"), ("synced", "4"), ("removed", "2")),

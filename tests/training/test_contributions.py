@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax import store
+from repjax import disk, store
 from repjax.errors import InputError
 from repjax.layers import RepConv, fold_rep_conv
 from repjax.spec import ModelSpec
@@ -137,7 +137,7 @@ def test_weights_that_are_not_finite_are_named(finished, tmp_path):
   variables = repjax.init(spec.create_model(), jax.random.key(0), 16)
   bn = variables["params"]["stage2"]["block0"]["RepConv_0"]["conv1x1"]["bn"]
   bn["scale"] = bn["scale"] * np.float32(np.nan)
-  store.write_tree(tmp_path / "checkpoints" / "0" / "variables", variables)
+  disk.write_tree(tmp_path / "checkpoints" / "0" / "variables", variables)
   spec.write(tmp_path)
   with pytest.raises(InputError, match="weights of stage2/block0/RepConv_0 are not finite"):
     read_kernels(tmp_path)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax import store, training
+from repjax import disk, store, training
 from repjax.errors import InputError
 from repjax.training import conversion
 from tests.helpers import leaves
@@ -86,7 +86,7 @@ def test_the_deploy_folder_holds_the_folded_best_checkpoint_the_model_and_the_re
   folded = jax.jit(repjax.reparameterize)(trained["params"], trained["batch_stats"])
   expected = leaves(folded)
   held = leaves(
-    store.read_tree(workdir / "deploy" / "params", spec.variable_shapes(deploy=True)["params"])
+    disk.read_tree(workdir / "deploy" / "params", spec.variable_shapes(deploy=True)["params"])
   )
   assert held.keys() == expected.keys()
   for path, value in held.items():

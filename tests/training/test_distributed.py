@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from repjax import store
+from repjax import disk, store
 from repjax.spec import ModelSpec
 from repjax.training import optimizer
 from repjax.training.checkpoint import restore_newest
@@ -153,7 +153,7 @@ def test_metrics_and_evaluation_are_those_of_one_process(runs, finished):
 
 
 def test_the_deploy_form_is_that_of_one_process(runs, finished):
-  ours = store.read_json(runs[0][0] / "runs" / "small" / "deploy" / "report.json")
+  ours = disk.read_json(runs[0][0] / "runs" / "small" / "deploy" / "report.json")
   assert ours["images"] == finished[1]["images"] == 360
   for name in ("step", "accuracy", "agreement", "parameters"):
     assert ours[name] == finished[1][name]

@@ -10,7 +10,7 @@ import pytest
 
 import repjax
 from configs import finetune as finetune_config
-from repjax import store, training, weights
+from repjax import disk, training, weights
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
 from repjax.training import finetune, loop, optimizer, settings
@@ -236,7 +236,7 @@ def with_heads(folder, class_names):
     "repvgg_a0", 3, tiny.WITH_GATES_AND_HEADS, Preprocessing(16, 16), class_names
   )
   variables = randomise(spec.variable_shapes(), seed=3)
-  store.write_tree(folder / "checkpoints" / "0" / "variables", variables)
+  disk.write_tree(folder / "checkpoints" / "0" / "variables", variables)
   spec.write(folder)
   return spec, variables
 
@@ -369,7 +369,7 @@ def test_a_changed_data_set_stops_a_run_that_would_continue(
   def grown(*arguments, **changes):
     return opened(*arguments, **changes)._replace(fingerprint={"images": 1500})
 
-  store.write_json(workdir / "data.json", {"train": {"images": 1437}, "eval": {}})
+  disk.write_json(workdir / "data.json", {"train": {"images": 1437}, "eval": {}})
   before = tiny.contents(workdir)
   monkeypatch.setattr(settings, "open_source", grown)
   with pytest.raises(InputError, match=r"has changed since .* began: train.images 1437 -> 1500\."):

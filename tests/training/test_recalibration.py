@@ -12,7 +12,7 @@ import pytest
 from flax import linen as nn
 
 import repjax
-from repjax import store, training, weights
+from repjax import disk, store, training, weights
 from repjax.data import open_source, train_batches
 from repjax.errors import InputError
 from repjax.layers import rep_norm
@@ -244,7 +244,7 @@ def test_an_undo_that_is_killed_brings_nothing_older_back(
 ):
   workdir = shutil.copytree(recalibrated[0], tmp_path / "run")
   older = shutil.copytree(workdir / "recalibrated", workdir / "recalibrated.old")
-  store.write_json(older / "recalibration.json", {**recalibrated[1], "batches": 99})
+  disk.write_json(older / "recalibration.json", {**recalibrated[1], "batches": 99})
   removed, remove = [], shutil.rmtree
 
   def killed(path, **settings):
@@ -255,7 +255,7 @@ def test_an_undo_that_is_killed_brings_nothing_older_back(
     remove(path, **settings)
 
   with monkeypatch.context() as patch:
-    patch.setattr(store.shutil, "rmtree", killed)
+    patch.setattr(disk.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
       store.remove_recalibrated(workdir)
   record = store.read_best(workdir, shapes_of(workdir))[2]
@@ -312,8 +312,8 @@ def replace_checkpoint(workdir, step, accuracy=1.0):
   variables = randomise(repjax.ModelSpec.read(workdir).variable_shapes(), seed=9)
   folder = workdir / "checkpoints" / str(step)
   shutil.rmtree(folder, ignore_errors=True)
-  store.write_tree(folder / "variables", variables)
-  store.write_json(store.metrics_file(workdir, step), {"accuracy": accuracy})
+  disk.write_tree(folder / "variables", variables)
+  disk.write_json(store.metrics_file(workdir, step), {"accuracy": accuracy})
   return variables
 
 
@@ -433,7 +433,7 @@ def test_statistics_that_are_not_finite_are_not_written(workdir, digits_dir):
   variables = replace_checkpoint(workdir, step)
   variables["params"]["stem"]["RepConv_0"]["conv3x3"]["conv"]["kernel"] *= math.nan
   shutil.rmtree(workdir / "checkpoints" / str(step) / "variables")
-  store.write_tree(workdir / "checkpoints" / str(step) / "variables", variables)
+  disk.write_tree(workdir / "checkpoints" / str(step) / "variables", variables)
   with pytest.raises(InputError, match=f"of step {step} are not finite, so nothing was written"):
     training.recalibrate(tiny.config(digits_dir), workdir, num_batches=1)
   assert not (workdir / "recalibrated").exists()

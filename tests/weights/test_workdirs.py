@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import repjax
-from repjax import store, training, weights
+from repjax import disk, store, training, weights
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
 from tests import helpers
@@ -108,7 +108,7 @@ def test_the_record_says_what_came_from_where(tmp_path, states, kind):
       value.size for name, value in states[kind].items() if name.endswith((".weight", ".bias"))
     ),
   }
-  assert store.read_json(workdir / "import.json") == record
+  assert disk.read_json(workdir / "import.json") == record
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_name_of_the_file_decides_between_models_that_fit(tmp_path, states):
 
 def test_imagenets_classes_make_imagenet_the_data_set(tmp_path, states):
   workdir, _ = import_state(tmp_path, states["deploy"])
-  config = store.read_json(workdir / "config.json")
+  config = disk.read_json(workdir / "config.json")
   assert config["dataset"] is None
   with pytest.raises(InputError, match="no data set is named: pass --dataset NAME --split SPLIT"):
     training.evaluate(training.read_config(workdir), workdir, deploy=True)
@@ -239,7 +239,7 @@ def test_folders_above_the_workdir_are_made(tmp_path, states):
 def test_an_import_that_was_killed_is_no_run_and_can_be_repeated(
   tmp_path, states, kind, monkeypatch
 ):
-  write_json, written = store.write_json, []
+  write_json, written = disk.write_json, []
 
   def killed(path, value):
     written.append(path.name)
@@ -248,7 +248,7 @@ def test_an_import_that_was_killed_is_no_run_and_can_be_repeated(
     write_json(path, value)
 
   with monkeypatch.context() as patch:
-    patch.setattr(store, "write_json", killed)
+    patch.setattr(disk, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
       import_state(tmp_path, states[kind])
   assert {"model.json", "import.json"} <= set(written)
@@ -272,8 +272,8 @@ def test_a_deploy_form_is_read_rather_than_made_again(tmp_path, states):
   config = training.read_config(workdir, dataset="synthetic", eval_split="sample")
   training.convert(config, workdir)
   marked = jax.tree.map(lambda leaf: leaf + 1, repjax.load(workdir)[1]["params"])
-  store.replace_folder(workdir / "deploy" / "params", tmp_path / "old")
-  store.write_tree(workdir / "deploy" / "params", marked)
+  disk.replace_folder(workdir / "deploy" / "params", tmp_path / "old")
+  disk.write_tree(workdir / "deploy" / "params", marked)
   jax.tree.map(np.testing.assert_array_equal, repjax.load(workdir)[1]["params"], marked)
 
 

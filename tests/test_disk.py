@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repjax import store
+from repjax import disk, store
 from repjax.errors import InputError
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -17,19 +17,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 def test_json_comes_back(tmp_path):
   value = {"a": [1, 2.5, None, True], "b": {"c": "text"}}
-  store.write_json(tmp_path / "new" / "folder" / "file.json", value)
-  assert store.read_json(tmp_path / "new" / "folder" / "file.json") == value
+  disk.write_json(tmp_path / "new" / "folder" / "file.json", value)
+  assert disk.read_json(tmp_path / "new" / "folder" / "file.json") == value
 
 
 def test_json_is_written_for_people_too(tmp_path):
-  store.write_json(tmp_path / "file.json", {"a": 1})
+  disk.write_json(tmp_path / "file.json", {"a": 1})
   assert (tmp_path / "file.json").read_text() == '{\n  "a": 1\n}\n'
 
 
 @pytest.mark.parametrize("value", [{"a": 2}, {"a": object()}], ids=["a crash", "no JSON"])
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, value):
   path = tmp_path / "file.json"
-  store.write_json(path, {"a": 1})
+  disk.write_json(path, {"a": 1})
 
   def crash(self, data):
     with self.open("w") as file:
@@ -38,13 +38,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, value):
 
   monkeypatch.setattr(type(path), "write_text", crash)
   with pytest.raises((InputError, TypeError)):
-    store.write_json(path, value)
+    disk.write_json(path, value)
   assert json.loads(path.read_text()) == {"a": 1}
 
 
 def test_writing_leaves_no_other_file(tmp_path):
-  store.write_json(tmp_path / "file.json", 1)
-  store.write_json(tmp_path / "file.json", 2)
+  disk.write_json(tmp_path / "file.json", 1)
+  disk.write_json(tmp_path / "file.json", 2)
   assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
 
 
@@ -53,20 +53,20 @@ def test_damaged_json_is_named(tmp_path, damaged):
   path = tmp_path / "file.json"
   path.write_bytes(damaged)
   with pytest.raises(InputError, match="is damaged") as caught:
-    store.read_json(path)
+    disk.read_json(path)
   assert str(path) in str(caught.value)
   assert path.read_bytes() == damaged
 
 
 def test_missing_json_asks_about_the_folder(tmp_path):
   with pytest.raises(InputError, match=f"does not exist; is {tmp_path}/runs the right folder?"):
-    store.read_json(tmp_path / "runs" / "file.json")
+    disk.read_json(tmp_path / "runs" / "file.json")
 
 
 def test_a_file_where_the_folder_should_be_is_named(tmp_path):
   (tmp_path / "runs").touch()
   with pytest.raises(InputError, match=f"{tmp_path}/runs cannot be a folder"):
-    store.write_json(tmp_path / "runs" / "file.json", {})
+    disk.write_json(tmp_path / "runs" / "file.json", {})
 
 
 TREE = {
@@ -76,8 +76,8 @@ TREE = {
 
 
 def test_a_tree_comes_back_exactly(tmp_path):
-  store.write_tree(tmp_path / "tree", TREE)
-  read = store.read_tree(tmp_path / "tree", TREE)
+  disk.write_tree(tmp_path / "tree", TREE)
+  read = disk.read_tree(tmp_path / "tree", TREE)
   for value, expected in ((read["a"], TREE["a"]), *((read["b"][k], TREE["b"][k]) for k in "cd")):
     assert value.dtype == expected.dtype
     np.testing.assert_array_equal(value, expected)
@@ -90,14 +90,14 @@ def test_a_tree_comes_back_exactly(tmp_path):
   ids=["shape", "missing", "unexpected"],
 )
 def test_a_tree_of_another_model_is_refused(tmp_path, like):
-  store.write_tree(tmp_path / "tree", TREE)
+  disk.write_tree(tmp_path / "tree", TREE)
   with pytest.raises(InputError, match="tree cannot be read: "):
-    store.read_tree(tmp_path / "tree", like)
+    disk.read_tree(tmp_path / "tree", like)
 
 
 def test_a_missing_tree_asks_about_the_folder(tmp_path):
   with pytest.raises(InputError, match=f"does not exist; is {tmp_path} the right folder?"):
-    store.read_tree(tmp_path / "tree", TREE)
+    disk.read_tree(tmp_path / "tree", TREE)
 
 
 def folder_with(path, text):
@@ -112,7 +112,7 @@ def test_a_finished_folder_takes_the_place_of_another(tmp_path, exists):
   if exists:
     folder_with(path, "old")
     (path / "more").touch()
-  store.replace_folder(draft, path)
+  disk.replace_folder(draft, path)
   assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
   assert [entry.name for entry in path.iterdir()] == ["file"]
   assert (path / "file").read_text() == "new"
@@ -130,10 +130,10 @@ def test_a_replacement_killed_half_way_leaves_the_old_folder_to_be_found(tmp_pat
   with monkeypatch.context() as patch:
     patch.setattr(type(path), "replace", killed_before_the_second)
     with pytest.raises(KeyboardInterrupt):
-      store.replace_folder(draft, path)
-  assert (store.current_folder(path) / "file").read_text() == "old"
-  store.replace_folder(draft, path)
-  assert (store.current_folder(path) / "file").read_text() == "new"
+      disk.replace_folder(draft, path)
+  assert (disk.current_folder(path) / "file").read_text() == "old"
+  disk.replace_folder(draft, path)
+  assert (disk.current_folder(path) / "file").read_text() == "new"
   assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
@@ -170,10 +170,10 @@ def test_what_writers_that_were_killed_left_is_swept_and_nothing_else(tmp_path):
 
 
 def test_what_cannot_be_written_is_named_with_the_reason(tmp_path):
-  with pytest.raises(InputError) as caught, store.writing(tmp_path):
+  with pytest.raises(InputError) as caught, disk.writing(tmp_path):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   assert f"{tmp_path} could not be written: No space left on device. What" in str(caught.value)
-  with pytest.raises(InputError, match="as it is"), store.writing(tmp_path):
+  with pytest.raises(InputError, match="as it is"), disk.writing(tmp_path):
     raise InputError("as it is")
 
 
@@ -187,7 +187,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_pat
     fsync(descriptor)
 
   monkeypatch.setattr(os, "fsync", note)
-  store.put(tmp_path / "draft", tmp_path / "name")
+  disk.put(tmp_path / "draft", tmp_path / "name")
   draft = tmp_path / "draft"
   assert set(synced[:-1]) == {
     (str(p), False) for p in (draft, draft / "below", draft / "below/file")
