@@ -57,6 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.warmup_rate = 0.0  # of the first step of a warm-up
   config.warmup_overlaps = False  # the curve begins with the run, not behind the warm-up
   config.final_rate = 0.0  # cosine and poly end there, and step goes no lower
+  config.cooldown_epochs = 0.0  # at the end of num_epochs, at final_rate
   config.drop_epochs = 30.0  # "step": between two drops
   config.drop_factor = 0.1  # "step": of each drop
   config.poly_power = 0.9  # "poly": (1 - part done) to this power

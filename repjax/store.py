@@ -24,8 +24,9 @@ def sweep(workdir: Path) -> None:
   """Removes what writers that were killed have left in a workdir, which nobody else writes to."""
   checkpoints = workdir / "checkpoints"
   left = [
-    *(workdir / f"{name}.draft" for name in ("deploy", "recalibrated", "metrics")),
+    *(workdir / f"{name}.draft" for name in ("deploy", "recalibrated", "metrics", "timing")),
     *workdir.glob("*.json.*.draft"),
+    *workdir.glob("report.png.*.draft"),
     *checkpoints.glob("*.draft"),
     *checkpoints.glob("*/metrics/*.draft"),
     *checkpoints.glob("*.orbax-checkpoint-tmp*"),

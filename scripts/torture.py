@@ -3,7 +3,8 @@
 A run on the digits is done once undisturbed. Then the same command is started, killed by SIGKILL at
 a random moment of a random phase, started again, and so on until it ends by itself; then the next
 run begins. Everything that runs leave is compared: all checkpoints (parameters, statistics, their
-averages, the optimizer's state), metrics.jsonl, re-estimated statistics and the deploy form. The exit status is 1 where a bit differs.
+averages, the optimizer's state), metrics.jsonl, re-estimated statistics and the deploy form. The
+exit status is 1 where a bit differs.
 
 python scripts/torture.py --kills 50
 python scripts/torture.py --kills 5 -- --config.nesterov=True
@@ -39,7 +40,9 @@ SETTINGS = {
   "log_every_steps": 7,
   "save_every_minutes": 0.003,
   "recalibrate_batches": 2,
+  "accumulate_steps": 2,
   "ema_decay": 0.9,
+  "mixup": 0.2,
 }
 # What a run does from the moment when it says so.
 PHASES = {

@@ -1,7 +1,12 @@
 """Every test runs on four CPU devices and under JAX's strictest promotion rules."""
 
+import signal
+
 import jax
 import pytest
+
+# What a shell starts in the background ignores Ctrl-C, and so would the programs of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)

@@ -28,7 +28,11 @@ RESUME = ("auto", "must", "never")
 _OF_A_RUN = (
   *("config.json", "model.json", "import.json", "metrics.jsonl", "checkpoints", "deploy"),
 )
-_BEFORE = {"backbone_rate": 1.0, "ema_decay": 0.0}  # what runs did that are older than the field
+_BEFORE = {
+  "backbone_rate": 1.0,
+  "cooldown_epochs": 0.0,
+  "ema_decay": 0.0,
+}  # what runs did that are older than the field
 
 
 def check_data(workdir: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> None:

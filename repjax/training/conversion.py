@@ -38,6 +38,7 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
     InputError: the forms differ by more than the tolerance (nothing is overwritten), or there is no
       whole checkpoint.
   """
+  config = processes.first(lambda: config)
   settings.check_evaluation(config)
   parallel.use_compilation_cache()
   workdir = Path(workdir)

@@ -83,6 +83,7 @@ def evaluate(
   Raises:
     InputError: the workdir does not hold that form, or the data set cannot be opened.
   """
+  config = processes.first(lambda: config)
   settings.check_evaluation(config)
   parallel.use_compilation_cache()
   recalibrated = None

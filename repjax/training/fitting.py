@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,21 @@ from repjax.data import train_batches
 from repjax.errors import InputError
 from repjax.training import evaluation, parallel, processes, settings
 from repjax.training.checkpoint import Bookmark
-from repjax.training.interruption import AbandonedError, Interruption
+from repjax.training.interruption import Interruption
 from repjax.training.journal import Journal
 from repjax.training.prefetch import ReadAhead
 from repjax.training.settings import Config, Plan
 from repjax.training.step import TrainState, make_eval_step, make_train_step
 
 Results = Mapping[str, Mapping[str, float]]
+Evaluate = Callable[[TrainState, Interruption], Results]
+
+
+class AbandonedError(Exception):
+  """An evaluation is not worth finishing: the run is to stop."""
+
+
+_ASK_EVERY = 8  # batches of an evaluation
 
 
 def fit(
@@ -50,40 +58,18 @@ def fit(
   """
   train_step, evaluate = _make_train_step(config, plan, tx), _make_evaluate(config, plan)
   learning_rate = jax.jit(schedule)
-  first_step, total_steps = int(state.step), plan.total_steps
-  journal = Journal(
-    workdir,
-    first_step,
-    bookmark,
-    total_steps=total_steps,
-    batch_size=config.batch_size,
-    tensorboard=config.tensorboard,
-  )
-
-  def is_due(step: int) -> bool:
-    return step % plan.eval_every_steps == 0 or step == total_steps
-
-  def accuracy_of(step: int) -> float | None:
-    """Evaluates and records the state; None where the run is to stop."""
-    start = time.perf_counter()
-    try:
-      results = evaluate(state, interruption)
-    except AbandonedError:
-      return None
-    journal.evaluated(step, results, time.perf_counter() - start)
-    # The average, where there is one, is what the checkpoint is for.
-    return results.get("eval_ema", results["eval"])["accuracy"]
-
+  first_step = int(state.step)
   with (
     interruption.deferred(),
+    contextlib.closing(_open_journal(config, plan, workdir, first_step, bookmark)) as journal,
     contextlib.closing(_read_ahead(config, plan, first_step)) as batches,
-    contextlib.closing(journal),
   ):
-    if is_due(first_step) and not bookmark.evaluated:
-      accuracy = accuracy_of(first_step)
+    if plan.evaluates(first_step) and not bookmark.evaluated:
+      accuracy = _evaluate(evaluate, state, interruption, journal)
       if accuracy is not None:
         journal.rate(first_step, accuracy)
-    last_step = first_step if _is_to_stop(interruption, in_step=True) else total_steps
+    stops = is_to_stop(interruption)
+    last_step = first_step if stops else plan.total_steps
     if first_step < last_step:
       print("compiling the first step", flush=True)
     pending = []  # metrics still on the devices, one entry a step
@@ -92,10 +78,9 @@ def fit(
       jax.block_until_ready(pending[-2:-1])
       state, metrics = train_step(state, batches.take(running=pending[-1:]))
       pending.append(metrics)
-      logs = is_due(step) or step % config.log_every_steps == 0
-      stops = _is_to_stop(interruption, in_step=logs)
-      overdue = 0 < config.save_every_minutes <= journal.minutes_since_save()
-      saves = is_due(step) or stops or overdue
+      logs = plan.evaluates(step) or step % config.log_every_steps == 0
+      stops = is_to_stop(interruption, ask=logs)
+      saves = plan.evaluates(step) or stops or journal.is_overdue(config.save_every_minutes)
       if saves or logs or step == first_step + 1:
         rows, pending = _settle(pending, step), []
         journal.steps(rows)
@@ -105,25 +90,57 @@ def fit(
       if logs:
         journal.log(step, float(learning_rate(step - 1)), batches.waited)
       if saves:
-        accuracy = accuracy_of(step) if is_due(step) else None
+        accuracy = None
+        if plan.evaluates(step) and not stops:
+          accuracy = _evaluate(evaluate, state, interruption, journal)
+          stops = is_to_stop(interruption)
         journal.save(state, accuracy)
-        if _is_to_stop(interruption, in_step=is_due(step)):
-          break
+      if stops:
+        break
     journal.finish()
 
 
-def _is_to_stop(interruption: Interruption, *, in_step: bool) -> bool:
+def is_to_stop(interruption: Interruption, *, ask: bool = True) -> bool:
   """Whether a signal came: to any process, where all of them ask at once.
 
   Args:
     interruption: of this process.
-    in_step: all processes ask now. They stop together or not at all, and to ask costs time.
+    ask: all processes ask now. They stop together or not at all, and to ask costs them time.
   """
   if jax.process_count() == 1:
     return interruption.noted is not None
-  if in_step and processes.anywhere(interruption.noted is not None):
+  if ask and processes.anywhere(interruption.noted is not None):
     interruption.agree()
   return interruption.agreed
+
+
+def _evaluate(
+  evaluate: Evaluate, state: TrainState, interruption: Interruption, journal: Journal
+) -> float | None:
+  """Evaluates and records a state; the accuracy, None where the run is to stop."""
+  start, step = time.perf_counter(), int(state.step)
+  try:
+    results = evaluate(state, interruption)
+  except AbandonedError:
+    return None
+  journal.evaluated(step, results, time.perf_counter() - start)
+  # The average, where there is one, is what the checkpoint is for.
+  return results.get("eval_ema", results["eval"])["accuracy"]
+
+
+def _open_journal(
+  config: Config, plan: Plan, workdir: Path, first_step: int, bookmark: Bookmark
+) -> Journal:
+  """The journal of the first process; in the others something that takes its calls."""
+  return processes.writer(
+    Journal,
+    workdir,
+    first_step,
+    bookmark,
+    total_steps=plan.total_steps,
+    batch_size=config.batch_size,
+    tensorboard=config.tensorboard,
+  )
 
 
 def _make_train_step(config: Config, plan: Plan, tx: Any) -> Callable[..., Any]:
@@ -151,7 +168,7 @@ def _make_train_step(config: Config, plan: Plan, tx: Any) -> Callable[..., Any]:
   return parallel.data_parallel(step, donate=True)
 
 
-def _make_evaluate(config: Config, plan: Plan) -> Callable[[TrainState, Interruption], Results]:
+def _make_evaluate(config: Config, plan: Plan) -> Evaluate:
   """A function that evaluates what learns and, where there is one, its average."""
   preprocessing = plan.spec.preprocessing
   eval_step = parallel.data_parallel(
@@ -162,14 +179,27 @@ def _make_evaluate(config: Config, plan: Plan) -> Callable[[TrainState, Interrup
     trees = {"eval": state.variables} | ({} if state.ema is None else {"eval_ema": state.ema})
     results = {}
     for name, variables in trees.items():
-      split = evaluation.batches(config, plan.eval, preprocessing)
-      if jax.process_count() == 1:  # several would have to agree
-        split = interruption.watch(split)
+      split = _until_stopped(evaluation.batches(config, plan.eval, preprocessing), interruption)
       results[name] = evaluation.run(eval_step, variables, split)
       _check_finite("the evaluation's loss", results[name]["loss"], int(state.step))
     return results
 
   return evaluate
+
+
+def _until_stopped(
+  batches: Generator[Any, None, None], interruption: Interruption
+) -> Iterator[Any]:
+  """The batches of an evaluation, of which all processes have as many.
+
+  Raises:
+    AbandonedError: the run is to stop; what yields them is closed.
+  """
+  with contextlib.closing(batches):
+    for number, batch in enumerate(batches):
+      if is_to_stop(interruption, ask=number % _ASK_EVERY == 0):
+        raise AbandonedError
+      yield batch
 
 
 def _read_ahead(config: Config, plan: Plan, first_step: int) -> ReadAhead:

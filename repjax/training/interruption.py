@@ -4,9 +4,8 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _NOTED = b"\nstopping: the step in hand is finished and saved first (Ctrl-C again: stop at once)\n"
@@ -26,10 +25,6 @@ class Stopped(KeyboardInterrupt):
 
 class Preempted(Stopped):
   """SIGTERM has."""
-
-
-class AbandonedError(Exception):
-  """Work that is not worth finishing: the run is to stop."""
 
 
 class Interruption:
@@ -73,18 +68,6 @@ class Interruption:
     """Takes a signal that came in another process for one of this process too."""
     self.noted = self.noted or signal.SIGTERM
     self.agreed = True
-
-  def watch(self, items: Generator[Any, None, None]) -> Iterator[Any]:
-    """The items, until a signal is noted; what yields them is closed then.
-
-    Raises:
-      AbandonedError: one was.
-    """
-    with contextlib.closing(items):
-      for item in items:
-        if self.noted is not None:
-          raise AbandonedError
-        yield item
 
   def _handle(self, number: int, frame: FrameType | None) -> None:
     del frame

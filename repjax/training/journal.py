@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from repjax.training import processes
 from repjax.training.checkpoint import Bookmark, CheckpointWriter
 from repjax.training.metrics import MetricsFile, Progress
 from repjax.training.step import TrainState
@@ -18,7 +17,7 @@ Row = Mapping[str, float]
 
 
 class Journal:
-  """Writes and shows what becomes of a run; in the first process alone.
+  """Writes and shows what becomes of a run.
 
   What is written depends on the steps since the last record, wherever the run was interrupted
   between them: a checkpoint carries those of them that were done.
@@ -48,14 +47,12 @@ class Journal:
     self._total, self._saved_at = total_steps, time.monotonic()
     self._progress = Progress(first_step, total_steps, batch_size)
     with contextlib.ExitStack() as stack:
-
-      def opened(kind, *args, **kwargs):
-        return stack.enter_context(contextlib.closing(processes.writer(kind, *args, **kwargs)))
-
-      self._checkpoints = opened(CheckpointWriter, workdir)
-      metrics = workdir / "metrics.jsonl"
-      self._records = opened(MetricsFile, metrics, first_step, bookmark.records)
-      self._watch = opened(Watch, workdir, first_step, tensorboard=tensorboard)
+      self._checkpoints = CheckpointWriter(workdir)
+      stack.callback(self._checkpoints.close)
+      self._records = MetricsFile(workdir / "metrics.jsonl", first_step, bookmark.records)
+      stack.callback(self._records.close)
+      self._watch = Watch(workdir, first_step, tensorboard=tensorboard)
+      stack.callback(self._watch.close)
       self._files = stack.pop_all()
 
   def steps(self, rows: Sequence[Row]) -> None:
@@ -102,9 +99,9 @@ class Journal:
     text = "; average over the steps: ".join(texts)
     self._progress.note(f"step {step}/{self._total}  evaluation: {text}", seconds=seconds)
 
-  def minutes_since_save(self) -> float:
-    """Since the last one in this process, or since the beginning."""
-    return (time.monotonic() - self._saved_at) / 60
+  def is_overdue(self, minutes: float) -> bool:
+    """Whether the last save, or the beginning, lies `minutes` back; 0: never."""
+    return 0 < minutes <= (time.monotonic() - self._saved_at) / 60
 
   def save(self, state: TrainState, accuracy: float | None) -> None:
     """Starts saving a state, with the accuracy of its evaluation if there was one."""

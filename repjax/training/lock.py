@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from repjax import disk
 from repjax.errors import InputError
 
 FILE = ".lock"
@@ -77,8 +78,14 @@ def _take(path: Path) -> int | None:
       )
       return None
     if _is_at(file, path):
-      os.ftruncate(file, 0)
-      os.write(file, json.dumps(_oneself()).encode())
+      try:
+        with disk.writing(path):
+          os.ftruncate(file, 0)
+          os.write(file, json.dumps(_oneself()).encode())
+      except InputError:
+        path.unlink()
+        os.close(file)
+        raise
       return file
     os.close(file)  # removed by its last holder after it was opened here
 

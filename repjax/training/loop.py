@@ -56,9 +56,9 @@ def train(config: Config, workdir: str | Path, *, resume: str = "auto") -> dict[
   """
   workdir = Path(workdir)
   print(f"workdir: {workdir}", flush=True)
-  processes.first(claims.check_resume, workdir, resume)
   with Interruption() as interruption, contextlib.ExitStack() as held:
     processes.first(held.enter_context, lock.hold(workdir))
+    processes.first(claims.check_resume, workdir, resume)
     processes.first(store.sweep, workdir)
     return _run(config, workdir, interruption)
 

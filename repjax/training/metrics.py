@@ -35,7 +35,7 @@ class MetricsFile:
     Raises:
       InputError: the file cannot be written.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     kept = [line for line in lines if _step_of(line) <= first_step][:count]
     if count is not None and len(kept) < count:
       print(f"{path} lacks {count - len(kept)} records; the run goes on without them", flush=True)

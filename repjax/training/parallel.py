@@ -1,4 +1,4 @@
-"""How devices are used: data parallelism by `jax.pmap`. No other file knows.
+"""How devices are used: data parallelism by `jax.pmap`. What else knows, knows how many there are.
 
 Device d of D has examples d * B / D ... (d + 1) * B / D - 1 of a batch of B, however many processes
 the devices belong to: each process reads the part that its devices need, and cuts it for them.

@@ -24,6 +24,9 @@ from repjax.training.interruption import Stopped, status_of
 WAIT_SECONDS = 300
 """How long processes wait for the last of them to start."""
 
+LOST_SECONDS = 60
+"""How long nothing is heard of a process before it counts as lost."""
+
 _CHUNK = 1 << 24  # bytes that are sent at once
 _ERROR_BYTES = 4096
 _EXAMPLE = (
@@ -45,7 +48,7 @@ def initialize(
   otherwise from the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU), as jax.distributed reads it.
 
   A process that is lost takes the others with it: JAX ends them, saying so, at once where it was
-  the first process, and otherwise when nothing was heard of it for 100 seconds.
+  the first process, and otherwise when nothing was heard of it for LOST_SECONDS.
 
   Args:
     coordinator: "host:port", of the first process, at a port that is free there.
@@ -71,7 +74,13 @@ def initialize(
       flush=True,
     )
   try:
-    jax.distributed.initialize(coordinator, count, index, initialization_timeout=WAIT_SECONDS)
+    jax.distributed.initialize(
+      coordinator,
+      count,
+      index,
+      initialization_timeout=WAIT_SECONDS,
+      heartbeat_timeout_seconds=LOST_SECONDS,
+    )
   except (RuntimeError, TypeError, ValueError) as error:
     raise InputError(_why_not(coordinator, count, index, error)) from error
   devices, ours = jax.device_count(), jax.local_device_count()
@@ -80,6 +89,9 @@ def initialize(
       f"the processes have different numbers of devices: process {jax.process_index()} has {ours} "
       f"of {devices}; start as many on each (CUDA_VISIBLE_DEVICES says which a process may use)"
     )
+  # They connect at the first exchange and then wait for one another for long; until then they do
+  # not, and what follows may take some of them longer.
+  multihost_utils.sync_global_devices("joined")
 
 
 def _number(variable: str, value: int | None) -> int | None:
@@ -218,7 +230,7 @@ def _gather(message: bytes) -> list[str]:
 
 
 class _Nothing:
-  """Takes every call and does nothing."""
+  """Takes every call, does nothing and returns None."""
 
   def __getattr__(self, name: str) -> Callable[..., None]:
     return lambda *args, **kwargs: None
@@ -228,7 +240,7 @@ def writer(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
   """`make(...)` in the first process; in the others something whose methods do nothing.
 
   Args:
-    make: makes what writes files, and whose methods' results nobody reads.
+    make: makes what writes files, and whose methods' results may be None.
     *args: of `make`.
     **kwargs: of `make`.
   """

@@ -11,14 +11,14 @@ from repjax.training.decay import DECAY_RULES
 FIELDS = (
   *("batch_size", "accumulate_steps", "num_epochs", "num_steps"),
   *("learning_rate", "schedule", "warmup_epochs", "warmup_rate", "warmup_overlaps", "final_rate"),
-  *("drop_epochs", "drop_factor", "poly_power"),
+  *("cooldown_epochs", "drop_epochs", "drop_factor", "poly_power"),
   *("optimizer", "momentum", "nesterov", "weight_decay", "weight_decay_rule", "custom_l2"),
   *("clip_norm", "ema_decay", "label_smoothing", "mixup", "cutmix", "aux_weight", "backbone_rate"),
 )
 _ABOVE_ZERO = ("num_epochs", "learning_rate", "drop_epochs", "drop_factor", "poly_power")
 _AT_LEAST_ZERO = (
   *("warmup_epochs", "warmup_rate", "final_rate", "momentum", "weight_decay", "custom_l2"),
-  *("clip_norm", "ema_decay", "aux_weight", "mixup", "cutmix", "backbone_rate"),
+  *("clip_norm", "ema_decay", "aux_weight", "mixup", "cutmix", "backbone_rate", "cooldown_epochs"),
 )
 
 
@@ -74,7 +74,7 @@ def make_schedule(config: Any, plan: Any) -> optax.Schedule:
     config.learning_rate,
     config.batch_size,
     plan.warmup_steps,
-    plan.total_steps,
+    plan.total_steps - round(config.cooldown_epochs * plan.steps_per_epoch),
     curve=config.schedule,
     warmup_rate=config.warmup_rate,
     warmup_overlaps=config.warmup_overlaps,

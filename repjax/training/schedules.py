@@ -24,7 +24,7 @@ def learning_rate_schedule(
   drop_factor: float = 0.1,
   power: float = 0.9,
 ) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-  """Linear warm-up to the peak, then a curve down to `final_rate` at `total_steps`.
+  """Linear warm-up to the peak, then a curve down to `final_rate`, where it stays.
 
   With t the part of the curve's length that is done, from 0 to 1:
 
@@ -40,7 +40,7 @@ def learning_rate_schedule(
     learning_rate: the peak for a batch of 256, scaled linearly with the batch, as is every rate.
     batch_size: images an update, over all devices.
     warmup_steps: length of the warm-up, which counts towards the total.
-    total_steps: of the run.
+    total_steps: with which the curve ends, at most those of the run.
     curve: one of CURVES.
     warmup_rate: of step 0, where there is a warm-up.
     warmup_overlaps: see above.

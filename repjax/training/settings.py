@@ -47,6 +47,10 @@ class Plan(NamedTuple):
   warmup_steps: int
   eval_every_steps: int
 
+  def evaluates(self, step: int) -> bool:
+    """Whether an evaluation is due behind a step."""
+    return step % self.eval_every_steps == 0 or step == self.total_steps
+
 
 def preprocessing(config: Config) -> Preprocessing:
   """How images become inputs in evaluation and in deployment."""

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from repjax import disk
 from repjax.errors import InputError
 from repjax.training.metrics import MetricsFile, Pace
 
@@ -48,7 +49,9 @@ class _EventFile:
     from tensorboardX.proto import event_pb2, summary_pb2
 
     self._protos: Any = event_pb2, summary_pb2
-    folder.mkdir(exist_ok=True)
+    self._folder = folder
+    with disk.writing(folder):
+      folder.mkdir(exist_ok=True)
     # TensorBoard reads files in the order of their names, which begin with the second; where a
     # session starts, it drops what earlier files say about that step and later ones.
     self._file = event_file_writer.EventsWriter(str(folder / "events"), f".{first_step:09}")
@@ -66,8 +69,9 @@ class _EventFile:
     self._file.close()
 
   def _write(self, **fields: Any) -> None:
-    self._file.write_event(self._protos[0].Event(wall_time=time.time(), **fields))
-    self._file.flush()
+    with disk.writing(self._folder):
+      self._file.write_event(self._protos[0].Event(wall_time=time.time(), **fields))
+      self._file.flush()
 
 
 def check_tensorboard() -> None:

@@ -56,17 +56,21 @@ def run(*arguments, folders, cache, devices=2):
         outputs,
       )
     )
-  return [_ended(*each) for each in processes]
+  try:
+    for process, _ in processes:
+      process.wait(SECONDS)
+  finally:
+    for process, _ in processes:
+      process.kill()
+      process.wait()
+    ended = [_ended(*each) for each in processes]
+  return ended
 
 
 def _ended(process, outputs):
-  try:
-    process.wait(SECONDS)
-  finally:
-    process.kill()
-    texts = []
-    for output in outputs:
-      output.seek(0)
-      texts.append(output.read())
-      output.close()
+  texts = []
+  for output in outputs:
+    output.seek(0)
+    texts.append(output.read())
+    output.close()
   return Ended(process.returncode, *texts)

@@ -61,6 +61,15 @@ def finished(digits_dir, cache_home, tmp_path_factory):
   return workdir, report, printed.getvalue()
 
 
+@pytest.fixture(scope="session")
+def averaged(digits_dir, cache_home, tmp_path_factory):
+  """The workdir of a finished run that averages its variables, and its report; not to change."""
+  workdir = tmp_path_factory.mktemp("runs") / "averaged"
+  with tiny.quick_programs(cache_home / "repjax" / "xla"):
+    report = training.train(tiny.averaging(digits_dir), workdir)
+  return workdir, report
+
+
 @pytest.fixture
 def overtrained(finished, tmp_path):
   """A copy of the finished run, with a checkpoint of step 20 that is newer, worse and other."""

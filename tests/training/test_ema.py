@@ -1,6 +1,5 @@
 """Averages of parameters and statistics: in a step, in a checkpoint, and in a whole run."""
 
-import itertools
 import json
 import shutil
 
@@ -12,7 +11,7 @@ import pytest
 import repjax
 from repjax import store, training
 from repjax.errors import InputError
-from repjax.training import evaluation, fitting, parallel
+from repjax.training import evaluation, parallel
 from repjax.training.checkpoint import from_items, restore_newest, to_items
 from repjax.training.step import create_state, make_train_step
 from tests.helpers import leaves
@@ -87,40 +86,8 @@ def test_a_state_becomes_items_and_back(ema):
   jax.tree.map(np.testing.assert_array_equal, inference, state.ema if ema else state.variables)
 
 
-def averaging(digits_dir, **changes):
-  return tiny.config(digits_dir, ema_decay=DECAY, **changes)
-
-
 def records(workdir):
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def run(digits_dir, cache_home, tmp_path_factory):
-  """The workdir of a run that averages, its report, and how it was evaluated."""
-  workdir = tmp_path_factory.mktemp("ema") / "run"
-  with tiny.quick_programs(cache_home / "repjax" / "xla"):
-    report = training.train(averaging(digits_dir), workdir)
-  return workdir, report
-
-
-@pytest.fixture(scope="module")
-def continued(digits_dir, cache_home, tmp_path_factory):
-  """The same run, interrupted behind its first checkpoint and started again."""
-  workdir = tmp_path_factory.mktemp("ema") / "continued"
-  batches_of = fitting.train_batches
-
-  def until_interrupted(*arguments, **settings):
-    yield from itertools.islice(batches_of(*arguments, **settings), tiny.EVAL_STEPS + 2)
-    raise KeyboardInterrupt
-
-  with tiny.quick_programs(cache_home / "repjax" / "xla"), pytest.MonkeyPatch.context() as patch:
-    patch.setattr(fitting, "train_batches", until_interrupted)
-    with pytest.raises(KeyboardInterrupt):
-      training.train(averaging(digits_dir), workdir)
-    patch.undo()
-    training.train(averaging(digits_dir), workdir)
-  return workdir
 
 
 def newest(workdir, config):
@@ -132,8 +99,8 @@ def newest(workdir, config):
   return restore_newest(workdir, like)
 
 
-def test_the_average_has_an_evaluation_of_its_own(run):
-  evaluated = [row for row in records(run[0]) if "eval_loss" in row]
+def test_the_average_has_an_evaluation_of_its_own(averaged):
+  evaluated = [row for row in records(averaged[0]) if "eval_loss" in row]
   assert [row["step"] for row in evaluated] == [4, 8, 12]
   for row in evaluated:
     assert row.keys() == {
@@ -146,19 +113,19 @@ def test_the_average_has_an_evaluation_of_its_own(run):
     assert row["eval_ema_loss"] != row["eval_loss"]
 
 
-def test_the_averages_accuracy_decides_which_checkpoint_is_the_best(run):
+def test_the_averages_accuracy_decides_which_checkpoint_is_the_best(averaged):
   accuracies = {
-    row["step"]: row["eval_ema_accuracy"] for row in records(run[0]) if "eval_ema_loss" in row
+    row["step"]: row["eval_ema_accuracy"] for row in records(averaged[0]) if "eval_ema_loss" in row
   }
-  kept = store.checkpoints(run[0])
+  kept = store.checkpoints(averaged[0])
   assert kept.items() <= accuracies.items()
   best = max(accuracies, key=lambda step: (accuracies[step], step))
   assert kept.keys() == {12, best}
-  assert run[1]["step"] == best
+  assert averaged[1]["step"] == best
 
 
-def test_the_average_is_what_is_evaluated_later_and_deployed(run, digits_dir):
-  workdir, report = run
+def test_the_average_is_what_is_evaluated_later_and_deployed(averaged, digits_dir):
+  workdir, report = averaged
   row = next(
     row for row in records(workdir) if row["step"] == report["step"] and "eval_ema_loss" in row
   )
@@ -168,28 +135,18 @@ def test_the_average_is_what_is_evaluated_later_and_deployed(run, digits_dir):
     "deploy": row["eval_ema_accuracy"],
   }
   for deploy in (False, True):
-    result = evaluation.evaluate(averaging(digits_dir), workdir, deploy=deploy)
+    result = evaluation.evaluate(tiny.averaging(digits_dir), workdir, deploy=deploy)
     assert result["accuracy"] == row["eval_ema_accuracy"]
     assert result["loss"] == pytest.approx(row["eval_ema_loss"], rel=1e-4)
 
 
-def test_an_averaging_run_that_was_interrupted_ends_with_the_same_bits(run, continued, digits_dir):
-  expected, state = (newest(folder, averaging(digits_dir)) for folder in (run[0], continued))
-  assert expected is not None
-  assert expected.step == 12
-  jax.tree.map(np.testing.assert_array_equal, state, expected)
-  assert records(continued) == records(run[0])
-  same = jax.tree.map(np.array_equal, expected.ema, expected.variables)
-  assert not any(jax.tree.leaves(same))
-
-
-def test_what_learns_is_what_it_is_without_an_average(run, finished, digits_dir):
-  plain, averaged = (
+def test_what_learns_is_what_it_is_without_an_average(averaged, finished, digits_dir):
+  plain, beside = (
     [{k: v for k, v in row.items() if not k.startswith("eval_ema")} for row in records(folder)]
-    for folder in (finished[0], run[0])
+    for folder in (finished[0], averaged[0])
   )
-  assert averaged == plain
-  learning = newest(run[0], averaging(digits_dir)).variables
+  assert beside == plain
+  learning = newest(averaged[0], tiny.averaging(digits_dir)).variables
   step, items = store.read_checkpoint(finished[0], {"variables": learning})
   assert step == 12
   jax.tree.map(np.testing.assert_array_equal, items["variables"], learning)
@@ -197,21 +154,23 @@ def test_what_learns_is_what_it_is_without_an_average(run, finished, digits_dir)
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_an_average_is_neither_begun_nor_dropped_within_a_run(
-  run, finished, digits_dir, tmp_path, begun
+  averaged, finished, digits_dir, tmp_path, begun
 ):
-  workdir = shutil.copytree(finished[0] if begun else run[0], tmp_path / "run")
+  workdir = shutil.copytree(finished[0] if begun else averaged[0], tmp_path / "run")
   before = tiny.contents(workdir)
-  config = averaging(digits_dir) if begun else tiny.config(digits_dir)
+  config = tiny.averaging(digits_dir) if begun else tiny.config(digits_dir)
   with pytest.raises(InputError, match="began with another config: ema_decay"):
     training.train(config, workdir)
   assert tiny.contents(workdir) == before
 
 
-def test_another_run_starts_from_the_average(run, digits_dir):
-  spec = repjax.ModelSpec.read(run[0])
+def test_another_run_starts_from_the_average(averaged, digits_dir):
+  spec = repjax.ModelSpec.read(averaged[0])
   fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.variable_shapes())
-  variables, _ = training.finetune.first_variables(run[0], spec, fresh)
-  best = store.read_best(run[0], spec.variable_shapes())[1]
+  variables, _ = training.finetune.first_variables(averaged[0], spec, fresh)
+  best = store.read_best(averaged[0], spec.variable_shapes())[1]
   jax.tree.map(np.testing.assert_array_equal, variables, best)
-  if run[1]["step"] == 12:
-    jax.tree.map(np.testing.assert_array_equal, best, newest(run[0], averaging(digits_dir)).ema)
+  if averaged[1]["step"] == 12:
+    jax.tree.map(
+      np.testing.assert_array_equal, best, newest(averaged[0], tiny.averaging(digits_dir)).ema
+    )

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from repjax.training.interruption import AbandonedError, Interruption, Preempted, Stopped
+from repjax.training.interruption import Interruption, Preempted, Stopped
 
 pytest_plugins = ["tests.training.fixtures"]
 
@@ -90,25 +90,3 @@ def test_other_threads_have_no_handlers():
   thread.start()
   thread.join()
   assert problems == []
-
-
-def test_watched_items_end_with_a_signal_and_their_source_is_closed():
-  closed, seen = [], []
-
-  def source():
-    try:
-      yield from range(5)
-    finally:
-      closed.append(True)
-
-  def work(interruption):
-    for item in interruption.watch(source()):
-      seen.append(item)
-
-  with Interruption() as interruption:
-    work(interruption)
-    assert (seen, closed) == ([0, 1, 2, 3, 4], [True])
-    interruption.noted = signal.SIGTERM
-    with pytest.raises(AbandonedError):
-      work(interruption)
-  assert (seen[5:], closed) == ([], [True, True])

@@ -188,7 +188,7 @@ def test_the_losses_of_several_steps_are_those_of_numpy(rule, decays, nesterov, 
       loss, gradients = loss + penalty, gradients | {p: gradients[p] + more[p] for p in more}
     theirs.append(loss)
     network.update(gradients, RATES[number % 2], decays=decays, nesterov=nesterov)
-  np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+  np.testing.assert_allclose(ours, theirs, rtol=1e-12)
   assert len({round(loss, 3) for loss in theirs}) == STEPS
   for path, value in leaves(state.params).items():
-    np.testing.assert_allclose(value, network.params[path], rtol=1e-6, atol=1e-9, err_msg=path)
+    np.testing.assert_allclose(value, network.params[path], rtol=1e-10, atol=1e-12, err_msg=path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import resource
 import shutil
 import signal
@@ -246,10 +247,10 @@ def test_an_image_that_cannot_be_read_ends_the_run_at_once_and_is_named(
 
 @pytest.fixture
 def run_main(tmp_path, digits_dir, cache_home):
-  """Starts main.py on the tiny run, in a process of its own."""
+  """Starts main.py on the tiny run with an average, in a process of its own."""
   (tmp_path / "tiny_config.py").write_text(
     "from tests.training import tiny\n"
-    f"get_config = lambda: tiny.config({str(digits_dir)!r}, save_every_minutes=1e-9)\n"
+    f"get_config = lambda: tiny.averaging({str(digits_dir)!r}, save_every_minutes=1e-9)\n"
   )
 
   def start(*arguments):
@@ -265,30 +266,46 @@ def run_main(tmp_path, digits_dir, cache_home):
   return start
 
 
-def test_killed_during_a_save_then_stopped_the_same_command_ends_with_the_same_bits(
-  run_main, digits_dir, tmp_path, assert_as_undisturbed
+def wait_for_line(process, beginning):
+  while not (process.stdout.readline() or pytest.fail("ended")).startswith(beginning):
+    pass
+
+
+def test_killed_at_random_moments_and_stopped_the_same_command_ends_with_the_same_bits(
+  run_main, averaged, digits_dir, tmp_path
 ):
-  workdir = tmp_path / "run"
+  workdir, rng = tmp_path / "run", random.Random(0)
   for _ in range(5):  # a save may just have ended when the signal arrives
-    first = run_main()
+    saving = run_main()
     wait_until(lambda: half_saved(workdir))
-    first.kill()
-    first.communicate()
+    saving.kill()
+    saving.communicate()
     if half_saved(workdir):
       break
   assert half_saved(workdir)
 
-  second = run_main()
-  wait_until(lambda: (second.stdout.readline() or pytest.fail("ended")).startswith("step "))
-  with pytest.raises(InputError, match=f"is in use by process {second.pid} on"):
+  stopped = run_main()
+  wait_for_line(stopped, "step ")
+  with pytest.raises(InputError, match=f"is in use by process {stopped.pid} on"):
     training.train(tiny.config(digits_dir), workdir)
-  second.terminate()
-  text, errors = second.communicate()
-  assert second.returncode == 0, errors
+  stopped.terminate()
+  text, errors = stopped.communicate()
+  assert stopped.returncode == 0, errors
   assert text.endswith("the same command continues from the last checkpoint, if there is one yet\n")
   assert not half_saved(workdir)
 
-  third = run_main("--resume=must")
-  _, errors = third.communicate()
-  assert third.returncode == 0, errors
-  assert_as_undisturbed(workdir)
+  for _ in range(2):
+    killed = run_main("--resume=must")
+    wait_for_line(killed, "continuing ")
+    time.sleep(rng.uniform(0, 4))
+    killed.kill()
+    killed.communicate()
+
+  last = run_main("--resume=must")
+  _, errors = last.communicate()
+  assert last.returncode == 0, errors
+  ours, theirs = torture.contents(workdir), torture.contents(averaged[0])
+  for held in (ours, theirs):
+    del held["config.json"]  # says how often to save
+  assert ours.keys() == theirs.keys()
+  assert torture.count_differing(ours, theirs) == 0

@@ -73,6 +73,8 @@ for _ in range(2):
 said["copies"] = [np.asarray(shard.data).tolist() for shard in held.addressable_shards]
 said["shard"] = parallel.shard()
 
+said["step"] = tiny.one_step_with_everything(parallel.shard())
+
 config = tiny.config(sys.argv[1], seed=me)  # which is right in the first process only
 workdir = sys.argv[2] if me == 0 else "nowhere"
 said["evaluated"] = training.evaluate(config, workdir, deploy=True)
@@ -144,6 +146,17 @@ def test_a_donated_state_is_the_same_on_every_device_of_every_process(two):
   for index, said in enumerate(two[0]):
     assert said["copies"] == [[1 + 2 * sum(range(8)) / 4] * 3] * 2
     assert said["shard"] == [index, 2]
+
+
+@pytest.mark.usefixtures("quick_programs")
+def test_dropout_mixing_and_shared_statistics_are_those_of_one_process(two):
+  first, second = (said["step"] for said in two[0])
+  assert first == second
+  alone = tiny.one_step_with_everything((0, 1))
+  assert first.keys() == alone.keys()
+  assert len(alone) > 20
+  for name, value in alone.items():
+    assert first[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.usefixtures("quick_programs")

@@ -1,12 +1,15 @@
 """The learning rate against the formulas of the papers, written out in Python."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
+from repjax.training import recipe
 from repjax.training.schedules import CURVES, learning_rate_schedule
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -107,6 +110,17 @@ def test_drops_are_counted_from_the_first_step(overlaps):
   expected = {9: 0.9, 10: 1, 29: 1, 30: 0.5, 59: 0.5, 60: 0.25, 89: 0.25, 90: 0.2, 110: 0.2}
   for step, rate in expected.items():
     assert float(schedule(step)) == pytest.approx(rate), step
+
+
+@pytest.mark.parametrize("curve", ["cosine", "poly"])
+def test_a_cooldown_is_at_the_final_rate_and_part_of_the_run(curve):
+  config = common.get_config()
+  config.update({"schedule": curve, "final_rate": 0.01, "cooldown_epochs": 3.0})
+  plan = types.SimpleNamespace(warmup_steps=WARMUP, total_steps=TOTAL + 12, steps_per_epoch=4.0)
+  cooled = recipe.make_schedule(config, plan)
+  alone = learning_rate_schedule(0.1, 256, WARMUP, TOTAL, curve=curve, final_rate=0.01)
+  np.testing.assert_array_equal(rates(cooled), rates(alone))
+  np.testing.assert_allclose(rates(cooled, TOTAL + 13)[TOTAL:], 0.01, rtol=1e-6)
 
 
 @pytest.mark.parametrize("curve", CURVES)

@@ -6,9 +6,15 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+import repjax
 from configs import digits
+from repjax.spec import Preprocessing
+from repjax.training import optimizer, parallel
+from repjax.training.step import create_state, make_train_step
+from tests.helpers import leaves, random_variables
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVAL_STEPS = 12, 4
@@ -41,6 +47,36 @@ def config(data_dir, **changes):
   result.model_overrides.update(changes.pop("model_overrides", {}))
   result.update(changes)
   return result
+
+
+def averaging(data_dir, **changes):
+  """The same with an average of the variables beside them."""
+  return config(data_dir, ema_decay=0.8, **changes)
+
+
+def one_step_with_everything(shard):
+  """What a step with dropout, mixing and shared statistics gives: its metrics, and a few sums.
+
+  Args:
+    shard: (index, count) of the processes that take the step together, of four devices in all.
+  """
+  size, preprocessing = 16, Preprocessing(16, 16, "bilinear", (0.5,) * 3, (0.2,) * 3)
+  model = repjax.create_model("repvgg_a0", num_classes=10, dropout=0.3, **OVERRIDES)
+  sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+  state = create_state(random_variables(model, np.ones((1, size, size, 3), np.float32)), sgd)
+  model = model.clone(axis_name=parallel.AXIS)
+  step = make_train_step(
+    model, sgd, preprocessing, mixup=0.2, cutmix=1.0, seed=3, axis_name=parallel.AXIS
+  )
+  rng, each = np.random.default_rng(0), 16 // shard[1]
+  own = slice(shard[0] * each, (shard[0] + 1) * each)
+  batch = {
+    "image": rng.integers(0, 256, (16, size, size, 3), np.uint8)[own],
+    "label": rng.integers(0, 10, 16, np.int32)[own],
+  }
+  state, metrics = parallel.data_parallel(step)(parallel.place(state), parallel.split(batch))
+  sums = {path: np.abs(value).sum() for path, value in leaves(state.variables).items()}
+  return {name: float(value) for name, value in {**metrics, **sums}.items()}
 
 
 @contextlib.contextmanager
