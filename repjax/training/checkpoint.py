@@ -25,11 +25,13 @@ class Bookmark(NamedTuple):
     records: lines that metrics.jsonl had; None: those up to the checkpoint's step.
     pending: metrics of the steps behind the last training record, a row a step.
     evaluated: whether the evaluation of this step, if it is due, was done and recorded.
+    devices: on which the steps before it were done; None: not known.
   """
 
   records: int | None
   pending: Sequence[Mapping[str, float]]
   evaluated: bool
+  devices: int | None = None
 
 
 class CheckpointWriter:
@@ -84,7 +86,8 @@ class CheckpointWriter:
     step = int(state.step)
     if accuracy is None:
       _check_finite(trees, step)
-    bookmark = Bookmark(records, [dict(row) for row in pending], accuracy is not None)
+    rows = [dict(row) for row in pending]
+    bookmark = Bookmark(records, rows, accuracy is not None, jax.device_count())
     items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     items["bookmark"] = ocp.args.JsonSave(bookmark._asdict())
     with disk.writing(self._folder / str(step)):

@@ -109,7 +109,14 @@ def _first_state(
   if restored is not None:
     own = "; config.init_from is not read again" if config.init_from else ""
     print(f"continuing from the checkpoint of step {int(restored.step)}{own}", flush=True)
-    return restored, read_bookmark(workdir, int(restored.step))
+    bookmark = read_bookmark(workdir, int(restored.step))
+    if bookmark.devices not in (None, jax.device_count()):
+      print(
+        f"it was trained on {bookmark.devices} devices and goes on with {jax.device_count()}, so "
+        "it ends otherwise than it would there: batch norms see other parts of a batch",
+        flush=True,
+      )
+    return restored, bookmark
   start = Bookmark(0, [], True)
   if not config.init_from and config.backbone_rate == 0:
     raise InputError(

@@ -90,20 +90,28 @@ def fitting_batch_size(batch_size: int) -> int:
   return batch_size + -batch_size % jax.device_count()
 
 
-def check_batch_size(batch_size: int, mixing: bool = False) -> None:
-  """Raises InputError where a batch does not divide over the devices, or into pairs on each."""
+def check_batch_size(batch_size: int, *, parts: int = 1, mixing: bool = False) -> None:
+  """Raises InputError where a batch does not divide over the devices.
+
+  Args:
+    batch_size: images over all devices.
+    parts: into which each device cuts what it has of them.
+    mixing: each part must have two images to mix.
+  """
   devices = jax.device_count()
-  if batch_size < 1 or batch_size % devices:
-    below = batch_size - batch_size % devices
-    fitting = [size for size in (below, below + devices) if size > 0]
+  unit, cut = devices * parts, f"{devices} devices"
+  if parts > 1:
+    cut += f" in config.accumulate_steps = {parts} parts each"
+  if batch_size < 1 or batch_size % unit:
+    below = batch_size - batch_size % unit
+    fitting = [size for size in (below, below + unit) if size > 0]
     raise InputError(
-      f"batch_size {batch_size} does not divide over {devices} devices; "
-      f"use {' or '.join(map(str, fitting))}"
+      f"batch_size {batch_size} does not divide over {cut}; use {' or '.join(map(str, fitting))}"
     )
-  if mixing and batch_size < 2 * devices:
+  if mixing and batch_size < 2 * unit:
     raise InputError(
-      "config.mixup and config.cutmix mix the images that one device has, and batch_size "
-      f"{batch_size} leaves it one; use at least {2 * devices}, or set both to 0"
+      "config.mixup and config.cutmix mix the images that one device has at a time, and batch_size "
+      f"{batch_size} over {cut} leaves it one; use at least {2 * unit}, or set both to 0"
     )
 
 

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 
@@ -177,25 +176,6 @@ def open_split(config: Config, split: str, spec: ModelSpec) -> Source:
   return source
 
 
-def check_parts(config: Config) -> None:
-  """Raises InputError where a device's share of a batch does not divide into `accumulate_steps`."""
-  parts, devices = config.accumulate_steps, jax.device_count()
-  below = config.batch_size - config.batch_size % (parts * devices)
-  if below != config.batch_size:
-    fitting = [size for size in (below, below + parts * devices) if size > 0]
-    raise InputError(
-      f"config.accumulate_steps = {parts} cuts what each of {devices} devices has of a batch into "
-      f"parts, and batch_size {config.batch_size} does not divide into {parts * devices}; use "
-      f"{' or '.join(map(str, fitting))}"
-    )
-  if parts > 1 and (config.mixup or config.cutmix) and config.batch_size < 2 * parts * devices:
-    raise InputError(
-      f"config.mixup and config.cutmix mix the images of one part, and batch_size "
-      f"{config.batch_size} in {parts} parts on {devices} devices leaves it one; use at least "
-      f"{2 * parts * devices}, or set both to 0"
-    )
-
-
 def check_batch_fits(config: Config, train: Source) -> None:
   """Raises InputError where a split has less images than a batch."""
   images = len(train.examples)
@@ -213,8 +193,8 @@ def make_plan(config: Config) -> Plan:
     InputError: a value that no run could use.
   """
   check(config)
-  parallel.check_batch_size(config.batch_size, mixing=config.mixup > 0 or config.cutmix > 0)
-  check_parts(config)
+  mixing = config.mixup > 0 or config.cutmix > 0
+  parallel.check_batch_size(config.batch_size, parts=config.accumulate_steps, mixing=mixing)
   spec = model_spec(config, ())
   train, evaluation = (
     open_split(config, split, spec) for split in (config.train_split, config.eval_split)

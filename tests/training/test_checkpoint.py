@@ -242,13 +242,13 @@ def test_a_bookmark_comes_back_exactly(tmp_path):
   writer.save(make_state(4), 0.5, records=9)
   writer.save(make_state(6), None, records=11, pending=rows)
   writer.close()
-  assert read_bookmark(tmp_path, 4) == (9, [], True)
-  assert read_bookmark(tmp_path, 6) == (11, rows, False)
+  assert read_bookmark(tmp_path, 4) == (9, [], True, 4)
+  assert read_bookmark(tmp_path, 6) == (11, rows, False, 4)
 
 
 def test_a_checkpoint_without_a_bookmark_is_an_older_one(workdir):
   shutil.rmtree(workdir / "checkpoints" / "8" / "bookmark")
-  assert read_bookmark(workdir, 8) == (None, [], True)
+  assert read_bookmark(workdir, 8) == (None, [], True, None)
 
 
 def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(tmp_path, monkeypatch):

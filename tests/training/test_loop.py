@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repjax import store, training
+from repjax import disk, store, training
 from repjax.errors import InputError
 from repjax.training import fitting, optimizer, schedules, settings
 from repjax.training.step import create_state
@@ -163,8 +163,18 @@ def test_a_finished_run_started_again_trains_no_further(
   before = files()
   monkeypatch.setattr(fitting, "train_batches", None)
   assert training.train(tiny.config(digits_dir), workdir) == finished[1]
-  assert "all 12 steps were done already" in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert "all 12 steps were done already" in printed
+  assert "goes on with" not in printed
   assert files() == before
+
+
+def test_a_run_that_continues_on_other_devices_says_so(finished, digits_dir, tmp_path, capsys):
+  workdir = shutil.copytree(finished[0], tmp_path / "run")
+  path = workdir / "checkpoints" / "12" / "bookmark" / "metadata"
+  disk.write_json(path, {**disk.read_json(path), "devices": 8})
+  training.train(tiny.config(digits_dir), workdir)
+  assert "it was trained on 8 devices and goes on with 4, so it ends" in capsys.readouterr().out
 
 
 # Behind step 8 comes an evaluation, before any step that would notice.

@@ -27,12 +27,12 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"accumulate_steps": 0}, "config.accumulate_steps must be at least 1, got 0"),
     (
       {"accumulate_steps": 3},
-      "batch_size 32 does not divide into 12; use 24 or 36",
+      "does not divide over 4 devices in config.accumulate_steps = 3 parts each; use 24 or 36",
     ),
-    ({"accumulate_steps": 16}, "batch_size 32 does not divide into 64; use 64"),
+    ({"accumulate_steps": 16}, "= 16 parts each; use 64"),
     (
       {"accumulate_steps": 8, "mixup": 0.2},
-      "batch_size 32 in 8 parts on 4 devices leaves it one; use at least 64",
+      "batch_size 32 over 4 devices in config.accumulate_steps = 8 parts each leaves it one; use",
     ),
     ({"batch_size": 0}, "config.batch_size must be at least 1, got 0"),
     (
@@ -52,8 +52,8 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"num_steps": 0}, "config.num_steps = 0 leaves no step to train"),
     ({"num_epochs": 0.0}, "config.num_epochs must be above 0, got 0.0"),
     ({"eval_every_epochs": -1.0}, "config.eval_every_epochs must be above 0, got -1.0"),
-    ({"batch_size": 4, "mixup": 0.2}, "batch_size 4 leaves it one; use at least 8"),
-    ({"batch_size": 4, "cutmix": 1.0}, "batch_size 4 leaves it one; use at least 8"),
+    ({"batch_size": 4, "mixup": 0.2}, "batch_size 4 over 4 devices leaves it one; use at least 8"),
+    ({"batch_size": 4, "cutmix": 1.0}, "batch_size 4 over 4 devices leaves it one; use at least 8"),
     ({"learning_rate": float("nan")}, "config.learning_rate must be above 0, got nan"),
     ({"tolerance": 0.0}, "config.tolerance must be above 0, got 0.0"),
     ({"log_every_steps": 0}, "config.log_every_steps must be at least 1, got 0"),
