@@ -203,9 +203,10 @@ class TestFeatures:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("output_stride", [16, 8])
 def test_a_dilated_network_has_every_pixel_of_the_strided_one(output_stride):
-  # Depth 2: blocks behind a stage's first dilate otherwise than it does.
-  sizes = (1, 1, 2, 2) if output_stride == 8 else (1, 1, 1, 2)
-  build = functools.partial(tiny, stage_sizes=sizes, features_only=True, **F64)
+  # Depth 2: blocks behind a stage's first dilate otherwise than it does. One width: the shortcut
+  # of a first block has its convolution for the stride alone, and keeps it.
+  sizes = {"stage_sizes": (1, 1, 2, 2) if output_stride == 8 else (1, 1, 1, 2), "widths": (8,) * 4}
+  build = functools.partial(tiny, **sizes, features_only=True, **F64)
   x, strided, dilated = random_input(1, 75, 64, 3), build(), build(output_stride=output_stride)
   variables = random_variables(strided, x)
   assert helpers.shapes(init_shapes(dilated, x)) == helpers.shapes(variables)
