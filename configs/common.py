@@ -20,6 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
     *(("act", str), ("dropout", float), ("remat", bool)),
     *(("stage_sizes", tuple), ("width_multipliers", tuple), ("strides", tuple)),
     *(("groups", int), ("se", str), ("se_reduction", int), ("aux_heads", bool)),
+    *(("block", str), ("widths", tuple), ("stem_features", int), ("output_stride", int)),
+    *(("hidden", int),),
   ):
     config.model_overrides[override] = config_dict.placeholder(kind)  # None: the variant's own
   config.num_classes = 1000
