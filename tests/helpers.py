@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from repjax.layers.linear import uniform_bound
 from repjax.weights.naming import Naming, entries, tensor_name
 from repjax.weights.repvgg import NAMINGS
 
@@ -92,7 +93,7 @@ def randomise(variables: Any, seed: int = 0) -> Any:
   def draw(path, leaf):
     kind = path[-1].key
     if kind == "kernel":
-      values = rng.standard_normal(leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
+      values = rng.standard_normal(leaf.shape) * uniform_bound(leaf.shape)
     elif kind in ("scale", "var"):
       values = rng.uniform(0.5, 1.5, leaf.shape)
     elif kind in ("bias", "mean"):

@@ -5,16 +5,19 @@ from repjax.layers.aux_head import AuxHead, fold_aux_head
 from repjax.layers.gates import SqueezeExcite
 from repjax.layers.linear import linear
 from repjax.layers.rep_conv import RepConv, fold_rep_conv
+from repjax.layers.rep_dense import RepDense, fold_rep_dense
 from repjax.layers.rep_norm import RepNorm, fold_rep_norm
 
 __all__ = [
   "AuxHead",
   "RepConv",
+  "RepDense",
   "RepNorm",
   "SqueezeExcite",
   "activation",
   "fold_aux_head",
   "fold_rep_conv",
+  "fold_rep_dense",
   "fold_rep_norm",
   "linear",
 ]
