@@ -253,8 +253,8 @@ def _tile_affine(
 ) -> AffineParams:
   """The norm behind a kernel (g, h, w, C/g, h, w, O/g), as scale and shift (g, h, w, O/g)."""
   shape = (kernel.shape[0], *kernel.shape[4:])
-  flat = [{name: jnp.ravel(vector) for name, vector in tree.items()} for tree in (bn, stats)]
-  affine = bn_affine(*flat, epsilon)
+  flat_bn, flat_stats = jax.tree.map(jnp.ravel, (dict(bn), dict(stats)))
+  affine = bn_affine(flat_bn, flat_stats, epsilon)
   if affine.scale.size not in (shape[0], math.prod(shape)):
     raise ValueError(
       f"a norm over {affine.scale.size} numbers does not lie behind a fully connected layer "

@@ -36,9 +36,10 @@ def batch_norm(
     Of the shape of `x`, in its dtype widened to at least float32.
   """
   wide = wide_dtype(x.dtype)
+  feature_axes: Any = axis  # annotated as one number, but read as one or several
   norm = nn.BatchNorm(
     use_running_average=not train,
-    axis=axis,
+    axis=feature_axes,
     momentum=MOMENTUM,
     epsilon=epsilon,
     axis_name=axis_name,
