@@ -97,6 +97,7 @@ class RepConv(nn.Module):
     padding: pixels added on each side for the largest kernel, one number or (vertical, horizontal);
       None keeps the size at stride 1.
     padding_mode: "constant" (zeros), "edge", "reflect" or "wrap", in the terms of `jnp.pad`.
+    conv_bias: give convolutions a bias in training form too, which some checkpoints have.
     epsilon: of the batch norms.
     axis_name: of the pmapped axis over which batch statistics are shared.
     deploy: build the deploy form.
@@ -115,6 +116,7 @@ class RepConv(nn.Module):
   dilation: int | Sequence[int] = 1
   padding: int | Sequence[int] | None = None
   padding_mode: str = "constant"
+  conv_bias: bool = False
   epsilon: float = EPSILON
   axis_name: str | None = None
   deploy: bool = False
@@ -156,7 +158,7 @@ class RepConv(nn.Module):
       if kernel_size is None:
         branch, source = _Branch(None, norm, name=name), _pad(x, own_padding((1, 1)))
       else:
-        conv = self._conv(kernel_size, own_padding(kernel_size), x.shape[-1], use_bias=False)
+        conv = self._conv(kernel_size, own_padding(kernel_size), x.shape[-1], self.conv_bias)
         branch, source = _Branch(conv, norm, name=name), x
       outputs.append(branch(source, train))
     return sum(outputs[1:], outputs[0]).astype(self.dtype)

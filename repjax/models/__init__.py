@@ -10,13 +10,18 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from repjax.errors import unknown
-from repjax.models import repvgg
+from repjax.models import repvgg, resnet, vgg
 from repjax.models.initialize import init
 
 __all__ = ["create_model", "init", "list_models"]
 
+_FAMILIES = (
+  (repvgg.RepVGG, repvgg.VARIANTS),
+  (resnet.ResNet, resnet.VARIANTS),
+  (vgg.VGG, vgg.VARIANTS),
+)
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-  name: (repvgg.RepVGG, row) for name, row in repvgg.VARIANTS.items()
+  name: (family, row) for family, variants in _FAMILIES for name, row in variants.items()
 }
 _OWN_ARGUMENTS = {"num_classes", "deploy", "dtype", "param_dtype", "parent", "name"}
 

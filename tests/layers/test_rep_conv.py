@@ -109,6 +109,23 @@ class TestBothFormsAgree:
     assert outputs[0].shape == (2, *size, 4)
     assert relative_error(*outputs) <= 1e-12
 
+  def test_for_convolutions_with_a_bias(self):
+    x = random_input(2, 7, 6, 4)
+    outputs = both_forms(x, features=4, branches=THREE, conv_bias=True)
+    assert relative_error(*outputs) <= 1e-12
+    variables = random_variables(RepConv(4, THREE, conv_bias=True, **F64), x)
+    params = variables["params"]
+    assert [sorted(params[name]["conv"]) for name in TWO] == [["bias", "kernel"]] * 2
+    # It is there to be read: two biases moved by one each move the norms' outputs.
+    for name in TWO:
+      params[name]["conv"]["bias"] += 1
+    moved = RepConv(4, THREE, conv_bias=True, **F64).apply(variables, x) - outputs[0]
+    factors = (
+      params[name]["bn"]["scale"] / np.sqrt(variables["batch_stats"][name]["bn"]["var"] + EPSILON)
+      for name in TWO
+    )
+    assert relative_error(moved, np.broadcast_to(sum(factors), moved.shape)) <= 1e-12
+
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(

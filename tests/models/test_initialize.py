@@ -17,13 +17,20 @@ IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 NARROW = {"num_classes": 10, "width_multipliers": (0.25, 0.125, 0.125, 0.0625)}
 SMALL = {"stage_sizes": (1,) * 4, "width_multipliers": (0.5, 0.25, 0.125, 0.0625)}
 
+NARROW_OF = {
+  "resnet": {"num_classes": 10, "stage_sizes": (1, 2, 2, 1), "widths": (16, 32, 32, 64)},
+  "vgg": {"num_classes": 10, "widths": (8, 8, 16, 16, 24), "hidden": 40},
+  "repvgg": {"stage_sizes": (1, 2, 2, 1), **NARROW},
+}
+
 small = functools.partial(repjax.create_model, "repvgg_a0", **SMALL)
 
 
 @pytest.mark.parametrize("deploy", [False, True])
 @pytest.mark.parametrize("name", repjax.list_models())
 def test_the_tree_is_that_of_the_model_s_init(name, deploy):
-  model = repjax.create_model(name, deploy=deploy, stage_sizes=(1, 2, 2, 1), **NARROW)
+  narrow = next(narrow for family, narrow in NARROW_OF.items() if name.startswith(family))
+  model = repjax.create_model(name, deploy=deploy, **narrow)
   variables = repjax.init(model, KEY, image_size=32)
   assert helpers.shapes(variables) == helpers.shapes(helpers.init_shapes(model, IMAGES))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax.weights import naming
+from repjax.weights import convert, naming
 from repjax.weights.naming import NoNameError, Row, entries, tensor_name
 from repjax.weights.repvgg import NAMINGS
 from tests import helpers
@@ -89,7 +89,7 @@ def test_repvggplus_has_names_of_its_own(path, name):
 
 
 def test_every_model_can_be_imported():
-  assert NAMINGS.keys() == set(repjax.list_models())
+  assert convert.NAMINGS.keys() == set(repjax.list_models())
 
 
 @pytest.mark.parametrize(("layout", "ours", "theirs"), LAYOUTS)
