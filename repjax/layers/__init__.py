@@ -3,6 +3,7 @@
 from repjax.layers.activations import activation
 from repjax.layers.aux_head import AuxHead, fold_aux_head
 from repjax.layers.gates import SqueezeExcite
+from repjax.layers.global_perceptron import GlobalPerceptron, fold_global_perceptron
 from repjax.layers.linear import linear
 from repjax.layers.rep_conv import RepConv, fold_rep_conv
 from repjax.layers.rep_dense import RepDense, fold_rep_dense
@@ -10,12 +11,14 @@ from repjax.layers.rep_norm import RepNorm, fold_rep_norm
 
 __all__ = [
   "AuxHead",
+  "GlobalPerceptron",
   "RepConv",
   "RepDense",
   "RepNorm",
   "SqueezeExcite",
   "activation",
   "fold_aux_head",
+  "fold_global_perceptron",
   "fold_rep_conv",
   "fold_rep_dense",
   "fold_rep_norm",

@@ -126,7 +126,7 @@ def from_torch(
     value = entry.layout.from_torch(state[name]).astype(param_dtype, copy=False)
     _put(variables, entry.path, value)
   if drop_head:
-    spec = ModelSpec(model_name, num_classes, overrides)
+    spec = ModelSpec.usual(model_name, num_classes, overrides)
     model = spec.create_model(deploy=found.kind == "deploy", param_dtype=param_dtype)
     fresh = init(model, jax.random.key(0), spec.preprocessing.image_size)
     for entry in dropped.values():
@@ -223,7 +223,7 @@ def _expected_cached(
 
 @functools.lru_cache(maxsize=128)
 def _shapes(model_name: str, kind: str, num_classes: int, overrides: str) -> dict[str, Any]:
-  spec = ModelSpec(model_name, num_classes, json.loads(overrides))
+  spec = ModelSpec.usual(model_name, num_classes, json.loads(overrides))
   return spec.variable_shapes(deploy=kind == "deploy")
 
 

@@ -80,7 +80,7 @@ def import_weights(
       found.model,
       num_classes,
       overrides,
-      _preprocessing(found, fetched),
+      _preprocessing(found, fetched, overrides),
       () if drop_head else _class_names(fetched, num_classes),
     )
     record = {
@@ -164,10 +164,13 @@ def _sha256(path: Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _preprocessing(found: Recognition, fetched: hub.HubFile | None) -> Preprocessing:
+def _preprocessing(
+  found: Recognition, fetched: hub.HubFile | None, overrides: Mapping[str, Any]
+) -> Preprocessing:
   """The repository's own, or what goes with the published weights of that model and source."""
   stated = hub.preprocessing(fetched.config) if fetched else None
-  return stated or PREPROCESSING.get((found.model, found.naming), Preprocessing())
+  usual = ModelSpec.usual(found.model, overrides=overrides).preprocessing
+  return stated or PREPROCESSING.get((found.model, found.naming), usual)
 
 
 def _class_names(fetched: hub.HubFile | None, num_classes: int) -> tuple[str, ...]:
