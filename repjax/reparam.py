@@ -10,6 +10,8 @@ from repjax.layers import (
   fold_global_perceptron,
   fold_rep_conv,
   fold_rep_dense,
+  fold_rep_ffn,
+  fold_rep_head,
   fold_rep_norm,
 )
 
@@ -21,6 +23,8 @@ FOLDS: dict[str, Fold] = {
   "GlobalPerceptron": fold_global_perceptron,
   "RepConv": fold_rep_conv,
   "RepDense": fold_rep_dense,
+  "RepFFN": fold_rep_ffn,
+  "RepHead": fold_rep_head,
   "RepNorm": fold_rep_norm,
 }
 """A layer's class name to its fold. Extend a copy: `folds={**repjax.FOLDS, "MyLayer": fold}`."""
