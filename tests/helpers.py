@@ -209,6 +209,31 @@ def goldens() -> dict[str, dict[str, Any]]:
   return {case["id"]: case for case in json.loads((GOLDENS / "repvgg.json").read_text())}
 
 
+def repmlpnet_goldens() -> dict[str, Any]:
+  """{"counts": {model: {...}}, "cases": [{"id", "spec", "input", "expect", ...}, ...]}."""
+  return json.loads((GOLDENS / "repmlpnet.json").read_text())
+
+
+def repmlpnet_keys() -> dict[str, dict[str, dict[str, list[int]]]]:
+  """Model to kind to name to shape, as in the authors' files of RepMLPNet."""
+  with gzip.open(GOLDENS / "repmlpnet_keys.json.gz", "rt") as file:
+    return json.load(file)
+
+
+def folded_beyond_the_authors(model: nn.Module) -> int:
+  """Numbers that the authors' deploy form of a RepMLPNet has and ours has not.
+
+  A norm behind a convolution of C outputs has 2 C, of which C stay, as a bias; a norm in front of
+  a layer that has a bias has 2 C, of which none stays.
+  """
+  embeddings = sum(model.widths)
+  ffns = sum(
+    blocks * (4 * width + width + 2 * width)  # behind its two layers and in front
+    for blocks, width in zip(model.stage_sizes, model.widths)
+  )
+  return embeddings + ffns + 2 * model.widths[-1]
+
+
 def counts() -> dict[str, dict[str, int]]:
   """Parameters and batch norm buffers of every RepVGG in both forms."""
   return json.loads((GOLDENS / "counts.json").read_text())

@@ -20,6 +20,13 @@ SMALL = {"stage_sizes": (1,) * 4, "width_multipliers": (0.5, 0.25, 0.125, 0.0625
 NARROW_OF = {
   "resnet": {"num_classes": 10, "stage_sizes": (1, 2, 2, 1), "widths": (16, 32, 32, 64)},
   "vgg": {"num_classes": 10, "widths": (8, 8, 16, 16, 24), "hidden": 40},
+  "repmlpnet": {
+    "num_classes": 10,
+    "stage_sizes": (1, 2),
+    "widths": (8, 16),
+    "tiles": (4, 2),
+    "share_sets": (2, 4),
+  },
   "repvgg": {"stage_sizes": (1, 2, 2, 1), **NARROW},
 }
 
