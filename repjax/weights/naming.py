@@ -98,7 +98,8 @@ class Entry(NamedTuple):
   @property
   def in_head(self) -> bool:
     """Whether its shape depends on the number of classes."""
-    return "head" in self.path[:-1]
+    # The norm in front of a classifier has as many numbers whatever that has.
+    return "head" in self.path[:-1] and "bn" not in self.path
 
 
 class NoNameError(ValueError):

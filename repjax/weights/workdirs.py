@@ -15,10 +15,11 @@ import numpy as np
 from repjax import store
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
-from repjax.weights import hub
+from repjax.weights import hub, repmlpnet, repvgg
 from repjax.weights.convert import KINDS, Recognition, from_torch, is_half, recognize, to_torch
 from repjax.weights.files import read_entry
-from repjax.weights.repvgg import PREPROCESSING
+
+_PREPROCESSING = {**repvgg.PREPROCESSING, **repmlpnet.PREPROCESSING}
 
 
 def import_weights(
@@ -170,7 +171,7 @@ def _preprocessing(
   """The repository's own, or what goes with the published weights of that model and source."""
   stated = hub.preprocessing(fetched.config) if fetched else None
   usual = ModelSpec.usual(found.model, overrides=overrides).preprocessing
-  return stated or PREPROCESSING.get((found.model, found.naming), usual)
+  return stated or _PREPROCESSING.get((found.model, found.naming), usual)
 
 
 def _class_names(fetched: hub.HubFile | None, num_classes: int) -> tuple[str, ...]:
