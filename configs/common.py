@@ -1,4 +1,4 @@
-"""What all configs share: the RepVGG paper's simple recipe on ImageNet, and its strong recipe."""
+"""What configs share: the RepVGG paper's simple recipe on ImageNet, its strong one, RepMLPNet's."""
 
 import ml_collections
 from ml_collections import config_dict
@@ -20,6 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
     *(("act", str), ("dropout", float), ("remat", bool)),
     *(("stage_sizes", tuple), ("width_multipliers", tuple), ("strides", tuple)),
     *(("groups", int), ("se", str), ("se_reduction", int), ("aux_heads", bool)),
+    *(("widths", tuple), ("tiles", tuple), ("share_sets", tuple), ("local_kernels", tuple)),
+    ("patch_size", int),
   ):
     config.model_overrides[override] = config_dict.placeholder(kind)  # None: the variant's own
   config.num_classes = 1000
@@ -101,4 +103,24 @@ def get_strong_config() -> ml_collections.ConfigDict:
   config.augment = "random_resized_crop | flip | auto_augment"
   config.label_smoothing = 0.1
   config.mixup = 0.2
+  return config
+
+
+def get_repmlpnet_config() -> ml_collections.ConfigDict:
+  """The recipe of RepMLPNet's authors; what it leaves to each model is the image size."""
+  config = get_config()
+  config.num_epochs = 100.0
+  config.warmup_epochs = 10.0
+  config.warmup_rate = 5e-7
+  config.warmup_overlaps = True
+  config.optimizer = "adamw"
+  config.learning_rate = 0.001
+  config.weight_decay = 0.1
+  config.weight_decay_rule = "more_than_one_axis"
+  config.clip_norm = 5.0
+  randomly = 'rand_augment(2, 15, noise="uniform", probability=1, cutout=True)'
+  config.augment = f"random_resized_crop | flip | {randomly}"
+  config.label_smoothing = 0.1
+  config.mixup = 0.4
+  config.cutmix = 1.0
   return config
