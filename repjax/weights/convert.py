@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from repjax.algebra import wide_dtype
 from repjax.errors import InputError, unknown
 from repjax.models import create_model, init, list_models
 from repjax.reparam import layer_name, reparameterize
@@ -269,7 +268,7 @@ def _partly_folded(
 
 def _fold(variables: Mapping[str, Any], dtype: np.dtype) -> Any:
   """Deploy-form parameters from variables that are in part in that form already."""
-  wide = np.dtype(wide_dtype(dtype))
+  wide = np.promote_types(dtype, np.float32)
   with jax.enable_x64(wide == np.float64):
     widened = jax.tree.map(lambda value: value.astype(wide, copy=False), dict(variables))
     folded = jax.jit(reparameterize)(widened["params"], widened["batch_stats"])

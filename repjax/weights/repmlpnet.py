@@ -5,7 +5,6 @@ References:
 """
 
 from repjax.models.repmlpnet import VARIANTS
-from repjax.spec import ModelSpec, Preprocessing
 from repjax.weights.naming import DENSE_AS_CONV, Naming, Row
 
 _STAGES = range(1, 10)
@@ -40,12 +39,8 @@ The authors fold these alone: all other layers are in their files as they were t
 included.
 """
 
-_SIZES = {name: ModelSpec.usual(name).preprocessing.image_size for name in VARIANTS}
+WITHOUT_MARGIN = frozenset((name, "official") for name in VARIANTS)
+"""(model, source) whose published accuracy is that of the whole central square.
 
-PREPROCESSING: dict[tuple[str, str], Preprocessing] = {
-  (name, "official"): Preprocessing(size, size) for name, size in _SIZES.items()
-}
-"""(model, source) to the evaluation transform behind its published accuracy.
-
-The shorter side is resized to the model's size, bilinearly, and the centre cut out.
+The shorter side is resized to the model's image size, bilinearly, before the square is cut out.
 """

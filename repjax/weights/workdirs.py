@@ -1,5 +1,6 @@
 """Weights into a folder that the rest of repjax reads, and out of one."""
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -15,11 +16,10 @@ import numpy as np
 from repjax import store
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
-from repjax.weights import hub, repmlpnet, repvgg
+from repjax.weights import hub, repmlpnet
 from repjax.weights.convert import KINDS, Recognition, from_torch, is_half, recognize, to_torch
 from repjax.weights.files import read_entry
-
-_PREPROCESSING = {**repvgg.PREPROCESSING, **repmlpnet.PREPROCESSING}
+from repjax.weights.repvgg import PREPROCESSING
 
 
 def import_weights(
@@ -171,7 +171,10 @@ def _preprocessing(
   """The repository's own, or what goes with the published weights of that model and source."""
   stated = hub.preprocessing(fetched.config) if fetched else None
   usual = ModelSpec.usual(found.model, overrides=overrides).preprocessing
-  return stated or _PREPROCESSING.get((found.model, found.naming), usual)
+  key = (found.model, found.naming)
+  if key in repmlpnet.WITHOUT_MARGIN:
+    usual = dataclasses.replace(usual, resize_size=usual.image_size)
+  return stated or PREPROCESSING.get(key, usual)
 
 
 def _class_names(fetched: hub.HubFile | None, num_classes: int) -> tuple[str, ...]:
