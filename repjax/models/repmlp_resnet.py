@@ -118,6 +118,20 @@ class RepMLPResNet(ResNet):
     """The side in pixels of the images that the model is made for."""
     return 32 * math.lcm(*pair(self.tile))
 
+  def check_images(self, images: jax.Array) -> None:
+    """Raises InputError for images that the network cannot take."""
+    super().check_images(images)
+    strides = [min(2 ** (stage + 1), self.output_stride) for stage in self.repmlp_stages]
+    for axis, side in zip((1, 2), pair(self.tile)):
+      if any(-(-images.shape[axis] // stride) % side for stride in strides):
+        unit = [max(strides) * side for side in pair(self.tile)]
+        raise InputError(
+          f"this RepMLP-ResNet cuts the maps of stages {tuple(self.repmlp_stages)} into tiles of "
+          f"{'x'.join(map(str, pair(self.tile)))} pixels, so images are (N, H, W, C) with H and W "
+          f"multiples of {unit[0]} by {unit[1]} pixels; got {images.shape}: use another image size "
+          "or another tile"
+        )
+
   def block_at(self, place: Place) -> tuple[type[nn.Module], dict[str, Any]]:
     """The class of the block at a place, and its attributes besides `place` and `settings`."""
     if place.stage not in self.repmlp_stages or place.number == 0:

@@ -12,13 +12,14 @@ import numpy as np
 from repjax.errors import InputError, unknown
 from repjax.models import create_model, init, list_models
 from repjax.spec import ModelSpec
-from repjax.weights import repvgg, resnet, vgg
+from repjax.weights import repmlp, repvgg, resnet, vgg
 from repjax.weights.naming import Entry, Naming, NoNameError, entries, plain_name
 
 NAMINGS: dict[str, dict[str, Naming]] = {
   **repvgg.NAMINGS,
   **resnet.NAMINGS,
   **vgg.NAMINGS,
+  **repmlp.NAMINGS,
 }
 """Model to source to table; a new family adds its own."""
 
