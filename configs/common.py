@@ -20,6 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
     *(("act", str), ("dropout", float), ("remat", bool)),
     *(("stage_sizes", tuple), ("width_multipliers", tuple), ("strides", tuple)),
     *(("groups", int), ("se", str), ("se_reduction", int), ("aux_heads", bool)),
+    *(("widths", tuple), ("tile", int), ("local_kernels", tuple), ("fc3_groups", int)),
+    *(("reduction", int), ("global_perceptron", bool), ("fc3", str), ("mixer", str)),
   ):
     config.model_overrides[override] = config_dict.placeholder(kind)  # None: the variant's own
   config.num_classes = 1000
@@ -100,5 +102,14 @@ def get_strong_config() -> ml_collections.ConfigDict:
   config.warmup_epochs = 5.0
   config.augment = "random_resized_crop | flip | auto_augment"
   config.label_smoothing = 0.1
+  config.mixup = 0.2
+  return config
+
+
+def get_repmlp_config() -> ml_collections.ConfigDict:
+  """The RepMLP paper's recipe on ImageNet; mixup's alpha, which it does not give, is as above."""
+  config = get_config()
+  config.num_epochs = 100.0
+  config.augment = "random_resized_crop | flip | auto_augment"
   config.mixup = 0.2
   return config
