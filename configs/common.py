@@ -20,8 +20,11 @@ def get_config() -> ml_collections.ConfigDict:
     *(("act", str), ("dropout", float), ("remat", bool)),
     *(("stage_sizes", tuple), ("width_multipliers", tuple), ("strides", tuple)),
     *(("groups", int), ("se", str), ("se_reduction", int), ("aux_heads", bool)),
-    *(("widths", tuple), ("tile", int), ("local_kernels", tuple), ("fc3_groups", int)),
-    *(("reduction", int), ("global_perceptron", bool), ("fc3", str), ("mixer", str)),
+    *(("block", str), ("widths", tuple), ("stem_features", int), ("output_stride", int)),
+    *(("hidden", int),),
+    *(("tile", int), ("local_kernels", tuple), ("fc3_groups", int), ("reduction", int)),
+    *(("global_perceptron", bool), ("fc3", str), ("mixer", str)),
+    *(("repmlp_block", str), ("repmlp_stages", tuple), ("narrowing", tuple)),
   ):
     config.model_overrides[override] = config_dict.placeholder(kind)  # None: the variant's own
   config.num_classes = 1000

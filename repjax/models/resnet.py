@@ -70,8 +70,11 @@ class Settings(NamedTuple):
 
 
 def shortcut(x: jax.Array, place: Place, settings: Settings, train: bool) -> jax.Array:
-  """A block's input, through a 1x1 conv-BN where the block changes its shape."""
-  if place.strides == 1 and x.shape[-1] == place.features:
+  """A block's input, through a 1x1 conv-BN where a stage begins with another shape.
+
+  A stage that dilates instead of striding has it too, so that parameters stay the same.
+  """
+  if x.shape[-1] == place.features and (place.number > 0 or place.stage == 1):
     return x
   return settings.conv_bn("shortcut", place.features, 1, place.strides)(x, train)
 

@@ -32,7 +32,7 @@ class Recognition(NamedTuple):
 
   Attributes:
     model: its name, as in `create_model`.
-    naming: "official", "timm" or "mmpretrain".
+    naming: "official", "timm", "mmpretrain" or "repmlp", as `NAMINGS` has them for the model.
     kind: "train" or "deploy".
     num_classes: outputs of its classifier; None where it has none.
   """
@@ -143,7 +143,7 @@ def to_torch(
   Args:
     model_name: as in `create_model`.
     variables: {"params", "batch_stats"} of the training form, or {"params"} of the deploy form.
-    naming: "official", "timm" or "mmpretrain".
+    naming: "official", "timm", "mmpretrain" or "repmlp", as `NAMINGS` has them for the model.
 
   Returns:
     Name to contiguous array in PyTorch's layout and the variables' dtype. `num_batches_tracked`,
