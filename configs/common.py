@@ -1,4 +1,4 @@
-"""What configs share: the RepVGG paper's simple recipe on ImageNet, its strong one, RepMLPNet's."""
+"""What configs share: all fields with the RepVGG paper's simple recipe, and other recipes."""
 
 import ml_collections
 from ml_collections import config_dict
@@ -20,8 +20,12 @@ def get_config() -> ml_collections.ConfigDict:
     *(("act", str), ("dropout", float), ("remat", bool)),
     *(("stage_sizes", tuple), ("width_multipliers", tuple), ("strides", tuple)),
     *(("groups", int), ("se", str), ("se_reduction", int), ("aux_heads", bool)),
-    *(("widths", tuple), ("tiles", tuple), ("share_sets", tuple), ("local_kernels", tuple)),
-    ("patch_size", int),
+    *(("block", str), ("widths", tuple), ("stem_features", int), ("output_stride", int)),
+    *(("hidden", int),),
+    *(("tile", int), ("local_kernels", tuple), ("fc3_groups", int), ("reduction", int)),
+    *(("global_perceptron", bool), ("fc3", str), ("mixer", str)),
+    *(("repmlp_block", str), ("repmlp_stages", tuple), ("narrowing", tuple)),
+    *(("tiles", tuple), ("share_sets", tuple), ("patch_size", int)),
   ):
     config.model_overrides[override] = config_dict.placeholder(kind)  # None: the variant's own
   config.num_classes = 1000
@@ -102,6 +106,15 @@ def get_strong_config() -> ml_collections.ConfigDict:
   config.warmup_epochs = 5.0
   config.augment = "random_resized_crop | flip | auto_augment"
   config.label_smoothing = 0.1
+  config.mixup = 0.2
+  return config
+
+
+def get_repmlp_config() -> ml_collections.ConfigDict:
+  """The RepMLP paper's recipe on ImageNet; mixup's alpha, which it does not give, is as above."""
+  config = get_config()
+  config.num_epochs = 100.0
+  config.augment = "random_resized_crop | flip | auto_augment"
   config.mixup = 0.2
   return config
 

@@ -1,5 +1,7 @@
 """Writes a workdir's model as .safetensors in the names of the authors' code, timm or mmpretrain.
 
+The official names of ResNet and VGG are torchvision's; resnet50 has those beside RepMLP, too.
+
 python scripts/export_weights.py --workdir runs/a0 --to repvgg_a0.safetensors --naming timm
 """
 
@@ -16,7 +18,7 @@ def main() -> None:
   )
   parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
   parser.add_argument("--to", required=True, type=Path, help="the .safetensors file to be made")
-  parser.add_argument("--naming", default="official", help="official, timm or mmpretrain")
+  parser.add_argument("--naming", default="official", help="official, timm, mmpretrain or repmlp")
   parser.add_argument(
     "--form", choices=("train", "deploy"), help="(default: train if there is one)"
   )

@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,27 @@ def assert_close(a: Any, b: Any, tolerance: float) -> None:
 def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
   """`jax.jit` that compiles fast and runs slowly: tests run each program once or twice."""
   return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def primitives(function: Callable[..., Any], *arguments: Any, **axes: int) -> list[str]:
+  """What a traced function computes, inner functions included: names of primitives.
+
+  Args:
+    function: traced on `arguments`, which may be shapes.
+    **axes: names and sizes of mapped axes that it may use.
+  """
+
+  def names(jaxpr: Any) -> Iterator[str]:
+    for equation in jaxpr.eqns:
+      yield equation.primitive.name
+      for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+        if is_jaxpr(inner):
+          yield from names(getattr(inner, "jaxpr", inner))
+
+  def is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+  return list(names(jax.make_jaxpr(function, axis_env=list(axes.items()))(*arguments)))
 
 
 def convolve(x, kernel, bias=None, strides=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):

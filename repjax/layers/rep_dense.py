@@ -57,17 +57,17 @@ class _TileDense(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps (N, H/h, h, W/w, w, rows, g, C/g) to (g, N, H/h, W/w, rows, h, w, O/g)."""
-    height, width, groups, inputs = (x.shape[axis] for axis in (2, 4, 6, 7))
+    """Maps (g, M, h, w, C/g) to (g, M, h, w, O/g)."""
+    groups, _, height, width, inputs = x.shape
     shape = (groups, height, width, inputs, height, width, self.features)
     kernel = self.param("kernel", tile_kernel_init, shape, self.param_dtype)
-    # One product, batched over groups: the kernel lies as (g, h*w*C/g, h*w*O/g) in memory already.
-    dimensions = (((2, 4, 7), (1, 2, 3)), ((6,), (0,)))
-    y = lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), dimensions)
+    # The kernel lies in memory as the product reads it.
+    matrices = kernel.astype(self.dtype).reshape(groups, height * width * inputs, -1)
+    rows = x.astype(self.dtype).reshape(groups, -1, height * width * inputs)
+    y = lax.batch_matmul(rows, matrices).reshape(groups, -1, *shape[4:])
     if self.use_bias:
-      own_shape = (groups, height, width, self.features)
-      bias = self.param("bias", bias_init(shape), own_shape, self.param_dtype)
-      y = y + bias.astype(self.dtype)[:, None, None, None, None]
+      bias = self.param("bias", bias_init(shape), (groups, *shape[4:]), self.param_dtype)
+      y = y + bias.astype(self.dtype)[:, None]
     return y
 
 
@@ -149,23 +149,22 @@ class RepDense(nn.Module):
     groups = self.share_sets or self.groups
     rows = x.shape[-1] // groups if self.share_sets else 1  # channels of a tile that share a set
     outputs = self.features // (groups * rows)
-    down, across = size[0] // tile[0], size[1] // tile[1]
-    split = x.reshape(
-      -1, down, tile[0], across, tile[1], rows, groups, x.shape[-1] // groups // rows
-    )
+    tiles = partition(x, tile, rows)  # (M, h, w, C)
+    # Five axes and not all eight: the gradient of that form crashes on CPUs in jax 0.10.2.
+    grouped = tiles.reshape(*tiles.shape[:3], groups, -1).transpose(
+      3, 0, 1, 2, 4
+    )  # (g, M, h, w, C/g)
     dtypes = (self.dtype, self.param_dtype)
     if self.deploy:
-      y = _TileDense(outputs, True, *dtypes, name="dense")(split)
+      y = _TileDense(outputs, True, *dtypes, name="dense")(grouped)
     else:
-      norm_axis = (0,) if self.share_sets else (0, 5, 6, 7)
+      norm_axis = (0,) if self.share_sets else (0, 2, 3, 4)
       branch = _DenseBranch(outputs, norm_axis, self.epsilon, self.axis_name, *dtypes, name="fc")
-      y = branch(split, train)
-    y = y.transpose(1, 2, 5, 3, 6, 4, 0, 7)  # (N, H/h, h, W/w, w, rows, g, O/g)
-    y = y.reshape(-1, *size, self.features)
+      y = branch(grouped, train)
+    y = y.transpose(1, 2, 3, 0, 4).reshape(*tiles.shape[:3], -1)  # (M, h, w, O)
     if self.local_kernels and not self.deploy:
-      local = self._local(groups, outputs)(partition(x, tile, rows), train)
-      y = y + unpartition(local, size, rows).astype(y.dtype)
-    return y.astype(self.dtype)
+      y = y + self._local(groups, outputs)(tiles, train).astype(y.dtype)
+    return unpartition(y.astype(self.dtype), size, rows)
 
   def _local(self, groups: int, outputs: int) -> nn.Module:
     return RepConv(

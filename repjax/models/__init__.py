@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from repjax.errors import unknown
-from repjax.models import repmlpnet, repvgg, resnet, vgg
+from repjax.models import repmlp, repmlp_resnet, repmlpnet, repvgg, resnet, vgg
 from repjax.models.initialize import init
 
 __all__ = ["create_model", "image_size_of", "init", "list_models"]
@@ -19,6 +19,8 @@ _FAMILIES = (
   (repvgg.RepVGG, repvgg.VARIANTS),
   (resnet.ResNet, resnet.VARIANTS),
   (vgg.VGG, vgg.VARIANTS),
+  (repmlp.RepMLPCifar, repmlp.VARIANTS),
+  (repmlp_resnet.RepMLPResNet, repmlp_resnet.VARIANTS),
   (repmlpnet.RepMLPNet, repmlpnet.VARIANTS),
 )
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {

@@ -70,8 +70,11 @@ class Settings(NamedTuple):
 
 
 def shortcut(x: jax.Array, place: Place, settings: Settings, train: bool) -> jax.Array:
-  """A block's input, through a 1x1 conv-BN where the block changes its shape."""
-  if place.strides == 1 and x.shape[-1] == place.features:
+  """A block's input, through a 1x1 conv-BN where a stage begins with another shape.
+
+  A stage that dilates instead of striding has it too, so that parameters stay the same.
+  """
+  if x.shape[-1] == place.features and (place.number > 0 or place.stage == 1):
     return x
   return settings.conv_bn("shortcut", place.features, 1, place.strides)(x, train)
 
@@ -199,6 +202,10 @@ class ResNet(nn.Module):
     del place
     return BLOCKS[self.block], {}
 
+  def check_images(self, images: jax.Array) -> None:
+    """Raises InputError for images that the network cannot take."""
+    check_images("ResNet", images, 32)
+
   def stages(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
     """The stages' names and the places in them, in order."""
     stride, dilation = 4, 1
@@ -228,7 +235,7 @@ class ResNet(nn.Module):
       ValueError: images smaller than 32 pixels, or `train` in deploy form.
     """
     refuse_training(self.deploy, train)
-    check_images("ResNet", images, 32)
+    self.check_images(images)
     settings = Settings(self.act, self.axis_name, self.deploy, self.dtype, self.param_dtype)
 
     def build(place: Place) -> nn.Module:

@@ -40,7 +40,7 @@ class Layer(NamedTuple):
     channels: outputs O.
     fused: the kernel of the deploy form.
     branches: name to what that branch adds to it, in the order of `branch_order`; nothing where the
-      layer is in deploy form already.
+      layer is in deploy form already, or has one branch only, which is the fused kernel.
   """
 
   path: str
@@ -194,7 +194,8 @@ def _layer(path: tuple[str, ...], params: Tree, stats: Tree) -> Layer:
     raise InputError(f"the weights of {'/'.join(path)} are not finite; has this run diverged?")
   parts = [Part(np.asarray(tap, np.float64), float(norm)) for tap, norm in zip(taps, norms)]
   channels = next(leaf.shape[-1] for leaf in jax.tree.leaves(params) if leaf.ndim == 4)
-  return Layer("/".join(path), channels, parts[0], dict(zip(names, parts[1:])))
+  several = names if len(names) > 1 else ()
+  return Layer("/".join(path), channels, parts[0], dict(zip(several, parts[1:])))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -66,9 +66,10 @@ def _shown(name: str) -> str:
 
 
 def _short(path: str) -> str:
-  """ "stage1/block0/RepConv_0" as "stage1.block0"."""
-  scopes = path.split("/")
-  return ".".join(scopes[:-1] if scopes[-1].startswith("RepConv") and scopes[1:] else scopes)
+  """ "stage1/block0/RepConv_0" as "stage1.block0", ".../RepConv_conv1" as "stage1.block0.conv1"."""
+  *scopes, last = path.split("/")
+  layer = last.removeprefix("RepConv").lstrip("_") if scopes else last
+  return ".".join(scopes if layer.isdigit() or not layer else [*scopes, layer])
 
 
 def heat_maps(figure: Any, kernels: Kernels) -> None:

@@ -13,13 +13,14 @@ from repjax.errors import InputError, unknown
 from repjax.models import create_model, init, list_models
 from repjax.reparam import layer_name, reparameterize
 from repjax.spec import ModelSpec
-from repjax.weights import repmlpnet, repvgg, resnet, vgg
+from repjax.weights import repmlp, repmlpnet, repvgg, resnet, vgg
 from repjax.weights.naming import Entry, Naming, NoNameError, entries, plain_name
 
 NAMINGS: dict[str, dict[str, Naming]] = {
   **repvgg.NAMINGS,
   **resnet.NAMINGS,
   **vgg.NAMINGS,
+  **repmlp.NAMINGS,
   **repmlpnet.NAMINGS,
 }
 """Model to source to table; a new family adds its own."""
@@ -39,7 +40,7 @@ class Recognition(NamedTuple):
 
   Attributes:
     model: its name, as in `create_model`.
-    naming: "official", "timm" or "mmpretrain".
+    naming: "official", "timm", "mmpretrain" or "repmlp", as `NAMINGS` has them for the model.
     kind: "train" or "deploy".
     num_classes: outputs of its classifier; None where it has none.
   """
@@ -151,7 +152,7 @@ def to_torch(
   Args:
     model_name: as in `create_model`.
     variables: {"params", "batch_stats"} of the training form, or {"params"} of the deploy form.
-    naming: "official", "timm" or "mmpretrain".
+    naming: "official", "timm", "mmpretrain" or "repmlp", as `NAMINGS` has them for the model.
 
   Returns:
     Name to contiguous array in PyTorch's layout and the variables' dtype. `num_batches_tracked`,

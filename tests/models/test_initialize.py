@@ -18,6 +18,9 @@ NARROW = {"num_classes": 10, "width_multipliers": (0.25, 0.125, 0.125, 0.0625)}
 SMALL = {"stage_sizes": (1,) * 4, "width_multipliers": (0.5, 0.25, 0.125, 0.0625)}
 
 NARROW_OF = {
+  "repmlp_cifar": {"num_classes": 10, "widths": (4, 6), "tile": 16, "stage_sizes": (1, 1)},
+  "repmlp_resnet50": {"stage_sizes": (1, 2, 2, 1), "widths": (16, 32, 64, 64), "tile": 2}
+  | {"local_kernels": (1,), "fc3_groups": (2, 4), "num_classes": 10},
   "resnet": {"num_classes": 10, "stage_sizes": (1, 2, 2, 1), "widths": (16, 32, 32, 64)},
   "vgg": {"num_classes": 10, "widths": (8, 8, 16, 16, 24), "hidden": 40},
   "repmlpnet": {

@@ -153,6 +153,21 @@ def test_layers_are_in_the_order_of_the_forward_pass():
   assert shapes == ModelSpec("repvgg_a0", 10).variable_shapes()
 
 
+@pytest.mark.usefixtures("quick_programs")
+def test_layers_of_one_branch_are_the_fused_kernel(tmp_path):
+  spec = ModelSpec("resnet50", 3, {"stage_sizes": (1,) * 4, "widths": (4,) * 4, "stem_features": 4})
+  variables = random_variables(spec.create_model(), random_input(1, 32, 32, 3).astype("float32"))
+  store.write_tree(tmp_path / "checkpoints" / "0" / "variables", variables)
+  spec.write(tmp_path)
+  layers = read_kernels(tmp_path).layers
+  assert [layer.path for layer in layers][:2] == ["stem/RepConv_0", "stage1/block0/RepConv_conv1"]
+  assert len(layers) == 1 + 3 + 3 * 4  # the first shortcut is the input itself
+  assert [layer.branches for layer in layers] == [{}] * len(layers)
+  params, stats = variables["params"]["stem"], variables["batch_stats"]["stem"]
+  fused = fold_rep_conv(params["RepConv_0"], stats["RepConv_0"], EPSILON)["conv"]["kernel"]
+  assert relative_error(layers[0].fused.taps, np.abs(fused).mean((2, 3))) < 1e-5
+
+
 @pytest.mark.parametrize("deploy", [False, True])
 def test_what_the_deploy_form_drops_is_no_layer(deploy):
   spec = ModelSpec("repvgg_a0", 10, tiny.WITH_GATES_AND_HEADS)
@@ -210,6 +225,7 @@ def test_where_stages_are_few_or_many_layers_are_chosen_at_equal_distances(
   assert [layers.index(each) for each in choose(layers)] == expected
 
 
+@pytest.mark.usefixtures("quick_programs")
 def test_layers_of_one_branch_are_chosen_only_where_there_are_no_others():
   layers = [layer("a", "conv3x3"), layer("b", "conv3x3", "conv1x1"), layer("c", "conv3x3")]
   assert [each.path for each in choose(layers)] == ["b"]

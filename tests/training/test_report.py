@@ -177,6 +177,13 @@ def test_imports_are_called_so(step, said):
   assert "run: net, weights only" in texts(figure)
 
 
+def test_several_layers_of_a_block_are_told_apart():
+  paths = ["stem/RepConv_0", "stage1/block0/RepConv_conv1", "stage1/block0/RepConv", "RepConv_0"]
+  assert list(map(draw_kernels._short, paths)) == [
+    *("stem", "stage1.block0.conv1", "stage1.block0", "RepConv_0")
+  ]
+
+
 def test_large_kernels_have_no_numbers_and_many_bars_fewer_labels():
   part = Part(np.ones((7, 7)), 1.0)
   branches = {"conv7x7": part, "conv1x1": part}

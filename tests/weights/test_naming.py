@@ -89,7 +89,8 @@ def test_repvggplus_has_names_of_its_own(path, name):
 
 
 def test_every_model_can_be_imported():
-  assert convert.NAMINGS.keys() == set(repjax.list_models())
+  # There never were weights, nor a network by that name, outside of repjax.
+  assert convert.NAMINGS.keys() == set(repjax.list_models()) - {"repmlp_cifar"}
 
 
 @pytest.mark.parametrize(("layout", "ours", "theirs"), LAYOUTS)

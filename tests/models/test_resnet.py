@@ -1,0 +1,371 @@
+"""ResNet: counts, the plain definition, both forms computing the same, dilation for strides."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import repjax
+from repjax import weights
+from repjax.models.resnet import Bottleneck, Place, ResNet, Settings
+from repjax.weights.naming import entries
+from repjax.weights.resnet import NAMINGS
+from tests import helpers
+from tests.helpers import F64, init_shapes, quick_jit, random_input, random_variables
+from tests.models import plain
+
+# Parameters as torchvision states them; statistics are two numbers a channel that is normalised.
+PARAMETERS = {
+  "resnet18": 11_689_512,
+  "resnet34": 21_797_672,
+  "resnet50": 25_557_032,
+  "resnet101": 44_549_160,
+  "resnet152": 60_192_808,
+}
+# Millions in deploy form as Table 4 of the RepVGG paper has them, cut off behind two digits.
+DEPLOYED = {
+  "resnet18": 11.68,
+  "resnet34": 21.78,
+  "resnet50": 25.53,
+  "resnet101": 44.49,
+  "resnet152": 60.11,
+}
+# Multiply-accumulates at 224 px: that of 50 as counted on the RepMLP authors' plain ResNet-50.
+MACS = {"resnet18": 1_814_073_344, "resnet50": 4_089_184_256}
+
+TINY = {"num_classes": 10, "stage_sizes": (1, 1, 2, 1), "stem_features": 6}
+BASIC = TINY | {"block": "basic", "widths": (6, 8, 12, 16)}
+BOTTLENECK = TINY | {"block": "bottleneck", "widths": (8, 16, 24, 32)}
+BLOCKS = {"basic": BASIC, "bottleneck": BOTTLENECK}
+IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+
+both_blocks = pytest.mark.parametrize("block", BLOCKS)
+
+
+def tiny(block="bottleneck", **overrides):
+  return repjax.create_model("resnet50", **BLOCKS[block] | overrides)
+
+
+def halves(variables):
+  return variables["params"], variables["batch_stats"]
+
+
+def size(tree):
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_those_published(name):
+  train, deploy = (
+    init_shapes(repjax.create_model(name, deploy=form), IMAGES) for form in (False, True)
+  )
+  normalised = size(train["batch_stats"]) // 2
+  assert size(train["params"]) == PARAMETERS[name]
+  assert size(deploy["params"]) == PARAMETERS[name] - normalised
+  assert math.floor(size(deploy["params"]) / 1e4) / 100 == DEPLOYED[name]
+  if name == "resnet50":  # as on the RepMLP authors' plain ResNet-50
+    assert (size(train["batch_stats"]), size(deploy["params"])) == (53_120, 25_530_472)
+
+
+@both_blocks
+def test_the_fold_has_the_shapes_of_the_deploy_form(block):
+  train, deploy = (init_shapes(tiny(block, deploy=form), IMAGES) for form in (False, True))
+  folded = jax.eval_shape(repjax.reparameterize, *halves(train))
+  assert helpers.shapes(folded) == helpers.shapes(deploy["params"])
+
+
+@pytest.mark.parametrize("name", MACS)
+def test_multiplications_are_those_published(name):
+  found = repjax.analysis.summary(repjax.create_model(name), 224)
+  assert found.deploy is not None
+  assert (found.train.macs, found.deploy.macs) == (MACS[name], MACS[name])
+  names = ["stem", "stage1", "stage2", "stage3", "stage4", "head"]
+  assert [stage.name for stage in found.stages] == names
+
+
+@both_blocks
+def test_the_deploy_form_holds_convolutions_and_the_classifier_only(block):
+  shapes = init_shapes(tiny(block, deploy=True), IMAGES)
+  assert shapes.keys() == {"params"}
+  scopes = {tuple(path.split("/")[-2:]) for path in helpers.leaves(shapes["params"])}
+  assert scopes == {(scope, leaf) for scope in ("conv", "head") for leaf in ("kernel", "bias")}
+
+
+def test_scopes_are_named():
+  block = {"conv1": "conv1x1", "conv2": "conv3x3", "conv3": "conv1x1", "shortcut": "conv1x1"}
+  params = init_shapes(tiny(), IMAGES)["params"]
+  assert params.keys() == {"stem", "stage1", "stage2", "stage3", "stage4", "head"}
+  assert params["stem"]["RepConv_0"].keys() == {"conv7x7"}
+  assert params["stage3"].keys() == {"block0", "block1"}
+  first, second = params["stage3"]["block0"], params["stage3"]["block1"]
+  assert {name: set(first[f"RepConv_{name}"]) for name in block} == {
+    name: {branch} for name, branch in block.items()
+  }
+  assert second.keys() == first.keys() - {"RepConv_shortcut"}
+
+
+def test_a_basic_block_of_the_first_stage_needs_no_convolution_in_its_shortcut():
+  params = init_shapes(tiny("basic"), IMAGES)["params"]
+  shortcuts = {
+    stage: "RepConv_shortcut" in params[stage]["block0"]
+    for stage in params.keys() - {"stem", "head"}
+  }
+  assert shortcuts == {"stage1": False, "stage2": True, "stage3": True, "stage4": True}
+
+
+@pytest.mark.usefixtures("x64")
+@both_blocks
+def test_the_network_is_the_one_of_its_definition(block):
+  # Read from torchvision's names, so that these are proven too.
+  x, model = random_input(2, 45, 38, 3), tiny(block, **F64)
+  variables = random_variables(model, x)
+  state = weights.to_torch("resnet50", variables)
+  expected = plain.resnet(state, x, TINY["stage_sizes"])
+  helpers.assert_close(quick_jit(model.apply)(variables, x), expected, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_outputs_are_torchvisions_and_dilated_those_of_timm():
+  shapes = repjax.ModelSpec("resnet18").variable_shapes()
+  names = entries(NAMINGS["resnet18"]["official"], shapes)
+  state = helpers.fill_state_dict({name: entry.shape for name, entry in names.items()})
+  variables = weights.from_torch("resnet18", state, param_dtype=np.float64)
+  params = quick_jit(repjax.reparameterize)(*halves(variables))
+  for case in json.loads((helpers.GOLDENS / "resnet.json").read_text()):
+    x = helpers.golden_input(tuple(case["input"]["shape_nchw"]))
+    deploy = bool(case["spec"]["overrides"])  # each form once
+    model = repjax.create_model("resnet18", deploy=deploy, **case["spec"]["overrides"], **F64)
+    logits = quick_jit(model.apply)({"params": params} if deploy else variables, x)
+    helpers.assert_golden(logits, case["expect"]["logits"])
+
+
+def forms_differ_by(dtype, shape=(1, 97, 75, 3), **overrides):
+  """Relative error of the deploy form against the training form, random statistics."""
+  dtypes = {"dtype": dtype, "param_dtype": dtype}
+  model, deploy = (tiny(deploy=form, **overrides, **dtypes) for form in (False, True))
+  x = random_input(*shape).astype(dtype)
+
+  @quick_jit
+  def outputs(variables):
+    params = repjax.reparameterize(*halves(variables))
+    return deploy.apply({"params": params}, x), model.apply(variables, x)
+
+  return helpers.relative_error(*outputs(random_variables(model, x)))
+
+
+class TestBothFormsAgree:
+  @pytest.mark.usefixtures("x64")
+  def test_in_float64_on_odd_sizes(self):
+    assert forms_differ_by(jnp.float64) <= 1e-12
+
+  @pytest.mark.usefixtures("x64")
+  def test_in_float64_with_dilation_and_another_activation(self):
+    overrides = {"block": "basic", "output_stride": 8, "act": "silu"}
+    assert forms_differ_by(jnp.float64, (1, 64, 41, 3), **overrides) <= 1e-12
+
+  def test_in_float32(self):
+    assert forms_differ_by(jnp.float32, (1, 64, 41, 3), block="basic", stage_sizes=(1,) * 4) <= 1e-5
+
+
+class TestFeatures:
+  @pytest.mark.parametrize("deploy", [False, True])
+  def test_shapes_and_keys(self, deploy):
+    model = tiny(features_only=True, deploy=deploy)
+    images = jax.ShapeDtypeStruct((2, 70, 33, 3), jnp.float32)
+    variables = init_shapes(model, images)
+    features = jax.eval_shape(model.apply, variables, images)
+    assert {name: value.shape for name, value in features.items()} == {
+      "stage1": (2, 18, 9, 8),
+      "stage2": (2, 9, 5, 16),
+      "stage3": (2, 5, 3, 24),
+      "stage4": (2, 3, 2, 32),
+    }
+    assert "head" not in variables["params"]
+
+  @pytest.mark.usefixtures("x64")
+  def test_the_head_reads_the_mean_of_the_last(self):
+    build = functools.partial(tiny, stage_sizes=(1,) * 4, **F64)
+    x, model = random_input(2, 33, 40, 3), build(features_only=True)
+    variables = random_variables(build(), x)
+    expected = plain.resnet(weights.to_torch("resnet50", variables), x, (1,) * 4)
+    head = variables["params"].pop("head")
+    assert helpers.shapes(variables) == helpers.shapes(init_shapes(model, x))
+    features = quick_jit(model.apply)(variables, x)
+    logits = np.asarray(features["stage4"]).mean((1, 2)) @ np.asarray(head["kernel"])
+    helpers.assert_close(logits + np.asarray(head["bias"]), expected, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("output_stride", [16, 8])
+def test_a_dilated_network_has_every_pixel_of_the_strided_one(output_stride):
+  # Depth 2: blocks behind a stage's first dilate otherwise than it does. One width: the shortcut
+  # of a first block has its convolution for the stride alone, and keeps it.
+  sizes = {"stage_sizes": (1, 1, 2, 2) if output_stride == 8 else (1, 1, 1, 2), "widths": (8,) * 4}
+  build = functools.partial(tiny, **sizes, features_only=True, **F64)
+  x, strided, dilated = random_input(1, 75, 64, 3), build(), build(output_stride=output_stride)
+  variables = random_variables(strided, x)
+  assert helpers.shapes(init_shapes(dilated, x)) == helpers.shapes(variables)
+
+  @quick_jit
+  def outputs(variables):
+    return strided.apply(variables, x), dilated.apply(variables, x)
+
+  coarse, fine = outputs(variables)
+  for name, stride in {"stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}.items():
+    step = max(1, stride // output_stride)
+    helpers.assert_close(fine[name][:, ::step, ::step], coarse[name], 1e-12)
+  assert fine["stage4"].shape[1:3] == (-(-75 // output_stride), 64 // output_stride)
+
+
+class TestOverrides:
+  @pytest.mark.parametrize(("block", "deploy"), [("basic", False), ("bottleneck", True)])
+  def test_the_activation_ends_every_block(self, block, deploy):
+    x = random_input(1, 32, 32, 3).astype("float32")
+    model = tiny(block, stage_sizes=(1,) * 4, act="silu", features_only=True, deploy=deploy)
+    features = quick_jit(model.apply)(random_variables(model, x), x)
+    lowest = np.array([feature.min() for feature in features.values()])
+    assert (lowest < 0).all()
+    assert (lowest > -0.279).all()  # the minimum of silu
+
+  def test_dropout_drops_in_training_only(self):
+    model, x = tiny("basic", stage_sizes=(1,) * 4, dropout=0.5), random_input(4, 32, 32, 3)
+    variables, x = random_variables(model, x), x.astype("float32")
+
+    @quick_jit
+    def outputs(variables, key):
+      dropped, _ = model.apply(
+        variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+      )
+      return dropped, model.apply(variables, x)
+
+    (one, evaluated), (other, again) = (outputs(variables, jax.random.key(i)) for i in (0, 1))
+    assert helpers.relative_error(one, other) > 0.01
+    np.testing.assert_array_equal(evaluated, again)
+
+  def test_remat_keeps_the_tree_and_recomputes_every_block(self):
+    base, model = tiny(), tiny(remat=True)
+    variables = init_shapes(base, IMAGES)
+    assert helpers.shapes(init_shapes(model, IMAGES)) == helpers.shapes(variables)
+    train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    names = helpers.primitives(train, variables, IMAGES)
+    assert sum(name.startswith(("remat", "checkpoint")) for name in names) == 5
+
+  def test_every_norm_shares_its_statistics_where_it_should(self):
+    def norms_that_share(model):
+      train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+      names = helpers.primitives(train, variables, IMAGES, devices=4)
+      return sum(name.startswith("psum") for name in names)
+
+    variables = init_shapes(tiny(), IMAGES)
+    norms = sum(path.endswith("/var") for path in helpers.leaves(variables))
+    assert norms_that_share(tiny()) == 0
+    assert norms_that_share(tiny(axis_name="devices")) == norms
+
+  @pytest.mark.parametrize("deploy", [False, True])
+  def test_bfloat16_computation_keeps_float32_variables(self, deploy):
+    model = tiny(dtype=jnp.bfloat16, deploy=deploy)
+    variables = init_shapes(model, IMAGES)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    assert jax.eval_shape(model.apply, variables, IMAGES).dtype == jnp.bfloat16
+
+
+class Wider(nn.Module):
+  """A bottleneck and a plain 1x1 in front of it."""
+
+  place: Place
+  settings: Settings
+  inner: int
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = self.settings.conv_bn("before", self.inner, 1)(x, train)
+    x = self.settings.conv_bn("after", self.place.features, 1)(x, train)
+    return Bottleneck(self.place, self.settings, name="rest")(x, train)
+
+
+class Replaced(ResNet):
+  """A ResNet with other blocks at stride 1 in stages 2 and 3."""
+
+  inner: int = 4
+
+  def block_at(self, place):
+    if place.stage in (2, 3) and place.number:
+      return Wider, {"inner": self.inner}
+    return super().block_at(place)
+
+
+class TestAnotherFamily:
+  sizes = BOTTLENECK | {"stage_sizes": (2, 3, 2, 1)}
+  few = BOTTLENECK | {"stage_sizes": (1, 2, 1, 1)}
+
+  def test_only_the_places_that_it_names_are_its_own(self):
+    params = init_shapes(Replaced(inner=5, **self.sizes), IMAGES)["params"]
+    own = {
+      f"{stage}/{block}"
+      for stage in params.keys() - {"stem", "head"}
+      for block, scopes in params[stage].items()
+      if "rest" in scopes
+    }
+    assert own == {"stage2/block1", "stage2/block2", "stage3/block1"}
+    before = params["stage2"]["block1"]["RepConv_before"]["conv1x1"]["conv"]["kernel"]
+    assert before.shape == (1, 1, 16, 5)
+
+  @pytest.mark.usefixtures("x64")
+  def test_it_is_folded_as_any_network(self):
+    x, model = random_input(1, 64, 33, 3), Replaced(remat=True, **self.few, **F64)
+    variables = random_variables(model, x)
+
+    @quick_jit
+    def outputs(variables):
+      params = repjax.reparameterize(*halves(variables))
+      return model.clone(deploy=True).apply({"params": params}, x), model.apply(variables, x)
+
+    helpers.assert_close(*outputs(variables), 1e-12)
+
+  def test_a_place_says_what_a_block_needs(self):
+    stages = dict(ResNet(output_stride=16, stage_sizes=(1, 1, 2, 2)).stages())
+    assert stages == {
+      "stage1": (Place(1, 0, 256, 1, 1, 1),),
+      "stage2": (Place(2, 0, 512, 2, 1, 1),),
+      "stage3": (Place(3, 0, 1024, 2, 1, 1), Place(3, 1, 1024, 1, 1, 1)),
+      "stage4": (Place(4, 0, 2048, 1, 1, 2), Place(4, 1, 2048, 1, 2, 2)),
+    }
+
+
+class TestRefusals:
+  @pytest.mark.parametrize("shape", [(1, 31, 32, 3), (1, 32, 16, 3), (64, 64, 3)], ids=str)
+  def test_images_that_are_too_small_or_no_batch(self, shape):
+    with pytest.raises(ValueError, match=r"this ResNet shrinks images 32 times.*\(N, H, W, C\)"):
+      init_shapes(tiny(), jnp.ones(shape))
+
+  def test_training_a_deploy_form(self):
+    model = tiny(deploy=True)
+    with pytest.raises(ValueError, match="the deploy form cannot train"):
+      jax.eval_shape(lambda v: model.apply(v, jnp.ones((1, 32, 32, 3)), True), {"params": {}})
+
+  @pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+      ({"stage_sizes": (1, 2, 3)}, "stage_sizes takes 4 whole numbers above 0, got"),
+      ({"stage_sizes": 3}, "stage_sizes takes 4 whole numbers above 0, got 3"),
+      ({"widths": (8, 8, 8, 0)}, "widths takes 4 whole numbers above 0"),
+      ({"widths": (8, 8, 8, 8.0)}, "widths takes 4 whole numbers above 0"),
+      ({"widths": (8, 8, 8, 6)}, "widths must be multiples of 4, got"),
+      ({"stem_features": 0}, "stem_features takes 1 whole numbers above 0"),
+      ({"block": "bottelneck"}, "unknown block of a ResNet 'bottelneck'; did you mean bottleneck"),
+      ({"output_stride": 4}, "output_stride is 32, 16 or 8, got 4"),
+      ({"num_classes": 0}, "num_classes must be at least 1"),
+      ({"dropout": 1.0}, "dropout is at least 0 and below 1"),
+      ({"act": "swish"}, "unknown activation 'swish'"),
+      ({"width": 2}, "unknown override of resnet50 'width'; did you mean widths"),
+    ],
+    ids=str,
+  )
+  def test_values_that_make_no_network(self, overrides, said):
+    with pytest.raises(repjax.errors.InputError, match=said):
+      repjax.create_model("resnet50", **overrides)
