@@ -153,6 +153,20 @@ def test_a_new_classifier_keeps_the_norm_in_front_of_it(kind, deploy_state):
     assert helpers.relative_error(head["dense"]["kernel"], fresh["kernel"] * scale[:, None]) <= 1e-5
 
 
+def test_an_imported_model_sees_whole_squares_of_its_own_size(tmp_path, deploy_state):
+  np.savez(tmp_path / "net.npz", **{k: np.float32(v) for k, v in deploy_state.items()})
+  weights.import_weights(
+    str(tmp_path / "net.npz"), tmp_path / "net", model_name=NAME, overrides=TINY
+  )
+  _, variables, spec = repjax.load(tmp_path / "net")
+  assert (spec.preprocessing.image_size, spec.preprocessing.resize_size) == (48, 48)
+  assert spec.preprocessing.interpolation == "bilinear"
+  expected = weights.from_torch(NAME, deploy_state, **TINY)
+  jax.tree.map(np.testing.assert_array_equal, variables, expected)
+  with pytest.raises(InputError, match="the deploy form of"):
+    weights.export_weights(tmp_path / "net", tmp_path / "out.safetensors")
+
+
 def test_a_file_says_its_model_by_shapes_and_hint(monkeypatch):
   monkeypatch.setattr(convert, "list_models", lambda: ["repvgg_a0", "repmlpnet_t256", NAME])
   shapes = helpers.repmlpnet_keys()[NAME]["train"]
