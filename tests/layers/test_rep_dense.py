@@ -187,6 +187,14 @@ def test_training_moves_the_statistics_of_each_pixel_or_of_each_set(name, shape)
     assert relative_error(new, 0.9 * np.asarray(old) + 0.1 * value) <= EXACT
 
 
+def test_a_gradient_over_wide_tiles_runs():
+  # XLA's program for CPUs crashed on this where the layer had all eight axes at once.
+  x, layer = random_input(64, 4, 4, 64).astype("float32"), RepDense(64, 4, 2, local_kernels=())
+  variables = random_variables(layer, x)
+  gradient = jax.jit(jax.grad(lambda v: (layer.apply(v, x) ** 2).sum()))(variables)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
 def test_trees_describe_themselves():
   x = jnp.ones((1, 8, 12, 4))
   layer = RepDense(6, (4, 3), groups=2, local_kernels=(1, 3))
