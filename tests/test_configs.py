@@ -51,6 +51,15 @@ REPMLP = {
   "repmlp_resnet50_bottleneck_g8": {},
   "repmlp_resnet50_bottleneck_g8_320": {"tile": 10, "local_kernels": (1, 3, 5, 7)},
 }
+# README of its authors' repository, each at the size in its name.
+REPMLPNET = {
+  "repmlpnet_t224": 76.62,
+  "repmlpnet_t256": 77.44,
+  "repmlpnet_b224": 80.32,
+  "repmlpnet_b256": 81.03,
+  "repmlpnet_d256": 80.83,
+  "repmlpnet_l256": 81.68,
+}
 # And on smaller data.
 SMALL_REPMLP = {"repmlp_cifar", "repmlp_cifar_convnet", "digits_repmlp"}
 
@@ -69,7 +78,7 @@ def load(name):
 
 def test_there_is_a_config_for_each_result_and_one_to_try():
   assert {
-    *(*PAPER, *BASELINES, *STRONG, *AT_320, *REPMLP, *SMALL_REPMLP),
+    *(*PAPER, *BASELINES, *STRONG, *AT_320, *REPMLP, *SMALL_REPMLP, *REPMLPNET),
     *("digits", "finetune"),
   } == set(NAMES)
 
@@ -204,6 +213,32 @@ def test_repmlp_has_the_recipe_of_its_paper(name):
   }
   assert (base.learning_rate, base.weight_decay, base.batch_size) == (0.1, 1e-4, 256)
   assert repjax.create_model(config.model, **overrides).image_size == size
+
+
+@pytest.mark.parametrize("name", REPMLPNET)
+def test_repmlpnet_has_the_recipe_and_the_size_of_its_authors(name):
+  config, text = load(name)
+  size = int(name[-3:])
+  assert f"{REPMLPNET[name]:.2f} % top-1 at {size} px (resize {size}, central crop)" in text
+  assert changes(common.get_config(), config) == {
+    "model": name,
+    **({"image_size": 256} if size == 256 else {"resize_size": 224}),
+    "num_epochs": 100,
+    "warmup_epochs": 10,
+    "warmup_rate": 5e-7,
+    "warmup_overlaps": True,
+    "optimizer": "adamw",
+    "learning_rate": 0.001,
+    "weight_decay": 0.1,
+    "weight_decay_rule": "more_than_one_axis",
+    "clip_norm": 5,
+    "augment": load("repvggplus_l2pse")[0].augment,
+    "label_smoothing": 0.1,
+    "mixup": 0.4,
+    "cutmix": 1,
+  }
+  assert (config.batch_size, config.interpolation, config.ema_decay) == (256, "bilinear", 0)
+  assert repjax.create_model(config.model).image_size == config.resize_size == size
 
 
 def test_the_recipe_of_repmlp_on_cifar_is_the_papers():
