@@ -210,6 +210,7 @@ class TestOverrides:
       assert repjax.ModelSpec.usual(name).preprocessing.image_size == int(name[-3:])
     assert tiny().unit() == (16, 24)
     assert tiny().image_size == 48
+    assert tiny(tiles=((4, 3), (3, 1))).unit() == (48, 24)  # 16 and 24, 12 and 8
 
   def test_parameters_do_not_depend_on_the_image_size(self):
     larger = jax.ShapeDtypeStruct((1, 16, 72, 3), jnp.float32)
