@@ -161,7 +161,9 @@ class RepMLPNet(nn.Module):
   Scopes: `stem`, `stage1`, `stage2`, ..., each with `RepConv_embed` (the first without) and
   `block0`, `block1`, ..., and `head`. There are as many stages as `stage_sizes` has numbers.
   Parameters do not depend on the image size, but it must be a multiple of every tile times its
-  stage's stride.
+  stage's stride. On larger images than a variant's own, maps have several tiles, and what a tile
+  gives is put back where the tile was. The authors' code puts it into other tiles and channels
+  there, unless each channel has a set of its own; where each stage has one tile both are the same.
 
   Attributes:
     stage_sizes: blocks in each stage.
