@@ -64,15 +64,14 @@ def eight_axes(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return y.transpose(1, 2, 4, 3, 5, 0, 6).reshape(x.shape)
 
 
-def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """As `batched`; the kernel's axes are moved here, in PyTorch they lie so."""
-  groups, height, width, inputs = kernel.shape[:4]
-  tiles = partition(x, (height, width))
-  flat = tiles.reshape(*tiles.shape[:3], groups, inputs).transpose(0, 3, 1, 2, 4)
-  taps = kernel.reshape(groups, height * width * inputs, -1).transpose(1, 0, 2)
+def grouped(x: jax.Array, taps: jax.Array) -> jax.Array:
+  """As `batched`, by a kernel (1, 1, h * w * C/g, h * w * C) of `as_taps`."""
+  groups, side = taps.shape[3] // taps.shape[2], round((taps.shape[3] // x.shape[3]) ** 0.5)
+  tiles = partition(x, (side, side))
+  flat = tiles.reshape(*tiles.shape[:3], groups, -1).transpose(0, 3, 1, 2, 4)
   y = lax.conv_general_dilated(
     flat.reshape(len(tiles), 1, 1, -1),
-    taps.reshape(1, 1, len(taps), -1),
+    taps,
     (1, 1),
     "VALID",
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -80,6 +79,12 @@ def grouped(x: jax.Array, kernel: jax.Array) -> jax.Array:
   )
   y = y.reshape(flat.shape).transpose(0, 2, 3, 1, 4).reshape(tiles.shape)
   return unpartition(y, (x.shape[1], x.shape[2]))
+
+
+def as_taps(kernel: np.ndarray) -> np.ndarray:
+  """The kernel of a grouped 1x1 convolution, whose groups lie side by side."""
+  matrices = kernel.reshape(len(kernel), np.prod(kernel.shape[1:4]), -1)
+  return np.concatenate(list(matrices), axis=1)[None, None]
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -99,12 +104,13 @@ def expand(kernel: np.ndarray) -> np.ndarray:
   return whole.reshape(height * width * groups * inputs, -1)
 
 
-FORMULATIONS: dict[str, Formulation] = {
-  "batched": batched,
-  "eight axes": eight_axes,
-  "grouped": grouped,
-  "dense": dense,
+FORMULATIONS: dict[str, tuple[Formulation, Callable[[np.ndarray], np.ndarray]]] = {
+  "batched": (batched, lambda kernel: kernel),
+  "eight axes": (eight_axes, lambda kernel: kernel),
+  "grouped": (grouped, as_taps),
+  "dense": (dense, expand),
 }
+"""Name to function, and what makes its kernel of that of `batched` before the clock runs."""
 
 
 def measure_layer(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
@@ -115,8 +121,8 @@ def measure_layer(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
   kernel = rng.standard_normal(shape, np.float32) / np.float32(tile * inner**0.5)
   x = jnp.asarray(rng.standard_normal((batch_size, size, size, channels), np.float32))
   calls, expected = [], None
-  for form, function in FORMULATIONS.items():
-    own = jnp.asarray(expand(kernel) if form == "dense" else kernel)
+  for function, prepare in FORMULATIONS.values():
+    own = jnp.asarray(prepare(kernel))
     program = jax.jit(function).lower(x, own).compile()
     y = np.asarray(program(x, own))
     expected = y if expected is None else expected

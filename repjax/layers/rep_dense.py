@@ -151,9 +151,8 @@ class RepDense(nn.Module):
     outputs = self.features // (groups * rows)
     tiles = partition(x, tile, rows)  # (M, h, w, C)
     # Five axes and not all eight: the gradient of that form crashes on CPUs in jax 0.10.2.
-    grouped = tiles.reshape(*tiles.shape[:3], groups, -1).transpose(
-      3, 0, 1, 2, 4
-    )  # (g, M, h, w, C/g)
+    grouped = tiles.reshape(*tiles.shape[:3], groups, -1)
+    grouped = grouped.transpose(3, 0, 1, 2, 4)  # (g, M, h, w, C/g)
     dtypes = (self.dtype, self.param_dtype)
     if self.deploy:
       y = _TileDense(outputs, True, *dtypes, name="dense")(grouped)

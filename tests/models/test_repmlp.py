@@ -96,14 +96,15 @@ class TestBlock:
 
 class TestCifar:
   @pytest.mark.usefixtures("x64")
-  @pytest.mark.parametrize("name", ABLATIONS)
+  # Without a perceptron there is less of the whole.
+  @pytest.mark.parametrize("name", ["whole", *(name for name in ABLATIONS if "convol" in name)])
   def test_both_forms_agree(self, name):
     overrides = ABLATIONS[name] | {"stage_sizes": (1, 1), "widths": (4, 6)}
     assert forms_differ_by(small(**overrides, **F64), random_input(2, 8, 8, 3)) <= 1e-12
 
   @pytest.mark.usefixtures("x64")
   def test_both_forms_agree_for_oblong_tiles_and_images(self):
-    model = small(stage_sizes=(2, 1), widths=(4, 6), tile=(3, 4), act="gelu", **F64)
+    model = small(stage_sizes=(1, 1), widths=(4, 6), tile=(3, 4), act="gelu", **F64)
     assert forms_differ_by(model, random_input(2, 12, 16, 3)) <= 1e-12
 
   @pytest.mark.parametrize("name", ABLATIONS)

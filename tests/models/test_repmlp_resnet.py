@@ -13,6 +13,7 @@ from tests.helpers import F64, init_shapes, random_input
 from tests.models import repmlp_cases
 from tests.models.test_repmlp import forms_differ_by
 
+LIGHT, BOTTLENECK = "repmlp_resnet50_light", "repmlp_resnet50_bottleneck_g8"
 AT_320 = {"tile": 10, "local_kernels": (1, 3, 5, 7)}
 NETWORKS = {
   "repmlp_resnet50_light": ("repmlp_resnet50_light", {}),
@@ -20,8 +21,6 @@ NETWORKS = {
   "repmlp_resnet50_bottleneck_g8": ("repmlp_resnet50_bottleneck_g8", {}),
   "repmlp_resnet50_bottleneck_g8_320": ("repmlp_resnet50_bottleneck_g8", AT_320),
 }
-# Its parameters are counted tensor by tensor in the tests of weights; the others say the rest.
-WITH_KEYS = "repmlp_resnet50_bottleneck_g8"
 SMALL = {
   "num_classes": 5,
   "stage_sizes": (1, 2, 2, 1),
@@ -31,7 +30,6 @@ SMALL = {
   "local_kernels": (1, 3),
   "fc3_groups": (2, 4),
 }
-LIGHT, BOTTLENECK = "repmlp_resnet50_light", "repmlp_resnet50_bottleneck_g8"
 
 
 def small(name, **overrides):
@@ -42,7 +40,7 @@ def test_all_published_networks_are_counted():
   assert NETWORKS.keys() == repmlp_cases.counts().keys()
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != WITH_KEYS])
+@pytest.mark.parametrize("name", [LIGHT, f"{BOTTLENECK}_320"])
 def test_counts_are_those_of_the_authors_networks(name):
   model, overrides = NETWORKS[name]
   model, counts = repjax.create_model(model, **overrides), repmlp_cases.counts()[name]
@@ -50,6 +48,18 @@ def test_counts_are_those_of_the_authors_networks(name):
   found = analysis.summary(model, model.image_size)
   assert found.train[:2] == (counts["train_params"], counts["train_macs"])
   assert found.deploy[:2] == (counts["deploy_params"], counts["deploy_macs"])
+
+
+@pytest.mark.parametrize("form", ["train", "deploy"])
+@pytest.mark.parametrize("groups", [4, 8])
+def test_parameters_of_bottlenecks_are_those_of_the_authors_networks(groups, form):
+  name = f"repmlp_resnet50_bottleneck_g{groups}"
+  model = repjax.create_model(name, deploy=form == "deploy")
+  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  counts, variables = repmlp_cases.counts()[name], init_shapes(model, images)
+  sizes = {kind: sum(x.size for x in jax.tree.leaves(tree)) for kind, tree in variables.items()}
+  expected = {"params": counts[f"{form}_params"]}
+  assert sizes == expected | ({"batch_stats": counts["bn_buffers"]} if form == "train" else {})
 
 
 @pytest.mark.parametrize(
