@@ -1,4 +1,4 @@
-"""What all configs share: the RepVGG paper's simple recipe on ImageNet, and its strong recipe."""
+"""What configs share: all fields with the RepVGG paper's simple recipe, and other recipes."""
 
 import ml_collections
 from ml_collections import config_dict
@@ -22,6 +22,10 @@ def get_config() -> ml_collections.ConfigDict:
     *(("groups", int), ("se", str), ("se_reduction", int), ("aux_heads", bool)),
     *(("block", str), ("widths", tuple), ("stem_features", int), ("output_stride", int)),
     *(("hidden", int),),
+    *(("tile", int), ("local_kernels", tuple), ("fc3_groups", int), ("reduction", int)),
+    *(("global_perceptron", bool), ("fc3", str), ("mixer", str)),
+    *(("repmlp_block", str), ("repmlp_stages", tuple), ("narrowing", tuple)),
+    *(("tiles", tuple), ("share_sets", tuple), ("patch_size", int)),
   ):
     config.model_overrides[override] = config_dict.placeholder(kind)  # None: the variant's own
   config.num_classes = 1000
@@ -104,4 +108,33 @@ def get_strong_config() -> ml_collections.ConfigDict:
   config.augment = "random_resized_crop | flip | auto_augment"
   config.label_smoothing = 0.1
   config.mixup = 0.2
+  return config
+
+
+def get_repmlp_config() -> ml_collections.ConfigDict:
+  """The RepMLP paper's recipe on ImageNet; mixup's alpha, which it does not give, is as above."""
+  config = get_config()
+  config.num_epochs = 100.0
+  config.augment = "random_resized_crop | flip | auto_augment"
+  config.mixup = 0.2
+  return config
+
+
+def get_repmlpnet_config() -> ml_collections.ConfigDict:
+  """The recipe of RepMLPNet's authors; what it leaves to each model is the image size."""
+  config = get_config()
+  config.num_epochs = 100.0
+  config.warmup_epochs = 10.0
+  config.warmup_rate = 5e-7
+  config.warmup_overlaps = True
+  config.optimizer = "adamw"
+  config.learning_rate = 0.001
+  config.weight_decay = 0.1
+  config.weight_decay_rule = "more_than_one_axis"
+  config.clip_norm = 5.0
+  randomly = 'rand_augment(2, 15, noise="uniform", probability=1, cutout=True)'
+  config.augment = f"random_resized_crop | flip | {randomly}"
+  config.label_smoothing = 0.1
+  config.mixup = 0.4
+  config.cutmix = 1.0
   return config

@@ -279,6 +279,41 @@ def compose(first: ConvParams, second: ConvParams) -> ConvParams:
   return ConvParams(kernel.reshape(*kernel.shape[:3], outputs), b2 + shift.reshape(outputs))
 
 
+def absorb_affine(
+  affine: AffineParams, kernel: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Merges a per-channel affine map and the fully connected layer that reads its result.
+
+  W'[cn + i, o] = scale[c] W[cn + i, o];  b'[o] = b[o] + sum_{c,i} shift[c] W[cn + i, o],
+  where each of C channels has n inputs, one after the other. Always exact; with a mean over pixels
+  in between, n = 1.
+
+  Args:
+    affine: scale (C,), bias (C,), the shift.
+    kernel: (C * n, O); n is read off the shapes.
+    bias: (O,).
+
+  Returns:
+    kernel (C * n, O), bias (O,), in the widest dtype involved, at least float32.
+
+  Raises:
+    ValueError: the layer's inputs are no multiple of C.
+
+  References:
+    Ding et al., RepMLP, 2021, section 3.2, for the norm before FC1. https://arxiv.org/abs/2105.01883
+  """
+  inputs, channels = kernel.shape[0], affine.scale.shape[0]
+  if inputs % channels:
+    raise ValueError(
+      f"an affine map of {channels} channels cannot precede a fully connected layer with {inputs} "
+      "inputs, which are no multiple of that"
+    )
+  scale, shift, kernel, bias = _widen(*affine, kernel, bias)
+  scale, shift = (jnp.repeat(vector, inputs // channels) for vector in (scale, shift))
+  moved = jnp.einsum("i,io->o", shift, kernel, precision=lax.Precision.HIGHEST)
+  return kernel * scale[:, None], bias + moved
+
+
 def conv_to_dense(
   conv: ConvParams, tile: tuple[int, int], groups: int = 1
 ) -> tuple[jax.Array, jax.Array]:

@@ -5,14 +5,26 @@ from typing import Any
 
 import jax
 
-from repjax.layers import fold_aux_head, fold_rep_conv, fold_rep_norm
+from repjax.layers import (
+  fold_aux_head,
+  fold_global_perceptron,
+  fold_rep_conv,
+  fold_rep_dense,
+  fold_rep_ffn,
+  fold_rep_head,
+  fold_rep_norm,
+)
 
 Tree = Mapping[str, Any]
 Fold = Callable[[Tree, Tree, float], Mapping[str, Any] | None]
 
 FOLDS: dict[str, Fold] = {
   "AuxHead": fold_aux_head,
+  "GlobalPerceptron": fold_global_perceptron,
   "RepConv": fold_rep_conv,
+  "RepDense": fold_rep_dense,
+  "RepFFN": fold_rep_ffn,
+  "RepHead": fold_rep_head,
   "RepNorm": fold_rep_norm,
 }
 """A layer's class name to its fold. Extend a copy: `folds={**repjax.FOLDS, "MyLayer": fold}`."""

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from repjax import disk, store
 from repjax.errors import InputError, unknown
-from repjax.models import create_model
+from repjax.models import create_model, image_size_of
 from repjax.reparam import reparameterize
 
 
@@ -62,6 +62,15 @@ class ModelSpec:
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   preprocessing: Preprocessing = Preprocessing()
   class_names: tuple[str, ...] = ()
+
+  @classmethod
+  def usual(
+    cls, name: str, num_classes: int = 1000, overrides: Mapping[str, Any] | None = None
+  ) -> "ModelSpec":
+    """The spec of a model at the image size that it is made for, resized to 8/7 of it first."""
+    overrides = dict(overrides or {})
+    size = image_size_of(create_model(name, num_classes=num_classes, **overrides))
+    return cls(name, num_classes, overrides, Preprocessing(size, round(size * 8 / 7)))
 
   def create_model(self, *, deploy: bool = False, **settings: Any) -> nn.Module:
     """The model in either form; `settings` are `dtype`, `param_dtype` or further overrides."""

@@ -19,6 +19,7 @@ import repjax
 from repjax.errors import one_paragraph
 
 TOLERANCE = 1e-12
+IMAGE_SIZE = 96
 
 
 def randomise(path: tuple[Any, ...], leaf: jax.Array, rng: np.random.Generator) -> np.ndarray:
@@ -30,11 +31,13 @@ def randomise(path: tuple[Any, ...], leaf: jax.Array, rng: np.random.Generator) 
   return rng.uniform(*bounds, leaf.shape)
 
 
-def relative_error(name: str, image_size: int) -> float:
+def relative_error(name: str, image_size: int | None) -> float:
   """Of the deploy form's logits against the training form's, on one random image."""
   rng = np.random.default_rng(0)
   settings: dict[str, Any] = {"dtype": jnp.float64, "param_dtype": jnp.float64}
   train = repjax.create_model(name, **settings)
+  if image_size is None:
+    image_size = int(getattr(train, "image_size", IMAGE_SIZE))
   deploy = repjax.create_model(name, deploy=True, **settings)
   variables = jax.tree_util.tree_map_with_path(
     lambda path, leaf: randomise(path, leaf, rng), repjax.init(train, jax.random.key(0), image_size)
@@ -51,7 +54,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--models", nargs="+", default=repjax.list_models())
-  parser.add_argument("--image-size", type=int, default=96, help="pixels")
+  parser.add_argument("--image-size", type=int, help="pixels (default: 96, or as the model asks)")
   arguments = parser.parse_args()
   jax.config.update("jax_enable_x64", True)
   worst = 0.0

@@ -18,13 +18,15 @@ def main() -> None:
   what.add_argument("--model", help="a name of repjax.list_models()")
   what.add_argument("--workdir", type=Path, help="folder of a run or an import")
   parser.add_argument("--num-classes", type=int, default=1000, help="with --model")
-  parser.add_argument("--image-size", type=int, help="pixels (default: 224, or the folder's)")
+  parser.add_argument(
+    "--image-size", type=int, help="pixels (default: the model's or the folder's)"
+  )
   arguments = parser.parse_args()
   with one_paragraph():
     if arguments.workdir:
       spec = ModelSpec.read(arguments.workdir)
     else:
-      spec = ModelSpec(arguments.model, arguments.num_classes)
+      spec = ModelSpec.usual(arguments.model, arguments.num_classes)
     image_size = arguments.image_size
     if image_size is None:
       image_size = spec.preprocessing.image_size

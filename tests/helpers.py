@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from repjax.layers.linear import uniform_bound
 from repjax.weights.naming import Naming, entries, tensor_name
 from repjax.weights.repvgg import NAMINGS
 
@@ -113,7 +114,7 @@ def randomise(variables: Any, seed: int = 0) -> Any:
   def draw(path, leaf):
     kind = path[-1].key
     if kind == "kernel":
-      values = rng.standard_normal(leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
+      values = rng.standard_normal(leaf.shape) * uniform_bound(leaf.shape)
     elif kind in ("scale", "var"):
       values = rng.uniform(0.5, 1.5, leaf.shape)
     elif kind in ("bias", "mean"):
@@ -227,6 +228,31 @@ def key_lists() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
 def goldens() -> dict[str, dict[str, Any]]:
   """The golden RepVGG cases by id: {"spec", "input", "expect", ...}."""
   return {case["id"]: case for case in json.loads((GOLDENS / "repvgg.json").read_text())}
+
+
+def repmlpnet_goldens() -> dict[str, Any]:
+  """{"counts": {model: {...}}, "cases": [{"id", "spec", "input", "expect", ...}, ...]}."""
+  return json.loads((GOLDENS / "repmlpnet.json").read_text())
+
+
+def repmlpnet_keys() -> dict[str, dict[str, dict[str, list[int]]]]:
+  """Model to kind to name to shape, as in the authors' files of RepMLPNet."""
+  with gzip.open(GOLDENS / "repmlpnet_keys.json.gz", "rt") as file:
+    return json.load(file)
+
+
+def folded_beyond_the_authors(model: nn.Module) -> int:
+  """Numbers that the authors' deploy form of a RepMLPNet has and ours has not.
+
+  A norm behind a convolution of C outputs has 2 C, of which C stay, as a bias; a norm in front of
+  a layer that has a bias has 2 C, of which none stays.
+  """
+  embeddings = sum(model.widths)
+  ffns = sum(
+    blocks * (4 * width + width + 2 * width)  # behind its two layers and in front
+    for blocks, width in zip(model.stage_sizes, model.widths)
+  )
+  return embeddings + ffns + 2 * model.widths[-1]
 
 
 def counts() -> dict[str, dict[str, int]]:

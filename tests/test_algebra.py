@@ -264,6 +264,22 @@ def apply_dense(x, kernel, bias):
   return y.reshape(*y.shape[:3], -1)
 
 
+class TestAbsorbAffine:
+  @pytest.mark.parametrize("inputs", [1, 3])
+  def test_the_layer_sees_what_the_map_returns(self, inputs):
+    x = random_input(5, 4, inputs)  # (N, C, n)
+    scale, shift, bias = (random_input(size, seed=seed) for seed, size in enumerate((4, 4, 6)))
+    kernel = random_input(4 * inputs, 6, seed=2)
+    merged = quick_jit(algebra.absorb_affine)(AffineParams(scale, shift), kernel, bias)
+    merged_kernel, merged_bias = map(np.asarray, merged)
+    expected = (x * scale[:, None] + shift[:, None]).reshape(5, -1) @ kernel + bias
+    assert relative_error(x.reshape(5, -1) @ merged_kernel + merged_bias, expected) <= EXACT
+
+  def test_inputs_must_be_a_multiple_of_the_channels(self):
+    with pytest.raises(ValueError, match=r"an affine map of 4 channels .* with 6 inputs"):
+      algebra.absorb_affine(AffineParams(np.ones(4), np.ones(4)), np.ones((6, 2)), np.ones(2))
+
+
 class TestConvToDense:
   @pytest.mark.parametrize(
     ("tile", "size", "inputs", "outputs", "groups"),
@@ -271,7 +287,10 @@ class TestConvToDense:
       ((4, 5), (3, 3), 4, 4, 1),
       ((5, 3), (3, 3), 4, 8, 2),
       ((3, 4), (1, 3), 8, 4, 4),
+      ((4, 6), (3, 5), 6, 2, 2),
+      ((5, 5), (5, 5), 2, 2, 1),  # a kernel of the tile's size
       ((2, 3), (5, 7), 2, 4, 1),  # a kernel larger than the tile
+      ((2, 3), (9, 9), 4, 8, 4),
       ((1, 4), (1, 1), 4, 2, 2),
     ],
   )
@@ -302,6 +321,10 @@ class TestConvToDense:
 KERNEL = (3, 3, 2, 4)
 POINTWISE = (1, 1, 2, 4)
 ARITHMETIC = {
+  "absorb_affine": (
+    lambda k, p, v: algebra.absorb_affine(AffineParams(v, v), k[0, 0].T, v[:2]),
+    tuple,
+  ),
   "bn_affine": (lambda k, p, v: algebra.bn_affine(*norm_of(v), EPSILON), AffineParams),
   "fuse_bn": (lambda k, p, v: algebra.fuse_bn(ConvParams(k, v), *norm_of(v), EPSILON), ConvParams),
   "add": (lambda k, p, v: algebra.add(ConvParams(k, v), ConvParams(k, v)), ConvParams),

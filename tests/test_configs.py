@@ -44,6 +44,24 @@ AT_320 = {
   "repvggplus_l2pse": 84.06,
   "repvggplus_l2pse_custom_l2": 84.16,
 }
+# RepMLP on ImageNet: the attributes that differ from the model's of that name.
+REPMLP = {
+  "repmlp_resnet50_light": {},
+  "repmlp_resnet50_bottleneck_g4": {},
+  "repmlp_resnet50_bottleneck_g8": {},
+  "repmlp_resnet50_bottleneck_g8_320": {"tile": 10, "local_kernels": (1, 3, 5, 7)},
+}
+# README of its authors' repository, each at the size in its name.
+REPMLPNET = {
+  "repmlpnet_t224": 76.62,
+  "repmlpnet_t256": 77.44,
+  "repmlpnet_b224": 80.32,
+  "repmlpnet_b256": 81.03,
+  "repmlpnet_d256": 80.83,
+  "repmlpnet_l256": 81.68,
+}
+# And on smaller data.
+SMALL_REPMLP = {"repmlp_cifar", "repmlp_cifar_convnet", "digits_repmlp"}
 
 
 NEVER_SET = {"data_dir", "init_from", "num_steps", "eval_image_size"}  # None in the shared one too
@@ -59,7 +77,10 @@ def load(name):
 
 
 def test_there_is_a_config_for_each_result_and_one_to_try():
-  assert {*PAPER, *BASELINES, *STRONG, *AT_320, "digits", "finetune"} == set(NAMES)
+  assert {
+    *(*PAPER, *BASELINES, *STRONG, *AT_320, *REPMLP, *SMALL_REPMLP, *REPMLPNET),
+    *("digits", "finetune"),
+  } == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,6 +193,71 @@ def test_the_recipe_of_l2pse_is_the_later_scripts():
     "weight_decay_rule": "all_but_penalised_kernels",
     "custom_l2": 4e-5,
   }
+
+
+@pytest.mark.parametrize("name", REPMLP)
+def test_repmlp_has_the_recipe_of_its_paper(name):
+  config, base = load(name)[0], common.get_config()
+  size, overrides = 320 if name.endswith("_320") else 224, REPMLP[name]
+  changed = changes(base, config)
+  assert {field: value for field, value in changed.pop("model_overrides", {}).items() if value} == (
+    overrides
+  )
+  at_size = {"image_size": 320, "resize_size": 366} if size == 320 else {}
+  assert changed == {
+    "model": name.removesuffix("_320"),
+    "num_epochs": 100,
+    "augment": "random_resized_crop | flip | auto_augment",
+    "mixup": 0.2,
+    **at_size,
+  }
+  assert (base.learning_rate, base.weight_decay, base.batch_size) == (0.1, 1e-4, 256)
+  assert repjax.create_model(config.model, **overrides).image_size == size
+
+
+@pytest.mark.parametrize("name", REPMLPNET)
+def test_repmlpnet_has_the_recipe_and_the_size_of_its_authors(name):
+  config, text = load(name)
+  size = int(name[-3:])
+  assert f"{REPMLPNET[name]:.2f} % top-1 at {size} px (resize {size}, central crop)" in text
+  assert changes(common.get_config(), config) == {
+    "model": name,
+    **({"image_size": 256} if size == 256 else {"resize_size": 224}),
+    "num_epochs": 100,
+    "warmup_epochs": 10,
+    "warmup_rate": 5e-7,
+    "warmup_overlaps": True,
+    "optimizer": "adamw",
+    "learning_rate": 0.001,
+    "weight_decay": 0.1,
+    "weight_decay_rule": "more_than_one_axis",
+    "clip_norm": 5,
+    "augment": load("repvggplus_l2pse")[0].augment,
+    "label_smoothing": 0.1,
+    "mixup": 0.4,
+    "cutmix": 1,
+  }
+  assert (config.batch_size, config.interpolation, config.ema_decay) == (256, "bilinear", 0)
+  assert repjax.create_model(config.model).image_size == config.resize_size == size
+
+
+def test_the_recipe_of_repmlp_on_cifar_is_the_papers():
+  config = load("repmlp_cifar")[0]
+  plan = (config.batch_size, config.num_epochs, config.schedule, config.final_rate)
+  assert plan == (128, 100, "cosine", 0)
+  assert config.learning_rate * config.batch_size / 256 == pytest.approx(0.2)
+  assert (config.image_size, config.augment) == (32, "pad_and_crop | flip")
+  assert repjax.create_model(config.model, num_classes=10).image_size == 32
+  twin = load("repmlp_cifar_convnet")[0]
+  changed = changes(config, twin)
+  own = {field: value for field, value in changed.pop("model_overrides").items() if value}
+  assert (own, changed) == ({"mixer": "conv3x3", "widths": (32, 64, 128)}, {})
+
+
+def test_digits_with_a_repmlp_are_the_digits_of_the_other_config():
+  config = load("digits_repmlp")[0]
+  assert changes(load("digits")[0], config).keys() == {"model", "model_overrides"}
+  assert settings.model_spec(config, ()).create_model().image_size == config.image_size
 
 
 def test_the_shared_recipe_is_the_papers():

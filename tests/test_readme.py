@@ -33,10 +33,6 @@ def test_every_model_is_listed_with_its_parameters():
   assert sorted(name for name, _, _ in rows) == repjax.list_models()
   for name, *written in rows:
     for deploy, count in zip((False, True), written):
-      shapes = jax.eval_shape(
-        repjax.create_model(name, deploy=deploy).init,
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, 32, 32, 3), "float32"),
-      )
+      shapes = repjax.ModelSpec.usual(name).variable_shapes(deploy=deploy)
       leaves = jax.tree.leaves(shapes["params"])
       assert f"{sum(leaf.size for leaf in leaves):,}" == count, (name, deploy)

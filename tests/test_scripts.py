@@ -11,6 +11,7 @@ import pytest
 
 import repjax.models
 from repjax import weights
+from repjax.models.repmlp import RepMLPCifar
 from repjax.models.repvgg import RepVGG
 from repjax.training import lock
 from tests.training import tiny
@@ -129,6 +130,23 @@ def test_benchmark_of_an_unknown_model_is_one_paragraph(run_script):
   with pytest.raises(SystemExit) as stop:
     run_script("benchmark", "--models", "repvgg_a9")
   assert stop.value.code.startswith("error: unknown model 'repvgg_a9'; did you mean")
+
+
+def test_benchmark_of_repmlp_times_forms_and_formulations(run_script, tmp_path, monkeypatch):
+  small = {"widths": (4, 4), "stage_sizes": (1, 1), "tile": 4, "local_kernels": (1,)}
+  monkeypatch.setitem(repjax.models._MODELS, "tiny", (RepMLPCifar, small))
+  monkeypatch.syspath_prepend(tiny.ROOT / "scripts")  # where Python looks when it runs one
+  path = tmp_path / "results" / "file.json"
+  few = ("--repeats", 1, "--rounds", 2, "--batch-sizes", 2)
+  printed = run_script(
+    "benchmark_repmlp", "--models", "tiny", "--layers", "cifar stage 1", *few, "--json", path
+  )
+  assert "tiny, batch 2, 8 px: ratio" in printed
+  written = json.loads(path.read_text())
+  assert written["models"][0]["train"]["params"] > written["models"][0]["deploy"]["params"]
+  times = written["layers"][0]["ms"]
+  assert times.keys() == {"batched", "eight axes", "grouped", "dense"}
+  assert min(times.values()) > 0
 
 
 @pytest.mark.parametrize("kind", ["train", "deploy"])

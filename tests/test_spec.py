@@ -170,3 +170,21 @@ def test_a_model_json_of_another_width_does_not_load_the_params(workdir):
   for deploy in (False, True):
     with pytest.raises(InputError, match=r"cannot be read|no whole checkpoint"):
       repjax.load(workdir, deploy=deploy)
+
+
+@pytest.mark.parametrize(
+  ("name", "overrides", "size", "resize"),
+  [
+    ("repvgg_a0", {}, 224, 256),
+    ("repmlp_resnet50_light", {}, 224, 256),
+    ("repmlp_resnet50_bottleneck_g8", {"tile": 10, "local_kernels": [1, 3, 5, 7]}, 320, 366),
+    ("repmlp_cifar", {"tile": 4, "local_kernels": [1]}, 16, 18),
+  ],
+)
+def test_the_usual_spec_has_the_image_size_that_the_model_is_made_for(
+  name, overrides, size, resize
+):
+  spec = repjax.ModelSpec.usual(name, 7, overrides)
+  assert (spec.name, spec.num_classes, spec.overrides) == (name, 7, overrides)
+  assert (spec.preprocessing.image_size, spec.preprocessing.resize_size) == (size, resize)
+  assert repjax.ModelSpec.from_json(spec.to_json()) == spec

@@ -3,18 +3,30 @@
 from repjax.layers.activations import activation
 from repjax.layers.aux_head import AuxHead, fold_aux_head
 from repjax.layers.gates import SqueezeExcite
+from repjax.layers.global_perceptron import GlobalPerceptron, fold_global_perceptron
 from repjax.layers.linear import linear
 from repjax.layers.rep_conv import RepConv, fold_rep_conv
+from repjax.layers.rep_dense import RepDense, fold_rep_dense
+from repjax.layers.rep_ffn import RepFFN, fold_rep_ffn
+from repjax.layers.rep_head import RepHead, fold_rep_head
 from repjax.layers.rep_norm import RepNorm, fold_rep_norm
 
 __all__ = [
   "AuxHead",
+  "GlobalPerceptron",
   "RepConv",
+  "RepDense",
+  "RepFFN",
+  "RepHead",
   "RepNorm",
   "SqueezeExcite",
   "activation",
   "fold_aux_head",
+  "fold_global_perceptron",
   "fold_rep_conv",
+  "fold_rep_dense",
+  "fold_rep_ffn",
+  "fold_rep_head",
   "fold_rep_norm",
   "linear",
 ]

@@ -15,6 +15,8 @@ class SqueezeExcite(nn.Module):
 
   s = sigmoid(up(relu(down(.)))), two fully connected layers with biases, C -> C // reduction -> C.
   The means run over both spatial axes, so maps need not be square. The same in both forms.
+  With a second map z of the same channels y = x * s(mean(z)): RepMLPNet's Global Perceptron looks
+  at what goes into its block and scales what comes out.
 
   Attributes:
     reduction: how many times narrower the hidden layer is.
@@ -23,6 +25,7 @@ class SqueezeExcite(nn.Module):
 
   References:
     Hu et al., Squeeze-and-Excitation Networks, CVPR 2018, section 3. https://arxiv.org/abs/1709.01507
+    Ding et al., RepMLPNet, CVPR 2022, section 3.1, for z. https://arxiv.org/abs/2112.11081
   """
 
   reduction: int
@@ -30,7 +33,7 @@ class SqueezeExcite(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, z: jax.Array | None = None) -> jax.Array:
     features = x.shape[-1]
     if not 0 < self.reduction <= features:
       raise InputError(
@@ -38,7 +41,7 @@ class SqueezeExcite(nn.Module):
         "leave no hidden channel; change se_reduction or widen the network"
       )
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    gate = x.mean((1, 2))  # (N, C)
+    gate = (x if z is None else z).mean((1, 2))  # (N, C)
     gate = jax.nn.relu(linear(gate, features // self.reduction, name="down", **dtypes))
     gate = jax.nn.sigmoid(linear(gate, features, name="up", **dtypes))
     return x * gate[:, None, None, :]  # (N, H, W, C)

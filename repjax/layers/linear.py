@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,39 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default, which the papers' code keeps."""
 
 
+TILE_AXES = 7  # of the kernel of a fully connected layer over tiles, (g, h, w, C/g, h, w, O/g)
+
+
 def uniform_bound(kernel_shape: Sequence[int]) -> float:
-  """1/sqrt(fan_in) of a kernel (..., I/g, O): bounds its values and its bias."""
-  return 1 / math.sqrt(math.prod(kernel_shape[:-1]))
+  """1/sqrt(fan_in) of a kernel (..., I/g, O) or over tiles: bounds its values and its bias."""
+  inputs = kernel_shape[1:4] if len(kernel_shape) == TILE_AXES else kernel_shape[:-1]
+  return 1 / math.sqrt(math.prod(inputs))
+
+
+def is_orthogonal(kernel_shape: Sequence[int]) -> bool:
+  """Whether a kernel starts orthogonal: over tiles, in groups of more than one channel.
+
+  RepMLP's does; RepMLPNet's, whose groups are single channels, is uniform like all others.
+  """
+  return len(kernel_shape) == TILE_AXES and kernel_shape[3] * kernel_shape[6] > 1
+
+
+def from_orthogonal(matrix: Any, kernel_shape: Sequence[int]) -> Any:
+  """A kernel over tiles from the matrix (g * h*w*O/g, h*w*C/g) that PyTorch makes orthogonal."""
+  groups, inputs = kernel_shape[0], math.prod(kernel_shape[1:4])
+  return matrix.reshape(groups, -1, inputs).swapaxes(1, 2).reshape(kernel_shape)
+
+
+def tile_kernel_init(
+  key: jax.Array, shape: Sequence[int], dtype: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+  """The law of a kernel over tiles (g, h, w, C/g, h, w, O/g): orthogonal or uniform."""
+  inputs, outputs = math.prod(shape[1:4]), shape[0] * math.prod(shape[4:])
+  if is_orthogonal(shape):
+    matrix = nn.initializers.orthogonal()(key, (outputs, inputs), dtype)
+    return from_orthogonal(matrix, shape)
+  bound = uniform_bound(shape)
+  return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
 
 
 def bias_init(kernel_shape: Sequence[int]) -> Initializer:

@@ -53,7 +53,8 @@ def _layer_size(branches: Iterable[str]) -> tuple[int, int]:
   return max(s[0] for s in sizes if s), max(s[1] for s in sizes if s)
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+  """(vertical, horizontal) of one number for both, or of two."""
   return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
@@ -139,7 +140,7 @@ class RepConv(nn.Module):
 
     def own_padding(kernel_size: tuple[int, int]) -> tuple[int, int]:
       """Of a kernel at the centre of the largest; negative, which crops, where that pads little."""
-      dilation = _pair(self.dilation)
+      dilation = pair(self.dilation)
       margins = [(big - small) // 2 for big, small in zip(size, kernel_size)]
       return padding[0] - dilation[0] * margins[0], padding[1] - dilation[1] * margins[1]
 
@@ -165,8 +166,8 @@ class RepConv(nn.Module):
   def _padding(self, size: tuple[int, int]) -> tuple[int, int]:
     """Pixels on each side, (vertical, horizontal), for the largest kernel."""
     if self.padding is not None:
-      return _pair(self.padding)
-    dilation = _pair(self.dilation)
+      return pair(self.padding)
+    dilation = pair(self.dilation)
     return dilation[0] * ((size[0] - 1) // 2), dilation[1] * ((size[1] - 1) // 2)
 
   def _conv(
@@ -177,9 +178,9 @@ class RepConv(nn.Module):
       nn.Conv,
       self.features,
       size,
-      strides=_pair(self.strides),
+      strides=pair(self.strides),
       padding=[(pad, pad) for pad in padding],
-      kernel_dilation=_pair(self.dilation),
+      kernel_dilation=pair(self.dilation),
       feature_group_count=self.groups,
       use_bias=use_bias,
       dtype=self.dtype,
@@ -207,7 +208,7 @@ class RepConv(nn.Module):
           f"{where}: {name} has no centre in the layer's {size[0]}x{size[1]} kernel; "
           "heights must be all odd or all even, and widths too"
         )
-      keeps_shape = x.shape[-1] == self.features and _pair(self.strides) == (1, 1)
+      keeps_shape = x.shape[-1] == self.features and pair(self.strides) == (1, 1)
       if kernel_size is None and not (keeps_shape and size[0] % 2 and size[1] % 2):
         raise InputError(
           f"{where}: an identity branch needs stride 1, as many output as input channels and odd "
@@ -237,6 +238,15 @@ def fold_rep_conv(
   References:
     Ding et al., RepVGG, CVPR 2021, section 3.3. https://arxiv.org/abs/2101.03697
   """
+  kernel, bias = merge_branches(params, stats, epsilon)
+  dtype = next(params[name]["conv"]["kernel"].dtype for name in params if branch_size(name))
+  return {"conv": {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}}
+
+
+def merge_branches(
+  params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
+) -> ConvParams:
+  """What `fold_rep_conv` returns, before it is rounded to the dtype of the branches' kernels."""
   norms = sorted(f"{name}/{norm}" for name in stats for norm in stats[name])
   if norms != sorted(f"{name}/bn" for name in params):
     raise ValueError(
@@ -270,5 +280,4 @@ def fold_rep_conv(
   for name in params:
     kernel, bias = fuse_bn(conv(name), params[name]["bn"], stats[name].get("bn", {}), epsilon)
     fused.append(ConvParams(pad_kernel(kernel, size), bias))
-  kernel, bias = add(*fused)
-  return {"conv": {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}}
+  return add(*fused)

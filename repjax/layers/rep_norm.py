@@ -20,22 +20,26 @@ def batch_norm(
   epsilon: float,
   axis_name: str | None,
   param_dtype: jax.typing.DTypeLike,
+  axis: int | tuple[int, ...] = -1,
 ) -> jax.Array:
   """Normalises over all axes but the last, in a scope called `bn`; for use in a compact method.
 
   Args:
-    x: (N, H, W, C).
+    x: (N, H, W, C), or of any rank.
     train: normalise with the batch's statistics and update the running ones, or use the latter.
     epsilon: added to the variance.
     axis_name: of the pmapped axis over which batch statistics are shared; None keeps them local.
     param_dtype: of scale and bias.
+    axis: those that keep statistics of their own, if not the last alone; ascending.
 
   Returns:
-    (N, H, W, C) in the dtype of `x` widened to at least float32.
+    Of the shape of `x`, in its dtype widened to at least float32.
   """
   wide = wide_dtype(x.dtype)
+  feature_axes: Any = axis  # annotated as one number, but read as one or several
   norm = nn.BatchNorm(
     use_running_average=not train,
+    axis=feature_axes,
     momentum=MOMENTUM,
     epsilon=epsilon,
     axis_name=axis_name,

@@ -10,15 +10,18 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from repjax.errors import unknown
-from repjax.models import repvgg, resnet, vgg
+from repjax.models import repmlp, repmlp_resnet, repmlpnet, repvgg, resnet, vgg
 from repjax.models.initialize import init
 
-__all__ = ["create_model", "init", "list_models"]
+__all__ = ["create_model", "image_size_of", "init", "list_models"]
 
 _FAMILIES = (
   (repvgg.RepVGG, repvgg.VARIANTS),
   (resnet.ResNet, resnet.VARIANTS),
   (vgg.VGG, vgg.VARIANTS),
+  (repmlp.RepMLPCifar, repmlp.VARIANTS),
+  (repmlp_resnet.RepMLPResNet, repmlp_resnet.VARIANTS),
+  (repmlpnet.RepMLPNet, repmlpnet.VARIANTS),
 )
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
   name: (family, row) for family, variants in _FAMILIES for name, row in variants.items()
@@ -29,6 +32,14 @@ _OWN_ARGUMENTS = {"num_classes", "deploy", "dtype", "param_dtype", "parent", "na
 def list_models() -> list[str]:
   """The names that `create_model` takes, sorted."""
   return sorted(_MODELS)
+
+
+def image_size_of(model: nn.Module) -> int:
+  """The side in pixels of the images that a model is made for: its `image_size`, or else 224.
+
+  A model whose parameters depend on the image size has the attribute.
+  """
+  return getattr(model, "image_size", 224)
 
 
 def create_model(

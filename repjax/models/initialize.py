@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from repjax.layers.linear import uniform_bound
+from repjax.layers.linear import from_orthogonal, is_orthogonal, uniform_bound
 
 
 def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) -> dict[str, Any]:
@@ -47,7 +47,10 @@ def _draw(shapes: Mapping[str, Any], path: tuple[str, ...], seed: list[int]) -> 
       values[name] = _draw(leaf, here, seed)
     elif name == "kernel" or (name == "bias" and "kernel" in shapes):
       rng = np.random.default_rng([*seed, zlib.crc32("/".join(here).encode())])
-      values[name] = _uniform(rng, uniform_bound(shapes["kernel"].shape), leaf)
+      if name == "kernel" and is_orthogonal(leaf.shape):
+        values[name] = _orthogonal(rng, leaf)
+      else:
+        values[name] = _uniform(rng, uniform_bound(shapes["kernel"].shape), leaf)
     elif name in ("scale", "var"):
       values[name] = jnp.ones(leaf.shape, leaf.dtype)
     elif name in ("bias", "mean"):
@@ -65,3 +68,15 @@ def _uniform(rng: np.random.Generator, bound: float, leaf: jax.ShapeDtypeStruct)
   values *= 2 * bound
   values -= bound
   return jnp.asarray(values.reshape(leaf.shape), leaf.dtype)
+
+
+def _orthogonal(rng: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  """A kernel over tiles whose matrix has orthonormal rows or columns, whichever are fewer."""
+  dtype = np.float64 if leaf.dtype == jnp.float64 else np.float32
+  inputs = math.prod(leaf.shape[1:4])
+  shape = (math.prod(leaf.shape) // inputs, inputs)
+  # Without the signs the law would not be that of a random rotation.
+  q, r = np.linalg.qr(rng.standard_normal((max(shape), min(shape)), dtype))
+  q *= np.where(np.diag(r) < 0, -1, 1).astype(dtype)
+  matrix = q if shape[0] >= shape[1] else q.T
+  return jnp.asarray(from_orthogonal(matrix, leaf.shape), leaf.dtype)

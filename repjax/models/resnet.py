@@ -202,6 +202,10 @@ class ResNet(nn.Module):
     del place
     return BLOCKS[self.block], {}
 
+  def check_images(self, images: jax.Array) -> None:
+    """Raises InputError for images that the network cannot take."""
+    check_images("ResNet", images, 32)
+
   def stages(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
     """The stages' names and the places in them, in order."""
     stride, dilation = 4, 1
@@ -231,7 +235,7 @@ class ResNet(nn.Module):
       ValueError: images smaller than 32 pixels, or `train` in deploy form.
     """
     refuse_training(self.deploy, train)
-    check_images("ResNet", images, 32)
+    self.check_images(images)
     settings = Settings(self.act, self.axis_name, self.deploy, self.dtype, self.param_dtype)
 
     def build(place: Place) -> nn.Module:

@@ -55,7 +55,9 @@ def _is_kernel_or_identity_scale(path: Path, axes: int) -> bool:
 
 
 def _has_axes_or_is_identity_scale(path: Path, axes: int) -> bool:
-  return (axes > 1 and not is_bias(path)) or is_identity_scale(path)
+  # PyTorch's norms have vectors, ours over tiles (g, h, w, O/g).
+  is_vector = axes == 1 or path[-1] in ("bias", "scale")
+  return not is_vector or is_identity_scale(path)
 
 
 DECAY_RULES = {

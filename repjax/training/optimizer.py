@@ -1,5 +1,6 @@
 """From gradients to updates: SGD and AdamW, weight decay by rule, clipping, a backbone's rate."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ _RULE = "kernels_and_fast_biases"
 def is_classifier(path: tuple[str, ...]) -> bool:
   """Whether the parameter at `path` belongs to a classifier, the auxiliary heads' own included.
 
-  These are the parameters whose shapes depend on the number of classes.
+  These are the parameters whose shapes depend on the number of classes. A norm in front of them
+  belongs to the backbone.
   """
-  return "head" in path[:-1]
+  return "head" in path[:-1] and "bn" not in path
 
 
 def classifier_only(params: Any) -> Any:
@@ -24,7 +26,20 @@ def classifier_only(params: Any) -> Any:
 
   Auxiliary heads, whose only use is to teach the backbone, are frozen with it.
   """
-  return {"head": params["head"]}
+
+  def without_norms(tree: Any) -> Any:
+    if not isinstance(tree, Mapping):
+      return tree
+    return {name: without_norms(value) for name, value in tree.items() if name != "bn"}
+
+  return {"head": without_norms(params["head"])}
+
+
+def overlay(params: Any, part: Any) -> Any:
+  """The parameters with those of a part of their tree, as `classifier_only` is, in their place."""
+  if not isinstance(part, Mapping):
+    return part
+  return {**params, **{name: overlay(params[name], value) for name, value in part.items()}}
 
 
 def sgd(

@@ -14,7 +14,7 @@ from repjax.spec import Preprocessing
 from repjax.training import custom_l2 as penalty
 from repjax.training import mixing
 from repjax.training.accumulation import accumulate
-from repjax.training.optimizer import classifier_only
+from repjax.training.optimizer import classifier_only, overlay
 
 Batch = dict[str, jax.Array]
 
@@ -125,7 +125,7 @@ def make_train_step(
       images = mixing.blend(images, own)
 
     def apply(learning):
-      together = {**variables, "params": {**variables["params"], **learning}}
+      together = {**variables, "params": overlay(variables["params"], learning)}
       if frozen:
         return model.apply(together, images), {}
       return model.apply(
@@ -161,7 +161,7 @@ def make_train_step(
     learning = classifier_only(state.params) if frozen else state.params
     learned: Any = optax.apply_updates(learning, updates)
     new: dict[str, Any] = {
-      "params": {**state.params, **learned},
+      "params": overlay(state.params, learned),
       "batch_stats": collections.get("batch_stats", state.batch_stats),
     }
     average = None

@@ -11,16 +11,25 @@ import numpy as np
 
 from repjax.errors import InputError, unknown
 from repjax.models import create_model, init, list_models
+from repjax.reparam import layer_name, reparameterize
 from repjax.spec import ModelSpec
-from repjax.weights import repvgg, resnet, vgg
+from repjax.weights import repmlp, repmlpnet, repvgg, resnet, vgg
 from repjax.weights.naming import Entry, Naming, NoNameError, entries, plain_name
 
 NAMINGS: dict[str, dict[str, Naming]] = {
   **repvgg.NAMINGS,
   **resnet.NAMINGS,
   **vgg.NAMINGS,
+  **repmlp.NAMINGS,
+  **repmlpnet.NAMINGS,
 }
 """Model to source to table; a new family adds its own."""
+
+FOLDED: dict[str, tuple[str, ...]] = {**repmlpnet.FOLDED}
+"""Model to the layers that its deploy files hold in deploy form; the others are folded on import.
+
+Models that are not here have deploy files without statistics.
+"""
 
 KINDS = ("train", "deploy")
 _COUNTER = ".num_batches_tracked"  # of batch norms, which no computation reads
@@ -123,15 +132,16 @@ def from_torch(
     raise InputError(text)
   variables: dict[str, Any] = {}
   for name, entry in wanted.items():
-    value = entry.layout.from_torch(state[name]).astype(param_dtype, copy=False)
-    _put(variables, entry.path, value)
+    _put(variables, entry.path, entry.layout.from_torch(state[name]))
   if drop_head:
-    spec = ModelSpec(model_name, num_classes, overrides)
+    spec = ModelSpec.usual(model_name, num_classes, overrides)
     model = spec.create_model(deploy=found.kind == "deploy", param_dtype=param_dtype)
     fresh = init(model, jax.random.key(0), spec.preprocessing.image_size)
     for entry in dropped.values():
       _put(variables, entry.path, _get(fresh, entry.path))
-  return variables
+  if found.kind == "deploy" and "batch_stats" in variables:
+    variables = {"params": _fold(variables, dtype)}
+  return jax.tree.map(lambda value: value.astype(param_dtype, copy=False), variables)
 
 
 def to_torch(
@@ -152,6 +162,12 @@ def to_torch(
     InputError: the naming does not know this model, or has no name for one of its leaves.
   """
   table = _naming(model_name, naming)
+  if model_name in FOLDED and "batch_stats" not in variables:
+    raise InputError(
+      f"the deploy form of {model_name} has no names in other projects: their deploy files hold "
+      "batch norms, which are folded here; pass the training form's params and batch_stats (from "
+      "the command line: --form train)"
+    )
   if "params" not in variables or not variables.keys() <= {"params", "batch_stats"}:
     raise InputError(
       f"to_torch takes {{'params', 'batch_stats'}}, or {{'params'}} of a deploy form; got "
@@ -218,13 +234,46 @@ def _expected_cached(
   model_name: str, naming: str, kind: str, num_classes: int, overrides: str
 ) -> dict[str, Entry]:
   shapes = _shapes(model_name, kind, num_classes, overrides)
+  if kind == "deploy" and model_name in FOLDED:
+    trained = _shapes(model_name, "train", num_classes, overrides)
+    shapes = _partly_folded(trained, shapes["params"], dict.fromkeys(FOLDED[model_name]))
   return entries(_naming(model_name, naming), shapes)
 
 
 @functools.lru_cache(maxsize=128)
 def _shapes(model_name: str, kind: str, num_classes: int, overrides: str) -> dict[str, Any]:
-  spec = ModelSpec(model_name, num_classes, json.loads(overrides))
+  spec = ModelSpec.usual(model_name, num_classes, json.loads(overrides))
   return spec.variable_shapes(deploy=kind == "deploy")
+
+
+def _partly_folded(
+  trained: Mapping[str, Any], plain: Mapping[str, Any], layers: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Training-form variables where scopes called like `layers` are as in the plain parameters."""
+
+  def walk(params: Any, stats: Any, plain: Any) -> tuple[Any, Any]:
+    own, held = {}, {name: value for name, value in stats.items() if name not in params}
+    for name, value in params.items():
+      if layer_name(name, layers):
+        own[name] = plain[name]
+      elif isinstance(value, Mapping):
+        own[name], below = walk(value, stats.get(name, {}), plain.get(name, {}))
+        held |= {name: below} if below else {}
+      else:
+        own[name] = value
+    return own, held
+
+  params, stats = walk(trained["params"], trained["batch_stats"], plain)
+  return {"params": params, "batch_stats": stats}
+
+
+def _fold(variables: Mapping[str, Any], dtype: np.dtype) -> Any:
+  """Deploy-form parameters from variables that are in part in that form already."""
+  wide = np.promote_types(dtype, np.float32)
+  with jax.enable_x64(wide == np.float64):
+    widened = jax.tree.map(lambda value: value.astype(wide, copy=False), dict(variables))
+    folded = jax.jit(reparameterize)(widened["params"], widened["batch_stats"])
+    return jax.tree.map(np.asarray, folded)
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
@@ -285,7 +334,8 @@ def _best_naming(
 def _num_classes(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> int | None:
   """Of the main classifier in a state dict."""
   for name, entry in wanted.items():
-    if entry.path[1:] == ("head", "bias") and name in state and len(state[name].shape) == 1:
+    is_classifier = entry.in_head and entry.path[1] == "head"
+    if is_classifier and entry.path[-1] == "bias" and name in state and len(state[name].shape) == 1:
       return state[name].shape[0]
   return None
 

@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Layout(NamedTuple):
-  """How a tensor's axes lie on both sides; both functions return views."""
+  """How a tensor's axes lie on both sides; both functions return views where strides allow it."""
 
   to_torch: Callable[[np.ndarray], np.ndarray]
   from_torch: Callable[[np.ndarray], np.ndarray]
@@ -30,13 +30,40 @@ DENSE_AS_CONV = Layout(lambda x: x.T[:, :, None, None], lambda x: x[:, :, 0, 0].
 """(in, out) and the 1x1 convolution (out, in, 1, 1)."""
 
 
+def tile_kernel(shape: tuple[int, ...]) -> Layout:
+  """(g, h, w, C/g, h, w, O/g) and the grouped 1x1 convolution (O*h*w, C*h*w/g, 1, 1).
+
+  PyTorch flattens tiles channel by channel, on both sides; groups follow one another in O.
+  """
+  groups, height, width, inputs, _, _, outputs = shape
+  theirs = (groups, outputs, height, width, inputs, height, width)
+  return Layout(
+    lambda x: x.transpose(0, 6, 4, 5, 3, 1, 2).reshape(-1, inputs * height * width, 1, 1),
+    lambda x: x.reshape(theirs).transpose(0, 5, 6, 4, 2, 3, 1),
+  )
+
+
+def tile_vector(shape: tuple[int, ...]) -> Layout:
+  """(g, h, w, O/g) and (O*h*w,), for the bias or the norm behind such a kernel."""
+  groups, height, width, outputs = shape
+  return Layout(
+    lambda x: x.transpose(0, 3, 1, 2).reshape(-1),
+    lambda x: x.reshape(groups, outputs, height, width).transpose(0, 2, 3, 1),
+  )
+
+
+ByShape = Callable[[tuple[int, ...]], Layout]
+"""A layout that depends on our shape."""
+
+
 class Row(NamedTuple):
   """One line of a naming.
 
   Attributes:
     path: regular expression of one or more whole path segments.
     name: what stands for them in a state dict, with the groups of `path` as \\1, \\2, ...
-    kernel: layout of the kernels below; None: `CONV` for four axes, `DENSE` for two.
+    kernel: layout of the kernels below; None: `CONV` for four axes, `DENSE` for two, `tile_kernel`
+      for seven.
   """
 
   path: str
@@ -71,7 +98,8 @@ class Entry(NamedTuple):
   @property
   def in_head(self) -> bool:
     """Whether its shape depends on the number of classes."""
-    return "head" in self.path[:-1]
+    # The norm in front of a classifier has as many numbers whatever that has.
+    return "head" in self.path[:-1] and "bn" not in self.path
 
 
 class NoNameError(ValueError):
@@ -95,12 +123,14 @@ def entries(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Entry]:
   for key_path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
     path = tuple(entry.key for entry in key_path)
     name, layout = tensor_name(naming, path[1:], len(leaf.shape))
+    if not isinstance(layout, Layout):
+      layout = layout(leaf.shape)
     shape = layout.to_torch(np.broadcast_to(np.zeros((), bool), leaf.shape)).shape
     found[name] = Entry(path, layout, shape)
   return found
 
 
-def tensor_name(naming: Naming, path: tuple[str, ...], axes: int) -> tuple[str, Layout]:
+def tensor_name(naming: Naming, path: tuple[str, ...], axes: int) -> tuple[str, Layout | ByShape]:
   """The state dict's name of a leaf, and the layout of its tensor.
 
   Args:
@@ -114,7 +144,10 @@ def tensor_name(naming: Naming, path: tuple[str, ...], axes: int) -> tuple[str, 
   scope, kernel = _scope_name(tuple(naming), path[:-1])
   if path[-1] not in _LEAVES:
     raise NoNameError(f"{'/'.join(path)}: {path[-1]} is none of {', '.join(_LEAVES)}")
-  layout = SAME if path[-1] != "kernel" else kernel or {4: CONV, 2: DENSE}[axes]
+  if path[-1] == "kernel":
+    layout = kernel or {7: tile_kernel, 4: CONV, 2: DENSE}[axes]
+  else:
+    layout = tile_vector if axes == 4 else SAME
   return f"{scope}.{_LEAVES[path[-1]]}", layout
 
 

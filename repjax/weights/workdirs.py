@@ -1,5 +1,6 @@
 """Weights into a folder that the rest of repjax reads, and out of one."""
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -15,7 +16,7 @@ import numpy as np
 from repjax import disk, store
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
-from repjax.weights import hub
+from repjax.weights import hub, repmlpnet
 from repjax.weights.convert import KINDS, Recognition, from_torch, is_half, recognize, to_torch
 from repjax.weights.files import read_entry
 from repjax.weights.repvgg import PREPROCESSING
@@ -80,7 +81,7 @@ def import_weights(
       found.model,
       num_classes,
       overrides,
-      _preprocessing(found, fetched),
+      _preprocessing(found, fetched, overrides),
       () if drop_head else _class_names(fetched, num_classes),
     )
     record = {
@@ -164,10 +165,16 @@ def _sha256(path: Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _preprocessing(found: Recognition, fetched: hub.HubFile | None) -> Preprocessing:
+def _preprocessing(
+  found: Recognition, fetched: hub.HubFile | None, overrides: Mapping[str, Any]
+) -> Preprocessing:
   """The repository's own, or what goes with the published weights of that model and source."""
   stated = hub.preprocessing(fetched.config) if fetched else None
-  return stated or PREPROCESSING.get((found.model, found.naming), Preprocessing())
+  usual = ModelSpec.usual(found.model, overrides=overrides).preprocessing
+  key = (found.model, found.naming)
+  if key in repmlpnet.WITHOUT_MARGIN:
+    usual = dataclasses.replace(usual, resize_size=usual.image_size)
+  return stated or PREPROCESSING.get(key, usual)
 
 
 def _class_names(fetched: hub.HubFile | None, num_classes: int) -> tuple[str, ...]:

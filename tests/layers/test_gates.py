@@ -22,6 +22,16 @@ def test_squeeze_excite_is_its_equation_on_oblong_maps_too(size):
   assert relative_error(layer.apply(variables, x), x * gate[:, None, None, :]) <= 1e-12
 
 
+@pytest.mark.usefixtures("x64")
+def test_squeeze_excite_may_look_at_another_map_than_it_scales():
+  # The Global Perceptron of RepMLPNet.
+  x, z, layer = random_input(2, 3, 5, 8), random_input(2, 4, 6, 8, seed=2), SqueezeExcite(4, **F64)
+  variables = random_variables(layer, x)
+  scaled, gated = layer.apply(variables, x, z), layer.apply(variables, z)
+  gate = np.asarray(gated / z)[:, 0, 0]  # (N, C)
+  assert relative_error(scaled, x * gate[:, None, None, :]) <= 1e-12
+
+
 @pytest.mark.parametrize(
   ("features", "reduction", "hidden"), [(16, 16, 1), (20, 16, 1), (40, 16, 2)]
 )

@@ -18,8 +18,19 @@ NARROW = {"num_classes": 10, "width_multipliers": (0.25, 0.125, 0.125, 0.0625)}
 SMALL = {"stage_sizes": (1,) * 4, "width_multipliers": (0.5, 0.25, 0.125, 0.0625)}
 
 NARROW_OF = {
+  "repmlp_cifar": {"num_classes": 10, "widths": (4, 4, 6, 6), "stage_sizes": (1, 1, 1, 1)}
+  | {"tile": 4, "local_kernels": (1, 3)},
+  "repmlp_resnet50": {"stage_sizes": (1, 2, 2, 1), "widths": (16, 32, 64, 64), "tile": 2}
+  | {"local_kernels": (1,), "fc3_groups": (2, 4), "num_classes": 10},
   "resnet": {"num_classes": 10, "stage_sizes": (1, 2, 2, 1), "widths": (16, 32, 32, 64)},
   "vgg": {"num_classes": 10, "widths": (8, 8, 16, 16, 24), "hidden": 40},
+  "repmlpnet": {
+    "num_classes": 10,
+    "stage_sizes": (1, 2),
+    "widths": (8, 16),
+    "tiles": (4, 2),
+    "share_sets": (2, 4),
+  },
   "repvgg": {"stage_sizes": (1, 2, 2, 1), **NARROW},
 }
 
@@ -65,6 +76,16 @@ def test_every_kind_of_leaf_is_distributed_as_in_the_model_s_init(deploy):
   assert bool(constants) != deploy
   for path in constants:
     np.testing.assert_array_equal(ours[path], flax[path])
+
+
+def test_kernels_over_tiles_start_orthogonal_as_in_the_model_s_init():
+  one = {"widths": (4,), "stage_sizes": (1,), "tile": 4, "local_kernels": ()}
+  model = repjax.create_model("repmlp_cifar", **one)
+  params = repjax.init(model, KEY, image_size=4)["params"]["stage1"]["block0"]["repmlp"]
+  kernel = np.asarray(params["RepDense_0"]["fc"]["dense"]["kernel"])  # (2, 4, 4, 2, 4, 4, 2)
+  matrix = kernel.reshape(2, 32, 32).transpose(1, 0, 2).reshape(32, 64)
+  np.testing.assert_allclose(matrix @ matrix.T, np.eye(32), atol=1e-5)
+  assert abs(kernel.mean()) < 0.02
 
 
 def pooled(variables, kind):

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 import repjax
+from repjax.models.repmlp import RepMLP
 from repjax.training.custom_l2 import penalised_kernels
 from repjax.training.decay import DECAY_RULES, bias_mask, decay_mask
+from repjax.weights.naming import entries
+from repjax.weights.repmlp import BLOCK
 from tests.helpers import leaves, official_name
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -54,6 +57,17 @@ def test_what_decays_is_what_the_authors_script_lets_decay(params, rule, by_name
   expected = {path: by_name(NAMED(path), leaf.ndim) for path, leaf in leaves(params).items()}
   assert leaves(decay_mask(DECAY_RULES[rule], params)) == expected
   assert len(set(expected.values())) == 2
+
+
+@pytest.mark.parametrize(
+  ("rule", "by_name"),
+  [("kernels_and_fast_biases", decays_in_june), ("more_than_one_axis", decays_at_head)],
+)
+def test_norms_over_tiles_decay_no_more_than_their_vectors_in_pytorch(rule, by_name):
+  shapes = jax.eval_shape(RepMLP(4, 2).init, jax.random.key(0), jnp.ones((1, 4, 4, 4)))
+  mask = leaves(decay_mask(DECAY_RULES[rule], shapes["params"]))
+  for name, entry in entries(BLOCK, {"params": shapes["params"]}).items():
+    assert mask["/".join(entry.path[1:])] == by_name(name, len(entry.shape)), name
 
 
 def test_there_is_a_test_for_every_rule():

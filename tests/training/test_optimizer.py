@@ -144,6 +144,23 @@ def test_the_classifier_is_what_depends_on_the_number_of_classes():
   assert len(differ) == 8  # kernel and bias of the classifier and of three auxiliary heads
 
 
+def test_a_norm_in_front_of_a_classifier_is_the_backbones():
+  layers = {"bn": {"scale": 1, "bias": 2}, "dense": {"kernel": 3, "bias": 4}}
+  params = {"stem": {"kernel": 0}, "head": {"RepHead_0": layers}}
+  learning = {"head": {"RepHead_0": {"dense": {"kernel": 3, "bias": 4}}}}
+  assert optimizer.classifier_only(params) == learning
+  ours = {path for path in leaves(params) if optimizer.is_classifier(tuple(path.split("/")))}
+  assert ours == set(leaves(learning))
+  learned = {"head": {"RepHead_0": {"dense": {"kernel": 5, "bias": 6}}}}
+  whole = optimizer.overlay(params, learned)
+  assert whole == {
+    "stem": {"kernel": 0},
+    "head": {"RepHead_0": layers | {"dense": {"kernel": 5, "bias": 6}}},
+  }
+  assert params["head"]["RepHead_0"]["dense"] == {"kernel": 3, "bias": 4}
+  assert optimizer.overlay(params, params) == params
+
+
 def steps_of(count, name="sgd", **options):
   """The updates of the last of some steps, and the optimizer's state."""
   ours = make(name, **options)

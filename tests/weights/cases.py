@@ -66,7 +66,7 @@ def numbered(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
 
 def random_variables(model: str, kind: str = "train", num_classes: int = 10, **overrides: Any):
   """Random variables of a model in either form, in float32."""
-  spec = repjax.ModelSpec(model, num_classes, overrides)
+  spec = repjax.ModelSpec.usual(model, num_classes, overrides)
   return helpers.randomise(spec.variable_shapes(deploy=kind == "deploy"))
 
 

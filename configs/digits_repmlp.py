@@ -1,0 +1,23 @@
+"""A small RepMLP for CIFAR-10 on real handwritten digits: the whole job in minutes on two cores.
+
+Data and recipe are those of digits.py. Three stages at 16, 8 and 4 px with tiles of 4x4.
+Expected: at least 96 % on the 360 test images, the same in both forms.
+
+    python main.py --config configs/digits_repmlp.py
+"""
+
+import ml_collections
+
+from configs import digits
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """That recipe with this model."""
+  config = digits.get_config()
+  config.model = "repmlp_cifar"
+  config.model_overrides.stage_sizes = (2, 2, 2)
+  config.model_overrides.width_multipliers = None
+  config.model_overrides.strides = None
+  config.model_overrides.tile = 4
+  config.model_overrides.local_kernels = (1, 3)
+  return config

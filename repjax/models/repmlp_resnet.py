@@ -1,0 +1,157 @@
+"""RepMLP-ResNet: a ResNet-50 some of whose blocks hold a RepMLP.
+
+Deploy form: convolutions with bias and the fully connected layers that a RepMLP leaves (see
+repmlp.py), activations, sums with shortcuts, the one max-pool. It holds no batch norm and no
+statistics.
+
+References:
+  Ding et al., RepMLP, 2021, sections 3.4 and 4.2. https://arxiv.org/abs/2105.01883
+  https://github.com/DingXiaoH/RepMLP at 2aba6f5
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from repjax.errors import InputError, unknown
+from repjax.layers import activation
+from repjax.layers.rep_conv import pair
+from repjax.models.checks import check_whole
+from repjax.models.repmlp import Arguments, build_repmlp, check_repmlp
+from repjax.models.resnet import Place, ResNet, Settings
+
+
+class LightBlock(nn.Module):
+  """1x1 to an eighth of the features, RepMLP, 1x1, sum with the input; no 3x3 at all."""
+
+  place: Place
+  settings: Settings
+  repmlp: Arguments
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    settings, act = self.settings, activation(self.settings.act)
+    inner = self.place.features // 8
+    y = act(settings.conv_bn("light_conv1", inner, 1)(x, train))
+    y = act(build_repmlp(inner, self.repmlp, settings, "light_repmlp")(y, train))
+    y = settings.conv_bn("light_conv3", self.place.features, 1)(y, train)
+    return act(y + x)
+
+
+class RepMLPBottleneck(nn.Module):
+  """1x1 to a quarter, 3x3 to `narrowing` times less, RepMLP, 3x3 back, 1x1, sum with the input."""
+
+  place: Place
+  settings: Settings
+  repmlp: Arguments
+  narrowing: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    settings, act = self.settings, activation(self.settings.act)
+    quarter, dilation = self.place.features // 4, self.place.dilation
+    inner = quarter // self.narrowing
+    y = act(settings.conv_bn("btnk_conv1", quarter, 1)(x, train))
+    y = act(settings.conv_bn("btnk_conv2", inner, 3, dilation=dilation)(y, train))
+    y = act(build_repmlp(inner, self.repmlp, settings, "btnk_repmlp")(y, train))
+    y = act(settings.conv_bn("btnk_conv4", quarter, 3, dilation=dilation)(y, train))
+    y = settings.conv_bn("btnk_conv5", self.place.features, 1)(y, train)
+    return act(y + x)
+
+
+BLOCKS: dict[str, type[nn.Module]] = {"light": LightBlock, "bottleneck": RepMLPBottleneck}
+
+
+def _each(value: int | Sequence[int], stages: Sequence[int]) -> Sequence[int]:
+  """A value for each stage, given as one for all or as that."""
+  return (value,) * len(stages) if isinstance(value, int) else value
+
+
+class RepMLPResNet(ResNet):
+  """A ResNet of bottlenecks in which all blocks of some stages but the first hold a RepMLP.
+
+  Further attributes are those of `ResNet`. The blocks' Global Perceptrons have parameters for one
+  image size: 32 times the tile, where the second stage has 4x4 tiles, the third 2x2 and the fourth
+  one, or any other of which every stage's map divides into tiles.
+
+  Attributes:
+    repmlp_block: "bottleneck" or "light".
+    repmlp_stages: numbers of the stages with RepMLP, 1 to 4; (2, 3) are c3 and c4 of the paper.
+    tile: h and w in pixels, one number or (h, w).
+    local_kernels: sizes of the local convolutions; none: no Local Perceptron.
+    fc3_groups: of FC3 and of the local convolutions; one number, or one for each of
+      `repmlp_stages`.
+    reduction: how many times narrower the Global Perceptron is inside.
+    narrowing: how many times narrower than a bottleneck its RepMLP is, for each of `repmlp_stages`;
+      the paper's r.
+    global_perceptron: build the Global Perceptrons.
+  """
+
+  repmlp_block: str = "bottleneck"
+  repmlp_stages: Sequence[int] = (2, 3)
+  tile: int | Sequence[int] = 7
+  local_kernels: Sequence[int] = (1, 3, 5)
+  fc3_groups: int | Sequence[int] = 8
+  reduction: int = 1
+  narrowing: Sequence[int] = (2, 4)
+  global_perceptron: bool = True
+
+  def __post_init__(self):
+    stages = tuple(self.repmlp_stages)
+    if sorted(set(stages)) != list(stages) or not set(stages) <= {1, 2, 3, 4}:
+      raise InputError(f"repmlp_stages are ascending numbers of stages, 1 to 4, got {stages}")
+    if self.repmlp_block not in BLOCKS:
+      raise unknown("repmlp_block", self.repmlp_block, BLOCKS)
+    if self.block != "bottleneck":
+      raise InputError(f'a RepMLP-ResNet has block="bottleneck", got {self.block!r}')
+    check_whole("fc3_groups", _each(self.fc3_groups, stages), len(stages))
+    if self.repmlp_block == "bottleneck":
+      check_whole("narrowing", self.narrowing, len(stages))
+    check_repmlp(self.tile, self.local_kernels)
+    super().__post_init__()
+
+  @property
+  def image_size(self) -> int:
+    """The side in pixels of the images that the model is made for."""
+    return 32 * math.lcm(*pair(self.tile))
+
+  def check_images(self, images: jax.Array) -> None:
+    """Raises InputError for images that the network cannot take."""
+    super().check_images(images)
+    strides = [min(2 ** (stage + 1), self.output_stride) for stage in self.repmlp_stages]
+    for axis, side in zip((1, 2), pair(self.tile)):
+      if any(-(-images.shape[axis] // stride) % side for stride in strides):
+        unit = [max(strides) * side for side in pair(self.tile)]
+        raise InputError(
+          f"this RepMLP-ResNet cuts the maps of stages {tuple(self.repmlp_stages)} into tiles of "
+          f"{'x'.join(map(str, pair(self.tile)))} pixels, so images are (N, H, W, C) with H and W "
+          f"multiples of {unit[0]} by {unit[1]} pixels; got {images.shape}: use another image size "
+          "or another tile"
+        )
+
+  def block_at(self, place: Place) -> tuple[type[nn.Module], dict[str, Any]]:
+    """The class of the block at a place, and its attributes besides `place` and `settings`."""
+    if place.stage not in self.repmlp_stages or place.number == 0:
+      return super().block_at(place)
+    index = tuple(self.repmlp_stages).index(place.stage)
+    arguments = {
+      "tile": self.tile,
+      "groups": _each(self.fc3_groups, self.repmlp_stages)[index],
+      "reduction": self.reduction,
+      "local_kernels": tuple(self.local_kernels),
+      "global_perceptron": self.global_perceptron,
+    }
+    attributes: dict[str, Any] = {"repmlp": tuple(arguments.items())}
+    if self.repmlp_block == "bottleneck":
+      attributes["narrowing"] = self.narrowing[index]
+    return BLOCKS[self.repmlp_block], attributes
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+  "repmlp_resnet50_light": {"repmlp_block": "light", "fc3_groups": 4},
+  "repmlp_resnet50_bottleneck_g4": {"fc3_groups": 4},
+  "repmlp_resnet50_bottleneck_g8": {"fc3_groups": 8},
+}

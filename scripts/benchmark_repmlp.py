@@ -1,0 +1,188 @@
+"""Times RepMLP: both forms in evaluation mode, and what its layer over tiles could be written as.
+
+First each model, training form against deploy form in turns in one process, with parameters and
+multiply-accumulates. Then FC3 alone, at the sizes that the models of the paper have, as
+
+  batched      one matrix product batched over groups, which RepDense is
+  eight axes   the same product without moving the tiles' axes first, left to XLA
+  grouped      a grouped 1x1 convolution over flattened tiles, as in PyTorch
+  dense        one matrix for all groups, with zeros between them
+
+    python scripts/benchmark_repmlp.py --models repmlp_cifar repmlp_resnet50_light --batch-sizes 1 8
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import benchmark
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import repjax
+from repjax import analysis
+from repjax.errors import one_paragraph
+from repjax.layers.rep_dense import partition, unpartition
+from repjax.models import image_size_of
+
+Formulation = Callable[[jax.Array, jax.Array], jax.Array]
+
+LAYERS = {  # side of the map, side of the tile, channels, groups
+  "light c3": (28, 7, 64, 4),
+  "light c4": (14, 7, 128, 4),
+  "bottleneck_g8 c3": (28, 7, 64, 8),
+  "cifar stage 1": (32, 8, 16, 2),
+  "cifar stage 3": (8, 8, 64, 2),
+}
+
+
+def batched(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Maps (N, H, W, C) by a kernel (g, h, w, C/g, h, w, C/g)."""
+  groups, height, width = kernel.shape[:3]
+  tiles = partition(x, (height, width))
+  rows = tiles.reshape(*tiles.shape[:3], groups, -1).transpose(3, 0, 1, 2, 4)
+  y = lax.batch_matmul(
+    rows.reshape(groups, len(tiles), -1), kernel.reshape(groups, rows[0, 0].size, -1)
+  )
+  y = y.reshape(rows.shape).transpose(1, 2, 3, 0, 4).reshape(tiles.shape)
+  return unpartition(y, (x.shape[1], x.shape[2]))
+
+
+def eight_axes(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """As `batched`."""
+  groups, height, width = kernel.shape[:3]
+  n, rows, columns, _ = x.shape
+  split = x.reshape(n, rows // height, height, columns // width, width, groups, -1)
+  y = lax.dot_general(split, kernel, (((2, 4, 6), (1, 2, 3)), ((5,), (0,))))
+  return y.transpose(1, 2, 4, 3, 5, 0, 6).reshape(x.shape)
+
+
+def grouped(x: jax.Array, taps: jax.Array) -> jax.Array:
+  """As `batched`, by a kernel (1, 1, h * w * C/g, h * w * C) of `as_taps`."""
+  groups, side = taps.shape[3] // taps.shape[2], round((taps.shape[3] // x.shape[3]) ** 0.5)
+  tiles = partition(x, (side, side))
+  flat = tiles.reshape(*tiles.shape[:3], groups, -1).transpose(0, 3, 1, 2, 4)
+  y = lax.conv_general_dilated(
+    flat.reshape(len(tiles), 1, 1, -1),
+    taps,
+    (1, 1),
+    "VALID",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=groups,
+  )
+  y = y.reshape(flat.shape).transpose(0, 2, 3, 1, 4).reshape(tiles.shape)
+  return unpartition(y, (x.shape[1], x.shape[2]))
+
+
+def as_taps(kernel: np.ndarray) -> np.ndarray:
+  """The kernel of a grouped 1x1 convolution, whose groups lie side by side."""
+  matrices = kernel.reshape(len(kernel), np.prod(kernel.shape[1:4]), -1)
+  return np.concatenate(list(matrices), axis=1)[None, None]
+
+
+def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """As `batched`, by a kernel (h * w * C, h * w * C) of `expand`."""
+  side = round((len(kernel) // x.shape[3]) ** 0.5)
+  tiles = partition(x, (side, side))
+  y = (tiles.reshape(len(tiles), -1) @ kernel).reshape(tiles.shape)
+  return unpartition(y, (x.shape[1], x.shape[2]))
+
+
+def expand(kernel: np.ndarray) -> np.ndarray:
+  """One matrix (h * w * C, h * w * C) for all groups of a kernel, zero between them."""
+  groups, height, width, inputs = kernel.shape[:4]
+  whole = np.zeros((height, width, groups, inputs, height, width, groups, inputs), kernel.dtype)
+  for group in range(groups):
+    whole[:, :, group, :, :, :, group, :] = kernel[group]
+  return whole.reshape(height * width * groups * inputs, -1)
+
+
+FORMULATIONS: dict[str, tuple[Formulation, Callable[[np.ndarray], np.ndarray]]] = {
+  "batched": (batched, lambda kernel: kernel),
+  "eight axes": (eight_axes, lambda kernel: kernel),
+  "grouped": (grouped, as_taps),
+  "dense": (dense, expand),
+}
+"""Name to function, and what makes its kernel of that of `batched` before the clock runs."""
+
+
+def measure_layer(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
+  """Milliseconds of each formulation of one layer, after comparing what they compute."""
+  size, tile, channels, groups = LAYERS[name]
+  rng, inner = np.random.default_rng(0), channels // groups
+  shape = (groups, tile, tile, inner, tile, tile, inner)
+  kernel = rng.standard_normal(shape, np.float32) / np.float32(tile * inner**0.5)
+  x = jnp.asarray(rng.standard_normal((batch_size, size, size, channels), np.float32))
+  calls, expected = [], None
+  for function, prepare in FORMULATIONS.values():
+    own = jnp.asarray(prepare(kernel))
+    program = jax.jit(function).lower(x, own).compile()
+    y = np.asarray(program(x, own))
+    expected = y if expected is None else expected
+    np.testing.assert_allclose(y, expected, atol=1e-3 * np.abs(expected).max())
+    calls.append(lambda program=program, own=own: jax.block_until_ready(program(x, own)))
+  times = benchmark.time_in_turns(calls, rounds)
+  medians = {form: 1e3 * statistics.median(row) for form, row in zip(FORMULATIONS, times)}
+  return {"layer": name, "batch_size": batch_size, "ms": medians}
+
+
+def measure_model(name: str, batch_size: int, repeats: int, rounds: int) -> dict[str, Any]:
+  """Both forms of a model at the image size that it is made for."""
+  model = repjax.create_model(name)
+  size = image_size_of(model)
+  found = analysis.summary(model, size)
+  times = benchmark.measure(name, batch_size, size, jnp.float32, repeats, rounds)
+  assert found.deploy is not None
+  costs = {"train": found.train._asdict(), "deploy": found.deploy._asdict()}
+  return {**times, "image_size": size, **costs}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--models", nargs="*", default=["repmlp_cifar", "repmlp_resnet50_light"])
+  parser.add_argument("--layers", nargs="*", choices=list(LAYERS), default=list(LAYERS))
+  parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
+  parser.add_argument("--repeats", type=int, default=3, help="programs of a model made anew")
+  parser.add_argument("--rounds", type=int, default=20, help="of each repeat")
+  parser.add_argument("--json", type=Path, help="also write the results to this file")
+  arguments = parser.parse_args()
+  device = jax.devices()[0]
+  processor = platform.processor() or platform.machine()
+  print(
+    f"{device.device_kind} ({processor}), {os.cpu_count()} CPUs, jax {jax.__version__}, float32"
+  )
+  models, layers = [], []
+  with one_paragraph():
+    for name in arguments.models:
+      for batch_size in arguments.batch_sizes:
+        row = measure_model(name, batch_size, arguments.repeats, arguments.rounds)
+        models.append(row)
+        print(f"{name}, batch {batch_size}, {row['image_size']} px: ratio {row['ratio']:.2f}")
+        for form in ("train", "deploy"):
+          cost = f"{row[form]['params']:>14,} parameters{row[form]['macs']:>16,} MACs"
+          print(f"  {form:<8}{row[f'{form}_ms']:>9.1f} ms{cost}", flush=True)
+    for name in arguments.layers:
+      for batch_size in arguments.batch_sizes:
+        row = measure_layer(name, batch_size, arguments.rounds)
+        layers.append(row)
+        times = "  ".join(f"{form} {value:.2f} ms" for form, value in row["ms"].items())
+        print(f"FC3 of {name}, batch {batch_size}: {times}", flush=True)
+  if arguments.json:
+    facts = {"device": device.device_kind, "cpus": os.cpu_count(), "jax": jax.__version__}
+    facts |= {"repeats": arguments.repeats, "rounds": arguments.rounds}
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**facts, "models": models, "layers": layers}, indent=2)
+    arguments.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+  main()
