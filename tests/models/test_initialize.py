@@ -78,13 +78,16 @@ def test_every_kind_of_leaf_is_distributed_as_in_the_model_s_init(deploy):
     np.testing.assert_array_equal(ours[path], flax[path])
 
 
-def test_kernels_over_tiles_start_orthogonal_as_in_the_model_s_init():
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kernels_over_tiles_start_orthogonal_as_in_the_model_s_init(groups):
   one = {"widths": (4,), "stage_sizes": (1,), "tile": 4, "local_kernels": ()}
+  one["fc3_groups"] = groups
   model = repjax.create_model("repmlp_cifar", **one)
   params = repjax.init(model, KEY, image_size=4)["params"]["stage1"]["block0"]["repmlp"]
-  kernel = np.asarray(params["RepDense_0"]["fc"]["dense"]["kernel"])  # (2, 4, 4, 2, 4, 4, 2)
-  matrix = kernel.reshape(2, 32, 32).transpose(1, 0, 2).reshape(32, 64)
-  np.testing.assert_allclose(matrix @ matrix.T, np.eye(32), atol=1e-5)
+  kernel = np.asarray(params["RepDense_0"]["fc"]["dense"]["kernel"])  # (g, 4, 4, C/g, 4, 4, C/g)
+  inputs = 64 // groups
+  matrix = kernel.reshape(groups, inputs, inputs).transpose(1, 0, 2).reshape(inputs, 64)
+  np.testing.assert_allclose(matrix @ matrix.T, np.eye(inputs), atol=1e-5)
   assert abs(kernel.mean()) < 0.02
 
 
