@@ -43,9 +43,7 @@ def test_a_mistake_is_named_without_a_traceback_and_nothing_is_written(
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_goes_into_a_folder_called_like_its_config(
-  run_main, finished, tmp_path, digits_dir
-):
+def test_a_run_goes_into_a_folder_called_like_its_config(run_main, finished, tmp_path, digits_dir):
   # The finished run's programs, which its fixture has compiled.
   config = tmp_path / "small.py"
   config.write_text(
