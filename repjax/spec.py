@@ -1,6 +1,7 @@
 """What it takes to build a model again, and loading one from a folder."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,9 +80,8 @@ class ModelSpec:
 
   def variable_shapes(self, *, deploy: bool = False) -> dict[str, Any]:
     """The tree of shapes and dtypes of the model's variables in float32."""
-    size = self.preprocessing.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    return jax.eval_shape(self.create_model(deploy=deploy).init, jax.random.key(0), images)
+    shapes = _variable_shapes(self.create_model(deploy=deploy), self.preprocessing.image_size)
+    return jax.tree.map(lambda leaf: leaf, shapes)  # another tree, for callers who change it
 
   def to_json(self) -> dict[str, Any]:
     """As plain dictionaries, lists, strings and numbers."""
@@ -128,6 +128,13 @@ class ModelSpec:
       InputError: there is none, or it is damaged.
     """
     return cls.from_json(disk.read_json(folder / "model.json"))
+
+
+@functools.lru_cache(maxsize=64)
+def _variable_shapes(model: nn.Module, image_size: int) -> dict[str, Any]:
+  """Traces a model, which takes a second for a large one, once."""
+  images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
 def load(

@@ -1,5 +1,6 @@
 """What a model costs: totals of the papers, and counts by hand for modules of any kind."""
 
+import functools
 import runpy
 import sys
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+import repjax.models
 from repjax import analysis, create_model
 from repjax.analysis import Cost, Stage, Summary, format_summary, summary
 from repjax.models.repvgg import RepVGG
@@ -19,9 +21,15 @@ ROOT = helpers.GOLDENS.parents[1]
 A0_SHAPES = [(112, 112, 48), (56, 56, 48), (28, 28, 96), (14, 14, 192), (7, 7, 1280), (1000,)]
 
 
+@functools.cache
+def of(name):
+  """The summary of a model as it is, for an image of 224 px."""
+  return summary(create_model(name), 224)
+
+
 @pytest.mark.parametrize("name", helpers.counts())
 def test_totals_are_the_golden_ones(name):
-  found, golden = summary(create_model(name), 224), helpers.counts()[name]
+  found, golden = of(name), helpers.counts()[name]
   assert found.train.params == golden["train_params"]
   assert found.train.macs == golden["train_macs"]
   assert found.deploy.params == golden["deploy_params"]
@@ -39,7 +47,7 @@ def costs(module, image_size=8):
 
 
 def test_stages_come_in_order_with_the_shapes_that_they_return():
-  found = summary(create_model("repvgg_a0"), 224)
+  found = of("repvgg_a0")
   names = ["stem", "stage1", "stage2", "stage3", "stage4", "head"]
   assert [stage.name for stage in found.stages] == names
   assert [stage.output_shape for stage in found.stages] == A0_SHAPES
@@ -295,7 +303,7 @@ def test_a_size_that_the_model_does_not_take_is_a_value_error(image_size):
 
 
 def test_the_table_lines_up():
-  found = summary(create_model("repvgg_b0"), 224)
+  found = of("repvgg_a0")
   forms, header, *rows = format_summary(found).splitlines()
   assert forms.split() == ["training", "form", "deploy", "form"]
   assert header.split() == ["stage", "output", *("parameters", "MACs", "Winograd") * 2]
@@ -340,6 +348,11 @@ def test_long_names_and_long_shapes_stay_apart():
 
 
 class TestScript:
+  @pytest.fixture(autouse=True)
+  def _tiny(self, monkeypatch):
+    """A model called tiny, which is traced sooner."""
+    monkeypatch.setitem(repjax.models._MODELS, "tiny", (RepVGG, tiny.OVERRIDES))
+
   @pytest.fixture
   def run(self, monkeypatch, capsys):
     """Runs the script with arguments; what it printed."""
@@ -353,18 +366,18 @@ class TestScript:
     return run
 
   def test_it_prints_the_table(self, run):
-    printed = run("--model", "repvgg_a0", "--num-classes", 10, "--image-size", 64)
+    printed = run("--model", "tiny", "--num-classes", 10, "--image-size", 64)
     first, rest = printed.split("\n", 1)
-    assert first == "repvgg_a0, 10 classes, one image of 64 px"
-    table = analysis.format_summary(summary(create_model("repvgg_a0", num_classes=10), 64))
+    assert first == "tiny, 10 classes, one image of 64 px"
+    table = analysis.format_summary(summary(create_model("tiny", num_classes=10), 64))
     assert rest == table + "\n"
 
   def test_it_takes_the_size_of_the_model_by_default(self, run):
-    assert run("--model", "repvgg_a0").startswith("repvgg_a0, 1000 classes, one image of 224 px")
+    assert run("--model", "tiny").startswith("tiny, 1000 classes, one image of 224 px")
 
   def test_it_reads_a_folder(self, run, tmp_path):
-    ModelSpec("repvgg_a0", 7, preprocessing=Preprocessing(image_size=96)).write(tmp_path)
-    assert run("--workdir", tmp_path).startswith("repvgg_a0, 7 classes, one image of 96 px")
+    ModelSpec("tiny", 7, preprocessing=Preprocessing(image_size=96)).write(tmp_path)
+    assert run("--workdir", tmp_path).startswith("tiny, 7 classes, one image of 96 px")
 
   @pytest.mark.parametrize(
     ("arguments", "text"),

@@ -43,15 +43,16 @@ def test_a_mistake_is_named_without_a_traceback_and_nothing_is_written(
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_goes_into_a_folder_called_like_its_config(run_main, tmp_path, digits_dir):
+def test_a_run_goes_into_a_folder_called_like_its_config(run_main, finished, tmp_path, digits_dir):
+  # The finished run's programs, which its fixture has compiled.
   config = tmp_path / "small.py"
   config.write_text(
     "from tests.training import tiny\n"
     f"def get_config():\n  return tiny.config({str(digits_dir)!r})\n"
   )
-  finished = run_main(f"--config={config}", "--config.log_every_steps=5")
-  assert finished.returncode == 0, finished.stderr
-  lines = finished.stdout.splitlines()
+  ended = run_main(f"--config={config}", "--config.log_every_steps=5")
+  assert ended.returncode == 0, ended.stderr
+  lines = ended.stdout.splitlines()
   assert lines[0] == "workdir: runs/small"
   assert lines[-2:] == ["saved: runs/small/deploy", "picture: runs/small/report.png"]
   held = json.loads((tmp_path / "runs" / "small" / "config.json").read_text())

@@ -157,8 +157,10 @@ def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...
       paths.append(path)
     return method(*arguments, **keywords)
 
-  with nn.intercept_methods(note):
-    shapes = spec.variable_shapes(deploy=deploy)
+  size = spec.preprocessing.image_size
+  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  with nn.intercept_methods(note):  # `variable_shapes` may have traced the model before
+    shapes = jax.eval_shape(spec.create_model(deploy=deploy).init, jax.random.key(0), images)
   return paths, shapes
 
 

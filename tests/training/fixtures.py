@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import os
 import runpy
 import shutil
 
@@ -30,8 +31,11 @@ def digits_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cache_home(tmp_path_factory):
-  """What XDG_CACHE_HOME is for programs that tests start."""
-  return tmp_path_factory.mktemp("cache")
+  """What XDG_CACHE_HOME is for programs that tests start: one folder for all of xdist's workers."""
+  base = tmp_path_factory.getbasetemp()
+  home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+  home.mkdir(exist_ok=True)
+  return home
 
 
 @pytest.fixture
