@@ -39,7 +39,8 @@ def counts(name):
     if name.startswith("repmlpnet"):
       deploy -= helpers.folded_beyond_the_authors(repjax.create_model(name))
     return train, deploy
-  shapes = (repjax.ModelSpec.usual(name).variable_shapes(deploy=deploy) for deploy in (False, True))
+  spec = repjax.ModelSpec.usual(name, num_classes=10 if "cifar" in name else 1000)
+  shapes = (spec.variable_shapes(deploy=deploy) for deploy in (False, True))
   return tuple(sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) for tree in shapes)
 
 
