@@ -65,8 +65,10 @@ class GlobalPerceptron(nn.Module):
     """Maps (N, H, W, C) to the same shape.
 
     Raises:
-      ValueError: H or W is no multiple of the tile's or not that which the parameters were made
-        for, the reduction leaves no hidden number, or `train` in deploy form.
+      ValueError: H or W is no multiple of the tile's, the map has another number of tiles than
+        those that the parameters were made for, the reduction leaves no hidden number, or `train`
+        in deploy form. As many tiles in another arrangement, 2x1 for 1x2, have parameters of the
+        same shapes and are not noticed: what is computed then has no meaning.
     """
     refuse_training(self.deploy, train)
     tile, where = pair(self.tile), f"GlobalPerceptron {'/'.join(self.path)}"

@@ -7,13 +7,67 @@ import jax
 
 from repjax.errors import InputError
 from repjax.layers import activation
+from repjax.layers.rep_conv import pair
 
 
-def check_whole(field: str, value: Sequence[int], length: int) -> None:
+def is_list(value: Any) -> bool:
+  """Whether a value is a list or a tuple rather than one thing."""
+  return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def is_whole(value: Any) -> bool:
+  """Whether a value is a whole number above 0."""
+  return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_number(field: str, value: Any) -> None:
+  """Raises InputError where an attribute is not one whole number above 0."""
+  if not is_whole(value):
+    raise InputError(f"{field} takes a whole number above 0, got {value!r}")
+
+
+def check_whole(field: str, value: Any, length: int, note: str = "") -> None:
   """Raises InputError where an attribute is not as many whole numbers above 0 as it takes."""
-  fits = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == length
-  if not fits or not all(isinstance(number, int) and number > 0 for number in value):
-    raise InputError(f"{field} takes {length} whole numbers above 0, got {value!r}")
+  if not (is_list(value) and len(value) == length and all(map(is_whole, value))):
+    raise InputError(f"{field} takes {length} whole numbers above 0{note}, got {value!r}")
+
+
+def check_stages(stage_sizes: Any, **others: Any) -> None:
+  """Raises InputError where attributes are not a whole number above 0 for each stage.
+
+  Args:
+    stage_sizes: says how many stages there are, one or more.
+    **others: attributes by name.
+  """
+  if not (is_list(stage_sizes) and stage_sizes and all(map(is_whole, stage_sizes))):
+    raise InputError(
+      f"stage_sizes takes a whole number above 0 for each stage, got {stage_sizes!r}"
+    )
+  for field, value in others.items():
+    check_whole(field, value, len(stage_sizes), ", one for each stage in stage_sizes")
+
+
+def check_tile(field: str, tile: Any) -> None:
+  """Raises InputError where an attribute is not the size of a tile."""
+  sides = tile if is_list(tile) else (tile, tile)
+  if len(sides) != 2 or not all(map(is_whole, sides)):
+    raise InputError(f"{field} takes a whole number above 0, or two (height, width), got {tile!r}")
+
+
+def check_kernels(local_kernels: Any, *tiles: int | Sequence[int]) -> None:
+  """Raises InputError where no layer has these local kernels, or none of the tiles holds them."""
+  odd = is_list(local_kernels) and all(is_whole(size) and size % 2 for size in local_kernels)
+  if not odd or len(set(local_kernels)) != len(local_kernels):
+    raise InputError(
+      "local_kernels are different odd numbers, for example (1, 3, 5), or () for none, got "
+      f"{local_kernels!r}"
+    )
+  longest = max(max(pair(tile)) for tile in tiles)
+  if max(local_kernels, default=1) > longest:
+    raise InputError(
+      f"local_kernels are at most as large as the tile, {longest} pixels on its longest side, got "
+      f"{local_kernels!r}; leave the large ones out or take a larger tile"
+    )
 
 
 def check_classifier(num_classes: Any, dropout: float, act: str) -> None:

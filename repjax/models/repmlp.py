@@ -21,7 +21,13 @@ from repjax.errors import InputError
 from repjax.layers import GlobalPerceptron, RepConv, RepDense, activation, linear
 from repjax.layers.rep_conv import pair
 from repjax.layers.rep_norm import refuse_training
-from repjax.models.checks import check_classifier, check_whole
+from repjax.models.checks import (
+  check_classifier,
+  check_kernels,
+  check_number,
+  check_stages,
+  check_tile,
+)
 from repjax.models.resnet import Settings
 
 
@@ -59,14 +65,21 @@ class RepMLP(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Maps (N, H, W, C) to (N, H, W, O); see the two layers for what they refuse."""
+    """Maps (N, H, W, C) to (N, H, W, O).
+
+    Raises:
+      ValueError: parameters with a Global Perceptron for a map that has none, or the reverse; and
+        what the two layers refuse.
+    """
     common: dict[str, Any] = {
       "axis_name": self.axis_name,
       "deploy": self.deploy,
       "dtype": self.dtype,
       "param_dtype": self.param_dtype,
     }
-    if self.global_perceptron and tuple(x.shape[1:3]) != pair(self.tile):
+    perceives = self.global_perceptron and tuple(x.shape[1:3]) != pair(self.tile)
+    self._check_perceptron(x.shape, perceives)
+    if perceives:
       x = GlobalPerceptron(self.tile, self.reduction, **common)(x, train)
     if self.fc3 != "dense":
       local = (f"conv{size}x{size}" for size in self.local_kernels)
@@ -76,6 +89,22 @@ class RepMLP(nn.Module):
       self.features, self.tile, self.groups, local_kernels=self.local_kernels, **common
     )
     return layer(x, train)
+
+  def _check_perceptron(self, shape: tuple[int, ...], wanted: bool) -> None:
+    """Raises InputError where there are parameters and they are for a map of another kind.
+
+    Flax would leave a Global Perceptron that no layer asks for out of the sum without a word.
+    """
+    scopes = ("GlobalPerceptron_0", "RepDense_0", "RepConv_0")
+    held, *others = (self.has_variable("params", scope) for scope in scopes)
+    if any(others) and held != wanted:
+      has, lack = ("hold a", "has none") if held else ("hold no", "needs one")
+      raise InputError(
+        f"RepMLP {'/'.join(self.path)}: the parameters {has} Global Perceptron, and a map {shape} "
+        f"in tiles of {'x'.join(map(str, pair(self.tile)))} pixels with global_perceptron="
+        f"{self.global_perceptron} {lack}, since only maps of several tiles have it; use images of "
+        "the size for which the parameters were made, and their model's tile and global_perceptron"
+      )
 
 
 Arguments = tuple[tuple[str, Any], ...]
@@ -192,9 +221,11 @@ class RepMLPCifar(nn.Module):
   param_dtype: Any = jnp.float32
 
   def __post_init__(self):
-    check_whole("stage_sizes", self.stage_sizes, len(self.widths))
-    check_whole("widths", self.widths, len(self.widths))
-    check_repmlp(self.tile, self.local_kernels)
+    check_stages(self.stage_sizes, widths=self.widths)
+    check_tile("tile", self.tile)
+    check_kernels(self.local_kernels, self.tile)
+    check_number("fc3_groups", self.fc3_groups)
+    check_number("reduction", self.reduction)
     for field, plain in (("fc3", "dense"), ("mixer", "repmlp")):
       value = getattr(self, field)
       if value != plain and convolution_size(value) is None:
@@ -264,19 +295,6 @@ class RepMLPCifar(nn.Module):
         f"multiple of {unit[0]} and W of {unit[1]}; got {images.shape}: use another image size or "
         "another tile"
       )
-
-
-def check_repmlp(tile: int | Sequence[int], local_kernels: Sequence[int]) -> None:
-  """Raises InputError for a tile or local kernels that no RepMLP has."""
-  check_whole("tile", (tile,) if isinstance(tile, int) else tile, 1 if isinstance(tile, int) else 2)
-  sizes = tuple(local_kernels)
-  if len(set(sizes)) != len(sizes) or any(size < 1 or size % 2 == 0 for size in sizes):
-    raise InputError(f"local_kernels are different odd numbers, for example (1, 3, 5), got {sizes}")
-  if sizes and max(sizes) > min(pair(tile)):
-    raise InputError(
-      f"local_kernels are at most as large as the tile, {tile}, got {sizes}; leave the large ones "
-      "out or take a larger tile"
-    )
 
 
 def convolution_size(name: str) -> int | None:

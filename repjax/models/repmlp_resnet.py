@@ -19,8 +19,15 @@ from flax import linen as nn
 from repjax.errors import InputError, unknown
 from repjax.layers import activation
 from repjax.layers.rep_conv import pair
-from repjax.models.checks import check_whole
-from repjax.models.repmlp import Arguments, build_repmlp, check_repmlp
+from repjax.models.checks import (
+  check_kernels,
+  check_number,
+  check_tile,
+  check_whole,
+  is_list,
+  is_whole,
+)
+from repjax.models.repmlp import Arguments, build_repmlp
 from repjax.models.resnet import Place, ResNet, Settings
 
 
@@ -65,6 +72,9 @@ class RepMLPBottleneck(nn.Module):
 BLOCKS: dict[str, type[nn.Module]] = {"light": LightBlock, "bottleneck": RepMLPBottleneck}
 
 
+_PER_STAGE = ", one for each of repmlp_stages"
+
+
 def _each(value: int | Sequence[int], stages: Sequence[int]) -> Sequence[int]:
   """A value for each stage, given as one for all or as that."""
   return (value,) * len(stages) if isinstance(value, int) else value
@@ -100,18 +110,37 @@ class RepMLPResNet(ResNet):
   global_perceptron: bool = True
 
   def __post_init__(self):
-    stages = tuple(self.repmlp_stages)
-    if sorted(set(stages)) != list(stages) or not set(stages) <= {1, 2, 3, 4}:
-      raise InputError(f"repmlp_stages are ascending numbers of stages, 1 to 4, got {stages}")
+    stages = self.repmlp_stages
+    if not (is_list(stages) and all(is_whole(stage) and stage <= 4 for stage in stages)) or (
+      sorted(set(stages)) != list(stages)
+    ):
+      raise InputError(f"repmlp_stages are ascending numbers of stages, 1 to 4, got {stages!r}")
     if self.repmlp_block not in BLOCKS:
       raise unknown("repmlp_block", self.repmlp_block, BLOCKS)
     if self.block != "bottleneck":
       raise InputError(f'a RepMLP-ResNet has block="bottleneck", got {self.block!r}')
-    check_whole("fc3_groups", _each(self.fc3_groups, stages), len(stages))
+    check_whole("fc3_groups", _each(self.fc3_groups, stages), len(stages), _PER_STAGE)
     if self.repmlp_block == "bottleneck":
-      check_whole("narrowing", self.narrowing, len(stages))
-    check_repmlp(self.tile, self.local_kernels)
+      check_whole("narrowing", self.narrowing, len(stages), _PER_STAGE)
+    check_tile("tile", self.tile)
+    check_kernels(self.local_kernels, self.tile)
+    check_number("reduction", self.reduction)
+    self._check_widths()
     super().__post_init__()
+
+  def _check_widths(self) -> None:
+    """Raises InputError where a RepMLP is no whole number of channels wide."""
+    check_whole("widths", self.widths, 4)
+    light = self.repmlp_block == "light"
+    for index, stage in enumerate(self.repmlp_stages):
+      divisor = 8 if light else 4 * self.narrowing[index]
+      if self.widths[stage - 1] % divisor:
+        why = "an eighth as wide" if light else "a quarter as wide and then narrowed"
+        raise InputError(
+          f"the RepMLP of a {self.repmlp_block} block is {why}, so stage {stage} must have a "
+          f"multiple of {divisor} channels, got widths={self.widths!r}"
+          + ("" if light else f" and narrowing={self.narrowing!r}")
+        )
 
   @property
   def image_size(self) -> int:

@@ -31,7 +31,14 @@ from repjax.errors import InputError
 from repjax.layers import RepConv, RepDense, RepFFN, RepHead, RepNorm, SqueezeExcite
 from repjax.layers.rep_conv import pair
 from repjax.layers.rep_norm import refuse_training
-from repjax.models.checks import check_classifier, check_whole
+from repjax.models.checks import (
+  check_classifier,
+  check_kernels,
+  check_number,
+  check_stages,
+  check_tile,
+  is_list,
+)
 
 GATE_REDUCTION = 4
 EXPANSION = 4  # of the FFNs
@@ -200,10 +207,22 @@ class RepMLPNet(nn.Module):
   param_dtype: Any = jnp.float32
 
   def __post_init__(self):
-    _check_lists(self.stage_sizes, self.widths, self.tiles, self.share_sets)
-    check_whole("patch_size", (self.patch_size,), 1)
-    if not _is_list(self.local_kernels):
-      raise InputError(f"local_kernels takes odd sizes, as in (1, 3), got {self.local_kernels!r}")
+    check_stages(self.stage_sizes, widths=self.widths, share_sets=self.share_sets)
+    if not is_list(self.tiles) or len(self.tiles) != len(self.stage_sizes):
+      raise InputError(
+        f"tiles takes a tile for each of the {len(self.stage_sizes)} stages in stage_sizes, got "
+        f"{self.tiles!r}"
+      )
+    for index, tile in enumerate(self.tiles):
+      check_tile(f"tiles[{index}]", tile)
+    check_kernels(self.local_kernels, *self.tiles)
+    check_number("patch_size", self.patch_size)
+    for width, sets in zip(self.widths, self.share_sets):
+      if width < GATE_REDUCTION or width % sets:
+        raise InputError(
+          f"each of widths is at least {GATE_REDUCTION}, for the gate, and a multiple of its "
+          f"stage's share_sets, got {self.widths!r} and {self.share_sets!r}"
+        )
     check_classifier(self.num_classes, self.dropout, self.act)
     super().__post_init__()
 
@@ -268,38 +287,6 @@ class RepMLPNet(nn.Module):
     if self.features_only:
       return features
     return _Head(self.num_classes, self.dropout, settings, name="head")(x, train)
-
-
-def _check_lists(stage_sizes: Any, widths: Any, tiles: Any, share_sets: Any) -> None:
-  """Raises InputError where these attributes do not describe stages."""
-  if not (_is_list(stage_sizes) and stage_sizes and _are_whole(stage_sizes)):
-    raise InputError(
-      f"stage_sizes takes a whole number above 0 for each stage, got {stage_sizes!r}"
-    )
-  where = f"for each of the {len(stage_sizes)} stages in stage_sizes"
-  for field, value in (("widths", widths), ("share_sets", share_sets)):
-    if not (_is_list(value) and len(value) == len(stage_sizes) and _are_whole(value)):
-      raise InputError(f"{field} takes a whole number above 0 {where}, got {value!r}")
-  sides = [tile if _is_list(tile) else (tile, tile) for tile in tiles] if _is_list(tiles) else []
-  fits = len(sides) == len(stage_sizes) and all(len(tile) == 2 for tile in sides)
-  if not fits or not all(map(_are_whole, sides)):
-    raise InputError(
-      f"tiles takes a whole number above 0, or two (height, width), {where}, got {tiles!r}"
-    )
-  for width, sets in zip(widths, share_sets):
-    if width < GATE_REDUCTION or width % sets:
-      raise InputError(
-        f"each of widths is at least {GATE_REDUCTION}, for the gate, and a multiple of its stage's "
-        f"share_sets, got {widths!r} and {share_sets!r}"
-      )
-
-
-def _is_list(value: Any) -> bool:
-  return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _are_whole(values: Sequence[Any]) -> bool:
-  return all(isinstance(value, int) and value > 0 for value in values)
 
 
 _AT_224 = {"tiles": (56, 28, 14, 7)}

@@ -20,7 +20,7 @@ from flax import linen as nn
 from repjax.errors import InputError, unknown
 from repjax.layers import RepConv, activation, linear
 from repjax.layers.rep_norm import refuse_training
-from repjax.models.checks import check_classifier, check_images, check_whole
+from repjax.models.checks import check_classifier, check_images, check_number, check_whole
 
 
 class Place(NamedTuple):
@@ -184,7 +184,7 @@ class ResNet(nn.Module):
   def __post_init__(self):
     for field in ("stage_sizes", "widths"):
       check_whole(field, getattr(self, field), 4)
-    check_whole("stem_features", (self.stem_features,), 1)
+    check_number("stem_features", self.stem_features)
     if self.block not in BLOCKS:
       raise unknown("block of a ResNet", self.block, BLOCKS)
     if self.block == "bottleneck" and any(width % 4 for width in self.widths):

@@ -19,7 +19,7 @@ from flax import linen as nn
 from repjax.layers import RepConv, activation, linear
 from repjax.layers.linear import bias_init, kernel_init
 from repjax.layers.rep_norm import refuse_training
-from repjax.models.checks import check_classifier, check_images, check_whole
+from repjax.models.checks import check_classifier, check_images, check_number, check_whole
 
 STAGE_SIZES = (2, 2, 3, 3, 3)
 POOLED = 7
@@ -127,7 +127,7 @@ class VGG(nn.Module):
 
   def __post_init__(self):
     check_whole("widths", self.widths, len(STAGE_SIZES))
-    check_whole("hidden", (self.hidden,), 1)
+    check_number("hidden", self.hidden)
     check_classifier(self.num_classes, self.dropout, self.act)
     super().__post_init__()
 

@@ -86,6 +86,35 @@ class TestBlock:
       params = init_shapes(RepMLP(4, 4), jnp.ones((1, size, size, 4)))["params"]
       assert params.keys() == scopes
 
+  @pytest.mark.parametrize("deploy", [False, True])
+  @pytest.mark.parametrize("fc3", ["dense", "conv3x3"])
+  def test_a_global_perceptron_is_neither_dropped_nor_missed_in_silence(self, fc3, deploy):
+    block = RepMLP(4, 4, fc3=fc3, local_kernels=(3,), deploy=deploy)
+    small, large = (jnp.ones((1, size, size, 4)) for size in (4, 8))
+    for made_for, given, said in (
+      (
+        large,
+        small,
+        r"hold a Global Perceptron, and a map \(1, 4, 4, 4\) .* has none.* use images",
+      ),
+      (small, large, r"hold no Global Perceptron, and a map \(1, 8, 8, 4\) .* needs one"),
+    ):
+      variables = init_shapes(block, made_for)
+      jax.eval_shape(block.apply, variables, made_for)
+      with pytest.raises(repjax.errors.InputError, match=said):
+        jax.eval_shape(block.apply, variables, given)
+
+  def test_a_global_perceptron_that_an_attribute_leaves_out_is_noticed(self):
+    x = jnp.ones((1, 8, 8, 4))
+    with pytest.raises(repjax.errors.InputError, match="global_perceptron=False has none"):
+      jax.eval_shape(RepMLP(4, 4, global_perceptron=False).apply, init_shapes(RepMLP(4, 4), x), x)
+
+  def test_a_network_names_the_block_whose_perceptron_is_missing(self):
+    model = small(stage_sizes=(1,), widths=(4,), remat=True)
+    variables = init_shapes(model, jnp.ones((1, 4, 4, 3)))
+    with pytest.raises(repjax.errors.InputError, match=r"RepMLP stage1/block0/repmlp: .* hold no"):
+      jax.eval_shape(model.apply, variables, jnp.ones((1, 8, 8, 3)))
+
   @pytest.mark.parametrize("size", [(6, 8), (8, 7)], ids=str)
   @pytest.mark.parametrize("global_perceptron", [False, True])
   def test_maps_that_do_not_divide_into_tiles_are_refused(self, size, global_perceptron):
@@ -181,10 +210,19 @@ class TestRefusals:
   @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-      ({"stage_sizes": (1, 2)}, "stage_sizes takes 3 whole numbers"),
-      ({"tile": 0}, "tile takes 1 whole numbers"),
-      ({"tile": (4, 4, 4)}, "tile takes 2 whole numbers"),
+      ({"stage_sizes": (1, 2)}, r"widths takes 2 .* each stage in stage_sizes, got \(4, 6, 8\)"),
+      ({"stage_sizes": (1, 2, 0)}, "stage_sizes takes a whole number above 0 for each stage"),
+      ({"widths": 5}, "widths takes 3 whole numbers above 0"),
+      ({"reduction": 1.5}, "reduction takes a whole number above 0, got 1.5"),
+      ({"fc3_groups": "2"}, "fc3_groups takes a whole number above 0, got '2'"),
+      ({"tile": 0}, "tile takes a whole number above 0"),
+      ({"tile": (4, 4, 4)}, r"tile takes a whole number above 0, or two \(height, width\)"),
       ({"local_kernels": (1, 2)}, "local_kernels are different odd numbers"),
+      ({"tile": "7"}, "tile takes a whole number above 0, or two .* got '7'"),
+      ({"tile": 7.0}, "tile takes a whole number above 0, or two .* got 7.0"),
+      ({"tile": True}, "tile takes a whole number above 0, or two .* got True"),
+      ({"local_kernels": 3}, "local_kernels are different odd numbers, .* got 3"),
+      ({"local_kernels": (3, 3)}, "local_kernels are different odd numbers"),
       ({"local_kernels": (1, 5)}, "at most as large as the tile, 4"),
       ({"mixer": "conv3"}, 'mixer is "repmlp", or a convolution of odd size .*conv3'),
       ({"fc3": "conv4x4"}, 'fc3 is "dense", or a convolution of odd size'),

@@ -138,7 +138,7 @@ class TestBothFormsAgree:
           "tiles": ((1, 5),),
           "share_sets": (3,),
           "patch_size": 3,
-          "local_kernels": (1, 3, 7),
+          "local_kernels": (1, 3, 5),
         },
       ),
       (
@@ -225,12 +225,12 @@ class TestOverrides:
     assert helpers.shapes(init_shapes(model, IMAGES)) == helpers.shapes(init_shapes(tiny(), IMAGES))
 
   def test_each_reaches_its_layer(self):
-    params = init_shapes(tiny(patch_size=2, local_kernels=(5,)), IMAGES)["params"]
+    params = init_shapes(tiny(patch_size=2, local_kernels=(3,)), IMAGES)["params"]
     assert params["stem"]["RepConv_0"]["conv2x2"]["conv"]["kernel"].shape == (2, 2, 3, 8)
     dense = params["stage2"]["block0"]["RepDense_0"]
     assert dense["fc"]["dense"]["kernel"].shape == (4, 2, 3, 1, 2, 3, 1)
-    assert dense["local"]["conv5x5"]["conv"]["kernel"].shape == (5, 5, 1, 4)
-    assert list(dense["local"]) == ["conv5x5"]
+    assert dense["local"]["conv3x3"]["conv"]["kernel"].shape == (3, 3, 1, 4)
+    assert list(dense["local"]) == ["conv3x3"]
 
   @pytest.mark.parametrize("deploy", [False, True])
   def test_the_activation_is_that_of_the_ffns(self, deploy):
@@ -310,17 +310,24 @@ class TestRefusals:
       ({"stage_sizes": ()}, r"stage_sizes takes a whole number above 0 for each stage, got \(\)"),
       ({"stage_sizes": 2}, "stage_sizes takes a whole number"),
       ({"stage_sizes": (1, 0)}, "stage_sizes takes a whole number"),
-      ({"stage_sizes": (1,)}, r"widths takes a whole number .* 1 stages .* got \(8, 16\)"),
-      ({"widths": (8, 16.0)}, "widths takes a whole number above 0 for each of the 2 stages"),
-      ({"share_sets": (2,)}, "share_sets takes a whole number above 0 for each of the 2 stages"),
-      ({"tiles": (4,)}, "tiles takes a whole number above 0, or two"),
-      ({"tiles": 4}, r"tiles takes .* \(height, width\), for each of the 2 stages .* got 4"),
-      ({"tiles": (4, (2, 3, 1))}, "tiles takes"),
-      ({"tiles": (4, (2, 0))}, "tiles takes"),
+      (
+        {"stage_sizes": (1,)},
+        r"widths takes 1 whole numbers .* each stage in stage_sizes, got \(8, 16\)",
+      ),
+      ({"widths": (8, 16.0)}, "widths takes 2 whole numbers above 0, one for each stage"),
+      ({"share_sets": (2,)}, "share_sets takes 2 whole numbers above 0, one for each stage"),
+      ({"tiles": (4,)}, "tiles takes a tile for each of the 2 stages in stage_sizes"),
+      ({"tiles": 4}, "tiles takes a tile for each of the 2 stages .* got 4"),
+      ({"tiles": (4, (2, 3, 1))}, r"tiles\[1\] takes a whole number above 0, or two \(height"),
+      ({"tiles": (4, (2, 0))}, r"tiles\[1\] takes"),
+      ({"tiles": ("4", 2)}, r"tiles\[0\] takes .* got '4'"),
       ({"share_sets": (3, 4)}, r"a multiple of its stage's share_sets, got \(8, 16\) and \(3, 4\)"),
       ({"widths": (2, 16)}, "each of widths is at least 4"),
-      ({"patch_size": 0}, "patch_size takes 1 whole numbers above 0"),
-      ({"local_kernels": 3}, "local_kernels takes odd sizes"),
+      ({"patch_size": 0}, "patch_size takes a whole number above 0"),
+      ({"local_kernels": 3}, "local_kernels are different odd numbers"),
+      ({"local_kernels": (2,)}, "local_kernels are different odd numbers"),
+      ({"local_kernels": ("3",)}, "local_kernels are different odd numbers"),
+      ({"local_kernels": (1, 5)}, "at most as large as the tile, 4 pixels on its longest side"),
       ({"act": "swish"}, "unknown activation 'swish'"),
       ({"num_classes": 0}, "num_classes must be at least 1"),
       ({"dropout": 1.0}, "dropout is at least 0 and below 1"),
@@ -331,7 +338,3 @@ class TestRefusals:
   def test_values_that_make_no_network(self, overrides, said):
     with pytest.raises(ValueError, match=said):
       tiny(**overrides)
-
-  def test_even_local_kernels(self):
-    with pytest.raises(ValueError, match="local_kernels are different odd numbers"):
-      init_shapes(tiny(local_kernels=(2,)), IMAGES)

@@ -356,7 +356,7 @@ class TestRefusals:
       ({"widths": (8, 8, 8, 0)}, "widths takes 4 whole numbers above 0"),
       ({"widths": (8, 8, 8, 8.0)}, "widths takes 4 whole numbers above 0"),
       ({"widths": (8, 8, 8, 6)}, "widths must be multiples of 4, got"),
-      ({"stem_features": 0}, "stem_features takes 1 whole numbers above 0"),
+      ({"stem_features": 0}, "stem_features takes a whole number above 0"),
       ({"block": "bottelneck"}, "unknown block of a ResNet 'bottelneck'; did you mean bottleneck"),
       ({"output_stride": 4}, "output_stride is 32, 16 or 8, got 4"),
       ({"num_classes": 0}, "num_classes must be at least 1"),

@@ -158,7 +158,7 @@ class TestRefusals:
     ("overrides", "said"),
     [
       ({"widths": (8, 8, 8, 8)}, "widths takes 5 whole numbers above 0, got"),
-      ({"hidden": 0}, "hidden takes 1 whole numbers above 0"),
+      ({"hidden": 0}, "hidden takes a whole number above 0"),
       ({"num_classes": 0}, "num_classes must be at least 1"),
       ({"dropout": -0.1}, "dropout is at least 0 and below 1"),
       ({"act": "swish"}, "unknown activation 'swish'"),
