@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import Initializer
 
+from repjax.algebra import wide_dtype
+
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default, which the papers' code keeps."""
 
@@ -42,8 +44,9 @@ def tile_kernel_init(
   """The law of a kernel over tiles (g, h, w, C/g, h, w, O/g): orthogonal or uniform."""
   inputs, outputs = math.prod(shape[1:4]), shape[0] * math.prod(shape[4:])
   if is_orthogonal(shape):
-    matrix = nn.initializers.orthogonal()(key, (outputs, inputs), dtype)
-    return from_orthogonal(matrix, shape)
+    # Half precision has no QR.
+    matrix = nn.initializers.orthogonal()(key, (outputs, inputs), wide_dtype(dtype))
+    return from_orthogonal(matrix.astype(dtype), shape)
   bound = uniform_bound(shape)
   return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
 

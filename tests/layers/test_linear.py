@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from repjax.layers import linear
-from repjax.layers.linear import bias_init, kernel_init, uniform_bound
+from repjax.layers.linear import bias_init, kernel_init, tile_kernel_init, uniform_bound
 from tests import helpers
 from tests.helpers import random_input, random_variables, relative_error
 
@@ -55,3 +55,13 @@ def test_kernels_and_biases_are_uniform_within_one_over_the_root_of_fan_in(shape
     assert 0.99 * bound < np.abs(values).max() <= bound
     assert abs(np.mean(values)) < 0.05 * bound
     assert abs(np.std(values) / bound - 1 / np.sqrt(3)) < 0.02
+
+
+def test_an_orthogonal_kernel_of_half_precision_is_the_wide_one_rounded():
+  shape, dtypes = (1, 2, 2, 2, 2, 2, 2), (jnp.bfloat16, jnp.float32)
+  draw = helpers.quick_jit(lambda key: [tile_kernel_init(key, shape, dtype) for dtype in dtypes])
+  half, wide = draw(jax.random.key(0))
+  assert half.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(half, wide.astype(jnp.bfloat16))
+  matrix = np.asarray(wide).reshape(8, 8)
+  np.testing.assert_allclose(matrix @ matrix.T, np.eye(8), atol=1e-5)
