@@ -22,7 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
     *(("groups", int), ("se", str), ("se_reduction", int), ("aux_heads", bool)),
     *(("block", str), ("widths", tuple), ("stem_features", int), ("output_stride", int)),
     *(("hidden", int),),
-    *(("tile", int), ("local_kernels", tuple), ("fc3_groups", int), ("reduction", int)),
+    *(("tile", object), ("fc3_groups", object)),  # a number or a tuple
+    *(("local_kernels", tuple), ("reduction", int)),
     *(("global_perceptron", bool), ("fc3", str), ("mixer", str)),
     *(("repmlp_block", str), ("repmlp_stages", tuple), ("narrowing", tuple)),
     *(("tiles", tuple), ("share_sets", tuple), ("patch_size", int)),

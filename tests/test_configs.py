@@ -2,12 +2,16 @@
 
 import importlib
 import math
+import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 import repjax
 from configs import common
 from repjax.data import open_source
+from repjax.errors import InputError
 from repjax.training import finetune, settings
 from tests.training import tiny
 
@@ -242,6 +246,30 @@ def test_repmlpnet_has_the_recipe_and_the_size_of_its_authors(name):
   }
   assert (config.batch_size, config.interpolation, config.ema_decay) == (256, "bilinear", 0)
   assert repjax.create_model(config.model).image_size == config.resize_size == size
+
+
+def test_tiles_and_groups_are_numbers_or_tuples_on_the_command_line_too(monkeypatch):
+  config = load("repmlp_resnet50_bottleneck_g8_320")[0]
+  config.model_overrides.update({"stage_sizes": (1, 2, 2, 1), "widths": (8, 64, 256, 8)})
+  fields = ("fc3_groups=(8, 16)", "tile=(10, 5)", "reduction=2")
+  arguments = ["", *(f"--config.model_overrides.{field}" for field in fields)]
+  monkeypatch.setattr(sys, "argv", arguments)  # which decides what flags there are
+  parsed = flags.FlagValues()
+  config_flags.DEFINE_config_dict("config", config, flag_values=parsed)
+  parsed(arguments)
+  spec = settings.model_spec(config, ())
+  model, stages = spec.create_model(), spec.variable_shapes()["params"]
+  assert (model.fc3_groups, model.tile, model.reduction) == ((8, 16), (10, 5), 2)
+  blocks = (stages[name]["block1"]["btnk_repmlp"] for name in ("stage2", "stage3"))
+  assert [block["RepDense_0"]["fc"]["dense"]["kernel"].shape for block in blocks] == [
+    (8, 10, 5, 1, 10, 5, 1),
+    (16, 10, 5, 1, 10, 5, 1),
+  ]
+  config.model_overrides.update({"tile": 10, "fc3_groups": 8, "widths": (8, 64, 512, 8)})
+  assert settings.model_spec(config, ()).create_model().fc3_groups == 8
+  config.model_overrides.tile = "ten"
+  with pytest.raises(InputError, match="tile takes a whole number above 0"):
+    settings.model_spec(config, ())
 
 
 def test_the_recipe_of_repmlp_on_cifar_is_the_papers():
