@@ -35,6 +35,11 @@ def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) ->
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
   shapes = jax.eval_shape(model.init, key, images)
+  return draw(shapes, key)
+
+
+def draw(shapes: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
+  """The values that `init` gives a tree of that shape, or a part of one under its full paths."""
   raw_key = key if jnp.issubdtype(key.dtype, jnp.uint32) else jax.random.key_data(key)
   return _draw(shapes, (), np.asarray(raw_key).ravel().tolist())
 
@@ -77,10 +82,12 @@ def _orthogonal(rng: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> jax.Arr
   shape = (math.prod(leaf.shape) // inputs, inputs)
   normal = rng.standard_normal((max(shape), min(shape)), dtype)
   if max(shape) >= 2 * min(shape):
-    # The same matrix as below by products alone, several times faster; rounding is mild so far from
-    # a square.
-    r = np.linalg.cholesky(normal.T @ normal).T
-    q = normal @ np.linalg.inv(r)
+    # The same matrix as below, several times faster; rounding is mild so far from a square. The
+    # import takes long and few models need it.
+    import scipy.linalg
+
+    lower = scipy.linalg.cholesky(normal.T @ normal, lower=True, check_finite=False)
+    q = scipy.linalg.solve_triangular(lower, normal.T, lower=True, check_finite=False).T
   else:
     q, r = np.linalg.qr(normal)
     # Without the signs the law would not be that of a random rotation.

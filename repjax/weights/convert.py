@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from repjax.errors import InputError, unknown
-from repjax.models import create_model, init, list_models
+from repjax.models import create_model, list_models
+from repjax.models.initialize import draw
 from repjax.reparam import layer_name, reparameterize
 from repjax.spec import ModelSpec
 from repjax.weights import repmlp, repmlpnet, repvgg, resnet, vgg
@@ -134,9 +135,12 @@ def from_torch(
   for name, entry in wanted.items():
     _put(variables, entry.path, entry.layout.from_torch(state[name]))
   if drop_head:
-    spec = ModelSpec.usual(model_name, num_classes, overrides)
-    model = spec.create_model(deploy=found.kind == "deploy", param_dtype=param_dtype)
-    fresh = init(model, jax.random.key(0), spec.preprocessing.image_size)
+    shapes = _shapes(model_name, found.kind, num_classes, json.dumps(dict(overrides)))
+    heads: dict[str, Any] = {}
+    for entry in dropped.values():
+      shape = _get(shapes, entry.path).shape
+      _put(heads, entry.path, jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype)))
+    fresh = draw(heads, jax.random.key(0))
     for entry in dropped.values():
       _put(variables, entry.path, _get(fresh, entry.path))
   if found.kind == "deploy" and "batch_stats" in variables:
