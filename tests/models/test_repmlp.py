@@ -153,6 +153,9 @@ class TestCifar:
         "a convolution instead": {"RepConv_mixer"},
       }[name]
     )
+    kernels = [leaf for path, leaf in helpers.leaves(params).items() if "conv9x9/conv" in path]
+    inputs = {"a convolution instead": 4, "FC3 as a convolution": 2}  # of which the block has two
+    assert not kernels or kernels[0].shape == (9, 9, inputs[name], 4)
 
   @pytest.mark.parametrize(
     ("overrides", "macs", "params"), [({}, 52_544_128, 22_377_994), (TWIN, 64_062_720, 442_826)]
@@ -163,6 +166,7 @@ class TestCifar:
     found = analysis.summary(model, 32)
     assert found.deploy == (params, macs, found.deploy.winograd)
     assert f"{macs / 1e6:.1f}" in type(model).__doc__
+    assert f"{params / 1e6:.2f}" in type(model).__doc__ or not overrides
 
   def test_the_deploy_form_has_no_norm_and_cannot_train(self):
     model = small(deploy=True)
