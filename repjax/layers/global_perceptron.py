@@ -9,24 +9,10 @@ from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine
 from repjax.errors import InputError
-from repjax.layers.linear import linear
+from repjax.layers.linear import TwoLayers
 from repjax.layers.rep_conv import pair
 from repjax.layers.rep_dense import check_tiles
 from repjax.layers.rep_norm import EPSILON, batch_norm, refuse_training
-
-
-class _TwoLayers(nn.Module):
-  """Fully connected, ReLU, fully connected: n -> hidden -> n numbers."""
-
-  hidden: int
-  dtype: Any
-  param_dtype: Any
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    y = jax.nn.relu(linear(x, self.hidden, name="fc1", **dtypes))
-    return linear(y, x.shape[-1], name="fc2", **dtypes)
 
 
 class GlobalPerceptron(nn.Module):
@@ -88,7 +74,8 @@ class GlobalPerceptron(nn.Module):
     # All tiles of a channel lie together, as in PyTorch; it is a small transposition.
     flat = means.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
     hidden = flat.shape[1] // self.reduction
-    added = _TwoLayers(hidden, self.dtype, self.param_dtype, name="dense")(flat)
+    layers = TwoLayers(hidden, ("fc1", "fc2"), "relu", self.dtype, self.param_dtype, name="dense")
+    added = layers(flat)
     added = added.reshape(-1, channels, down, across).transpose(0, 2, 3, 1)
     tiled = tiled.astype(self.dtype) + added[:, :, None, :, None, :]
     return tiled.reshape(x.shape)

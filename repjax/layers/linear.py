@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.nn.initializers import Initializer
 
 from repjax.algebra import wide_dtype
+from repjax.layers.activations import activation
 
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default, which the papers' code keeps."""
@@ -89,3 +90,28 @@ def linear(
     kernel_init=kernel_init,
     bias_init=bias_init((x.shape[-1], features)),
   )(x)
+
+
+class TwoLayers(nn.Module):
+  """Fully connected over the last axis, activation, fully connected: n -> hidden -> n numbers.
+
+  Attributes:
+    hidden: numbers between the two.
+    names: scopes of the two.
+    act: "relu", "silu" or "gelu".
+    dtype: of the computation and the result.
+    param_dtype: of the parameters.
+  """
+
+  hidden: int
+  names: tuple[str, str]
+  act: str
+  dtype: Any
+  param_dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    first, second = self.names
+    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    y = activation(self.act)(linear(x, self.hidden, name=first, **dtypes))
+    return linear(y, x.shape[-1], name=second, **dtypes)

@@ -9,24 +9,9 @@ from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine
 from repjax.layers.activations import activation
-from repjax.layers.linear import linear
+from repjax.layers.linear import TwoLayers
 from repjax.layers.rep_conv import RepConv, merge_branches
 from repjax.layers.rep_norm import EPSILON, batch_norm, refuse_training
-
-
-class _TwoLayers(nn.Module):
-  """Fully connected over channels, activation, fully connected: C -> hidden -> C."""
-
-  hidden: int
-  act: str
-  dtype: Any
-  param_dtype: Any
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    y = activation(self.act)(linear(x, self.hidden, name="expand", **dtypes))
-    return linear(y, x.shape[-1], name="project", **dtypes)
 
 
 class RepFFN(nn.Module):
@@ -70,7 +55,8 @@ class RepFFN(nn.Module):
     refuse_training(self.deploy, train)
     hidden, features = self.expansion * x.shape[-1], x.shape[-1]
     if self.deploy:
-      return _TwoLayers(hidden, self.act, self.dtype, self.param_dtype, name="dense")(x)
+      names, dtypes = ("expand", "project"), (self.dtype, self.param_dtype)
+      return TwoLayers(hidden, names, self.act, *dtypes, name="dense")(x)
     norm: dict[str, Any] = {
       "epsilon": self.epsilon,
       "axis_name": self.axis_name,

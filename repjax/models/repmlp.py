@@ -10,12 +10,13 @@ References:
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from repjax.errors import InputError
 from repjax.layers import GlobalPerceptron, RepConv, RepDense, activation, linear
@@ -28,7 +29,7 @@ from repjax.models.checks import (
   check_stages,
   check_tile,
 )
-from repjax.models.resnet import Settings
+from repjax.models.common import Settings
 
 
 class RepMLP(nn.Module):
@@ -107,28 +108,25 @@ class RepMLP(nn.Module):
       )
 
 
-Arguments = tuple[tuple[str, Any], ...]
-"""Attributes of RepMLP besides those that `Settings` has: items of a dictionary, with a hash."""
+def build_repmlp(
+  features: int, arguments: Mapping[str, Any], settings: Settings, name: str
+) -> RepMLP:
+  """A RepMLP in a network whose layers share settings; for compact methods.
 
-
-def build_repmlp(features: int, arguments: Arguments, settings: Settings, name: str) -> RepMLP:
-  """A RepMLP in a network whose layers share settings; for compact methods."""
-  return RepMLP(
-    features,
-    **dict(arguments),
-    axis_name=settings.axis_name,
-    deploy=settings.deploy,
-    dtype=settings.dtype,
-    param_dtype=settings.param_dtype,
-    name=name,
-  )
+  Args:
+    features: output channels.
+    arguments: attributes of RepMLP besides those that the settings have.
+    settings: of the network.
+    name: its scope.
+  """
+  return RepMLP(features, **arguments, **settings.of_layers(), name=name)
 
 
 class _CifarBlock(nn.Module):
   """RepMLP or the convolution in its place, activation, 1x1 conv-BN, activation; at one width."""
 
   mixer: str
-  repmlp: Arguments
+  repmlp: FrozenDict[str, Any]
   settings: Settings
 
   @nn.compact
@@ -260,8 +258,8 @@ class RepMLPCifar(nn.Module):
     """
     refuse_training(self.deploy, train)
     self._check_images(images)
-    settings = Settings(self.act, self.axis_name, self.deploy, self.dtype, self.param_dtype)
-    repmlp = {
+    settings = Settings.of(self)
+    arguments: dict[str, Any] = {
       "tile": self.tile,
       "groups": self.fc3_groups,
       "reduction": self.reduction,
@@ -269,10 +267,11 @@ class RepMLPCifar(nn.Module):
       "global_perceptron": self.global_perceptron,
       "fc3": self.fc3,
     }
+    repmlp = FrozenDict(arguments)
     block = nn.remat(_CifarBlock, static_argnums=(2,)) if self.remat else _CifarBlock
 
     def build(name: str) -> nn.Module:
-      return block(self.mixer, tuple(repmlp.items()), settings, name=name)
+      return block(self.mixer, repmlp, settings, name=name)
 
     x, features = images.astype(self.dtype), {}
     for number, (width, blocks) in enumerate(zip(self.widths, self.stage_sizes), 1):

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from repjax.errors import InputError, unknown
 from repjax.layers import activation
@@ -27,8 +28,9 @@ from repjax.models.checks import (
   is_list,
   is_whole,
 )
-from repjax.models.repmlp import Arguments, build_repmlp
-from repjax.models.resnet import Place, ResNet, Settings
+from repjax.models.common import Settings
+from repjax.models.repmlp import build_repmlp
+from repjax.models.resnet import Place, ResNet
 
 
 class LightBlock(nn.Module):
@@ -36,7 +38,7 @@ class LightBlock(nn.Module):
 
   place: Place
   settings: Settings
-  repmlp: Arguments
+  repmlp: FrozenDict[str, Any]
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -53,7 +55,7 @@ class RepMLPBottleneck(nn.Module):
 
   place: Place
   settings: Settings
-  repmlp: Arguments
+  repmlp: FrozenDict[str, Any]
   narrowing: int
 
   @nn.compact
@@ -166,14 +168,14 @@ class RepMLPResNet(ResNet):
     if place.stage not in self.repmlp_stages or place.number == 0:
       return super().block_at(place)
     index = tuple(self.repmlp_stages).index(place.stage)
-    arguments = {
+    arguments: dict[str, Any] = {
       "tile": self.tile,
       "groups": _each(self.fc3_groups, self.repmlp_stages)[index],
       "reduction": self.reduction,
       "local_kernels": tuple(self.local_kernels),
       "global_perceptron": self.global_perceptron,
     }
-    attributes: dict[str, Any] = {"repmlp": tuple(arguments.items())}
+    attributes: dict[str, Any] = {"repmlp": FrozenDict(arguments)}
     if self.repmlp_block == "bottleneck":
       attributes["narrowing"] = self.narrowing[index]
     return BLOCKS[self.repmlp_block], attributes

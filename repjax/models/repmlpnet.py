@@ -39,13 +39,14 @@ from repjax.models.checks import (
   check_tile,
   is_list,
 )
+from repjax.models.common import Settings
 
 GATE_REDUCTION = 4
 EXPANSION = 4  # of the FFNs
 
 
 class Stage(NamedTuple):
-  """What tells one stage from the others.
+  """What a stage is built of.
 
   Attributes:
     name: its scope.
@@ -53,6 +54,7 @@ class Stage(NamedTuple):
     features: channels.
     tile: (h, w) of its maps' tiles, in pixels.
     share_sets: of each block's RepDense.
+    local_kernels: of the same; all stages have them alike.
     shrinks: how many times its first layer makes maps smaller; 1 where the stem has done so.
     stride: how many times its maps are smaller than the image.
   """
@@ -62,24 +64,9 @@ class Stage(NamedTuple):
   features: int
   tile: tuple[int, int]
   share_sets: int
+  local_kernels: tuple[int, ...]
   shrinks: int
   stride: int
-
-
-class Settings(NamedTuple):
-  """What all layers of a network share; attributes as those of `RepMLPNet`."""
-
-  local_kernels: Sequence[int]
-  act: str
-  axis_name: str | None
-  deploy: bool
-  dtype: Any
-  param_dtype: Any
-
-  def of_layers(self) -> dict[str, Any]:
-    """The arguments that all layers that fold have in common."""
-    names = ("axis_name", "deploy", "dtype", "param_dtype")
-    return {name: getattr(self, name) for name in names}
 
 
 def embed(
@@ -107,7 +94,7 @@ class Block(nn.Module):
       stage.features,
       stage.tile,
       share_sets=stage.share_sets,
-      local_kernels=settings.local_kernels,
+      local_kernels=stage.local_kernels,
       **shared,
       name="RepDense_0",
     )(u, train)
@@ -229,9 +216,11 @@ class RepMLPNet(nn.Module):
   def stages(self) -> Iterator[Stage]:
     """The stages, in order."""
     rows = zip(self.stage_sizes, self.widths, self.tiles, self.share_sets)
+    kernels = tuple(self.local_kernels)
     for index, (blocks, features, tile, sets) in enumerate(rows):
       shrinks, stride = (2 if index else 1), self.patch_size * 2**index
-      yield Stage(f"stage{index + 1}", blocks, features, pair(tile), sets, shrinks, stride)
+      dense = (pair(tile), sets, kernels)
+      yield Stage(f"stage{index + 1}", blocks, features, *dense, shrinks, stride)
 
   def unit(self) -> tuple[int, int]:
     """The height and width in pixels that an image must be a multiple of."""
@@ -276,9 +265,7 @@ class RepMLPNet(nn.Module):
     """
     refuse_training(self.deploy, train)
     self._check_size(images)
-    settings = Settings(
-      *(self.local_kernels, self.act, self.axis_name, self.deploy, self.dtype, self.param_dtype)
-    )
+    settings = Settings.of(self)
     stem = _Stem(self.widths[0], self.patch_size, settings, name="stem")
     x = stem(images.astype(self.dtype), train)
     features = {}

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.errors import InputError, unknown
-from repjax.layers import RepConv, activation, linear
+from repjax.layers import activation, linear
 from repjax.layers.rep_norm import refuse_training
 from repjax.models.checks import check_classifier, check_images, check_number, check_whole
+from repjax.models.common import Settings
 
 
 class Place(NamedTuple):
@@ -41,32 +42,6 @@ class Place(NamedTuple):
   strides: int
   dilation_before: int
   dilation: int
-
-
-class Settings(NamedTuple):
-  """What all layers of a network share; attributes as those of `ResNet`."""
-
-  act: str
-  axis_name: str | None
-  deploy: bool
-  dtype: Any
-  param_dtype: Any
-
-  def conv_bn(
-    self, name: str, features: int, size: int, strides: int = 1, dilation: int = 1
-  ) -> RepConv:
-    """A convolution and its batch norm, in the scope `RepConv_<name>`; for compact methods."""
-    return RepConv(
-      features,
-      branches=(f"conv{size}x{size}",),
-      strides=strides,
-      dilation=dilation,
-      axis_name=self.axis_name,
-      deploy=self.deploy,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      name=f"RepConv_{name}",
-    )
 
 
 def shortcut(x: jax.Array, place: Place, settings: Settings, train: bool) -> jax.Array:
@@ -236,7 +211,7 @@ class ResNet(nn.Module):
     """
     refuse_training(self.deploy, train)
     self.check_images(images)
-    settings = Settings(self.act, self.axis_name, self.deploy, self.dtype, self.param_dtype)
+    settings = Settings.of(self)
 
     def build(place: Place) -> nn.Module:
       block, attributes = self.block_at(place)

@@ -20,6 +20,7 @@ from repjax.layers import RepConv, activation, linear
 from repjax.layers.linear import bias_init, kernel_init
 from repjax.layers.rep_norm import refuse_training
 from repjax.models.checks import check_classifier, check_images, check_number, check_whole
+from repjax.models.common import Settings
 
 STAGE_SIZES = (2, 2, 3, 3, 3)
 POOLED = 7
@@ -34,24 +35,13 @@ class VGGBlock(nn.Module):
   """
 
   features: int
-  act: str
-  axis_name: str | None
-  deploy: bool
-  dtype: Any
-  param_dtype: Any
+  settings: Settings
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    x = RepConv(
-      self.features,
-      branches=("conv3x3",),
-      conv_bias=True,
-      axis_name=self.axis_name,
-      deploy=self.deploy,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )(x, train)
-    return activation(self.act)(x)
+    shared = self.settings.of_layers()
+    x = RepConv(self.features, branches=("conv3x3",), conv_bias=True, **shared)(x, train)
+    return activation(self.settings.act)(x)
 
 
 class _Stage(nn.Module):
@@ -152,15 +142,8 @@ class VGG(nn.Module):
     block = nn.remat(VGGBlock, static_argnums=(2,)) if self.remat else VGGBlock
 
     def build(features: int) -> Callable[..., nn.Module]:
-      return lambda name: block(
-        features=features,
-        act=self.act,
-        axis_name=self.axis_name,
-        deploy=self.deploy,
-        dtype=self.dtype,
-        param_dtype=self.param_dtype,
-        name=name,
-      )
+      settings = Settings.of(self)
+      return lambda name: block(features=features, settings=settings, name=name)
 
     x, features = images.astype(self.dtype), {}
     for number, (size, width) in enumerate(zip(STAGE_SIZES, self.widths), 1):
