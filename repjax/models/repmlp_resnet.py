@@ -127,22 +127,8 @@ class RepMLPResNet(ResNet):
     check_tile("tile", self.tile)
     check_kernels(self.local_kernels, self.tile)
     check_number("reduction", self.reduction)
-    self._check_widths()
+    _check_widths(self)  # no method: interceptors cannot take one before the module is set up
     super().__post_init__()
-
-  def _check_widths(self) -> None:
-    """Raises InputError where a RepMLP is no whole number of channels wide."""
-    check_whole("widths", self.widths, 4)
-    light = self.repmlp_block == "light"
-    for index, stage in enumerate(self.repmlp_stages):
-      divisor = 8 if light else 4 * self.narrowing[index]
-      if self.widths[stage - 1] % divisor:
-        why = "an eighth as wide" if light else "a quarter as wide and then narrowed"
-        raise InputError(
-          f"the RepMLP of a {self.repmlp_block} block is {why}, so stage {stage} must have a "
-          f"multiple of {divisor} channels, got widths={self.widths!r}"
-          + ("" if light else f" and narrowing={self.narrowing!r}")
-        )
 
   @property
   def image_size(self) -> int:
@@ -179,6 +165,21 @@ class RepMLPResNet(ResNet):
     if self.repmlp_block == "bottleneck":
       attributes["narrowing"] = self.narrowing[index]
     return BLOCKS[self.repmlp_block], attributes
+
+
+def _check_widths(network: RepMLPResNet) -> None:
+  """Raises InputError where a RepMLP would not be a whole number of channels wide."""
+  check_whole("widths", network.widths, 4)
+  light = network.repmlp_block == "light"
+  for index, stage in enumerate(network.repmlp_stages):
+    divisor = 8 if light else 4 * network.narrowing[index]
+    if network.widths[stage - 1] % divisor:
+      why = "an eighth as wide" if light else "a quarter as wide and then narrowed"
+      raise InputError(
+        f"the RepMLP of a {network.repmlp_block} block is {why}, so stage {stage} must have a "
+        f"multiple of {divisor} channels, got widths={network.widths!r}"
+        + ("" if light else f" and narrowing={network.narrowing!r}")
+      )
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -187,7 +187,13 @@ class TestFeatures:
     assert "head" not in variables["params"]
 
   def test_the_head_reads_the_last(self):
-    small = {"stage_sizes": (1,), "widths": (4,), "tiles": (2,), "share_sets": (2,)}
+    small = {
+      "stage_sizes": (1,),
+      "widths": (4,),
+      "tiles": (2,),
+      "share_sets": (2,),
+      "local_kernels": (1,),
+    }
     model, x = tiny(**small), random_input(2, 8, 16, 3).astype("float32")
     variables = random_variables(model, x)
     body = {
