@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import repjax
+from configs import digits_repmlp
 from repjax import disk, store, training
 from repjax.errors import InputError
 from repjax.training import fitting, optimizer, schedules, settings
@@ -247,6 +248,17 @@ def test_bfloat16_gates_auxiliary_heads_dropout_mixing_and_parts_train_and_deplo
   assert "= 0.00125; gradients of 4 parts of a batch are averaged" in printed
   assert "averaged over the steps, decay 0.5" in printed
   assert repjax.load(tmp_path)[2].preprocessing.image_size == 16
+
+
+def test_repmlp_on_digits_trains_and_deploys(digits_dir, tmp_path):
+  config = digits_repmlp.get_config()
+  config.model_overrides.update({"stage_sizes": (1, 1, 1), "widths": (4, 6, 8)})
+  config.update({"data_dir": str(digits_dir), "num_steps": 3, "batch_size": 32})
+  report = training.train(config, tmp_path)
+  assert report["agreement"] == 1.0
+  assert report["images"] == 360
+  assert report["logits_difference"] <= 1e-5
+  assert any("RepDense" in name for name in report["layers"])
 
 
 def test_a_run_that_waits_for_its_data_says_so(digits_dir, tmp_path, monkeypatch, capsys):
