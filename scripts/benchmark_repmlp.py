@@ -34,12 +34,21 @@ from repjax.models import image_size_of
 
 Formulation = Callable[[jax.Array, jax.Array], jax.Array]
 
-LAYERS = {  # side of the map, side of the tile, channels, groups
-  "light c3": (28, 7, 64, 4),
-  "light c4": (14, 7, 128, 4),
-  "bottleneck_g8 c3": (28, 7, 64, 8),
-  "cifar stage 1": (32, 8, 16, 2),
-  "cifar stage 3": (8, 8, 64, 2),
+MODELS = [
+  "repmlp_cifar",
+  "repmlp_resnet50_light",
+  "repmlp_resnet50_bottleneck_g8",
+  "repmlpnet_t224",
+]
+LAYERS = {  # side of the map, side of the tile, channels, groups, rows of channels
+  "light c3": (28, 7, 64, 4, 1),
+  "light c4": (14, 7, 128, 4, 1),
+  "bottleneck_g8 c3": (28, 7, 64, 8, 1),
+  "cifar stage 1": (32, 8, 16, 2, 1),
+  "cifar stage 3": (8, 8, 64, 2, 1),
+  # A share-set is a group of one channel, through which several rows of channels pass in turn.
+  "repmlpnet_t224 stage 3": (14, 14, 16, 16, 16),
+  "repmlpnet_t224 stage 4": (7, 7, 128, 128, 4),
 }
 
 
@@ -115,11 +124,11 @@ FORMULATIONS: dict[str, tuple[Formulation, Callable[[np.ndarray], np.ndarray]]] 
 
 def measure_layer(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
   """Milliseconds of each formulation of one layer, after comparing what they compute."""
-  size, tile, channels, groups = LAYERS[name]
+  size, tile, channels, groups, rows = LAYERS[name]
   rng, inner = np.random.default_rng(0), channels // groups
   shape = (groups, tile, tile, inner, tile, tile, inner)
   kernel = rng.standard_normal(shape, np.float32) / np.float32(tile * inner**0.5)
-  x = jnp.asarray(rng.standard_normal((batch_size, size, size, channels), np.float32))
+  x = jnp.asarray(rng.standard_normal((batch_size * rows, size, size, channels), np.float32))
   calls, expected = [], None
   for function, prepare in FORMULATIONS.values():
     own = jnp.asarray(prepare(kernel))
@@ -148,7 +157,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--models", nargs="*", default=["repmlp_cifar", "repmlp_resnet50_light"])
+  parser.add_argument("--models", nargs="*", default=MODELS, help=f"default: {' '.join(MODELS)}")
   parser.add_argument("--layers", nargs="*", choices=list(LAYERS), default=list(LAYERS))
   parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
   parser.add_argument("--repeats", type=int, default=3, help="programs of a model made anew")

@@ -50,7 +50,8 @@ def size(tree):
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_of_the_authors_models(name):
   counts = helpers.counts()[name]
-  train, deploy = init_shapes(create(name), IMAGES), init_shapes(create(name, deploy=True), IMAGES)
+  spec = repjax.ModelSpec(name)
+  train, deploy = (spec.variable_shapes(deploy=deploy) for deploy in (False, True))
   assert size(train["params"]) == counts["train_params"]
   assert size(train["batch_stats"]) == counts["bn_buffers"]
   assert size(deploy["params"]) == counts["deploy_params"]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-import repjax
 from repjax import training
 from repjax.training import fitting, optimizer, parallel
 from repjax.training.accumulation import accumulate
@@ -170,27 +169,3 @@ def test_every_field_of_a_recipe_reaches_the_step(digits_dir, tmp_path, monkeypa
   axis, dtype, options = caught.value.args
   assert (axis, dtype) == (parallel.AXIS, jnp.bfloat16)
   assert options == {**changes, "ema_start": 3, "axis_name": parallel.AXIS, "frozen": False}
-
-
-def test_a_run_in_parts_with_everything_else_trains_and_deploys(digits_dir, tmp_path, capsys):
-  config = tiny.config(
-    digits_dir,
-    num_steps=2,
-    optimizer="adamw",
-    learning_rate=0.01,
-    schedule="poly",
-    weight_decay_rule="all_but_penalised_kernels",
-    custom_l2=1e-3,
-    clip_norm=5.0,
-    accumulate_steps=4,
-    ema_decay=0.5,
-    image_size=24,
-    eval_image_size=16,
-  )
-  report = training.train(config, tmp_path)
-  assert report["logits_difference"] <= 1e-5
-  printed = capsys.readouterr().out
-  assert "24 px (16 in evaluation), on 4 x cpu" in printed
-  assert "= 0.00125; gradients of 4 parts of a batch are averaged" in printed
-  assert "averaged over the steps, decay 0.5" in printed
-  assert repjax.load(tmp_path)[2].preprocessing.image_size == 16

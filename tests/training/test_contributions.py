@@ -157,7 +157,7 @@ def test_layers_are_in_the_order_of_the_forward_pass():
 def test_layers_of_one_branch_are_the_fused_kernel(tmp_path):
   spec = ModelSpec("resnet50", 3, {"stage_sizes": (1,) * 4, "widths": (4,) * 4, "stem_features": 4})
   variables = random_variables(spec.create_model(), random_input(1, 32, 32, 3).astype("float32"))
-  store.write_tree(tmp_path / "checkpoints" / "0" / "variables", variables)
+  disk.write_tree(tmp_path / "checkpoints" / "0" / "variables", variables)
   spec.write(tmp_path)
   layers = read_kernels(tmp_path).layers
   assert [layer.path for layer in layers][:2] == ["stem/RepConv_0", "stage1/block0/RepConv_conv1"]

@@ -155,7 +155,7 @@ def test_a_crash_while_writing_leaves_the_old_deploy_folder(
     raise OSError("the disk is full")
 
   with monkeypatch.context() as patch:
-    patch.setattr(store, name, crash)
+    patch.setattr(disk, name, crash)
     with pytest.raises(OSError, match="the disk is full"):
       training.convert(tiny.config(digits_dir), workdir)
   assert tiny.contents(workdir / "deploy") == before

@@ -43,7 +43,7 @@ def test_a_second_process_is_refused_and_told_of_the_first(other, tmp_path):
   assert json.loads((tmp_path / "run" / lock.FILE).read_text())["pid"] == other.pid
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_lock_ends_with_its_process(other, tmp_path, number):
   other.send_signal(number)
   other.wait()

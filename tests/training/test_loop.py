@@ -10,8 +10,11 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+import repjax
+from configs import digits_repmlp
 from repjax import disk, store, training
 from repjax.errors import InputError
 from repjax.training import fitting, optimizer, schedules, settings
@@ -208,25 +211,54 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
   assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
 
 
-def test_bfloat16_gates_auxiliary_heads_dropout_and_mixing_train_and_deploy(digits_dir, tmp_path):
+def test_bfloat16_gates_auxiliary_heads_dropout_mixing_and_parts_train_and_deploy(
+  digits_dir, tmp_path, capsys
+):
   config = tiny.config(
     digits_dir,
     model_overrides={**tiny.WITH_GATES_AND_HEADS, "dropout": 0.2},
     dtype="bfloat16",
-    nesterov=True,
+    optimizer="adamw",
+    learning_rate=0.01,
+    schedule="poly",
+    weight_decay_rule="all_but_penalised_kernels",
+    custom_l2=1e-3,
+    clip_norm=5.0,
+    accumulate_steps=4,
+    ema_decay=0.5,
     label_smoothing=0.1,
     mixup=0.2,
     cutmix=1.0,
     augment="random_resized_crop | flip",
+    image_size=24,
+    eval_image_size=16,
     num_steps=2,
   )
   report = training.train(config, tmp_path)
   assert report["agreement"] == 1.0
   assert report["logits_difference"] <= 1e-5
   assert not any("AuxHead" in name for name in report["layers"])
-  _, items = newest(tmp_path)
-  assert {leaf.dtype for leaf in jax.tree.leaves(items["variables"])} == {np.dtype("float32")}
-  assert "AuxHead_stage1" in items["variables"]["params"]
+  folder = tmp_path / "checkpoints" / "2" / "variables"
+  with ocp.StandardCheckpointer() as checkpointer:
+    held = checkpointer.restore(folder)  # as it is on disk
+  assert {np.asarray(leaf).dtype for leaf in jax.tree.leaves(held)} == {np.dtype("float32")}
+  assert "AuxHead_stage1" in held["params"]
+  printed = capsys.readouterr().out
+  assert "24 px (16 in evaluation), on 4 x cpu" in printed
+  assert "= 0.00125; gradients of 4 parts of a batch are averaged" in printed
+  assert "averaged over the steps, decay 0.5" in printed
+  assert repjax.load(tmp_path)[2].preprocessing.image_size == 16
+
+
+def test_repmlp_on_digits_trains_and_deploys(digits_dir, tmp_path):
+  config = digits_repmlp.get_config()
+  config.model_overrides.update({"stage_sizes": (1, 1, 1), "widths": (4, 6, 8)})
+  config.update({"data_dir": str(digits_dir), "num_steps": 3, "batch_size": 32})
+  report = training.train(config, tmp_path)
+  assert report["agreement"] == 1.0
+  assert report["images"] == 360
+  assert report["logits_difference"] <= 1e-5
+  assert any("RepDense" in name for name in report["layers"])
 
 
 def test_a_run_that_waits_for_its_data_says_so(digits_dir, tmp_path, monkeypatch, capsys):

@@ -362,7 +362,7 @@ def test_a_crash_while_writing_leaves_what_there_was(
     raise OSError("the disk is full")
 
   with monkeypatch.context() as patch:
-    patch.setattr(store, name, crash)
+    patch.setattr(disk, name, crash)
     with pytest.raises(OSError, match="the disk is full"):
       store.write_recalibrated(
         workdir, 4, expected[1]["batch_stats"], expected[1]["batch_stats"], {"batches": 9}
