@@ -231,6 +231,9 @@ def test_an_unknown_model_or_override_is_refused(function, state):
   arguments = ("repvgg_a0", state)[:: 1 if function is weights.from_torch else -1]
   with pytest.raises(InputError, match="unknown override of repvgg_a0 'stage_size'; did you mean"):
     function(*arguments, stage_size=(1, 1, 1, 1))
+  if function is weights.recognize:
+    with pytest.raises(InputError, match=r"unknown override of .* 'stage_size'"):
+      function(state, stage_size=(1, 1, 1, 1))
 
 
 # A new classifier

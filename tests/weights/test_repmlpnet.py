@@ -35,7 +35,8 @@ def test_names_shapes_and_counts_are_the_authors(model):
   for kind in KINDS:
     wanted = convert._expected(model, "official", kind, 1000, {})
     assert {name: list(entry.shape) for name, entry in wanted.items()} == lists[kind]
-  trained, plain = (convert._shapes(model, kind, 1000, "{}") for kind in KINDS)
+  spec = repjax.ModelSpec.usual(model)
+  trained, plain = (spec.variable_shapes(deploy=kind == "deploy") for kind in KINDS)
   assert size(trained["params"]) == golden["train_params"]
   assert size(trained["batch_stats"]) == golden["bn_buffers"]
   assert plain.keys() == {"params"}
@@ -173,3 +174,12 @@ def test_a_file_says_its_model_by_shapes_and_hint(monkeypatch):
   state = {f"module.{name}": np.broadcast_to(np.float32(1), s) for name, s in shapes.items()}
   found = weights.recognize({"module.head_norm.num_batches_tracked": np.asarray(3), **state})
   assert found == (NAME, "official", "train", 1000)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_for_another_image_size_say_of_which_model(kind):
+  overrides = {"stage_sizes": [1] * 4, "widths": [8, 8, 16, 128], "local_kernels": [1]}
+  wanted = convert._expected(NAME, "official", kind, 1000, overrides)
+  state = {name: np.broadcast_to(np.float32(1), entry.shape) for name, entry in wanted.items()}
+  with pytest.raises(InputError, match=f"Its names and shapes are those of {NAME}\\."):
+    weights.from_torch("repmlpnet_t256", state, **overrides)
