@@ -54,25 +54,6 @@ def test_tiles_are_turned_as_the_layer_needs_them():
   np.testing.assert_array_equal(fc1, state[f"{prefix}fc1_fc2.fc1.weight"].T)
 
 
-def test_the_model_is_found_by_names_and_shapes(monkeypatch):
-  few = ["resnet50", "repmlp_resnet50_bottleneck_g4", BOTTLENECK]
-  monkeypatch.setattr(weights.convert, "list_models", lambda: few)
-  state = cases.numbered(repmlp_cases.key_lists()[BOTTLENECK]["train"])
-  assert weights.recognize(state) == (BOTTLENECK, "official", "train", 1000)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model", [LIGHT, BOTTLENECK])
-def test_networks_of_other_sizes_are_taken_at_the_image_size_that_they_are_made_for(model, kind):
-  spec = repjax.ModelSpec.usual(model, 5, OVERRIDES)
-  assert (spec.preprocessing.image_size, spec.preprocessing.resize_size) == (96, 110)
-  state = cases.random_state(model, kind, num_classes=5, counters=False, **OVERRIDES)
-  variables = weights.from_torch(model, state, num_classes=5, **OVERRIDES)
-  expected = spec.variable_shapes(deploy=kind == "deploy")
-  assert helpers.shapes(variables) == helpers.shapes(expected)
-  assert_same_bits(weights.to_torch(model, variables), state)
-
-
 def test_a_new_classifier_is_drawn_without_the_size_of_others():
   state = cases.random_state(LIGHT, num_classes=5, **OVERRIDES)
   variables = weights.from_torch(LIGHT, state, num_classes=3, drop_head=True, **OVERRIDES)
@@ -86,7 +67,7 @@ def test_there_are_no_weights_for_cifar():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("model", [LIGHT, BOTTLENECK])
-def test_both_forms_compute_what_the_definition_says_of_their_state_dicts(model):
+def test_networks_of_other_sizes_compute_what_the_definition_says_of_their_state_dicts(model):
   sizes = OVERRIDES | {"stage_sizes": [1, 2, 1, 1], "repmlp_stages": [2], "fc3_groups": 2}
   sizes |= {"narrowing": [2]}
   arguments = {"num_classes": 5, "param_dtype": np.float64, **sizes}
@@ -100,11 +81,16 @@ def test_both_forms_compute_what_the_definition_says_of_their_state_dicts(model)
   logits = helpers.quick_jit(spec.create_model(**helpers.F64).apply)(trained, x)
   helpers.assert_close(logits, expected, 1e-12)
 
+  assert_same_bits(weights.to_torch(model, trained), state)
+  assert (spec.preprocessing.image_size, spec.preprocessing.resize_size) == (96, 110)
+
   params = helpers.quick_jit(repjax.reparameterize)(trained["params"], trained["batch_stats"])
   deployed = weights.to_torch(model, {"params": params})
   theirs = plain_repmlp.resnet(deployed, x, sizes["stage_sizes"], tile=3)
   helpers.assert_close(theirs, expected, 1e-12)
   again = weights.from_torch(model, deployed, **arguments)
+  assert helpers.shapes(again["params"]) == helpers.shapes(params)
+  assert_same_bits(weights.to_torch(model, again), deployed)
   logits = helpers.quick_jit(spec.create_model(deploy=True, **helpers.F64).apply)(again, x)
   helpers.assert_close(logits, expected, 1e-12)
 
@@ -147,5 +133,7 @@ def test_the_tile_is_not_guessed_from_a_damaged_layer():
 def test_weights_of_other_groups_say_of_which_model(kind):
   sizes = {key: value for key, value in OVERRIDES.items() if key != "fc3_groups"}
   sizes |= {"widths": [16, 128, 128, 32], "stage_sizes": [1, 3, 3, 1]}
-  text = refusal("repmlp_resnet50_bottleneck_g4", blank(BOTTLENECK, kind, **sizes), **sizes)
+  state = blank(BOTTLENECK, kind, **sizes)
+  text = refusal("repmlp_resnet50_bottleneck_g4", state, **sizes)
   assert f"Its names and shapes are those of {BOTTLENECK}." in text
+  assert weights.recognize(state, **sizes) == (BOTTLENECK, "official", kind, 5)
