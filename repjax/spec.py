@@ -130,7 +130,7 @@ class ModelSpec:
     return cls.from_json(disk.read_json(folder / "model.json"))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=128)
 def _variable_shapes(model: nn.Module, image_size: int) -> dict[str, Any]:
   """Traces a model, which takes a second for a large one, once."""
   images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)

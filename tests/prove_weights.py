@@ -1,15 +1,18 @@
-"""Every published RepVGG key list through import and export, filled by the golden rule in float64.
+"""Every published key list through import and export, filled by the golden rule in float64.
 
 For each model, source and kind: `from_torch` must recognize the state dict and turn every tensor
-as it should, and `to_torch` must give it back bit by bit. For each golden network the authors'
-outputs must come out, in both forms. Takes minutes and a few GB; the test suite does the same with
-cheaper numbers.
+as it should, and `to_torch` must give it back bit by bit; what it folds on the way in, RepMLPNet's
+norms in deploy files, must have the deploy form's shapes. For each golden RepVGG the authors'
+outputs must come out, in both forms. Takes many minutes and a few GB; the test suite does the same
+with cheaper numbers.
 
 python -m tests.prove_weights --models repvgg_a0 repvgg_b1g4
 """
 
 import argparse
 import collections
+import functools
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -19,18 +22,64 @@ import numpy as np
 
 import repjax
 from repjax import weights
+from repjax.weights.convert import FOLDED
 from tests import helpers
-from tests.weights import cases
+from tests.models import repmlp_cases
+from tests.weights import cases, test_resnet_and_vgg
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_enable_x64", True)
+
+
+RESNETS = {
+  "resnet18": ("basic", (2, 2, 2, 2)),
+  "resnet34": ("basic", (3, 4, 6, 3)),
+  "resnet50": ("bottleneck", (3, 4, 6, 3)),
+  "resnet101": ("bottleneck", (3, 4, 23, 3)),
+  "resnet152": ("bottleneck", (3, 8, 36, 3)),
+}
+Lists = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
+
+
+@functools.cache
+def key_lists() -> Lists:
+  """Model to source to kind to name to shape."""
+  found: Lists = collections.defaultdict(dict)
+  for source, lists in helpers.key_lists().items():
+    for model, kinds in lists.items():
+      found[model][source] = kinds
+  for lists in (repmlp_cases.key_lists(), helpers.repmlpnet_keys()):
+    for model, kinds in lists.items():
+      found[model]["official"] = kinds
+  # Half as many groups are twice as many inputs.
+  found["repmlp_resnet50_bottleneck_g4"]["official"] = {
+    kind: {
+      name: [shape[0], 2 * shape[1], *shape[2:]]
+      if re.search(r"_repmlp\.(fc3|repconv\d+\.conv)\.weight", name)
+      else shape
+      for name, shape in shapes.items()
+    }
+    for kind, shapes in found["repmlp_resnet50_bottleneck_g8"]["official"].items()
+  }
+  for model, layers in RESNETS.items():
+    own = {kind: test_resnet_and_vgg.torchvision_resnet(*layers, kind) for kind in cases.KINDS}
+    found[model] = {"official": own, "timm": own}
+  found["resnet50"]["repmlp"] = test_resnet_and_vgg.beside_repmlp()
+  for kind in cases.KINDS:
+    own = test_resnet_and_vgg.torchvision_vgg((64, 128, 256, 512, 512), 4096, 1000, kind)
+    views = {name: np.broadcast_to(np.float32(), shape) for name, shape in own.items()}
+    timm = test_resnet_and_vgg.to_timm_vgg(views)
+    found["vgg16"].setdefault("official", {})[kind] = own
+    found["vgg16"].setdefault("timm", {})[kind] = {name: list(x.shape) for name, x in timm.items()}
+  assert found.keys() == weights.convert.NAMINGS.keys()
+  return dict(found)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  everything = sorted(helpers.counts())
+  everything = sorted(key_lists())
   parser.add_argument("--models", nargs="+", choices=everything, default=everything)
   models = parser.parse_args().models
   failed = 0
@@ -49,8 +98,8 @@ def main() -> None:
 def proofs(models: list[str]) -> Iterator[tuple]:
   """Name, function and arguments of each case."""
   for model in models:
-    for source, lists in helpers.key_lists().items():
-      for kind in lists.get(model, ()):
+    for source, kinds in key_lists()[model].items():
+      for kind in kinds:
         yield f"{model} {source} {kind}", check_checkpoint, (model, source, kind)
   for name, case in helpers.goldens().items():
     if name.startswith("repvgg_block"):
@@ -61,18 +110,27 @@ def proofs(models: list[str]) -> Iterator[tuple]:
 
 def check_checkpoint(model: str, source: str, kind: str) -> str:
   """One key list, there and back."""
-  state = helpers.fill_state_dict(helpers.keys(source, model)[kind])
-  assert weights.recognize(state, model) == (model, source, kind, 1000)
+  lists = key_lists()[model][source]
+  state = helpers.fill_state_dict(lists[kind])
+  found = weights.recognize(state, model)
+  assert found == (model, found.naming, kind, 1000)
+  assert weights.convert.NAMINGS[model][found.naming] == weights.convert.NAMINGS[model][source]
   variables = weights.from_torch(model, state, param_dtype=np.float64)
-  shapes = repjax.ModelSpec(model).variable_shapes(deploy=kind == "deploy")
+  spec = repjax.ModelSpec.usual(model)
+  shapes = spec.variable_shapes(deploy=kind == "deploy")
   assert jax.tree.map(np.shape, variables) == jax.tree.map(lambda leaf: leaf.shape, shapes)
-  cases.assert_same_bits(weights.to_torch(model, variables, source), state)
-  check_values(variables, state)
+  if kind == "train" or model not in FOLDED:
+    cases.assert_same_bits(weights.to_torch(model, variables, source), state)
+    check_values(variables, state)
   if kind == "train":
-    params = repjax.reparameterize(variables["params"], variables["batch_stats"])
-    names = weights.to_torch(model, {"params": params}, source)
-    deploy = {name: list(value.shape) for name, value in names.items()}
-    assert deploy == helpers.keys(source, model)["deploy"]
+    params = jax.eval_shape(repjax.reparameterize, variables["params"], variables["batch_stats"])
+    if model in FOLDED:
+      plain = spec.variable_shapes(deploy=True)["params"]
+      assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, plain)
+    else:
+      blank = jax.tree.map(lambda leaf: np.broadcast_to(np.float64(), leaf.shape), params)
+      names = weights.to_torch(model, {"params": blank}, source)
+      assert {name: list(value.shape) for name, value in names.items()} == lists["deploy"]
   return f"{len(state)} tensors, {sum(value.size for value in state.values()):,} numbers"
 
 
@@ -82,11 +140,25 @@ def check_values(variables: dict, state: dict[str, np.ndarray]) -> None:
   for value in state.values():
     left[facts(value)].append(value)
   for path, leaf in helpers.leaves(variables).items():
-    array = helpers.oihw(leaf)
-    if not left.get(facts(array)):
-      array = array[:, :, None, None]  # gates are 1x1 convolutions in a state dict
+    array = next(array for array in turned(path, np.asarray(leaf)) if left.get(facts(array)))
     assert np.array_equal(array, left[facts(array)].pop()), path
   assert not any(left.values())
+
+
+def turned(path: str, leaf: np.ndarray) -> Iterator[np.ndarray]:
+  """What a leaf may be in a state dict."""
+  if leaf.ndim == 7:  # (g, h, w, C/g, h, w, O/g): tiles lie channel by channel there
+    _, height, width, inputs, *_ = leaf.shape
+    rows = np.einsum("ghwcvuo->govuchw", leaf)
+    yield rows.reshape(-1, inputs * height * width, 1, 1)
+  elif leaf.ndim == 4 and not path.endswith("kernel"):
+    yield np.einsum("ghwo->gohw", leaf).ravel()
+  else:
+    array = helpers.oihw(leaf)
+    yield array
+    if array.ndim == 2:  # gates are 1x1 convolutions in a state dict
+      yield array[:, :, None, None]
+    yield array.reshape(len(array), -1)  # VGG's first fully connected layer reads a flat map
 
 
 def facts(array: np.ndarray) -> tuple:

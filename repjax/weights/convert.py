@@ -1,5 +1,6 @@
 """`from_torch` and `to_torch`: a PyTorch state dict as variables, and back."""
 
+import collections
 import difflib
 import functools
 import json
@@ -126,7 +127,7 @@ def from_torch(
       f"these weights do not fit {model_name} (read as {found.naming} names, {found.kind} form) "
       f"with {num_classes} classes; nothing was converted. Problems: {len(problems)}."
     )
-    hints = _hints(state, wanted, found, num_classes, overrides, len(problems))
+    hints = _hints(state, wanted, found, num_classes, overrides)
     text = "\n  ".join([" ".join([headline, *hints]), *problems])
     if len(problems) > 20:  # the first line has scrolled away
       text += "\n" + " ".join([f"That was why they do not fit {model_name}.", *hints])
@@ -135,7 +136,8 @@ def from_torch(
   for name, entry in wanted.items():
     _put(variables, entry.path, entry.layout.from_torch(state[name]))
   if drop_head:
-    shapes = _shapes(model_name, found.kind, num_classes, json.dumps(dict(overrides)))
+    spec = ModelSpec.usual(model_name, num_classes, overrides)
+    shapes = spec.variable_shapes(deploy=found.kind == "deploy")
     heads: dict[str, Any] = {}
     for entry in dropped.values():
       shape = _get(shapes, entry.path).shape
@@ -237,17 +239,12 @@ def _expected(
 def _expected_cached(
   model_name: str, naming: str, kind: str, num_classes: int, overrides: str
 ) -> dict[str, Entry]:
-  shapes = _shapes(model_name, kind, num_classes, overrides)
-  if kind == "deploy" and model_name in FOLDED:
-    trained = _shapes(model_name, "train", num_classes, overrides)
-    shapes = _partly_folded(trained, shapes["params"], dict.fromkeys(FOLDED[model_name]))
-  return entries(_naming(model_name, naming), shapes)
-
-
-@functools.lru_cache(maxsize=128)
-def _shapes(model_name: str, kind: str, num_classes: int, overrides: str) -> dict[str, Any]:
   spec = ModelSpec.usual(model_name, num_classes, json.loads(overrides))
-  return spec.variable_shapes(deploy=kind == "deploy")
+  shapes = spec.variable_shapes(deploy=kind == "deploy")
+  if kind == "deploy" and model_name in FOLDED:
+    layers = dict.fromkeys(FOLDED[model_name])
+    shapes = _partly_folded(spec.variable_shapes(), shapes["params"], layers)
+  return entries(_naming(model_name, naming), shapes)
 
 
 def _partly_folded(
@@ -288,13 +285,13 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
 
 
 def _candidates(
-  model_name: str, overrides: Mapping[str, Any]
+  model_name: str, overrides: Mapping[str, Any], namings: Iterable[str] | None = None
 ) -> Iterable[tuple[str, str, dict[str, Entry]]]:
   """Naming, kind and expected tensors of everything that a model's weights can come as.
 
-  The heads are those of 1000 classes, and not for comparing.
+  The heads are those of 1000 classes, and not for comparing. `namings` are a choice of them.
   """
-  for naming in NAMINGS.get(model_name, {}):
+  for naming in NAMINGS.get(model_name, {}) if namings is None else namings:
     for kind in KINDS:
       try:
         yield naming, kind, _expected(model_name, naming, kind, 1000, overrides)
@@ -356,12 +353,26 @@ def _closest_model(
   """
   check_overrides(overrides)
   plain = hint.lower().replace("-", "_")
-  # To trace a model takes half a second.
-  likeliest_first = sorted(list_models(), key=lambda name: -len(name) * (name in plain))
+  models = [name for name in list_models() if name in NAMINGS]
+  likeliest_first = sorted(models, key=lambda name: -len(name) * (name in plain))
   refusals, closest, most = [], None, 0
+  # To trace a model takes half a second: tables with none of the names are not tried again, nor
+  # any others once one has nearly all.
+  strange: set[Naming] = set()
+  decided: Naming | None = None
   for model_name in likeliest_first:
+    tables = {
+      naming: table
+      for naming, table in NAMINGS[model_name].items()
+      if table not in strange and decided in (None, table)
+    }
+    shared: collections.Counter[Naming] = collections.Counter()
     try:
-      for naming, kind, wanted in _candidates(model_name, overrides):
+      for naming, kind, wanted in _candidates(model_name, overrides, tables):
+        names = sum(name in state and not entry.in_head for name, entry in wanted.items())
+        shared[tables[naming]] += names
+        if names > 0.75 * len(state):
+          decided = tables[naming]
         same = sum(name in state and state[name].shape == e.shape for name, e in wanted.items())
         if same > most:
           closest = Recognition(model_name, naming, kind, _num_classes(state, wanted))
@@ -370,6 +381,7 @@ def _closest_model(
           return Recognition(model_name, naming, kind, _num_classes(state, wanted)), True
     except InputError as error:  # overrides that this family does not have
       refusals.append(error)
+    strange |= {table for table, names in shared.items() if not names}
   if len(refusals) == len(likeliest_first):
     raise refusals[0]
   return closest, False
@@ -448,7 +460,6 @@ def _hints(
   found: Recognition,
   num_classes: int,
   overrides: Mapping[str, Any],
-  problems: int,
 ) -> list[str]:
   """What may have gone wrong as a whole."""
   hints = []
@@ -467,11 +478,70 @@ def _hints(
       f"The file has {found.num_classes} classes: pass num_classes={found.num_classes}, or drop "
       "its classifier and draw a new one (drop_head=True, or --drop-head)."
     )
-  if not overrides and problems > len(wanted) / 10:  # too many for a few odd tensors
+  return [*hints, *_other_attributes_or_model(state, wanted, found, overrides)]
+
+
+def _other_attributes_or_model(
+  state: Mapping[str, np.ndarray],
+  wanted: Mapping[str, Entry],
+  found: Recognition,
+  overrides: Mapping[str, Any],
+) -> list[str]:
+  """Whose names and shapes a state dict has, where that can be told."""
+  heads = {name for name, entry in wanted.items() if entry.in_head}
+  ours = {(name, entry.shape) for name, entry in wanted.items() if name not in heads}
+  theirs = {(name, value.shape) for name, value in state.items() if name not in heads}
+  odd = {name for name, _ in ours ^ theirs}
+  if len(odd) < 4:  # some mishap rather than another model
+    return []
+  changed = _changed_attributes(state, wanted, found, overrides)
+  if changed:
+    return [
+      f"Its RepMLPs have {', '.join(f'{name}={value}' for name, value in changed.items())}: pass "
+      f"this (from the command line: --overrides '{json.dumps({**overrides, **changed})}')."
+    ]
+  model = None
+  if wanted.keys() == state.keys():
+    model = _model_as_deep(state, found, overrides)
+  elif not overrides and len(odd) > len(wanted) / 10:  # no two models differ by a few names
     closest, fits = _closest_model(state, {})
-    if closest and fits and closest.model != found.model:
-      hints.append(f"Its names and shapes are those of {closest.model}.")
-  return hints
+    model = closest.model if closest and fits and closest.model != found.model else None
+  return [f"Its names and shapes are those of {model}."] if model else []
+
+
+def _changed_attributes(
+  state: Mapping[str, np.ndarray],
+  wanted: Mapping[str, Entry],
+  found: Recognition,
+  overrides: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Attributes that can be read off a state dict, where they are not those of the model."""
+  if found.model not in repmlp.NAMINGS:
+    return {}
+  model = create_model(found.model, **overrides)
+  shapes = {name: entry.shape for name, entry in wanted.items()}
+  held = repmlp.attributes(shapes, shapes, model.tile)
+  read = repmlp.attributes({name: value.shape for name, value in state.items()}, shapes, model.tile)
+  return {name: value for name, value in read.items() if value != held.get(name)}
+
+
+def _model_as_deep(
+  state: Mapping[str, np.ndarray], found: Recognition, overrides: Mapping[str, Any]
+) -> str | None:
+  """The model that a state dict fits among those whose tensors have the names of the one found."""
+
+  depth = getattr(create_model(found.model, **overrides), "stage_sizes", None)
+  for name in list_models():
+    if NAMINGS.get(name) != NAMINGS[found.model]:
+      continue
+    try:
+      if getattr(create_model(name, **overrides), "stage_sizes", None) != depth:
+        continue
+      if _fits(state, _expected(name, found.naming, found.kind, 1000, overrides)):
+        return name
+    except InputError:  # overrides that this model does not take
+      continue
+  return None
 
 
 def _some(names: Iterable[str]) -> str:

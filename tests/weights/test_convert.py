@@ -19,7 +19,6 @@ from tests.weights.cases import KINDS, TINY, TINY_PLUS, assert_same_bits
 
 MODELS = sorted(helpers.counts())
 WITH_GATES = TINY | {"se": "pre", "se_reduction": 4}
-NETWORKS = ["repvgg_a0_64", "repvgg_tiny_se_groups", "repvggplus_tiny"]
 
 
 def sources_of(model):
@@ -55,22 +54,42 @@ def few_models(monkeypatch):
 # What is published
 
 
+def renamed_keys(model, source, kind):
+  """Official names by their counterparts in another source, which must be those of its key list."""
+  shapes = helpers.keys("official", model)[kind]
+  names = cases.renamed({name: name for name in shapes}, source)
+  assert {name: shapes[official] for name, official in names.items()} == (
+    helpers.keys(source, model)[kind]
+  )
+  return names
+
+
 @pytest.mark.parametrize("model", MODELS)
-def test_every_checkpoint_comes_in_and_goes_out_as_it_was(model):
+def test_every_checkpoint_is_known_and_its_tensors_have_their_places(model):
   hint = f"/models/{model.replace('_', '-').upper()}-v1.pth"
   for kind, source in itertools.product(KINDS, sources_of(model)):
     shapes = helpers.keys(source, model)[kind]
-    state = cases.numbered(shapes)
+    state = {name: np.broadcast_to(np.float32(1), shape) for name, shape in shapes.items()}
     assert weights.recognize(state, hint=hint) == (model, source, kind, 1000)
-    variables = weights.from_torch(model, state)
-    assert variables.keys() == {"train": {"params", "batch_stats"}, "deploy": {"params"}}[kind]
-    assert_same_bits(weights.to_torch(model, variables, source), state)
+    wanted, official = (
+      convert._expected(model, naming, kind, 1000, {}) for naming in (source, "official")
+    )
+    assert {name: list(entry.shape) for name, entry in wanted.items()} == shapes
+    for name, counterpart in renamed_keys(model, source, kind).items():
+      assert wanted[name][:2] == official[counterpart][:2], name
 
+
+@pytest.mark.parametrize("model", ["repvgg_a0", "repvgg_d2se", "repvggplus_l2pse"])
+def test_checkpoints_come_in_and_go_out_as_they_were(model):
+  for kind in KINDS:
     official = cases.numbered(helpers.keys("official", model)[kind])
-    renamed = cases.renamed(official, source)
-    assert {name: list(value.shape) for name, value in renamed.items()} == shapes
-    expected, ours = (weights.from_torch(model, each) for each in (official, renamed))
-    assert jax.tree.map(address, ours) == jax.tree.map(address, expected)
+    expected = weights.from_torch(model, official)
+    assert expected.keys() == {"train": {"params", "batch_stats"}, "deploy": {"params"}}[kind]
+    for source in sources_of(model):
+      state = cases.renamed(official, source)
+      variables = weights.from_torch(model, state)
+      assert jax.tree.map(address, variables) == jax.tree.map(address, expected)
+      assert_same_bits(weights.to_torch(model, variables, source), state)
 
 
 def test_kernels_are_turned_as_convolutions_need_them():
@@ -85,9 +104,20 @@ def test_kernels_are_turned_as_convolutions_need_them():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", NETWORKS)
-def test_the_authors_outputs_come_out(case):
-  cases.check_golden(helpers.goldens()[case])
+def test_the_authors_outputs_come_out():
+  cases.check_golden(helpers.goldens()["repvgg_tiny_se_groups"])
+
+
+@pytest.mark.parametrize("case", ["repvgg_a0_64", "repvggplus_tiny"])
+def test_state_dicts_are_read_as_the_variables_whose_outputs_are_the_authors(case):
+  name, num_classes, overrides = cases.golden_network(helpers.goldens()[case])
+  shapes = repjax.ModelSpec(name, num_classes, overrides).variable_shapes()
+  # The tests of models compute with these.
+  expected = helpers.fill_variables(shapes, plus=name == "repvggplus_l2pse")
+  names = convert._expected(name, "official", "train", num_classes, overrides)
+  state = helpers.fill_state_dict({name: entry.shape for name, entry in names.items()})
+  variables = weights.from_torch(name, state, num_classes=num_classes, **overrides)
+  jax.tree.map(np.testing.assert_array_equal, variables, expected)
 
 
 # What else comes in
@@ -231,6 +261,9 @@ def test_an_unknown_model_or_override_is_refused(function, state):
   arguments = ("repvgg_a0", state)[:: 1 if function is weights.from_torch else -1]
   with pytest.raises(InputError, match="unknown override of repvgg_a0 'stage_size'; did you mean"):
     function(*arguments, stage_size=(1, 1, 1, 1))
+  if function is weights.recognize:
+    with pytest.raises(InputError, match=r"unknown override of .* 'stage_size'"):
+      function(state, stage_size=(1, 1, 1, 1))
 
 
 # A new classifier

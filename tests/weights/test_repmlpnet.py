@@ -22,6 +22,7 @@ TINY = {
   "share_sets": [2, 4],
   "local_kernels": [1, 3],
 }
+SHALLOW = {"stage_sizes": [1, 1, 1, 1]}
 NETWORKS = ["repmlpnet_tiny_2stage", "repmlpnet_tiny_4stage"]
 
 
@@ -32,15 +33,38 @@ def size(tree):
 @pytest.mark.parametrize("model", sorted(helpers.repmlpnet_goldens()["counts"]))
 def test_names_shapes_and_counts_are_the_authors(model):
   golden, lists = helpers.repmlpnet_goldens()["counts"][model], helpers.repmlpnet_keys()[model]
-  for kind in KINDS:
-    wanted = convert._expected(model, "official", kind, 1000, {})
-    assert {name: list(entry.shape) for name, entry in wanted.items()} == lists[kind]
-  trained, plain = (convert._shapes(model, kind, 1000, "{}") for kind in KINDS)
-  assert size(trained["params"]) == golden["train_params"]
-  assert size(trained["batch_stats"]) == golden["bn_buffers"]
+  depth = repjax.create_model(model).stage_sizes
+  for kind in KINDS:  # blocks of a stage are alike: one of each is traced
+    wanted = convert._expected(model, "official", kind, 1000, SHALLOW)
+    one = {name: list(entry.shape) for name, entry in wanted.items()}
+    assert dict(repeated(one, depth)) == lists[kind]
+  stats = {name for name in lists["train"] if "running_" in name}
+  assert count(lists["train"], stats) == golden["bn_buffers"]
+  assert count(lists["train"], lists["train"].keys() - stats) == golden["train_params"]
+  theirs = count(lists["deploy"], lists["deploy"].keys() - stats)
+  assert theirs == golden["deploy_params"]
+
+  spec = repjax.ModelSpec.usual(model, overrides=SHALLOW)
+  plain = spec.variable_shapes(deploy=True)
   assert plain.keys() == {"params"}
-  folded = helpers.folded_beyond_the_authors(repjax.create_model(model))
-  assert size(plain["params"]) == golden["deploy_params"] - folded
+  folded = helpers.folded_beyond_the_authors(spec.create_model())
+  assert size(plain["params"]) == count(one, one.keys() - stats) - folded
+
+
+def repeated(one, depth):
+  """Names and shapes of a network from those of one with a block a stage."""
+  for name, shape in one.items():
+    match = re.fullmatch(r"stages\.(\d)\.0\.(.*)", name)
+    if not match:
+      yield name, shape
+      continue
+    for block in range(depth[int(match[1])]):
+      yield f"stages.{match[1]}.{block}.{match[2]}", shape
+
+
+def count(shapes, names):
+  """Numbers in some tensors of a state dict."""
+  return sum(math.prod(shapes[name]) for name in names)
 
 
 def train_state(num_classes=1000, **overrides):
@@ -167,9 +191,20 @@ def test_an_imported_model_sees_whole_squares_of_its_own_size(tmp_path, deploy_s
     weights.export_weights(tmp_path / "net", tmp_path / "out.safetensors")
 
 
-def test_a_file_says_its_model_by_shapes_and_hint(monkeypatch):
+def shallow_state(kind):
+  """A state dict of ones with a block a stage."""
+  wanted = convert._expected(NAME, "official", kind, 1000, SHALLOW)
+  return {name: np.broadcast_to(np.float32(1), entry.shape) for name, entry in wanted.items()}
+
+
+def test_a_file_says_its_model_by_shapes(monkeypatch):
   monkeypatch.setattr(convert, "list_models", lambda: ["repvgg_a0", "repmlpnet_t256", NAME])
-  shapes = helpers.repmlpnet_keys()[NAME]["train"]
-  state = {f"module.{name}": np.broadcast_to(np.float32(1), s) for name, s in shapes.items()}
-  found = weights.recognize({"module.head_norm.num_batches_tracked": np.asarray(3), **state})
-  assert found == (NAME, "official", "train", 1000)
+  state = {f"module.{name}": value for name, value in shallow_state("train").items()}
+  state |= {"module.head_norm.num_batches_tracked": np.asarray(3)}
+  assert weights.recognize(state, **SHALLOW) == (NAME, "official", "train", 1000)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_for_another_image_size_say_of_which_model(kind):
+  with pytest.raises(InputError, match=rf"Its names and shapes are those of {NAME}\."):
+    weights.from_torch("repmlpnet_t256", shallow_state(kind), **SHALLOW)

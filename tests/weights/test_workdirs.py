@@ -67,7 +67,7 @@ def test_a_training_form_becomes_a_checkpoint_of_step_0(tmp_path, states):
   plain, deployed, _ = repjax.load(workdir)
   assert plain.deploy
   assert deployed.keys() == {"params"}
-  folded = repjax.reparameterize(expected["params"], expected["batch_stats"])
+  folded = helpers.quick_jit(repjax.reparameterize)(expected["params"], expected["batch_stats"])
   jax.tree.map(lambda a, b: helpers.assert_close(a, b, 1e-6), deployed["params"], folded)
 
 
@@ -315,8 +315,10 @@ def test_a_training_form_can_leave_as_the_deploy_form(tmp_path, states):
 
 def test_an_export_has_the_entries_of_the_authors_state_dict(tmp_path):
   narrow = {"width_multipliers": [0.0625] * 4}
-  workdir, _ = import_state(tmp_path, cases.random_state("repvgg_a0", **narrow), overrides=narrow)
   for form in KINDS:
+    (tmp_path / form).mkdir()
+    state = cases.random_state("repvgg_a0", form, **narrow)
+    workdir, _ = import_state(tmp_path / form, state, overrides=narrow)
     target = tmp_path / f"{form}.safetensors"
     weights.export_weights(workdir, target, form=form)
     names = load_file(target).keys()
@@ -355,10 +357,10 @@ def test_what_cannot_be_exported_leaves_no_trace(tmp_path, states, target, argum
 
 def test_gates_between_stages_have_no_names_in_timm(tmp_path):
   overrides = cases.TINY_PLUS
-  state = cases.random_state("repvggplus_l2pse", "deploy", **overrides)
+  state = cases.random_state("repvggplus_l2pse", **overrides)
   workdir, _ = import_state(tmp_path, state, "repvggplus_l2pse", overrides)
   with pytest.raises(InputError, match="'timm' has no names for repvggplus_l2pse"):
-    weights.export_weights(workdir, tmp_path / "x.safetensors", naming="timm", form="deploy")
+    weights.export_weights(workdir, tmp_path / "x.safetensors", naming="timm", form="train")
 
 
 def test_a_folder_that_is_no_run_cannot_be_exported(tmp_path):
