@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from repjax.layers.rep_conv import pair
 from repjax.models.repmlp_resnet import VARIANTS
 from repjax.weights.naming import Naming, Row
 from repjax.weights.resnet import REPMLP_LAYERS
@@ -60,7 +59,7 @@ def attributes(
   layers = {name: shape for name, shape in shapes.items() if _LAYER.search(name) and name in known}
   if not all(len(shape) == 4 and min(shape) > 0 for shape in layers.values()):
     return {}
-  area = math.prod(pair(tile))
+  area = tile**2 if isinstance(tile, int) else math.prod(tile)
   areas = {shape[0] * area / known[name][0] for name, shape in layers.items()}
   found: dict[str, Any] = {}
   if len(areas) == 1 and math.sqrt(*areas).is_integer():
