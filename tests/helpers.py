@@ -255,6 +255,11 @@ def folded_beyond_the_authors(model: nn.Module) -> int:
   return embeddings + ffns + 2 * model.widths[-1]
 
 
+def halves(variables: Mapping[str, Any]) -> tuple[Any, Any]:
+  """What `reparameterize` takes: parameters and statistics."""
+  return variables["params"], variables["batch_stats"]
+
+
 def counts() -> dict[str, dict[str, int]]:
   """Parameters and batch norm buffers of every RepVGG in both forms."""
   return json.loads((GOLDENS / "counts.json").read_text())

@@ -16,7 +16,7 @@ from repjax.algebra import ConvParams, add, fuse_bn, identity_kernel, pad_kernel
 from repjax.layers import AuxHead, RepConv, RepNorm, linear
 from repjax.reparam import layer_name
 from tests import helpers
-from tests.helpers import F64, quick_jit, random_input, random_variables, relative_error
+from tests.helpers import F64, halves, quick_jit, random_input, random_variables, relative_error
 
 X = random_input(2, 5, 4, 4)
 X32 = X.astype("float32")
@@ -58,10 +58,6 @@ class Detector(nn.Module):
     if self.own_norm:
       x = nn.BatchNorm(not train, force_float32_reductions=False, name="norm", **own)(x)
     return linear(x.mean((1, 2)), 3, name="head", **own)
-
-
-def halves(variables):
-  return variables["params"], variables["batch_stats"]
 
 
 class TestFunction:

@@ -1,15 +1,14 @@
 """`scripts/report.py` over runs and imports."""
 
+import functools
 import importlib.util
 import json
-import runpy
 import shutil
 
 import numpy as np
 import pytest
 
 from repjax import weights
-from tests.training import tiny
 from tests.weights import cases
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -19,17 +18,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
-def report(monkeypatch, capsys):
+def report(run_script):
   """Runs the script in this process; what it printed."""
-
-  def run(*arguments):
-    path = str(tiny.ROOT / "scripts" / "report.py")
-    monkeypatch.setattr("sys.argv", [path, *map(str, arguments)])
-    capsys.readouterr()
-    runpy.run_path(path, run_name="__main__")
-    return capsys.readouterr().out
-
-  return run
+  return functools.partial(run_script, "report")
 
 
 def test_a_run_gets_its_picture_again(report, finished, tmp_path):

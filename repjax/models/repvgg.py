@@ -21,6 +21,7 @@ from flax import linen as nn
 from repjax.errors import InputError
 from repjax.layers import AuxHead, RepConv, SqueezeExcite, activation, linear
 from repjax.layers.rep_norm import refuse_training
+from repjax.models.checks import check_classifier
 
 
 class RepVGGBlock(nn.Module):
@@ -140,17 +141,13 @@ class RepVGG(nn.Module):
       raise InputError("aux_heads needs two blocks in stage 3, one on each side of its third head")
     if int(64 * min(self.width_multipliers)) < 1:
       raise InputError(f"width_multipliers {self.width_multipliers} leave a stage no channel")
-    if self.num_classes < 1:
-      raise InputError(f"num_classes must be at least 1, got {self.num_classes}")
+    check_classifier(self.num_classes, self.dropout, self.act)
     blocks = sum(self.stage_sizes)
     groups = self.groups if isinstance(self.groups, Mapping) else {1: self.groups}
     if not all(0 < int(block) <= blocks and count > 0 for block, count in groups.items()):
       raise InputError(f"groups is a number, or {{block 1 to {blocks}: number}}, got {self.groups}")
     if self.se not in (None, "pre", "post"):
       raise InputError(f'se is None, "pre" or "post" (of the activation), got {self.se!r}')
-    if not 0 <= self.dropout < 1:
-      raise InputError(f"dropout is at least 0 and below 1, got {self.dropout}")
-    activation(self.act)
     super().__post_init__()
 
   def stages(self) -> Iterator[Stage]:

@@ -13,7 +13,7 @@ from repjax.models.repmlp import RepMLP
 from repjax.weights.naming import entries
 from repjax.weights.repmlp import BLOCK
 from tests import helpers
-from tests.helpers import F64, init_shapes, quick_jit, random_input, random_variables
+from tests.helpers import F64, halves, init_shapes, quick_jit, random_input, random_variables
 from tests.models import repmlp_cases
 
 IMAGES = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
@@ -29,10 +29,6 @@ ABLATIONS = {
 }
 
 small = functools.partial(repjax.create_model, "repmlp_cifar", **SMALL)
-
-
-def halves(variables):
-  return variables["params"], variables["batch_stats"]
 
 
 def forms_differ_by(model, x):

@@ -15,7 +15,7 @@ from repjax.layers.rep_dense import partition
 from repjax.weights.naming import entries
 from repjax.weights.repmlpnet import NAMINGS
 from tests import helpers
-from tests.helpers import F64, init_shapes, quick_jit, random_input, random_variables
+from tests.helpers import F64, halves, init_shapes, quick_jit, random_input, random_variables
 
 VARIANTS = sorted(NAMINGS)
 TINY = {
@@ -29,10 +29,6 @@ IMAGES = jax.ShapeDtypeStruct((2, 32, 48, 3), jnp.float32)  # several tiles a st
 
 create = functools.partial(repjax.create_model, "repmlpnet_t224")
 tiny = functools.partial(create, **TINY)
-
-
-def halves(variables):
-  return variables["params"], variables["batch_stats"]
 
 
 def test_counts_are_the_authors_less_what_we_fold_beyond_them():

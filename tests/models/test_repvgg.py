@@ -13,6 +13,7 @@ import repjax
 from tests import helpers
 from tests.helpers import (
   F64,
+  halves,
   init_shapes,
   quick_jit,
   random_input,
@@ -27,10 +28,6 @@ IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 
 create = repjax.create_model
 tiny = functools.partial(create, "repvgg_a0", **TINY)
-
-
-def halves(variables):
-  return variables["params"], variables["batch_stats"]
 
 
 def train_shapes(model, variables, images=IMAGES):

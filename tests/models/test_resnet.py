@@ -17,7 +17,7 @@ from repjax.models.resnet import Bottleneck, Place, ResNet
 from repjax.weights.naming import entries
 from repjax.weights.resnet import NAMINGS
 from tests import helpers
-from tests.helpers import F64, init_shapes, quick_jit, random_input, random_variables
+from tests.helpers import F64, halves, init_shapes, quick_jit, random_input, random_variables
 from tests.models import plain
 
 # Parameters as torchvision states them; statistics are two numbers a channel that is normalised.
@@ -50,10 +50,6 @@ both_blocks = pytest.mark.parametrize("block", BLOCKS)
 
 def tiny(block="bottleneck", **overrides):
   return repjax.create_model("resnet50", **BLOCKS[block] | overrides)
-
-
-def halves(variables):
-  return variables["params"], variables["batch_stats"]
 
 
 def size(tree):

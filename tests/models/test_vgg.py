@@ -12,17 +12,13 @@ import repjax
 from repjax import weights
 from repjax.models.vgg import STAGE_SIZES, pool_to
 from tests import helpers
-from tests.helpers import F64, init_shapes, quick_jit, random_input, random_variables
+from tests.helpers import F64, halves, init_shapes, quick_jit, random_input, random_variables
 from tests.models import plain
 
 TINY = {"num_classes": 5, "widths": (3, 4, 4, 6, 5), "hidden": 12}
 IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 
 tiny = functools.partial(repjax.create_model, "vgg16", **TINY)
-
-
-def halves(variables):
-  return variables["params"], variables["batch_stats"]
 
 
 def size(tree):
