@@ -9,6 +9,7 @@ deploy/                   model.json, report.json, params/
 
 import json
 import shutil
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,19 @@ def sweep(workdir: Path) -> None:
   ]
   for path in left:
     if path.is_dir():
-      shutil.rmtree(path)
+      _remove(path)
     else:
       path.unlink(missing_ok=True)
+
+
+def _remove(folder: Path, seconds: float = 10.0) -> None:
+  """Removes a folder into which threads of a save that failed may still be writing."""
+  deadline = time.monotonic() + seconds
+  while folder.exists() and time.monotonic() < deadline:
+    shutil.rmtree(folder, ignore_errors=True)
+    time.sleep(0.01)
+  if folder.exists():
+    shutil.rmtree(folder)
 
 
 def metrics_file(workdir: Path, step: int) -> Path:

@@ -27,7 +27,11 @@ def of(name):
   return summary(create_model(name), 224)
 
 
-@pytest.mark.parametrize("name", helpers.counts())
+# Of those that differ in width only, one: names and shapes of all are in tests/weights.
+KINDS = ["repvgg_a0", "repvgg_b1", "repvgg_b1g2", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse"]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_totals_are_the_golden_ones(name):
   found, golden = of(name), helpers.counts()[name]
   assert found.train.params == golden["train_params"]

@@ -1,8 +1,10 @@
 """JSON files and trees on disk: whole or not at all, and clear errors for what is damaged."""
 
 import errno
+import itertools
 import json
 import os
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -167,6 +169,22 @@ def test_what_writers_that_were_killed_left_is_swept_and_nothing_else(tmp_path):
   folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
   assert folders == {"deploy", "recalibrated.old", "checkpoints", "damaged"}
   store.sweep(tmp_path / "none")
+
+
+def test_what_a_save_that_failed_still_writes_to_is_swept_when_it_has_ended(tmp_path, monkeypatch):
+  folder = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
+  folder.mkdir(parents=True)
+  rmtree, late = shutil.rmtree, iter(["first", "second"])
+
+  def beside_a_writer(path, **settings):
+    for name in itertools.islice(late, 1):
+      (folder / name).touch()
+      return
+    rmtree(path, **settings)
+
+  monkeypatch.setattr(store.shutil, "rmtree", beside_a_writer)
+  store.sweep(tmp_path)
+  assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_what_cannot_be_written_is_named_with_the_reason(tmp_path):

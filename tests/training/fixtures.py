@@ -1,8 +1,10 @@
 """What is made once a session: the digits on disk, compiled programs and a finished run."""
 
 import contextlib
+import fcntl
 import gc
 import io
+import json
 import os
 import runpy
 import shutil
@@ -21,19 +23,36 @@ from tests.training import tiny
 
 
 @pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
+def shared_folder(tmp_path_factory):
+  """A folder of the session's that all of xdist's workers share."""
+  base = tmp_path_factory.getbasetemp()
+  folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+  folder.mkdir(exist_ok=True)
+  return folder
+
+
+@contextlib.contextmanager
+def made_once(folder):
+  """Holds a folder that is to be made; True for the first who comes, others wait for them."""
+  with open(f"{folder}.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield not folder.exists()
+
+
+@pytest.fixture(scope="session")
+def digits_dir(shared_folder):
   """A TFDS folder that holds the digits."""
-  folder = tmp_path_factory.mktemp("tfds")
-  with contextlib.redirect_stdout(io.StringIO()):
-    open_source("digits", "train", data_dir=str(folder))
+  folder = shared_folder / "tfds"
+  with made_once(folder) as is_first, contextlib.redirect_stdout(io.StringIO()):
+    if is_first:
+      open_source("digits", "train", data_dir=str(folder))
   return folder
 
 
 @pytest.fixture(scope="session")
-def cache_home(tmp_path_factory):
-  """What XDG_CACHE_HOME is for programs that tests start: one folder for all of xdist's workers."""
-  base = tmp_path_factory.getbasetemp()
-  home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+def cache_home(shared_folder):
+  """What XDG_CACHE_HOME is for programs that tests start."""
+  home = shared_folder / "cache"
   home.mkdir(exist_ok=True)
   return home
 
@@ -48,30 +67,39 @@ def quick_programs(cache_home):
 @pytest.fixture
 def no_leftovers():
   """Collects the reads that Orbax gives up, each with a warning, when one of them fails."""
-  yield
-  gc.collect()
+  with tiny.quick_collection():
+    yield
+    gc.collect()
+
+
+def run_once(config, workdir, cache_home):
+  """Trains in a workdir unless another worker has; its report and what it printed."""
+  kept = workdir.with_suffix(".json")
+  with made_once(workdir) as is_first:
+    if is_first:
+      printed = io.StringIO()
+      with (
+        tiny.quick_programs(cache_home / "repjax" / "xla"),
+        contextlib.redirect_stdout(printed),
+      ):
+        report = training.train(config, workdir)
+      kept.write_text(json.dumps([report, printed.getvalue()]))
+    report, printed = json.loads(kept.read_text())
+  return report, printed
 
 
 @pytest.fixture(scope="session")
-def finished(digits_dir, cache_home, tmp_path_factory):
-  """The workdir of a finished run, which no test may change, with what it printed and returned."""
-  workdir = tmp_path_factory.mktemp("runs") / "finished"
-  printed = io.StringIO()
-  with (
-    tiny.quick_programs(cache_home / "repjax" / "xla"),
-    contextlib.redirect_stdout(printed),
-  ):
-    report = training.train(tiny.config(digits_dir), workdir)
-  return workdir, report, printed.getvalue()
+def finished(digits_dir, cache_home, shared_folder):
+  """The workdir of a finished run, which no test may change, with what it returned and printed."""
+  workdir = shared_folder / "finished"
+  return workdir, *run_once(tiny.config(digits_dir), workdir, cache_home)
 
 
 @pytest.fixture(scope="session")
-def averaged(digits_dir, cache_home, tmp_path_factory):
+def averaged(digits_dir, cache_home, shared_folder):
   """The workdir of a finished run that averages its variables, and its report; not to change."""
-  workdir = tmp_path_factory.mktemp("runs") / "averaged"
-  with tiny.quick_programs(cache_home / "repjax" / "xla"):
-    report = training.train(tiny.averaging(digits_dir), workdir)
-  return workdir, report
+  workdir = shared_folder / "averaged"
+  return workdir, run_once(tiny.averaging(digits_dir), workdir, cache_home)[0]
 
 
 @pytest.fixture

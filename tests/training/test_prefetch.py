@@ -10,6 +10,7 @@ import pytest
 
 from repjax.errors import InputError
 from repjax.training.prefetch import ReadAhead
+from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
 
@@ -64,8 +65,9 @@ def readers():
 
 @pytest.fixture(autouse=True)
 def _no_thread_stays():
-  yield
-  gc.collect()
+  with tiny.quick_collection():
+    yield
+    gc.collect()
   for thread in readers():
     thread.join(PATIENCE)
   assert readers() == []

@@ -1,6 +1,7 @@
 """The one small run that many tests share: a narrow RepVGG on the handwritten digits."""
 
 import contextlib
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,14 @@ def quick_programs(cache):
   compilation_cache.reset_cache()
 
 
+@contextlib.contextmanager
+def quick_collection():
+  """Leaves what other tests hold, which is millions of objects, out of garbage collections."""
+  gc.freeze()
+  yield
+  gc.unfreeze()
+
+
 def contents(folder):
   """Every file below a folder with its bytes."""
   paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
@@ -111,6 +120,7 @@ def start_python(*arguments, cwd, cache):
     "JAX_NUM_CPU_DEVICES": "4",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
     "JAX_PLATFORMS": "cpu",
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
     "PATH": "/usr/bin:/bin",
     "PYTHONPATH": str(ROOT),
     "XDG_CACHE_HOME": str(cache),

@@ -1,6 +1,7 @@
 """State dicts in and out: every published layout, the authors' outputs, and every refusal."""
 
 import itertools
+import math
 import re
 
 import jax
@@ -77,6 +78,16 @@ def test_every_checkpoint_is_known_and_its_tensors_have_their_places(model):
     assert {name: list(entry.shape) for name, entry in wanted.items()} == shapes
     for name, counterpart in renamed_keys(model, source, kind).items():
       assert wanted[name][:2] == official[counterpart][:2], name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_published_names_and_shapes_have_the_published_counts(model):
+  counts = helpers.counts()[model]
+  for kind, buffers in (("train", counts["bn_buffers"]), ("deploy", 0)):
+    shapes = helpers.keys("official", model)[kind]
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    assert sum(size for name, size in sizes.items() if "running_" in name) == buffers
+    assert sum(sizes.values()) == counts[f"{kind}_params"] + buffers
 
 
 @pytest.mark.parametrize("model", ["repvgg_a0", "repvgg_d2se", "repvggplus_l2pse"])
