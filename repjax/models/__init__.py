@@ -59,7 +59,10 @@ def create_model(
     deploy: the plain form; its parameters are what `reparameterize` returns.
     dtype: of the computation and the logits.
     param_dtype: of the parameters.
-    **overrides: attributes of the model's class that replace those of the variant.
+    **overrides: attributes of the model's class that replace those of the variant. With
+      `features_only=True` every model returns the maps of its stages by name, which its class
+      describes. Its variables are then those of a classifier without its head; those of a whole
+      classifier serve as well, in both forms, and nobody reads the head.
 
   Returns:
     A module called as `module(images, train=False)` on images (N, H, W, 3), in both forms.
