@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from repjax.errors import unknown
-from repjax.models import repmlp, repmlp_resnet, repmlpnet, repvgg, resnet, vgg
+from repjax.models import parnet, repmlp, repmlp_resnet, repmlpnet, repvgg, resnet, vgg
 from repjax.models.initialize import init
 
 __all__ = ["create_model", "image_size_of", "init", "list_models"]
@@ -22,6 +22,7 @@ _FAMILIES = (
   (repmlp.RepMLPCifar, repmlp.VARIANTS),
   (repmlp_resnet.RepMLPResNet, repmlp_resnet.VARIANTS),
   (repmlpnet.RepMLPNet, repmlpnet.VARIANTS),
+  (parnet.ParNet, parnet.VARIANTS),
 )
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
   name: (family, row) for family, variants in _FAMILIES for name, row in variants.items()
