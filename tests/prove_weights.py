@@ -22,7 +22,7 @@ import numpy as np
 
 import repjax
 from repjax import weights
-from repjax.weights.convert import FOLDED
+from repjax.weights.sources import FOLDED
 from tests import helpers
 from tests.models import repmlp_cases
 from tests.weights import cases, test_resnet_and_vgg
@@ -71,7 +71,7 @@ def key_lists() -> Lists:
     timm = test_resnet_and_vgg.to_timm_vgg(views)
     found["vgg16"].setdefault("official", {})[kind] = own
     found["vgg16"].setdefault("timm", {})[kind] = {name: list(x.shape) for name, x in timm.items()}
-  assert found.keys() == weights.convert.NAMINGS.keys()
+  assert found.keys() == weights.sources.NAMINGS.keys()
   return dict(found)
 
 
@@ -114,7 +114,7 @@ def check_checkpoint(model: str, source: str, kind: str) -> str:
   state = helpers.fill_state_dict(lists[kind])
   found = weights.recognize(state, model)
   assert found == (model, found.naming, kind, 1000)
-  assert weights.convert.NAMINGS[model][found.naming] == weights.convert.NAMINGS[model][source]
+  assert weights.sources.NAMINGS[model][found.naming] == weights.sources.NAMINGS[model][source]
   variables = weights.from_torch(model, state, param_dtype=np.float64)
   spec = repjax.ModelSpec.usual(model)
   shapes = spec.variable_shapes(deploy=kind == "deploy")
