@@ -32,11 +32,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]]]] = {
     {"stage2": (4, 4), "stage3": (8, 4), "stage4": (16, 6), "stage5": (32, 8)},
   ),
   "repmlpnet_t224": (_REPMLPNET, {"stage1": (4, 8), "stage2": (8, 16)}),
+  "parnet_s": ({"stage_sizes": (1, 1, 1), "widths": (8, 8, 16, 16)}, _FOUR),
   "repmlp_cifar": (_CIFAR, {"stage1": (1, 4), "stage2": (2, 6), "stage3": (4, 8)}),
 }
 """Model to overrides that make it small, and to the stride and channels of its features."""
 
-BACKBONES = ("repvgg_a0", "resnet18")
+BACKBONES = ("repvgg_a0", "resnet18", "parnet_s")
 
 
 def backbone(name, deploy=False, **overrides):
