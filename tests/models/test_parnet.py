@@ -18,7 +18,7 @@ from repjax.models.parnet import (
   channel_shuffle,
   gated_conv,
 )
-from repjax.weights.naming import DENSE_AS_CONV, Row
+from repjax.weights.parnet import NAMINGS
 from tests import helpers
 from tests.helpers import F64, halves, init_shapes, quick_jit, random_input, random_variables
 from tests.models.repmlp_cases import fill
@@ -29,36 +29,10 @@ IMAGENET = ["parnet_l", "parnet_m", "parnet_s", "parnet_s_96", "parnet_xl"]
 CIFAR = ["parnet_cifar_l", "parnet_cifar_m", "parnet_cifar_s"]
 IMAGES = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
 
+NAMES = NAMINGS["parnet_s"]["official"]  # key lists hold it to the authors'
+
 create = functools.partial(repjax.create_model, "parnet_s")
 tiny = functools.partial(create, stage_sizes=(1, 1, 2), widths=(4, 6, 8, 10), num_classes=5)
-
-_SCOPES = {
-  **{f"downsample{n}": name for n, name in enumerate(("inits.0.0", "inits.0.1", "inits.1"))},
-  "downsample3": "inits.2",
-  "downsample4": "combine.3",
-  "fusion1": "downsamples_2.0",
-}
-# Names in the authors' state dicts. In a fusion the norms and the block are numbered.
-NAMES = (
-  *(Row(scope, f"{name}.block") for scope, name in _SCOPES.items()),
-  *(Row(rf"stream{n}/block(\d+)", rf"streams.{n - 1}.\1.block") for n in (1, 2, 3)),
-  *(
-    Row(f"{scope}/RepNorm_{ours}/bn", f"{name}.0.{theirs}")
-    for scope, name in (("fusion2", "downsamples_2.1"), ("fusion3", "combine"))
-    for ours, theirs in (("stream", "b1"), ("previous", "b2"))
-  ),
-  Row("fusion2", "downsamples_2.1.2.block"),
-  Row("fusion3", "combine.2.block"),
-  Row("head", "head.fc"),
-  Row("RepConv_0/conv3x3", "rbr_dense"),
-  Row("RepConv_0/conv1x1", "rbr_1x1"),
-  Row("RepConv_0/avg2x2_conv1x1", "rbr_1x1.1"),
-  Row("SkipSqueezeExcite_0/bn", "rbr_identity"),
-  Row("SkipSqueezeExcite_0/dense", "se.cvsig.conv", DENSE_AS_CONV),
-  Row("gate", "se.cvsig.conv", DENSE_AS_CONV),
-  Row("conv", "conv"),
-  Row("bn", "bn"),
-)
 
 
 def folded_beyond_the_authors(model):
