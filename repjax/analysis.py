@@ -1,17 +1,22 @@
-"""What a model costs: shapes, parameters and multiplications by stage, read off its trace."""
+"""What a model costs: shapes, parameters and multiplications by stage, and its depth.
+
+Everything is read off the traced program; nothing is computed.
+"""
 
 import dataclasses
 import inspect
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from repjax.models import image_size_of
 
 
 class Cost(NamedTuple):
@@ -94,6 +99,35 @@ def summary(model: nn.Module, image_size: int | tuple[int, int]) -> Summary:
   return Summary(stages, _total(train), _total(deploy) if deploy else None)
 
 
+def depth(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
+  """How many layers lie on the longest path from the images to an output, in evaluation.
+
+  A layer is a convolution or a matrix product that reads something made of the images. What runs
+  side by side counts once: branches, streams, and a gate beside the convolution that it scales. A
+  scan counts as often as it runs, of a `cond` the longest branch, of a `while_loop` one pass.
+
+  Args:
+    model: as for `summary`, in the form to be counted.
+    image_size: pixels, one number or (height, width); None: the size that the model is made for.
+
+  Raises:
+    ValueError: the model does not take images of that size.
+
+  Example:
+    >>> import repjax
+    >>> repjax.analysis.depth(repjax.create_model("resnet50"))
+    50
+
+  References:
+    Goyal et al., Non-deep Networks, NeurIPS 2022, section 1. https://arxiv.org/abs/2110.07641
+  """
+  size = image_size_of(model) if image_size is None else image_size
+  variables, images, form = _arguments(model, size)
+  program = jax.make_jaxpr(lambda *given: model.apply(*given, **form))(variables, images)
+  before = [*[_NOT_AT_ALL] * len(jax.tree.leaves(variables)), 0]
+  return int(max(0, *_layers_before(program.jaxpr, before)))
+
+
 def format_summary(found: Summary) -> str:
   """The summary as a table for people."""
   forms = ("training form", "deploy form") if found.deploy else ("",)
@@ -119,10 +153,7 @@ def _costs(
   model: nn.Module, image_size: int | tuple[int, int]
 ) -> tuple[dict[str, Cost], dict[str, tuple[int, ...]]]:
   """The cost of each top-level scope in the order of the program, and what it returns."""
-  height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-  images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), images)
-
+  variables, images, form = _arguments(model, image_size)
   called = []  # in the order of the program, norms and other layers without products included
 
   def is_stage(module: nn.Module, method: str) -> bool:
@@ -130,9 +161,6 @@ def _costs(
       return False
     called.append(module.path[0])
     return method == "__call__"
-
-  takes_train = "train" in inspect.signature(type(model).__call__).parameters
-  form: dict[str, Any] = {"train": False} if takes_train else {}
 
   def run(variables: Any, images: jax.Array) -> Any:
     _, state = model.apply(
@@ -161,6 +189,17 @@ def _costs(
     if macs[name] or params[name]
   }
   return costs, shapes
+
+
+def _arguments(
+  model: nn.Module, image_size: int | tuple[int, int]
+) -> tuple[Any, jax.ShapeDtypeStruct, dict[str, Any]]:
+  """What a model is traced on: variables and one image as shapes, and `train` where it takes it."""
+  height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+  images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  takes_train = "train" in inspect.signature(type(model).__call__).parameters
+  return variables, images, {"train": False} if takes_train else {}
 
 
 def _stage_name(scope: tuple[str, ...], stages: Collection[str], model: str) -> str:
@@ -201,6 +240,54 @@ def _products(
     for inner in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr):
       if _is_jaxpr(inner):
         yield from _products(getattr(inner, "jaxpr", inner), scope, inner_times)
+
+
+_NOT_AT_ALL = -math.inf  # layers before what does not depend on the images
+
+
+def _layers_before(jaxpr: Any, inputs: Sequence[float]) -> list[float]:
+  """Layers on the longest path to each output of a program, from those to each of its inputs."""
+  before = dict(zip(jaxpr.invars, inputs))
+
+  def of(variables: Sequence[Any]) -> list[float]:
+    # Literals have no hash, and constants are no inputs.
+    return [
+      _NOT_AT_ALL if hasattr(variable, "val") else before.get(variable, _NOT_AT_ALL)
+      for variable in variables
+    ]
+
+  for equation in jaxpr.eqns:
+    before.update(zip(equation.outvars, _layers_behind(equation, of(equation.invars))))
+  return of(jaxpr.outvars)
+
+
+def _layers_behind(equation: Any, given: list[float]) -> list[float]:
+  """The same for the outputs of one equation."""
+  name, params = equation.primitive.name, equation.params
+
+  def through(program: Any, given: Sequence[float]) -> list[float]:
+    return _layers_before(getattr(program, "jaxpr", program), given)
+
+  if name == "cond":
+    branches = [through(branch, given[1:]) for branch in params["branches"]]
+    return [max(given[0], *column) for column in zip(*branches)]
+  if name == "while":
+    consts = params["cond_nconsts"]
+    carry = given[consts + params["body_nconsts"] :]
+    return [max(pair) for pair in zip(carry, through(params["body_jaxpr"], given[consts:]))]
+  if name == "scan":
+    held, moving = params["num_consts"], params["num_carry"]
+    consts, carry, rows = given[:held], given[held : held + moving], given[held + moving :]
+    stacked = [_NOT_AT_ALL] * (len(equation.outvars) - moving)
+    for _ in range(params["length"]):
+      outputs = through(params["jaxpr"], [*consts, *carry, *rows])
+      carry, stacked = outputs[:moving], [max(pair) for pair in zip(stacked, outputs[moving:])]
+    return [*carry, *stacked]
+  for inner in params.values():
+    if _is_jaxpr(inner) and len(getattr(inner, "jaxpr", inner).invars) == len(given):
+      return through(inner, given)
+  is_layer = name in ("conv_general_dilated", "dot_general")
+  return [max(given, default=_NOT_AT_ALL) + is_layer] * len(equation.outvars)
 
 
 def _is_jaxpr(value: Any) -> bool:

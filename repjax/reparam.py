@@ -13,6 +13,7 @@ from repjax.layers import (
   fold_rep_ffn,
   fold_rep_head,
   fold_rep_norm,
+  fold_skip_squeeze_excite,
 )
 
 Tree = Mapping[str, Any]
@@ -26,6 +27,7 @@ FOLDS: dict[str, Fold] = {
   "RepFFN": fold_rep_ffn,
   "RepHead": fold_rep_head,
   "RepNorm": fold_rep_norm,
+  "SkipSqueezeExcite": fold_skip_squeeze_excite,
 }
 """A layer's class name to its fold. Extend a copy: `folds={**repjax.FOLDS, "MyLayer": fold}`."""
 

@@ -113,7 +113,7 @@ def torch_network(model: RepVGG) -> Any:
   blocks = [Block(3, features, model.strides[0], 1)]
   for stage in model.stages():
     for index in range(stage.blocks):
-      stride = stage.strides if index == 0 else 1
+      stride = stage.step.strides if index == 0 else 1
       groups = model.groups_of(stage.first_block + index)
       blocks.append(Block(features, stage.features, stride, groups))
       features = stage.features

@@ -61,12 +61,18 @@ def main() -> None:
   entry = f"entry: {record['entry']}" if record["entry"] else ""
   if record["other_entries"]:
     entry += f" (--entry takes {' or '.join(record['other_entries'])} instead)"
+  assumed = "".join(
+    f"{name}: {value}, as the released weights need it (--overrides "
+    f"'{json.dumps({name: '...'})}' for others)\n"
+    for name, value in record["assumed"].items()
+  )
   revision = f", revision {record['revision']}" if record["revision"] else ""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   print(
     f"recognized: {record['model']}, {record['naming']} names, {record['kind']} form, "
     f"{record['num_classes']} classes{' with a new classifier' if record['new_head'] else ''}\n"
     + (f"{entry}\n" if entry else "")
+    + assumed
     + f"parameters: {record['parameters']:,}, from {', '.join(record['dtypes'])}\n"
     f"images: shorter side to {preprocessing['resize_size']} px, "
     f"{preprocessing['interpolation']}, central {preprocessing['image_size']} px, "

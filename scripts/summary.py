@@ -1,4 +1,6 @@
-"""Prints what a model costs by stage: output shapes, parameters, multiplications, in both forms.
+"""Prints what a model costs by stage in both forms, and how deep it is.
+
+Output shapes, parameters, multiplications; layers on the longest path.
 
 python scripts/summary.py --model repvgg_a0
 """
@@ -30,9 +32,11 @@ def main() -> None:
     image_size = arguments.image_size
     if image_size is None:
       image_size = spec.preprocessing.image_size
-    found = analysis.summary(spec.create_model(), image_size)
+    model = spec.create_model()
+    found, depth = analysis.summary(model, image_size), analysis.depth(model, image_size)
   print(f"{spec.name}, {spec.num_classes} classes, one image of {image_size} px")
   print(analysis.format_summary(found))
+  print(f"depth {depth}: convolutions and matrix products on the longest path through the model")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+import repjax
 from repjax.layers.linear import uniform_bound
 from repjax.weights.naming import Naming, entries, tensor_name
 from repjax.weights.repvgg import NAMINGS
@@ -137,6 +138,24 @@ def random_variables(module: nn.Module, x: Any, seed: int = 0) -> Any:
   return randomise(init_shapes(module, x), seed)
 
 
+def forms_differ_by(model: nn.Module, x: Any) -> float:
+  """Relative error of a model's deploy form against its training form, random statistics.
+
+  What `reparameterize` returns must have the structure, shapes and dtypes of the deploy form.
+  """
+  own: dict[str, Any] = {"deploy": True}
+  deploy, variables = model.clone(**own), random_variables(model, x)
+
+  @quick_jit
+  def outputs(variables):
+    params = repjax.reparameterize(*halves(variables))
+    return deploy.apply({"params": params}, x), model.apply(variables, x), params
+
+  deployed, trained, params = outputs(variables)
+  assert shapes(params) == shapes(init_shapes(deploy, x)["params"])
+  return relative_error(deployed, trained)
+
+
 def random_input(*shape: int, seed: int = 1) -> np.ndarray:
   """Standard normal values in float64."""
   return np.random.default_rng(seed).standard_normal(shape)
@@ -239,6 +258,11 @@ def repmlpnet_keys() -> dict[str, dict[str, dict[str, list[int]]]]:
   """Model to kind to name to shape, as in the authors' files of RepMLPNet."""
   with gzip.open(GOLDENS / "repmlpnet_keys.json.gz", "rt") as file:
     return json.load(file)
+
+
+def parnet_goldens() -> dict[str, Any]:
+  """{"counts": {model: {...}}, "cases": [{"id", "spec", "input", "expect"}, ...]}."""
+  return json.loads((GOLDENS / "parnet.json").read_text())
 
 
 def folded_beyond_the_authors(model: nn.Module) -> int:

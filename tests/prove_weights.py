@@ -1,10 +1,10 @@
 """Every published key list through import and export, filled by the golden rule in float64.
 
 For each model, source and kind: `from_torch` must recognize the state dict and turn every tensor
-as it should, and `to_torch` must give it back bit by bit; what it folds on the way in, RepMLPNet's
-norms in deploy files, must have the deploy form's shapes. For each golden RepVGG the authors'
-outputs must come out, in both forms. Takes many minutes and a few GB; the test suite does the same
-with cheaper numbers.
+as it should, and `to_torch` must give it back bit by bit; what it folds on the way in, norms in
+deploy files of RepMLPNet and ParNet, must have the deploy form's shapes. For each golden RepVGG the
+authors' outputs must come out, in both forms. Takes many minutes and a few GB; the test suite does
+the same with cheaper numbers.
 
 python -m tests.prove_weights --models repvgg_a0 repvgg_b1g4
 """
@@ -22,7 +22,7 @@ import numpy as np
 
 import repjax
 from repjax import weights
-from repjax.weights.convert import FOLDED
+from repjax.weights.sources import FOLDED, RELEASED_WITH
 from tests import helpers
 from tests.models import repmlp_cases
 from tests.weights import cases, test_resnet_and_vgg
@@ -48,7 +48,7 @@ def key_lists() -> Lists:
   for source, lists in helpers.key_lists().items():
     for model, kinds in lists.items():
       found[model][source] = kinds
-  for lists in (repmlp_cases.key_lists(), helpers.repmlpnet_keys()):
+  for lists in (repmlp_cases.key_lists(), helpers.repmlpnet_keys(), cases.parnet_keys()):
     for model, kinds in lists.items():
       found[model]["official"] = kinds
   # Half as many groups are twice as many inputs.
@@ -61,6 +61,11 @@ def key_lists() -> Lists:
     }
     for kind, shapes in found["repmlp_resnet50_bottleneck_g8"]["official"].items()
   }
+  # A file in the paper's width has other numbers of channels in one stream alone.
+  found["parnet_s_96"]["official"] = {
+    kind: {name: [96 if n == 92 else n for n in shape] for name, shape in shapes.items()}
+    for kind, shapes in found["parnet_s"]["official"].items()
+  }
   for model, layers in RESNETS.items():
     own = {kind: test_resnet_and_vgg.torchvision_resnet(*layers, kind) for kind in cases.KINDS}
     found[model] = {"official": own, "timm": own}
@@ -71,7 +76,7 @@ def key_lists() -> Lists:
     timm = test_resnet_and_vgg.to_timm_vgg(views)
     found["vgg16"].setdefault("official", {})[kind] = own
     found["vgg16"].setdefault("timm", {})[kind] = {name: list(x.shape) for name, x in timm.items()}
-  assert found.keys() == weights.convert.NAMINGS.keys()
+  assert found.keys() == weights.sources.NAMINGS.keys()
   return dict(found)
 
 
@@ -114,8 +119,10 @@ def check_checkpoint(model: str, source: str, kind: str) -> str:
   state = helpers.fill_state_dict(lists[kind])
   found = weights.recognize(state, model)
   assert found == (model, found.naming, kind, 1000)
-  assert weights.convert.NAMINGS[model][found.naming] == weights.convert.NAMINGS[model][source]
-  variables = weights.from_torch(model, state, param_dtype=np.float64)
+  assert weights.sources.NAMINGS[model][found.naming] == weights.sources.NAMINGS[model][source]
+  released = RELEASED_WITH.get((model, found.naming), {})
+  overrides = {name: value for name, (value, _) in released.items()}
+  variables = weights.from_torch(model, state, param_dtype=np.float64, **overrides)
   spec = repjax.ModelSpec.usual(model)
   shapes = spec.variable_shapes(deploy=kind == "deploy")
   assert jax.tree.map(np.shape, variables) == jax.tree.map(lambda leaf: leaf.shape, shapes)

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 import repjax.models
 from repjax import analysis, create_model
-from repjax.analysis import Cost, Stage, Summary, format_summary, summary
+from repjax.analysis import Cost, Stage, Summary, depth, format_summary, summary
 from repjax.models.repvgg import RepVGG
 from repjax.spec import ModelSpec, Preprocessing
 from tests import helpers
@@ -351,6 +351,65 @@ def test_long_names_and_long_shapes_stay_apart():
   ]
 
 
+class TestDepth:
+  @pytest.mark.parametrize("deploy", [False, True])
+  @pytest.mark.parametrize(
+    ("name", "layers"), [("parnet_s", 12), ("parnet_cifar_s", 12), ("resnet18", 18), ("vgg16", 16)]
+  )
+  def test_it_is_what_papers_say(self, name, layers, deploy):
+    assert depth(create_model(name, deploy=deploy)) == layers
+
+  def test_a_repvgg_is_as_deep_as_it_has_blocks_and_a_classifier(self):
+    blocks = 1 + sum(tiny.OVERRIDES["stage_sizes"])
+    assert depth(small(), 32) == depth(small(deploy=True), 32) == blocks + 1
+    # Two layers more a block, since a gate waits for the convolution that it scales.
+    assert depth(small(se="pre", se_reduction=2), 32) == 3 * blocks + 1
+
+  @pytest.mark.parametrize("how", ["plain", "jit", "remat", "scan", "scan of remat"])
+  def test_transformed_modules_are_as_deep_as_plain_ones(self, how):
+    assert depth(Wrapped(how), 8) == 8
+
+  def test_what_runs_side_by_side_counts_once(self):
+    assert depth(Wrapped("vmap"), 8) == 2
+    assert depth(Folded(), 8) == depth(Folded(deploy=True), 8) == 1
+
+  def test_only_what_is_made_of_the_images_counts(self):
+    class Net(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        left, right = (self.param(n, nn.initializers.ones, (3, 3)) for n in ("left", "right"))
+        nn.Dense(3)(nn.Dense(3)(x))  # leads to no output
+        return nn.Dense(2)(x @ (left @ right @ left))
+
+    class Blind(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        return nn.Dense(2)(jnp.ones(x.shape))
+
+    assert depth(Net(), 8) == 2
+    assert depth(Blind(), 8) == 0
+
+  def test_of_branches_the_longest_counts_and_of_a_loop_one_pass(self):
+    def layers(count):
+      return lambda x, kernel: functools.reduce(lambda x, _: x @ kernel, range(count), x)
+
+    class Net(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.ones, (3, 3))
+        x = jax.lax.cond(x.mean() > 0, layers(1), layers(3), x, kernel)
+        _, x = jax.lax.while_loop(
+          lambda held: held[0] < 5, lambda held: (held[0] + 1, held[1] @ kernel), (0, x)
+        )
+        return nn.relu(x)
+
+    assert depth(Net(), 8) == 4
+
+  def test_a_size_that_the_model_does_not_take_is_a_value_error(self):
+    with pytest.raises(ValueError, match="use a larger image size"):
+      depth(small(), 4)
+
+
 class TestScript:
   @pytest.fixture(autouse=True)
   def _tiny(self, monkeypatch):
@@ -373,8 +432,10 @@ class TestScript:
     printed = run("--model", "tiny", "--num-classes", 10, "--image-size", 64)
     first, rest = printed.split("\n", 1)
     assert first == "tiny, 10 classes, one image of 64 px"
-    table = analysis.format_summary(summary(create_model("tiny", num_classes=10), 64))
-    assert rest == table + "\n"
+    model = create_model("tiny", num_classes=10)
+    table, end = rest.removesuffix("\n").rsplit("\n", 1)
+    assert table == analysis.format_summary(summary(model, 64))
+    assert end.startswith(f"depth {depth(model, 64)}: ")
 
   def test_it_takes_the_size_of_the_model_by_default(self, run):
     assert run("--model", "tiny").startswith("tiny, 1000 classes, one image of 224 px")

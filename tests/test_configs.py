@@ -64,8 +64,11 @@ REPMLPNET = {
   "repmlpnet_d256": 80.83,
   "repmlpnet_l256": 81.68,
 }
+# ParNet by its authors' script: how often an image is erased in part.
+PARNET = {"parnet_s": 0.2, "parnet_m": 0.2, "parnet_l": 0.4, "parnet_xl": 0.4}
 # And on smaller data.
 SMALL_REPMLP = {"repmlp_cifar", "repmlp_cifar_convnet", "digits_repmlp"}
+OTHER_PARNET = {"parnet_xl_320", "parnet_cifar", "digits_parnet"}
 
 
 NEVER_SET = {"data_dir", "init_from", "num_steps", "eval_image_size"}  # None in the shared one too
@@ -83,6 +86,8 @@ def load(name):
 def test_there_is_a_config_for_each_result_and_one_to_try():
   assert {
     *(*PAPER, *BASELINES, *STRONG, *AT_320, *REPMLP, *SMALL_REPMLP, *REPMLPNET),
+    *PARNET,
+    *OTHER_PARNET,
     *("digits", "finetune"),
   } == set(NAMES)
 
@@ -111,7 +116,8 @@ def test_a_field_that_is_left_open_takes_values_of_the_shared_configs_type_only(
 def test_a_config_names_a_model_and_values_that_can_be_used(name, finished, digits_dir):
   config, _ = load(name)
   if set(config.model_overrides.to_dict().values()) == {None} and name != "repmlp_cifar":
-    config.model_overrides.stage_sizes = (1, 1, 2, 1)  # which is traced sooner
+    stages = (1, 1, 2) if name.startswith("parnet") else (1, 1, 2, 1)
+    config.model_overrides.stage_sizes = stages  # which is traced sooner
   if name == "finetune":
     config.update({"init_from": str(finished[0]), "dataset": "digits", "eval_split": "test"})
     config.data_dir = str(digits_dir)
@@ -247,6 +253,55 @@ def test_repmlpnet_has_the_recipe_and_the_size_of_its_authors(name):
   assert repjax.create_model(config.model).image_size == config.resize_size == size
 
 
+@pytest.mark.parametrize("name", PARNET)
+def test_parnet_has_the_recipe_of_its_authors_with_the_rate_of_the_paper(name):
+  config, base = load(name)[0], common.get_config()
+  assert changes(base, config) == {
+    "model": name,
+    "dtype": "bfloat16",
+    "batch_size": 1024,
+    "num_epochs": 130,
+    "cooldown_epochs": 10,
+    "final_rate": pytest.approx(1e-5 / 4),
+    "nesterov": True,
+    "weight_decay_rule": "more_than_one_axis",
+    "augment": (
+      f"random_resized_crop | flip | rand_augment(2, 9, noise=0.5) | random_erasing({PARNET[name]})"
+    ),
+    "label_smoothing": 0.1,
+    "ema_decay": 0.9999,
+  }
+  # 0.8 for a batch of 2048; cosine, and crops of 0.875 in evaluation.
+  assert base.learning_rate * 2048 / 256 == 0.8
+  assert (base.schedule, base.image_size / base.resize_size) == ("cosine", 0.875)
+
+
+def test_fine_tuning_parnet_is_short_at_320_pixels_and_tested_at_352():
+  config, before = load("parnet_xl_320")[0], load("parnet_xl")[0]
+  changed = changes(before, config)
+  assert changed.pop("augment") == before.augment.replace("(0.4)", "(0.6)").replace(
+    "random_resized_crop", "random_resized_crop(area=(0.5, 1))"
+  )
+  assert changed == {
+    "image_size": 320,
+    "eval_image_size": 352,
+    "resize_size": round(352 / 0.875),
+    "batch_size": 256,
+    "num_epochs": 16,
+    "cooldown_epochs": 0,
+    "mixup": 0.1,
+    "learning_rate": 0.001,
+    "final_rate": 0,
+  }
+
+
+def test_parnet_on_cifar_learns_as_long_as_in_the_paper_from_mirrored_and_shifted_images():
+  config = load("parnet_cifar")[0]
+  assert (config.num_epochs, config.augment) == (400, "pad_and_crop | flip")
+  assert config.learning_rate * config.batch_size / 256 == pytest.approx(0.1)
+  assert repjax.create_model(config.model, num_classes=10).image_size == config.image_size == 32
+
+
 def test_tiles_and_groups_are_numbers_or_tuples_on_the_command_line_too(monkeypatch):
   config = load("repmlp_resnet50_bottleneck_g8_320")[0]
   config.model_overrides.update({"stage_sizes": (1, 2, 2, 1), "widths": (8, 64, 256, 8)})
@@ -284,10 +339,12 @@ def test_the_recipe_of_repmlp_on_cifar_is_the_papers():
   assert (own, changed) == ({"mixer": "conv3x3", "widths": (32, 64, 128)}, {})
 
 
-def test_digits_with_a_repmlp_are_the_digits_of_the_other_config():
-  config = load("digits_repmlp")[0]
+@pytest.mark.parametrize("name", ["digits_repmlp", "digits_parnet"])
+def test_digits_with_another_network_are_the_digits_of_the_first_config(name):
+  config = load(name)[0]
   assert changes(load("digits")[0], config).keys() == {"model", "model_overrides"}
-  assert settings.model_spec(config, ()).create_model().image_size == config.image_size
+  model = settings.model_spec(config, ()).create_model()
+  assert name != "digits_repmlp" or model.image_size == config.image_size
 
 
 def test_the_shared_recipe_is_the_papers():

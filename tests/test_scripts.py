@@ -196,7 +196,7 @@ def test_import_weights_takes_another_number_of_classes(import_weights, checkpoi
 def test_import_weights_ends_with_one_paragraph_and_writes_nothing(
   import_weights, checkpoint, tmp_path, monkeypatch, arguments, said
 ):
-  monkeypatch.setattr("repjax.weights.convert.list_models", lambda: ["repvgg_a0"])
+  monkeypatch.setattr("repjax.weights.recognition.list_models", lambda: ["repvgg_a0"])
   path = checkpoint()
   assert said in stop_of(import_weights, path, *arguments)
   assert list(tmp_path.iterdir()) == [path]

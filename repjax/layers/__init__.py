@@ -2,7 +2,12 @@
 
 from repjax.layers.activations import activation
 from repjax.layers.aux_head import AuxHead, fold_aux_head
-from repjax.layers.gates import SqueezeExcite
+from repjax.layers.gates import (
+  GlobalGate,
+  SkipSqueezeExcite,
+  SqueezeExcite,
+  fold_skip_squeeze_excite,
+)
 from repjax.layers.global_perceptron import GlobalPerceptron, fold_global_perceptron
 from repjax.layers.linear import linear
 from repjax.layers.rep_conv import RepConv, fold_rep_conv
@@ -13,12 +18,14 @@ from repjax.layers.rep_norm import RepNorm, fold_rep_norm
 
 __all__ = [
   "AuxHead",
+  "GlobalGate",
   "GlobalPerceptron",
   "RepConv",
   "RepDense",
   "RepFFN",
   "RepHead",
   "RepNorm",
+  "SkipSqueezeExcite",
   "SqueezeExcite",
   "activation",
   "fold_aux_head",
@@ -28,5 +35,6 @@ __all__ = [
   "fold_rep_ffn",
   "fold_rep_head",
   "fold_rep_norm",
+  "fold_skip_squeeze_excite",
   "linear",
 ]

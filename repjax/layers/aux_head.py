@@ -18,6 +18,7 @@ class AuxHead(nn.Module):
 
   Attributes:
     num_classes: outputs.
+    dilation: of the convolution, where the network dilates instead of striding.
     axis_name: of the pmapped axis over which batch statistics are shared.
     dtype: of the computation and the result.
     param_dtype: of the parameters.
@@ -27,6 +28,7 @@ class AuxHead(nn.Module):
   """
 
   num_classes: int
+  dilation: int = 1
   axis_name: str | None = None
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -37,6 +39,7 @@ class AuxHead(nn.Module):
       x.shape[-1],
       branches=("conv3x3",),
       strides=2,
+      dilation=self.dilation,
       axis_name=self.axis_name,
       dtype=self.dtype,
       param_dtype=self.param_dtype,

@@ -69,8 +69,9 @@ def linear(
   name: str,
   dtype: jax.typing.DTypeLike,
   param_dtype: jax.typing.DTypeLike,
+  use_bias: bool = True,
 ) -> jax.Array:
-  """Applies a fully connected layer with bias; for use inside a compact method.
+  """Applies a fully connected layer; for use inside a compact method.
 
   Args:
     x: (..., I).
@@ -78,12 +79,14 @@ def linear(
     name: the layer's scope, which holds `kernel` (I, O) and `bias` (O,).
     dtype: of the computation and the result.
     param_dtype: of the parameters.
+    use_bias: add the bias; without, there is none.
 
   Returns:
     (..., O).
   """
   return nn.Dense(
     features,
+    use_bias=use_bias,
     name=name,
     dtype=dtype,
     param_dtype=param_dtype,

@@ -2,11 +2,12 @@
 
 A branch's name says what it is made of. The forward pass and the fold read the same name.
 
-| name          | branch                              |
-|---------------|-------------------------------------|
-| `convHxW`     | HxW convolution, batch norm         |
-| `identity`    | batch norm of the input             |
-| either + `_N` | a repeat, for example `conv3x3_1`   |
+| name             | branch                                              |
+|------------------|-----------------------------------------------------|
+| `convHxW`        | HxW convolution, batch norm                         |
+| `identity`       | batch norm of the input                             |
+| `avg2x2_conv1x1` | 2x2 mean-pool at stride 2, 1x1 convolution, batch norm |
+| any + `_N`       | a repeat, for example `conv3x3_1`                   |
 """
 
 import functools
@@ -18,17 +19,25 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax.algebra import ConvParams, add, fuse_bn, identity_kernel, pad_kernel
+from repjax.algebra import (
+  ConvParams,
+  add,
+  average_pool_kernel,
+  compose,
+  fuse_bn,
+  identity_kernel,
+  pad_kernel,
+)
 from repjax.errors import InputError
 from repjax.layers.linear import bias_init, kernel_init
 from repjax.layers.rep_norm import EPSILON, batch_norm, refuse_training
 
-_BRANCH = re.compile(r"(?:conv([1-9]\d*)x([1-9]\d*)|identity)(?:_\d+)?")
+_BRANCH = re.compile(r"(?:conv([1-9]\d*)x([1-9]\d*)|identity|(avg2x2_conv1x1))(?:_\d+)?")
 _PADDING_MODES = ("constant", "edge", "reflect", "wrap")
 
 
 def branch_size(name: str) -> tuple[int, int] | None:
-  """The kernel size (H, W) of the branch called `name`, None for an identity.
+  """The size (H, W) of the one kernel that the branch called `name` is, None for an identity.
 
   Raises:
     ValueError: `name` is not in the grammar.
@@ -36,10 +45,17 @@ def branch_size(name: str) -> tuple[int, int] | None:
   match = _BRANCH.fullmatch(name)
   if match is None:
     raise ValueError(
-      f"unknown branch {name!r}; a branch is called convHxW (conv3x3, conv1x1, conv1x3, ...) or "
-      "identity, with _1, _2, ... behind a repeated one"
+      f"unknown branch {name!r}; a branch is called convHxW (conv3x3, conv1x1, conv1x3, ...), "
+      "identity or avg2x2_conv1x1, with _1, _2, ... behind a repeated one"
     )
+  if match[3]:
+    return 2, 2
   return (int(match[1]), int(match[2])) if match[1] else None
+
+
+def _is_pooled(name: str) -> bool:
+  """Whether a branch pools before it convolves."""
+  return name.startswith("avg2x2")
 
 
 def _layer_size(branches: Iterable[str]) -> tuple[int, int]:
@@ -69,6 +85,15 @@ def _pad(x: jax.Array, padding: tuple[int, int], mode: str = "constant") -> jax.
   return jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
 
 
+def _mean_pool(x: jax.Array) -> jax.Array:
+  """Means of 2x2 windows; zeros beyond an odd edge count, so that every window is of four."""
+  n, height, width, channels = x.shape
+  down, across = -(-height // 2), -(-width // 2)
+  edges = [(0, 0, 0), (0, height % 2, 0), (0, width % 2, 0), (0, 0, 0)]
+  x = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
+  return x.reshape(n, down, 2, across, 2, channels).mean((2, 4))  # (N, ceil(H/2), ceil(W/2), C)
+
+
 class _Branch(nn.Module):
   """A convolution, absent in an identity branch, and the batch norm behind it."""
 
@@ -86,7 +111,8 @@ class RepConv(nn.Module):
   """A sum of conv-BN branches over one input; its deploy form is one convolution with bias.
 
   y = sum_b BN_b(conv_b(x)). Exact in deploy form for every stride, dilation, group count, padding
-  and padding mode: smaller kernels sit at the centre of the largest, and the identity is a 1x1.
+  and padding mode: smaller kernels sit at the centre of the largest, and the identity is a 1x1. The
+  pooled branch is the last 2x2 taps of a 3x3 at stride 2, at every size of the map.
 
   Attributes:
     features: output channels O.
@@ -107,6 +133,7 @@ class RepConv(nn.Module):
   References:
     Ding et al., RepVGG, CVPR 2021, section 3.2. https://arxiv.org/abs/2101.03697
     Ding et al., ACNet, ICCV 2019, for the 1x3 and 3x1 branches. https://arxiv.org/abs/1908.03930
+    Goyal et al., Non-deep Networks, NeurIPS 2022, for the pooled one. https://arxiv.org/abs/2110.07641
   """
 
   features: int
@@ -157,6 +184,9 @@ class RepConv(nn.Module):
       kernel_size = branch_size(name)
       if kernel_size is None:
         branch, source = _Branch(None, norm, name=name), _pad(x, own_padding((1, 1)))
+      elif _is_pooled(name):
+        conv = self._conv((1, 1), (0, 0), x.shape[-1], self.conv_bias, strides=(1, 1))
+        branch, source = _Branch(conv, norm, name=name), _mean_pool(x)
       else:
         conv = self._conv(kernel_size, own_padding(kernel_size), x.shape[-1], self.conv_bias)
         branch, source = _Branch(conv, norm, name=name), x
@@ -171,14 +201,19 @@ class RepConv(nn.Module):
     return dilation[0] * ((size[0] - 1) // 2), dilation[1] * ((size[1] - 1) // 2)
 
   def _conv(
-    self, size: tuple[int, int], padding: tuple[int, int], inputs: int, use_bias: bool
+    self,
+    size: tuple[int, int],
+    padding: tuple[int, int],
+    inputs: int,
+    use_bias: bool,
+    strides: tuple[int, int] | None = None,
   ) -> Callable[..., nn.Module]:
-    """A convolution that lacks only its name."""
+    """A convolution that lacks only its name; its strides are the layer's if not given."""
     return functools.partial(
       nn.Conv,
       self.features,
       size,
-      strides=pair(self.strides),
+      strides=strides or pair(self.strides),
       padding=[(pad, pad) for pad in padding],
       kernel_dilation=pair(self.dilation),
       feature_group_count=self.groups,
@@ -203,7 +238,9 @@ class RepConv(nn.Module):
       raise InputError(f"{where}: padding_mode {self.padding_mode!r} is none of {_PADDING_MODES}")
     for name in self.branches:
       kernel_size = branch_size(name)
-      if kernel_size and any((big - small) % 2 for big, small in zip(size, kernel_size)):
+      if _is_pooled(name):
+        self._check_pooled(where, name, size)
+      elif kernel_size and any((big - small) % 2 for big, small in zip(size, kernel_size)):
         raise InputError(
           f"{where}: {name} has no centre in the layer's {size[0]}x{size[1]} kernel; "
           "heights must be all odd or all even, and widths too"
@@ -216,13 +253,24 @@ class RepConv(nn.Module):
           f"kernel {size[0]}x{size[1]}; leave it out: branches=('conv3x3', 'conv1x1')"
         )
 
+  def _check_pooled(self, where: str, name: str, size: tuple[int, int]) -> None:
+    """Raises ValueError where a pooled branch is not four taps of the layer's kernel."""
+    shape = size, pair(self.strides), self._padding(size), pair(self.dilation)
+    if shape != ((3, 3), (2, 2), (1, 1), (1, 1)) or self.padding_mode != "constant":
+      raise InputError(
+        f"{where}: {name} lies beside a 3x3 convolution at stride 2 with one pixel of zeros around "
+        f"the map and no dilation; got kernel {size[0]}x{size[1]}, strides {self.strides}, padding "
+        f"{self.padding} of mode {self.padding_mode!r}, dilation {self.dilation}; take conv1x1"
+      )
+
 
 def fold_rep_conv(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
   """Folds a RepConv: its branches with their statistics become {conv: {kernel, bias}}.
 
-  K = sum_b pad(K_b * scale_b), b = sum_b bias_b; an identity's K_b is the one-hot 1x1.
+  K = sum_b pad(K_b * scale_b), b = sum_b bias_b; an identity's K_b is the one-hot 1x1, and a pooled
+  1x1's is a quarter of it at each of four taps, the last 2x2 of the 3x3.
 
   Args:
     params: {branch: {conv: {kernel[, bias]}, bn: {scale, bias}}}, no conv in an identity.
@@ -279,5 +327,11 @@ def merge_branches(
   fused = []
   for name in params:
     kernel, bias = fuse_bn(conv(name), params[name]["bn"], stats[name].get("bn", {}), epsilon)
-    fused.append(ConvParams(pad_kernel(kernel, size), bias))
+    if _is_pooled(name):
+      # A pool and a 1x1 may change places: one acts on pixels and the other on channels.
+      pool = average_pool_kernel(features, features, (2, 2), kernel.dtype)
+      pooled, _ = compose(ConvParams(kernel, bias), ConvParams(pool, jnp.zeros_like(bias)))
+      fused.append(ConvParams(pad_kernel(pooled, size, before=(1, 1)), bias))
+    else:
+      fused.append(ConvParams(pad_kernel(kernel, size), bias))
   return add(*fused)

@@ -62,7 +62,7 @@ def refuse_training(deploy: bool, train: bool) -> None:
     )
 
 
-class _Affine(nn.Module):
+class Affine(nn.Module):
   """y = x * scale + bias per channel."""
 
   param_dtype: Any
@@ -100,7 +100,7 @@ class RepNorm(nn.Module):
     refuse_training(self.deploy, train)
     if self.deploy:
       wide = wide_dtype(x.dtype)
-      return _Affine(self.param_dtype, name="affine")(x.astype(wide)).astype(self.dtype)
+      return Affine(self.param_dtype, name="affine")(x.astype(wide)).astype(self.dtype)
     y = batch_norm(
       x,
       train,

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from repjax.errors import unknown
-from repjax.models import repmlp, repmlp_resnet, repmlpnet, repvgg, resnet, vgg
+from repjax.models import parnet, repmlp, repmlp_resnet, repmlpnet, repvgg, resnet, vgg
 from repjax.models.initialize import init
 
 __all__ = ["create_model", "image_size_of", "init", "list_models"]
@@ -22,6 +22,7 @@ _FAMILIES = (
   (repmlp.RepMLPCifar, repmlp.VARIANTS),
   (repmlp_resnet.RepMLPResNet, repmlp_resnet.VARIANTS),
   (repmlpnet.RepMLPNet, repmlpnet.VARIANTS),
+  (parnet.ParNet, parnet.VARIANTS),
 )
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
   name: (family, row) for family, variants in _FAMILIES for name, row in variants.items()
@@ -59,7 +60,10 @@ def create_model(
     deploy: the plain form; its parameters are what `reparameterize` returns.
     dtype: of the computation and the logits.
     param_dtype: of the parameters.
-    **overrides: attributes of the model's class that replace those of the variant.
+    **overrides: attributes of the model's class that replace those of the variant. With
+      `features_only=True` every model returns the maps of its stages by name, which its class
+      describes. Its variables are then those of a classifier without its head; those of a whole
+      classifier serve as well, in both forms, and nobody reads the head.
 
   Returns:
     A module called as `module(images, train=False)` on images (N, H, W, 3), in both forms.

@@ -1,5 +1,6 @@
-"""What all layers of a network share."""
+"""What all layers of a network share, and strides that become dilation."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Self
 
 from flax import linen as nn
@@ -39,3 +40,48 @@ class Settings(NamedTuple):
       **self.of_layers(),
       name=f"RepConv_{name}",
     )
+
+
+class Step(NamedTuple):
+  """How a stage's map follows from the one before it.
+
+  Attributes:
+    strides: how many times smaller it is.
+    dilation_before: of convolutions up to the one that has the stride.
+    dilation: of convolutions behind it.
+  """
+
+  strides: int
+  dilation_before: int
+  dilation: int
+
+  @property
+  def shrinks(self) -> bool:
+    """Whether the map is smaller, or would be if the stage did not dilate instead."""
+    return self.strides > 1 or self.dilation > self.dilation_before
+
+  @property
+  def later(self) -> "Step":
+    """The same for blocks behind the first."""
+    return Step(1, self.dilation, self.dilation)
+
+
+def dilate(strides: Iterable[int], output_stride: int | None) -> Iterator[Step]:
+  """Strides one after another, turned into dilation from where they would exceed a total.
+
+  A convolution behind a stride that is left out reaches as many times further apart. What it
+  computes at the pixels that the stride would have left is then the same.
+
+  Args:
+    strides: how many times each stage shrinks the map.
+    output_stride: how many times all together may; None: as many as they do.
+  """
+  total = dilation = 1
+  for stride in strides:
+    before = dilation
+    if output_stride is None or total * stride <= output_stride:
+      total *= stride
+      yield Step(stride, before, dilation)
+    else:
+      dilation *= stride
+      yield Step(1, before, dilation)

@@ -85,9 +85,11 @@ def _each(value: int | Sequence[int], stages: Sequence[int]) -> Sequence[int]:
 class RepMLPResNet(ResNet):
   """A ResNet of bottlenecks in which all blocks of some stages but the first hold a RepMLP.
 
-  Further attributes are those of `ResNet`. The blocks' Global Perceptrons have parameters for one
-  image size: 32 times the tile, where the second stage has 4x4 tiles, the third 2x2 and the fourth
-  one, or any other of which every stage's map divides into tiles.
+  Further attributes are those of `ResNet`; what `output_stride` says of every second pixel is true
+  of convolutions, not of layers over tiles, which lie elsewhere on larger maps. The blocks' Global
+  Perceptrons have parameters for one image size: 32 times the tile, where the second stage has 4x4
+  tiles, the third 2x2 and the fourth one, or any other of which every stage's map divides into
+  tiles.
 
   Attributes:
     repmlp_block: "bottleneck" or "light".

@@ -8,9 +8,13 @@ References:
   Ding et al., RepVGG: Making VGG-style ConvNets Great Again, CVPR 2021, section 3 and Table 2.
     https://arxiv.org/abs/2101.03697
   RepVGGplus: https://github.com/DingXiaoH/RepVGG
+  Yu et al., Dilated Residual Networks, CVPR 2017, section 2, for `output_stride`.
+    https://arxiv.org/abs/1705.09914
 """
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,10 +26,14 @@ from repjax.errors import InputError
 from repjax.layers import AuxHead, RepConv, SqueezeExcite, activation, linear
 from repjax.layers.rep_norm import refuse_training
 from repjax.models.checks import check_classifier
+from repjax.models.common import Step, dilate
 
 
 class RepVGGBlock(nn.Module):
-  """RepConv, squeeze-and-excitation before or after the activation, activation."""
+  """RepConv, squeeze-and-excitation before or after the activation, activation.
+
+  Where `shrinks`, there is no identity, even if the block dilates instead of striding.
+  """
 
   features: int
   strides: int
@@ -37,15 +45,18 @@ class RepVGGBlock(nn.Module):
   deploy: bool
   dtype: Any
   param_dtype: Any
+  dilation: int = 1
+  shrinks: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    keeps_shape = x.shape[-1] == self.features and self.strides == 1
+    keeps_shape = x.shape[-1] == self.features and self.strides == 1 and not self.shrinks
     x = RepConv(
       self.features,
       branches=("conv3x3", "conv1x1") + ("identity",) * keeps_shape,
       strides=self.strides,
       groups=self.groups,
+      dilation=self.dilation,
       axis_name=self.axis_name,
       deploy=self.deploy,
       dtype=self.dtype,
@@ -66,7 +77,7 @@ class Stage(NamedTuple):
   name: str
   blocks: int
   features: int
-  strides: int
+  step: Step
   first_block: int
 
 
@@ -74,16 +85,14 @@ class _Stage(nn.Module):
   """The blocks of one stage, called `block0`, `block1`, ... in its scope."""
 
   stage: Stage
-  build: Callable[[int, int, int, str], nn.Module]
+  build: Callable[[int, Step, int, str], nn.Module]
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    _, blocks, features, strides, first_block = self.stage
+    _, blocks, features, step, first_block = self.stage
     for index in range(blocks):
-      block = self.build(
-        features, strides if index == 0 else 1, first_block + index, f"block{index}"
-      )
-      x = block(x, train)
+      here = step.later if index else step
+      x = self.build(features, here, first_block + index, f"block{index}")(x, train)
     return x
 
 
@@ -102,6 +111,10 @@ class RepVGG(nn.Module):
     se: squeeze-and-excitation: None, "pre" (before the activation) or "post".
     se_reduction: how many times narrower its hidden layer is.
     strides: of the stem and of the first block of each stage.
+    output_stride: how many times the last stage's map is smaller than the image: what `strides`
+      come to, for which None stands too, or do up to an earlier stage (32, 16, 8, ...). Stages
+      behind that dilate instead of striding. Parameters are the same, and so is what the maps hold
+      at every second or fourth pixel; not so with `se`, whose means are then over more pixels.
     aux_heads: build the auxiliary heads.
     act: "relu", "silu" or "gelu".
     dropout: rate in front of the classifier.
@@ -120,6 +133,7 @@ class RepVGG(nn.Module):
   se: str | None = None
   se_reduction: int = 16
   strides: Sequence[int] = (2, 2, 2, 2, 2)
+  output_stride: int | None = None
   aux_heads: bool = False
   act: str = "relu"
   dropout: float = 0.0
@@ -137,6 +151,12 @@ class RepVGG(nn.Module):
         raise InputError(f"{field} takes {length} numbers above 0, got {value!r}")
     if not all(isinstance(number, int) for number in (*self.stage_sizes, *self.strides)):
       raise InputError(f"stage_sizes and strides are whole: {self.stage_sizes}, {self.strides}")
+    totals = sorted(set(itertools.accumulate(self.strides, operator.mul)))
+    if self.output_stride not in (None, *totals):
+      raise InputError(
+        f"output_stride is one of {', '.join(map(str, totals))}, which strides={self.strides} come "
+        f"to stage by stage, got {self.output_stride!r}"
+      )
     if self.aux_heads and self.stage_sizes[2] < 2:
       raise InputError("aux_heads needs two blocks in stage 3, one on each side of its third head")
     if int(64 * min(self.width_multipliers)) < 1:
@@ -153,15 +173,16 @@ class RepVGG(nn.Module):
   def stages(self) -> Iterator[Stage]:
     """The stages behind the stem, in order."""
     block = 1
-    for index, (size, multiplier) in enumerate(zip(self.stage_sizes, self.width_multipliers)):
-      name, strides = f"stage{index + 1}", self.strides[index + 1]
-      features = int(64 * 2**index * multiplier)
-      halves = ((name, size, strides),)
+    _, *steps = dilate(self.strides, self.output_stride)  # the stem first
+    rows = zip(self.stage_sizes, self.width_multipliers, steps)
+    for index, (size, multiplier, step) in enumerate(rows):
+      name, features = f"stage{index + 1}", int(64 * 2**index * multiplier)
+      halves = ((name, size, step),)
       if self.aux_heads and index == 2:
         first = size // 2
-        halves = ((f"{name}_first", first, strides), (f"{name}_second", size - first, 1))
-      for half, blocks, half_strides in halves:
-        yield Stage(half, blocks, features, half_strides, block)
+        halves = ((f"{name}_first", first, step), (f"{name}_second", size - first, step.later))
+      for half, blocks, half_step in halves:
+        yield Stage(half, blocks, features, half_step, block)
         block += blocks
 
   def groups_of(self, block: int) -> int:
@@ -176,7 +197,7 @@ class RepVGG(nn.Module):
     return ("stage1", "stage2", "stage3_first") if present else ()
 
   def _check_size(self, images: jax.Array) -> None:
-    total = math.prod(self.strides)
+    total = self.output_stride or math.prod(self.strides)
     if images.ndim != 4 or min(images.shape[1:3]) < total:
       raise InputError(
         f"this RepVGG shrinks images {total} times, so they must be (N, H, W, C) with H and W at "
@@ -188,12 +209,13 @@ class RepVGG(nn.Module):
     """Classifies images.
 
     Args:
-      images: (N, H, W, 3), normalised; H and W at least the product of `strides`.
+      images: (N, H, W, 3), normalised; H and W at least the total stride. Odd sizes are rounded up.
       train: use and update batch statistics, apply dropout, return auxiliary logits.
 
     Returns:
       Logits (N, num_classes). With auxiliary heads and `train`: (logits, {stage name: logits}).
-      With `features_only`: {"stage1": (N, H/4, W/4, C1), ..., "stage4": (N, H/32, W/32, C4)}.
+      With `features_only`: {"stage1": (N, H/4, W/4, C1), ..., "stage4": (N, H/32, W/32, C4)},
+      other sizes with other `strides`, the last ones larger with a smaller `output_stride`.
 
     Raises:
       ValueError: images smaller than the total stride, or `train` in deploy form.
@@ -202,10 +224,12 @@ class RepVGG(nn.Module):
     self._check_size(images)
     build = nn.remat(RepVGGBlock, static_argnums=(2,)) if self.remat else RepVGGBlock
 
-    def block(features: int, strides: int, number: int, name: str) -> nn.Module:
+    def block(features: int, step: Step, number: int, name: str) -> nn.Module:
       return build(
         features=features,
-        strides=strides,
+        strides=step.strides,
+        dilation=step.dilation_before,
+        shrinks=step.shrinks,
         groups=self.groups_of(number),
         se=self.se,
         se_reduction=self.se_reduction,
@@ -218,7 +242,8 @@ class RepVGG(nn.Module):
       )
 
     stem_features = min(64, int(64 * self.width_multipliers[0]))
-    x = block(stem_features, self.strides[0], 0, "stem")(images.astype(self.dtype), train)
+    stem_step = next(dilate(self.strides, self.output_stride))
+    x = block(stem_features, stem_step, 0, "stem")(images.astype(self.dtype), train)
     features, auxiliary = {}, {}
     for stage in self.stages():
       x = _Stage(stage, block, name=stage.name)(x, train)
@@ -227,6 +252,7 @@ class RepVGG(nn.Module):
         # Called in evaluation too, so that `init` creates it; XLA drops what nobody reads.
         head = AuxHead(
           self.num_classes,
+          stage.step.dilation,
           self.axis_name,
           self.dtype,
           self.param_dtype,

@@ -21,7 +21,7 @@ from repjax.errors import InputError, unknown
 from repjax.layers import activation, linear
 from repjax.layers.rep_norm import refuse_training
 from repjax.models.checks import check_classifier, check_images, check_number, check_whole
-from repjax.models.common import Settings
+from repjax.models.common import Settings, dilate
 
 
 class Place(NamedTuple):
@@ -179,19 +179,15 @@ class ResNet(nn.Module):
 
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError for images that the network cannot take."""
-    check_images("ResNet", images, 32)
+    check_images("ResNet", images, self.output_stride)
 
   def stages(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
     """The stages' names and the places in them, in order."""
-    stride, dilation = 4, 1
-    for stage, (size, features) in enumerate(zip(self.stage_sizes, self.widths), 1):
-      strides, before = 1, dilation
-      if stage > 1 and stride < self.output_stride:
-        strides, stride = 2, 2 * stride
-      elif stage > 1:
-        dilation *= 2
-      first = Place(stage, 0, features, strides, before, dilation)
-      later = (Place(stage, i, features, 1, dilation, dilation) for i in range(1, size))
+    _, *steps = dilate((4, 1, 2, 2, 2), self.output_stride)  # the stem first
+    rows = zip(self.stage_sizes, self.widths, steps)
+    for stage, (size, features, step) in enumerate(rows, 1):
+      first = Place(stage, 0, features, *step)
+      later = (Place(stage, i, features, *step.later) for i in range(1, size))
       yield f"stage{stage}", (first, *later)
 
   @nn.compact
@@ -199,7 +195,8 @@ class ResNet(nn.Module):
     """Classifies images.
 
     Args:
-      images: (N, H, W, 3), normalised; H and W at least 32. Odd sizes are rounded up.
+      images: (N, H, W, 3), normalised; H and W at least `output_stride`. Odd sizes are
+        rounded up.
       train: use and update batch statistics, apply dropout.
 
     Returns:
@@ -207,7 +204,7 @@ class ResNet(nn.Module):
       "stage4": (N, H/32, W/32, C4)}, the last ones larger with a smaller `output_stride`.
 
     Raises:
-      ValueError: images smaller than 32 pixels, or `train` in deploy form.
+      ValueError: images smaller than `output_stride`, or `train` in deploy form.
     """
     refuse_training(self.deploy, train)
     self.check_images(images)

@@ -62,7 +62,7 @@ def _branch_colors(names: Sequence[str]) -> dict[str, str]:
 
 
 def _shown(name: str) -> str:
-  return name.removeprefix("conv")
+  return name.removeprefix("conv").replace("avg2x2_conv", "pooled ")
 
 
 def _short(path: str) -> str:

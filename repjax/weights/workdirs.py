@@ -17,9 +17,12 @@ from repjax import disk, store
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub, repmlpnet
-from repjax.weights.convert import KINDS, Recognition, from_torch, is_half, recognize, to_torch
+from repjax.weights.convert import from_torch, to_torch
 from repjax.weights.files import read_entry
+from repjax.weights.misfits import is_half
+from repjax.weights.recognition import Recognition, recognize
 from repjax.weights.repvgg import PREPROCESSING
+from repjax.weights.sources import KINDS, RELEASED_WITH
 
 
 def import_weights(
@@ -50,7 +53,8 @@ def import_weights(
   Returns:
     What is also written to import.json: `source`, `file`, `bytes`, `sha256`, `revision` (of the
     hub), `entry` and `other_entries` (state dicts in the file), `dtypes`, `model`, `naming`,
-    `kind`, `num_classes`, `new_head`, and `parameters`.
+    `kind`, `num_classes`, `new_head`, `assumed` (overrides that released weights need and nobody
+    has given), and `parameters`.
 
   Raises:
     InputError: the folder is not empty, or the weights cannot be read or do not fit.
@@ -68,6 +72,9 @@ def import_weights(
   with ThreadPoolExecutor(1) as background:
     checksum = background.submit(_sha256, path)
     found = recognize(state, model_name, hint=source, **overrides)
+    released = RELEASED_WITH.get((found.model, found.naming), {})
+    assumed = {name: value for name, (value, _) in released.items() if name not in overrides}
+    overrides |= assumed
     num_classes = num_classes or found.num_classes
     if num_classes is None and drop_head:
       raise InputError(f"{path} holds no classifier: say of how many classes, --num-classes N")
@@ -96,6 +103,7 @@ def import_weights(
       **found._asdict(),
       "num_classes": num_classes,
       "new_head": drop_head,
+      "assumed": assumed,
       "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
     }
   _write(workdir, spec, variables, record)

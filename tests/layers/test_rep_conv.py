@@ -14,6 +14,7 @@ from tests.helpers import F64, random_input, random_variables, relative_error
 EPSILON = 1e-5
 THREE = ("conv3x3", "conv1x1", "identity")
 TWO = ("conv3x3", "conv1x1")
+POOLED = ("conv3x3", "avg2x2_conv1x1")
 
 
 def both_forms(x, **attributes):
@@ -125,6 +126,62 @@ class TestBothFormsAgree:
       for name in TWO
     )
     assert relative_error(moved, np.broadcast_to(sum(factors), moved.shape)) <= 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+class TestPooledBranch:
+  @pytest.mark.parametrize(
+    ("size", "attributes"),
+    [
+      ((8, 8), {}),
+      ((9, 9), {"groups": 2}),
+      ((5, 8), {"branches": (*POOLED, "conv1x1", "avg2x2_conv1x1_1", "conv1x3", "conv3x1")}),
+      ((1, 1), {"conv_bias": True}),
+      ((2, 1), {"strides": (2, 2), "padding": (1, 1), "groups": 4}),
+    ],
+    ids=str,
+  )
+  def test_both_forms_agree(self, size, attributes):
+    x = random_input(2, *size, 4)
+    attributes = {"features": 8, "branches": POOLED, "strides": 2} | attributes
+    outputs = both_forms(x, **attributes)
+    assert outputs[0].shape == (2, -(-size[0] // 2), -(-size[1] // 2), 8)
+    assert relative_error(*outputs) <= 1e-12
+
+  @pytest.mark.parametrize("groups", [1, 2])
+  @pytest.mark.parametrize("size", [(6, 4), (5, 3)], ids=str)
+  def test_it_is_the_mean_of_four_pixels_and_a_1x1(self, size, groups):
+    # Both forms could be wrong alike.
+    x, layer = random_input(2, *size, 4), RepConv(6, POOLED, strides=2, groups=groups, **F64)
+    variables = random_variables(layer, x)
+    variables["params"]["conv3x3"]["bn"] = jax.tree.map(
+      jnp.zeros_like, variables["params"]["conv3x3"]["bn"]
+    )
+    held, stats = variables["params"][POOLED[1]], variables["batch_stats"][POOLED[1]]["bn"]
+    even = np.pad(x, ((0, 0), (0, size[0] % 2), (0, size[1] % 2), (0, 0)))
+    means = sum(even[:, row::2, column::2] for row, column in np.ndindex(2, 2)) / 4
+    products = helpers.convolve(means, held["conv"]["kernel"], groups=groups)
+    factor = np.asarray(held["bn"]["scale"] / np.sqrt(stats["var"] + EPSILON))
+    expected = (products - np.asarray(stats["mean"])) * factor + np.asarray(held["bn"]["bias"])
+    assert relative_error(helpers.quick_jit(layer.apply)(variables, x), expected) <= 1e-12
+
+  def test_the_fold_has_the_gradients_of_the_training_form(self):
+    x, train = random_input(2, 5, 4, 2), RepConv(2, POOLED, strides=2, **F64)
+    variables = random_variables(train, x)
+    weights = random_input(2, 3, 2, 2, seed=3)
+
+    def loss(params, folded):
+      if folded:
+        params = fold_rep_conv(params, variables["batch_stats"], EPSILON)
+        return (train.clone(deploy=True).apply({"params": params}, x) * weights).sum()
+      return (train.apply({**variables, "params": params}, x) * weights).sum()
+
+    one, other = (
+      helpers.leaves(helpers.quick_jit(jax.grad(lambda p, form=form: loss(p, form)))(held))
+      for form, held in ((form, variables["params"]) for form in (False, True))
+    )
+    assert one.keys() == other.keys()
+    assert all(relative_error(one[path], other[path]) <= 1e-12 for path in one)
 
 
 @pytest.mark.usefixtures("x64")
@@ -316,6 +373,9 @@ class TestRefusals:
       "identity_",
       "identity3x3",
       "conv3x3_a",
+      "avg2x2",
+      "avg2x2_conv3x3",
+      "avg3x3_conv1x1",
       "",
     ],
   )
@@ -351,6 +411,23 @@ class TestRefusals:
     with pytest.raises(ValueError, match="an identity branch needs stride 1"):
       self.init(**attributes)
 
+  @pytest.mark.parametrize(
+    "attributes",
+    [
+      {"strides": 1},
+      {"strides": (2, 1)},
+      {"dilation": 2},
+      {"padding": 0},
+      {"padding_mode": "edge"},
+      {"branches": ("conv5x5", "avg2x2_conv1x1")},
+      {"branches": ("avg2x2_conv1x1",)},
+    ],
+    ids=str,
+  )
+  def test_a_pooled_branch_lies_in_a_3x3_at_stride_2(self, attributes):
+    with pytest.raises(ValueError, match=r"avg2x2_conv1x1 lies beside a 3x3 .* take conv1x1"):
+      self.init(**{"branches": POOLED, "strides": 2} | attributes)
+
   def test_an_unknown_padding_mode_is_named(self):
     with pytest.raises(ValueError, match="padding_mode 'zeros' is none of"):
       self.init(padding_mode="zeros")
@@ -369,7 +446,13 @@ class TestRefusals:
 
 @pytest.mark.parametrize(
   ("name", "size"),
-  [("conv3x3", (3, 3)), ("conv1x3_2", (1, 3)), ("conv11x7", (11, 7)), ("identity_1", None)],
+  [
+    ("conv3x3", (3, 3)),
+    ("conv1x3_2", (1, 3)),
+    ("conv11x7", (11, 7)),
+    ("identity_1", None),
+    ("avg2x2_conv1x1_1", (2, 2)),
+  ],
 )
 def test_a_branch_name_says_its_size(name, size):
   assert branch_size(name) == size

@@ -31,6 +31,7 @@ NARROW_OF = {
     "tiles": (4, 2),
     "share_sets": (2, 4),
   },
+  "parnet": {"num_classes": 10, "stage_sizes": (1, 1, 2), "widths": (8, 16, 24, 32)},
   "repvgg": {"stage_sizes": (1, 2, 2, 1), **NARROW},
 }
 

@@ -104,20 +104,8 @@ def test_the_authors_block_comes_out():
 
 def forms_differ_by(dtype, size, **overrides):
   """Relative error of the deploy form against the training form, random statistics."""
-  dtypes = {"dtype": dtype, "param_dtype": dtype}
-  overrides = {"stage_sizes": (1, 1)} | overrides
-  model, deploy = (tiny(deploy=form, **overrides, **dtypes) for form in (False, True))
-  x = random_input(2, *size, 3).astype(dtype)
-  variables = random_variables(model, x)
-
-  @quick_jit
-  def outputs(variables):
-    params = repjax.reparameterize(*halves(variables))
-    return deploy.apply({"params": params}, x), model.apply(variables, x), params
-
-  deployed, trained, params = outputs(variables)
-  assert helpers.shapes(params) == helpers.shapes(init_shapes(deploy, x)["params"])
-  return helpers.relative_error(deployed, trained)
+  overrides = {"stage_sizes": (1, 1), "dtype": dtype, "param_dtype": dtype} | overrides
+  return helpers.forms_differ_by(tiny(**overrides), random_input(2, *size, 3).astype(dtype))
 
 
 class TestBothFormsAgree:

@@ -1,6 +1,7 @@
 """RepVGG and RepVGGplus: counts, the authors' outputs, and both forms computing the same."""
 
 import functools
+import itertools
 import math
 import operator
 
@@ -23,6 +24,8 @@ from tests.helpers import (
 
 NARROW = {"num_classes": 10, "width_multipliers": (0.25, 0.125, 0.125, 0.0625)}
 TINY = {"num_classes": 10, "stage_sizes": (1, 1, 2, 1), "width_multipliers": (0.25,) * 4}
+# Blocks whose input and output differ in their stride alone.
+ONE_WIDTH = {"num_classes": 3, "width_multipliers": (0.125, 0.0625, 0.03125, 0.015625)}
 IMAGES = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 
 create = repjax.create_model
@@ -238,6 +241,58 @@ class TestFeatures:
     assert relative_error(logits, expected + np.asarray(head["bias"])) <= 1e-12
 
 
+@pytest.mark.usefixtures("x64")
+class TestDilation:
+  @pytest.mark.parametrize(
+    ("output_stride", "overrides"),
+    [
+      (16, {"stage_sizes": (1, 1, 1, 2), "groups": 2}),
+      (8, {"stage_sizes": (1, 1, 2, 2), "aux_heads": True, "act": "silu"}),
+      (4, {"stage_sizes": (1, 2, 1, 2), "strides": (1, 2, 2, 1, 3), "groups": {3: 4}}),
+      (1, {"stage_sizes": (1, 1, 1, 1), "strides": (1, 2, 1, 2, 2)}),
+    ],
+    ids=str,
+  )
+  def test_a_dilated_network_has_every_pixel_of_the_strided_one(self, output_stride, overrides):
+    build = functools.partial(create, "repvgg_a0", **ONE_WIDTH, **overrides, **F64)
+    x, strided, dilated = random_input(1, 75, 64, 3), build(), build(output_stride=output_stride)
+    variables = random_variables(strided, x)
+    assert helpers.shapes(init_shapes(dilated, x)) == helpers.shapes(variables)
+
+    @quick_jit
+    def outputs(variables):
+      params = repjax.reparameterize(*halves(variables))
+      plain = dilated.clone(deploy=True, features_only=True).apply({"params": params}, x)
+      maps = [m.apply(variables, x, capture_intermediates=True)[1] for m in (strided, dilated)]
+      return [m["intermediates"] for m in maps], plain
+
+    (coarse, fine), plain = outputs(variables)
+    for scope, total in zip(plain, itertools.accumulate(strided.strides[1:], operator.mul)):
+      own = total * strided.strides[0]
+      step = max(1, own // output_stride)
+      for half in (name for name in coarse if name.startswith(scope)):
+        expected = coarse[half]["__call__"][0]
+        actual = fine[half]["__call__"][0]
+        assert actual.shape[1:3] == tuple(-(-side * step // own) for side in (75, 64))
+        helpers.assert_close(actual[:, ::step, ::step], expected, 1e-12)
+        if f"AuxHead_{half}" in coarse:
+          heads = [maps[f"AuxHead_{half}"]["RepConv_0"]["__call__"][0] for maps in (fine, coarse)]
+          helpers.assert_close(heads[0][:, ::step, ::step], heads[1], 1e-12)
+      helpers.assert_close(plain[scope], actual, 1e-12)
+
+  def test_it_is_off_unless_asked_for(self):
+    for output_stride in (None, 32):
+      stages = tiny(output_stride=output_stride).stages()
+      assert [tuple(stage.step) for stage in stages] == [(2, 1, 1)] * 4
+
+  def test_smaller_images_are_taken(self):
+    images = jnp.ones((1, 8, 11, 3))
+    features = jax.eval_shape(
+      lambda: tiny(output_stride=8, features_only=True).init_with_output(jax.random.key(0), images)
+    )[0]
+    assert [feature.shape[1:3] for feature in features.values()] == [(2, 3)] + 3 * [(1, 2)]
+
+
 class TestOverrides:
   def test_strides(self):
     model = tiny(features_only=True, strides=(1, 1, 2, 1, 1))
@@ -416,6 +471,8 @@ class TestRefusals:
       ({"width_multipliers": (1,) * 5}, "width_multipliers takes 4 numbers"),
       ({"strides": (2, 2)}, "strides takes 5 numbers"),
       ({"strides": 2}, "strides takes 5 numbers"),
+      ({"output_stride": 12}, "output_stride is one of 2, 4, 8, 16, 32, which strides=.*, got 12"),
+      ({"strides": (1, 2, 1, 2, 2), "output_stride": 16}, "one of 1, 2, 4, 8, which .* got 16"),
       ({"se": "before"}, "se is None, .*got 'before'"),
       ({"act": "swish"}, "unknown activation 'swish'"),
     ],

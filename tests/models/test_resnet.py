@@ -340,6 +340,12 @@ class TestRefusals:
     with pytest.raises(ValueError, match=r"this ResNet shrinks images 32 times.*\(N, H, W, C\)"):
       init_shapes(tiny(), jnp.ones(shape))
 
+  def test_a_dilated_network_takes_smaller_ones(self):
+    dilated = tiny(output_stride=8)
+    assert jax.eval_shape(dilated.init_with_output, jax.random.key(0), jnp.ones((1, 8, 9, 3)))
+    with pytest.raises(ValueError, match="shrinks images 8 times"):
+      init_shapes(dilated, jnp.ones((1, 8, 7, 3)))
+
   def test_training_a_deploy_form(self):
     model = tiny(deploy=True)
     with pytest.raises(ValueError, match="the deploy form cannot train"):

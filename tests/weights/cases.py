@@ -1,5 +1,8 @@
 """State dicts that the tests of weights share."""
 
+import functools
+import gzip
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,6 +55,13 @@ def renamed(state: Mapping[str, Any], source: str) -> dict[str, Any]:
       name = re.sub(pattern, replacement, name)
     result[name] = value
   return result
+
+
+@functools.cache
+def parnet_keys() -> dict[str, dict[str, dict[str, list[int]]]]:
+  """Model to kind to name to shape, as in the authors' files of ParNet."""
+  with gzip.open(helpers.GOLDENS / "parnet_keys.json.gz", "rt") as file:
+    return json.load(file)
 
 
 def numbered(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import pytest
 import repjax
 from repjax import weights
 from repjax.errors import InputError
-from repjax.weights import convert
+from repjax.weights import recognition, sources
 from tests import helpers
 from tests.weights import cases
 from tests.weights.cases import KINDS, TINY, TINY_PLUS, assert_same_bits
@@ -49,7 +49,7 @@ def state():
 @pytest.fixture
 def few_models(monkeypatch):
   """To trace every model takes seconds."""
-  monkeypatch.setattr(convert, "list_models", lambda: ["repvgg_a0", "repvgg_a1", "repvgg_b0"])
+  monkeypatch.setattr(recognition, "list_models", lambda: ["repvgg_a0", "repvgg_a1", "repvgg_b0"])
 
 
 # What is published
@@ -73,7 +73,7 @@ def test_every_checkpoint_is_known_and_its_tensors_have_their_places(model):
     state = {name: np.broadcast_to(np.float32(1), shape) for name, shape in shapes.items()}
     assert weights.recognize(state, hint=hint) == (model, source, kind, 1000)
     wanted, official = (
-      convert._expected(model, naming, kind, 1000, {}) for naming in (source, "official")
+      sources.expected(model, naming, kind, 1000, {}) for naming in (source, "official")
     )
     assert {name: list(entry.shape) for name, entry in wanted.items()} == shapes
     for name, counterpart in renamed_keys(model, source, kind).items():
@@ -125,7 +125,7 @@ def test_state_dicts_are_read_as_the_variables_whose_outputs_are_the_authors(cas
   shapes = repjax.ModelSpec(name, num_classes, overrides).variable_shapes()
   # The tests of models compute with these.
   expected = helpers.fill_variables(shapes, plus=name == "repvggplus_l2pse")
-  names = convert._expected(name, "official", "train", num_classes, overrides)
+  names = sources.expected(name, "official", "train", num_classes, overrides)
   state = helpers.fill_state_dict({name: entry.shape for name, entry in names.items()})
   variables = weights.from_torch(name, state, num_classes=num_classes, **overrides)
   jax.tree.map(np.testing.assert_array_equal, variables, expected)
@@ -237,10 +237,10 @@ def test_the_model_is_found_by_names_and_shapes(model, source, overrides):
 
 
 def test_models_named_in_the_hint_are_tried_first_and_the_longest_name_first(monkeypatch, state):
-  tried, candidates = [], convert._candidates
-  monkeypatch.setattr(convert, "list_models", lambda: ["repvgg_a0", "repvgg_b1", "repvgg_b1g4"])
+  tried, candidates = [], recognition.candidates
+  monkeypatch.setattr(recognition, "list_models", lambda: ["repvgg_a0", "repvgg_b1", "repvgg_b1g4"])
   monkeypatch.setattr(
-    convert, "_candidates", lambda name, *rest: tried.append(name) or candidates(name, *rest)
+    recognition, "candidates", lambda name, *rest: tried.append(name) or candidates(name, *rest)
   )
   found = weights.recognize(state, hint="weights/RepVGG-B1g4-train.pth", **TINY)
   assert tried == ["repvgg_b1g4", "repvgg_b1"]

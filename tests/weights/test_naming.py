@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax.weights import convert, naming
+from repjax.weights import naming, sources
 from repjax.weights.naming import NoNameError, Row, entries, tensor_name
 from repjax.weights.repvgg import NAMINGS
 from tests import helpers
@@ -90,7 +90,10 @@ def test_repvggplus_has_names_of_its_own(path, name):
 
 def test_every_model_can_be_imported():
   # There never were weights, nor a network by that name, outside of repjax.
-  assert convert.NAMINGS.keys() == set(repjax.list_models()) - {"repmlp_cifar"}
+  assert sources.NAMINGS.keys() == set(repjax.list_models()) - {
+    "repmlp_cifar",
+    *(f"parnet_cifar_{size}" for size in "sml"),
+  }
 
 
 @pytest.mark.parametrize(("layout", "ours", "theirs"), LAYOUTS)

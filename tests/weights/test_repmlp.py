@@ -9,7 +9,7 @@ import pytest
 import repjax
 from repjax import weights
 from repjax.errors import InputError
-from repjax.weights import convert
+from repjax.weights import sources
 from tests import helpers
 from tests.models import repmlp_cases
 from tests.models.test_repmlp_resnet import BOTTLENECK, LIGHT, SMALL
@@ -72,7 +72,7 @@ def test_networks_of_other_sizes_compute_what_the_definition_says_of_their_state
   sizes = OVERRIDES | {"stage_sizes": [1, 2, 1, 1], "repmlp_stages": [2], "fc3_groups": 2}
   sizes |= {"narrowing": [2]}
   arguments = {"num_classes": 5, "param_dtype": np.float64, **sizes}
-  wanted = convert._expected(model, "official", "train", 5, sizes)
+  wanted = sources.expected(model, "official", "train", 5, sizes)
   state = helpers.fill_state_dict({name: entry.shape for name, entry in wanted.items()})
   x = helpers.golden_input((1, 3, 96, 96))
   expected = plain_repmlp.resnet(state, x, sizes["stage_sizes"], tile=3)
@@ -105,7 +105,7 @@ def refusal(model, state, **arguments):
 
 def blank(model, kind, **overrides):
   """A state dict of ones."""
-  wanted = convert._expected(model, "official", kind, 5, overrides)
+  wanted = sources.expected(model, "official", kind, 5, overrides)
   return {name: np.broadcast_to(np.float32(1), entry.shape) for name, entry in wanted.items()}
 
 

@@ -10,7 +10,7 @@ import pytest
 import repjax
 from repjax import weights
 from repjax.errors import InputError
-from repjax.weights import convert
+from repjax.weights import recognition, sources
 from tests import helpers
 from tests.weights.cases import KINDS, assert_same_bits
 
@@ -35,7 +35,7 @@ def test_names_shapes_and_counts_are_the_authors(model):
   golden, lists = helpers.repmlpnet_goldens()["counts"][model], helpers.repmlpnet_keys()[model]
   depth = repjax.create_model(model).stage_sizes
   for kind in KINDS:  # blocks of a stage are alike: one of each is traced
-    wanted = convert._expected(model, "official", kind, 1000, SHALLOW)
+    wanted = sources.expected(model, "official", kind, 1000, SHALLOW)
     one = {name: list(entry.shape) for name, entry in wanted.items()}
     assert dict(repeated(one, depth)) == lists[kind]
   stats = {name for name in lists["train"] if "running_" in name}
@@ -69,7 +69,7 @@ def count(shapes, names):
 
 def train_state(num_classes=1000, **overrides):
   """A training-form state dict by the fill rule, in float64."""
-  wanted = convert._expected(NAME, "official", "train", num_classes, overrides)
+  wanted = sources.expected(NAME, "official", "train", num_classes, overrides)
   return helpers.fill_state_dict({name: entry.shape for name, entry in wanted.items()})
 
 
@@ -94,7 +94,7 @@ def fold_fc3(state, params):
 @pytest.fixture(scope="module")
 def deploy_state():
   """A deploy file by the fill rule."""
-  wanted = convert._expected(NAME, "official", "deploy", 1000, TINY)
+  wanted = sources.expected(NAME, "official", "deploy", 1000, TINY)
   return helpers.fill_state_dict({name: entry.shape for name, entry in wanted.items()})
 
 
@@ -193,12 +193,12 @@ def test_an_imported_model_sees_whole_squares_of_its_own_size(tmp_path, deploy_s
 
 def shallow_state(kind):
   """A state dict of ones with a block a stage."""
-  wanted = convert._expected(NAME, "official", kind, 1000, SHALLOW)
+  wanted = sources.expected(NAME, "official", kind, 1000, SHALLOW)
   return {name: np.broadcast_to(np.float32(1), entry.shape) for name, entry in wanted.items()}
 
 
 def test_a_file_says_its_model_by_shapes(monkeypatch):
-  monkeypatch.setattr(convert, "list_models", lambda: ["repvgg_a0", "repmlpnet_t256", NAME])
+  monkeypatch.setattr(recognition, "list_models", lambda: ["repvgg_a0", "repmlpnet_t256", NAME])
   state = {f"module.{name}": value for name, value in shallow_state("train").items()}
   state |= {"module.head_norm.num_batches_tracked": np.asarray(3)}
   assert weights.recognize(state, **SHALLOW) == (NAME, "official", "train", 1000)

@@ -10,7 +10,8 @@ import pytest
 import repjax
 from repjax import weights
 from repjax.errors import InputError
-from repjax.weights import convert
+from repjax.weights import recognition, sources
+from repjax.weights.naming import entries
 from repjax.weights.vgg import MAP_AS_DENSE
 from tests import helpers
 from tests.weights import cases
@@ -137,7 +138,7 @@ def test_vgg_comes_in_and_goes_out_as_it_was(source, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_whole_vgg_has_torchvisions_names_and_shapes(kind):
   shapes = repjax.ModelSpec("vgg16").variable_shapes(deploy=kind == "deploy")
-  found = convert.entries(convert.NAMINGS["vgg16"]["official"], shapes)
+  found = entries(sources.NAMINGS["vgg16"]["official"], shapes)
   expected = torchvision_vgg((64, 128, 256, 512, 512), 4096, 1000, kind)
   assert {name: list(entry.shape) for name, entry in found.items()} == expected
 
@@ -163,11 +164,11 @@ def test_networks_of_other_shapes(model, source, kind):
 
 def test_timms_names_of_a_resnet_are_torchvisions():
   for model in ("resnet18", "resnet50"):
-    assert convert.NAMINGS[model]["timm"] == convert.NAMINGS[model]["official"]
+    assert sources.NAMINGS[model]["timm"] == sources.NAMINGS[model]["official"]
 
 
 def test_a_name_in_the_file_s_name_finds_the_model(monkeypatch):
-  monkeypatch.setattr(convert, "list_models", lambda: ["resnet18", "vgg16", "resnet34"])
+  monkeypatch.setattr(recognition, "list_models", lambda: ["resnet18", "vgg16", "resnet34"])
   state = cases.numbered(torchvision_resnet("basic", (3, 4, 6, 3), "train"))
   for hint in ("/models/resnet34-b627a593.pth", ""):
     assert weights.recognize(state, hint=hint) == ("resnet34", "official", "train", 1000)

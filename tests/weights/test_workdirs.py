@@ -26,7 +26,7 @@ GATES = TINY | {"se_reduction": 4}
 FIELDS = {
   *("entry", "other_entries", "dtypes"),
   *("source", "file", "bytes", "sha256", "revision", "model", "naming", "kind", "num_classes"),
-  *("new_head", "parameters"),
+  *("new_head", "assumed", "parameters"),
 }
 
 
@@ -104,6 +104,7 @@ def test_the_record_says_what_came_from_where(tmp_path, states, kind):
     "kind": kind,
     "num_classes": 10,
     "new_head": False,
+    "assumed": {},
     "parameters": sum(
       value.size for name, value in states[kind].items() if name.endswith((".weight", ".bias"))
     ),

@@ -1,0 +1,22 @@
+"""A small ParNet on real handwritten digits: the whole job in minutes on two cores.
+
+Data and recipe are those of digits.py. Three streams at 16, 8 and 4 px, twelve layers deep.
+Expected: at least 98 % on the 360 test images, the same in both forms.
+
+    python main.py --config configs/digits_parnet.py
+"""
+
+import ml_collections
+
+from configs import digits
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """That recipe with this model."""
+  config = digits.get_config()
+  config.model = "parnet_cifar_s"
+  config.model_overrides.stage_sizes = (3, 4, 4)
+  config.model_overrides.widths = (16, 32, 32, 64)
+  config.model_overrides.width_multipliers = None
+  config.model_overrides.strides = None
+  return config

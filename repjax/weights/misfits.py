@@ -1,0 +1,146 @@
+"""What is wrong with a state dict that does not fit: a line for each tensor, and what it may be."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from repjax.models import create_model
+from repjax.weights import repmlp
+from repjax.weights.naming import Entry
+from repjax.weights.recognition import Recognition, closest_model, model_as_deep, some
+from repjax.weights.sources import KINDS, expected
+
+
+def misfits(state: Mapping[str, np.ndarray], wanted: Mapping[str, Entry]) -> list[str]:
+  """What is missing, not wanted, or of another shape: a line each."""
+  missing = {name: entry.shape for name, entry in wanted.items() if name not in state}
+  unexpected = {name: value.shape for name, value in state.items() if name not in wanted}
+  known = {name: entry.shape for name, entry in wanted.items()}
+  return [
+    *(
+      f"missing {name} {shape}{_closest(name, shape, unexpected)}"
+      for name, shape in missing.items()
+    ),
+    *(
+      f"unexpected {name} {shape}{_closest(name, shape, missing or known)}"
+      for name, shape in unexpected.items()
+    ),
+    *(
+      f"{name} is {state[name].shape}, wanted {shape}"
+      for name, shape in known.items()
+      if name in state and state[name].shape != shape
+    ),
+  ]
+
+
+def _closest(name: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, ...]]) -> str:
+  """The most similar names among those of the same shape."""
+  same_shape = [other for other, its in others.items() if its == shape]
+  close = difflib.get_close_matches(name, same_shape, n=2, cutoff=0.5)
+  return f", closest: {' or '.join(close)}" if close else ""
+
+
+def bad_values(
+  state: Mapping[str, np.ndarray], wanted: Mapping[str, Entry], dtype: np.dtype
+) -> list[str]:
+  """Tensors whose numbers cannot be used: a line each."""
+  lines = []
+  fitting = [name for name, e in wanted.items() if name in state and state[name].shape == e.shape]
+  for name in fitting:
+    value = state[name]
+    if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
+      lines.append(f"{name} holds {value.dtype}, not floating-point numbers")
+    elif is_half(value) and dtype.itemsize > value.dtype.itemsize:
+      lines.append(f"{name} is {value.dtype}")
+    elif not np.isfinite(value).all():
+      count = np.count_nonzero(~np.isfinite(value))
+      lines.append(f"{name} holds {count} of {value.size} numbers that are not finite")
+    elif value.dtype.itemsize > dtype.itemsize and _overflows(value, dtype):
+      lines.append(f"{name} holds numbers too large for {dtype}")
+    elif wanted[name].path[-1] == "var" and (value < 0).any():
+      lines.append(f"{name} holds negative variances")
+  return lines
+
+
+def _overflows(value: np.ndarray, dtype: np.dtype) -> bool:
+  return float(np.abs(value).max(initial=0)) > float(jax.numpy.finfo(dtype).max)
+
+
+def is_half(value: np.ndarray) -> bool:
+  """Whether an array holds floating-point numbers of fewer than 32 bits."""
+  return value.dtype.itemsize < 4 and jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
+
+
+def explain(
+  state: Mapping[str, np.ndarray],
+  wanted: Mapping[str, Entry],
+  found: Recognition,
+  num_classes: int,
+  overrides: Mapping[str, Any],
+) -> list[str]:
+  """What may have gone wrong as a whole."""
+  hints = []
+  if any(map(is_half, state.values())):
+    hints.append(
+      "Half-precision weights are rounded already: if that is wanted, widen them first, with "
+      "value.astype('float32') or --allow-half."
+    )
+  other_kind = KINDS[1 - KINDS.index(found.kind)]
+  other = expected(found.model, found.naming, other_kind, num_classes, overrides)
+  strangers = [name for name in state if name in other and name not in wanted]
+  if strangers:
+    return [*hints, f"It mixes both kinds: of the {other_kind} form are {some(strangers)}."]
+  if found.num_classes not in (None, num_classes) and any(e.in_head for e in wanted.values()):
+    hints.append(
+      f"The file has {found.num_classes} classes: pass num_classes={found.num_classes}, or drop "
+      "its classifier and draw a new one (drop_head=True, or --drop-head)."
+    )
+  return [*hints, *_other_attributes_or_model(state, wanted, found, overrides)]
+
+
+def _other_attributes_or_model(
+  state: Mapping[str, np.ndarray],
+  wanted: Mapping[str, Entry],
+  found: Recognition,
+  overrides: Mapping[str, Any],
+) -> list[str]:
+  """Whose names and shapes a state dict has, where that can be told."""
+  heads = {name for name, entry in wanted.items() if entry.in_head}
+  ours = {(name, entry.shape) for name, entry in wanted.items() if name not in heads}
+  theirs = {(name, value.shape) for name, value in state.items() if name not in heads}
+  odd = {name for name, _ in ours ^ theirs}
+  if len(odd) < 4:  # some mishap rather than another model
+    return []
+  changed = _changed_attributes(state, wanted, found, overrides)
+  if changed:
+    return [
+      f"Its RepMLPs have {', '.join(f'{name}={value}' for name, value in changed.items())}: pass "
+      f"this (from the command line: --overrides '{json.dumps({**overrides, **changed})}')."
+    ]
+  model = None
+  if wanted.keys() == state.keys():
+    model = model_as_deep(state, found, overrides)
+  elif not overrides and len(odd) > len(wanted) / 10:  # no two models differ by a few names
+    closest, fits = closest_model(state, {})
+    model = closest.model if closest and fits and closest.model != found.model else None
+  return [f"Its names and shapes are those of {model}."] if model else []
+
+
+def _changed_attributes(
+  state: Mapping[str, np.ndarray],
+  wanted: Mapping[str, Entry],
+  found: Recognition,
+  overrides: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Attributes that can be read off a state dict, where they are not those of the model."""
+  if found.model not in repmlp.NAMINGS:
+    return {}
+  model = create_model(found.model, **overrides)
+  shapes = {name: entry.shape for name, entry in wanted.items()}
+  held = repmlp.attributes(shapes, shapes, model.tile)
+  read = repmlp.attributes({name: value.shape for name, value in state.items()}, shapes, model.tile)
+  return {name: value for name, value in read.items() if value != held.get(name)}

@@ -1,0 +1,427 @@
+"""ParNet: the authors' outputs and counts, both forms equal, overrides and refusals."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import repjax
+from repjax import analysis
+from repjax.models.common import Settings
+from repjax.models.parnet import (
+  Downsample,
+  Fusion,
+  StreamBlock,
+  channel_shuffle,
+  gated_conv,
+)
+from repjax.weights.parnet import NAMINGS
+from tests import helpers
+from tests.helpers import F64, halves, init_shapes, quick_jit, random_input, random_variables
+from tests.models.repmlp_cases import fill
+
+GOLDENS = helpers.parnet_goldens()
+CASES = {case["id"]: case for case in GOLDENS["cases"]}
+IMAGENET = ["parnet_l", "parnet_m", "parnet_s", "parnet_s_96", "parnet_xl"]
+CIFAR = ["parnet_cifar_l", "parnet_cifar_m", "parnet_cifar_s"]
+IMAGES = jax.ShapeDtypeStruct((2, 64, 96, 3), jnp.float32)
+
+NAMES = NAMINGS["parnet_s"]["official"]  # key lists hold it to the authors'
+
+create = functools.partial(repjax.create_model, "parnet_s")
+tiny = functools.partial(create, stage_sizes=(1, 1, 2), widths=(4, 6, 8, 10), num_classes=5)
+
+
+def folded_beyond_the_authors(model):
+  """Numbers that our deploy form has and the trainable ones of the authors' have not.
+
+  In a stream block the norm in front of the gate becomes an affine map, of as many, and the gate
+  gains a bias. The norms of fusion become affine maps of as many.
+  """
+  return sum(blocks * width for blocks, width in zip(model.stage_sizes, model.widths))
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_parameters_are_the_authors_but_for_what_we_fold_beyond_them(name):
+  model, golden = repjax.create_model(name), GOLDENS["counts"][name]
+  train, deploy = (init_shapes(model.clone(deploy=form), IMAGES) for form in (False, True))
+  params, stats, deployed = (
+    sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (*halves(train), deploy)
+  )
+  assert (params, stats) == (golden["train_params"], golden["bn_buffers"])
+  assert deployed == golden["deploy_params"] + folded_beyond_the_authors(model)
+
+
+def test_products_and_maps_are_the_authors():
+  found, golden = analysis.summary(create(), 224), GOLDENS["counts"]["parnet_s"]
+  assert (found.train.macs, found.deploy.macs) == (golden["train_macs"], golden["deploy_macs"])
+  assert {stage.name: stage.output_shape for stage in found.stages} == {
+    "downsample0": (112, 112, 64),
+    "downsample1": (56, 56, 92),
+    "downsample2": (28, 28, 192),
+    "downsample3": (14, 14, 384),
+    "stream1": (56, 56, 92),
+    "stream2": (28, 28, 192),
+    "stream3": (14, 14, 384),
+    "fusion1": (28, 28, 192),
+    "fusion2": (14, 14, 384),
+    "fusion3": (14, 14, 384),
+    "downsample4": (7, 7, 1280),
+    "head": (1000,),
+  }
+
+
+class TestCifar:
+  def test_maps_keep_32_pixels_in_the_first_stream(self):
+    model = repjax.create_model("parnet_cifar_s", features_only=True)
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    features = jax.eval_shape(model.apply, init_shapes(model, x), x)
+    shapes = {name: value.shape[1:] for name, value in features.items()}
+    assert shapes == {
+      "stage1": (32, 32, 48),
+      "stage2": (16, 16, 96),
+      "stage3": (8, 8, 192),
+      "stage4": (8, 8, 384),
+    }
+
+  def test_it_has_a_block_less_in_each_stream_and_stream_blocks_in_front(self):
+    params = init_shapes(repjax.create_model("parnet_cifar_s", deploy=True), IMAGES)["params"]
+    assert [len(params[f"stream{n}"]) for n in (1, 2, 3)] == [3, 4, 4]
+    assert params["downsample1"].keys() == params["stem"]["block0"].keys()
+    assert params["downsample1"].keys() == {"RepConv_0", "SkipSqueezeExcite_0"}
+    assert params["downsample0"].keys() == {"RepConv_0", "gate"}
+    assert params["downsample4"].keys() == {"RepConv_0"}
+    assert params["downsample4"]["RepConv_0"]["conv"]["kernel"].shape == (1, 1, 192, 384)
+
+  @pytest.mark.parametrize("name", CIFAR)
+  def test_it_is_made_for_its_size(self, name):
+    assert repjax.create_model(name).image_size == 32
+    assert repjax.ModelSpec.usual(name, 10).preprocessing.image_size == 32
+
+
+class GroupedBlock(nn.Module):
+  """What of a fusion the authors' own class of blocks holds: all but norms and concatenation."""
+
+  features: int
+  settings: Settings
+  strides: int
+
+  @nn.compact
+  def __call__(self, x, train):
+    return channel_shuffle(gated_conv(x, self.features, self.strides, 2, self.settings, train), 2)
+
+
+def golden_block(spec, deploy):
+  settings = Settings(spec["act"], None, deploy, jnp.float64, jnp.float64)
+  if spec["in_channels"] == spec["out_channels"]:
+    return StreamBlock(settings)
+  block = {1: Downsample, 2: GroupedBlock}[spec["groups"]]
+  return block(spec["out_channels"], settings, spec["stride"])
+
+
+@pytest.mark.usefixtures("x64")
+class TestGoldens:
+  @pytest.mark.parametrize("kind", ["stream", "down", "fusion"])
+  def test_a_block(self, kind):
+    case = CASES[f"parnet_block_{kind}"]
+    x, expect = helpers.golden_input(tuple(case["input"]["shape_nchw"])), case["expect"]
+    train, deploy = (golden_block(case["spec"], form) for form in (False, True))
+    shapes = jax.eval_shape(lambda x: train.init(jax.random.key(0), x, False), x)
+    variables = fill(shapes, NAMES)
+
+    @quick_jit
+    def outputs(variables):
+      params = repjax.reparameterize(*halves(variables))
+      return train.apply(variables, x, False), deploy.apply({"params": params}, x, False), params
+
+    *maps, params = outputs(variables)
+    for y in maps:
+      helpers.assert_golden(helpers.nchw(y), expect["output"])
+    fused = params["RepConv_0"]["conv"]
+    helpers.assert_golden(helpers.oihw(fused["kernel"]), expect["fused"]["rbr_dense.weight"])
+    helpers.assert_golden(fused["bias"], expect["fused"]["rbr_dense.bias"])
+
+  def test_the_network_with_either_activation(self):
+    cases = [CASES[f"parnet_tiny_{act}"] for act in ("relu", "silu")]
+    spec, given = cases[0]["spec"], cases[0]["input"]
+    assert spec["num_blocks"] == [size + 1 for size in create().stage_sizes] + [1]
+    overrides = {"widths": tuple(spec["planes"]), "num_classes": spec["num_classes"], **F64}
+    x = helpers.golden_input(tuple(given["shape_nchw"]))
+    shapes = init_shapes(create(**overrides), x)
+    held = [sum(leaf.size for leaf in jax.tree.leaves(half)) for half in halves(shapes)]
+    assert held[0] == cases[0]["expect"]["train_params"]
+    variables = fill(shapes, NAMES)
+
+    @quick_jit
+    def outputs(variables):
+      held = {"params": repjax.reparameterize(*halves(variables))}
+      deployed = create(act="silu", deploy=True, **overrides).apply(held, x)
+      acts = (case["spec"]["act"] for case in cases)
+      return [create(act=act, **overrides).apply(variables, x) for act in acts], deployed
+
+    trained, deployed = outputs(variables)
+    for case, logits in zip(cases, trained):
+      helpers.assert_golden(logits, case["expect"]["logits"])
+    helpers.assert_golden(deployed, cases[1]["expect"]["logits"])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+  ("size", "overrides"),
+  [
+    ((65, 43), {}),  # odd at every stage, which the authors' training form refuses
+    ((13, 7), {"strides": (1, 1), "stem_blocks": 1, "last_block": "conv1x1", "act": "gelu"}),
+  ],
+  ids=["odd", "cifar"],
+)
+def test_both_forms_agree(size, overrides):
+  # At even sizes the golden network shows it.
+  model = tiny(**{"stage_sizes": (1, 1, 1)} | overrides, **F64)
+  assert helpers.forms_differ_by(model, random_input(2, *size, 3)) <= 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("strides", [1, 2])
+def test_fusion_reads_the_maps_channels_in_turn_and_shuffles_what_it_makes(strides):
+  settings = Settings("relu", None, False, jnp.float64, jnp.float64)
+  fusion, block = Fusion(4, settings, strides), Downsample(4, settings, strides)
+  stream, previous = random_input(2, 5, 4, 6), random_input(2, 5, 4, 6, seed=2)
+  shapes = jax.eval_shape(
+    lambda s, p: fusion.init(jax.random.key(0), s, p, False), stream, previous
+  )
+  variables = helpers.randomise(shapes)
+  normed = []
+  for name, x in (("RepNorm_stream", stream), ("RepNorm_previous", previous)):
+    bn, stats = (jax.tree.map(np.asarray, half[name]["bn"]) for half in halves(variables))
+    factor = bn["scale"] / np.sqrt(stats["var"] + 1e-5)
+    normed.append((x - stats["mean"]) * factor + bn["bias"])
+  x = np.stack(normed, -1).reshape(2, 5, 4, 12)
+  # Two blocks, one for each half of the channels in and out.
+  outputs = []
+  for group in (0, 1):
+    inputs, kernels = x[..., 6 * group : 6 * group + 6], slice(2 * group, 2 * group + 2)
+    part = {
+      half: jax.tree.map(
+        lambda leaf, kernels=kernels: leaf[..., kernels],
+        {name: tree for name, tree in variables[half].items() if not name.startswith("RepNorm")},
+      )
+      for half in variables
+    }
+    outputs.append(quick_jit(lambda v, x: block.clone(features=2).apply(v, x, False))(part, inputs))
+  expected = np.stack(outputs, -1).reshape((*outputs[0].shape[:-1], 4))
+  actual = quick_jit(lambda v: fusion.apply(v, stream, previous, False))(variables)
+  assert helpers.relative_error(actual, expected) <= 1e-12
+
+
+def test_the_shuffle_is_the_authors():
+  shuffled = channel_shuffle(jnp.arange(8).reshape(1, 1, 1, 8), 2)
+  assert shuffled.ravel().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_the_deploy_form_holds_what_the_docstring_says():
+  params = init_shapes(tiny(deploy=True), IMAGES)["params"]
+  gated = {"RepConv_0": ["conv"], "gate": ["kernel"]}
+  norms = {"RepNorm_stream": ["affine"], "RepNorm_previous": ["affine"]}
+  assert {
+    scope: {name: sorted(layer) for name, layer in params[scope].items()}
+    for scope in params
+    if scope.startswith(("downsample", "fusion"))
+  } == {
+    **{f"downsample{n}": gated for n in range(5)},
+    "fusion1": gated,
+    "fusion2": gated | norms,
+    "fusion3": gated | norms,
+  }
+  block = params["stream3"]["block1"]
+  assert {name: sorted(layer) for name, layer in block.items()} == {
+    "RepConv_0": ["conv"],
+    "SkipSqueezeExcite_0": ["affine", "dense"],
+  }
+  assert block["SkipSqueezeExcite_0"]["dense"].keys() == {"kernel", "bias"}
+  assert not any("/bn/" in path for path in helpers.leaves(params))
+
+
+class TestFeatures:
+  @pytest.mark.parametrize("deploy", [False, True])
+  def test_shapes_and_keys(self, deploy):
+    model = tiny(features_only=True, deploy=deploy)
+    variables = init_shapes(model, IMAGES)
+    features = jax.eval_shape(model.apply, variables, IMAGES)
+    assert {name: value.shape for name, value in features.items()} == {
+      "stage1": (2, 16, 24, 4),
+      "stage2": (2, 8, 12, 6),
+      "stage3": (2, 4, 6, 8),
+      "stage4": (2, 2, 3, 10),
+    }
+    assert "head" not in variables["params"]
+
+  def test_they_are_what_the_network_goes_on_with(self):
+    model, x = tiny(features_only=True), random_input(2, 32, 32, 3).astype("float32")
+    variables = random_variables(model.clone(features_only=False), x)
+    last = Downsample(10, Settings.of(model))
+
+    @quick_jit
+    def outputs(variables):
+      body = {
+        half: {name: tree for name, tree in variables[half].items() if name != "head"}
+        for half in variables
+      }
+      features = model.apply(body, x)
+      held = {half: tree["downsample4"] for half, tree in variables.items()}
+      remade, head = last.apply(held, features["stage3"], False), variables["params"]["head"]
+      logits = features["stage4"].mean((1, 2)) @ head["kernel"] + head["bias"][None]
+      return (remade, features["stage4"]), (
+        logits,
+        model.clone(features_only=False).apply(variables, x),
+      )
+
+    for one, other in outputs(variables):
+      assert helpers.relative_error(one, other) <= 1e-5
+
+  def test_each_stage_but_the_last_two_sees_its_stream_alone(self):
+    model, x = tiny(features_only=True), random_input(2, 32, 32, 3).astype("float32")
+    variables = random_variables(model, x)
+    apply = quick_jit(model.apply)
+    whole = apply(variables, x)
+    for stream, changed in (
+      ("stream1", ["stage1", "stage3", "stage4"]),
+      ("stream2", ["stage2", "stage3", "stage4"]),
+      ("stream3", ["stage3", "stage4"]),
+    ):
+      params = variables["params"]
+      bent = params | {stream: jax.tree.map(lambda leaf: 1.5 * leaf, params[stream])}
+      features = apply({**variables, "params": bent}, x)
+      assert [
+        name for name in features if not np.array_equal(features[name], whole[name])
+      ] == changed
+
+
+class TestOverrides:
+  def test_parameters_do_not_depend_on_the_image_size(self):
+    larger = jax.ShapeDtypeStruct((1, 77, 32, 3), jnp.float32)
+    assert helpers.shapes(init_shapes(tiny(), larger)) == helpers.shapes(
+      init_shapes(tiny(), IMAGES)
+    )
+
+  def test_lists_as_json_gives_them_are_taken(self):
+    lists = {"stage_sizes": [1, 1, 2], "widths": [4, 6, 8, 10], "strides": [2, 2]}
+    assert hash(tiny(**lists)) == hash(tiny())
+    assert helpers.shapes(init_shapes(tiny(**lists), IMAGES)) == helpers.shapes(
+      init_shapes(tiny(), IMAGES)
+    )
+
+  def test_the_first_block_has_at_most_64_channels(self):
+    for width, first in ((60, 60), (92, 64)):
+      params = init_shapes(tiny(widths=(width, 6, 8, 10)), IMAGES)["params"]
+      assert params["downsample0"]["gate"]["kernel"].shape == (3, first)
+      assert params["downsample1"]["gate"]["kernel"].shape == (first, width)
+
+  @pytest.mark.parametrize("deploy", [False, True])
+  def test_the_activation_ends_every_block(self, deploy):
+    def program(act):
+      model = tiny(act=act, deploy=deploy)
+      return str(jax.make_jaxpr(model.apply)(init_shapes(model, IMAGES), IMAGES))
+
+    blocks = 4 + 4 + 3 + 1
+    relu, silu = program("relu"), program("silu")
+    assert relu.count("name=relu") >= blocks
+    assert silu.count("= logistic") + silu.count("name=silu") >= blocks
+    assert create().act == "silu"
+
+  def test_dropout_drops_in_training_only(self):
+    model = tiny(dropout=0.5)
+    variables = init_shapes(model, IMAGES)
+    evaluated = helpers.primitives(model.apply, variables, IMAGES)
+    train = functools.partial(
+      model.apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
+    )
+    assert "random_bits" not in evaluated
+    assert "random_bits" in helpers.primitives(train, variables, IMAGES)
+    rates = {name: repjax.create_model(name).dropout for name in IMAGENET}
+    assert rates == dict.fromkeys(IMAGENET, 0.0) | {"parnet_l": 0.1, "parnet_xl": 0.1}
+
+  def test_remat_recomputes_every_block_and_keeps_the_tree(self):
+    plain, model = (tiny(remat=remat) for remat in (False, True))
+    variables = init_shapes(plain, IMAGES)
+    assert helpers.shapes(init_shapes(model, IMAGES)) == helpers.shapes(variables)
+    recomputed = [
+      sum("remat" in name or name == "checkpoint" for name in helpers.primitives(m.apply, *given))
+      for m, given in ((plain, (variables, IMAGES)), (model, (variables, IMAGES)))
+    ]
+    assert recomputed == [0, 4 + 4 + 3 + 1]
+
+
+class TestTraining:
+  def test_every_statistic_is_updated(self):
+    x, model = random_input(2, 32, 32, 3).astype("float32"), tiny()
+    variables = random_variables(model, x)
+    step = quick_jit(lambda v: model.apply(v, x, train=True, mutable=["batch_stats"])[1])
+    old, new = (helpers.leaves(tree["batch_stats"]) for tree in (variables, step(variables)))
+    assert old.keys() == new.keys()
+    assert all(np.abs(new[path] - old[path]).max() > 0 for path in old)
+
+  def test_every_norm_shares_its_statistics_over_the_axis(self):
+    def sums(axis_name):
+      model = tiny(axis_name=axis_name)
+      step = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+      names = helpers.primitives(step, init_shapes(tiny(), IMAGES), IMAGES, batch=4)
+      return sum(name.startswith("psum") for name in names)
+
+    norms = sum(path.endswith("/mean") for path in helpers.leaves(init_shapes(tiny(), IMAGES)))
+    assert (sums(None), sums("batch")) == (0, norms)
+
+  @pytest.mark.parametrize("deploy", [False, True])
+  def test_bfloat16_computation_keeps_float32_variables(self, deploy):
+    model = tiny(dtype=jnp.bfloat16, deploy=deploy)
+    variables = init_shapes(model, IMAGES)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    assert jax.eval_shape(model.apply, variables, IMAGES).dtype == jnp.bfloat16
+
+
+class TestRefusals:
+  @pytest.mark.parametrize(
+    ("shape", "overrides", "stride"),
+    [
+      ((1, 31, 64, 3), {}, 32),
+      ((64, 64, 3), {}, 32),
+      ((1, 7, 8, 3), {"strides": (1, 1)}, 8),
+      ((1, 4, 3, 3), {"strides": (1, 1), "last_block": "conv1x1"}, 4),
+    ],
+    ids=str,
+  )
+  def test_images_that_are_too_small(self, shape, overrides, stride):
+    with pytest.raises(ValueError, match=f"this ParNet shrinks images {stride} times"):
+      init_shapes(tiny(**overrides), jnp.ones(shape))
+
+  def test_training_a_deploy_form(self):
+    model = tiny(deploy=True)
+    with pytest.raises(ValueError, match="the deploy form cannot train"):
+      jax.eval_shape(functools.partial(model.init, train=True), jax.random.key(0), IMAGES)
+
+  @pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+      ({"stage_sizes": (1, 1)}, "stage_sizes takes 3 whole numbers above 0, one for each stream"),
+      ({"stage_sizes": (1, 1, 0)}, "stage_sizes takes 3 whole numbers"),
+      ({"widths": (4, 6, 8)}, "widths takes 4 whole numbers above 0: of three streams and"),
+      ({"widths": (4, 6, 9, 10)}, r"third of widths is a multiple of 2, .* got \(4, 6, 9, 10\)"),
+      ({"strides": 2}, "strides takes two numbers, each 1 or 2, got 2"),
+      ({"strides": (2, 4)}, "strides takes two numbers, each 1 or 2"),
+      ({"strides": (2, 2, 1)}, "strides takes two numbers"),
+      ({"stem_blocks": -1}, "stem_blocks takes a whole number, 0 or more, got -1"),
+      ({"stem_blocks": 1.0}, "stem_blocks takes a whole number"),
+      ({"stem_blocks": True}, "stem_blocks takes a whole number"),
+      ({"last_block": "conv3x3"}, "unknown last_block of a ParNet 'conv3x3'; did you mean conv1x1"),
+      ({"act": "swish"}, "unknown activation 'swish'"),
+      ({"num_classes": 0}, "num_classes must be at least 1"),
+      ({"dropout": 1.0}, "dropout is at least 0 and below 1"),
+      ({"groups": 2}, "unknown override of parnet_s 'groups'"),
+    ],
+    ids=str,
+  )
+  def test_values_that_make_no_network(self, overrides, said):
+    with pytest.raises(ValueError, match=said):
+      tiny(**overrides)
