@@ -14,7 +14,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,41 @@ def time_in_turns(calls: list[Callable[[], Any]], rounds: int) -> list[list[floa
   return times
 
 
+def time_forms(
+  forms: Sequence[tuple[Any, Any]], images: jax.Array, repeats: int, rounds: int
+) -> tuple[list[list[list[float]]], list[list[float]]]:
+  """Times forms of one model in turns, with programs and variables made anew several times.
+
+  Args:
+    forms: pairs of a model and its variables.
+    images: what all of them take.
+    repeats: how often they are made anew.
+    rounds: of each repeat.
+
+  Returns:
+    Seconds as [repeat][form][round], and seconds of compiling as [repeat][form].
+  """
+  times, compile_times = [], []
+  for _ in range(repeats):
+    made = [
+      compiled(model, jax.tree.map(jnp.copy, variables), images) for model, variables in forms
+    ]
+    compile_times.append([seconds for _, seconds in made])
+    times.append(time_in_turns([call for call, _ in made], rounds))
+  return times, compile_times
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+  """The median of the rounds' ratios."""
+  return statistics.median(a / b for a, b in zip(numerators, denominators))
+
+
+def random_images(batch_size: int, image_size: int) -> jax.Array:
+  """Noise."""
+  shape = (batch_size, image_size, image_size, 3)
+  return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32))
+
+
 def measure(
   name: str, batch_size: int, image_size: int, dtype: Any, repeats: int, rounds: int
 ) -> dict[str, Any]:
@@ -57,29 +92,35 @@ def measure(
   train, deploy = (repjax.create_model(name, deploy=form, dtype=dtype) for form in (False, True))
   variables = repjax.init(train, jax.random.key(0), image_size)
   params = jax.jit(repjax.reparameterize)(variables["params"], variables["batch_stats"])
-  rng = np.random.default_rng(0)
-  shape = (batch_size, image_size, image_size, 3)
-  images = jnp.asarray(rng.standard_normal(shape, np.float32))
-  train_times, deploy_times, compile_times, ratios = [], [], [], []
-  for _ in range(repeats):
-    own_variables, own_params = jax.tree.map(jnp.copy, (variables, params))
-    run_train, train_compile = compiled(train, own_variables, images)
-    run_deploy, deploy_compile = compiled(deploy, {"params": own_params}, images)
-    compile_times.append((train_compile, deploy_compile))
-    new_train, new_deploy = time_in_turns([run_train, run_deploy], rounds)
-    train_times += new_train
-    deploy_times += new_deploy
-    ratios.append(statistics.median(a / b for a, b in zip(new_train, new_deploy)))
+  forms = [(train, variables), (deploy, {"params": params})]
+  images = random_images(batch_size, image_size)
+  times, compile_times = time_forms(forms, images, repeats, rounds)
+  train_times, deploy_times = (
+    [seconds for repeat in times for seconds in repeat[form]] for form in (0, 1)
+  )
+  train_compile, deploy_compile = map(statistics.median, zip(*compile_times))
   return {
     "model": name,
     "batch_size": batch_size,
     "train_ms": 1e3 * statistics.median(train_times),
     "deploy_ms": 1e3 * statistics.median(deploy_times),
-    "ratio": statistics.median(a / b for a, b in zip(train_times, deploy_times)),
-    "ratio_of_each_repeat": ratios,
-    "train_compile_s": statistics.median(train for train, _ in compile_times),
-    "deploy_compile_s": statistics.median(deploy for _, deploy in compile_times),
+    "ratio": median_ratio(train_times, deploy_times),
+    "ratio_of_each_repeat": [median_ratio(*repeat) for repeat in times],
+    "train_compile_s": train_compile,
+    "deploy_compile_s": deploy_compile,
   }
+
+
+def write_json(path: Path, facts: dict[str, Any], **results: Any) -> None:
+  """Writes results, with the machine that gave them first."""
+  machine = {
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "cpus": os.cpu_count(),
+    "jax": jax.__version__,
+  }
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps({**machine, **facts, **results}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -121,18 +162,9 @@ def main() -> None:
         )
         results.append(row)
   if arguments.json:
-    facts = {
-      "device": device.device_kind,
-      "devices": jax.device_count(),
-      "cpus": os.cpu_count(),
-      "jax": jax.__version__,
-      "dtype": arguments.dtype,
-      "image_size": arguments.image_size,
-      "repeats": arguments.repeats,
-      "rounds": arguments.rounds,
-    }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+    names = ("dtype", "image_size", "repeats", "rounds")
+    facts = {name: getattr(arguments, name) for name in names}
+    write_json(arguments.json, facts, results=results)
 
 
 if __name__ == "__main__":

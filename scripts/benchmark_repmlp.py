@@ -12,7 +12,6 @@ multiply-accumulates. Then FC3 alone, at the sizes that the models of the paper 
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -186,11 +185,8 @@ def main() -> None:
         times = "  ".join(f"{form} {value:.2f} ms" for form, value in row["ms"].items())
         print(f"FC3 of {name}, batch {batch_size}: {times}", flush=True)
   if arguments.json:
-    facts = {"device": device.device_kind, "cpus": os.cpu_count(), "jax": jax.__version__}
-    facts |= {"repeats": arguments.repeats, "rounds": arguments.rounds}
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**facts, "models": models, "layers": layers}, indent=2)
-    arguments.json.write_text(text + "\n")
+    facts = {"repeats": arguments.repeats, "rounds": arguments.rounds}
+    benchmark.write_json(arguments.json, facts, models=models, layers=layers)
 
 
 if __name__ == "__main__":

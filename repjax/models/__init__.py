@@ -38,7 +38,8 @@ def list_models() -> list[str]:
 def image_size_of(model: nn.Module) -> int:
   """The side in pixels of the images that a model is made for: its `image_size`, or else 224.
 
-  A model whose parameters depend on the image size has the attribute.
+  A model whose parameters depend on the image size, or that is made for another one, has the
+  attribute.
   """
   return getattr(model, "image_size", 224)
 
