@@ -9,7 +9,7 @@ from PIL import Image
 
 import repjax
 from tests import helpers
-from tests.models import repmlp_cases
+from tests.models import repmlp_cases, test_parnet
 
 pytest_plugins = ["tests.training.fixtures"]
 
@@ -18,11 +18,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_there_are_python_examples():
-  assert len(BLOCKS) == 4
+  assert len(BLOCKS) == 5
 
 
 @pytest.mark.usefixtures("quick_programs")
-@pytest.mark.parametrize("block", BLOCKS, ids=["functions", "own network", "load", "weights"])
+@pytest.mark.parametrize(
+  "block", BLOCKS, ids=["functions", "own network", "features", "load", "weights"]
+)
 def test_python_examples_run(block, finished, tmp_path, monkeypatch):
   (tmp_path / "runs").mkdir()
   (tmp_path / "runs" / "digits").symlink_to(finished[0])
@@ -33,11 +35,14 @@ def test_python_examples_run(block, finished, tmp_path, monkeypatch):
 
 def counts(name):
   """Of both forms: golden ones, which other tests compare with the models, or counted here."""
-  golden = helpers.counts() | repmlp_cases.counts() | helpers.repmlpnet_goldens()["counts"]
+  golden = helpers.counts() | repmlp_cases.counts()
+  golden |= helpers.repmlpnet_goldens()["counts"] | helpers.parnet_goldens()["counts"]
   if name in golden:
     train, deploy = (golden[name][f"{form}_params"] for form in ("train", "deploy"))
     if name.startswith("repmlpnet"):
       deploy -= helpers.folded_beyond_the_authors(repjax.create_model(name))
+    if name.startswith("parnet"):
+      deploy += test_parnet.folded_beyond_the_authors(repjax.create_model(name))
     return train, deploy
   spec = repjax.ModelSpec.usual(name, num_classes=10 if "cifar" in name else 1000)
   shapes = (spec.variable_shapes(deploy=deploy) for deploy in (False, True))

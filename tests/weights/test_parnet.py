@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 
 import jax
@@ -50,6 +51,15 @@ def test_names_and_shapes_are_the_authors(model):
   for kind in KINDS:  # blocks of a stream are alike: one of each is traced
     theirs = cases.parnet_keys()[model][kind]
     assert dict(repeated(shapes(model, kind, **SHALLOW), depth)) == theirs
+
+
+@pytest.mark.parametrize("model", cases.parnet_keys())
+def test_published_names_and_shapes_have_the_published_counts(model):
+  counts = helpers.parnet_goldens()["counts"][model]
+  for kind, buffers in (("train", "bn_buffers"), ("deploy", "deploy_bn_buffers")):
+    sizes = {name: math.prod(shape) for name, shape in cases.parnet_keys()[model][kind].items()}
+    assert sum(size for name, size in sizes.items() if "running_" in name) == counts[buffers]
+    assert sum(sizes.values()) == counts[f"{kind}_params"] + counts[buffers]
 
 
 @pytest.mark.parametrize("kind", KINDS)
