@@ -1,6 +1,7 @@
 """Every test runs on four CPU devices and under JAX's strictest promotion rules."""
 
 import gc
+import os
 import signal
 
 import jax
@@ -9,9 +10,11 @@ import pytest
 # What a shell starts in the background ignores Ctrl-C, and so would the programs of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Tracing makes objects by the million and most tests trace: a quarter less time with these two.
+# Most of the time goes into tracing, which makes objects by the million, and into compiling.
 gc.set_threshold(100_000, 20, 20)
 jax.config.update("jax_traceback_in_locations_limit", 0)
+if jax.__version_info__ < (0, 11):  # later ones do not know the flag, and end on it
+  os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)

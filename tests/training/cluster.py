@@ -47,6 +47,7 @@ def run(*arguments, folders, cache, devices=2):
       "HOME": str(cache),
       "PYTHONPATH": str(tiny.ROOT),
       "XDG_CACHE_HOME": str(cache),
+      "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
     command = [sys.executable, *map(str, arguments)]
     outputs = [open(f"{folder}.{name}", "w+") for name in ("stdout", "stderr")]  # noqa: SIM115

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,7 @@ def start_python(*arguments, cwd, cache):
     "PATH": "/usr/bin:/bin",
     "PYTHONPATH": str(ROOT),
     "XDG_CACHE_HOME": str(cache),
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
   }
   return subprocess.Popen(
     [sys.executable, *arguments],
