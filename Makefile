@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/python scripts/evaluate.py --workdir runs/digits --form both
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -59,10 +59,12 @@ def learning_rate_schedule(
   )
   begin = 0 if warmup_overlaps or curve == "step" else warmup_steps
   length = max(1, total_steps - begin)
+  # At its end and in a cool-down 1 - t may be rounded to below 0, which has no power.
+  poly = optax.polynomial_schedule(peak, final, power, length)
   falling = {
     "cosine": optax.cosine_decay_schedule(peak, length, final / peak),
     "step": optax.exponential_decay(peak, drop_steps, drop_factor, staircase=True, end_value=final),
-    "poly": optax.polynomial_schedule(peak, final, power, length),
+    "poly": lambda step: jnp.where(step < length, poly(step), final),
   }[curve]
   rising = optax.linear_schedule(first, peak, warmup_steps) if warmup_steps else None
 
