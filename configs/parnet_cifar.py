@@ -1,8 +1,8 @@
 """ParNet on CIFAR-10.
 
-400 epochs with mirrored and shifted images are the paper's. Batch 128, SGD 0.1 with Nesterov
-momentum and cosine to 0, weight decay 5e-4 are ours, usual ones for CIFAR, and so are the network's
-widths: see repjax/models/parnet.py.
+400 epochs with mirrored and shifted images are the author's (issue 11 of the authors' repository).
+Batch 128, SGD 0.1 with Nesterov momentum and cosine to 0, weight decay 5e-4 are ours, usual ones
+for CIFAR, and so are the network's widths: see repjax/models/parnet.py.
 
 Paper: Goyal et al., Non-deep Networks, NeurIPS 2022, section 4. https://arxiv.org/abs/2110.07641
 Expected: the paper's network has more than 96 % (on CIFAR-100 more than 81 %); its code was not

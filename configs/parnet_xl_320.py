@@ -1,8 +1,8 @@
 """ParNet-XL fine-tuned at 320 px, tested at 352 px and with ten crops.
 
-16 epochs with cosine from 0.001, crops of at least half the image, mixup 0.1, random erasing 0.6,
-all else as in the recipe before. The batch, 256, is not said and chosen here. The authors draw the
-classifier anew; here it is kept.
+16 epochs with cosine from 0.001 to 0 and no cool-down, crops of at least half the image, mixup 0.1,
+random erasing 0.6, all else as in the recipe before. The batch, 256, is not said and chosen here.
+The authors draw the classifier anew; here it is kept.
 
 Paper: Goyal et al., Non-deep Networks, NeurIPS 2022. https://arxiv.org/abs/2110.07641
 Source: https://github.com/imankgoyal/NonDeepNetworks at 777b286, imagenet

@@ -295,7 +295,7 @@ def test_fine_tuning_parnet_is_short_at_320_pixels_and_tested_at_352():
   }
 
 
-def test_parnet_on_cifar_learns_as_long_as_in_the_paper_from_mirrored_and_shifted_images():
+def test_parnet_on_cifar_learns_as_long_as_the_author_says_from_mirrored_and_shifted_images():
   config = load("parnet_cifar")[0]
   assert (config.num_epochs, config.augment) == (400, "pad_and_crop | flip")
   assert config.learning_rate * config.batch_size / 256 == pytest.approx(0.1)

@@ -111,7 +111,7 @@ class SkipSqueezeExcite(nn.Module):
     epsilon: of the batch norm.
     axis_name: of the pmapped axis over which batch statistics are shared.
     deploy: build the deploy form.
-    dtype: of the matrix product and the result; norm and affine map are in at least float32.
+    dtype: of the training form's matrix product and of the result; all else is in at least float32.
     param_dtype: of the parameters.
 
   References:
@@ -133,7 +133,8 @@ class SkipSqueezeExcite(nn.Module):
     """
     refuse_training(self.deploy, train)
     if self.deploy:
-      z = Affine(self.param_dtype, name="affine")(x.astype(wide_dtype(x.dtype)))
+      x = x.astype(wide_dtype(x.dtype))
+      z = Affine(self.param_dtype, name="affine")(x)
       gate = x.mean((1, 2))  # (N, C)
     else:
       z = batch_norm(
@@ -144,9 +145,11 @@ class SkipSqueezeExcite(nn.Module):
         param_dtype=self.param_dtype,
       )
       gate = z.mean((1, 2))  # (N, C)
-    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    # In deploy form the norm's shift is in the bias, and narrow numbers would not cancel.
+    dtypes = {"dtype": x.dtype if self.deploy else self.dtype, "param_dtype": self.param_dtype}
     gate = linear(gate, x.shape[-1], name="dense", use_bias=self.deploy, **dtypes)
-    return z.astype(self.dtype) * jax.nn.sigmoid(gate)[:, None, None, :]  # (N, H, W, C)
+    gate = jax.nn.sigmoid(gate.astype(self.dtype))[:, None, None, :]
+    return z.astype(self.dtype) * gate  # (N, H, W, C)
 
 
 def fold_skip_squeeze_excite(

@@ -37,7 +37,7 @@ from flax import linen as nn
 from repjax.errors import InputError, unknown
 from repjax.layers import GlobalGate, RepConv, RepNorm, SkipSqueezeExcite, activation, linear
 from repjax.layers.rep_norm import refuse_training
-from repjax.models.checks import check_classifier, check_images, check_whole, is_list
+from repjax.models.checks import check_classifier, check_images, check_whole
 from repjax.models.common import Settings
 
 GROUPS = 2  # of fusion, which reads two maps
@@ -150,13 +150,14 @@ class ParNet(nn.Module):
   if it has blocks, `downsample2`, `downsample3`; `stream1`, `stream2` and `stream3`, which read the
   outputs of `downsample1` (or `stem`), `downsample2` and `downsample3`; `fusion1` takes stream 1 to
   the size of stream 2, `fusion2` both of these to that of stream 3, `fusion3` all; `downsample4`,
-  `head`. Streams have `block0`, `block1`, ... Images of every size are taken, odd ones too, which
-  the authors' training form refuses.
+  `head`. Streams have `block0`, `block1`, ... Images of every size from the total stride up
+  are taken; the authors' training form takes multiples of it.
 
-  There is no code for CIFAR. The paper says: the first two down-sampling blocks become stream
-  blocks, the last one a narrower 1x1 convolution, each stream loses a block and one is added at
-  depth 3; images of 32 px, other widths. The variants `parnet_cifar_*` are made so, and these are
-  choices of ours, so that no number of the paper is claimed for them:
+  There is no code for CIFAR. The author says (issue 11 of the repository above): the first two
+  down-sampling blocks become stream blocks, the last one a narrower 1x1 convolution, each stream
+  loses a block and one is added at depth 3; images of 32 px, other widths. The variants
+  `parnet_cifar_*` are made so, and these are choices of ours, so that no number of the paper is
+  claimed for them:
 
   - `downsample0`, which widens the image, cannot have a shortcut: it is a gated block at stride 1;
   - the block at depth 3 is a stream block in front of all streams (`stem`): depth stays 12;
@@ -165,7 +166,8 @@ class ParNet(nn.Module):
   Attributes:
     stage_sizes: blocks in each of the three streams.
     widths: channels of the three streams and of what the classifier reads.
-    strides: of `downsample0` and `downsample1`; one that keeps the shape is a stream block.
+    strides: of `downsample0` and `downsample1`; one that keeps the shape is a stream block. The
+      first has at most 64 channels if the second is not one.
     stem_blocks: stream blocks behind these two.
     last_block: "downsample", or "conv1x1" at stride 1.
     num_classes: outputs.
@@ -201,8 +203,9 @@ class ParNet(nn.Module):
       raise InputError(
         f"the third of widths is a multiple of {GROUPS}, the groups of fusion, got {self.widths!r}"
       )
-    if not is_list(self.strides) or len(self.strides) != 2 or not {1, 2}.issuperset(self.strides):
-      raise InputError(f"strides takes two numbers, each 1 or 2, got {self.strides!r}")
+    check_whole("strides", self.strides, 2, ", each 1 or 2")
+    if max(self.strides) > 2:
+      raise InputError(f"strides takes 2 whole numbers, each 1 or 2, got {self.strides!r}")
     if type(self.stem_blocks) is not int or self.stem_blocks < 0:
       raise InputError(f"stem_blocks takes a whole number, 0 or more, got {self.stem_blocks!r}")
     if self.last_block not in LAST_BLOCKS:
@@ -212,7 +215,7 @@ class ParNet(nn.Module):
 
   @property
   def image_size(self) -> int:
-    """The side in pixels of the images that the variants are made for; any other is taken too."""
+    """The side in pixels of the images that the variants are made for; others are taken too."""
     return 32 if math.prod(self.strides) == 1 else 224
 
   def total_stride(self) -> int:
@@ -250,7 +253,8 @@ class ParNet(nn.Module):
       return _Stream(size, settings, self.remat, name=name)(x, train)
 
     first, second, third, last = self.widths
-    for index, (features, strides) in enumerate(zip((min(64, first), first), self.strides)):
+    stem = min(64, first) if self.strides[1] == 2 else first
+    for index, (features, strides) in enumerate(zip((stem, first), self.strides)):
       if (features, strides) == (x.shape[-1], 1):
         x = built(StreamBlock, f"downsample{index}", x)
       else:

@@ -152,7 +152,7 @@ class RepVGG(nn.Module):
     if not all(isinstance(number, int) for number in (*self.stage_sizes, *self.strides)):
       raise InputError(f"stage_sizes and strides are whole: {self.stage_sizes}, {self.strides}")
     totals = sorted(set(itertools.accumulate(self.strides, operator.mul)))
-    if self.output_stride not in (None, *totals):
+    if self.output_stride not in (None, *totals) or isinstance(self.output_stride, bool | float):
       raise InputError(
         f"output_stride is one of {', '.join(map(str, totals))}, which strides={self.strides} come "
         f"to stage by stage, got {self.output_stride!r}"

@@ -94,6 +94,11 @@ def explain(
   strangers = [name for name in state if name in other and name not in wanted]
   if strangers:
     return [*hints, f"It mixes both kinds: of the {other_kind} form are {some(strangers)}."]
+  if overrides.get("features_only"):
+    hints.append(
+      "With features_only a model has no classifier: leave that override out. What comes then is "
+      "for the model with features_only too, which leaves the classifier unread."
+    )
   if found.num_classes not in (None, num_classes) and any(e.in_head for e in wanted.values()):
     hints.append(
       f"The file has {found.num_classes} classes: pass num_classes={found.num_classes}, or drop "

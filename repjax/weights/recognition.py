@@ -205,7 +205,6 @@ def model_as_deep(
   state: Mapping[str, np.ndarray], found: Recognition, overrides: Mapping[str, Any]
 ) -> str | None:
   """The model that a state dict fits among those whose tensors have the names of the one found."""
-
   depth = getattr(create_model(found.model, **overrides), "stage_sizes", None)
   for name in list_models():
     if NAMINGS.get(name) != NAMINGS[found.model]:
@@ -221,5 +220,6 @@ def model_as_deep(
 
 
 def some(names: Iterable[str]) -> str:
+  """A few of many names, for a message."""
   names = list(names)
   return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

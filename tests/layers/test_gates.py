@@ -114,6 +114,18 @@ class TestSkipSqueezeExcite:
     assert relative_error(trained, z * gate) <= 1e-12
     assert relative_error(deployed, z * gate) <= 1e-12
 
+  def test_in_bfloat16_the_shift_in_the_gates_bias_does_not_cancel(self):
+    far = 64.0  # of the input's mean from 0, in standard deviations
+    x = (far + random_input(2, 8, 8, 32)).astype("float32")
+    variables = random_variables(SkipSqueezeExcite(), x)
+    variables["batch_stats"]["bn"]["mean"] += far
+    narrow = SkipSqueezeExcite(dtype=jnp.bfloat16)
+    expected = quick_jit(SkipSqueezeExcite().apply)(variables, x)
+    trained = quick_jit(narrow.apply)(variables, x)
+    deployed = quick_jit(narrow.clone(deploy=True).apply)({"params": fold(variables)}, x)
+    assert relative_error(trained.astype("float32"), expected) <= 0.02
+    assert relative_error(deployed.astype("float32"), expected) <= 0.02
+
   @pytest.mark.usefixtures("x64")
   def test_the_fold_has_the_gradients_of_the_training_form(self):
     x, train = random_input(2, 3, 2, 4), SkipSqueezeExcite(**F64)

@@ -88,14 +88,16 @@ class TestCifar:
       "stage4": (8, 8, 384),
     }
 
-  def test_it_has_a_block_less_in_each_stream_and_stream_blocks_in_front(self):
-    params = init_shapes(repjax.create_model("parnet_cifar_s", deploy=True), IMAGES)["params"]
+  @pytest.mark.parametrize("name", CIFAR)
+  def test_it_has_a_block_less_in_each_stream_and_stream_blocks_in_front(self, name):
+    model = repjax.create_model(name, deploy=True)
+    params = init_shapes(model, IMAGES)["params"]
     assert [len(params[f"stream{n}"]) for n in (1, 2, 3)] == [3, 4, 4]
     assert params["downsample1"].keys() == params["stem"]["block0"].keys()
     assert params["downsample1"].keys() == {"RepConv_0", "SkipSqueezeExcite_0"}
     assert params["downsample0"].keys() == {"RepConv_0", "gate"}
     assert params["downsample4"].keys() == {"RepConv_0"}
-    assert params["downsample4"]["RepConv_0"]["conv"]["kernel"].shape == (1, 1, 192, 384)
+    assert params["downsample4"]["RepConv_0"]["conv"]["kernel"].shape == (1, 1, *model.widths[2:])
 
   @pytest.mark.parametrize("name", CIFAR)
   def test_it_is_made_for_its_size(self, name):
@@ -156,7 +158,6 @@ class TestGoldens:
     assert held[0] == cases[0]["expect"]["train_params"]
     variables = fill(shapes, NAMES)
 
-    # That both forms agree, with either, is shown below.
     @quick_jit
     def outputs(variables):
       held = {"params": repjax.reparameterize(*halves(variables))}
@@ -167,6 +168,15 @@ class TestGoldens:
 
     for case, logits in zip(cases, outputs(variables)):
       helpers.assert_golden(logits, case["expect"]["logits"])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+  ("dtype", "act", "bound"), [("float64", "silu", 1e-12), ("float32", "relu", 1e-5)]
+)
+def test_both_forms_agree(dtype, act, bound):
+  model = tiny(act=act, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+  assert helpers.forms_differ_by(model, random_input(2, 97, 96, 3).astype(dtype)) <= bound
 
 
 @pytest.mark.usefixtures("x64")
@@ -291,15 +301,22 @@ class TestOverrides:
       assert params["downsample1"]["gate"]["kernel"].shape == (first, width)
 
   @pytest.mark.parametrize("deploy", [False, True])
-  def test_the_activation_ends_every_block(self, deploy):
+  @pytest.mark.parametrize(
+    ("overrides", "blocks"),
+    [
+      ({}, 2 + 2 + 3 + 3 + 1),
+      ({"strides": (1, 1), "stem_blocks": 1, "last_block": "conv1x1"}, 2 + 1 + 2 + 3 + 3 + 1),
+    ],
+    ids=["images", "CIFAR"],
+  )
+  def test_the_activation_ends_every_block(self, deploy, overrides, blocks):
     def program(act):
-      model = tiny(act=act, deploy=deploy)
+      model = tiny(stage_sizes=(1, 1, 1), act=act, deploy=deploy, **overrides)
       return str(jax.make_jaxpr(model.apply)(init_shapes(model, IMAGES), IMAGES))
 
-    blocks = 4 + 4 + 3 + 1
     relu, silu = program("relu"), program("silu")
-    assert relu.count("name=relu") >= blocks
-    assert silu.count("= logistic") + silu.count("name=silu") >= blocks
+    assert (silu.count("name=silu"), relu.count("name=silu")) == (blocks, 0)
+    assert (silu.count("name=relu"), relu.count("name=relu")) == (0, 2 * blocks)
     assert create().act == "silu"
 
   def test_dropout_drops_in_training_only(self):
@@ -379,9 +396,10 @@ class TestRefusals:
       ({"stage_sizes": (1, 1, 0)}, "stage_sizes takes 3 whole numbers"),
       ({"widths": (4, 6, 8)}, "widths takes 4 whole numbers above 0: of three streams and"),
       ({"widths": (4, 6, 9, 10)}, r"third of widths is a multiple of 2, .* got \(4, 6, 9, 10\)"),
-      ({"strides": 2}, "strides takes two numbers, each 1 or 2, got 2"),
-      ({"strides": (2, 4)}, "strides takes two numbers, each 1 or 2"),
-      ({"strides": (2, 2, 1)}, "strides takes two numbers"),
+      ({"strides": 2}, "strides takes 2 whole numbers above 0, each 1 or 2, got 2"),
+      ({"strides": (2, 4)}, "strides takes 2 whole numbers, each 1 or 2"),
+      ({"strides": (2, 2, 1)}, "strides takes 2 whole numbers above 0"),
+      ({"strides": (1.0, 2.0)}, "strides takes 2 whole numbers above 0"),
       ({"stem_blocks": -1}, "stem_blocks takes a whole number, 0 or more, got -1"),
       ({"stem_blocks": 1.0}, "stem_blocks takes a whole number"),
       ({"stem_blocks": True}, "stem_blocks takes a whole number"),

@@ -34,9 +34,11 @@ def shared_folder(tmp_path_factory):
 @contextlib.contextmanager
 def made_once(folder):
   """Holds a folder that is to be made; True for the first who comes, others wait for them."""
+  made = folder.with_suffix(".made")
   with open(f"{folder}.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    yield not folder.exists()
+    yield not made.exists()
+    made.touch()
 
 
 @pytest.fixture(scope="session")

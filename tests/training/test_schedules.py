@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import common
@@ -127,6 +128,18 @@ def test_a_cooldown_is_at_the_final_rate_and_part_of_the_run(curve):
 def test_a_run_that_is_all_warm_up_has_a_schedule(curve):
   schedule = learning_rate_schedule(0.1, 256, 4, 4, curve=curve, drop_steps=9)
   assert rates(schedule, 4).tolist() == pytest.approx([0, 0.025, 0.05, 0.075])
+
+
+def test_a_polynomial_that_rounding_takes_below_0_at_its_end_is_the_final_rate(monkeypatch):
+  polynomial = optax.polynomial_schedule
+
+  def rounded(*arguments):
+    exact = polynomial(*arguments)
+    return lambda step: jnp.where(step < 10, exact(step), jnp.nan)
+
+  monkeypatch.setattr(optax, "polynomial_schedule", rounded)
+  schedule = learning_rate_schedule(0.1, 256, 0, 10, curve="poly", final_rate=0.01)
+  np.testing.assert_allclose(rates(schedule, 13)[9:], [*rates(schedule, 10)[9:], *[0.01] * 3])
 
 
 @pytest.mark.parametrize("overlaps", [False, True])

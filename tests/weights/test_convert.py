@@ -82,6 +82,7 @@ def test_every_checkpoint_is_known_and_its_tensors_have_their_places(model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_published_names_and_shapes_have_the_published_counts(model):
+  # Of the lists that the models are held to by the test before.
   counts = helpers.counts()[model]
   for kind, buffers in (("train", counts["bn_buffers"]), ("deploy", 0)):
     shapes = helpers.keys("official", model)[kind]

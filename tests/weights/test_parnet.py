@@ -55,6 +55,7 @@ def test_names_and_shapes_are_the_authors(model):
 
 @pytest.mark.parametrize("model", cases.parnet_keys())
 def test_published_names_and_shapes_have_the_published_counts(model):
+  # Of the lists that the models are held to by the test before.
   counts = helpers.parnet_goldens()["counts"][model]
   for kind, buffers in (("train", "bn_buffers"), ("deploy", "deploy_bn_buffers")):
     sizes = {name: math.prod(shape) for name, shape in cases.parnet_keys()[model][kind].items()}
@@ -70,6 +71,11 @@ def test_files_say_their_model_by_shapes(monkeypatch, kind):
     state = {f"module.{name}": x for name, x in ones(model, kind, **SHALLOW).items()}
     state |= {"module.combine.0.b1.num_batches_tracked": np.asarray(3)}
     assert weights.recognize(state, **SHALLOW) == (model, "official", kind, 1000)
+
+
+def test_a_backbone_takes_a_classifiers_weights_and_says_how():
+  with pytest.raises(InputError, match=r"With features_only a model has no classifier: leave that"):
+    weights.from_torch(NAME, ones(NAME, "train", **TINY), features_only=True, **RELU, **TINY)
 
 
 def test_a_training_file_comes_in_and_goes_out_as_it_was():
