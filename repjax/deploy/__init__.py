@@ -1,6 +1,7 @@
-"""Inference: compiled ahead of time."""
+"""Inference: compiled ahead of time, from images to labels."""
 
 from repjax.deploy.compile import CompiledModel, compile  # noqa: A004
 from repjax.deploy.devices import Plan
+from repjax.deploy.predictor import Predictor
 
-__all__ = ["CompiledModel", "Plan", "compile"]
+__all__ = ["CompiledModel", "Plan", "Predictor", "compile"]
