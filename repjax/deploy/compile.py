@@ -146,14 +146,15 @@ def compile(  # noqa: A001
     )
     logits = logits_of(uint8_images)
   """
-  function, tree = inference(
-    model,
-    variables,
-    image_size=image_size,
-    dtype=dtype,
-    preprocessing=preprocessing,
-    probabilities=probabilities,
-  )
+  with keep_every_program():
+    function, tree = inference(
+      model,
+      variables,
+      image_size=image_size,
+      dtype=dtype,
+      preprocessing=preprocessing,
+      probabilities=probabilities,
+    )
   return CompiledModel(
     function,
     tree,

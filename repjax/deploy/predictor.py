@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from repjax.cache import keep_every_program
 from repjax.deploy.compile import BATCH_SIZES, compile  # noqa: A004
 from repjax.errors import InputError
 from repjax.spec import load
@@ -53,7 +54,8 @@ class Predictor:
     Raises:
       InputError: the folder holds no model, or as in `compile`.
     """
-    model, variables, self.spec = load(workdir)
+    with keep_every_program():  # where there is no deploy folder yet, it is made here
+      model, variables, self.spec = load(workdir)
     self.program = compile(
       model,
       variables,

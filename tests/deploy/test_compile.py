@@ -1,6 +1,7 @@
 """Compiled inference computes what the model computes, for every number of images."""
 
 import importlib
+import re
 import time
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import repjax
+from repjax.deploy.function import inference
 from repjax.errors import InputError
 from repjax.layers import RepConv
 from repjax.spec import Preprocessing
@@ -124,6 +126,19 @@ def test_parameters_are_cast_once_behind_the_folding(small, dtype):
   assert_close(logits, expected, tolerance)
   if dtype != "float32":
     assert np.abs(logits - expected).max() > 0.01 * tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_convolutions_and_products_are_computed_in_the_dtype(small, dtype):
+  function, tree = inference(
+    *small, image_size=16, dtype=dtype, preprocessing=PREPROCESSING, probabilities=False
+  )
+  text = jax.jit(function).lower(tree, noise(2, dtype=np.uint8)).as_text()
+  lines = [line for line in text.splitlines() if "convolution" in line or "dot_general" in line]
+  short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[dtype]
+  assert len(lines) >= 6
+  for line in lines:
+    assert set(re.findall(r"x(b?f\d\d)>", line)) == {short}, line
 
 
 def test_both_forms_of_a_model_give_the_same(small):
