@@ -26,9 +26,9 @@ from repjax.spec import ModelSpec
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROMISE = (
-  "JAX promises that versions up to six months younger than the one that wrote this program read it, "
-  "and versions up to three weeks older; later, write it again from params and model.json, which do "
-  "not expire"
+  "JAX promises that versions up to six months younger than the one that wrote this program read "
+  "it, and versions up to three weeks older; later, write it again from params and model.json, "
+  "which do not expire"
 )
 
 
