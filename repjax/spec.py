@@ -80,7 +80,7 @@ class ModelSpec:
 
   def variable_shapes(self, *, deploy: bool = False) -> dict[str, Any]:
     """The tree of shapes and dtypes of the model's variables in float32."""
-    shapes = _variable_shapes(self.create_model(deploy=deploy), self.preprocessing.image_size)
+    shapes = shapes_of(self.create_model(deploy=deploy), self.preprocessing.image_size)
     return jax.tree.map(lambda leaf: leaf, shapes)  # another tree, for callers who change it
 
   def to_json(self) -> dict[str, Any]:
@@ -131,9 +131,13 @@ class ModelSpec:
 
 
 @functools.lru_cache(maxsize=128)
-def _variable_shapes(model: nn.Module, image_size: int) -> dict[str, Any]:
-  """Traces a model, which takes a second for a large one, once."""
-  images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+def shapes_of(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, Any]:
+  """The tree of a model's variables, which callers must not change.
+
+  Traces a model, which takes a second for a large one, once.
+  """
+  height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+  images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
   return jax.eval_shape(model.init, jax.random.key(0), images)
 
 

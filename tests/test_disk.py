@@ -5,7 +5,9 @@ import itertools
 import json
 import os
 import shutil
+import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -95,6 +97,39 @@ def test_a_tree_of_another_model_is_refused(tmp_path, like):
   disk.write_tree(tmp_path / "tree", TREE)
   with pytest.raises(InputError, match="tree cannot be read: "):
     disk.read_tree(tmp_path / "tree", like)
+
+
+PLAIN = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.asarray(3), "d": jnp.ones(2, "uint8")}}
+
+
+def test_a_plain_tree_is_read_without_orbax(tmp_path, monkeypatch):
+  disk.write_tree(tmp_path / "tree", PLAIN)
+  monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+  like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PLAIN)
+  read = disk.read_tree(tmp_path / "tree", like)
+  assert jax.tree.structure(read) == jax.tree.structure(PLAIN)
+  for value, expected in zip(jax.tree.leaves(read), jax.tree.leaves(PLAIN)):
+    assert (value.dtype, value.devices()) == (expected.dtype, {jax.local_devices()[0]})
+    np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.usefixtures("no_leftovers")
+@pytest.mark.parametrize("part", ["a/0.0", "a/.zarray", "b.d/0"])
+@pytest.mark.parametrize("kept", [0, 3])
+def test_a_plain_tree_that_is_damaged_is_left_to_orbax_which_refuses_it(tmp_path, part, kept):
+  disk.write_tree(tmp_path / "tree", PLAIN)
+  file = tmp_path / "tree" / part
+  file.write_bytes((file.read_bytes() * 2)[:kept])
+  with pytest.raises(InputError, match="tree cannot be read: "):
+    disk.read_tree(tmp_path / "tree", PLAIN)
+
+
+def test_a_tree_in_another_order_is_left_to_orbax(tmp_path):
+  disk.write_tree(tmp_path / "tree", PLAIN)
+  file = tmp_path / "tree" / "a" / ".zarray"
+  file.write_text(file.read_text().replace('"order":"C"', '"order":"F"'))
+  read = disk.read_tree(tmp_path / "tree", PLAIN)
+  np.testing.assert_array_equal(read["a"], np.arange(6.0).reshape(3, 2).T)
 
 
 def test_a_missing_tree_asks_about_the_folder(tmp_path):

@@ -1,12 +1,17 @@
 """Image classification data: TFDS as the source, Grain as the pipeline, uint8 batches.
 
-Nothing here imports jax, so worker processes never touch an accelerator.
+Nothing here imports jax, so worker processes never touch an accelerator. What is offered is loaded
+on first use: decoding an image needs neither TFDS nor Grain, which take a second.
 """
 
-from repjax.data.augment import parse as parse_augmentation
-from repjax.data.pipeline import eval_batches, train_batches
-from repjax.data.sources import Source, open_source
-from repjax.data.transforms import read_image
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from repjax.data.augment import parse as parse_augmentation
+  from repjax.data.pipeline import eval_batches, train_batches
+  from repjax.data.sources import Source, open_source
+  from repjax.data.transforms import read_image
 
 __all__ = [
   "Source",
@@ -16,3 +21,24 @@ __all__ = [
   "read_image",
   "train_batches",
 ]
+
+_HOMES = {
+  "Source": ("sources", "Source"),
+  "eval_batches": ("pipeline", "eval_batches"),
+  "open_source": ("sources", "open_source"),
+  "parse_augmentation": ("augment", "parse"),
+  "read_image": ("transforms", "read_image"),
+  "train_batches": ("pipeline", "train_batches"),
+}
+
+
+def __getattr__(name: str) -> Any:
+  """Loads what is offered (PEP 562)."""
+  if name not in _HOMES:
+    raise AttributeError(f"module 'repjax.data' has no attribute {name!r}")
+  module, attribute = _HOMES[name]
+  return getattr(importlib.import_module(f"repjax.data.{module}"), attribute)
+
+
+def __dir__() -> list[str]:
+  return __all__

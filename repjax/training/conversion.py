@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repjax import disk, store
+from repjax.cache import use_compilation_cache
 from repjax.errors import InputError
 from repjax.reparam import layer_name, reparameterize
 from repjax.spec import ModelSpec
@@ -40,7 +41,7 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
   """
   config = processes.first(lambda: config)
   settings.check_evaluation(config)
-  parallel.use_compilation_cache()
+  use_compilation_cache()
   workdir = Path(workdir)
   spec = processes.first(ModelSpec.read, workdir)
   source = processes.together(settings.open_split, config, config.eval_split, spec)

@@ -9,6 +9,7 @@ import jax
 import tqdm
 
 from repjax import store
+from repjax.cache import use_compilation_cache
 from repjax.data import Source, eval_batches
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.training import parallel, processes, settings
@@ -85,7 +86,7 @@ def evaluate(
   """
   config = processes.first(lambda: config)
   settings.check_evaluation(config)
-  parallel.use_compilation_cache()
+  use_compilation_cache()
   recalibrated = None
   if deploy:
     model, variables, spec = processes.first(load, workdir)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from repjax import store
+from repjax.cache import use_compilation_cache
 from repjax.errors import InputError
 from repjax.models import init
 from repjax.training import (
@@ -65,7 +66,7 @@ def train(config: Config, workdir: str | Path, *, resume: str = "auto") -> dict[
 
 def _run(config: Config, workdir: Path, interruption: Interruption) -> dict[str, Any]:
   """Does the whole of a run, or what is left of it."""
-  parallel.use_compilation_cache()
+  use_compilation_cache()
   config = processes.first(finetune.resolve, config, workdir)
   plan = processes.together(settings.make_plan, config)
   fingerprints = {"train": plan.train.fingerprint, "eval": plan.eval.fingerprint}

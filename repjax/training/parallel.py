@@ -4,9 +4,7 @@ Device d of D has examples d * B / D ... (d + 1) * B / D - 1 of a batch of B, ho
 the devices belong to: each process reads the part that its devices need, and cuts it for them.
 """
 
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -113,11 +111,3 @@ def check_batch_size(batch_size: int, *, parts: int = 1, mixing: bool = False) -
       "config.mixup and config.cutmix mix the images that one device has at a time, and batch_size "
       f"{batch_size} over {cut} leaves it one; use at least {2 * unit}, or set both to 0"
     )
-
-
-def use_compilation_cache() -> None:
-  """Keeps compiled programs on disk between runs, unless the user has set a folder already."""
-  held: Any = jax.config
-  if held.jax_compilation_cache_dir is None:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    jax.config.update("jax_compilation_cache_dir", str(cache / "repjax" / "xla"))

@@ -22,6 +22,7 @@ import tqdm
 from flax import linen as nn
 
 from repjax import store
+from repjax.cache import use_compilation_cache
 from repjax.data import Source, train_batches
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing
@@ -68,7 +69,7 @@ def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dic
   if num_batches < 1:
     raise InputError(f"statistics need at least 1 batch, got {num_batches}")
   config = processes.first(_with_defaults, config, workdir)
-  parallel.use_compilation_cache()
+  use_compilation_cache()
   spec = processes.first(ModelSpec.read, workdir)
   step, items = processes.first(
     store.read_checkpoint, workdir, {"variables": spec.variable_shapes()}, best=True

@@ -124,28 +124,6 @@ def test_one_process_reads_the_whole_data_set():
   assert parallel.shard() == (0, 1)
 
 
-def test_programs_are_kept_in_the_users_cache_folder(monkeypatch, tmp_path):
-  jax.config.update("jax_compilation_cache_dir", None)
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  parallel.use_compilation_cache()
-  assert jax.config.jax_compilation_cache_dir == str(tmp_path / "repjax" / "xla")
-
-
-def test_without_a_setting_the_cache_folder_is_in_the_home(monkeypatch, tmp_path):
-  jax.config.update("jax_compilation_cache_dir", None)
-  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-  monkeypatch.setenv("HOME", str(tmp_path))
-  parallel.use_compilation_cache()
-  assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache" / "repjax" / "xla")
-
-
-def test_a_cache_folder_that_the_user_has_set_stays(monkeypatch, tmp_path):
-  jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-  parallel.use_compilation_cache()
-  assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
-
-
 PREPROCESSING = Preprocessing(16, 16, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 

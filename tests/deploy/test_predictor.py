@@ -1,0 +1,153 @@
+"""From files and pixels to probabilities and labels."""
+
+import dataclasses
+import io
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import repjax
+from repjax.data import read_image
+from repjax.errors import InputError
+from tests.deploy.tiny import NAMES, SPEC
+from tests.helpers import assert_close
+
+pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
+
+
+@pytest.fixture(scope="module")
+def predictor(small_folder, quickly):
+  return repjax.deploy.Predictor(small_folder, batch_sizes=(2, 4), devices=jax.devices()[:1])
+
+
+def picture(seed, height=40, width=30):
+  """Pixels with shapes in them, so that resizing matters."""
+  rng = np.random.default_rng(seed)
+  coarse = rng.integers(0, 256, (5, 5, 3), np.uint8)
+  return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def png(pixels):
+  stream = io.BytesIO()
+  Image.fromarray(pixels).save(stream, "png")
+  return stream.getvalue()
+
+
+@pytest.fixture
+def files(tmp_path):
+  """Seven images of different sizes in files, and the third is none."""
+  paths = [tmp_path / f"{index}.png" for index in range(7)]
+  for index, path in enumerate(paths):
+    path.write_bytes(png(picture(index, 20 + index, 33 - index)) if index != 2 else b"no image")
+  return paths
+
+
+def expected(small, images):
+  """By the training form, in the words of `repjax.load`'s documentation."""
+  squares = np.stack([read_image(png(image), SPEC.preprocessing) for image in images])
+  normalized = SPEC.preprocessing.normalize(jnp.asarray(squares))
+  return jax.nn.softmax(jax.jit(small[0].apply)(small[1], normalized))
+
+
+def test_probabilities_are_those_of_the_stored_preprocessing(predictor, small):
+  images = [picture(seed, 16 + 3 * seed, 30 - seed) for seed in range(7)]
+  rows = predictor(images)
+  assert (rows.shape, rows.dtype) == ((7, 10), np.float32)
+  assert_close(rows, expected(small, images), 1e-5)
+  assert np.ptp(rows, 0).max() > 0.02  # images matter
+
+
+def test_a_path_bytes_and_pixels_are_the_same_image(predictor, tmp_path):
+  pixels = picture(1)
+  path = tmp_path / "image.png"
+  path.write_bytes(png(pixels))
+  rows = predictor([pixels, str(path), path, path.read_bytes()])
+  assert_close(rows, np.tile(rows[:1], (4, 1)), 1e-6)
+  for lone in (pixels, path, str(path), path.read_bytes()):
+    assert_close(predictor(lone), rows[:1], 1e-6)
+  assert_close(predictor(np.stack([pixels, pixels])), rows[:2], 1e-6)
+  assert predictor([]).shape == (0, 10)
+
+
+def test_top_gives_labels_from_the_most_probable_down(predictor):
+  rows = predictor([picture(1), picture(2)])
+  for row, best in zip(rows, predictor.top([picture(1), picture(2)], 3), strict=True):
+    assert best[0] == (NAMES[row.argmax()], float(row.max()))
+    assert [probability for _, probability in best] == sorted(row, reverse=True)[:3]
+  assert [label for label, _ in predictor.top(picture(1), 99)[0]][:10] == [
+    NAMES[index] for index in np.argsort(-rows[0])
+  ]
+  with pytest.raises(InputError, match="number of labels is 1 or more, got 0"):
+    predictor.top(picture(1), 0)
+
+
+def test_a_model_without_names_gives_numbers(small_folder, tmp_path):
+  folder = shutil.copytree(small_folder, tmp_path / "nameless")
+  dataclasses.replace(SPEC, class_names=()).write(folder)
+  nameless = repjax.deploy.Predictor(folder, batch_sizes=(2,), devices=jax.devices()[:1])
+  assert nameless.labels == tuple("0123456789")
+
+
+def test_a_stream_keeps_the_order_and_goes_on_behind_what_cannot_be_read(predictor, files):
+  results = list(predictor.stream(iter(files)))
+  assert [file for file, _ in results] == files
+  assert isinstance(results[2][1], InputError)
+  assert "2.png" in str(results[2][1])
+  good = [index for index in range(7) if index != 2]
+  rows = predictor([files[index] for index in good])
+  for index, row in zip(good, rows):
+    assert_close(results[index][1], row, 1e-6)
+  with pytest.raises(InputError, match=r"2\.png cannot be decoded"):
+    predictor(files)
+  assert list(predictor.stream([])) == []
+
+
+def test_a_stream_reads_one_batch_ahead_and_no_more(predictor, files):
+  taken = []
+
+  def source():
+    for path in files[3:] * 4:
+      taken.append(path)
+      yield path
+
+  stream = predictor.stream(source())
+  assert taken == []
+  next(stream)
+  assert len(taken) == 2 * 4  # of the largest batch size
+
+
+def test_the_dtype_is_the_programs(small_folder, small):
+  half = repjax.deploy.Predictor(
+    small_folder, dtype="bfloat16", batch_sizes=(2,), devices=jax.devices()[:1]
+  )
+  images = [picture(1), picture(2)]
+  rows, exact = half(images), expected(small, images)
+  assert_close(rows, exact, 5e-2)
+  assert np.abs(rows - exact).max() > 1e-5
+
+
+@pytest.mark.parametrize(
+  ("image", "said"),
+  [
+    (np.zeros((8, 8), np.uint8), r"pixels are uint8 \(H, W, 3\).* got uint8 \(8, 8\)"),
+    (np.zeros((8, 8, 4), np.uint8), r"got uint8 \(8, 8, 4\)"),
+    (np.zeros((8, 8, 3), np.float32), r"got float32 \(8, 8, 3\)"),
+    (np.zeros((0, 8, 3), np.uint8), r"got uint8 \(0, 8, 3\)"),
+    ([7], "an image is a path, bytes or a uint8 array, got int"),
+    ("none.png", "none.png cannot be read: No such file"),
+    (b"GIF", "the image cannot be decoded"),
+  ],
+  ids=["grey", "alpha", "float", "empty", "number", "path", "bytes"],
+)
+def test_what_is_no_image_is_refused(predictor, image, said):
+  with pytest.raises(InputError, match=said):
+    predictor(image)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+  with pytest.raises(InputError, match=r"model\.json does not exist"):
+    repjax.deploy.Predictor(tmp_path)
