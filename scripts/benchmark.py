@@ -19,6 +19,10 @@ large matrix product in JAX reaches on the device, in the same rounds and dtype.
 
     python scripts/benchmark.py --models repvgg_a0 --batch-sizes 1 8 --image-size 224
 
+On a machine where others compute too, CPU time on one core still is comparable:
+
+    taskset -c 0 python scripts/benchmark.py --cpu-time
+
 With --training the step of training is timed instead, forward, backward and update, against
 PyTorch's on the same weights and data.
 
@@ -50,7 +54,7 @@ TOLERANCE_TF32 = 2e-2
 BUSY = 0.7
 WARNING = (
   "  others compute on this machine: where threads wait for one another (PyTorch's most), turns do "
-  "not make\n  this fair; measure again in a quiet hour, or on one core of your own"
+  "not make\n  this fair; measure again in a quiet hour, or one core by --cpu-time"
 )
 """Said where the load per CPU exceeds BUSY."""
 
@@ -99,7 +103,7 @@ def tolerance(dtype: str) -> float:
 
 
 def measure(
-  kinds: Mapping[str, Kind], task: Task, names: list[str] | None, **race: int
+  kinds: Mapping[str, Kind], task: Task, names: list[str] | None, **race: Any
 ) -> list[Row]:
   """All subjects on one model, batch size and dtype: a row for each."""
   running = chosen(kinds, task, names)
@@ -200,6 +204,9 @@ def parse() -> argparse.Namespace:
   parser.add_argument(
     "--calls", type=int, default=1, help="in a turn before waiting: 1 times latency, more a stream"
   )
+  parser.add_argument(
+    "--cpu-time", action="store_true", help="of one core, which others cannot take away"
+  )
   parser.add_argument("--json", type=Path, help="also write the results to this file")
   parser.add_argument("--plot", type=Path, help="draw accuracy over speed; needs matplotlib")
   return parser.parse_args()
@@ -213,6 +220,15 @@ def main() -> None:
     run(arguments)
 
 
+def check_one_core(machine: Mapping[str, Any]) -> None:
+  """Raises InputError where CPU time is not the time that a user would wait on a quiet machine."""
+  if jax.default_backend() != "cpu" or machine["cpus"] > 1:
+    raise InputError(
+      f"--cpu-time adds up what threads do side by side, and these are {machine['cpus']} CPUs and "
+      f"{machine['device']}; run it on one core of a CPU: taskset -c 0 python ..."
+    )
+
+
 def run(arguments: argparse.Namespace) -> None:
   """Prints the table, and writes the file and the picture that are asked for."""
   new, kinds = Task, subjects.KINDS
@@ -220,11 +236,16 @@ def run(arguments: argparse.Namespace) -> None:
     import training_subjects  # which needs more packages than the rest
 
     new, kinds = training_subjects.TrainingTask, training_subjects.KINDS
-  race = {name: getattr(arguments, name) for name in ("rounds", "repeats", "calls")}
-  facts = {**versions(), "training": arguments.training, "image_size": arguments.image_size, **race}
+  names = ("rounds", "repeats", "calls")
+  race: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+  names = ("training", "image_size", "cpu_time", *names)
+  facts = {**versions(), **{name: getattr(arguments, name) for name in names}}
   machine = timing.machine()
+  if arguments.cpu_time:
+    check_one_core(machine)
+    race["clock"] = timing.cpu_time
   print(", ".join(f"{name} {value}" for name, value in {**machine, **facts}.items()))
-  if machine["load"] > BUSY * machine["cpus"]:
+  if machine["load"] > BUSY * machine["cpus"] and not arguments.cpu_time:
     print(WARNING)
   print(HEADER)
   rows: list[Row] = []

@@ -96,14 +96,14 @@ class Kind(NamedTuple):
   Attributes:
     make: the subject for a task.
     needs: packages besides our own.
-    only_cpu: whether it stays away from GPUs.
+    on: where it is timed, of "cpu" and "gpu".
     dtypes: those that it can compute in.
     one_device: whether it uses one device where JAX uses all.
   """
 
   make: Callable[[Any], Subject]
   needs: tuple[str, ...] = ()
-  only_cpu: bool = False
+  on: tuple[str, ...] = ("cpu", "gpu")
   dtypes: Callable[[], Sequence[str]] = lambda: tuple(DTYPES)
   one_device: bool = False
 
@@ -115,10 +115,10 @@ def why_not(kind: Kind, task: Task) -> str | None:
     return f"not installed: {', '.join(missing)} (pip install 'repjax[bench]')"
   if kind.needs and not twins.has_twin(task.model):
     return f"{task.name} is not written in PyTorch here; ResNet and RepVGG without gates are"
-  gpu = jax.default_backend() != "cpu"
-  if gpu and kind.only_cpu:
-    return "it is timed on CPUs only"
-  if gpu and kind.needs and not importlib.import_module("torch").cuda.is_available():
+  place = "cpu" if jax.default_backend() == "cpu" else "gpu"
+  if place not in kind.on:
+    return f"it is timed on a {kind.on[0]} only"
+  if place == "gpu" and kind.needs and not importlib.import_module("torch").cuda.is_available():
     return "this PyTorch sees no GPU"
   if kind.one_device and jax.device_count() > 1:
     return f"it uses one device, and JAX all {jax.device_count()}"
@@ -231,6 +231,8 @@ KINDS: dict[str, Kind] = {
   "repjax-deploy": Kind(deploy_form),
   "torch-eager": Kind(in_torch, ("torch",)),
   "torch-compile": Kind(functools.partial(in_torch, compiled=True), ("torch",)),
-  "onnxruntime": Kind(in_onnxruntime, ("torch", "onnx", "onnxruntime"), True, lambda: ["float32"]),
-  "openvino": Kind(in_openvino, ("torch", "onnx", "openvino"), True, openvino_dtypes),
+  "onnxruntime": Kind(
+    in_onnxruntime, ("torch", "onnx", "onnxruntime"), ("cpu",), lambda: ["float32"]
+  ),
+  "openvino": Kind(in_openvino, ("torch", "onnx", "openvino"), ("cpu",), openvino_dtypes),
 }

@@ -109,6 +109,7 @@ def race(
   rounds: int,
   repeats: int = 1,
   calls: int = 1,
+  clock: Callable[[], float] = time.perf_counter,
   check: Callable[[dict[str, np.ndarray]], Any] = lambda outputs: None,
 ) -> dict[str, Result]:
   """Times subjects in turns.
@@ -119,6 +120,7 @@ def race(
     rounds: of each repeat.
     repeats: how often all subjects are started anew.
     calls: in a turn before waiting. With 1 times are latencies; more keep a device busy.
+    clock: seconds since some moment.
     check: sees what every subject makes of the first input before anything is timed.
   """
   seconds, compile_s = ({name: [] for name in subjects} for _ in range(2))
@@ -127,16 +129,16 @@ def race(
     turns, outputs = {}, {}
     for name, subject in subjects.items():
       prepared = [subject.prepare(x) for x in inputs]
-      begin = time.perf_counter()
+      begin = clock()
       running = subject.start(prepared[0])
       output = running.run(prepared[0])
       subject.wait(output)
-      compile_s[name].append(time.perf_counter() - begin)
+      compile_s[name].append(clock() - begin)
       outputs[name] = subject.read(output)
       turns[name] = _turn(running.run, subject.wait, prepared)
       memory[name] = running.memory
     check(outputs)
-    for name, row in time_in_turns(turns, rounds, calls).items():
+    for name, row in time_in_turns(turns, rounds, calls, clock).items():
       seconds[name].append(row)
   return {name: Result(seconds[name], compile_s[name], memory[name]()) for name in subjects}
 
@@ -152,7 +154,12 @@ def _turn(run: Callable[[Any], Any], wait: Callable[[Any], Any], inputs: Sequenc
   return turn
 
 
-def time_in_turns(turns: Mapping[str, Turn], rounds: int, calls: int = 1) -> dict[str, list[float]]:
+def time_in_turns(
+  turns: Mapping[str, Turn],
+  rounds: int,
+  calls: int = 1,
+  clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
   """Seconds of a call of each in each round, after a warm-up."""
   names = list(turns)
   seconds = {name: [] for name in names}
@@ -162,9 +169,9 @@ def time_in_turns(turns: Mapping[str, Turn], rounds: int, calls: int = 1) -> dic
     first = number % len(names)
     for name in names[first:] + names[:first]:
       turns[name](number, 1)
-      begin = time.perf_counter()
+      begin = clock()
       turns[name](number, calls)
-      seconds[name].append((time.perf_counter() - begin) / calls)
+      seconds[name].append((clock() - begin) / calls)
   return seconds
 
 
@@ -200,6 +207,12 @@ def random_images(batch_size: int, image_size: int, count: int = 1) -> list[np.n
   return [rng.standard_normal(shape, np.float32) for _ in range(count)]
 
 
+def cpu_time() -> float:
+  """Seconds of this process on CPUs, and of those that it has started, as compilers are."""
+  times = os.times()
+  return time.process_time() + times.children_user + times.children_system
+
+
 def cpus() -> int:
   """Those that this process may use, and how many threads every subject gets on a CPU."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -212,7 +225,7 @@ def machine() -> dict[str, Any]:
     "devices": jax.device_count(),
     "processor": platform.processor() or platform.machine(),
     "cpus": cpus(),
-    "load": round(os.getloadavg()[0], 1),
+    "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0,
     "jax": jax.__version__,
   }
 

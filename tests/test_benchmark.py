@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -31,12 +30,13 @@ def load(monkeypatch):
   return importlib.import_module
 
 
-@pytest.fixture
-def clock(load, monkeypatch):
+class Clock:
   """A clock that stands still unless somebody moves `now`."""
-  result = SimpleNamespace(now=0.0)
-  monkeypatch.setattr(load("timing").time, "perf_counter", lambda: result.now)
-  return result
+
+  now = 0.0
+
+  def __call__(self):
+    return self.now
 
 
 @pytest.fixture
@@ -84,11 +84,11 @@ def test_subjects_take_turns_and_who_begins_moves_on(load):
 
 
 @pytest.mark.parametrize("calls", [1, 3])
-def test_times_are_those_of_calls_with_waiting_and_of_nothing_else(load, clock, calls):
-  timing, log = load("timing"), []
+def test_times_are_those_of_calls_with_waiting_and_of_nothing_else(load, calls):
+  timing, log, clock = load("timing"), [], Clock()
   make = functools.partial(stub, timing, clock, log)
   subjects = {"a": make("a", start=7, run=2, wait=3), "b": make("b", start=100, run=0.5)}
-  found = timing.race(subjects, ["x", "y"], rounds=4, repeats=2, calls=calls)
+  found = timing.race(subjects, ["x", "y"], rounds=4, repeats=2, calls=calls, clock=clock)
   assert found["a"].seconds == [[2 + 3 / calls] * 4] * 2
   assert found["b"].seconds == [[0.5] * 4] * 2
   assert (found["a"].compile_s, found["b"].compile_s) == ([7 + 2 + 3] * 2, [100.5] * 2)
@@ -98,8 +98,8 @@ def test_times_are_those_of_calls_with_waiting_and_of_nothing_else(load, clock, 
   assert runs == ["x", "x", "x", *round_of] * 2
 
 
-def test_outputs_are_compared_before_anything_is_timed(load, clock):
-  timing, log = load("timing"), []
+def test_outputs_are_compared_before_anything_is_timed(load):
+  timing, log, clock = load("timing"), [], Clock()
   make = functools.partial(stub, timing, clock, log)
   subjects = {"right": make("right", output=1.0), "wrong": make("wrong", output=1.001)}
 
@@ -173,6 +173,7 @@ def test_a_small_run_of_our_forms(run, tmp_path):
   ("arguments", "message"),
   [
     (("--models", "repvgg_a9"), "error: unknown model 'repvgg_a9'; did you mean"),
+    (("--cpu-time",), "error: --cpu-time adds up what threads do side by side"),
     (("--subjects", "torch"), "error: torch is no subject here; there are: repjax-train-form,"),
     (
       ("--training", "--batch-sizes", 6),
@@ -207,7 +208,8 @@ def test_subjects_that_cannot_are_left_out_with_the_reason(load, monkeypatch, ca
   with pytest.raises(InputError, match="no subject is left for repmlp_cifar in float16"):
     benchmark.chosen(kinds, task, ["other"])
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert subjects.why_not(subjects.Kind(lambda task: "made", only_cpu=True), task)
+  reason = subjects.why_not(subjects.Kind(lambda task: "made", on=("cpu",)), task)
+  assert reason == "it is timed on a cpu only"
 
 
 def test_the_benchmark_loads_no_package_of_training():
@@ -215,6 +217,13 @@ def test_the_benchmark_loads_no_package_of_training():
   folders = f"sys.path[:0] = {[str(SCRIPTS), str(tiny.ROOT)]}"
   run = [sys.executable, "-c", f"import sys; {folders}; {code}"]
   assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_cpu_time_of_one_core(load):
+  check = load("benchmark").check_one_core
+  check({"cpus": 1, "device": "cpu"})
+  with pytest.raises(InputError, match="these are 2 CPUs"):
+    check({"cpus": 2, "device": "cpu"})
 
 
 def test_a_small_run_of_training(run, tmp_path):
