@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import benchmark
 import jax
 import numpy as np
+import timing
 
 import repjax
 from repjax import analysis
@@ -88,28 +88,34 @@ def measure(name: str, batch_size: int, repeats: int, rounds: int) -> dict[str, 
   variables = repjax.init(model, jax.random.key(0), size)
   params = jax.jit(repjax.reparameterize)(variables["params"], variables["batch_stats"])
   folded = jax.jit(fold_convolutions)(variables)
-  forms = [(model, variables), (AuthorsFold(model), folded), (deploy, {"params": params})]
-  images = benchmark.random_images(batch_size, size)
-  logits = [np.asarray(jax.jit(form.apply)(held, images)) for form, held in forms]
-  for other in logits[:-1]:
-    np.testing.assert_allclose(other, logits[-1], atol=1e-4 * np.abs(other).max())
-  times, _ = benchmark.time_forms(forms, images, repeats, rounds)
+  forms: dict[str, tuple[Any, Any]] = {
+    "train": (model, variables),
+    "authors": (AuthorsFold(model), folded),
+    "deploy": (deploy, {"params": params}),
+  }
+  programs = {name: timing.program(form.apply, held) for name, (form, held) in forms.items()}
+
+  def agree(logits: dict[str, np.ndarray]) -> None:
+    timing.relative_errors(logits, logits["deploy"], 1e-4)
+
+  images = timing.random_images(batch_size, size)
+  results = timing.race(programs, images, rounds=rounds, repeats=repeats, check=agree)
   found = analysis.summary(model, size)
   assert found.deploy is not None
-  macs = (found.train.macs, found.deploy.macs, found.deploy.macs)
+  fastest = results["deploy"].seconds
   return {
     "model": name,
     "batch_size": batch_size,
     "image_size": size,
     **{
       form: {
-        "ms": 1e3 * statistics.median([t for repeat in times for t in repeat[index]]),
-        "ratios": [benchmark.median_ratio(repeat[index], repeat[-1]) for repeat in times],
-        "params": _count(forms[index][1]["params"]),
-        "statistics": _count(forms[index][1].get("batch_stats", {})),
-        "macs": macs[index],
+        "ms": 1e3 * results[form].median,
+        "ratios": [timing.median_ratio(*pair) for pair in zip(results[form].seconds, fastest)],
+        "params": _count(held["params"]),
+        "statistics": _count(held.get("batch_stats", {})),
+        "macs": (found.train if form == "train" else found.deploy).macs,
       }
-      for index, form in enumerate(FORMS)
+      for form, (_, held) in forms.items()
     },
   }
 
@@ -151,7 +157,7 @@ def main() -> None:
           )
   if arguments.json:
     facts = {"repeats": arguments.repeats, "rounds": arguments.rounds}
-    benchmark.write_json(arguments.json, facts, models=rows)
+    timing.write_json(arguments.json, facts, models=rows)
 
 
 if __name__ == "__main__":

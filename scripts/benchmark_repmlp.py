@@ -19,10 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import benchmark
 import jax
-import jax.numpy as jnp
 import numpy as np
+import timing
 from jax import lax
 
 import repjax
@@ -127,29 +126,49 @@ def measure_layer(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
   rng, inner = np.random.default_rng(0), channels // groups
   shape = (groups, tile, tile, inner, tile, tile, inner)
   kernel = rng.standard_normal(shape, np.float32) / np.float32(tile * inner**0.5)
-  x = jnp.asarray(rng.standard_normal((batch_size * rows, size, size, channels), np.float32))
-  calls, expected = [], None
-  for function, prepare in FORMULATIONS.values():
-    own = jnp.asarray(prepare(kernel))
-    program = jax.jit(function).lower(x, own).compile()
-    y = np.asarray(program(x, own))
-    expected = y if expected is None else expected
-    np.testing.assert_allclose(y, expected, atol=1e-3 * np.abs(expected).max())
-    calls.append(lambda program=program, own=own: jax.block_until_ready(program(x, own)))
-  times = benchmark.time_in_turns(calls, rounds)
-  medians = {form: 1e3 * statistics.median(row) for form, row in zip(FORMULATIONS, times)}
+  images = [rng.standard_normal((batch_size * rows, size, size, channels), np.float32)]
+  forms = {
+    form: timing.program(lambda own, x, function=function: function(x, own), prepare(kernel))
+    for form, (function, prepare) in FORMULATIONS.items()
+  }
+
+  def agree(outputs: dict[str, np.ndarray]) -> None:
+    timing.relative_errors(outputs, outputs["batched"], 1e-3)
+
+  results = timing.race(forms, images, rounds=rounds, check=agree)
+  medians = {form: 1e3 * result.median for form, result in results.items()}
   return {"layer": name, "batch_size": batch_size, "ms": medians}
 
 
 def measure_model(name: str, batch_size: int, repeats: int, rounds: int) -> dict[str, Any]:
   """Both forms of a model at the image size that it is made for."""
-  model = repjax.create_model(name)
+  model, deploy = (repjax.create_model(name, deploy=form) for form in (False, True))
   size = image_size_of(model)
+  variables = repjax.init(model, jax.random.key(0), size)
+  params = jax.jit(repjax.reparameterize)(variables["params"], variables["batch_stats"])
+  forms = {
+    "train": timing.program(model.apply, variables),
+    "deploy": timing.program(deploy.apply, {"params": params}),
+  }
+  images = timing.random_images(batch_size, size)
+  results = timing.race(forms, images, rounds=rounds, repeats=repeats)
+  train, plain = results["train"], results["deploy"]
+  ratios = [timing.median_ratio(*pair) for pair in zip(train.seconds, plain.seconds)]
   found = analysis.summary(model, size)
-  times = benchmark.measure(name, batch_size, size, jnp.float32, repeats, rounds)
   assert found.deploy is not None
-  costs = {"train": found.train._asdict(), "deploy": found.deploy._asdict()}
-  return {**times, "image_size": size, **costs}
+  return {
+    "model": name,
+    "batch_size": batch_size,
+    "train_ms": 1e3 * train.median,
+    "deploy_ms": 1e3 * plain.median,
+    "ratio": timing.median_ratio(train.all_seconds, plain.all_seconds),
+    "ratio_of_each_repeat": ratios,
+    "train_compile_s": statistics.median(train.compile_s),
+    "deploy_compile_s": statistics.median(plain.compile_s),
+    "image_size": size,
+    "train": found.train._asdict(),
+    "deploy": found.deploy._asdict(),
+  }
 
 
 def main() -> None:
@@ -186,7 +205,7 @@ def main() -> None:
         print(f"FC3 of {name}, batch {batch_size}: {times}", flush=True)
   if arguments.json:
     facts = {"repeats": arguments.repeats, "rounds": arguments.rounds}
-    benchmark.write_json(arguments.json, facts, models=models, layers=layers)
+    timing.write_json(arguments.json, facts, models=models, layers=layers)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import repjax.models
 from repjax import weights
 from repjax.models.parnet import ParNet
 from repjax.models.repmlp import RepMLPCifar
-from repjax.models.repvgg import RepVGG
 from repjax.training import lock
 from tests.training import tiny
 from tests.weights import cases
@@ -109,28 +108,6 @@ def test_a_folder_that_is_no_run_is_one_paragraph(run_script, tmp_path, name):
   with pytest.raises(SystemExit) as stop:
     run_script(name, "--workdir", tmp_path)
   assert stop.value.code.startswith(f"error: {tmp_path}/config.json does not exist; is")
-
-
-def test_benchmark_times_both_forms(run_script, tmp_path, monkeypatch):
-  monkeypatch.setitem(repjax.models._MODELS, "tiny", (RepVGG, tiny.OVERRIDES))
-  path = tmp_path / "results" / "file.json"
-  sizes = ("--models", "tiny", "--batch-sizes", 1, 2, "--image-size", 16)
-  printed = run_script("benchmark", *sizes, "--repeats", 2, "--rounds", 3, "--json", path)
-  rows = [line.split() for line in printed.splitlines() if line.startswith("tiny")]
-  assert [row[:2] for row in rows] == [["tiny", "1"], ["tiny", "2"]]
-  written = json.loads(path.read_text())
-  facts = [written[name] for name in ("image_size", "repeats", "rounds", "dtype")]
-  assert facts == [16, 2, 3, "float32"]
-  for result, batch_size in zip(written["results"], (1, 2), strict=True):
-    assert (result["model"], result["batch_size"]) == ("tiny", batch_size)
-    assert min(result["train_ms"], result["deploy_ms"], result["ratio"]) > 0
-    assert len(result["ratio_of_each_repeat"]) == 2
-
-
-def test_benchmark_of_an_unknown_model_is_one_paragraph(run_script):
-  with pytest.raises(SystemExit) as stop:
-    run_script("benchmark", "--models", "repvgg_a9")
-  assert stop.value.code.startswith("error: unknown model 'repvgg_a9'; did you mean")
 
 
 def test_benchmark_of_repmlp_times_forms_and_formulations(run_script, tmp_path, monkeypatch):
