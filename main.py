@@ -35,7 +35,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         _ = _CONFIG.value.model  # a config file that failed to load says so only now
         return rest
     except OSError as error:
-      text = " ".join(str(error).split())
+      text = " ".join(str(error).split()).rpartition("] ")[2]  # behind where it was looked for
       raise InputError(f"the config file cannot be loaded, look at its path: {text}") from error
     except (AttributeError, KeyError, TypeError) as error:  # ml_collections' kinds
       text = " ".join(str(error).replace("\\n", "; ").replace("\\'", "").split()).strip("'\"")

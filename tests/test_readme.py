@@ -18,12 +18,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_there_are_python_examples():
-  assert len(BLOCKS) == 5
+  assert len(BLOCKS) == 6
 
 
 @pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize(
-  "block", BLOCKS, ids=["functions", "own network", "features", "load", "weights"]
+  "block", BLOCKS, ids=["functions", "own network", "features", "load", "production", "weights"]
 )
 def test_python_examples_run(block, finished, tmp_path, monkeypatch):
   (tmp_path / "runs").mkdir()
