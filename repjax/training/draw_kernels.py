@@ -105,8 +105,9 @@ def heat_maps(figure: Any, kernels: Kernels) -> None:
   bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=30)
   bar.ax.set_title("%", fontsize=9)
   figure.suptitle(
-    f"Where fused kernels get their weight: {_origin(kernels)}\n"
-    "a number is the mean |weight| of a tap over channels, in % of the sum over the fused kernel",
+    f"Where fused kernels get their weight, in layers of all depths: {_origin(kernels)}\n"
+    "a number is the mean |weight| of a tap over channels, in % of the sum over the fused kernel; "
+    "what has opposite signs cancels",
     fontsize=11,
   )
 
