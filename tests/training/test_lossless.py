@@ -180,13 +180,20 @@ def test_metrics_that_cannot_be_written_end_a_run_that_saves_at_every_step(
   digits_dir, tmp_path, monkeypatch, assert_as_undisturbed
 ):
   config = tiny.config(digits_dir, save_every_minutes=1e-9)
-  write = MetricsFile.write
+  write, save, savers = MetricsFile.write, CheckpointWriter.save, []
+
+  def save_and_tell(self, *arguments, **more):
+    savers.append(self)
+    save(self, *arguments, **more)
 
   def write_to_a_full_disk(self, **values):
+    while savers and savers[-1]._manager.is_saving_in_progress():
+      time.sleep(0.01)  # or the disk would be full for the checkpoint too
     with files_of_at_most(250):
       write(self, **values)
 
   with monkeypatch.context() as patch:
+    patch.setattr(CheckpointWriter, "save", save_and_tell)
     patch.setattr(MetricsFile, "write", write_to_a_full_disk)
     with pytest.raises(InputError, match=r"metrics\.jsonl could not be written: "):
       training.train(config, tmp_path)
