@@ -113,6 +113,20 @@ def get_strong_config() -> ml_collections.ConfigDict:
   return config
 
 
+def get_cifar_config() -> ml_collections.ConfigDict:
+  """CIFAR-10 as it is usually read, in batches of 128; what it leaves open is the recipe."""
+  config = get_config()
+  config.num_classes = 10
+  config.dataset = "cifar10"
+  config.eval_split = "test"
+  config.image_size = 32
+  config.resize_size = 32
+  config.mean, config.std = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+  config.augment = "pad_and_crop | flip"
+  config.batch_size = 128
+  return config
+
+
 def get_repmlp_config() -> ml_collections.ConfigDict:
   """The RepMLP paper's recipe on ImageNet; mixup's alpha, which it does not give, is as above."""
   config = get_config()

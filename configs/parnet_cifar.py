@@ -22,16 +22,8 @@ from configs import common
 
 def get_config() -> ml_collections.ConfigDict:
   """What is known of the paper's settings for CIFAR-10, and usual ones."""
-  config = common.get_config()
+  config = common.get_cifar_config()
   config.model = "parnet_cifar_m"
-  config.num_classes = 10
-  config.dataset = "cifar10"
-  config.eval_split = "test"
-  config.image_size = 32
-  config.resize_size = 32
-  config.mean, config.std = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
-  config.augment = "pad_and_crop | flip"
-  config.batch_size = 128
   config.num_epochs = 400.0
   config.learning_rate = 0.2  # 0.1 for a batch of 128
   config.nesterov = True

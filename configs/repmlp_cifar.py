@@ -23,16 +23,8 @@ from configs import common
 
 def get_config() -> ml_collections.ConfigDict:
   """The paper's settings for CIFAR-10."""
-  config = common.get_config()
+  config = common.get_cifar_config()
   config.model = "repmlp_cifar"
-  config.num_classes = 10
-  config.dataset = "cifar10"
-  config.eval_split = "test"
-  config.image_size = 32
-  config.resize_size = 32
-  config.mean, config.std = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
-  config.augment = "pad_and_crop | flip"
-  config.batch_size = 128
   config.num_epochs = 100.0
   config.learning_rate = 0.4  # 0.2 for a batch of 128
   return config

@@ -43,11 +43,8 @@ def sweep(workdir: Path) -> None:
 def _remove(folder: Path, seconds: float = 10.0) -> None:
   """Removes a folder into which threads of a save that failed may still be writing."""
   deadline = time.monotonic() + seconds
-  while folder.exists() and time.monotonic() < deadline:
-    shutil.rmtree(folder, ignore_errors=True)
-    time.sleep(0.01)
-  if folder.exists():
-    shutil.rmtree(folder)
+  while folder.exists():
+    shutil.rmtree(folder, ignore_errors=time.monotonic() < deadline)
 
 
 def metrics_file(workdir: Path, step: int) -> Path:

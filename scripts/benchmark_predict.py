@@ -13,9 +13,7 @@ python scripts/benchmark_predict.py --json benchmarks/results/predict_cpu_2cores
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import timing
 from PIL import Image
 
 import repjax
@@ -88,11 +87,7 @@ def main() -> None:
   print(f"cold  answer {cold:.2f} s")
   print("warm  " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in median.items()))
   if arguments.json:
-    facts = {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()}
-    facts |= {"model": arguments.model, "jax": jax.__version__}
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    results = {**facts, "cold": cold, "warm": warm}
-    arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    timing.write_json(arguments.json, {"model": arguments.model}, cold=cold, warm=warm)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from repjax.data.layout import ENDINGS
 from repjax.deploy import Predictor
 from repjax.deploy.compile import BATCH_SIZES
 from repjax.deploy.function import DTYPES
 from repjax.errors import InputError, one_paragraph
-
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def files_of(images: Sequence[Path]) -> list[Path]:
@@ -34,7 +33,7 @@ def files_of(images: Sequence[Path]) -> list[Path]:
   files = []
   for path in images:
     if path.is_dir():
-      found = sorted(each for each in path.rglob("*") if each.suffix.lower() in ENDINGS)
+      found = sorted(each for each in path.rglob("*") if each.name.lower().endswith(ENDINGS))
     elif path.suffix == ".txt":
       found = [Path(line) for line in _lines(path)]
     else:

@@ -113,7 +113,6 @@ def test_a_folder_that_is_no_run_is_one_paragraph(run_script, tmp_path, name):
 def test_benchmark_of_repmlp_times_forms_and_formulations(run_script, tmp_path, monkeypatch):
   small = {"widths": (4, 4), "stage_sizes": (1, 1), "tile": 4, "local_kernels": (1,)}
   monkeypatch.setitem(repjax.models._MODELS, "tiny", (RepMLPCifar, small))
-  monkeypatch.syspath_prepend(tiny.ROOT / "scripts")  # where Python looks when it runs one
   path = tmp_path / "results" / "file.json"
   few = ("--repeats", 1, "--rounds", 2, "--batch-sizes", 2)
   printed = run_script(
@@ -130,7 +129,6 @@ def test_benchmark_of_repmlp_times_forms_and_formulations(run_script, tmp_path, 
 def test_benchmark_of_parnet_times_the_authors_fold_too(run_script, tmp_path, monkeypatch):
   small = {"widths": (4, 6, 8, 10), "stage_sizes": (1, 1, 1), "strides": (1, 1)}
   monkeypatch.setitem(repjax.models._MODELS, "tiny", (ParNet, small))
-  monkeypatch.syspath_prepend(tiny.ROOT / "scripts")
   path = tmp_path / "results" / "file.json"
   few = ("--repeats", 1, "--rounds", 2, "--batch-sizes", 2)
   printed = run_script("benchmark_parnet", "--models", "tiny", *few, "--json", path)

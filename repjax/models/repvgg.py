@@ -25,7 +25,7 @@ from flax import linen as nn
 from repjax.errors import InputError
 from repjax.layers import AuxHead, RepConv, SqueezeExcite, activation, linear
 from repjax.layers.rep_norm import refuse_training
-from repjax.models.checks import check_classifier
+from repjax.models.checks import check_classifier, is_whole
 from repjax.models.common import Step, dilate
 
 
@@ -152,7 +152,8 @@ class RepVGG(nn.Module):
     if not all(isinstance(number, int) for number in (*self.stage_sizes, *self.strides)):
       raise InputError(f"stage_sizes and strides are whole: {self.stage_sizes}, {self.strides}")
     totals = sorted(set(itertools.accumulate(self.strides, operator.mul)))
-    if self.output_stride not in (None, *totals) or isinstance(self.output_stride, bool | float):
+    stride = self.output_stride
+    if stride is not None and not (is_whole(stride) and stride in totals):
       raise InputError(
         f"output_stride is one of {', '.join(map(str, totals))}, which strides={self.strides} come "
         f"to stage by stage, got {self.output_stride!r}"

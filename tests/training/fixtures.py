@@ -123,6 +123,7 @@ def run_script(monkeypatch, capsys):
   def run(name, *arguments):
     path = str(tiny.ROOT / "scripts" / f"{name}.py")
     monkeypatch.setattr("sys.argv", [path, *map(str, arguments)])
+    monkeypatch.syspath_prepend(tiny.ROOT / "scripts")  # where Python looks when it runs one
     capsys.readouterr()
     runpy.run_path(path, run_name="__main__")
     return capsys.readouterr().out
