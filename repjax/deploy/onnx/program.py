@@ -1,0 +1,133 @@
+"""From a function that JAX traces to a graph of ONNX nodes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from repjax.deploy.onnx.graph import Graph
+from repjax.deploy.onnx.operators import OPERATORS, VIEWS
+from repjax.deploy.onnx.values import Value, known, new_axes
+from repjax.errors import InputError
+
+BATCH, IMAGES = "batch", "images"
+_BATCH_ERRORS = (jax.errors.ConcretizationTypeError, jax.errors.InconclusiveDimensionOperation)
+_CALLS = {
+  "checkpoint",
+  "closed_call",
+  "core_call",
+  "custom_jvp_call",
+  "custom_vjp_call",
+  "custom_vjp_call_jaxpr",
+  "jit",
+  "pjit",
+  "remat",
+  "remat2",
+}
+
+
+def translated(
+  function: Callable[[Any, jax.Array], Any], tree: Any, size: tuple[int, int], dtype: np.dtype
+) -> tuple[Graph, dict[str, Value], Any]:
+  """A function as a graph.
+
+  Args:
+    function: of the tree and images (N, H, W, 3).
+    tree: of known numbers.
+    size: H and W.
+    dtype: of the images.
+
+  Returns:
+    The graph, the values of the function's result by their path, joined by "/" and empty for an
+    array alone, and their shapes and dtypes in the same order.
+
+  Raises:
+    InputError: the function contains what is not in `OPERATORS`, or asks for the batch size.
+  """
+  from jax import export
+
+  shape = export.symbolic_shape(f"{BATCH}, {size[0]}, {size[1]}, 3")
+  images = jax.ShapeDtypeStruct(shape, dtype)
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+  try:
+    program, results = jax.make_jaxpr(function, return_shape=True)(shapes, images)
+  except _BATCH_ERRORS as error:
+    first = str(error).partition("\n")[0]
+    raise InputError(
+      f"this model cannot be traced for batches of any size: {first} Let it ask for shapes only in "
+      "ways that hold for all, such as x.reshape(x.shape[0], -1)"
+    ) from error
+  graph = Graph()
+  axes = new_axes(shape)
+  stored = tuple(axes[axis] for axis in (0, 3, 1, 2))
+  inputs = [*map(known, jax.tree.leaves(tree)), Value(IMAGES, axes, stored)]
+  outputs = _run(graph, program.jaxpr, program.consts, inputs, "")
+  names = ["/".join(map(_key, path)) for path, _ in jax.tree_util.tree_leaves_with_path(results)]
+  return graph, dict(zip(names, outputs)), jax.tree.leaves(results)
+
+
+def _key(entry: Any) -> str:
+  return str(getattr(entry, "key", getattr(entry, "idx", entry)))
+
+
+def _run(
+  graph: Graph, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], scope: str
+) -> list[Value]:
+  """The values that a traced program returns."""
+  known_by_name = dict(zip(jaxpr.constvars, map(known, consts)))
+  values: dict[Any, Value] = known_by_name | dict(zip(jaxpr.invars, inputs))
+
+  def read(variable: Any) -> Value:
+    if hasattr(variable, "val"):
+      return known(np.asarray(variable.val, variable.aval.dtype))
+    return values[variable]
+
+  for equation in jaxpr.eqns:
+    stack = str(equation.source_info.name_stack)
+    graph.scope = "/".join(filter(None, (scope, stack)))
+    results = _results(graph, equation, [read(variable) for variable in equation.invars])
+    values.update(zip(equation.outvars, results))
+  return [read(variable) for variable in jaxpr.outvars]
+
+
+def _results(graph: Graph, equation: Any, inputs: list[Value]) -> Sequence[Value]:
+  """What one equation makes of its values."""
+  name = equation.primitive.name
+  if name in _CALLS:
+    inner = next(value for value in equation.params.values() if _jaxpr(value) is not None)
+    return _run(graph, _jaxpr(inner), getattr(inner, "consts", ()), inputs, graph.scope)
+  if name not in VIEWS and all(value.is_constant for value in inputs) and _is_static(equation):
+    return list(map(known, _folded(graph, equation, inputs)))
+  if name not in OPERATORS:
+    where = f"in the scope {graph.scope}" if graph.scope else "outside all scopes"
+    raise InputError(
+      f"the ONNX graph here has no operator for JAX's primitive {name!r}, which this model uses "
+      f"{where}; it has: {', '.join(sorted(OPERATORS))}. Write that part with these, or export the "
+      'model as StableHLO (format="stablehlo"), which takes all of them'
+    )
+  try:
+    result = OPERATORS[name](graph, equation, *inputs)
+  except InputError as error:
+    raise InputError(f"{error} (the primitive {name!r} in the scope {graph.scope!r})") from None
+  return result if isinstance(result, list) else [result]
+
+
+def _jaxpr(value: Any) -> Any:
+  """The program that a parameter of an equation is, or None."""
+  inner = getattr(value, "jaxpr", value)
+  return inner if hasattr(inner, "eqns") else None
+
+
+def _is_static(equation: Any) -> bool:
+  sizes = (size for variable in equation.outvars for size in variable.aval.shape)
+  return all(isinstance(size, int) for size in sizes)
+
+
+def _folded(graph: Graph, equation: Any, inputs: list[Value]) -> list[np.ndarray]:
+  """The results of an equation whose inputs are known."""
+  arrays = [graph.arrange(value, value.axes).tensor for value in inputs]
+  with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    results = equation.primitive.bind(*map(jax.numpy.asarray, arrays), **equation.params)
+  results = results if equation.primitive.multiple_results else [results]
+  return [np.asarray(result) for result in results]
