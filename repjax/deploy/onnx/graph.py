@@ -126,7 +126,7 @@ class Graph:
     """A value stored in the order of its axes, with other axes for the same numbers."""
     if value.is_constant:
       return Value(value.tensor.reshape([*map(extent, axes)]), axes, axes)
-    return Value(self.add("Reshape", [value.tensor, _target(axes)]), axes, axes)
+    return Value(self.add("Reshape", [value.tensor, _target(axes, value.stored)]), axes, axes)
 
   def plain(self, value: Value) -> Value:
     """The value with one atom an axis, stored in the order of its axes."""
@@ -140,7 +140,7 @@ class Graph:
     if len(stored) == 2 and (axis := _joint(value.stored, stored[0])) is not None:
       tensor = self.add("Flatten", [value.tensor], axis=axis)
     else:
-      tensor = self.add("Reshape", [value.tensor, _target(stored)])
+      tensor = self.add("Reshape", [value.tensor, _target(stored, value.stored)])
     return dataclasses.replace(value, tensor=tensor, stored=stored)
 
   def _gathered(self, value: Value, stored: Axes) -> Value | None:
@@ -220,10 +220,13 @@ def _whole(sizes: Sequence[Size]) -> np.ndarray:
   return np.array(sizes, np.int64)
 
 
-def _target(stored: Axes) -> np.ndarray:
-  """What Reshape takes, -1 for the axis that holds the batch."""
+def _target(stored: Axes, before: Axes) -> np.ndarray:
+  """What Reshape takes: for the axis that holds the batch 0 if it stays, or else -1."""
   sizes = [extent(axis) for axis in stored]
-  sizes = [size if isinstance(size, int | np.integer) else -1 for size in sizes]
+  sizes = [
+    size if isinstance(size, int | np.integer) else 0 if before[place : place + 1] == (axis,) else -1
+    for place, (size, axis) in enumerate(zip(sizes, stored))
+  ]
   if sizes.count(-1) > 1:
     raise InputError(
       "this model has an array with two axes as long as the batch, such as products of all images "

@@ -210,8 +210,19 @@ def _broadcast(graph: Graph, equation: Any, x: Value) -> Value:
   return broadcast(x, equation.params["shape"], equation.params["broadcast_dimensions"])
 
 
+def _stack(graph: Graph, equation: Any, *values: Value) -> Value:
+  axis = equation.params["axis"]
+  axes = [(*v.axes[:axis], (), *v.axes[axis:]) for v in values]
+  wider = [dataclasses.replace(v, axes=own) for v, own in zip(values, axes)]
+  return _joined(graph, axis, _shape(equation), wider)
+
+
 def _concatenate(graph: Graph, equation: Any, *values: Value) -> Value:
-  axis = equation.params["dimension"]
+  return _joined(graph, equation.params["dimension"], _shape(equation), values)
+
+
+def _joined(graph: Graph, axis: int, shape: Sequence[Any], values: Sequence[Value]) -> Value:
+  """Values one behind the other along an axis."""
   rank = len(values[0].axes)
   places = [(place,) * len(values) for place in range(rank) if place != axis]
   parts = aligned(values, places) or aligned([graph.plain(v) for v in values], places)
@@ -222,7 +233,7 @@ def _concatenate(graph: Graph, equation: Any, *values: Value) -> Value:
   tensors = [
     graph.arrange(v, (*stored[:place], v.axes[axis], *stored[place + 1 :])).tensor for v in parts
   ]
-  joined = new_axes([_shape(equation)[axis]])[0]
+  joined = new_axes([shape[axis]])[0]
   axes = (*first.axes[:axis], joined, *first.axes[axis + 1 :])
   tensor = graph.add("Concat", tensors, axis=place)
   return Value(tensor, axes, (*stored[:place], joined, *stored[place + 1 :]))
@@ -318,6 +329,7 @@ OPERATORS: dict[str, Emitter] = {
   "split": _split,
   "square": _power,
   "squeeze": _reshape,
+  "stack": _stack,
   "stop_gradient": lambda graph, equation, x: x,
   "transpose": _transpose,
 }

@@ -77,16 +77,19 @@ def product(graph: Graph, x: Value, y: Value, numbers: Any) -> Value:
   pairs = [*zip(contracted, other_contracted), *zip(batched, other_batched)]
   x, y = _shared(graph, x, y, pairs)
   k, b = (flat(x.axes[axis] for axis in axes) for axes in (contracted, batched))
-  free = [axis for axis in range(len(x.axes)) if axis not in (*contracted, *batched)]
-  other_free = [axis for axis in range(len(y.axes)) if axis not in (*other_contracted, *other_batched)]
-  axes = (*(x.axes[a] for a in (*batched, *free)), *(y.axes[a] for a in other_free))
-  outputs = flat(y.axes[axis] for axis in other_free)
+  free, other_free = (
+    tuple(axis for place, axis in enumerate(value.axes) if place not in taken)
+    for value, taken in ((x, (*contracted, *batched)), (y, (*other_contracted, *other_batched)))
+  )
+  axes = (*(x.axes[axis] for axis in batched), *free, *other_free)
+  if x.is_constant:  # a kernel, which is the second here
+    x, y, other_free = y, x, free
   if not x.is_full:
     x = graph.arrange(x, x.axes)
   tensor, stored = (
-    _pointwise(graph, x, y, b, k, outputs)
-    or _gemm(graph, x, y, b, k, outputs)
-    or _matmul(graph, x, y, b, k, outputs)
+    _pointwise(graph, x, y, b, k, flat(other_free))
+    or _gemm(graph, x, y, b, k, flat(other_free))
+    or _matmul(graph, x, y, b, k, flat(other_free))
   )
   return Value(tensor, axes, stored)
 
