@@ -1,14 +1,20 @@
-"""Writes a workdir's deploy form as StableHLO, which other programs run without repjax.
+"""Writes a workdir's deploy form as StableHLO or ONNX, which other programs run without repjax.
 
 python scripts/export.py --workdir runs/a0 --to exported/a0
+python scripts/export.py --workdir runs/a0 --to exported/a0-onnx --format onnx
+
+An ONNX file is checked, and where ONNX Runtime is installed its outputs are compared with JAX's.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import repjax
-from repjax.deploy.export import PLATFORMS, PROMISE
+from repjax.deploy.export import FORMATS, PLATFORMS
 from repjax.deploy.function import DTYPES
+from repjax.deploy.onnx.check import TOLERANCES
 from repjax.errors import one_paragraph
 
 
@@ -18,10 +24,17 @@ def main() -> None:
   )
   parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
   parser.add_argument("--to", required=True, type=Path, help="the folder to be made")
+  parser.add_argument("--format", choices=FORMATS, default="stablehlo")
   parser.add_argument("--dtype", choices=DTYPES, default="float32")
-  parser.add_argument("--platforms", nargs="+", choices=PLATFORMS, default=["cpu", "cuda"])
   parser.add_argument(
-    "--normalized", action="store_true", help="take normalized float32 images instead of uint8"
+    "--platforms",
+    nargs="+",
+    choices=PLATFORMS,
+    default=["cpu", "cuda"],
+    help="that StableHLO is for",
+  )
+  parser.add_argument(
+    "--normalized", action="store_true", help="take normalized float images instead of uint8"
   )
   parser.add_argument(
     "--probabilities", action="store_true", help="return probabilities instead of logits"
@@ -34,17 +47,40 @@ def main() -> None:
       variables,
       spec,
       arguments.to,
+      format=arguments.format,
       dtype=arguments.dtype,
       platforms=arguments.platforms,
       normalize=not arguments.normalized,
       probabilities=arguments.probabilities,
     )
-  size = facts["image_size"]
-  print(
+  print(described(spec, facts), f"saved: {arguments.to}", sep="\n")
+
+
+def described(spec: repjax.ModelSpec, facts: Mapping[str, Any]) -> str:
+  """What was written and how far it may be trusted, in two lines."""
+  size, classes = facts["image_size"], spec.num_classes
+  result = f"{facts['output']} float32 (N, {classes})"
+  if facts["format"] == "onnx":
+    return (
+      f"{spec.name}, {facts['dtype']}, ONNX opset {facts['opset']}: {facts['input']} "
+      f"(N, 3, {size}, {size}) -> {result}\n{compared(facts)}"
+    )
+  return (
     f"{spec.name}, {facts['dtype']}, for {' and '.join(facts['platforms'])}: {facts['input']} "
-    f"(N, {size}, {size}, 3) -> {facts['output']} float32 (N, {spec.num_classes})\n"
-    f"{PROMISE}\n"
-    f"saved: {arguments.to}"
+    f"(N, {size}, {size}, 3) -> {result}\n{facts['note']}"
+  )
+
+
+def compared(facts: Mapping[str, Any]) -> str:
+  """How an ONNX file's outputs compare with JAX's."""
+  found, limit = facts["checked"], TOLERANCES[facts["dtype"]]
+  if not found:
+    return "well-formed; not compared with JAX, since onnxruntime is not installed"
+  error = found["relative_error"]
+  warning = "" if error <= limit else f", MORE THAN {limit:.0e}: compare accuracies before using it"
+  return (
+    f"well-formed; ONNX Runtime {found['onnxruntime']} differs from JAX by {error:.1e} at batch "
+    f"sizes {' and '.join(map(str, found['batch_sizes']))}{warning}"
   )
 
 

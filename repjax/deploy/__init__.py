@@ -3,6 +3,15 @@
 from repjax.deploy.compile import CompiledModel, compile  # noqa: A004
 from repjax.deploy.devices import Plan
 from repjax.deploy.export import export, load_exported
+from repjax.deploy.onnx import to_onnx
 from repjax.deploy.predictor import Predictor
 
-__all__ = ["CompiledModel", "Plan", "Predictor", "compile", "export", "load_exported"]
+__all__ = [
+  "CompiledModel",
+  "Plan",
+  "Predictor",
+  "compile",
+  "export",
+  "load_exported",
+  "to_onnx",
+]

@@ -1,10 +1,11 @@
-"""StableHLO for other programs: a deploy form written by `jax.export`, and read back.
+"""A deploy form written for other programs: as StableHLO by `jax.export`, or as ONNX.
 
 exported/a0/
 model.stablehlo   the program, for any batch size and several platforms, without its parameters
+model.onnx        or this, for any batch size, with its parameters
 params/           these, in the program's dtype
 model.json        the ModelSpec: `repjax.load` and `repjax.deploy.Predictor` take the folder too
-export.json       what the program takes and returns, and how long it can be read
+export.json       what the program takes and returns, and how long it can be read or how it compares
 """
 
 import importlib.util
@@ -20,10 +21,14 @@ from flax import linen as nn
 
 from repjax import disk
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
-from repjax.deploy.function import inference
+from repjax.deploy.function import checked_dtype, inference
+from repjax.deploy.onnx import of_function, written_dtype
+from repjax.deploy.onnx.check import checked
+from repjax.deploy.onnx.proto import OPSET
 from repjax.errors import InputError, unknown
 from repjax.spec import ModelSpec
 
+FORMATS = ("stablehlo", "onnx")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROMISE = (
   "JAX promises that versions up to six months younger than the one that wrote this program read "
@@ -38,31 +43,37 @@ def export(
   spec: ModelSpec,
   folder: str | os.PathLike[str],
   *,
+  format: str = "stablehlo",  # noqa: A002
   dtype: jax.typing.DTypeLike = "float32",
   platforms: Sequence[str] = ("cpu", "cuda"),
   normalize: bool = True,
   probabilities: bool = False,
 ) -> dict[str, Any]:
-  """Writes a model's deploy form as StableHLO, with its parameters beside it.
+  """Writes a model's deploy form as StableHLO or ONNX, with its parameters beside it.
 
-  The program takes the tree {"params": ...} and images (N, S, S, 3) with any N, and returns float32
+  StableHLO takes the tree {"params": ...} and images (N, S, S, 3) with any N, and returns float32
   (N, K). Any program that reads `jax.export`'s format can run it, without repjax and Flax.
+  ONNX is as `repjax.deploy.to_onnx` makes it, images (N, 3, S, S); the ONNX checker and, where it
+  is installed, ONNX Runtime try it before it is written.
 
   Args:
     model: in either form, as `repjax.load` returns it; a training form is re-parameterized first.
     variables: of the model.
     spec: of the model.
     folder: to be made.
-    dtype: as in `repjax.deploy.compile`.
-    platforms: that it is for, among PLATFORMS.
-    normalize: take uint8 images and normalize them inside; otherwise they are normalized float32.
+    format: "stablehlo" or "onnx".
+    dtype: as in `repjax.deploy.compile`, or in `repjax.deploy.to_onnx`.
+    platforms: that StableHLO is for, among PLATFORMS.
+    normalize: take uint8 images and normalize them inside; otherwise they are normalized, float32,
+      or for ONNX of `dtype`.
     probabilities: return a softmax of the logits.
 
   Returns:
     What export.json says.
 
   Raises:
-    InputError: the folder exists, the package flatbuffers is missing, or as in `compile`.
+    InputError: the folder exists, the package flatbuffers or onnx is missing, or as in `compile`
+      and `to_onnx`.
 
   Example:
     repjax.deploy.export(*repjax.load("runs/a0"), "exported/a0", dtype="bfloat16")
@@ -70,10 +81,12 @@ def export(
   path = Path(folder)
   if path.exists():
     raise InputError(f"{path} exists already; give another path, or remove it first")
+  if format not in FORMATS:
+    raise unknown("format", format, FORMATS)
   for platform in platforms:
     if platform not in PLATFORMS:
       raise unknown("platform", platform, PLATFORMS)
-  _need_flatbuffers()
+  dtype = _written_dtype(format, dtype)
   size = spec.preprocessing.image_size
   function, tree = inference(
     model,
@@ -83,19 +96,31 @@ def export(
     preprocessing=spec.preprocessing if normalize else None,
     probabilities=probabilities,
   )
-  input_dtype = np.dtype(np.uint8 if normalize else np.float32)
+  input_dtype = np.dtype(np.uint8 if normalize else dtype if format == "onnx" else np.float32)
   facts = {
-    "dtype": jax.numpy.dtype(dtype).name,
+    "format": format,
+    "dtype": dtype.name,
     "image_size": size,
     "input": input_dtype.name,
     "output": "probabilities" if probabilities else "logits",
-    "platforms": list(platforms),
     "jax": jax.__version__,
-    "note": PROMISE,
   }
-  program = _serialized(function, tree, size, input_dtype, platforms)
-  _write(path, program, tree["params"], spec, facts)
+  if format == "onnx":
+    program = of_function(function, tree, size, input_dtype, probabilities).SerializeToString()
+    facts |= {"opset": OPSET, "checked": checked(program, function, tree, size)}
+  else:
+    program = _serialized(function, tree, size, input_dtype, platforms)
+    facts |= {"platforms": list(platforms), "note": PROMISE}
+  _write(path, f"model.{format}", program, tree["params"], spec, facts)
   return facts
+
+
+def _written_dtype(format: str, dtype: jax.typing.DTypeLike) -> np.dtype:  # noqa: A002
+  """The dtype, where what the format needs is here."""
+  if format == "onnx":
+    return written_dtype(dtype)
+  _need_flatbuffers()
+  return checked_dtype(dtype)
 
 
 def load_exported(
@@ -121,6 +146,11 @@ def load_exported(
   """
   path = Path(folder)
   facts = disk.read_json(path / "export.json")
+  if facts.get("format") == "onnx":
+    raise InputError(
+      f"{path} holds an ONNX file, which ONNX Runtime, OpenVINO or TensorRT runs and JAX does not; "
+      f"to run its parameters here: repjax.deploy.compile(*repjax.load({str(path)!r})[:2], ...)"
+    )
   program = _deserialized(path)
   own = {"gpu": "cuda"}.get(platform := (devices or jax.local_devices())[0].platform, platform)
   if own not in program.platforms:
@@ -178,7 +208,7 @@ def _need_flatbuffers() -> None:
 
 
 def _write(
-  path: Path, program: bytes, params: Any, spec: ModelSpec, facts: Mapping[str, Any]
+  path: Path, file: str, program: bytes, params: Any, spec: ModelSpec, facts: Mapping[str, Any]
 ) -> None:
   """Writes the whole folder beside its place, then moves it there."""
   draft = path.with_name(f"{path.name}.draft")
@@ -186,7 +216,7 @@ def _write(
   try:
     with disk.writing(path):
       draft.mkdir(parents=True)
-      (draft / "model.stablehlo").write_bytes(program)
+      (draft / file).write_bytes(program)
       disk.write_tree(draft / "params", params)
       spec.write(draft)
       disk.write_json(draft / "export.json", facts)

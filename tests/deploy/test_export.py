@@ -89,6 +89,7 @@ def test_the_folder_says_what_it_is_and_is_a_deploy_folder_too(exported, small):
   folder, facts = exported
   assert json.loads((folder / "export.json").read_text()) == facts
   assert facts == {
+    "format": "stablehlo",
     "dtype": "float32",
     "image_size": 16,
     "input": "uint8",

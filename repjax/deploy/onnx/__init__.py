@@ -20,7 +20,7 @@ biases, means, GELU and softmax again. `program` walks a trace, and `proto` name
 The batch is a symbol while JAX traces, so that what a shape owes to it is known.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -70,13 +70,7 @@ def to_onnx(
   Example:
     onnx.save(repjax.deploy.to_onnx(model, variables, image_size=224), "a0.onnx")
   """
-  need_onnx()
-  dtype = checked_dtype(dtype)
-  if dtype == jnp.bfloat16:
-    raise InputError(
-      "ONNX files are written in float32 or float16: few runtimes read bfloat16 weights. Write "
-      "float32, and let the runtime compute in bfloat16 where it can (OpenVINO and TensorRT do)"
-    )
+  dtype = written_dtype(dtype)
   function, tree = inference(
     model,
     variables,
@@ -85,14 +79,45 @@ def to_onnx(
     preprocessing=preprocessing,
     probabilities=probabilities,
   )
+  return of_function(function, tree, image_size, images_dtype(dtype, preprocessing), probabilities)
+
+
+def written_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
+  """A dtype that ONNX files are written in.
+
+  Raises:
+    InputError: another one, or the package onnx is missing.
+  """
+  need_onnx()
+  dtype = checked_dtype(dtype)
+  if dtype == jnp.bfloat16:
+    raise InputError(
+      "ONNX files are written in float32 or float16: few runtimes read bfloat16 weights. Write "
+      "float32, and let the runtime compute in bfloat16 where it can (OpenVINO and TensorRT do)"
+    )
+  return dtype
+
+
+def images_dtype(dtype: np.dtype, preprocessing: Preprocessing | None) -> np.dtype:
+  """Of a graph's input."""
+  return np.dtype(np.uint8) if preprocessing else dtype
+
+
+def of_function(
+  function: Callable[[Any, jax.Array], Any],
+  tree: Any,
+  image_size: int | tuple[int, int],
+  dtype: np.dtype,
+  probabilities: bool,
+) -> Any:
+  """What `repjax.deploy.function.inference` returns as an `onnx.ModelProto`; `dtype` of images."""
   size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-  images = np.dtype(np.uint8) if preprocessing else dtype
-  graph, values, facts = translated(function, tree, size, images)
+  graph, values, facts = translated(function, tree, size, dtype)
   outputs = {}
   for (path, value), fact in zip(values.items(), facts):
     name = path or ("probabilities" if probabilities else "logits")
-    maps = len(value.axes) == 4
-    stored = tuple(value.axes[axis] for axis in (0, 3, 1, 2)) if maps else value.axes
-    shape = tuple(fact.shape[axis] for axis in (0, 3, 1, 2)) if maps else fact.shape
+    order = (0, 3, 1, 2) if len(value.axes) == 4 else range(len(value.axes))
+    stored = tuple(value.axes[axis] for axis in order)
+    shape = tuple(fact.shape[axis] for axis in order)
     outputs[name] = graph.tensor(graph.arrange(value, stored)), shape, np.dtype(fact.dtype)
-  return model_proto(graph, ((3, *size), images), outputs)
+  return model_proto(graph, ((3, *size), dtype), outputs)

@@ -125,7 +125,7 @@ class Graph:
   def reshaped(self, value: Value, axes: Axes) -> Value:
     """A value stored in the order of its axes, with other axes for the same numbers."""
     if value.is_constant:
-      return Value(value.tensor.reshape([*map(extent, axes)]), axes, axes)
+      return Value(value.array.reshape([*map(extent, axes)]), axes, axes)
     return Value(self.add("Reshape", [value.tensor, _target(axes, value.stored)]), axes, axes)
 
   def plain(self, value: Value) -> Value:
@@ -201,9 +201,8 @@ def _joint(stored: Axes, first: Axis) -> int | None:
 
 
 def _constant_arranged(value: Value, stored: Axes, missing: set[Atom]) -> Value:
-  array, have, wanted = value.tensor, flat(value.stored), flat(stored)
-  assert isinstance(array, np.ndarray)
-  array = array.reshape([atom.size for atom in have])
+  have, wanted = flat(value.stored), flat(stored)
+  array = value.array.reshape([atom.size for atom in have])
   array = array.transpose([have.index(atom) for atom in wanted if atom not in missing])
   array = array.reshape([1 if atom in missing else atom.size for atom in wanted])
   array = np.broadcast_to(array, _whole([atom.size for atom in wanted]))
@@ -221,13 +220,12 @@ def _whole(sizes: Sequence[Size]) -> np.ndarray:
 
 
 def _target(stored: Axes, before: Axes) -> np.ndarray:
-  """What Reshape takes: for the axis that holds the batch 0 if it stays, or else -1."""
-  sizes = [extent(axis) for axis in stored]
-  sizes = [
-    size if isinstance(size, int | np.integer) else 0 if before[place : place + 1] == (axis,) else -1
-    for place, (size, axis) in enumerate(zip(sizes, stored))
-  ]
-  if sizes.count(-1) > 1:
+  """What Reshape takes: for the axis that holds the batch 0 where it stays, or else -1."""
+  sizes: list[int] = []
+  for place, axis in enumerate(stored):
+    size, stays = extent(axis), before[place : place + 1] == (axis,)
+    sizes.append(int(size) if isinstance(size, int | np.integer) else 0 if stays else -1)
+  if sum(size < 1 for size in sizes) > 1:
     raise InputError(
       "this model has an array with two axes as long as the batch, such as products of all images "
       "with one another, which the ONNX graph here cannot reshape; export it as StableHLO"

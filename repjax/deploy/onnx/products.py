@@ -60,7 +60,9 @@ def cropped(graph: Graph, x: Value, pads: Any) -> Value:
     return x
   sides = [[0, 0, *(min(pair[side], 0) for pair in pads)] for side in (0, 1)]
   x = graph.derived("Pad", x, np.array(sides, np.int64).ravel())
-  sizes = [extent(axis) + sum(min(pad, 0) for pad in pair) for axis, pair in zip(x.stored[2:], pads)]
+  sizes = [
+    extent(axis) + sum(min(pad, 0) for pad in pair) for axis, pair in zip(x.stored[2:], pads)
+  ]
   return dataclasses.replace(x, stored=(*x.stored[:2], *new_axes(sizes)))
 
 
@@ -97,9 +99,7 @@ def product(graph: Graph, x: Value, y: Value, numbers: Any) -> Value:
 _Stored = tuple[str, Axes]
 
 
-def _pointwise(
-  graph: Graph, x: Value, y: Value, b: Axis, k: Axis, outputs: Axis
-) -> _Stored | None:
+def _pointwise(graph: Graph, x: Value, y: Value, b: Axis, k: Axis, outputs: Axis) -> _Stored | None:
   """A 1x1 convolution: over channels of maps, or in groups of few numbers."""
   have = flat(x.stored)
   channels = in_order(x, (*b, *k)) if not b else (*b, *k)

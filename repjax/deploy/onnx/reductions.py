@@ -84,18 +84,16 @@ def window(graph: Graph, x: Value, params: dict[str, Any], shape: Any, dtype: An
     params[name] for name in ("window_dimensions", "window_strides", "padding")
   )
   dilations = params["window_dilation"]
-  moving = [
-    axis for axis, row in enumerate(zip(sizes, strides, pads)) if row != (1, 1, (0, 0))
-  ]
+  moving = [axis for axis, row in enumerate(zip(sizes, strides, pads)) if row != (1, 1, (0, 0))]
   if set(params["base_dilation"]) != {1} or (dtype is not None and set(dilations) != {1}):
     raise InputError("a pool with dilation has no place in the ONNX graph here")
   if len(x.axes) == 4 and set(moving) <= {1, 2}:
     moving = [1, 2]
-  first, *rest = [axis for axis in range(len(x.axes)) if axis not in moving] or [None]
-  if first is None:
+  still = [axis for axis in range(len(x.axes)) if axis not in moving]
+  if not still:
     raise InputError("a pool over the batch has no place in the ONNX graph here")
-  channels = in_order(x, flat(x.axes[axis] for axis in rest))
-  x = graph.arrange(x, (x.axes[first], channels, *(x.axes[axis] for axis in moving)))
+  batch, channels = x.axes[still[0]], in_order(x, flat(x.axes[axis] for axis in still[1:]))
+  x = graph.arrange(x, (batch, channels, *(x.axes[axis] for axis in moving)))
   x = cropped(graph, x, [pads[axis] for axis in moving])
   attributes: dict[str, Any] = {
     "kernel_shape": [sizes[axis] for axis in moving],

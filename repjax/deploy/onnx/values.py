@@ -53,6 +53,12 @@ class Value:
     return isinstance(self.tensor, np.ndarray)
 
   @property
+  def array(self) -> np.ndarray:
+    """The tensor of a constant."""
+    assert isinstance(self.tensor, np.ndarray)
+    return self.tensor
+
+  @property
   def is_full(self) -> bool:
     """Whether no atom is missing in the tensor."""
     return len(flat(self.stored)) == len(flat(self.axes))
