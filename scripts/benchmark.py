@@ -8,6 +8,8 @@ Subjects, each where it is installed (pip install 'repjax[bench]'):
   torch-compile       the same by torch.compile
   onnxruntime         the same, exported by PyTorch, in ONNX Runtime (on CPUs)
   openvino            the same in OpenVINO (on CPUs)
+  repjax-onnxruntime  the plain network, exported by repjax, in ONNX Runtime
+  repjax-openvino     the same in OpenVINO
 
 Before anything is timed their outputs are compared. Each round runs all of them, so that they meet
 the same noise; times are medians with quartiles, and `to best` is the median over rounds of the

@@ -89,6 +89,13 @@ class Task:
       torch.onnx.export(self.twin, (images,), file, dynamo=False, input_names=["images"])
     return file.getvalue()
 
+  @functools.cached_property
+  def own_onnx(self) -> bytes:
+    """The deploy form as repjax writes it, for any batch size."""
+    model = self.create(deploy=True)
+    made = repjax.deploy.to_onnx(model, self.deployed, image_size=self.image_size)
+    return made.SerializeToString()
+
 
 class Kind(NamedTuple):
   """How a subject is made, and when it cannot be.
@@ -113,7 +120,7 @@ def why_not(kind: Kind, task: Task) -> str | None:
   missing = [package for package in kind.needs if importlib.util.find_spec(package) is None]
   if missing:
     return f"not installed: {', '.join(missing)} (pip install 'repjax[bench]')"
-  if kind.needs and not twins.has_twin(task.model):
+  if "torch" in kind.needs and not twins.has_twin(task.model):
     return f"{task.name} is not written in PyTorch here; ResNet and RepVGG without gates are"
   place = "cpu" if jax.default_backend() == "cpu" else "gpu"
   if place not in kind.on:
@@ -176,10 +183,10 @@ def _channels_first(images: np.ndarray) -> np.ndarray:
   return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
-def in_onnxruntime(task: Task) -> Subject:
-  """The deploy form in ONNX Runtime on the CPU."""
+def in_onnxruntime(task: Task, own: bool = False) -> Subject:
+  """The deploy form in ONNX Runtime on the CPU, as PyTorch or as repjax exports it."""
   runtime: Any = importlib.import_module("onnxruntime")
-  content = task.onnx
+  content = task.own_onnx if own else task.onnx
 
   def start(images: np.ndarray) -> Running:
     del images
@@ -197,10 +204,10 @@ def openvino_alone() -> Any:
   return importlib.import_module("openvino")
 
 
-def in_openvino(task: Task) -> Subject:
-  """The deploy form in OpenVINO on the CPU."""
+def in_openvino(task: Task, own: bool = False) -> Subject:
+  """The deploy form in OpenVINO on the CPU, as PyTorch or as repjax exports it."""
   openvino = openvino_alone()
-  content = task.onnx
+  content = task.own_onnx if own else task.onnx
   settings = {
     "PERFORMANCE_HINT": "LATENCY",
     "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[
@@ -235,4 +242,13 @@ KINDS: dict[str, Kind] = {
     in_onnxruntime, ("torch", "onnx", "onnxruntime"), ("cpu",), lambda: ["float32"]
   ),
   "openvino": Kind(in_openvino, ("torch", "onnx", "openvino"), ("cpu",), openvino_dtypes),
+  "repjax-onnxruntime": Kind(
+    functools.partial(in_onnxruntime, own=True),
+    ("onnx", "onnxruntime"),
+    ("cpu",),
+    lambda: ["float32"],
+  ),
+  "repjax-openvino": Kind(
+    functools.partial(in_openvino, own=True), ("onnx", "openvino"), ("cpu",), openvino_dtypes
+  ),
 }
