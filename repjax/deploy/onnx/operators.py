@@ -162,6 +162,7 @@ OPERATORS: dict[str, Emitter] = {
     graph, x, equation.params, shapes.shape_of(equation), _dtype(equation)
   ),
   "reshape": shapes.reshape,
+  "rev": shapes.reverse,
   "rsqrt": _rsqrt,
   "select_n": _select,
   "slice": shapes.cut_out,

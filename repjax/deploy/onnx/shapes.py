@@ -94,6 +94,14 @@ def cut_out(graph: Graph, equation: Any, x: Value) -> Value:
   return _cut(graph, x, params["start_indices"], params["limit_indices"], steps, shape_of(equation))
 
 
+def reverse(graph: Graph, equation: Any, x: Value) -> Value:
+  axes = [axis for axis in equation.params["dimensions"] if x.axes[axis]]
+  x, places = graph.isolated(x, axes)
+  ends = [np.iinfo(np.int64).min] * len(axes)
+  numbers = [[-1] * len(axes), ends, places, [-1] * len(axes)]
+  return graph.derived("Slice", x, *(np.array(row, np.int64) for row in numbers))
+
+
 def split(graph: Graph, equation: Any, x: Value) -> list[Value]:
   axis, start, parts = equation.params["axis"], 0, []
   for size, variable in zip(equation.params["sizes"], equation.outvars):

@@ -1,0 +1,448 @@
+"""ONNX files give what the models give in ONNX Runtime, of the operators that runtimes fuse."""
+
+import functools
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import repjax
+from repjax.deploy.onnx import of_function, program
+from repjax.errors import InputError
+from repjax.layers import RepConv, RepNorm, SqueezeExcite
+from tests.deploy.tiny import SPEC
+from tests.helpers import init_shapes, random_variables, randomise, relative_error
+
+pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
+
+MISSING = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+needs_onnx = pytest.mark.skipif(
+  bool(MISSING), reason=f"compares with ONNX Runtime: pip install {' '.join(MISSING)}"
+)
+COUNTS = (1, 3)
+
+
+def results(proto, images):
+  """What ONNX Runtime makes of images (N, H, W, 3), channels last where they are maps."""
+  runtime: Any = importlib.import_module("onnxruntime")
+  options = runtime.SessionOptions()
+  options.intra_op_num_threads = 1
+  session = runtime.InferenceSession(
+    proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+  )
+  outputs = session.run(None, {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))})
+  names = [output.name for output in session.get_outputs()]
+  return {
+    name: rows.transpose(0, 2, 3, 1) if rows.ndim == 4 else rows
+    for name, rows in zip(names, outputs)
+  }
+
+
+def noise(count, size, dtype=np.float32):
+  rng = np.random.default_rng(count)
+  if dtype == np.uint8:
+    return rng.integers(0, 256, (count, size, size, 3), np.uint8)
+  return rng.standard_normal((count, size, size, 3)).astype(dtype)
+
+
+def check(proto):
+  """Fails where a model is not well-formed, with types and shapes."""
+  importlib.import_module("onnx").checker.check_model(proto, full_check=True)
+
+
+def operators(proto):
+  return dict(Counter(node.op_type for node in proto.graph.node))
+
+
+def shapes(infos):
+  return {
+    info.name: [size.dim_param or size.dim_value for size in info.type.tensor_type.shape.dim]
+    for info in infos
+  }
+
+
+def agrees(proto, function, size, tolerance=1e-5, dtype=np.float32):
+  """Fails where ONNX Runtime differs from a function of images."""
+  check(proto)
+  for count in COUNTS:
+    images = noise(count, size, dtype)
+    wanted = function(images)
+    got = results(proto, images)
+    if not isinstance(wanted, dict):
+      wanted = {next(iter(got)): wanted}
+    assert got.keys() == wanted.keys()
+    for name, rows in got.items():
+      assert relative_error(rows, wanted[name]) <= tolerance
+
+
+REPVGG = {"stage_sizes": (1, 1, 3, 1), "width_multipliers": (0.125, 0.125, 0.0625, 0.0625)}
+RESNET = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "stem_features": 6}
+REPMLP = RESNET | {"stage_sizes": (1, 2, 2, 1), "tile": 2, "fc3_groups": 1, "local_kernels": (1,)}
+REPMLPNET = {"stage_sizes": (1, 2), "widths": (8, 16), "tiles": (8, 4), "share_sets": (1, 4)}
+CIFAR = {"stage_sizes": (1, 2, 1), "widths": (4, 6, 8), "tile": 4, "local_kernels": (1, 3)}
+PARNET = {"stage_sizes": (1, 2, 1), "widths": (8, 8, 16, 16)}
+PLAIN = {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"}
+SE = PLAIN | {"Sigmoid", "Reshape", "Mul"}
+GATED = SE - {"Relu"} | {"Add", "Concat", "Gather"}
+TILED = PLAIN | {"Add", "Reshape", "Transpose", "MatMul", "AveragePool"}
+FFN = SE | {"Add", "Erf"}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any], int, set[str]]] = {
+  "repvgg": ("repvgg_a0", REPVGG, 64, PLAIN),
+  "repvgg in groups": ("repvgg_b1g2", REPVGG, 64, PLAIN),
+  "repvgg dilated": ("repvgg_a0", REPVGG | {"output_stride": 8}, 33, PLAIN),
+  "repvgg silu": ("repvgg_a0", REPVGG | {"act": "silu"}, 64, PLAIN - {"Relu"} | {"Sigmoid", "Mul"}),
+  "repvgg se": ("repvgg_d2se", REPVGG | {"se_reduction": 2}, 64, SE),
+  "repvggplus": ("repvggplus_l2pse", REPVGG | {"se_reduction": 2}, 64, SE),
+  "resnet18": ("resnet18", RESNET, 64, PLAIN | {"Add", "MaxPool"}),
+  "resnet50": ("resnet50", RESNET | {"widths": (16, 16, 16, 16)}, 64, PLAIN | {"Add", "MaxPool"}),
+  "vgg": (
+    "vgg16",
+    {"widths": (2, 4, 4, 6, 8), "hidden": 16},
+    224,
+    {"Conv", "Relu", "MaxPool", "Flatten", "Gemm"},
+  ),
+  "vgg on few pixels": (
+    "vgg16",
+    {"widths": (2, 4, 4, 6, 8), "hidden": 16},
+    64,
+    {"Conv", "Relu", "MaxPool", "Flatten", "Gemm", "AveragePool", "Slice", "Concat"},
+  ),
+  "repmlp": ("repmlp_cifar", CIFAR, 16, TILED | {"MaxPool"}),
+  "repmlp light": ("repmlp_resnet50_light", REPMLP, 64, TILED | {"MaxPool"}),
+  "repmlpnet": ("repmlpnet_t224", REPMLPNET, 32, FFN),
+  "repmlpnet of tiles": ("repmlpnet_t224", REPMLPNET, 64, FFN | {"Transpose", "MatMul"}),
+  "parnet": ("parnet_s", PARNET, 64, GATED),
+}
+"""A title to a model, what makes it small, the image size, and the operators of its graph."""
+
+
+@functools.cache
+def family(title, **overrides):
+  """A small model, its deploy form's variables, and the image size."""
+  name, small, size, _ = FAMILIES[title]
+  model = repjax.create_model(name, num_classes=5, deploy=True, **small, **overrides)
+  return model, random_variables(model, noise(1, size)), size
+
+
+@needs_onnx
+@pytest.mark.parametrize("title", FAMILIES)
+def test_every_family_agrees_and_is_made_of_few_operators(title):
+  model, variables, size = family(title)
+  proto = repjax.deploy.to_onnx(model, variables, image_size=size)
+  assert set(operators(proto)) == FAMILIES[title][3]
+  assert shapes(proto.graph.input) == {"images": ["batch", 3, size, size]}
+  assert shapes(proto.graph.output) == {"logits": ["batch", 5]}
+  agrees(proto, functools.partial(jax.jit(model.apply), variables), size)
+
+
+@needs_onnx
+def test_a_repvgg_is_convolutions_and_nothing_else():
+  model, variables, size = family("repvgg")
+  proto = repjax.deploy.to_onnx(model, variables, image_size=size)
+  kinds = [node.op_type for node in proto.graph.node]
+  assert kinds == ["Conv", "Relu"] * 7 + ["GlobalAveragePool", "Flatten", "Gemm"]
+  assert all(len(node.input) == 3 for node in proto.graph.node if node.op_type in ("Conv", "Gemm"))
+  # Each layer's scope is in its name, and a weight is what PyTorch would hold.
+  assert proto.graph.node[0].name == "RepVGG/stem/RepConv_0/conv/Conv"
+  weights = {row.name: list(row.dims) for row in proto.graph.initializer}
+  assert weights["RepVGG/stem/RepConv_0/conv/weight"] == [8, 3, 3, 3]
+  assert len(weights) == 2 * 8
+  assert (proto.opset_import[0].version, proto.ir_version) == (17, 8)
+
+
+@needs_onnx
+@pytest.mark.parametrize("title", ["repvgg", "vgg on few pixels", "repmlp", "parnet"])
+def test_features_go_by_their_stages_names(title):
+  model, variables, size = family(title, features_only=True)
+  proto = repjax.deploy.to_onnx(model, variables, image_size=size)
+  assert "Transpose" not in operators(proto) or title == "repmlp"
+  agrees(proto, functools.partial(jax.jit(model.apply), variables), size)
+
+
+class Outsider(nn.Module):
+  """A user's own network: layers of ours, and what lies between them."""
+
+  deploy: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = RepConv(8, strides=2, padding_mode="edge", deploy=self.deploy)(x, train)
+    x = nn.relu(x)
+    y = RepConv(8, ("conv3x3", "conv1x3"), groups=4, deploy=self.deploy)(x, train)
+    y = RepNorm(deploy=self.deploy)(nn.hard_swish(y) + x, train)
+    y = SqueezeExcite(2)(jnp.concatenate([nn.avg_pool(x, (2, 2), padding="SAME"), y], -1))
+    first, second = jnp.split(nn.max_pool(y, (3, 3), (2, 2), "SAME"), 2, -1)
+    y = nn.LayerNorm()(first * jnp.tanh(second[..., ::-1]))
+    tokens = y.reshape(y.shape[0], -1, y.shape[-1])  # (N, HW, C)
+    weights = nn.softmax(tokens @ tokens.swapaxes(1, 2) / 3)
+    tokens = nn.gelu(nn.Dense(6)(weights @ tokens), approximate=False)
+    return nn.Dense(5)(tokens.max(1))
+
+
+@needs_onnx
+def test_a_users_own_model_in_training_form_agrees():
+  model = Outsider()
+  variables = random_variables(model, noise(1, 16))
+  proto = repjax.deploy.to_onnx(model, variables, image_size=16)
+  assert {"Softmax", "Erf"} <= set(operators(proto))
+  agrees(proto, functools.partial(jax.jit(model.apply), variables), 16)
+
+
+@needs_onnx
+@pytest.mark.parametrize("mode", ["constant", "edge", "reflect", "wrap"])
+@pytest.mark.parametrize(
+  ("size", "padding", "strides", "dilation", "groups"),
+  [
+    ((3, 3), None, 1, 1, 1),
+    ((1, 3), (0, 2), (2, 1), 1, 3),
+    ((3, 3), 2, 2, (2, 1), 1),
+    ((5, 5), 0, 3, 1, 3),
+  ],
+)
+def test_convolutions_of_every_kind(mode, size, padding, strides, dilation, groups):
+  layer = RepConv(
+    6,
+    (f"conv{size[0]}x{size[1]}",),
+    strides=strides,
+    groups=groups,
+    dilation=dilation,
+    padding=padding,
+    padding_mode=mode,
+    deploy=True,
+  )
+  variables = random_variables(layer, noise(1, 9))
+  proto = of_traced(lambda tree, x: layer.apply(tree, x), variables, 9)
+  assert operators(proto).get("Transpose", 0) == 0
+  agrees(proto, functools.partial(layer.apply, variables), 9)
+
+
+def of_traced(function, tree, size):
+  return of_function(function, tree, size, np.dtype(np.float32), False)
+
+
+W = np.random.default_rng(5).standard_normal((6, 4)).astype(np.float32)
+MAPS = W[0, :3].reshape(1, 1, 1, 3)
+FUNCTIONS = {
+  "shuffle": lambda x: x.reshape(*x.shape[:3], 3, 1) @ W[:1],
+  "negative padding": lambda x: jax.lax.pad(x, 0.5, ((0, 0, 0), (-1, 2, 0), (1, -2, 0), (0, 1, 0))),
+  "cropping convolution": lambda x: jax.lax.conv_general_dilated(
+    x, W[:4, :3].reshape(2, 2, 3, 1), (1, 1), ((-1, 1), (0, -2)), dimension_numbers=NHWC
+  ),
+  "slices": lambda x: x[:, 1:5:2, ::-1, 1:],
+  "sum and its mean": lambda x: x.sum((1, 2)) + x.mean((1, 2)),
+  "means of tiles": lambda x: x.reshape(-1, 2, 4, 4, 2, 3).mean((2, 4)),
+  "mean of channels": lambda x: x - x.mean(-1, keepdims=True),
+  "mean over rows": lambda x: x.mean(1),
+  "relu twice": lambda x: jax.nn.relu(jnp.maximum(x, 0.5)),
+  "softmax over pixels": lambda x: jax.nn.softmax(x, 1),
+  "softmax over channels": jax.nn.softmax,
+  "not quite a softmax": lambda x: jnp.exp(x - x.max(-1, keepdims=True)) / jnp.exp(x).sum(-1)[..., None],
+  "unlike sums": lambda x: x.sum(-1, keepdims=True) / 7 + x / 1,
+  "tall transposition": lambda x: x.transpose(0, 3, 2, 1).reshape(x.shape[0], -1),
+  "digits that do not divide": lambda x: x.reshape(-1, 12, 16) + x.reshape(-1, 16, 12).swapaxes(1, 2),
+  "product of pixels": lambda x: jnp.einsum("nhwc,nhvc->nhwv", x, x),
+  "kernel on the left": lambda x: jnp.einsum("kh,nhwc->nkwc", W[:, :1].repeat(8, 1), x),
+  "kernel over rows": lambda x: jnp.einsum("nhwc,hk->nwkc", x, W.repeat(2, 0)[:8]),
+  "where and clip": lambda x: jnp.where(x > 0.3, jnp.clip(x, -1, 1), -x),
+  "powers": lambda x: x**3 + jnp.square(x) + jax.lax.rsqrt(x * x + 1) + jnp.abs(x) ** 0.5,
+  "erfc": lambda x: jax.lax.erfc(x) + jax.lax.erfc(-x * 0.5),
+  "stack": lambda x: jnp.stack([x[..., 0], x[..., 1] * 2], 1),
+  "least and product": lambda x: x.min((1, 2)) + x[:, :2, 0].prod(1),
+  "channels across": lambda x: x * MAPS + x[:, :1, :1],
+  "a scalar of each": lambda x: x / jnp.sqrt((x * x).sum((1, 2, 3), keepdims=True)),
+  "bias that is shared": lambda x: (y := conv(x)) + MAPS + (y + 2 * MAPS),
+  "max pool that is shifted": lambda x: jax.lax.reduce_window(
+    x, -jnp.inf, jax.lax.max, (1, 3, 2, 1), (1, 2, 1, 1), ((0, 0), (1, 0), (0, 1), (0, 0))
+  ),
+  "pool over channels": lambda x: jax.lax.reduce_window(
+    x, -jnp.inf, jax.lax.max, (1, 1, 1, 2), (1, 1, 1, 1), "VALID"
+  ),
+  "sum pool": lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
+  "images as they are": lambda x: x,
+  "numbers beside images": lambda x: {"a": x.mean((1, 2)), "b": x.mean((1, 2))},
+  "repeated": lambda x: jnp.broadcast_to(x.mean((1, 2), keepdims=True), x.shape).reshape(x.shape[0], -1),
+}  # fmt: skip
+NHWC = ("NHWC", "HWIO", "NHWC")
+KERNEL = np.random.default_rng(6).standard_normal((3, 3, 3, 3)).astype(np.float32)
+
+
+def conv(x):
+  return jax.lax.conv_general_dilated(x, KERNEL, (1, 1), "SAME", dimension_numbers=NHWC)
+
+
+@needs_onnx
+@pytest.mark.parametrize("title", FUNCTIONS)
+def test_what_stands_between_layers_agrees(title):
+  function = FUNCTIONS[title]
+  proto = of_traced(lambda tree, x: function(x), {}, 8)
+  agrees(proto, lambda images: function(jnp.asarray(images)), 8)
+
+
+@needs_onnx
+def test_uint8_images_probabilities_and_the_training_form(small):
+  proto = repjax.deploy.to_onnx(
+    *small, image_size=16, preprocessing=SPEC.preprocessing, probabilities=True
+  )
+  assert [node.op_type for node in proto.graph.node][:3] == ["Cast", "Mul", "Add"]
+  assert proto.graph.node[-1].op_type == "Softmax"
+  assert shapes(proto.graph.output) == {"probabilities": ["batch", 10]}
+
+  def function(images):
+    normalized = SPEC.preprocessing.normalize(jnp.asarray(images))
+    return jax.nn.softmax(jax.jit(small[0].apply)(small[1], normalized))
+
+  agrees(proto, function, 16, dtype=np.uint8)
+
+
+@needs_onnx
+def test_half_precision_and_images_that_are_not_square():
+  model, variables, _ = family("repvgg")
+  proto = repjax.deploy.to_onnx(model, variables, image_size=(64, 96), dtype="float16")
+  assert shapes(proto.graph.input) == {"images": ["batch", 3, 64, 96]}
+  check(proto)
+  kinds = {row.data_type for row in proto.graph.initializer}
+  images = noise(2, 96)[:, :64].astype(np.float16)
+  got = results(proto, images)["logits"]
+  assert got.dtype == np.float32
+  assert relative_error(got, jax.jit(model.apply)(variables, images.astype(np.float32))) <= 1e-2
+  assert len(kinds) == 1
+
+
+@needs_onnx
+def test_the_script_writes_a_folder_and_compares(run_script, small_folder, small, tmp_path):
+  printed = run_script(
+    "export",
+    "--workdir",
+    small_folder,
+    "--to",
+    tmp_path / "out",
+    "--format",
+    "onnx",
+    "--normalized",
+  )
+  first, second, last = printed.splitlines()
+  assert first == (
+    "repvgg_a0, float32, ONNX opset 17: float32 (N, 3, 16, 16) -> logits float32 (N, 10)"
+  )
+  assert second.startswith("well-formed; ONNX Runtime ")
+  assert second.endswith(" at batch sizes 1 and 3")
+  assert last == f"saved: {tmp_path / 'out'}"
+  facts = json.loads((tmp_path / "out" / "export.json").read_text())
+  assert (facts["format"], facts["opset"]) == ("onnx", 17)
+  assert 0 < facts["checked"]["relative_error"] <= 1e-5
+  assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    "export.json",
+    "model.json",
+    "model.onnx",
+    "params",
+  }
+  onnx: Any = importlib.import_module("onnx")
+  proto = onnx.load(tmp_path / "out" / "model.onnx")
+  agrees(proto, functools.partial(jax.jit(small[0].apply), small[1]), 16)
+  with pytest.raises(InputError, match="holds an ONNX file, which ONNX Runtime"):
+    repjax.deploy.load_exported(tmp_path / "out")
+
+
+@needs_onnx
+def test_a_file_that_differs_or_could_not_be_compared_says_so(
+  run_script, small_folder, tmp_path, monkeypatch
+):
+  export = importlib.import_module("repjax.deploy.export")
+  for found, said in (
+    ({}, "not compared with JAX, since onnxruntime is not installed"),
+    ({"onnxruntime": "1", "batch_sizes": [1], "relative_error": 0.1}, "MORE THAN 1e-05"),
+  ):
+    monkeypatch.setattr(export, "checked", lambda *arguments, found=found: found)
+    target = tmp_path / str(len(found))
+    assert said in run_script(
+      "export", "--workdir", small_folder, "--to", target, "--format", "onnx"
+    )
+
+
+class Sorted(nn.Module):
+  """What ONNX has another operator for, in a scope."""
+
+  deploy: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    return jnp.sort(nn.Dense(2, name="rows")(x.mean((1, 2))))
+
+
+@needs_onnx
+def test_what_there_is_no_operator_for_is_named_with_its_place_and_the_way_out():
+  model = Sorted()
+  variables = randomise(init_shapes(model, noise(1, 8)))
+  with pytest.raises(InputError, match=r"primitive 'sort'.* in the scope Sorted.*; it has: abs,.*"):
+    repjax.deploy.to_onnx(model, variables, image_size=8)
+  with pytest.raises(InputError, match="stablehlo"):
+    repjax.deploy.to_onnx(model, variables, image_size=8)
+
+
+def transposed(x):
+  return jax.lax.conv_transpose(x, KERNEL, (2, 2), "SAME", dimension_numbers=NHWC)
+
+
+REFUSED = {
+  "of any size: .*shapes only in ways": lambda x: x * float(x.shape[0]),
+  "transposed one, nn.ConvTranspose.*conv_general_dilated": transposed,
+  "'dim_as_value'|'psum'": lambda x: x - x.mean(0),
+  "repeat for each image": lambda x: jnp.concatenate([x, jnp.ones((x.shape[0], 1, 8, 3))], 1),
+  "two axes as long as the batch": lambda x: (x.mean((1, 2)) @ x.mean((1, 2)).T).reshape(-1) + 1,
+  "between numbers": lambda x: jax.lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 1), (0, 0, 0), (0, 0, 0))),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_is_refused(message):
+  function = REFUSED[message]
+  with pytest.raises(InputError, match=message):
+    graph, outputs, _ = program.translated(
+      lambda tree, x: function(x), {}, (8, 8), np.dtype(np.float32)
+    )
+    for value in outputs.values():
+      graph.arrange(value, (tuple(atom for axis in value.axes for atom in axis),))
+
+
+def test_bfloat16_and_unknown_formats_are_refused(small, tmp_path, monkeypatch):
+  monkeypatch.setattr("repjax.deploy.onnx.need_onnx", lambda: None)
+  with pytest.raises(InputError, match="in float32 or float16: few runtimes read bfloat16"):
+    repjax.deploy.to_onnx(*small, image_size=16, dtype=jnp.bfloat16)
+  with pytest.raises(InputError, match="unknown format 'onx'; did you mean onnx"):
+    repjax.deploy.export(*small, SPEC, tmp_path / "out", format="onx")
+
+
+@needs_onnx
+def test_more_than_a_file_holds_is_refused(small, monkeypatch):
+  monkeypatch.setattr("repjax.deploy.onnx.proto.LIMIT", 100)
+  with pytest.raises(InputError, match="GB of parameters, and an ONNX file holds 2 GB"):
+    repjax.deploy.to_onnx(*small, image_size=16)
+
+
+def test_without_onnx_the_way_out_is_said(small, run_script, small_folder, tmp_path, monkeypatch):
+  find_spec = importlib.util.find_spec
+  monkeypatch.setattr(
+    "importlib.util.find_spec",
+    lambda name, *rest: None if name == "onnx" else find_spec(name, *rest),
+  )
+  with pytest.raises(InputError, match=r"pip install 'repjax\[onnx\]'"):
+    repjax.deploy.to_onnx(*small, image_size=16)
+  with pytest.raises(SystemExit, match="^error: ONNX files need the package onnx"):
+    run_script("export", "--workdir", small_folder, "--to", tmp_path / "out", "--format", "onnx")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_inference_does_not_import_onnx():
+  program = "import sys, repjax.deploy.onnx.check; print('onnx' in sys.modules)"
+  command = [sys.executable, "-c", program]
+  assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "False\n"
