@@ -225,7 +225,7 @@ def _target(stored: Axes, before: Axes) -> np.ndarray:
   for place, axis in enumerate(stored):
     size, stays = extent(axis), before[place : place + 1] == (axis,)
     sizes.append(int(size) if isinstance(size, int | np.integer) else 0 if stays else -1)
-  if sum(size < 1 for size in sizes) > 1:
+  if sizes.count(-1) > 1:
     raise InputError(
       "this model has an array with two axes as long as the batch, such as products of all images "
       "with one another, which the ONNX graph here cannot reshape; export it as StableHLO"

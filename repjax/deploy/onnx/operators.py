@@ -148,6 +148,7 @@ OPERATORS: dict[str, Emitter] = {
   ),
   "erfc": _erfc,
   "expand_dims": shapes.reshape,
+  "gather": shapes.gather,
   "integer_pow": _power,
   "max": _max,
   "ne": _not_equal,

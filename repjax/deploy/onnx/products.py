@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from repjax.deploy.onnx.graph import Graph
-from repjax.deploy.onnx.values import Axes, Axis, Value, aligned, extent, flat, new_axes
+from repjax.deploy.onnx.values import Axes, Axis, Value, aligned, extent, flat, new_axes, renewed
 from repjax.errors import InputError
 
 SMALL = 2**20
@@ -77,7 +77,7 @@ def product(graph: Graph, x: Value, y: Value, numbers: Any) -> Value:
   """
   (contracted, other_contracted), (batched, other_batched) = numbers
   pairs = [*zip(contracted, other_contracted), *zip(batched, other_batched)]
-  x, y = _shared(graph, x, y, pairs)
+  x, y = _shared(graph, x, renewed(y), pairs)
   k, b = (flat(x.axes[axis] for axis in axes) for axes in (contracted, batched))
   free, other_free = (
     tuple(axis for place, axis in enumerate(value.axes) if place not in taken)

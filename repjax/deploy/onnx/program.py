@@ -12,7 +12,7 @@ from repjax.deploy.onnx.values import Value, known, new_axes
 from repjax.errors import InputError
 
 BATCH, IMAGES = "batch", "images"
-_BATCH_ERRORS = (jax.errors.ConcretizationTypeError, jax.errors.InconclusiveDimensionOperation)
+_BATCH_ERRORS = (TypeError, jax.errors.InconclusiveDimensionOperation)
 _CALLS = {
   "checkpoint",
   "closed_call",
@@ -53,6 +53,8 @@ def translated(
   try:
     program, results = jax.make_jaxpr(function, return_shape=True)(shapes, images)
   except _BATCH_ERRORS as error:
+    if isinstance(error, TypeError) and "_DimExpr" not in str(error):
+      raise
     first = str(error).partition("\n")[0]
     raise InputError(
       f"this model cannot be traced for batches of any size: {first} Let it ask for shapes only in "
@@ -97,7 +99,10 @@ def _results(graph: Graph, equation: Any, inputs: list[Value]) -> Sequence[Value
   if name in _CALLS:
     inner = next(value for value in equation.params.values() if _jaxpr(value) is not None)
     return _run(graph, _jaxpr(inner), getattr(inner, "consts", ()), inputs, graph.scope)
-  if name not in VIEWS and all(value.is_constant for value in inputs) and _is_static(equation):
+  if all(0 in variable.aval.shape for variable in equation.outvars):
+    return [_empty(variable.aval.shape) for variable in equation.outvars]
+  foldable = name not in (*VIEWS, "dim_as_value") and _is_static(equation)
+  if foldable and all(value.is_constant for value in inputs):
     return list(map(known, _folded(graph, equation, inputs)))
   if name not in OPERATORS:
     where = f"in the scope {graph.scope}" if graph.scope else "outside all scopes"
@@ -111,6 +116,12 @@ def _results(graph: Graph, equation: Any, inputs: list[Value]) -> Sequence[Value
   except InputError as error:
     raise InputError(f"{error} (the primitive {name!r} in the scope {graph.scope!r})") from None
   return result if isinstance(result, list) else [result]
+
+
+def _empty(shape: Sequence[Any]) -> Value:
+  """What has an axis of no length, such as what padding adds to an axis that is not padded."""
+  axes = new_axes(shape)
+  return Value(np.zeros(0), axes, tuple(axis for axis in axes if axis and axis[0].size == 0)[:1])
 
 
 def _jaxpr(value: Any) -> Any:

@@ -47,7 +47,10 @@ def concatenate(graph: Graph, equation: Any, *parts: Value) -> Value:
 
 
 def _joined(graph: Graph, axis: int, shape: Sequence[Any], parts: Sequence[Value]) -> Value:
-  """Values one behind the other along an axis."""
+  """Values one behind the other along an axis; those of no length are none."""
+  parts = [part for part in parts if part.shape[axis] != 0]
+  if len(parts) == 1:
+    return parts[0]
   rank = len(parts[0].axes)
   places = [(place,) * len(parts) for place in range(rank) if place != axis]
   found = values.aligned(parts, places) or values.aligned([*map(graph.plain, parts)], places)
@@ -75,6 +78,13 @@ def _resized(
   return Value(tensor, tuple(logical), tuple(stored))
 
 
+def _from_end(number: Any, size: Any) -> int:
+  """A place on an axis, counted from its end where that is the batch's."""
+  if isinstance(number, int):
+    return number
+  return int(number - size) or np.iinfo(np.int64).max
+
+
 def _cut(
   graph: Graph, x: Value, starts: Any, ends: Any, steps: Any, shape: tuple[Any, ...]
 ) -> Value:
@@ -82,10 +92,37 @@ def _cut(
   if not axes:
     return x
   x, places = graph.isolated(x, axes)
-  rows = ([row[axis] for axis in axes] for row in (starts, ends))
+  sizes = x.shape
+  rows = ([_from_end(row[axis], sizes[axis]) for axis in axes] for row in (starts, ends))
   numbers = [*rows, places, [steps[axis] for axis in axes]]
   tensor = graph.add("Slice", [x.tensor, *(np.array(row, np.int64) for row in numbers)])
   return _resized(x, tensor, axes, places, shape)
+
+
+def gather(graph: Graph, equation: Any, x: Value, indices: Value) -> Value:
+  """One part at known places, or several along one axis."""
+  numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+  mapped, gone = numbers.start_index_map, numbers.collapsed_slice_dims
+  places = graph.arrange(indices, indices.axes).array if indices.is_constant else None
+  if places is not None and places.ndim == 1:
+    starts = dict(zip(mapped, places.tolist()))
+    moving = [axis for axis, size in enumerate(sizes) if size != x.shape[axis]]
+    ends = {axis: starts[axis] + sizes[axis] for axis in moving}
+    x = _cut(graph, x, starts, ends, dict.fromkeys(moving, 1), sizes)
+    axes = tuple(axis for place, axis in enumerate(x.axes) if place not in gone)
+    return dataclasses.replace(x, axes=axes)
+  if places is None or places.ndim != 2 or mapped != gone or len(mapped) != 1:
+    raise InputError(
+      "indices that are computed, or that pick along several axes at once, have no place in the "
+      "ONNX graph here; index one axis after the other, x[:, ::2][:, :, ::2]"
+    )
+  x, (place,) = graph.isolated(x, mapped)
+  tensor = graph.add("Gather", [x.tensor, places[:, 0].astype(np.int64)], axis=place)
+  (new,) = new_axes(places.shape[:1])
+  axes = [axis for number, axis in enumerate(x.axes) if number not in gone]
+  (here,) = set(range(len(axes) + 1)) - set(numbers.offset_dims)
+  stored = (*x.stored[:place], new, *x.stored[place + 1 :])
+  return Value(tensor, (*axes[:here], new, *axes[here:]), stored)
 
 
 def cut_out(graph: Graph, equation: Any, x: Value) -> Value:

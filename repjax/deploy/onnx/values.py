@@ -108,6 +108,12 @@ def replaced(value: Value, parts: dict[Atom, Axis]) -> Value:
   return dataclasses.replace(value, axes=over(value.axes), stored=over(value.stored))
 
 
+def renewed(value: Value) -> Value:
+  """The value with atoms of its own, so that it can stand beside itself in one array."""
+  atoms = (*flat(value.axes), *flat(value.stored))
+  return replaced(value, {atom: (Atom(atom.size),) for atom in dict.fromkeys(atoms)})
+
+
 def transpose(value: Value, permutation: Sequence[int]) -> Value:
   """The logical axes in another order; the tensor stays."""
   return dataclasses.replace(value, axes=tuple(value.axes[axis] for axis in permutation))
