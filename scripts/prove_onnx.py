@@ -1,0 +1,114 @@
+"""Exports every model as ONNX with random parameters and compares the file's outputs with JAX's.
+
+    python scripts/prove_onnx.py
+    python scripts/prove_onnx.py --models repvgg_a0 parnet_s --image-size 224 --openvino
+
+Each file passes the ONNX checker with shape inference first. Relative errors are against JAX on the
+CPU in float32, the larger of those at batch sizes 1 and 3; the limit is 1e-5. Networks that do not
+depend on the image size see small images, since kernels are what can go wrong.
+"""
+
+import argparse
+import collections
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from subjects import openvino_alone
+
+import repjax
+from repjax.deploy.function import inference
+from repjax.deploy.onnx import of_function
+from repjax.deploy.onnx.check import TOLERANCES, checked
+from repjax.errors import InputError, one_paragraph
+from repjax.models import image_size_of
+
+SMALL = 64  # pixels, enough for a stride of 32
+
+
+def smallest(model: Any) -> int:
+  """The side in pixels of the images to take."""
+  tiled = hasattr(model, "tile") or hasattr(model, "tiles")
+  return image_size_of(model) if tiled else min(SMALL, image_size_of(model))
+
+
+def random_variables(model: Any, size: int) -> Any:
+  """Of a deploy form; scales and biases are random, as those of a trained network are."""
+  rng = np.random.default_rng(0)
+
+  def stir(path: Any, leaf: jax.Array) -> jax.Array:
+    if path[-1].key == "kernel":
+      return leaf
+    return leaf + jnp.asarray(rng.uniform(-0.3, 0.3, leaf.shape), leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(stir, repjax.init(model, jax.random.key(0), size))
+
+
+def openvino_error(content: bytes, wanted: np.ndarray, images: np.ndarray) -> float:
+  """Relative error of OpenVINO's logits."""
+  openvino = openvino_alone()
+  core = openvino.Core()
+  settings = {"INFERENCE_PRECISION_HINT": "f32"}
+  network = core.compile_model(core.read_model(content), "CPU", settings)
+  got = network(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))[0]
+  return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+
+
+def prove(name: str, image_size: int | None, openvino: bool) -> float:
+  """Prints a line about a model, and returns its largest error."""
+  start = time.perf_counter()
+  model = repjax.create_model(name, deploy=True)
+  size = image_size or smallest(model)
+  function, tree = inference(
+    model,
+    random_variables(model, size),
+    image_size=size,
+    dtype="float32",
+    preprocessing=None,
+    probabilities=False,
+  )
+  proto = of_function(function, tree, size, np.dtype(np.float32), False)
+  content = proto.SerializeToString()
+  found = checked(content, function, tree, size)
+  if not found:
+    raise InputError("this compares with ONNX Runtime: pip install onnxruntime")
+  error = found["relative_error"]
+  more = ""
+  if openvino:
+    images = np.random.default_rng(2).standard_normal((2, size, size, 3), np.float32)
+    wanted = np.asarray(jax.jit(functools.partial(function, tree))(images))
+    other = openvino_error(content, wanted, images)
+    error, more = max(error, other), f" {other:9.1e}"
+  kinds = collections.Counter(node.op_type for node in proto.graph.node)
+  operators = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+  print(
+    f"{name:<30}{size:>5} px{len(content) / 1e6:>8.1f} MB{found['relative_error']:>9.1e}{more}"
+    f"{time.perf_counter() - start:>7.1f} s  {operators}",
+    flush=True,
+  )
+  return error
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--models", nargs="+", default=repjax.models.list_models())
+  parser.add_argument("--image-size", type=int, help="pixels; default: small")
+  parser.add_argument("--openvino", action="store_true", help="compare OpenVINO's outputs too")
+  arguments = parser.parse_args()
+  with one_paragraph():
+    errors = {
+      name: prove(name, arguments.image_size, arguments.openvino) for name in arguments.models
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    print(f"{len(errors)} models, largest relative error {errors[worst]:.1e} ({worst})")
+    if errors[worst] > TOLERANCES["float32"]:
+      raise InputError(f"{worst} differs by more than {TOLERANCES['float32']:.0e}")
+
+
+if __name__ == "__main__":
+  main()
