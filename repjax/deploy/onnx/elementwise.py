@@ -19,7 +19,7 @@ def elementwise(graph: Graph, op: str, *values: Value) -> Value:
       "this model computes with numbers that repeat for each image of the batch, for which the "
       "ONNX graph here has no operator; make them without the batch, and add them by broadcasting"
     )
-  stored = _cut(common_layout(moving), unit)
+  stored = _cut(common_layout(unit), unit)
   return Value(graph.add(op, [_fitted(graph, v, stored) for v in unit]), moving[0].axes, stored)
 
 
@@ -52,13 +52,18 @@ def unified(graph: Graph, values: Sequence[Value]) -> list[Value]:
 
 
 def common_layout(values: Sequence[Value]) -> Axes:
-  """How the result of several values is stored: as the first full one, maps channels first."""
-  full = [value for value in values if value.is_full]
-  if not full:
-    return values[0].axes
-  first = (0, 3, 1, 2) if len(full[0].axes) == 4 else range(len(full[0].axes))
-  wanted = flat(full[0].axes[axis] for axis in first)
-  return next((v.stored for v in full if flat(v.stored) == wanted), full[0].stored)
+  """How the result of several values is stored: as a full one, channels first if there is such.
+
+  Without a full one it has the atoms of all.
+  """
+  full = [value for value in values if value.is_full and not value.is_constant]
+  axes = values[0].axes
+  order = (0, 3, 1, 2) if len(axes) == 4 else range(len(axes))
+  wanted = tuple(axes[axis] for axis in order)
+  if full:
+    return next((v.stored for v in full if flat(v.stored) == flat(wanted)), full[0].stored)
+  present = {atom for value in values for atom in flat(value.stored)}
+  return tuple(tuple(atom for atom in axis if atom in present) for axis in wanted)
 
 
 def _fitted(graph: Graph, value: Value, stored: Axes) -> str | np.ndarray:
