@@ -288,7 +288,9 @@ def test_the_network_in_pytorch_is_the_same(load, network, deploy):
   assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("subject", ["torch-eager", "onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+  "subject", ["torch-eager", "onnxruntime", "openvino", "repjax-onnxruntime", "repjax-openvino"]
+)
 def test_a_small_run_of_the_others(load, run, subject):
   for package in load("subjects").KINDS[subject].needs:
     pytest.importorskip(package)
