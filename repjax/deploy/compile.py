@@ -29,7 +29,7 @@ class CompiledModel:
     batch_sizes: that are compiled, ascending.
     image_size: (height, width) in pixels.
     input_dtype: of the images.
-    plans: batch size to `Plan`: how many devices it runs on, and what was measured.
+    plans: batch size to `Plan`: how it runs, and what was measured.
   """
 
   def __init__(
@@ -41,12 +41,13 @@ class CompiledModel:
     input_dtype: jax.typing.DTypeLike,
     batch_sizes: Iterable[int] = BATCH_SIZES,
     devices: Sequence[Any] | None = None,
+    tune: bool = False,
   ):
     """Compiles `function(tree, images)` for every batch size."""
     self.batch_sizes = _checked_batch_sizes(batch_sizes)
     self.image_size, self.input_dtype = image_size, np.dtype(input_dtype)
     self.plans, self._programs = {}, {}
-    placed = Placed(tree, devices)
+    placed = Placed(tree, devices, tune)
     with keep_every_program():
       for size in self.batch_sizes:
         batch = jax.ShapeDtypeStruct((size, *image_size, 3), self.input_dtype)
@@ -113,6 +114,7 @@ def compile(  # noqa: A001
   devices: Sequence[Any] | None = None,
   preprocessing: Preprocessing | None = None,
   probabilities: bool = False,
+  tune: bool = True,
 ) -> CompiledModel:
   """Compiles a model's deploy form ahead of time; from then on nothing is compiled.
 
@@ -131,6 +133,10 @@ def compile(  # noqa: A001
     preprocessing: of the model's ModelSpec, to take uint8 images; their normalization is compiled
       in. None: images are normalized and float32.
     probabilities: return a softmax of the logits.
+    tune: on a CPU, measure for each convolution which way to compute it is fastest, and for large
+      batches whether a few images after another are; see `CompiledModel.plans`. This takes some
+      seconds for every batch size, once: what was measured is kept on disk. Results then differ by
+      rounding, at most about ten times that of float32. False: XLA's own convolutions.
 
   Returns:
     A function of images (N, H, W, 3).
@@ -162,6 +168,7 @@ def compile(  # noqa: A001
     input_dtype=np.float32 if preprocessing is None else np.uint8,
     batch_sizes=batch_sizes,
     devices=devices,
+    tune=tune,
   )
 
 

@@ -2,39 +2,60 @@
 
 A batch that runs on D devices is padded to a multiple of D. Whether that or one device is faster is
 measured when a batch size is compiled, also where nothing has to be padded: passing work around can
-cost more than it saves.
+cost more than it saves. So is whether a CPU computes a large batch at once or PIECE images after
+another, whose maps stay in its caches.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from repjax.deploy import rewrite, tuning
+from repjax.deploy.rewrite import Function
+from repjax.deploy.xla import compiled
 from repjax.errors import InputError
 
+PIECE = 4
 _AXIS = "batch"
 _ROUNDS = 3
+
+
+class Way(NamedTuple):
+  """How a batch may run.
+
+  Attributes:
+    devices: how many take part.
+    piece: images that a device computes at once; one piece follows another in the same program.
+  """
+
+  devices: int
+  piece: int
 
 
 class Plan(NamedTuple):
   """How batches of one size run.
 
   Attributes:
-    devices: how many take part.
-    images: how many run: the batch size, rounded up to a multiple of `devices`.
-    seconds: of a batch, from images on the host to results on the host, by number of devices;
-      empty where there was nothing to choose.
+    devices: as in `Way`, like `piece`.
+    images: how many run: the batch size, rounded up to a multiple of `devices` and `piece`.
+    seconds: of a batch, from images on the host to results on the host, by what was tried; empty
+      where there was nothing to choose.
     compile_seconds: for all that was tried; little where the programs were on the disk.
+    convolutions: how each is computed that is not left to XLA, by its scope's path, see
+      `repjax.deploy.convolutions`.
   """
 
   devices: int
+  piece: int
   images: int
-  seconds: Mapping[int, float]
+  seconds: Mapping[Way, float]
   compile_seconds: float
+  convolutions: Mapping[str, str]
 
 
 class Program:
@@ -42,9 +63,9 @@ class Program:
 
   def __init__(
     self,
-    function: Callable[[Any, jax.Array], Any],
+    function: Function,
     placed: "Placed",
-    count: int,
+    way: Way,
     batch: jax.ShapeDtypeStruct,
   ):
     """Compiles.
@@ -52,20 +73,25 @@ class Program:
     Args:
       function: of the tree that was placed, and of images.
       placed: the tree on devices.
-      count: devices to run on: 1 or all.
+      way: that the batch runs, on 1 device or on all.
       batch: shape (N, H, W, 3) and dtype of the images.
     """
-    self.devices, self.images = count, batch.shape[0] + -batch.shape[0] % count
+    count, piece = self.way = way
+    self.images = batch.shape[0] + -batch.shape[0] % (count * piece)
+    # What is fastest for PIECE images is so for more, and measured sooner.
+    at_once = jax.ShapeDtypeStruct((min(piece, PIECE), *batch.shape[1:]), batch.dtype)
+    function, tree, self.convolutions = placed.tuned(function, at_once)
+    function = _in_pieces(function, piece)
     if count == 1:
-      self._tree, self._sharding = placed.on_one, placed.one
+      self._tree, self._sharding = placed.on_one(tree), placed.one
       self._shape = (self.images, *batch.shape[1:])
       mapped = jax.jit(function)
     else:
-      self._tree, self._sharding = placed.on_all, placed.split
+      self._tree, self._sharding = tree, placed.split
       self._shape = (count, self.images // count, *batch.shape[1:])
       mapped = jax.pmap(function, _AXIS, in_axes=(None, 0), devices=placed.devices)
     shape = jax.ShapeDtypeStruct(self._shape, batch.dtype, sharding=self._sharding)
-    self._compiled = mapped.lower(self._tree, shape).compile()
+    self._compiled = compiled(mapped.lower(self._tree, shape), placed.devices[0])
 
   def start(self, images: Any) -> Any:
     """Starts to compute what `finish` takes, of at most as many images as this is made for."""
@@ -82,7 +108,7 @@ class Program:
     return jax.tree.map(lambda rows: self._joined(np.asarray(rows))[:count], results)
 
   def _joined(self, rows: np.ndarray) -> np.ndarray:
-    return rows if self.devices == 1 else rows.reshape(-1, *rows.shape[2:])
+    return rows if self.way.devices == 1 else rows.reshape(-1, *rows.shape[2:])
 
 
 class Placed:
@@ -90,11 +116,11 @@ class Placed:
 
   Attributes:
     devices: of this process.
-    on_one: the tree on the first device.
-    on_all: the tree on all of them.
+    tree: on all of them.
+    tune: whether to choose how convolutions are computed.
   """
 
-  def __init__(self, tree: Any, devices: Sequence[Any] | None = None):
+  def __init__(self, tree: Any, devices: Sequence[Any] | None = None, tune: bool = False):
     """Copies the tree.
 
     Raises:
@@ -105,33 +131,73 @@ class Placed:
     mesh = Mesh(np.array(self.devices), (_AXIS,))
     self.one = SingleDeviceSharding(self.devices[0])
     self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
-    self.on_all = jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-    self.on_one = jax.tree.map(lambda leaf: leaf.addressable_data(0), self.on_all)
+    self._all = NamedSharding(mesh, PartitionSpec())
+    self.tree, self.tune = jax.device_put(tree, self._all), tune
+    self._kernels: dict[tuple[rewrite.Path, str], jax.Array] = {}
 
-  def program(
-    self, function: Callable[[Any, jax.Array], Any], batch: jax.ShapeDtypeStruct
-  ) -> tuple[Program, Plan]:
-    """The function for one batch size on one device or on all, whichever is faster."""
+  def on_one(self, tree: Any) -> Any:
+    """What is on all devices, on the first."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+  def program(self, function: Function, batch: jax.ShapeDtypeStruct) -> tuple[Program, Plan]:
+    """The function for one batch size in the way that is fastest."""
     start = time.perf_counter()
-    # One image on one device of several takes as long as it takes there, and a little more.
-    counts = (1, len(self.devices)) if len(self.devices) > 1 and batch.shape[0] > 1 else (1,)
-    programs = [Program(function, self, count, batch) for count in counts]
+    programs = [Program(function, self, way, batch) for way in self._ways(batch.shape[0])]
     compile_seconds = time.perf_counter() - start
     seconds = measure(programs, batch) if len(programs) > 1 else {}
-    fastest = min(programs, key=lambda program: seconds.get(program.devices, 0))
-    return fastest, Plan(fastest.devices, fastest.images, seconds, compile_seconds)
+    fastest = min(programs, key=lambda program: seconds.get(program.way, 0))
+    names = {"/".join(path): name for path, name in fastest.convolutions.items()}
+    return fastest, Plan(*fastest.way, fastest.images, seconds, compile_seconds, names)
+
+  def tuned(
+    self, function: Function, images: jax.ShapeDtypeStruct
+  ) -> tuple[Function, Any, Mapping[rewrite.Path, str]]:
+    """The function with its convolutions computed as is fastest, its tree, and what was chosen."""
+    if not self.tune:
+      return function, self.tree, {}
+    found = rewrite.convolutions_in(function, self.tree, images)
+    names = tuning.fastest(found.values(), self.devices[0])
+    choices = {path: names[one] for path, one in found.items() if names[one] != "direct"}
+    for path, name in choices.items():
+      if (path, name) not in self._kernels:  # those of other batch sizes may be the same
+        kernel = rewrite.prepared(rewrite.kernel_of(self.tree, path), name, found[path])
+        self._kernels[path, name] = jax.device_put(kernel, self._all)
+    kernels = {path: self._kernels[path, name] for path, name in choices.items()}
+    tree = rewrite.with_kernels(self.tree, kernels)
+    return rewrite.computed_by(function, choices, found), tree, choices
+
+  def _ways(self, size: int) -> list[Way]:
+    # One image on one device of several takes as long as it takes there, and a little more.
+    counts = {1, len(self.devices)} if size > 1 else {1}
+    ways = [Way(count, -(-size // count)) for count in sorted(counts)]
+    if self.tune and self.devices[0].platform == "cpu":
+      ways += [Way(count, PIECE) for count, piece in ways if piece > PIECE]
+    return ways
 
 
-def measure(programs: Sequence[Program], batch: jax.ShapeDtypeStruct) -> dict[int, float]:
-  """Median seconds of a batch by number of devices, over rounds in which each runs once."""
+def _in_pieces(function: Function, piece: int) -> Function:
+  """The same function of more images, `piece` of them after another."""
+
+  def inference(tree: Any, images: jax.Array) -> Any:
+    if len(images) == piece:
+      return function(tree, images)
+    pieces = images.reshape(-1, piece, *images.shape[1:])
+    results = jax.lax.map(lambda images: function(tree, images), pieces)
+    return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), results)
+
+  return inference
+
+
+def measure(programs: Sequence[Program], batch: jax.ShapeDtypeStruct) -> dict[Way, float]:
+  """Median seconds of a batch in each way, over rounds in which each runs once."""
   noise = np.random.default_rng(0).integers(0, 256, batch.shape).astype(batch.dtype)
-  times = {program.devices: [] for program in programs}
+  times = {program.way: [] for program in programs}
   for _ in range(1 + _ROUNDS):
     for program in programs:
       start = time.perf_counter()
       program.finish(program.start(noise), len(noise))
-      times[program.devices].append(time.perf_counter() - start)
-  return {count: statistics.median(row[1:]) for count, row in times.items()}
+      times[program.way].append(time.perf_counter() - start)
+  return {way: statistics.median(row[1:]) for way, row in times.items()}
 
 
 def _check(devices: Sequence[Any]) -> None:
