@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from repjax.deploy import rewrite, tuning
 from repjax.deploy.rewrite import Function
-from repjax.deploy.xla import compiled
+from repjax.deploy.xla import compiled, planned_bytes
 from repjax.errors import InputError
 
 PIECE = 4
@@ -46,6 +46,7 @@ class Plan(NamedTuple):
     seconds: of a batch, from images on the host to results on the host, by what was tried; empty
       where there was nothing to choose.
     compile_seconds: for all that was tried; little where the programs were on the disk.
+    memory: bytes that XLA plans for a device, with the parameters; None where it does not say.
     convolutions: how each is computed that is not left to XLA, by its scope's path, see
       `repjax.deploy.convolutions`.
   """
@@ -55,6 +56,7 @@ class Plan(NamedTuple):
   images: int
   seconds: Mapping[Way, float]
   compile_seconds: float
+  memory: int | None
   convolutions: Mapping[str, str]
 
 
@@ -92,6 +94,7 @@ class Program:
       mapped = jax.pmap(function, _AXIS, in_axes=(None, 0), devices=placed.devices)
     shape = jax.ShapeDtypeStruct(self._shape, batch.dtype, sharding=self._sharding)
     self._compiled = compiled(mapped.lower(self._tree, shape), placed.devices[0])
+    self.memory = planned_bytes(self._compiled)
 
   def start(self, images: Any) -> Any:
     """Starts to compute what `finish` takes, of at most as many images as this is made for."""
@@ -147,7 +150,9 @@ class Placed:
     seconds = measure(programs, batch) if len(programs) > 1 else {}
     fastest = min(programs, key=lambda program: seconds.get(program.way, 0))
     names = {"/".join(path): name for path, name in fastest.convolutions.items()}
-    return fastest, Plan(*fastest.way, fastest.images, seconds, compile_seconds, names)
+    return fastest, Plan(
+      *fastest.way, fastest.images, seconds, compile_seconds, fastest.memory, names
+    )
 
   def tuned(
     self, function: Function, images: jax.ShapeDtypeStruct

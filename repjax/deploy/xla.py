@@ -23,3 +23,12 @@ def compiled(lowered: Any, device: Any) -> Any:
     if not any(name in str(error) for name in CPU_OPTIONS):
       raise
     return lowered.compile()
+
+
+def planned_bytes(executable: Any) -> int | None:
+  """What XLA plans for a compiled program: arguments, results and what lies in between."""
+  plan = executable.memory_analysis()
+  if plan is None:
+    return None
+  total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+  return total - plan.alias_size_in_bytes
