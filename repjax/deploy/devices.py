@@ -1,4 +1,4 @@
-"""How devices are used in inference: one of them, or all by `jax.pmap`. Nothing else here knows.
+"""How devices are used in inference: one of them, or all by `jax.pmap`; see also `streams`.
 
 A batch that runs on D devices is padded to a multiple of D. Whether that or one device is faster is
 measured when a batch size is compiled, also where nothing has to be padded: passing work around can
@@ -69,10 +69,7 @@ class Program:
 
   def start(self, images: Any) -> Any:
     """Starts to compute what `finish` takes, of at most as many images as this is made for."""
-    if len(images) != self.images:
-      padded = np.zeros((self.images, *images.shape[1:]), images.dtype)
-      padded[: len(images)] = images
-      images = padded
+    images = padded(images, self.images)
     if images.shape != self._shape:
       images = np.asarray(images).reshape(self._shape)  # (D, N / D, H, W, 3)
     return self._compiled(self._tree, jax.device_put(images, self._sharding))
@@ -101,7 +98,7 @@ class Placed:
       InputError: no devices, one of them twice, of several kinds, or of another process.
     """
     self.devices = tuple(jax.local_devices() if devices is None else devices)
-    _check(self.devices)
+    check(self.devices)
     mesh = Mesh(np.array(self.devices), (_AXIS,))
     self.one = SingleDeviceSharding(self.devices[0])
     self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
@@ -134,7 +131,17 @@ def measure(programs: Sequence[Program], batch: jax.ShapeDtypeStruct) -> dict[in
   return {count: statistics.median(row[1:]) for count, row in times.items()}
 
 
-def _check(devices: Sequence[Any]) -> None:
+def padded(images: Any, count: int) -> Any:
+  """Images followed by as many of zeros as make `count` of them."""
+  if len(images) == count:
+    return images
+  result = np.zeros((count, *images.shape[1:]), images.dtype)
+  result[: len(images)] = images
+  return result
+
+
+def check(devices: Sequence[Any]) -> None:
+  """Raises InputError: no devices, one of them twice, of several kinds, or of another process."""
   kinds = {device.platform for device in devices}
   own = set(jax.local_devices(backend=devices[0].platform)) if devices else set()
   if len(kinds) != 1 or len(set(devices)) != len(devices) or not own.issuperset(devices):
