@@ -72,7 +72,7 @@ def measure(
 
 
 def _subject(way: str, build: Callable[[], Any], built: dict[str, Any]) -> timing.Subject:
-  """What takes images from the host and returns logits there, so that nothing is left to wait for."""
+  """What takes images from the host and returns logits there: nothing is left to wait for."""
 
   def start(images: np.ndarray) -> timing.Running:
     del images

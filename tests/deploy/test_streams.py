@@ -178,9 +178,9 @@ def test_a_network_of_ones_own_in_two_streams_runs_in_two_groups_on_four_devices
   model, images = TwoStreams(), noise(5)
   variables = random_variables(model, images)
   compiled = repjax.deploy.compile(
-    model, variables, image_size=SIZE, batch_sizes=(1, 3), parallel="streams"
+    model, variables, image_size=SIZE, batch_sizes=(1, 2, 3), parallel="streams"
   )
-  assert [plan[:2] for plan in compiled.plans.values()] == [(4, 2), (4, 4)]
+  assert [plan[:2] for plan in compiled.plans.values()] == [(4, 2), (4, 2), (4, 4)]
   for given in (images, jnp.asarray(images), images[:1], jnp.asarray(images[:3])):
     expected, found = model.apply(variables, given), compiled(given)
     assert found.keys() == expected.keys()
@@ -204,7 +204,7 @@ def test_parameters_and_what_is_moved_have_the_dtype():
 def test_nothing_is_compiled_in_a_call(devices):
   model = TwoStreams()
   variables = random_variables(model, noise(1))
-  streams = in_streams(model, variables, devices=jax.devices()[:devices])
+  streams = in_streams(model, variables, batch_sizes=(2, 3), devices=jax.devices()[:devices])
   images = noise(4)
   on_device = [jnp.asarray(images[:count]) for count in (1, 2, 3, 4)]
   compiles = []
