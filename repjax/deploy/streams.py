@@ -126,7 +126,7 @@ class StreamsProgram:
     groups = len(placed.groups)
     self.devices, self.images = placed.groups.size, batch.shape[0] + -batch.shape[0] % groups
     self.batch = jax.ShapeDtypeStruct((self.images, *batch.shape[1:]), batch.dtype)
-    self._outputs = placed.outputs
+    self._outputs, self._splits = placed.outputs, groups > 1
     self.pieces: list[Running] = []
     maps = {"images": self.batch}
     for piece, sharding, tree in placed.pieces:
@@ -140,7 +140,7 @@ class StreamsProgram:
 
   def start(self, images: Any) -> Any:
     """Starts to compute what `finish` takes, of at most as many images as this is made for."""
-    if self.devices > len({running.piece.stream for running in self.pieces}):
+    if self._splits:
       images = np.asarray(images)  # splitting on a device would compile
     maps = {"images": padded(images, self.images)}
     for running in self.pieces:
