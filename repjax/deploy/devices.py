@@ -1,4 +1,4 @@
-"""How devices are used in inference: one of them, or all by `jax.pmap`. Nothing else here knows.
+"""How devices are used in inference: one of them, or all by `jax.pmap`; see also `streams`.
 
 A batch that runs on D devices is padded to a multiple of D. Whether that or one device is faster is
 measured when a batch size is compiled, also where nothing has to be padded: passing work around can
@@ -6,6 +6,7 @@ cost more than it saves. So is whether a CPU computes a large batch at once or P
 another, whose maps stay in its caches.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from repjax.deploy import rewrite, tuning
 from repjax.deploy.rewrite import Function
+from repjax.deploy.tuning import PIECE, Tuner
 from repjax.deploy.xla import compiled, planned_bytes
 from repjax.errors import InputError
 
-PIECE = 4
 _AXIS = "batch"
 _ROUNDS = 3
 
@@ -80,9 +80,10 @@ class Program:
     """
     count, piece = self.way = way
     self.images = batch.shape[0] + -batch.shape[0] % (count * piece)
-    # What is fastest for PIECE images is so for more, and measured sooner.
-    at_once = jax.ShapeDtypeStruct((min(piece, PIECE), *batch.shape[1:]), batch.dtype)
-    function, tree, self.convolutions = placed.tuned(function, at_once)
+    tree, self.convolutions = placed.tree, {}
+    if placed.tuner is not None:
+      at_once = jax.ShapeDtypeStruct((piece, *batch.shape[1:]), batch.dtype)
+      function, tree, self.convolutions = placed.tuner(function, at_once)
     function = _in_pieces(function, piece)
     if count == 1:
       self._tree, self._sharding = placed.on_one(tree), placed.one
@@ -98,10 +99,7 @@ class Program:
 
   def start(self, images: Any) -> Any:
     """Starts to compute what `finish` takes, of at most as many images as this is made for."""
-    if len(images) != self.images:
-      padded = np.zeros((self.images, *images.shape[1:]), images.dtype)
-      padded[: len(images)] = images
-      images = padded
+    images = padded(images, self.images)
     if images.shape != self._shape:
       images = np.asarray(images).reshape(self._shape)  # (D, N / D, H, W, 3)
     return self._compiled(self._tree, jax.device_put(images, self._sharding))
@@ -120,7 +118,7 @@ class Placed:
   Attributes:
     devices: of this process.
     tree: on all of them.
-    tune: whether to choose how convolutions are computed.
+    tuner: chooses how convolutions are computed; None leaves them to XLA.
   """
 
   def __init__(self, tree: Any, devices: Sequence[Any] | None = None, tune: bool = False):
@@ -130,13 +128,13 @@ class Placed:
       InputError: no devices, one of them twice, of several kinds, or of another process.
     """
     self.devices = tuple(jax.local_devices() if devices is None else devices)
-    _check(self.devices)
+    check(self.devices)
     mesh = Mesh(np.array(self.devices), (_AXIS,))
     self.one = SingleDeviceSharding(self.devices[0])
     self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
-    self._all = NamedSharding(mesh, PartitionSpec())
-    self.tree, self.tune = jax.device_put(tree, self._all), tune
-    self._kernels: dict[tuple[rewrite.Path, str], jax.Array] = {}
+    whole = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
+    self.tree = whole(tree)
+    self.tuner = Tuner(self.tree, self.devices[0], whole) if tune else None
 
   def on_one(self, tree: Any) -> Any:
     """What is on all devices, on the first."""
@@ -149,33 +147,16 @@ class Placed:
     compile_seconds = time.perf_counter() - start
     seconds = measure(programs, batch) if len(programs) > 1 else {}
     fastest = min(programs, key=lambda program: seconds.get(program.way, 0))
-    names = {"/".join(path): name for path, name in fastest.convolutions.items()}
+    names = readable(fastest.convolutions)
     return fastest, Plan(
       *fastest.way, fastest.images, seconds, compile_seconds, fastest.memory, names
     )
-
-  def tuned(
-    self, function: Function, images: jax.ShapeDtypeStruct
-  ) -> tuple[Function, Any, Mapping[rewrite.Path, str]]:
-    """The function with its convolutions computed as is fastest, its tree, and what was chosen."""
-    if not self.tune:
-      return function, self.tree, {}
-    found = rewrite.convolutions_in(function, self.tree, images)
-    names = tuning.fastest(found.values(), self.devices[0])
-    choices = {path: names[one] for path, one in found.items() if names[one] != "direct"}
-    for path, name in choices.items():
-      if (path, name) not in self._kernels:  # those of other batch sizes may be the same
-        kernel = rewrite.prepared(rewrite.kernel_of(self.tree, path), name, found[path])
-        self._kernels[path, name] = jax.device_put(kernel, self._all)
-    kernels = {path: self._kernels[path, name] for path, name in choices.items()}
-    tree = rewrite.with_kernels(self.tree, kernels)
-    return rewrite.computed_by(function, choices, found), tree, choices
 
   def _ways(self, size: int) -> list[Way]:
     # One image on one device of several takes as long as it takes there, and a little more.
     counts = {1, len(self.devices)} if size > 1 else {1}
     ways = [Way(count, -(-size // count)) for count in sorted(counts)]
-    if self.tune and self.devices[0].platform == "cpu":
+    if self.tuner is not None and self.devices[0].platform == "cpu":
       ways += [Way(count, PIECE) for count, piece in ways if piece > PIECE]
     return ways
 
@@ -205,7 +186,22 @@ def measure(programs: Sequence[Program], batch: jax.ShapeDtypeStruct) -> dict[Wa
   return {way: statistics.median(row[1:]) for way, row in times.items()}
 
 
-def _check(devices: Sequence[Any]) -> None:
+def readable(choices: Mapping[tuple[str, ...], str]) -> dict[str, str]:
+  """The same by paths as strings."""
+  return {"/".join(path): name for path, name in choices.items()}
+
+
+def padded(images: Any, count: int) -> Any:
+  """Images followed by as many of zeros as make `count` of them."""
+  if len(images) == count:
+    return images
+  result = np.zeros((count, *images.shape[1:]), images.dtype)
+  result[: len(images)] = images
+  return result
+
+
+def check(devices: Sequence[Any]) -> None:
+  """Raises InputError: no devices, one of them twice, of several kinds, or of another process."""
   kinds = {device.platform for device in devices}
   own = set(jax.local_devices(backend=devices[0].platform)) if devices else set()
   if len(kinds) != 1 or len(set(devices)) != len(devices) or not own.issuperset(devices):

@@ -75,7 +75,7 @@ def export(
       raise unknown("platform", platform, PLATFORMS)
   _need_flatbuffers()
   size = spec.preprocessing.image_size
-  function, tree = inference(
+  function, tree, *_ = inference(
     model,
     variables,
     image_size=size,

@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from repjax.deploy.convolutions import ALGORITHMS, Convolution
 
-Function = Callable[[Any, jax.Array], Any]
+Function = Callable[[Any, Any], Any]
 Path = tuple[str, ...]
 
 

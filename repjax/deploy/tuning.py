@@ -10,9 +10,9 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path as File
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,74 @@ import numpy as np
 from repjax import disk
 from repjax.cache import cache_folder
 from repjax.deploy.convolutions import ALGORITHMS, Convolution, suitable
+from repjax.deploy.rewrite import (
+  Function,
+  Path,
+  computed_by,
+  convolutions_in,
+  kernel_of,
+  prepared,
+  with_kernels,
+)
 from repjax.deploy.xla import compiled
 from repjax.errors import InputError
 
+PIECE = 4
+"""Images for which is measured: what is fastest for these is so for more, and seen sooner."""
+
 _ROUNDS = 3
 _GAIN = 0.95  # of the time of `direct`, below which another algorithm is worth it
+
+
+class Tuned(NamedTuple):
+  """A function whose convolutions are computed in the fastest way.
+
+  Attributes:
+    function: of the tree and inputs.
+    tree: with the kernels that it takes.
+    choices: names of algorithms by path, where it is not "direct".
+  """
+
+  function: Function
+  tree: Any
+  choices: Mapping[Path, str]
+
+
+class Tuner:
+  """Makes functions of one tree `Tuned`; kernels that several take are made and placed once."""
+
+  def __init__(self, tree: Any, device: Any, place: Callable[[np.ndarray], jax.Array]):
+    """Measures nothing yet.
+
+    Args:
+      tree: of arrays on devices.
+      device: one like those, to measure on.
+      place: puts an array on all of them.
+    """
+    self._tree, self._device, self._place = tree, device, place
+    self._kernels: dict[tuple[Path, str], jax.Array] = {}
+
+  def __call__(self, function: Function, inputs: Any) -> Tuned:
+    """A function for one batch size.
+
+    Args:
+      function: of the tree and inputs.
+      inputs: their shapes, with the images first, and dtypes.
+    """
+    few = jax.tree.map(
+      lambda one: jax.ShapeDtypeStruct((min(one.shape[0], PIECE), *one.shape[1:]), one.dtype),
+      inputs,
+    )
+    found = convolutions_in(function, self._tree, few)
+    names = fastest(found.values(), self._device)
+    choices = {path: names[one] for path, one in found.items() if names[one] != "direct"}
+    for path, name in choices.items():
+      if (path, name) not in self._kernels:
+        kernel = prepared(kernel_of(self._tree, path), name, found[path])
+        self._kernels[path, name] = self._place(kernel)
+    kernels = {path: self._kernels[path, name] for path, name in choices.items()}
+    tree = with_kernels(self._tree, kernels)
+    return Tuned(computed_by(function, choices, found), tree, choices)
 
 
 def fastest(convolutions: Iterable[Convolution], device: Any) -> dict[Convolution, str]:
@@ -88,13 +151,13 @@ def _machine() -> str:
   """What speed depends on besides the convolution."""
   model = platform.processor() or platform.machine()
   with contextlib.suppress(OSError, StopIteration):
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = File("/proc/cpuinfo").read_text().splitlines()
     model = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
   cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   return f"{model}, {cpus} CPUs, {jax.device_count()} devices, jax {jax.__version__}"
 
 
-def _file() -> Path:
+def _file() -> File:
   return cache_folder() / "convolutions.json"
 
 

@@ -130,7 +130,7 @@ def test_parameters_are_cast_once_behind_the_folding(small, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_convolutions_and_products_are_computed_in_the_dtype(small, dtype):
-  function, tree = inference(
+  function, tree, *_ = inference(
     *small, image_size=16, dtype=dtype, preprocessing=PREPROCESSING, probabilities=False
   )
   text = jax.jit(function).lower(tree, noise(2, dtype=np.uint8)).as_text()

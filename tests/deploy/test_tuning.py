@@ -107,7 +107,7 @@ def test_a_tuned_program_computes_the_same(small, file, speeds, dtype, monkeypat
   names = tuned.plans[10].convolutions
   assert set(names.values()) == ({"matmul", "winograd4"} if dtype == "float32" else {"matmul"})
   assert plain.plans[10].convolutions == {}
-  assert tuned.plans[10][:3] == (1, devices.PIECE, 12)
+  assert tuned.plans[10][:3] == (1, tuning.PIECE, 12)
   images = np.random.default_rng(0).standard_normal((10, 16, 16, 3), np.float32)
   for count in (7, 10):
     tolerance = 1e-5 if dtype == "float32" else 5e-2
