@@ -10,7 +10,7 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
@@ -101,10 +101,21 @@ def fastest(convolutions: Iterable[Convolution], device: Any) -> dict[Convolutio
     return dict.fromkeys(wanted, "direct")
   known = _read().get(_machine(), {})
   names = {one: known.get(_key(one), "") for one in wanted}
-  new = {one: _measured(one, device) for one, name in names.items() if name not in suitable(one)}
-  if new:
-    _remember({_key(one): name for one, name in new.items()})
-  return names | new
+  new = [one for one, name in names.items() if name not in suitable(one)]
+  for one in _with_progress(new):
+    names[one] = _measured(one, device)
+    _remember(_key(one), names[one])  # at once: who interrupts need not begin again
+  return names
+
+
+def _with_progress(convolutions: Sequence[Convolution]) -> Iterable[Convolution]:
+  """The same with a bar on a terminal."""
+  if not convolutions:
+    return ()
+  import tqdm
+
+  title = "measuring which convolutions are fastest"
+  return tqdm.tqdm(convolutions, title, leave=False, disable=None)
 
 
 def seconds(wanted: Convolution, names: Iterable[str], device: Any) -> dict[str, list[float]]:
@@ -167,8 +178,8 @@ def _read() -> dict[str, dict[str, str]]:
   return {}
 
 
-def _remember(names: Mapping[str, str]) -> None:
+def _remember(key: str, name: str) -> None:
   held = _read()
-  held[_machine()] = {**held.get(_machine(), {}), **names}
+  held.setdefault(_machine(), {})[key] = name
   with contextlib.suppress(InputError, OSError):  # it is measured again
     disk.write_json(_file(), held)
