@@ -1,4 +1,4 @@
-"""The folder in which compiled programs are kept between runs."""
+"""The folder in which compiled programs and measurements are kept between runs."""
 
 import contextlib
 import os
@@ -9,12 +9,16 @@ from typing import Any
 import jax
 
 
+def cache_folder() -> Path:
+  """Where repjax keeps what it can make again, in the user's cache folder."""
+  return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "repjax"
+
+
 def use_compilation_cache() -> None:
   """Keeps compiled programs on disk between runs, unless the user has set a folder already."""
   held: Any = jax.config
   if held.jax_compilation_cache_dir is None:
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    jax.config.update("jax_compilation_cache_dir", str(home / "repjax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 
 @contextlib.contextmanager

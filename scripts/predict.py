@@ -23,6 +23,9 @@ from repjax.deploy.compile import BATCH_SIZES
 from repjax.deploy.function import DTYPES
 from repjax.errors import InputError, one_paragraph
 
+MANY = 1000
+"""Images from which measuring what is fastest pays."""
+
 
 def files_of(images: Sequence[Path]) -> list[Path]:
   """The image files that are meant, in order.
@@ -88,7 +91,12 @@ def main() -> None:
   with one_paragraph(), contextlib.ExitStack() as stack:
     files = files_of(arguments.images)
     size = arguments.batch_size or batch_size_of(len(files))
-    predictor = Predictor(arguments.workdir, dtype=arguments.dtype, batch_sizes=(size,))
+    predictor = Predictor(
+      arguments.workdir,
+      dtype=arguments.dtype,
+      batch_sizes=(size,),
+      tune=len(files) >= MANY,
+    )
     k = min(arguments.top, len(predictor.labels))
     writer = stack.enter_context(opened_csv(arguments.csv, k)) if arguments.csv else None
     skipped = write(predictor, files, k, writer)

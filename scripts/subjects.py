@@ -140,13 +140,21 @@ def train_form(task: Task) -> Subject:
   return _on_images(timing.program(task.create(dtype=dtype).apply, task.variables), dtype)
 
 
-def deploy_form(task: Task) -> Subject:
-  """The deploy form, its parameters cast once."""
-  dtype = DTYPES[task.dtype]
-  params = jax.tree.map(lambda x: x.astype(dtype), task.deployed)
-  # The line to swap for repjax.deploy.compile.
-  compiled = timing.program(task.create(deploy=True, dtype=dtype).apply, params)
-  return _on_images(compiled, dtype)
+def deploy_form(task: Task, tune: bool = True) -> Subject:
+  """The deploy form by `repjax.deploy.compile`; a call brings the logits to the host."""
+
+  def start(images: Any) -> Running:
+    compiled = repjax.deploy.compile(
+      task.create(deploy=True),
+      jax.tree.map(jnp.copy, task.deployed),
+      image_size=task.image_size,
+      dtype=task.dtype,
+      batch_sizes=(len(images),),
+      tune=tune,
+    )
+    return Running(compiled, lambda: compiled.plans[len(images)].memory)
+
+  return Subject(start)
 
 
 def _on_images(subject: Subject, dtype: Any) -> Subject:
@@ -236,6 +244,7 @@ def openvino_dtypes() -> list[str]:
 KINDS: dict[str, Kind] = {
   "repjax-train-form": Kind(train_form),
   "repjax-deploy": Kind(deploy_form),
+  "repjax-untuned": Kind(functools.partial(deploy_form, tune=False)),
   "torch-eager": Kind(in_torch, ("torch",)),
   "torch-compile": Kind(functools.partial(in_torch, compiled=True), ("torch",)),
   "onnxruntime": Kind(

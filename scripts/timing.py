@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repjax.deploy.xla import planned_bytes
 from repjax.errors import InputError
 
 
@@ -91,15 +92,6 @@ def program(function: Callable[[Any, Any], Any], held: Any) -> Subject:
     return Running(functools.partial(executable, own), lambda: planned_bytes(executable))
 
   return Subject(start)
-
-
-def planned_bytes(executable: Any) -> int | None:
-  """What XLA plans for a compiled program: arguments, outputs and what lies in between."""
-  plan = executable.memory_analysis()
-  if plan is None:
-    return None
-  total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
-  return total - plan.alias_size_in_bytes
 
 
 def race(

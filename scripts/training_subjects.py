@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import subjects
-import timing
 import twins
 from subjects import DTYPES, Kind
 from timing import Running, Subject
 
+from repjax.deploy.xla import planned_bytes
 from repjax.spec import Preprocessing
 from repjax.training import optimizer, parallel
 from repjax.training.step import create_state, make_train_step
@@ -78,7 +78,7 @@ def in_jax(task: TrainingTask) -> Subject:
       held, metrics = executable(held, batch)
       return metrics["loss"]
 
-    return Running(run, lambda: timing.planned_bytes(executable))
+    return Running(run, lambda: planned_bytes(executable))
 
   return Subject(start, lambda batch: next(iter(parallel.prefetch([batch]))))
 

@@ -34,7 +34,7 @@ def predict(run_script, small_folder):
 @pytest.fixture
 def best(small_folder):
   """The most probable labels of a file, by the package."""
-  predictor = repjax.deploy.Predictor(small_folder, batch_sizes=(1,))
+  predictor = repjax.deploy.Predictor(small_folder, batch_sizes=(1,), tune=False)
   return lambda path, k: predictor.top(path, k)[0]
 
 

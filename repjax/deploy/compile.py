@@ -12,10 +12,12 @@ from flax import linen as nn
 from repjax.cache import keep_every_program
 from repjax.deploy.devices import Placed
 from repjax.deploy.function import inference
-from repjax.errors import InputError
+from repjax.deploy.streams import PlacedStreams, check_streams
+from repjax.errors import InputError, unknown
 from repjax.spec import Preprocessing
 
 BATCH_SIZES = (1, 8, 32)
+PARALLEL = ("data", "streams")
 _IN_FLIGHT = 2  # batches, so that devices need not wait for the host
 
 
@@ -29,24 +31,25 @@ class CompiledModel:
     batch_sizes: that are compiled, ascending.
     image_size: (height, width) in pixels.
     input_dtype: of the images.
-    plans: batch size to `Plan`: how many devices it runs on, and what was measured.
+    plans: batch size to `Plan`: how it runs, and what was measured.
   """
 
   def __init__(
     self,
-    function: Callable[[Any, jax.Array], Any],
+    function: Callable[..., Any],
     tree: Any,
     *,
     image_size: tuple[int, int],
     input_dtype: jax.typing.DTypeLike,
     batch_sizes: Iterable[int] = BATCH_SIZES,
     devices: Sequence[Any] | None = None,
+    place: Callable[[Any, Sequence[Any] | None], Any] = Placed,
   ):
-    """Compiles `function(tree, images)` for every batch size."""
+    """Compiles `function(tree, images)`, or what `place` takes, for every batch size."""
     self.batch_sizes = _checked_batch_sizes(batch_sizes)
     self.image_size, self.input_dtype = image_size, np.dtype(input_dtype)
     self.plans, self._programs = {}, {}
-    placed = Placed(tree, devices)
+    placed = place(tree, devices)
     with keep_every_program():
       for size in self.batch_sizes:
         batch = jax.ShapeDtypeStruct((size, *image_size, 3), self.input_dtype)
@@ -113,12 +116,14 @@ def compile(  # noqa: A001
   devices: Sequence[Any] | None = None,
   preprocessing: Preprocessing | None = None,
   probabilities: bool = False,
+  tune: bool = True,
+  parallel: str = "data",
 ) -> CompiledModel:
   """Compiles a model's deploy form ahead of time; from then on nothing is compiled.
 
   Programs are kept on disk (`jax_compilation_cache_dir`, by default in the user's cache folder), so
-  that another process with the same model has them at once. Whether a batch runs on one device or
-  on all is measured here for each batch size, see `CompiledModel.plans`.
+  that another process with the same model has them at once. With `parallel="data"` whether a batch
+  runs on one device or on all is measured here for each batch size, see `CompiledModel.plans`.
 
   Args:
     model: in either form; a training form is re-parameterized first.
@@ -131,13 +136,21 @@ def compile(  # noqa: A001
     preprocessing: of the model's ModelSpec, to take uint8 images; their normalization is compiled
       in. None: images are normalized and float32.
     probabilities: return a softmax of the logits.
+    tune: on a CPU, measure for each convolution which way to compute it is fastest, and for large
+      batches whether a few images after another are; see `CompiledModel.plans`. This takes some
+      seconds for every batch size, once: what was measured is kept on disk. Results then differ by
+      rounding, at most about ten times that of float32. False: XLA's own convolutions.
+    parallel: "data": one device, or all with a part of the batch each. "streams", for ParNet: a
+      device for each stream; of k times as many devices each group has a part of the batch, which
+      is padded to a multiple of k. `critical_path` says what bounds it.
 
   Returns:
     A function of images (N, H, W, 3).
 
   Raises:
     InputError: a dtype, batch size or device that cannot be, variables that do not fit the model,
-      or a model without a deploy form.
+      or a model without a deploy form; with "streams" a model without them, or a number of devices
+      that is no multiple of theirs.
 
   Example:
     model, variables, spec = repjax.load("runs/a0")
@@ -146,8 +159,13 @@ def compile(  # noqa: A001
     )
     logits = logits_of(uint8_images)
   """
+  if parallel not in PARALLEL:
+    raise unknown("parallel", parallel, PARALLEL)
+  in_streams = parallel == "streams"
+  if in_streams:
+    check_streams(model, devices)
   with keep_every_program():
-    function, tree = inference(
+    found = inference(
       model,
       variables,
       image_size=image_size,
@@ -155,13 +173,15 @@ def compile(  # noqa: A001
       preprocessing=preprocessing,
       probabilities=probabilities,
     )
+  place = functools.partial(PlacedStreams, found.network) if in_streams else Placed
   return CompiledModel(
-    function,
-    tree,
+    found.run if in_streams else found.function,
+    found.tree,
     image_size=image_size if isinstance(image_size, tuple) else (image_size, image_size),
     input_dtype=np.float32 if preprocessing is None else np.uint8,
     batch_sizes=batch_sizes,
     devices=devices,
+    place=functools.partial(place, tune=tune),
   )
 
 

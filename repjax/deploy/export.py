@@ -88,7 +88,7 @@ def export(
       raise unknown("platform", platform, PLATFORMS)
   dtype = _written_dtype(format, dtype)
   size = spec.preprocessing.image_size
-  function, tree = inference(
+  function, tree, *_ = inference(
     model,
     variables,
     image_size=size,

@@ -1,7 +1,7 @@
 """What is compiled or exported: a model's deploy form with its variables, cast, as one function."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,23 @@ from repjax.spec import Preprocessing, shapes_of
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class Inference(NamedTuple):
+  """What is compiled or exported: pure functions of a tree, and the tree.
+
+  Attributes:
+    function: of the tree and images; returns float32.
+    tree: of the deploy form, cast.
+    run: of the tree, maps by scope and scopes, as `run` of a network in streams. It takes "images"
+      as `function` does, and what it returns of "head" is what `function` returns.
+    network: the deploy form.
+  """
+
+  function: Callable[[Any, jax.Array], Any]
+  tree: Any
+  run: Callable[[Any, dict[str, jax.Array], Sequence[str]], dict[str, jax.Array]]
+  network: Any
+
+
 def inference(
   model: nn.Module,
   variables: Mapping[str, Any],
@@ -23,11 +40,8 @@ def inference(
   dtype: jax.typing.DTypeLike,
   preprocessing: Preprocessing | None,
   probabilities: bool,
-) -> tuple[Callable[[Any, jax.Array], Any], Any]:
-  """What is compiled or exported: a pure function of a tree and images, and the tree.
-
-  Args and Raises: as in `compile`.
-  """
+) -> Inference:
+  """What is compiled or exported; Args and Raises as in `compile`."""
   dtype = checked_dtype(dtype)
   plain, tree = _deploy_form(model, variables, image_size)
   if hasattr(plain, "dtype"):
@@ -39,17 +53,27 @@ def inference(
     )
   if probabilities and getattr(model, "features_only", False):
     raise InputError("a model with features_only=True has no classifier, and so no probabilities")
-  # Rewrites of the deploy tree for speed would come here, between the folding and the cast.
   tree = jax.tree.map(lambda leaf: _cast(leaf, dtype), tree)
 
-  def function(tree: Any, images: jax.Array) -> Any:
+  def ready(images: jax.Array) -> jax.Array:
     if preprocessing is not None:
       images = preprocessing.normalize(images, dtype)
-    outputs = plain.apply(tree, images.astype(dtype))
+    return images.astype(dtype)
+
+  def finished(outputs: Any) -> Any:
     outputs = jax.tree.map(lambda rows: rows.astype(jnp.float32), outputs)
     return jax.nn.softmax(outputs) if probabilities else outputs
 
-  return function, tree
+  def function(tree: Any, images: jax.Array) -> Any:
+    return finished(plain.apply(tree, ready(images)))
+
+  def run(tree: Any, maps: dict[str, jax.Array], scopes: Sequence[str]) -> dict[str, jax.Array]:
+    if "images" in maps:
+      maps = maps | {"images": ready(maps["images"])}
+    made: Any = plain.apply(tree, maps, scopes, method="run")
+    return made | {"head": finished(made["head"])} if "head" in scopes else made
+
+  return Inference(function, tree, run, plain)
 
 
 def checked_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:

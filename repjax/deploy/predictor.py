@@ -42,6 +42,7 @@ class Predictor:
     dtype: jax.typing.DTypeLike = "float32",
     batch_sizes: Iterable[int] = BATCH_SIZES,
     devices: Sequence[Any] | None = None,
+    tune: bool = True,
   ):
     """Loads and compiles.
 
@@ -50,6 +51,7 @@ class Predictor:
       dtype: of the computation, as in `compile`.
       batch_sizes: to compile for, as in `compile`.
       devices: as in `compile`.
+      tune: as in `compile`.
 
     Raises:
       InputError: the folder holds no model, or as in `compile`.
@@ -65,6 +67,7 @@ class Predictor:
       devices=devices,
       preprocessing=self.spec.preprocessing,
       probabilities=True,
+      tune=tune,
     )
     names = self.spec.class_names or map(str, range(self.spec.num_classes))
     self.labels = tuple(names)

@@ -1,4 +1,4 @@
-"""What all layers of a network share, and strides that become dilation."""
+"""What all layers of a network share, streams side by side, and strides that become dilation."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Self
@@ -40,6 +40,21 @@ class Settings(NamedTuple):
       **self.of_layers(),
       name=f"RepConv_{name}",
     )
+
+
+class Part(NamedTuple):
+  """A top-level scope of a network in streams.
+
+  Such a network has `streams`, {scope: Part}; `outputs`, its result with scopes in the place of
+  their maps; and `run(maps, scopes)`, which adds to maps by scope what scopes make of them.
+
+  Attributes:
+    stream: that it belongs to, from 1.
+    reads: scopes, or "images", whose maps it takes.
+  """
+
+  stream: int
+  reads: tuple[str, ...]
 
 
 class Step(NamedTuple):

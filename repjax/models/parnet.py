@@ -27,7 +27,7 @@ References:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ from repjax.errors import InputError, unknown
 from repjax.layers import GlobalGate, RepConv, RepNorm, SkipSqueezeExcite, activation, linear
 from repjax.layers.rep_norm import refuse_training
 from repjax.models.checks import check_classifier, check_images, check_whole
-from repjax.models.common import Settings
+from repjax.models.common import Part, Settings
 
 GROUPS = 2  # of fusion, which reads two maps
 
@@ -150,8 +150,9 @@ class ParNet(nn.Module):
   if it has blocks, `downsample2`, `downsample3`; `stream1`, `stream2` and `stream3`, which read the
   outputs of `downsample1` (or `stem`), `downsample2` and `downsample3`; `fusion1` takes stream 1 to
   the size of stream 2, `fusion2` both of these to that of stream 3, `fusion3` all; `downsample4`,
-  `head`. Streams have `block0`, `block1`, ... Images of every size from the total stride up
-  are taken; the authors' training form takes multiples of it.
+  `head`. Streams have `block0`, `block1`, ... The table `streams` says so, and is what runs. Images
+  of every size from the total stride up are taken; the authors' training form takes multiples of
+  it.
 
   There is no code for CIFAR. The author says (issue 11 of the repository above): the first two
   down-sampling blocks become stream blocks, the last one a narrower 1x1 convolution, each stream
@@ -222,7 +223,35 @@ class ParNet(nn.Module):
     """How many times the last map is smaller than the image."""
     return math.prod(self.strides) * (8 if self.last_block == "downsample" else 4)
 
-  @nn.compact
+  @property
+  def streams(self) -> dict[str, Part]:
+    """The scopes, in an order in which they can run."""
+    stem = "stem" if self.stem_blocks else "downsample1"
+    parts = {
+      "downsample0": Part(1, ("images",)),
+      "downsample1": Part(1, ("downsample0",)),
+      "stem": Part(1, ("downsample1",)),
+      "downsample2": Part(2, (stem,)),
+      "downsample3": Part(3, ("downsample2",)),
+      "stream1": Part(1, (stem,)),
+      "stream2": Part(2, ("downsample2",)),
+      "stream3": Part(3, ("downsample3",)),
+      "fusion1": Part(1, ("stream1",)),
+      "fusion2": Part(2, ("stream2", "fusion1")),
+      "fusion3": Part(3, ("stream3", "fusion2")),
+      "downsample4": Part(3, ("fusion3",)),
+      "head": Part(3, ("downsample4",)),
+    }
+    left_out = ("stem",) * (not self.stem_blocks) + ("head",) * self.features_only
+    return {scope: part for scope, part in parts.items() if scope not in left_out}
+
+  @property
+  def outputs(self) -> Any:
+    """The result, with scopes in the place of their maps."""
+    if not self.features_only:
+      return "head"
+    return {"stage1": "stream1", "stage2": "stream2", "stage3": "fusion3", "stage4": "downsample4"}
+
   def __call__(self, images: jax.Array, train: bool = False) -> Any:
     """Classifies images.
 
@@ -241,43 +270,60 @@ class ParNet(nn.Module):
     """
     refuse_training(self.deploy, train)
     check_images("ParNet", images, self.total_stride())
-    settings, x = Settings.of(self), images.astype(self.dtype)
+    maps = self.run({"images": images.astype(self.dtype)}, self.streams, train)
+    return jax.tree.map(lambda scope: maps[scope], self.outputs)
 
-    def built(block: type[nn.Module], name: str, *maps: jax.Array, **attributes: Any) -> jax.Array:
-      """What a block in the scope `name` makes of one map or two."""
-      train_at = len(maps) + 1
-      block = nn.remat(block, static_argnums=(train_at,)) if self.remat else block
-      return block(settings=settings, name=name, **attributes)(*maps, train)
+  def run(
+    self, maps: Mapping[str, jax.Array], scopes: Iterable[str], train: bool = False
+  ) -> dict[str, jax.Array]:
+    """Runs some scopes of the network.
 
-    def stream(name: str, size: int, x: jax.Array) -> jax.Array:
-      return _Stream(size, settings, self.remat, name=name)(x, train)
+    Args:
+      maps: what they read, by scope; "images" in the network's dtype.
+      scopes: in the order of `streams`.
+      train: as in a call.
 
+    Returns:
+      The maps, with one more for each scope.
+    """
+    maps, parts = dict(maps), self.streams
+    for scope in scopes:
+      maps[scope] = self._part(scope, *(maps[name] for name in parts[scope].reads), train=train)
+    return maps
+
+  @nn.compact
+  def _part(self, scope: str, *maps: jax.Array, train: bool) -> jax.Array:
+    """What one scope makes of one map or two."""
+    settings, (one, two, three) = Settings.of(self), self.stage_sizes
+    sizes = {"stem": self.stem_blocks, "stream1": one, "stream2": two, "stream3": three}
+    if scope in sizes:
+      return _Stream(sizes[scope], settings, self.remat, name=scope)(maps[0], train)
+    if scope == "head":
+      x = nn.Dropout(self.dropout, deterministic=not train)(maps[0].mean((1, 2)))  # (N, C)
+      dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+      return linear(x, self.num_classes, name=scope, **dtypes)
+    block, attributes = self._block(scope, maps[0].shape[-1])
+    block = nn.remat(block, static_argnums=(len(maps) + 1,)) if self.remat else block
+    return block(settings=settings, name=scope, **attributes)(*maps, train)
+
+  def _block(self, scope: str, channels: int) -> tuple[type[nn.Module], dict[str, Any]]:
+    """The class and the attributes of a block that reads so many channels."""
     first, second, third, last = self.widths
-    stem = min(64, first) if self.strides[1] == 2 else first
-    for index, (features, strides) in enumerate(zip((stem, first), self.strides)):
-      if (features, strides) == (x.shape[-1], 1):
-        x = built(StreamBlock, f"downsample{index}", x)
-      else:
-        attributes = {"features": features, "strides": strides}
-        x = built(Downsample, f"downsample{index}", x, **attributes)
-    if self.stem_blocks:
-      x = stream("stem", self.stem_blocks, x)
-    smaller = built(Downsample, "downsample2", x, features=second)
-    smallest = built(Downsample, "downsample3", smaller, features=third)
-    one, two, three = (
-      stream(f"stream{number}", size, x)
-      for number, size, x in zip((1, 2, 3), self.stage_sizes, (x, smaller, smallest))
-    )
-    x = built(Downsample, "fusion1", one, features=second)
-    x = built(Fusion, "fusion2", two, x, features=third, strides=2)
-    fused = built(Fusion, "fusion3", three, x, features=third, strides=1)
-    x = built(LAST_BLOCKS[self.last_block], "downsample4", fused, features=last)
-    if self.features_only:
-      return {"stage1": one, "stage2": two, "stage3": fused, "stage4": x}
-    x = x.mean((1, 2))  # (N, C)
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    return linear(x, self.num_classes, name="head", **dtypes)
+    narrow = min(64, first) if self.strides[1] == 2 else first
+    leading = {"downsample0": (narrow, self.strides[0]), "downsample1": (first, self.strides[1])}
+    if scope in leading:
+      features, strides = leading[scope]
+      if (features, strides) == (channels, 1):
+        return StreamBlock, {}
+      return Downsample, {"features": features, "strides": strides}
+    return {
+      "downsample2": (Downsample, {"features": second}),
+      "downsample3": (Downsample, {"features": third}),
+      "fusion1": (Downsample, {"features": second}),
+      "fusion2": (Fusion, {"features": third, "strides": 2}),
+      "fusion3": (Fusion, {"features": third, "strides": 1}),
+      "downsample4": (LAST_BLOCKS[self.last_block], {"features": last}),
+    }[scope]
 
 
 _CIFAR = {

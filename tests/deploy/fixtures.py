@@ -45,7 +45,7 @@ def fastest(monkeypatch):
   def choose(count):
     def measured(programs, batch):
       del batch
-      return {program.devices: float(program.devices != count) for program in programs}
+      return {program.way: float(program.way.devices != count) for program in programs}
 
     monkeypatch.setattr(devices, "measure", measured)
 

@@ -1,5 +1,6 @@
 """Compiled inference computes what the model computes, for every number of images."""
 
+import functools
 import importlib
 import re
 import time
@@ -22,6 +23,7 @@ PREPROCESSING = Preprocessing(16, 16, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.
 pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
 
 ONE = jax.local_devices()[:1]
+compiled_plainly = functools.partial(repjax.deploy.compile, tune=False)
 TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
 
 
@@ -44,7 +46,7 @@ def deploy_form(model, variables):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_batches_of_every_size_give_the_models_logits(small, fastest, devices):
   fastest(devices)
-  compiled = repjax.deploy.compile(*small, image_size=16, batch_sizes=(6, 1, 3))
+  compiled = compiled_plainly(*small, image_size=16, batch_sizes=(6, 1, 3))
   images = noise(20)
   expected = logits_of(*small, images)
   assert compiled.batch_sizes == (1, 3, 6)
@@ -60,7 +62,7 @@ def test_batches_of_every_size_give_the_models_logits(small, fastest, devices):
 
 
 def test_nothing_is_compiled_in_a_call(small, monkeypatch):
-  compiled = repjax.deploy.compile(*small, image_size=16, batch_sizes=(2, 4))
+  compiled = compiled_plainly(*small, image_size=16, batch_sizes=(2, 4))
   images = noise(11)
   on_device = [jnp.asarray(images[:count]) for count in (1, 2, 3, 4, 11)]
   compiles = []
@@ -86,24 +88,24 @@ def test_the_faster_way_is_taken_and_can_be_read(monkeypatch, small):
   slow = {(4, 4), (1, 8)}  # (devices, images)
 
   def late(program, images):
-    if (program.devices, program.images) in slow:
+    if (program.way.devices, program.images) in slow:
       time.sleep(0.05)
     return start(program, images)
 
   monkeypatch.setattr(devices.Program, "start", late)
-  plans = repjax.deploy.compile(*small, image_size=16, batch_sizes=(1, 3, 8)).plans
+  plans = compiled_plainly(*small, image_size=16, batch_sizes=(1, 3, 8)).plans
   assert {size: plan.devices for size, plan in plans.items()} == {1: 1, 3: 1, 8: 4}
   assert {size: plan.images for size, plan in plans.items()} == {1: 1, 3: 3, 8: 8}
   assert plans[1].seconds == {}
-  assert plans[3].seconds[4] > 0.05 > plans[3].seconds[1] > 0
-  assert plans[8].seconds[1] > 0.05 > plans[8].seconds[4] > 0
+  assert plans[3].seconds[4, 1] > 0.05 > plans[3].seconds[1, 3] > 0
+  assert plans[8].seconds[1, 8] > 0.05 > plans[8].seconds[4, 2] > 0
   assert all(plan.compile_seconds > 0 for plan in plans.values())
 
 
 def test_devices_can_be_chosen(small):
   third = jax.devices()[2]
-  compiled = repjax.deploy.compile(*small, image_size=16, batch_sizes=3, devices=[third])
-  assert compiled.plans[3][:3] == (1, 3, {})
+  compiled = compiled_plainly(*small, image_size=16, batch_sizes=3, devices=[third])
+  assert compiled.plans[3][:4] == (1, 3, 3, {})
   assert all(leaf.devices() == {third} for leaf in jax.tree.leaves(compiled._programs[3]._tree))
   images = noise(3)
   assert_close(compiled(jax.device_put(images, jax.devices()[0])), logits_of(*small, images), 1e-5)
@@ -111,9 +113,7 @@ def test_devices_can_be_chosen(small):
 
 @pytest.mark.parametrize("dtype", ["float32", jnp.bfloat16, "float16"])
 def test_parameters_are_cast_once_behind_the_folding(small, dtype):
-  compiled = repjax.deploy.compile(
-    *small, image_size=16, dtype=dtype, batch_sizes=(4,), devices=ONE
-  )
+  compiled = compiled_plainly(*small, image_size=16, dtype=dtype, batch_sizes=(4,), devices=ONE)
   tree = compiled._programs[4]._tree
   assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(dtype)}
   folded = deploy_form(*small)[1]
@@ -130,7 +130,7 @@ def test_parameters_are_cast_once_behind_the_folding(small, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_convolutions_and_products_are_computed_in_the_dtype(small, dtype):
-  function, tree = inference(
+  function, tree, *_ = inference(
     *small, image_size=16, dtype=dtype, preprocessing=PREPROCESSING, probabilities=False
   )
   text = jax.jit(function).lower(tree, noise(2, dtype=np.uint8)).as_text()
@@ -144,11 +144,11 @@ def test_convolutions_and_products_are_computed_in_the_dtype(small, dtype):
 def test_both_forms_of_a_model_give_the_same(small):
   images = noise(4)
   of_train, of_deploy = (
-    repjax.deploy.compile(*form, image_size=16, batch_sizes=(4,), devices=ONE)(images)
+    compiled_plainly(*form, image_size=16, batch_sizes=(4,), devices=ONE)(images)
     for form in (small, deploy_form(*small))
   )
   np.testing.assert_array_equal(of_train, of_deploy)
-  mixed = repjax.deploy.compile(
+  mixed = compiled_plainly(
     small[0], deploy_form(*small)[1], image_size=16, batch_sizes=(4,), devices=ONE
   )
   np.testing.assert_array_equal(mixed(images), of_deploy)
@@ -170,7 +170,7 @@ def test_other_families_and_sizes(name, overrides, size):
   height, width = size if isinstance(size, tuple) else (size, size)
   images = np.random.default_rng(0).standard_normal((3, height, width, 3), np.float32)
   variables = random_variables(model, images)
-  compiled = repjax.deploy.compile(model, variables, image_size=size, batch_sizes=(4,), devices=ONE)
+  compiled = compiled_plainly(model, variables, image_size=size, batch_sizes=(4,), devices=ONE)
   assert compiled.image_size == (height, width)
   assert_close(compiled(images), logits_of(model, variables, images), 1e-5)
 
@@ -178,7 +178,7 @@ def test_other_families_and_sizes(name, overrides, size):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_normalization_and_softmax_are_compiled_in(small, dtype):
   images = noise(5, dtype=np.uint8)
-  compiled = repjax.deploy.compile(
+  compiled = compiled_plainly(
     *small,
     image_size=16,
     dtype=dtype,
@@ -198,7 +198,7 @@ def test_feature_maps_come_by_name_with_a_whole_classifiers_variables(small, fas
   model, variables = small
   images = noise(6)
   backbone = model.clone(features_only=True)
-  compiled = repjax.deploy.compile(backbone, variables, image_size=16, batch_sizes=(3,))
+  compiled = compiled_plainly(backbone, variables, image_size=16, batch_sizes=(3,))
   maps, expected = compiled(images), jax.jit(backbone.apply)(variables, images)
   assert maps.keys() == expected.keys()
   for name, each in maps.items():
@@ -221,21 +221,19 @@ def test_a_module_with_a_norm_of_its_own_is_compiled_in_its_deploy_form():
   variables = random_variables(Own(), images)
   params = repjax.reparameterize(*halves(variables), keep="norm")
   kept = {"params": params, "batch_stats": {"norm": variables["batch_stats"]["norm"]}}
-  compiled = repjax.deploy.compile(
-    Own(deploy=True), kept, image_size=16, batch_sizes=(2,), devices=ONE
-  )
+  compiled = compiled_plainly(Own(deploy=True), kept, image_size=16, batch_sizes=(2,), devices=ONE)
   assert_close(compiled(images), logits_of(Own(), variables, images), 1e-5)
   with pytest.raises(InputError, match="Own has no attribute `dtype`"):
-    repjax.deploy.compile(Own(deploy=True), kept, image_size=16, dtype="bfloat16")
+    compiled_plainly(Own(deploy=True), kept, image_size=16, dtype="bfloat16")
 
 
 def test_programs_are_kept_for_the_next_process_however_fast_they_compile(small, tmp_path):
   jax.config.update("jax_compilation_cache_dir", str(tmp_path))
   jax.experimental.compilation_cache.compilation_cache.reset_cache()
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1000.0)
-  repjax.deploy.compile(*small, image_size=16, batch_sizes=(2,), devices=jax.devices()[:1])
+  compiled_plainly(*small, image_size=16, batch_sizes=(2,), devices=jax.devices()[:1])
   kept = [path.name for path in tmp_path.iterdir()]
-  assert sum(name.startswith("jit_function") for name in kept) >= 1
+  assert sum(name.startswith("jit_inference") for name in kept) >= 1
 
 
 @pytest.mark.parametrize(
@@ -257,13 +255,13 @@ def test_settings_that_cannot_be_are_refused(small, changes, said):
   if changes.get("devices") == "twice":
     changes = {"devices": jax.devices()[:1] * 2}
   with pytest.raises(InputError, match=said):
-    repjax.deploy.compile(*small, **{"image_size": 16, "batch_sizes": (1,), **changes})
+    compiled_plainly(*small, **{"image_size": 16, "batch_sizes": (1,), **changes})
 
 
 def test_probabilities_need_a_classifier(small):
   model = small[0].clone(features_only=True)
   with pytest.raises(InputError, match="has no classifier"):
-    repjax.deploy.compile(model, small[1], image_size=16, probabilities=True)
+    compiled_plainly(model, small[1], image_size=16, probabilities=True)
 
 
 @pytest.mark.parametrize("case", ["bare", "no statistics", "classes", "other", "more", "strays"])
@@ -285,7 +283,7 @@ def test_variables_that_do_not_fit_are_refused(small, case):
     ),
   }[case]
   with pytest.raises(InputError, match=said):
-    repjax.deploy.compile(model, bad, image_size=16, batch_sizes=(1,))
+    compiled_plainly(model, bad, image_size=16, batch_sizes=(1,))
 
 
 @pytest.mark.parametrize(
@@ -304,14 +302,12 @@ def test_variables_that_do_not_fit_are_refused(small, case):
   ids=["rank", "size", "channels", "float64", "uint8", "list"],
 )
 def test_images_that_do_not_fit_are_refused(small, images, said):
-  compiled = repjax.deploy.compile(*small, image_size=16, batch_sizes=(1,))
+  compiled = compiled_plainly(*small, image_size=16, batch_sizes=(1,))
   with pytest.raises(InputError, match=said):
     compiled(images)
 
 
 def test_normalized_images_are_refused_where_normalization_is_compiled_in(small):
-  compiled = repjax.deploy.compile(
-    *small, image_size=16, batch_sizes=(1,), preprocessing=PREPROCESSING
-  )
+  compiled = compiled_plainly(*small, image_size=16, batch_sizes=(1,), preprocessing=PREPROCESSING)
   with pytest.raises(InputError, match="images are uint8 here, got float32; pass the pixels as"):
     compiled(noise(1))

@@ -21,7 +21,9 @@ pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
 
 @pytest.fixture(scope="module")
 def predictor(small_folder, quickly):
-  return repjax.deploy.Predictor(small_folder, batch_sizes=(2, 4), devices=jax.devices()[:1])
+  return repjax.deploy.Predictor(
+    small_folder, batch_sizes=(2, 4), devices=jax.devices()[:1], tune=False
+  )
 
 
 def picture(seed, height=40, width=30):
@@ -88,7 +90,9 @@ def test_top_gives_labels_from_the_most_probable_down(predictor):
 def test_a_model_without_names_gives_numbers(small_folder, tmp_path):
   folder = shutil.copytree(small_folder, tmp_path / "nameless")
   dataclasses.replace(SPEC, class_names=()).write(folder)
-  nameless = repjax.deploy.Predictor(folder, batch_sizes=(2,), devices=jax.devices()[:1])
+  nameless = repjax.deploy.Predictor(
+    folder, batch_sizes=(2,), devices=jax.devices()[:1], tune=False
+  )
   assert nameless.labels == tuple("0123456789")
 
 
@@ -122,7 +126,7 @@ def test_a_stream_reads_one_batch_ahead_and_no_more(predictor, files):
 
 def test_the_dtype_is_the_programs(small_folder, small):
   half = repjax.deploy.Predictor(
-    small_folder, dtype="bfloat16", batch_sizes=(2,), devices=jax.devices()[:1]
+    small_folder, dtype="bfloat16", batch_sizes=(2,), devices=jax.devices()[:1], tune=False
   )
   images = [picture(1), picture(2)]
   rows, exact = half(images), expected(small, images)

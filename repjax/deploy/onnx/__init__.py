@@ -71,7 +71,7 @@ def to_onnx(
     onnx.save(repjax.deploy.to_onnx(model, variables, image_size=224), "a0.onnx")
   """
   dtype = written_dtype(dtype)
-  function, tree = inference(
+  function, tree, *_ = inference(
     model,
     variables,
     image_size=image_size,

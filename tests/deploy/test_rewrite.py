@@ -1,0 +1,90 @@
+"""Programs whose convolutions are computed otherwise compute the same."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+import repjax
+from repjax.deploy import rewrite
+from repjax.deploy.convolutions import ALGORITHMS, suitable
+from tests.helpers import assert_close, random_variables
+
+pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
+
+
+class Several(nn.Module):
+  """Convolutions of many kinds; the scopes of those that cannot be replaced say why."""
+
+  @nn.compact
+  def __call__(self, x):
+    conv = functools.partial(nn.Conv, param_dtype=x.dtype)
+    x = conv(8, (3, 3), padding=1, name="first")(x)
+    x = nn.Sequential([conv(16, (3, 3), feature_group_count=2, use_bias=False)])(x)
+    x = conv(16, (3, 3), name="plain")(x)
+    x = conv(16, (3, 3), strides=2, padding="SAME", name="same")(x)
+    x = conv(16, (2, 2), padding="VALID", name="valid")(x)
+    x = conv(16, (1, 1), name="small")(x)
+    x = conv(16, (3, 3), padding=[(0, 1), (2, 1)], kernel_dilation=2, name="dilated")(x)
+    x = conv(16, (3, 3), padding="CIRCULAR", name="not_zeros")(x)
+    x = conv(16, (3, 3), mask=np.ones((3, 3, 16, 16)), name="masked")(x)
+    x = nn.ConvTranspose(16, (3, 3), param_dtype=x.dtype, name="transposed")(x)
+    twice = conv(16, (3, 3), name="two_shapes")
+    return twice(x).mean((1, 2)) + twice(x[:, 1:]).mean((1, 2)) + conv(16, 3)(x[:, 0])[:, 0]
+
+
+@pytest.fixture
+def several(x64):
+  del x64
+  x = np.random.default_rng(0).standard_normal((2, 13, 12, 3))
+  return Several(), random_variables(Several(), x), x
+
+
+def test_what_can_be_replaced_is_found(several):
+  model, variables, x = several
+  found = rewrite.convolutions_in(model.apply, variables, x)
+  assert {"/".join(path): one.kernel for path, one in found.items()} == {
+    "first": (3, 3, 3, 8),
+    "Conv_0": (3, 3, 4, 16),
+    "plain": (3, 3, 16, 16),
+    "same": (3, 3, 16, 16),
+    "valid": (2, 2, 16, 16),
+    "small": (1, 1, 16, 16),
+    "dilated": (3, 3, 16, 16),
+  }
+  assert rewrite.convolutions_in(model.apply, variables, x) == found  # however often it is asked
+  by_name = {path[0]: one for path, one in found.items()}
+  assert by_name["Conv_0"].groups == 2
+  assert by_name["same"].strides == (2, 2)
+  assert by_name["same"].padding == ((1, 1), (0, 1))  # rows are odd here and columns even
+  assert by_name["dilated"].padding == ((0, 1), (2, 1))
+  assert by_name["dilated"].dilation == (2, 2)
+
+
+@pytest.mark.parametrize("place", range(len(ALGORITHMS)))
+def test_all_ways_give_the_same(several, place):
+  model, variables, x = several
+  found = rewrite.convolutions_in(model.apply, variables, x)
+  choices = {}
+  for path, one in found.items():
+    names = suitable(one._replace(dtype="float32"))
+    choices[path] = names[min(place, len(names) - 1)]
+  kernels = {
+    path: rewrite.prepared(rewrite.kernel_of(variables, path), name, found[path])
+    for path, name in choices.items()
+  }
+  tree = rewrite.with_kernels(variables, kernels)
+  y = jax.jit(rewrite.computed_by(model.apply, choices, found))(tree, x)
+  assert_close(y, model.apply(variables, x), 1e-12)
+  assert len(set(choices.values())) == min(place + 1, 3)
+
+
+def test_every_convolution_of_a_deploy_form_is_found():
+  model = repjax.create_model("repvgg_b1g4", deploy=True)
+  shapes = repjax.spec.shapes_of(model, 64)
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+  found = rewrite.convolutions_in(model.apply, shapes, images)
+  assert len(found) == 28
+  assert {one.groups for one in found.values()} == {1, 4}

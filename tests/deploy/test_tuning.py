@@ -1,0 +1,128 @@
+"""What is fastest is measured once, kept on disk, and used."""
+
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import repjax
+from repjax.deploy import devices, tuning, xla
+from tests.deploy.test_convolutions import PLAIN
+from tests.helpers import assert_close
+
+pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
+
+CPU = jax.local_devices()[:1]
+STRIDED = PLAIN._replace(strides=(2, 2))
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+  """Where choices are kept in this test."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  return tmp_path / "repjax" / "convolutions.json"
+
+
+@pytest.fixture
+def speeds(monkeypatch):
+  """Seconds by algorithm that are 'measured', and what was."""
+  table, seen = {"direct": 1.0, "matmul": 2.0, "winograd2": 0.5, "winograd4": 0.3}, []
+
+  def seconds(wanted, names, device):
+    del device
+    seen.append(wanted)
+    return {name: [9.0, table[name]] for name in names}
+
+  monkeypatch.setattr(tuning, "seconds", seconds)
+  return table, seen
+
+
+def test_the_fastest_is_chosen_and_remembered(file, speeds):
+  _, seen = speeds
+  expected = {PLAIN: "winograd4", STRIDED: "direct"}
+  assert tuning.fastest([PLAIN, STRIDED, PLAIN], CPU[0]) == expected
+  assert sorted(seen) == sorted([PLAIN, STRIDED])
+  assert tuning.fastest([PLAIN, STRIDED], CPU[0]) == expected
+  assert len(seen) == 2
+  (names,) = json.loads(file.read_text()).values()
+  assert sorted(names.values()) == ["direct", "winograd4"]
+  more = STRIDED._replace(groups=2, kernel=(3, 3, 8, 12))
+  assert tuning.fastest([PLAIN, more], CPU[0]) == {PLAIN: "winograd4", more: "direct"}
+  assert len(seen) == 3
+  assert len(json.loads(file.read_text()).popitem()[1]) == 3
+
+
+@pytest.mark.parametrize("other", [0.96, 1.0])
+def test_what_is_hardly_faster_is_left_to_xla(file, speeds, other):
+  table, _ = speeds
+  table.update(matmul=other, winograd2=other, winograd4=other)
+  assert tuning.fastest([PLAIN], CPU[0]) == {PLAIN: "direct"}
+
+
+def test_a_damaged_file_and_unknown_names_are_measured_again(file, speeds):
+  tuning.fastest([PLAIN], CPU[0])
+  file.write_text(file.read_text().replace("winograd4", "winograd99"))
+  assert tuning.fastest([PLAIN], CPU[0]) == {PLAIN: "winograd4"}
+  file.write_text("{")
+  assert tuning.fastest([PLAIN], CPU[0]) == {PLAIN: "winograd4"}
+  assert len(speeds[1]) == 3
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, speeds):
+  (tmp_path / "file").touch()
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  assert tuning.fastest([PLAIN], CPU[0]) == {PLAIN: "winograd4"}
+
+
+def test_gpus_choose_themselves(file, speeds):
+  gpu = types.SimpleNamespace(platform="gpu")
+  assert tuning.fastest([PLAIN], gpu) == {PLAIN: "direct"}
+  assert speeds[1] == []
+  assert not file.exists()
+
+
+def test_every_way_is_measured(file):
+  times = tuning.seconds(PLAIN, ["direct", "winograd2"], CPU[0])
+  assert list(times) == ["direct", "winograd2"]
+  assert all(value > 0 for row in times.values() for value in row)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tuned_program_computes_the_same(small, file, speeds, dtype, monkeypatch):
+  speeds[0]["matmul"] = 0.7
+
+  def measured(programs, batch):
+    del batch
+    return {program.way: program.way.piece for program in programs}
+
+  monkeypatch.setattr(devices, "measure", measured)
+  plain, tuned = (
+    repjax.deploy.compile(
+      *small, image_size=16, dtype=dtype, batch_sizes=(10,), devices=CPU, tune=tune
+    )
+    for tune in (False, True)
+  )
+  names = tuned.plans[10].convolutions
+  assert set(names.values()) == ({"matmul", "winograd4"} if dtype == "float32" else {"matmul"})
+  assert plain.plans[10].convolutions == {}
+  assert tuned.plans[10][:3] == (1, tuning.PIECE, 12)
+  images = np.random.default_rng(0).standard_normal((10, 16, 16, 3), np.float32)
+  for count in (7, 10):
+    tolerance = 1e-5 if dtype == "float32" else 5e-2
+    assert_close(tuned(images[:count]), plain(images[:count]), tolerance)
+
+
+class Failing:
+  """A program that does not compile."""
+
+  def compile(self, compiler_options=None):
+    raise jax.errors.JaxRuntimeError("no memory is left")
+
+
+def test_an_option_that_xla_has_forgotten_is_left_out(monkeypatch):
+  monkeypatch.setattr(xla, "CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
+  assert xla.compiled(jax.jit(lambda x: x + 1).lower(1.0), CPU[0])(1.0) == 2
+  with pytest.raises(jax.errors.JaxRuntimeError, match="no memory is left"):
+    xla.compiled(Failing(), CPU[0])
