@@ -62,7 +62,7 @@ def prove(name: str, image_size: int | None, openvino: bool) -> float:
   start = time.perf_counter()
   model = repjax.create_model(name, deploy=True)
   size = image_size or smallest(model)
-  function, tree = inference(
+  function, tree, *_ = inference(
     model,
     random_variables(model, size),
     image_size=size,
