@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from repjax.deploy.rewrite import Function
-from repjax.deploy.tuning import PIECE, Tuner
+from repjax.deploy.tuning import PIECE, tuner
 from repjax.deploy.xla import compiled, planned_bytes
 from repjax.errors import InputError
 
@@ -118,7 +118,7 @@ class Placed:
   Attributes:
     devices: of this process.
     tree: on all of them.
-    tuner: chooses how convolutions are computed; None leaves them to XLA.
+    tuner: chooses how convolutions are computed; None leaves that to XLA.
   """
 
   def __init__(self, tree: Any, devices: Sequence[Any] | None = None, tune: bool = False):
@@ -134,7 +134,7 @@ class Placed:
     self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
     whole = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
     self.tree = whole(tree)
-    self.tuner = Tuner(self.tree, self.devices[0], whole) if tune else None
+    self.tuner = tuner(self.tree, self.devices[0], whole, tune)
 
   def on_one(self, tree: Any) -> Any:
     """What is on all devices, on the first."""
@@ -156,7 +156,7 @@ class Placed:
     # One image on one device of several takes as long as it takes there, and a little more.
     counts = {1, len(self.devices)} if size > 1 else {1}
     ways = [Way(count, -(-size // count)) for count in sorted(counts)]
-    if self.tuner is not None and self.devices[0].platform == "cpu":
+    if self.tuner is not None:
       ways += [Way(count, PIECE) for count, piece in ways if piece > PIECE]
     return ways
 

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from repjax.deploy.devices import Plan, check, padded, readable
 from repjax.deploy.rewrite import Function
-from repjax.deploy.tuning import Tuner
+from repjax.deploy.tuning import tuner
 from repjax.deploy.xla import compiled, planned_bytes
 from repjax.errors import InputError
 from repjax.models.common import Part
@@ -135,15 +135,15 @@ class StreamsProgram:
     self.pieces: list[Running] = []
     maps = {"images": self.batch}
     self.convolutions: dict[tuple[str, ...], str] = {}
-    for piece, sharding, tree, tuner in placed.pieces:
+    for piece, sharding, tree, chooser in placed.pieces:
       reads = {
         name: jax.ShapeDtypeStruct(maps[name].shape, maps[name].dtype, sharding=sharding)
         for name in piece.reads
       }
       function = _function(run, piece)
-      if tuner is not None:
+      if chooser is not None:
         each = {name: _part(one, groups) for name, one in reads.items()}
-        function, tree, choices = tuner(function, each)
+        function, tree, choices = chooser(function, each)
         self.convolutions |= choices
       traced = _split(function, sharding).trace(tree, reads)
       maps |= traced.out_info
@@ -199,8 +199,8 @@ class PlacedStreams:
       }
       whole = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
       placed = whole(own)
-      tuner = Tuner(placed, self.groups[0, 0], whole) if tune else None
-      self.pieces.append((piece, NamedSharding(mesh, PartitionSpec(_AXIS)), placed, tuner))
+      chooser = tuner(placed, self.groups[0, 0], whole, tune)
+      self.pieces.append((piece, NamedSharding(mesh, PartitionSpec(_AXIS)), placed, chooser))
 
   def program(
     self, run: Callable[..., Any], batch: jax.ShapeDtypeStruct

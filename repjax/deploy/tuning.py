@@ -91,14 +91,16 @@ class Tuner:
     return Tuned(computed_by(function, choices, found), tree, choices)
 
 
-def fastest(convolutions: Iterable[Convolution], device: Any) -> dict[Convolution, str]:
-  """The name of the fastest algorithm for each, as it was measured on this kind of machine.
+def tuner(
+  tree: Any, device: Any, place: Callable[[np.ndarray], jax.Array], tune: bool
+) -> Tuner | None:
+  """A Tuner if there is something to choose; on a GPU there is not, since cuDNN chooses itself."""
+  return Tuner(tree, device, place) if tune and device.platform == "cpu" else None
 
-  Only on CPUs: on GPUs cuDNN chooses itself, and all are `direct`.
-  """
+
+def fastest(convolutions: Iterable[Convolution], device: Any) -> dict[Convolution, str]:
+  """The name of the fastest algorithm for each, as it was measured on this kind of machine."""
   wanted = set(convolutions)
-  if device.platform != "cpu":
-    return dict.fromkeys(wanted, "direct")
   known = _read().get(_machine(), {})
   names = {one: known.get(_key(one), "") for one in wanted}
   new = [one for one, name in names.items() if name not in suitable(one)]
