@@ -35,7 +35,10 @@ PUBLISHED = {
 
 STYLES = {
   "repjax-deploy": ("#c0392b", "o", "-"),
+  "repjax-untuned": ("#c0392b", "o", "--"),
   "repjax-train-form": ("#e59866", "o", "--"),
+  "repjax-onnxruntime": ("#1e8449", "^", ":"),
+  "repjax-openvino": ("#7d3c98", "D", ":"),
   "torch-eager": ("#2471a3", "s", "--"),
   "torch-compile": ("#2471a3", "s", "-"),
   "onnxruntime": ("#1e8449", "^", "-"),

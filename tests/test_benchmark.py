@@ -255,7 +255,7 @@ def test_the_picture(load, tmp_path):
     {"model": model, "batch_size": size, "dtype": "float32", "subject": name, "images_per_s": speed}
     for model, speed in (("repvgg_a0", 30.0), ("repvgg_b1", 4.0), ("of_no_paper", 1.0))
     for size in (1, 8)
-    for name in plot.STYLES
+    for name in load("subjects").KINDS
   ]
   path = tmp_path / "folder" / "picture.png"
   plot.save(rows, path)
