@@ -139,8 +139,8 @@ def compile(  # noqa: A001
     tune: on a CPU, measure for each convolution which way to compute it is fastest, and for large
       batches whether a few images after another are; see `CompiledModel.plans`. This takes some
       seconds for every batch size, once: what was measured is kept on disk. Results then differ by
-      rounding, at most about ten times that of float32, and the parameters of 3x3 convolutions may
-      take up to four times the memory. False: XLA's own convolutions.
+      rounding, of which a layer has at most about twice as much, and the parameters of 3x3
+      convolutions may take up to four times the memory. False: XLA's own convolutions.
     parallel: "data": one device, or all with a part of the batch each. "streams", for ParNet: a
       device for each stream; of k times as many devices each group has a part of the batch, which
       is padded to a multiple of k. `critical_path` says what bounds it.

@@ -5,7 +5,7 @@
 | `direct`    | all                      | XLA's convolution                                      |
 | `matmul`    | no dilation              | the pixels under a kernel in a row, times the kernel   |
 | `winograd2` | 3x3 at stride 1, float32 | F(2x2, 3x3), as exact as `direct`                      |
-| `winograd4` | 3x3 at stride 1, float32 | F(4x4, 3x3), with three times the rounding error       |
+| `winograd4` | 3x3 at stride 1, float32 | F(4x4, 3x3), with twice the rounding error             |
 
 What was tried and is not here, since it was slower or no faster where it could be used: the stem's
 input as blocks of 2x2 pixels in the place of channels (space to depth), and a sum of nine matrix
