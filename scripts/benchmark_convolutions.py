@@ -32,7 +32,7 @@ import repjax
 from repjax.deploy import rewrite
 from repjax.deploy.convolutions import ALGORITHMS, Algorithm, Convolution
 from repjax.deploy.xla import compiled
-from repjax.errors import one_paragraph
+from repjax.errors import InputError, one_paragraph
 from repjax.spec import shapes_of
 
 
@@ -150,6 +150,8 @@ def main() -> None:
   parser.add_argument("--json", type=Path, help="also write the results to this file")
   arguments = parser.parse_args()
   with one_paragraph():
+    if min(arguments.batch_size, arguments.image_size, arguments.rounds) < 1:
+      raise InputError("--batch-size, --image-size and --rounds are 1 or more")
     model: Any = repjax.create_model(arguments.model, deploy=True)
     size = arguments.image_size
     images = jax.ShapeDtypeStruct((arguments.batch_size, size, size, 3), jnp.float32)

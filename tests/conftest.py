@@ -28,3 +28,11 @@ def x64():
   jax.config.update("jax_enable_x64", True)
   yield
   jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+  """Keeps what is measured and compiled out of the user's cache folder."""
+  base = tmp_path_factory.getbasetemp()
+  base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+  os.environ["XDG_CACHE_HOME"] = str(base / "shared" / "cache")

@@ -190,10 +190,15 @@ def test_a_mistake_is_one_paragraph(run, arguments, message):
 def test_subjects_that_cannot_are_left_out_with_the_reason(load, monkeypatch, capsys):
   benchmark, subjects = load("benchmark"), load("subjects")
   task = subjects.Task("repmlp_cifar", 1, 32, "float16")
+  monkeypatch.setattr(
+    subjects.importlib.util,
+    "find_spec",
+    lambda name: None if name == "no_such_package" else name,
+  )
   kinds = {
     "ours": subjects.Kind(lambda task: "made"),
     "absent": subjects.Kind(lambda task: "made", ("no_such_package",)),
-    "other": subjects.Kind(lambda task: "made", ("numpy",)),
+    "other": subjects.Kind(lambda task: "made", ("torch",)),
     "wide": subjects.Kind(lambda task: "made", dtypes=lambda: ["float32"]),
     "single": subjects.Kind(lambda task: "made", one_device=True),
   }

@@ -12,6 +12,7 @@ input as blocks of 2x2 pixels in the place of channels (space to depth), and a s
 products. `scripts/benchmark_convolutions.py` times all of them.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from repjax.deploy import winograd
+
+_MOST_SEEN = 2**27
+"""Numbers in all rows of pixels, 512 MiB in float32: with more `matmul` needs too much memory."""
 
 
 class Convolution(NamedTuple):
@@ -105,6 +109,12 @@ def _matmul(x: jax.Array, kernel: jax.Array, wanted: Convolution) -> jax.Array:
   return _together(y.reshape(*x.shape[:-1], -1))
 
 
+def _suits_matmul(wanted: Convolution) -> bool:
+  pixels = math.prod(wanted.images[:3]) // math.prod(wanted.strides)
+  seen = pixels * wanted.images[3] * math.prod(wanted.kernel[:2])
+  return wanted.dilation == (1, 1) and seen <= _MOST_SEEN
+
+
 def _suits_winograd(wanted: Convolution) -> bool:
   plain = wanted.strides == wanted.dilation == (1, 1) and wanted.dtype == "float32"
   return plain and wanted.kernel[:2] == (3, 3) and wanted.kernel[2] >= 8
@@ -122,7 +132,7 @@ def _winograd(tile: int) -> Algorithm:
 
 ALGORITHMS: dict[str, Algorithm] = {
   "direct": Algorithm(lambda wanted: True, lambda kernel, wanted: kernel, _direct),
-  "matmul": Algorithm(lambda wanted: wanted.dilation == (1, 1), _prepare_matmul, _matmul),
+  "matmul": Algorithm(_suits_matmul, _prepare_matmul, _matmul),
   "winograd2": _winograd(2),
   "winograd4": _winograd(4),
 }

@@ -104,6 +104,10 @@ def critical_path(
     in_streams = repjax.deploy.compile(model, variables, image_size=224, parallel="streams")
     print(repjax.deploy.critical_path(in_streams))
   """
+  if not isinstance(compiled, CompiledModel):
+    raise InputError(
+      f"critical_path takes what repjax.deploy.compile returns, got {type(compiled).__name__}"
+    )
   size = compiled.batch_sizes[0] if batch_size is None else batch_size
   if size not in compiled.batch_sizes:
     raise InputError(

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from repjax.cache import recall, remember
 from repjax.deploy.rewrite import Function
-from repjax.deploy.tuning import PIECE, tuner
+from repjax.deploy.tuning import PIECE, machine, tuner
 from repjax.deploy.xla import compiled, planned_bytes
 from repjax.errors import InputError
 
@@ -44,7 +45,7 @@ class Plan(NamedTuple):
     devices: as in `Way`, like `piece`.
     images: how many run: the batch size, rounded up to a multiple of `devices` and `piece`.
     seconds: of a batch, from images on the host to results on the host, by what was tried; empty
-      where there was nothing to choose.
+      where there was nothing to choose, or where what was chosen once was known.
     compile_seconds: for all that was tried; little where the programs were on the disk.
     memory: bytes that XLA plans for a device, with the parameters; None where it does not say.
     convolutions: how each is computed that is not left to XLA, by its scope's path, see
@@ -127,8 +128,7 @@ class Placed:
     Raises:
       InputError: no devices, one of them twice, of several kinds, or of another process.
     """
-    self.devices = tuple(jax.local_devices() if devices is None else devices)
-    check(self.devices)
+    self.devices = check(devices)
     mesh = Mesh(np.array(self.devices), (_AXIS,))
     self.one = SingleDeviceSharding(self.devices[0])
     self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
@@ -143,14 +143,27 @@ class Placed:
   def program(self, function: Function, batch: jax.ShapeDtypeStruct) -> tuple[Program, Plan]:
     """The function for one batch size in the way that is fastest."""
     start = time.perf_counter()
-    programs = [Program(function, self, way, batch) for way in self._ways(batch.shape[0])]
+    ways, question = self._ways(batch.shape[0]), self._question(batch)
+    if self.tuner is not None and len(ways) > 1:
+      held = recall(question)
+      ways = [way for way in ways if [*way] == held] or ways
+    programs = [Program(function, self, way, batch) for way in ways]
     compile_seconds = time.perf_counter() - start
     seconds = measure(programs, batch) if len(programs) > 1 else {}
     fastest = min(programs, key=lambda program: seconds.get(program.way, 0))
+    if self.tuner is not None and seconds:
+      remember(question, [*fastest.way])
     names = readable(fastest.convolutions)
     return fastest, Plan(
       *fastest.way, fastest.images, seconds, compile_seconds, fastest.memory, names
     )
+
+  def _question(self, batch: jax.ShapeDtypeStruct) -> str:
+    """What decides how fast each way is, with the program as its parameters tell it."""
+    paths = jax.tree_util.tree_leaves_with_path(self.tree)
+    leaves = [f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}" for path, leaf in paths]
+    where = f"{len(self.devices)} of {machine(self.devices[0])}"
+    return f"the fastest way for {batch.shape} {batch.dtype} on {where} with {'; '.join(leaves)}"
 
   def _ways(self, size: int) -> list[Way]:
     # One image on one device of several takes as long as it takes there, and a little more.
@@ -200,12 +213,20 @@ def padded(images: Any, count: int) -> Any:
   return result
 
 
-def check(devices: Sequence[Any]) -> None:
-  """Raises InputError: no devices, one of them twice, of several kinds, or of another process."""
-  kinds = {device.platform for device in devices}
-  own = set(jax.local_devices(backend=devices[0].platform)) if devices else set()
-  if len(kinds) != 1 or len(set(devices)) != len(devices) or not own.issuperset(devices):
+def check(given: Sequence[Any] | None) -> tuple[Any, ...]:
+  """Devices of this process, all if None are given.
+
+  Raises:
+    InputError: no devices, one of them twice, of several kinds, or of another process.
+  """
+  if isinstance(given, jax.Device):
+    given = (given,)
+  devices = tuple(jax.local_devices() if given is None else given)
+  kinds = {getattr(device, "platform", None) for device in devices}
+  own = set(jax.local_devices(backend=kinds.pop())) if len(kinds) == 1 and None not in kinds else ()
+  if not own or len(set(devices)) != len(devices) or not set(own).issuperset(devices):
     raise InputError(
       f"devices are different ones of this process and of one kind, got {list(devices)}; choose "
       "among jax.local_devices(), or leave them out for all"
     )
+  return devices

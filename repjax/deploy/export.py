@@ -102,7 +102,7 @@ def export(
     "dtype": dtype.name,
     "image_size": size,
     "input": input_dtype.name,
-    "output": "probabilities" if probabilities else "logits",
+    "output": _output(model, probabilities),
     "jax": jax.__version__,
   }
   if format == "onnx":
@@ -113,6 +113,12 @@ def export(
     facts |= {"platforms": list(platforms), "note": PROMISE}
   _write(path, f"model.{format}", program, tree["params"], spec, facts)
   return facts
+
+
+def _output(model: nn.Module, probabilities: bool) -> str:
+  if getattr(model, "features_only", False):
+    return "feature maps"
+  return "probabilities" if probabilities else "logits"
 
 
 def _written_dtype(format: str, dtype: jax.typing.DTypeLike) -> np.dtype:  # noqa: A002
@@ -130,6 +136,8 @@ def load_exported(
   devices: Sequence[Any] | None = None,
 ) -> CompiledModel:
   """Reads what `export` wrote and compiles it; builds no model.
+
+  It is compiled as it stands: convolutions are XLA's, see `tune` in `repjax.deploy.compile`.
 
   A file like this is a program: read only those that you trust.
 

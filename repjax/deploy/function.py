@@ -22,7 +22,7 @@ class Inference(NamedTuple):
     function: of the tree and images; returns float32.
     tree: of the deploy form, cast.
     run: of the tree, maps by scope and scopes, as `run` of a network in streams. It takes "images"
-      as `function` does, and what it returns of "head" is what `function` returns.
+      as `function` does, and what it returns of the only output is what `function` returns.
     network: the deploy form.
   """
 
@@ -42,6 +42,7 @@ def inference(
   probabilities: bool,
 ) -> Inference:
   """What is compiled or exported; Args and Raises as in `compile`."""
+  _check_image_size(image_size)
   dtype = checked_dtype(dtype)
   plain, tree = _deploy_form(model, variables, image_size)
   if hasattr(plain, "dtype"):
@@ -71,9 +72,18 @@ def inference(
     if "images" in maps:
       maps = maps | {"images": ready(maps["images"])}
     made: Any = plain.apply(tree, maps, scopes, method="run")
-    return made | {"head": finished(made["head"])} if "head" in scopes else made
+    last = plain.outputs
+    return made | {last: finished(made[last])} if last in tuple(scopes) else made
 
   return Inference(function, tree, run, plain)
+
+
+def _check_image_size(size: Any) -> None:
+  sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+  if not all(type(side) is int and side > 0 for side in sides):
+    raise InputError(
+      f"image_size is a whole number of pixels or a tuple (height, width), got {size!r}"
+    )
 
 
 def checked_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:

@@ -4,6 +4,7 @@ The model stays as it is: calls of its `flax.linen.Conv`s are met by their scope
 kernels of those that are computed otherwise are transformed once, in the tree.
 """
 
+import collections
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,33 +20,45 @@ Function = Callable[[Any, Any], Any]
 Path = tuple[str, ...]
 
 
-def convolutions_in(function: Function, tree: Any, images: Any) -> dict[Path, Convolution]:
+def convolutions_in(function: Function, tree: Any, inputs: Any) -> dict[Path, Convolution]:
   """The convolutions of a program by their scopes' paths; it is traced, not run.
 
-  Only those that can be replaced: a `flax.linen.Conv` over two axes, padded with zeros, whose
-  kernel is in `tree` under its own path, and which is not called for several shapes.
+  Only those that can be replaced: a `flax.linen.Conv` over two axes, padded with zeros, that reads
+  a leaf of `tree` as its kernel, unchanged and in the dtype of the computation, where nothing else
+  reads it. So a normalized kernel, or one in the body of a scan, is left alone.
 
   Args:
-    function: of a tree {"params": ...} and images.
+    function: of a tree {"params": ...} and inputs.
     tree: arrays, or their shapes.
-    images: an array, or its shape (N, H, W, 3) and dtype.
+    inputs: images or maps, or their shapes and dtypes.
   """
-  found: dict[Path, set[Convolution | None]] = {}
+  found: dict[Path, Convolution | None] = {}
 
-  def note(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    if _is_conv(context):
-      found.setdefault(context.module.path, set()).add(_described(context.module, args[0]))
-    return next_call(*args, **kwargs)
+  def noting(tree: Any, inputs: Any) -> Any:
+    leaves: Any = traverse_util.flatten_dict(tree)
 
-  with nn.intercept_methods(note):
-    # A function of its own, since JAX remembers what it has traced and would not call it again.
-    jax.eval_shape(lambda tree, images: function(tree, images), tree, images)
-  shapes: Any = jax.tree.map(np.shape, traverse_util.flatten_dict(tree))
-  return {
-    path: wanted
-    for path, (wanted, *others) in found.items()
-    if wanted and not others and wanted.kernel == shapes.get(_place(path))
-  }
+    def note(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+      module = context.module
+      if _is_conv(context):
+        kernel: Any = module.variables.get("params", {}).get("kernel")
+        own = kernel is leaves.get(_place(module.path), ())
+        found[module.path] = _described(module, _input(args, kwargs), kernel) if own else None
+      return next_call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+      return function(tree, inputs)
+
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+  program = jax.make_jaxpr(noting)(shapes, inputs).jaxpr
+  readers = collections.Counter(
+    id(variable) for equation in program.eqns for variable in equation.invars
+  )
+  readers.update(id(variable) for variable in program.outvars)
+  places = [
+    tuple(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
+  ]
+  read = {place: readers[id(variable)] for place, variable in zip(places, program.invars)}
+  return {path: one for path, one in found.items() if one and read[_place(path)] == 1}
 
 
 def prepared(kernel: jax.Array, name: str, wanted: Convolution) -> np.ndarray:
@@ -82,8 +95,11 @@ def computed_by(
     if not _is_conv(context) or path not in choices:
       return next_call(*args, **kwargs)
     params, wanted = context.module.variables["params"], found[path]
-    y = ALGORITHMS[choices[path]].compute(args[0].astype(wanted.dtype), params["kernel"], wanted)
-    return y + params["bias"].reshape(1, 1, 1, -1) if "bias" in params else y
+    x = _input(args, kwargs).astype(wanted.dtype)
+    y = ALGORITHMS[choices[path]].compute(x, params["kernel"], wanted)
+    if "bias" in params:
+      y = y + params["bias"].astype(wanted.dtype).reshape(1, 1, 1, -1)
+    return y
 
   def rewritten(tree: Any, images: jax.Array) -> Any:
     with nn.intercept_methods(compute):
@@ -100,10 +116,18 @@ def _is_conv(context: Any) -> bool:
   return type(context.module) is nn.Conv and context.method_name == "__call__"
 
 
-def _described(module: nn.Conv, x: jax.Array) -> Convolution | None:
+def _input(args: Any, kwargs: Any) -> Any:
+  """What a convolution is called with, by place or by name."""
+  return args[0] if args else kwargs["inputs"]
+
+
+def _described(module: nn.Conv, x: jax.Array, kernel: jax.Array) -> Convolution | None:
   """What a module computes, or None where it is more than a convolution over two axes."""
   special = (module.mask, module.conv_general_dilated, module.conv_general_dilated_cls)
   if x.ndim != 4 or len(_tuple(module.kernel_size)) != 2 or any(s is not None for s in special):
+    return None
+  dtype = jnp.dtype(module.dtype or x.dtype)
+  if kernel.dtype != dtype or module.promote_dtype is not nn.Conv.promote_dtype:
     return None
   size, strides = _pair(module.kernel_size), _pair(module.strides)
   dilation = _pair(module.kernel_dilation)
@@ -126,7 +150,7 @@ def _described(module: nn.Conv, x: jax.Array) -> Convolution | None:
     (above, left),
     dilation,
     groups,
-    jnp.dtype(module.dtype or x.dtype).name,
+    dtype.name,
   )
 
 

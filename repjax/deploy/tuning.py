@@ -1,8 +1,8 @@
 """Which algorithm computes each convolution: measured once on each kind of machine.
 
-What was measured is kept in `repjax/convolutions.json` in the user's cache folder, so that another
-process, or another model with layers of the same shapes, has it at once. Choices also decide how
-results are rounded: on one machine they stay the same as long as the file does.
+What was measured is kept in `repjax/measured` in the user's cache folder, so that another process,
+or another model with layers of the same shapes, has it at once. Choices also decide how results are
+rounded: on one machine they stay the same as long as that folder does.
 """
 
 import contextlib
@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repjax import disk
-from repjax.cache import cache_folder
+from repjax.cache import recall, remember
 from repjax.deploy.convolutions import ALGORITHMS, Convolution, suitable
 from repjax.deploy.rewrite import (
   Function,
@@ -31,11 +30,11 @@ from repjax.deploy.rewrite import (
   with_kernels,
 )
 from repjax.deploy.xla import compiled
-from repjax.errors import InputError
 
 PIECE = 4
 """Images for which is measured: what is fastest for these is so for more, and seen sooner."""
 
+_VERSION = 1  # of the algorithms and of how they are compiled: with another, all is measured anew
 _ROUNDS = 3
 _GAIN = 0.95  # of the time of `direct`, below which another algorithm is worth it
 
@@ -101,12 +100,12 @@ def tuner(
 def fastest(convolutions: Iterable[Convolution], device: Any) -> dict[Convolution, str]:
   """The name of the fastest algorithm for each, as it was measured on this kind of machine."""
   wanted = set(convolutions)
-  known = _read().get(_machine(), {})
-  names = {one: known.get(_key(one), "") for one in wanted}
+  questions = {one: _question(one, device) for one in wanted}
+  names = {one: recall(questions[one]) for one in wanted}
   new = [one for one, name in names.items() if name not in suitable(one)]
   for one in _with_progress(new):
     names[one] = _measured(one, device)
-    _remember(_key(one), names[one])  # at once: who interrupts need not begin again
+    remember(questions[one], names[one])  # at once: who interrupts need not begin again
   return names
 
 
@@ -155,33 +154,21 @@ def _measured(wanted: Convolution, device: Any) -> str:
   return name if times[name] < _GAIN * times["direct"] else "direct"
 
 
-def _key(wanted: Convolution) -> str:
-  return repr(tuple(wanted))
+def _question(wanted: Convolution, device: Any) -> str:
+  return f"the fastest of {suitable(wanted)} for {tuple(wanted)} on {machine(device)}"
+
+
+def machine(device: Any) -> str:
+  """What speed depends on besides the program."""
+  devices = len(device.client.devices())
+  return f"{_processor()}, {devices} devices, jax {jax.__version__}, algorithms {_VERSION}"
 
 
 @functools.cache
-def _machine() -> str:
-  """What speed depends on besides the convolution."""
+def _processor() -> str:
   model = platform.processor() or platform.machine()
   with contextlib.suppress(OSError, StopIteration):
     lines = File("/proc/cpuinfo").read_text().splitlines()
     model = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
   cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  return f"{model}, {cpus} CPUs, {jax.device_count()} devices, jax {jax.__version__}"
-
-
-def _file() -> File:
-  return cache_folder() / "convolutions.json"
-
-
-def _read() -> dict[str, dict[str, str]]:
-  with contextlib.suppress(InputError):
-    return disk.read_json(_file())
-  return {}
-
-
-def _remember(key: str, name: str) -> None:
-  held = _read()
-  held.setdefault(_machine(), {})[key] = name
-  with contextlib.suppress(InputError, OSError):  # it is measured again
-    disk.write_json(_file(), held)
+  return f"{model}, {cpus} CPUs"

@@ -392,6 +392,28 @@ def test_a_file_that_differs_or_could_not_be_compared_says_so(
     )
 
 
+@needs_onnx
+def test_one_result_may_have_several_names():
+  def function(tree, x):
+    y = x * tree["scale"]
+    return {"first": y, "second": y, "third": x, "fourth": x}
+
+  tree = {"scale": jnp.asarray([2.0, 3.0, 4.0]).reshape(1, 1, 1, 3)}
+  proto = of_function(function, tree, 5, np.dtype(np.float32), False)
+  check(proto)
+  agrees(proto, functools.partial(function, tree), 5)
+  with pytest.raises(InputError, match="called 'images' like the input"):
+    of_function(lambda tree, x: {"images": x}, tree, 5, np.dtype(np.float32), False)
+
+
+@needs_onnx
+def test_numbers_that_are_none_are_refused_before_anything_is_written(small, tmp_path):
+  bad = jax.tree.map(lambda leaf: leaf * np.nan, small[1])
+  with pytest.raises(InputError, match="computes something else than JAX.* is nan"):
+    repjax.deploy.export(small[0], bad, SPEC, tmp_path / "out", format="onnx")
+  assert not (tmp_path / "out").exists()
+
+
 class Sorted(nn.Module):
   """What ONNX has another operator for, in a scope."""
 
@@ -429,7 +451,7 @@ def transposed(x):
 REFUSED = {
   "of any size: .*shapes only in ways": lambda x: x * float(x.shape[0]),
   "transposed one, nn.ConvTranspose.*conv_general_dilated": transposed,
-  "'dim_as_value'": lambda x: x - x.mean(0, keepdims=True),
+  "computes with the number of images": lambda x: x - x.mean(0, keepdims=True),
   "repeats numbers for each image": lambda x: jnp.concatenate(
     [x, jnp.ones((x.shape[0], 1, 8, 3))], 1
   ),

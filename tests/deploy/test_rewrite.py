@@ -88,3 +88,43 @@ def test_every_convolution_of_a_deploy_form_is_found():
   found = rewrite.convolutions_in(model.apply, shapes, images)
   assert len(found) == 28
   assert {one.groups for one in found.values()} == {1, 4}
+
+
+class Altered(nn.Module):
+  """Convolutions whose kernels are not the tree's leaves, or are read elsewhere too."""
+
+  @nn.compact
+  def __call__(self, x):
+    dtype = {"param_dtype": x.dtype}
+    x = nn.WeightNorm(nn.Conv(8, (3, 3), name="normed", **dtype), **dtype)(x)
+    scaled = nn.map_variables(
+      nn.Conv, "params", lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree), init=True
+    )
+    x = scaled(8, (3, 3), name="scaled", **dtype)(x)
+    own = nn.Conv(8, (3, 3), name="promoted", promote_dtype=promoted, **dtype)
+    x = own(x)
+    x = nn.Conv(8, (3, 3), name="half", dtype=np.float32, **dtype)(x).astype(x.dtype)
+    read = nn.Conv(8, (3, 3), name="read", **dtype)
+    x = read(x)
+    x = nn.Conv(8, (3, 3), name="by_name", **dtype)(inputs=x)
+    return x.mean((1, 2)) * read.variables["params"]["kernel"].sum()
+
+
+def promoted(*values, dtype=None, inexact=True):
+  del dtype, inexact
+  return values
+
+
+def test_kernels_that_are_altered_or_read_elsewhere_are_left_alone(x64):
+  del x64
+  x = np.random.default_rng(0).standard_normal((2, 9, 9, 8))
+  variables = Altered().init(jax.random.key(0), x)
+  found = rewrite.convolutions_in(Altered().apply, variables, x)
+  assert list(found) == [("by_name",)]
+  choices = {("by_name",): "winograd2"}
+  kernel = rewrite.prepared(
+    rewrite.kernel_of(variables, ("by_name",)), "winograd2", *found.values()
+  )
+  tree = rewrite.with_kernels(variables, {("by_name",): kernel})
+  y = rewrite.computed_by(Altered().apply, choices, found)(tree, x)
+  assert_close(y, Altered().apply(variables, x), 1e-6)  # a part of it is in float32

@@ -29,7 +29,7 @@ import numpy as np
 from flax import linen as nn
 
 from repjax.deploy.function import checked_dtype, inference
-from repjax.deploy.onnx.program import translated
+from repjax.deploy.onnx.program import IMAGES, translated
 from repjax.deploy.onnx.proto import model_proto, need_onnx
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
@@ -116,6 +116,8 @@ def of_function(
   outputs = {}
   for (path, value), fact in zip(values.items(), facts):
     name = path or ("probabilities" if probabilities else "logits")
+    if name == IMAGES:
+      raise InputError(f"a result is called {name!r} like the input; give it another name")
     order = (0, 3, 1, 2) if len(value.axes) == 4 else range(len(value.axes))
     stored = tuple(value.axes[axis] for axis in order)
     shape = tuple(fact.shape[axis] for axis in order)

@@ -10,10 +10,14 @@ import jax
 import numpy as np
 
 from repjax.deploy.onnx.proto import need_onnx
+from repjax.errors import InputError
 
 BATCH_SIZES = (1, 3)
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3}
 """Relative errors against JAX in the same dtype."""
+
+WRONG = 0.1
+"""A relative error that is no rounding."""
 
 
 def checked(
@@ -29,6 +33,9 @@ def checked(
 
   Returns:
     ONNX Runtime's version and the largest relative error at BATCH_SIZES, or {} without it.
+
+  Raises:
+    InputError: an error above WRONG, or outputs that are no numbers.
   """
   onnx = need_onnx()
   onnx.checker.check_model(content, full_check=True)
@@ -48,6 +55,12 @@ def checked(
       session.run(None, {"images": channels_first[:count]}), jax.tree.leaves(wanted)
     )
   ]
+  if not max(errors) <= WRONG:
+    raise InputError(
+      "ONNX Runtime computes something else than JAX: the relative error is "
+      f"{max(errors):.1e}. Are all parameters finite numbers, and small enough for float16 if that "
+      "was asked for? Otherwise this is a mistake of repjax"
+    )
   return {
     "onnxruntime": importlib.metadata.version("onnxruntime"),
     "batch_sizes": list(BATCH_SIZES),
@@ -67,4 +80,4 @@ def _noise(count: int, size: int, kind: str) -> np.ndarray:
 def _error(got: np.ndarray, wanted: np.ndarray) -> float:
   """max|a - b| / max|b|."""
   wanted = wanted.transpose(0, 3, 1, 2) if wanted.ndim == 4 else wanted
-  return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+  return float(np.abs(got - wanted).max() / (np.abs(wanted).max() or 1.0))

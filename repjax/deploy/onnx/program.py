@@ -104,6 +104,12 @@ def _results(graph: Graph, equation: Any, inputs: list[Value]) -> Sequence[Value
   foldable = name not in (*VIEWS, "dim_as_value") and _is_static(equation)
   if foldable and all(value.is_constant for value in inputs):
     return list(map(known, _folded(graph, equation, inputs)))
+  if name == "dim_as_value":
+    raise InputError(
+      "this model computes with the number of images, which an ONNX graph for batches of any size "
+      f"does not know{f' (in the scope {graph.scope})' if graph.scope else ''}; leave it out, or "
+      'export the model as StableHLO (format="stablehlo")'
+    )
   if name not in OPERATORS:
     where = f"in the scope {graph.scope}" if graph.scope else "outside all scopes"
     raise InputError(

@@ -49,7 +49,7 @@ def model_proto(
   onnx = need_onnx()
   nodes = _needed(graph, [tensor for tensor, _, _ in outputs.values()])
   names, extra = _names(graph, nodes, {name: row[0] for name, row in outputs.items()})
-  read = {tensor for node in nodes.values() for tensor in node.inputs} | set(extra)
+  read = {tensor for node in nodes.values() for tensor in node.inputs} | set(extra.values())
   constants = {tensor: row for tensor, row in graph.constants.items() if tensor in read}
   size = sum(constant.array.nbytes for constant in constants.values())
   if size > LIMIT:
@@ -67,7 +67,7 @@ def model_proto(
     )
     for tensor, node in nodes.items()
   ]
-  made += [onnx.helper.make_node("Identity", [names[t]], [name]) for t, name in extra.items()]
+  made += [onnx.helper.make_node("Identity", [names[t]], [name]) for name, t in extra.items()]
   shape, dtype = images
   body = onnx.helper.make_graph(
     made,
@@ -98,13 +98,13 @@ def _needed(graph: Graph, tensors: Sequence[str]) -> dict[str, Node]:
 def _names(
   graph: Graph, nodes: Mapping[str, Node], outputs: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-  """A name for each tensor, by scope; and outputs that are a tensor with another name already."""
+  """A name for each tensor, by scope; and the tensors of outputs whose tensor has another name."""
   names, taken, extra = {IMAGES: IMAGES}, Counter([IMAGES, *outputs]), {}
   for name, tensor in outputs.items():
     if tensor in nodes and tensor not in names:
       names[tensor] = name
     else:
-      extra[tensor] = name
+      extra[name] = tensor
 
   def unique(*parts: str) -> str:
     name = "/".join(filter(None, parts))
