@@ -3,7 +3,8 @@
 Subjects, each where it is installed (pip install 'repjax[bench]'):
 
   repjax-train-form   the network that is trained, in evaluation mode
-  repjax-deploy       the plain network that it is converted to, by repjax.deploy.compile
+  repjax-deploy       the plain network that it is converted to, by repjax.deploy.compile;
+                      a call ends when logits are on the host, whatever --calls is
   repjax-untuned      the same without measuring how convolutions are computed fastest
   torch-eager         the plain network with the same weights in PyTorch, channels last
   torch-compile       the same by torch.compile

@@ -137,10 +137,11 @@ def compile(  # noqa: A001
       in. None: images are normalized and float32.
     probabilities: return a softmax of the logits.
     tune: on a CPU, measure for each convolution which way to compute it is fastest, and for large
-      batches whether a few images after another are; see `CompiledModel.plans`. This takes some
-      seconds for every batch size, once: what was measured is kept on disk. Results then differ by
-      rounding, of which a layer has at most about twice as much, and the parameters of 3x3
-      convolutions may take up to four times the memory. False: XLA's own convolutions.
+      batches whether a few images after another are; see `CompiledModel.plans`. This takes ten
+      seconds to a minute for a new network, once: what was measured is kept on disk. Results then
+      differ by rounding, of which a layer has at most about twice as much, and the parameters of
+      3x3 convolutions may take four times the memory, or twice that where batch sizes differ in
+      what is fastest. False: XLA's own convolutions.
     parallel: "data": one device, or all with a part of the batch each. "streams", for ParNet: a
       device for each stream; of k times as many devices each group has a part of the batch, which
       is padded to a multiple of k. `critical_path` says what bounds it.

@@ -409,7 +409,7 @@ def test_one_result_may_have_several_names():
 @needs_onnx
 def test_numbers_that_are_none_are_refused_before_anything_is_written(small, tmp_path):
   bad = jax.tree.map(lambda leaf: leaf * np.nan, small[1])
-  with pytest.raises(InputError, match="computes something else than JAX.* is nan"):
+  with pytest.raises(InputError, match=r"computes something else than JAX.* is nan"):
     repjax.deploy.export(small[0], bad, SPEC, tmp_path / "out", format="onnx")
   assert not (tmp_path / "out").exists()
 
