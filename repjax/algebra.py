@@ -314,6 +314,76 @@ def absorb_affine(
   return kernel * scale[:, None], bias + moved
 
 
+def rescale_between(
+  first: ConvParams, second: ConvParams, scale: jax.Array
+) -> tuple[ConvParams, ConvParams]:
+  """Rescales the channels between two convolutions, and leaves unchanged what the two compute.
+
+  K1'[..., c] = K1[..., c] / scale[c];  b1'[c] = b1[c] / scale[c];  K2'[..., c, :] = scale[c] K2.
+  Exact where what lies between is f with f(s x) = s f(x) for s > 0 in each channel: nothing, ReLU,
+  pooling, padding with zeros.
+
+  Args:
+    first: kernel (H, W, I/g, C), bias (C,).
+    second: kernel (H, W, C/g, O), bias (O,).
+    scale: (C,), above 0.
+
+  Returns:
+    Both, in the widest dtype involved, at least float32.
+
+  Raises:
+    ValueError: the channels between the two do not match.
+
+  References:
+    Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction, ICCV 2019,
+      section 4.1. https://arxiv.org/abs/1906.04721
+  """
+  k1, b1, k2, b2, scale = _widen(*first, *second, scale)
+  scales = _by_group(scale, k2)  # (g, C/g)
+  grouped = k2.reshape(*k2.shape[:3], len(scales), -1)  # (H, W, C/g, g, O/g)
+  grouped = grouped * scales.T[None, None, :, :, None]
+  k1 = k1 / scale[None, None, None, :]
+  return ConvParams(k1, b1 / scale), ConvParams(grouped.reshape(k2.shape), b2)
+
+
+def equalizing_scale(ranges: jax.Array, kernel: jax.Array) -> jax.Array:
+  """What `rescale_between` takes to give each channel one range on both of its sides.
+
+  scale[c] = sqrt(ranges[c] / max|K2[..., c, :]|), and 1 where either is 0: a dead channel.
+
+  Args:
+    ranges: (C,), at least 0: max|K1[..., c]| of the first kernel, or the largest value that the
+      channel was seen to take.
+    kernel: (H, W, C/g, O) of the second convolution.
+
+  Returns:
+    (C,), in the widest dtype involved, at least float32.
+
+  Raises:
+    ValueError: the channels do not match.
+
+  References:
+    Nagel et al., ICCV 2019, equation 11, for weights. https://arxiv.org/abs/1906.04721
+    Xiao et al., SmoothQuant, ICML 2023, equation 4, for activations. https://arxiv.org/abs/2211.10438
+  """
+  ranges, kernel = _widen(ranges, kernel)
+  groups = _by_group(ranges, kernel).shape[0]
+  grouped = kernel.reshape(*kernel.shape[:3], groups, -1)  # (H, W, C/g, g, O/g)
+  inputs = jnp.abs(grouped).max((0, 1, 4)).T.reshape(ranges.shape)
+  alive = (ranges > 0) & (inputs > 0)
+  return jnp.sqrt(jnp.where(alive, ranges, 1) / jnp.where(alive, inputs, 1))
+
+
+def _by_group(channels: jax.Array, kernel: jax.Array) -> jax.Array:
+  """(C,) as (g, C/g), the channels that each group of a kernel (H, W, C/g, O) reads."""
+  count, width, outputs = channels.shape[0], *kernel.shape[2:]
+  if not width or count % width or outputs % (count // width):
+    raise ValueError(
+      f"a kernel {kernel.shape} cannot follow {count} channels: it reads {width} of them a group"
+    )
+  return channels.reshape(-1, width)
+
+
 def conv_to_dense(
   conv: ConvParams, tile: tuple[int, int], groups: int = 1
 ) -> tuple[jax.Array, jax.Array]:

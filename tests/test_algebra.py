@@ -408,3 +408,50 @@ def test_wide_dtype_is_float64_as_soon_as_one_is():
   for pair in itertools.combinations_with_replacement(dtypes, 2):
     wanted = jnp.float64 if jnp.float64 in pair else jnp.float32
     assert algebra.wide_dtype(*pair) == jnp.dtype(wanted)
+
+
+class TestRescaleBetween:
+  """With `equalizing_scale`: two convolutions with a ReLU in between, as quantization has them."""
+
+  @pytest.mark.parametrize(("groups", "size"), [(1, 3), (2, 3), (6, 1)])
+  def test_what_two_layers_compute_is_unchanged(self, groups, size):
+    first = random_conv(3, 3, 4, 6)
+    second = random_conv(size, size, 6 // groups, 12, seed=1)
+    scale = jnp.exp(jnp.asarray(random_input(6)))
+    rescaled = algebra.rescale_between(first, second, scale)
+    x = random_input(2, 5, 5, 4)
+
+    def run(first, second):
+      y = np.maximum(convolve(x, *first, padding=(1, 1)), 0)
+      return convolve(y, *second, padding=(size // 2,) * 2, groups=groups)
+
+    assert relative_error(run(*rescaled), run(first, second)) <= EXACT
+    assert relative_error(rescaled[0].bias, first.bias) > 0.1
+
+  @pytest.mark.parametrize("groups", [1, 2])
+  def test_weights_of_a_channel_get_one_range_on_both_sides(self, groups):
+    first, second = random_conv(3, 3, 4, 6), random_conv(1, 1, 6 // groups, 8, seed=1)
+    ranges = jnp.abs(first.kernel).max((0, 1, 2))
+    scale = algebra.equalizing_scale(ranges, second.kernel)
+    first, second = algebra.rescale_between(first, second, scale)
+    outputs = np.abs(np.asarray(first.kernel)).max((0, 1, 2))
+    inputs = np.abs(np.asarray(second.kernel)).reshape(6 // groups, groups, -1).max(2).T.ravel()
+    assert relative_error(outputs, inputs) <= EXACT
+    again = algebra.equalizing_scale(jnp.asarray(outputs), second.kernel)
+    assert relative_error(again, np.ones(6)) <= EXACT
+
+  def test_dead_channels_stay_as_they_are(self):
+    first, second = random_conv(1, 1, 2, 4), random_conv(1, 1, 4, 3, seed=1)
+    ranges = jnp.abs(first.kernel).max((0, 1, 2)).at[1].set(0)
+    scale = algebra.equalizing_scale(ranges, second.kernel.at[:, :, 2].set(0))
+    assert scale[1] == scale[2] == 1
+    assert np.isfinite(scale).all()
+
+  @pytest.mark.parametrize("outputs", [5, 9])
+  def test_channels_that_do_not_match_are_refused(self, outputs):
+    second = random_conv(3, 3, 4, 6)
+    with pytest.raises(ValueError, match=f"cannot follow {outputs} channels: it reads 4 of them"):
+      algebra.equalizing_scale(jnp.ones(outputs), second.kernel)
+    first = random_conv(3, 3, 2, outputs)
+    with pytest.raises(ValueError, match=f"cannot follow {outputs} channels: it reads 4 of them"):
+      algebra.rescale_between(first, second, jnp.ones(outputs))

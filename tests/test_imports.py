@@ -23,7 +23,7 @@ MAY_IMPORT = {
   "spec": {"models", "reparam"},
   "analysis": {"models", "reparam", "spec"},
   "weights": {"models", "reparam", "spec"},
-  "deploy": {"data", "models", "reparam", "spec"},
+  "deploy": {"algebra", "data", "models", "reparam", "spec"},
   "training": {"algebra", "data", "models", "reparam", "spec"},
   "data": set(),
 }

@@ -6,15 +6,27 @@ from repjax.deploy.devices import Plan
 from repjax.deploy.export import export, load_exported
 from repjax.deploy.onnx import to_onnx
 from repjax.deploy.predictor import Predictor
+from repjax.deploy.quantization import (
+  Sensitivity,
+  quantize,
+  quantize_weights,
+  round_weights,
+  sensitivity,
+)
 
 __all__ = [
   "CompiledModel",
   "CriticalPath",
   "Plan",
   "Predictor",
+  "Sensitivity",
   "compile",
   "critical_path",
   "export",
   "load_exported",
+  "quantize",
+  "quantize_weights",
+  "round_weights",
+  "sensitivity",
   "to_onnx",
 ]

@@ -111,7 +111,7 @@ def export(
   else:
     program = _serialized(function, tree, size, input_dtype, platforms)
     facts |= {"platforms": list(platforms), "note": PROMISE}
-  _write(path, f"model.{format}", program, tree["params"], spec, facts)
+  write_folder(path, {f"model.{format}": program}, spec, facts, tree["params"])
   return facts
 
 
@@ -155,9 +155,10 @@ def load_exported(
   path = Path(folder)
   facts = disk.read_json(path / "export.json")
   if facts.get("format") == "onnx":
+    way_out = f"repjax.deploy.compile(*repjax.load({str(path)!r})[:2], ...)"
     raise InputError(
-      f"{path} holds an ONNX file, which ONNX Runtime, OpenVINO or TensorRT runs and JAX does not; "
-      f"to run its parameters here: repjax.deploy.compile(*repjax.load({str(path)!r})[:2], ...)"
+      f"{path} holds an ONNX file, which ONNX Runtime, OpenVINO or TensorRT runs and JAX does not"
+      + (f"; to run its parameters here: {way_out}" if (path / "params").exists() else "")
     )
   program = _deserialized(path)
   own = {"gpu": "cuda"}.get(platform := (devices or jax.local_devices())[0].platform, platform)
@@ -215,8 +216,12 @@ def _need_flatbuffers() -> None:
     )
 
 
-def _write(
-  path: Path, file: str, program: bytes, params: Any, spec: ModelSpec, facts: Mapping[str, Any]
+def write_folder(
+  path: Path,
+  files: Mapping[str, bytes],
+  spec: ModelSpec,
+  facts: Mapping[str, Any],
+  params: Any = None,
 ) -> None:
   """Writes the whole folder beside its place, then moves it there."""
   draft = path.with_name(f"{path.name}.draft")
@@ -224,8 +229,10 @@ def _write(
   try:
     with disk.writing(path):
       draft.mkdir(parents=True)
-      (draft / file).write_bytes(program)
-      disk.write_tree(draft / "params", params)
+      for name, content in files.items():
+        (draft / name).write_bytes(content)
+      if params is not None:
+        disk.write_tree(draft / "params", params)
       spec.write(draft)
       disk.write_json(draft / "export.json", facts)
       disk.put(draft, path)

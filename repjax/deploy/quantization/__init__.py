@@ -1,0 +1,130 @@
+"""8 bits: post-training quantization of a deploy form, as an ONNX file.
+
+`quantize_weights` keeps weights in int8 and computes in float32; `quantize` has ONNX Runtime's own
+quantizer put QuantizeLinear and DequantizeLinear around all layers. Both take what `to_onnx` made
+in float32: that graph says which layer reads which, and its names are Flax's scopes.
+
+What is ours: weights in 8 bits as a pure function (`weights`), rescaling channels between layers
+(`equalization`, with the laws in `repjax.algebra`), moving biases (`correction`), and which layers
+it hurts (`sensitivity`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from repjax.deploy.onnx.proto import need_onnx
+from repjax.deploy.quantization.correction import corrected
+from repjax.deploy.quantization.equalization import equalized
+from repjax.deploy.quantization.graph import check_float, constants, copied, layers_of
+from repjax.deploy.quantization.runtime import check_images, in_qdq_form
+from repjax.deploy.quantization.sensitivity import Sensitivity, sensitivity
+from repjax.deploy.quantization.weights import quantized, round_weights
+from repjax.errors import InputError, unknown
+
+__all__ = ["Sensitivity", "quantize", "quantize_weights", "round_weights", "sensitivity"]
+
+EQUALIZATIONS = ("none", "weights", "activations")
+
+
+def quantize(
+  proto: Any,
+  images: np.ndarray,
+  *,
+  activations: str = "uint8",
+  calibration: str = "minmax",
+  per_channel: bool = True,
+  equalize: str = "none",
+  correct_bias: bool = False,
+  float_layers: Sequence[str] = (),
+) -> Any:
+  """A model in full int8, in QDQ form, by ONNX Runtime's quantizer.
+
+  Args:
+    proto: from `repjax.deploy.to_onnx` in float32.
+    images: to calibrate with, (N, H, W, 3): uint8, or what the graph takes. Some hundred of the
+      training split, as evaluation prepares them.
+    activations: "uint8", with a zero point, for CPUs: all 256 levels are used behind a ReLU. Or
+      "int8", symmetric, for TensorRT: only what layers read is rounded, biases stay in float.
+    calibration: how ranges follow from the values seen: "minmax", "entropy" or "percentile" (the
+      0.01 % that are farthest out are cut off).
+    per_channel: one scale for each output channel of a kernel, instead of one for all.
+    equalize: rescale channels between layers first: by the ranges of "weights" (cross-layer
+      equalization), of "activations" (SmoothQuant), or "none".
+    correct_bias: move biases so that rounded weights change no mean.
+    float_layers: names of nodes, as `sensitivity` gives them, that stay in float32.
+
+  Returns:
+    An `onnx.ModelProto` with the same input and output.
+
+  Raises:
+    InputError: onnx or onnxruntime is missing, the graph is not in float32, images that it does
+      not take or none, or an unknown setting or node.
+
+  References:
+    Nagel et al., Data-Free Quantization, ICCV 2019. https://arxiv.org/abs/1906.04721
+
+  Example:
+    proto = repjax.deploy.to_onnx(model, variables, image_size=224)
+    onnx.save(repjax.deploy.quantize(proto, images), "a0-int8.onnx")
+  """
+  check_float(proto)
+  check_images(proto, images)
+  if equalize not in EQUALIZATIONS:
+    raise unknown("equalization", equalize, EQUALIZATIONS)
+  names = [layer.name for layer in layers_of(proto)]
+  for name in float_layers:
+    if name not in names:
+      raise unknown("layer", name, names)
+  if len(names) == len(set(float_layers)):
+    raise InputError(f"all {len(names)} layers are to stay in float; leave fewer of them")
+  if equalize != "none":
+    proto = equalized(proto, images if equalize == "activations" else None)
+  if correct_bias:
+    proto = corrected(proto, images)
+  return in_qdq_form(
+    proto,
+    images,
+    activations=activations,
+    calibration=calibration,
+    per_channel=per_channel,
+    but=float_layers,
+  )
+
+
+def quantize_weights(proto: Any) -> Any:
+  """A model whose weights are int8 with a scale for each output channel, computing in float32.
+
+  A DequantizeLinear stands in front of each layer. The file is a quarter as large; it is as fast as
+  before where the runtime computes weights once, as ONNX Runtime does.
+
+  Args:
+    proto: from `repjax.deploy.to_onnx` in float32.
+
+  Returns:
+    An `onnx.ModelProto` with the same input and output; biases are as they were.
+
+  Raises:
+    InputError: onnx is missing, or the graph is not in float32.
+  """
+  onnx = need_onnx()
+  check_float(proto)
+  arrays, made = constants(proto), copied(proto)
+  axes = {layer.weight: layer for layer in layers_of(proto)}
+  kept = [tensor for tensor in made.graph.initializer if tensor.name not in axes]
+  nodes = list(made.graph.node)
+  del made.graph.initializer[:], made.graph.node[:]
+  made.graph.initializer.extend(kept)
+  for name, layer in axes.items():
+    rank = arrays[name].ndim
+    whole, scale = quantized(arrays[name], layer.inputs(rank))
+    parts = {f"{name}/int8": whole, f"{name}/scale": np.ravel(scale)}
+    parts[f"{name}/zero"] = np.zeros(np.size(scale), np.int8)
+    for part, array in parts.items():
+      made.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), part))
+    attributes = {"name": f"{name}/DequantizeLinear", "axis": layer.axis % rank}
+    node = onnx.helper.make_node("DequantizeLinear", list(parts), [name], **attributes)
+    made.graph.node.append(node)
+  made.graph.node.extend(nodes)
+  return made

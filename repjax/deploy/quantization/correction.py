@@ -1,0 +1,59 @@
+"""Bias correction: rounded weights move the mean of what a layer gives; its bias moves it back.
+
+References:
+  Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction, ICCV 2019,
+    section 4.2 and appendix D. https://arxiv.org/abs/1906.04721
+"""
+
+from typing import Any
+
+import numpy as np
+
+from repjax.deploy.quantization.graph import Layer, constants, layers_of, with_constants
+from repjax.deploy.quantization.runtime import observed
+from repjax.deploy.quantization.weights import rounded
+
+
+def with_rounded_weights(proto: Any) -> Any:
+  """A model whose weights went through 8 bits; everything else is as it was."""
+  arrays = constants(proto)
+  new = {
+    layer.weight: np.asarray(rounded(arrays[layer.weight], layer.inputs(arrays[layer.weight].ndim)))
+    for layer in layers_of(proto)
+  }
+  return with_constants(proto, new)
+
+
+def corrected(proto: Any, images: np.ndarray) -> Any:
+  """A model with other biases, under which rounded weights give each channel the mean it had.
+
+  One layer after the other, each with the ones before corrected: b[c] += E[y[c]] - E[y'[c]], the
+  means of its outputs before and after rounding, over images and pixels, borders included.
+
+  Args:
+    proto: in float32.
+    images: (N, H, W, 3), as the graph takes them.
+
+  Returns:
+    A model in float32 with the weights as they were, to be quantized.
+  """
+  layers = [layer for layer in layers_of(proto) if layer.bias]
+  wanted = _means(proto, layers, images)
+  coarse, biases = with_rounded_weights(proto), {}
+  for layer in layers:
+    (moved,) = _means(coarse, [layer], images).values()
+    assert layer.bias
+    biases[layer.bias] = constants(coarse)[layer.bias] + wanted[layer.result] - moved
+    coarse = with_constants(coarse, {layer.bias: biases[layer.bias]})
+  return with_constants(proto, biases)
+
+
+def _means(proto: Any, layers: list[Layer], images: np.ndarray) -> dict[str, np.ndarray]:
+  """The mean of each channel of what layers give."""
+  tensors = [layer.result for layer in layers]
+  sums = {tensor: np.zeros(()) for tensor in tensors}
+  for batch in observed(proto, tensors, images):
+    for tensor, maps in zip(tensors, batch):
+      rows = np.moveaxis(maps, 1, -1).reshape(len(maps), -1, maps.shape[1])
+      sums[tensor] = sums[tensor] + rows.mean(1, dtype=np.float64).sum(0)
+  return {tensor: total / len(images) for tensor, total in sums.items()}
