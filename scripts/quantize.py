@@ -215,7 +215,10 @@ def measured(
   made: Mapping[str, Any], half: Any, split: Any, images: np.ndarray, flags: argparse.Namespace
 ) -> dict[str, Row]:
   """A row for each file, and one for bfloat16 in JAX."""
-  sessions = {name: runtime.session(proto, timing.cpus()) for name, proto in made.items()}
+  sessions = {
+    name: runtime.session(proto, timing.cpus(), unpacked=name == "int8 weights")
+    for name, proto in made.items()
+  }
   run = jax.jit(half.function)
   classifiers: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     name: lambda batch, ready=ready: ready.run(None, runtime.fed(batch))[0]

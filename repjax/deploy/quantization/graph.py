@@ -31,8 +31,9 @@ class Layer(NamedTuple):
 
   @property
   def title(self) -> str:
-    """The layer's Flax scope."""
-    return self.name.removesuffix(f"/{self.op}").removesuffix("/conv")
+    """The layer's Flax scope; that of the whole model is its class and says nothing."""
+    scopes = self.weight.rpartition("/")[0].removesuffix("/conv")
+    return scopes.partition("/")[2] or scopes
 
   @property
   def axis(self) -> int:

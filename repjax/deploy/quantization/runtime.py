@@ -53,12 +53,21 @@ def check_images(proto: Any, images: np.ndarray) -> None:
     )
 
 
-def session(proto: Any, threads: int = 0) -> Any:
-  """A model that is ready to run on the CPU; 0: as many threads as there are cores."""
+def session(proto: Any, threads: int = 0, *, unpacked: bool = False) -> Any:
+  """A model that is ready to run on the CPU.
+
+  Args:
+    proto: of any kind.
+    threads: 0: as many as there are cores.
+    unpacked: int8 weights become float32 at the start. Otherwise ONNX Runtime would do so in every
+      call, and compute a Gemm of such weights in 8 bits.
+  """
   runtime = need_runtime()
   options = runtime.SessionOptions()
   options.intra_op_num_threads = threads
   options.log_severity_level = 3
+  if unpacked:
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
   return runtime.InferenceSession(
     proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
   )
@@ -69,9 +78,9 @@ def fed(images: np.ndarray) -> dict[str, np.ndarray]:
   return {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
 
 
-def logits_of(proto: Any, images: np.ndarray) -> np.ndarray:
+def logits_of(proto: Any, images: np.ndarray, *, unpacked: bool = False) -> np.ndarray:
   """A model's first output for images (N, H, W, 3)."""
-  ready = session(proto)
+  ready = session(proto, unpacked=unpacked)
   return np.concatenate([ready.run(None, fed(part))[0] for part in _parts(images)])
 
 
