@@ -63,8 +63,11 @@ def main() -> None:
     "--activations", choices=runtime.ACTIVATIONS, default="uint8", help="int8 for TensorRT"
   )
   parser.add_argument("--per-tensor", action="store_true", help="one scale for a whole kernel")
-  parser.add_argument("--equalize", choices=EQUALIZATIONS, default="none")
-  parser.add_argument("--correct-bias", action="store_true", help="undo shifts of means")
+  parser.add_argument(
+    "--weight-bits", type=int, choices=(7, 8), default=7, help="8 is for CPUs with VNNI, and GPUs"
+  )
+  parser.add_argument("--equalize", choices=EQUALIZATIONS, default="activations")
+  parser.add_argument("--no-bias-correction", action="store_true", help="leave biases alone")
   parser.add_argument("--float-layers", type=int, default=0, metavar="N", help="the worst N")
   parser.add_argument("--compare", action="store_true", help="a row for each measure")
   parser.add_argument("--batch-size", type=int, default=1, help="images a call, for speed")
@@ -88,9 +91,10 @@ def quantize(flags: argparse.Namespace) -> None:
     "activations": flags.activations,
     "calibration": flags.calibration,
     "per_channel": not flags.per_tensor,
+    "weight_bits": flags.weight_bits,
   }
   ranked = repjax.deploy.sensitivity(proto, images, **chosen)
-  chosen |= {"equalize": flags.equalize, "correct_bias": flags.correct_bias}
+  chosen |= {"equalize": flags.equalize, "correct_bias": not flags.no_bias_correction}
   if not 0 <= flags.float_layers < len(ranked):
     raise InputError(f"--float-layers takes 0 to {len(ranked) - 1}, got {flags.float_layers}")
   chosen["float_layers"] = [row.node for row in ranked[: flags.float_layers]]
@@ -133,16 +137,19 @@ def measures(ranked: Sequence[Sensitivity]) -> dict[str, dict[str, Any]]:
   """What `--compare` tries, as changes to what was chosen."""
   worst = [row.node for row in ranked]
   counts = [count for count in (1, 2, 4) if count < len(worst)]
+  plain = {"equalize": "none", "correct_bias": False}
   return {
-    "one scale a kernel": {"per_channel": False},
-    "equalized weights, one scale": {"per_channel": False, "equalize": "weights"},
-    "symmetric activations": {"activations": "int8"},
-    "entropy": {"calibration": "entropy"},
-    "percentile": {"calibration": "percentile"},
-    "equalized weights": {"equalize": "weights"},
-    "equalized activations": {"equalize": "activations"},
-    "corrected biases": {"correct_bias": True},
-    **{f"{count} in float32": {"float_layers": worst[:count]} for count in counts},
+    "by the quantizer alone": plain,
+    "+ a scale for all of a kernel": plain | {"per_channel": False},
+    "+ 8 bits in weights": plain | {"weight_bits": 8},
+    "+ equalized weights": plain | {"equalize": "weights"},
+    "+ equalized activations": plain | {"equalize": "activations"},
+    "+ corrected biases": plain | {"correct_bias": True},
+    "int8, 8 bits in weights": {"weight_bits": 8},
+    "int8, entropy": {"calibration": "entropy"},
+    "int8, percentile": {"calibration": "percentile"},
+    "int8, symmetric, 8 bits": {"activations": "int8", "weight_bits": 8},
+    **{f"int8, {count} in float32": {"float_layers": worst[:count]} for count in counts},
   }
 
 

@@ -35,8 +35,9 @@ def quantize(
   activations: str = "uint8",
   calibration: str = "minmax",
   per_channel: bool = True,
-  equalize: str = "none",
-  correct_bias: bool = False,
+  weight_bits: int = 7,
+  equalize: str = "activations",
+  correct_bias: bool = True,
   float_layers: Sequence[str] = (),
 ) -> Any:
   """A model in full int8, in QDQ form, by ONNX Runtime's quantizer.
@@ -50,6 +51,9 @@ def quantize(
     calibration: how ranges follow from the values seen: "minmax", "entropy" or "percentile" (the
       0.01 % that are farthest out are cut off).
     per_channel: one scale for each output channel of a kernel, instead of one for all.
+    weight_bits: 7 or 8. x86 CPUs without VNNI add two products of uint8 and int8 in 16 bits, where
+      those of 8 bits do not fit: ONNX Runtime then computes wrong sums, and no error says so. 8
+      is for CPUs that have it (from 2019 and later servers on), and for GPUs.
     equalize: rescale channels between layers first: by the ranges of "weights" (cross-layer
       equalization), of "activations" (SmoothQuant), or "none".
     correct_bias: move biases so that rounded weights change no mean.
@@ -82,13 +86,14 @@ def quantize(
   if equalize != "none":
     proto = equalized(proto, images if equalize == "activations" else None)
   if correct_bias:
-    proto = corrected(proto, images)
+    proto = corrected(proto, images, weight_bits)
   return in_qdq_form(
     proto,
     images,
     activations=activations,
     calibration=calibration,
     per_channel=per_channel,
+    weight_bits=weight_bits,
     but=float_layers,
   )
 

@@ -14,17 +14,18 @@ from repjax.deploy.quantization.runtime import observed
 from repjax.deploy.quantization.weights import rounded
 
 
-def with_rounded_weights(proto: Any) -> Any:
-  """A model whose weights went through 8 bits; everything else is as it was."""
+def with_rounded_weights(proto: Any, bits: int = 8) -> Any:
+  """A model whose weights went through so few bits; everything else is as it was."""
   arrays = constants(proto)
   new = {
-    layer.weight: np.asarray(rounded(arrays[layer.weight], layer.inputs(arrays[layer.weight].ndim)))
+    layer.weight: np.asarray(rounded(weight, layer.inputs(weight.ndim), bits))
     for layer in layers_of(proto)
+    for weight in [arrays[layer.weight]]
   }
   return with_constants(proto, new)
 
 
-def corrected(proto: Any, images: np.ndarray) -> Any:
+def corrected(proto: Any, images: np.ndarray, bits: int = 8) -> Any:
   """A model with other biases, under which rounded weights give each channel the mean it had.
 
   One layer after the other, each with the ones before corrected: b[c] += E[y[c]] - E[y'[c]], the
@@ -33,13 +34,14 @@ def corrected(proto: Any, images: np.ndarray) -> Any:
   Args:
     proto: in float32.
     images: (N, H, W, 3), as the graph takes them.
+    bits: of the weights, each output channel of which has a scale.
 
   Returns:
     A model in float32 with the weights as they were, to be quantized.
   """
   layers = [layer for layer in layers_of(proto) if layer.bias]
   wanted = _means(proto, layers, images)
-  coarse, biases = with_rounded_weights(proto), {}
+  coarse, biases = with_rounded_weights(proto, bits), {}
   for layer in layers:
     (moved,) = _means(coarse, [layer], images).values()
     assert layer.bias

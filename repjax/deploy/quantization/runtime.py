@@ -106,6 +106,7 @@ def in_qdq_form(
   activations: str,
   calibration: str,
   per_channel: bool,
+  weight_bits: int,
   only: Sequence[str] = (),
   but: Sequence[str] = (),
   inputs_only: bool = False,
@@ -120,18 +121,21 @@ def in_qdq_form(
       "int8", symmetric, as GPUs want it. Then only what layers read is rounded.
     calibration: of CALIBRATIONS.
     per_channel: a scale for each output channel of weights, instead of one for all.
+    weight_bits: 8 or 7.
     only: names of the nodes to quantize, if not all.
     but: names of nodes that stay in float.
     inputs_only: round only what layers read.
     cache: a file that keeps the ranges between calls with the same model, images and settings.
 
   Raises:
-    InputError: no such calibration or kind of activations.
+    InputError: no such calibration, kind of activations or number of bits.
   """
   if activations not in ACTIVATIONS:
     raise unknown("kind of activations", activations, ACTIVATIONS)
   if calibration not in CALIBRATIONS:
     raise unknown("calibration", calibration, CALIBRATIONS)
+  if weight_bits not in (7, 8):
+    raise InputError(f"weights have 8 or 7 bits, got {weight_bits}")
   need_runtime()
   tools: Any = importlib.import_module("onnxruntime.quantization")
   symmetric = activations == "int8"
@@ -151,6 +155,7 @@ def in_qdq_form(
       quant_format=tools.QuantFormat.QDQ,
       op_types_to_quantize=[*LAYERS, *(() if inputs_only else _AROUND)],
       per_channel=per_channel,
+      reduce_range=weight_bits == 7,
       activation_type=tools.QuantType.QInt8 if symmetric else tools.QuantType.QUInt8,
       weight_type=tools.QuantType.QInt8,
       nodes_to_quantize=list(only),

@@ -33,6 +33,7 @@ def sensitivity(
   activations: str = "uint8",
   calibration: str = "minmax",
   per_channel: bool = True,
+  weight_bits: int = 7,
 ) -> list[Sensitivity]:
   """Quantizes the weights and the input of one layer at a time, all others in float32.
 
@@ -58,6 +59,7 @@ def sensitivity(
         activations=activations,
         calibration=calibration,
         per_channel=per_channel,
+        weight_bits=weight_bits,
         only=[layer.name],
         inputs_only=True,
         cache=Path(folder) / "ranges.json",

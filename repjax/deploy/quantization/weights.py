@@ -6,34 +6,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-LEVELS = 127
-"""The largest whole number; -128 is left out, so that zero is in the middle."""
+LEVELS = {8: 127, 7: 64}
+"""The largest whole number by bits, of both signs, as ONNX Runtime's quantizer has it."""
 
 _INPUTS = {2: (0,), 4: (0, 1, 2), 7: (1, 2, 3)}
 """Rank of a kernel in a deploy tree to the axes that an output is a sum over."""
 
 
-def quantized(kernel: jax.Array, inputs: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def quantized(
+  kernel: jax.Array, inputs: tuple[int, ...], bits: int = 8
+) -> tuple[jax.Array, jax.Array]:
   """A kernel as whole numbers times a scale for each output.
 
-  q = round(K / scale), scale = max|K| / 127 over the inputs; |q scale - K| <= scale / 2.
+  q = round(K / scale), scale = max|K| / L over the inputs, where L is 127, or 64 with 7 bits;
+  |q scale - K| <= scale / 2.
 
   Args:
     kernel: of any rank, floating.
     inputs: the axes that an output is a sum over.
+    bits: 8 or 7.
 
   Returns:
     int8 of the kernel's shape, and the scales in its dtype, of size 1 along `inputs`; 1 for a
     kernel of zeros.
   """
   largest = jnp.abs(kernel).max(inputs, keepdims=True)
-  scale = jnp.where(largest > 0, largest, LEVELS) / LEVELS
+  levels = LEVELS[bits]
+  scale = jnp.where(largest > 0, largest, levels) / levels
   return jnp.round(kernel / scale).astype(jnp.int8), scale
 
 
-def rounded(kernel: jax.Array, inputs: tuple[int, ...]) -> jax.Array:
-  """A kernel as it is once it went through 8 bits, in its own dtype."""
-  whole, scale = quantized(kernel, inputs)
+def rounded(kernel: jax.Array, inputs: tuple[int, ...], bits: int = 8) -> jax.Array:
+  """A kernel as it is once it went through so few bits, in its own dtype."""
+  whole, scale = quantized(kernel, inputs, bits)
   return whole.astype(kernel.dtype) * scale
 
 
