@@ -73,21 +73,22 @@ def int8_weights(proto):
   return {scope for scope in SCOPES for name in names if name.startswith(scope)}
 
 
+@pytest.mark.parametrize("bits", [8, 7])
 @pytest.mark.parametrize(
   ("shape", "inputs"),
   [((3, 3, 4, 6), (0, 1, 2)), ((5, 7), (0,)), ((2, 2, 2, 3, 2, 2, 3), (1, 2, 3))],
 )
-def test_a_weight_moves_by_half_a_step_at_most(shape, inputs):
+def test_a_weight_moves_by_half_a_step_at_most(shape, inputs, bits):
   kernel = RNG.standard_normal(shape).astype(np.float32)
   kernel[..., 0] *= 1e-3  # outputs of other sizes have steps of their own
   kernel[..., 1] = 0
-  whole, scale = weights.quantized(kernel, inputs)
+  whole, scale = weights.quantized(kernel, inputs, bits)
   assert whole.dtype == jnp.int8
   assert scale.shape == tuple(1 if axis in inputs else size for axis, size in enumerate(shape))
-  moved = np.abs(np.asarray(weights.rounded(kernel, inputs)) - kernel)
+  moved = np.abs(np.asarray(weights.rounded(kernel, inputs, bits)) - kernel)
   assert (moved <= np.asarray(scale) * 0.50001).all()
   largest = np.abs(np.asarray(whole, np.int32)).max(inputs)
-  assert set(np.unique(largest)) == {0, 127}
+  assert set(np.unique(largest)) == {0, 127 if bits == 8 else 64}
 
 
 def test_a_tree_keeps_its_form_and_only_kernels_are_rounded():

@@ -86,7 +86,8 @@ def quantize(
   if equalize != "none":
     proto = equalized(proto, images if equalize == "activations" else None)
   if correct_bias:
-    proto = corrected(proto, images, weight_bits)
+    rounding: dict[str, Any] = {"per_channel": per_channel, "but": float_layers}
+    proto = corrected(proto, images, weight_bits, **rounding)
   return in_qdq_form(
     proto,
     images,

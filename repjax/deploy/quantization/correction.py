@@ -5,6 +5,7 @@ References:
     section 4.2 and appendix D. https://arxiv.org/abs/1906.04721
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,29 @@ from repjax.deploy.quantization.runtime import observed
 from repjax.deploy.quantization.weights import rounded
 
 
-def with_rounded_weights(proto: Any, bits: int = 8) -> Any:
-  """A model whose weights went through so few bits; everything else is as it was."""
+def with_rounded_weights(
+  proto: Any, bits: int = 8, *, per_channel: bool = True, but: Sequence[str] = ()
+) -> Any:
+  """A model whose weights went through so few bits; everything else is as it was.
+
+  Args:
+    proto: in float32.
+    bits: 8 or 7.
+    per_channel: one scale for each output channel, instead of one for all.
+    but: names of nodes whose weights stay.
+  """
   arrays = constants(proto)
   new = {
-    layer.weight: np.asarray(rounded(weight, layer.inputs(weight.ndim), bits))
+    layer.weight: np.asarray(rounded(weight, inputs, bits))
     for layer in layers_of(proto)
+    if layer.name not in but
     for weight in [arrays[layer.weight]]
+    for inputs in [layer.inputs(weight.ndim) if per_channel else tuple(range(weight.ndim))]
   }
   return with_constants(proto, new)
 
 
-def corrected(proto: Any, images: np.ndarray, bits: int = 8) -> Any:
+def corrected(proto: Any, images: np.ndarray, bits: int = 8, **rounding: Any) -> Any:
   """A model with other biases, under which rounded weights give each channel the mean it had.
 
   One layer after the other, each with the ones before corrected: b[c] += E[y[c]] - E[y'[c]], the
@@ -34,14 +46,15 @@ def corrected(proto: Any, images: np.ndarray, bits: int = 8) -> Any:
   Args:
     proto: in float32.
     images: (N, H, W, 3), as the graph takes them.
-    bits: of the weights, each output channel of which has a scale.
+    bits: of the weights.
+    **rounding: as in `with_rounded_weights`.
 
   Returns:
     A model in float32 with the weights as they were, to be quantized.
   """
   layers = [layer for layer in layers_of(proto) if layer.bias]
   wanted = _means(proto, layers, images)
-  coarse, biases = with_rounded_weights(proto, bits), {}
+  coarse, biases = with_rounded_weights(proto, bits, **rounding), {}
   for layer in layers:
     (moved,) = _means(coarse, [layer], images).values()
     assert layer.bias
