@@ -28,7 +28,8 @@ from repjax.deploy import Sensitivity
 from repjax.deploy.export import write_folder
 from repjax.deploy.function import inference
 from repjax.deploy.onnx.proto import OPSET
-from repjax.deploy.quantization import EQUALIZATIONS, runtime
+from repjax.deploy.quantization import runtime
+from repjax.deploy.quantization.equalization import EQUALIZATIONS
 from repjax.deploy.quantization.sensitivity import compared
 from repjax.errors import InputError, one_paragraph
 from repjax.training import settings
@@ -92,9 +93,10 @@ def quantize(flags: argparse.Namespace) -> None:
     "calibration": flags.calibration,
     "per_channel": not flags.per_tensor,
     "weight_bits": flags.weight_bits,
+    "equalize": flags.equalize,
+    "correct_bias": not flags.no_bias_correction,
   }
   ranked = repjax.deploy.sensitivity(proto, images, **chosen)
-  chosen |= {"equalize": flags.equalize, "correct_bias": not flags.no_bias_correction}
   if not 0 <= flags.float_layers < len(ranked):
     raise InputError(f"--float-layers takes 0 to {len(ranked) - 1}, got {flags.float_layers}")
   chosen["float_layers"] = [row.node for row in ranked[: flags.float_layers]]

@@ -231,7 +231,8 @@ def uneven(proto):
 def test_the_report_has_the_worst_layer_first(uneven, proto):
   # One scale for a kernel is too coarse for most channels of stage 2, and one for what stage 3
   # reads for its input.
-  rows = repjax.deploy.sensitivity(uneven, IMAGES, per_channel=False)
+  plain = {"per_channel": False, "equalize": "none", "correct_bias": False}
+  rows = repjax.deploy.sensitivity(uneven, IMAGES, **plain)
   assert {row.layer.split("/RepConv")[0] for row in rows[:2]} == {"stage2/block0", "stage3/block0"}
   assert [row.error for row in rows] == sorted((row.error for row in rows), reverse=True)
   assert [row.node for row in rows] != [layer.name for layer in layers_of(proto)]

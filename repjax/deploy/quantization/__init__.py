@@ -16,7 +16,7 @@ import numpy as np
 
 from repjax.deploy.onnx.proto import need_onnx
 from repjax.deploy.quantization.correction import corrected
-from repjax.deploy.quantization.equalization import equalized
+from repjax.deploy.quantization.equalization import equalized_by
 from repjax.deploy.quantization.graph import check_float, constants, copied, layers_of
 from repjax.deploy.quantization.runtime import check_images, in_qdq_form
 from repjax.deploy.quantization.sensitivity import Sensitivity, sensitivity
@@ -24,8 +24,6 @@ from repjax.deploy.quantization.weights import quantized, round_weights
 from repjax.errors import InputError, unknown
 
 __all__ = ["Sensitivity", "quantize", "quantize_weights", "round_weights", "sensitivity"]
-
-EQUALIZATIONS = ("none", "weights", "activations")
 
 
 def quantize(
@@ -75,16 +73,13 @@ def quantize(
   """
   check_float(proto)
   check_images(proto, images)
-  if equalize not in EQUALIZATIONS:
-    raise unknown("equalization", equalize, EQUALIZATIONS)
   names = [layer.name for layer in layers_of(proto)]
   for name in float_layers:
     if name not in names:
       raise unknown("layer", name, names)
   if len(names) == len(set(float_layers)):
     raise InputError(f"all {len(names)} layers are to stay in float; leave fewer of them")
-  if equalize != "none":
-    proto = equalized(proto, images if equalize == "activations" else None)
+  proto = equalized_by(equalize, proto, images)
   if correct_bias:
     rounding: dict[str, Any] = {"per_channel": per_channel, "but": float_layers}
     proto = corrected(proto, images, weight_bits, **rounding)

@@ -52,7 +52,8 @@ def corrected(proto: Any, images: np.ndarray, bits: int = 8, **rounding: Any) ->
   Returns:
     A model in float32 with the weights as they were, to be quantized.
   """
-  layers = [layer for layer in layers_of(proto) if layer.bias]
+  left = rounding.get("but", ())
+  layers = [layer for layer in layers_of(proto) if layer.bias and layer.name not in left]
   wanted = _means(proto, layers, images)
   coarse, biases = with_rounded_weights(proto, bits, **rounding), {}
   for layer in layers:

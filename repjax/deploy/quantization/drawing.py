@@ -25,7 +25,10 @@ def picture(
   colors = [_FLOAT if row.node in left_in_float else _INT8 for row in rows]
   errors = [100 * row.error for row in rows]
   bars = axes.barh(range(len(rows)), errors, color=colors)
-  notes = [f"{100 * row.error:.2f} %, {row.changed:.1%} of the classes" for row in rows]
+  notes = [
+    f"{row.error:.2%}" + (f", {row.changed:.1%} of images change class" if row.changed else "")
+    for row in rows
+  ]
   axes.bar_label(bars, notes, padding=3, fontsize=8)
   axes.set_yticks(range(len(rows)), [row.layer for row in rows], fontsize=8)
   axes.invert_yaxis()

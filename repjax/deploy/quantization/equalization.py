@@ -11,10 +11,12 @@ import numpy as np
 from repjax.algebra import ConvParams, equalizing_scale, rescale_between
 from repjax.deploy.quantization.graph import Layer, constants, layers_of, with_constants
 from repjax.deploy.quantization.runtime import observed
+from repjax.errors import unknown
 
 _BETWEEN = ("Relu", "MaxPool", "AveragePool", "GlobalAveragePool")
 """What gives s f(x) for s x where s > 0, channel by channel. Flatten does, behind a mean."""
 
+EQUALIZATIONS = ("none", "weights", "activations")
 ROUNDS = 20
 
 
@@ -62,6 +64,19 @@ def pairs_of(proto: Any) -> list[Pair]:
     and "MatMul" not in (pair.first.op, pair.second.op)
     and all(shared[n] == 1 for n in (pair.first.weight, pair.first.bias, pair.second.weight))
   ]
+
+
+def equalized_by(how: str, proto: Any, images: np.ndarray) -> Any:
+  """A model equalized in one of the ways in EQUALIZATIONS.
+
+  Raises:
+    InputError: there is no such way.
+  """
+  if how not in EQUALIZATIONS:
+    raise unknown("equalization", how, EQUALIZATIONS)
+  if how == "none":
+    return proto
+  return equalized(proto, images if how == "activations" else None)
 
 
 def equalized(proto: Any, images: np.ndarray | None = None) -> Any:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from repjax.deploy.quantization.correction import corrected
+from repjax.deploy.quantization.equalization import equalized_by
 from repjax.deploy.quantization.graph import check_float, layers_of
 from repjax.deploy.quantization.runtime import check_images, in_qdq_form, logits_of
 
@@ -34,6 +36,8 @@ def sensitivity(
   calibration: str = "minmax",
   per_channel: bool = True,
   weight_bits: int = 7,
+  equalize: str = "activations",
+  correct_bias: bool = True,
 ) -> list[Sensitivity]:
   """Quantizes the weights and the input of one layer at a time, all others in float32.
 
@@ -50,11 +54,14 @@ def sensitivity(
   check_float(proto)
   check_images(proto, images)
   wanted = logits_of(proto, images)
-  rows = []
+  proto = equalized_by(equalize, proto, images)
+  layers, rows = layers_of(proto), []
   with tempfile.TemporaryDirectory() as folder:
-    for layer in layers_of(proto):
+    for layer in layers:
+      others = [other.name for other in layers if other is not layer]
+      rounding: dict[str, Any] = {"per_channel": per_channel, "but": others}
       alone = in_qdq_form(
-        proto,
+        corrected(proto, images, weight_bits, **rounding) if correct_bias else proto,
         images,
         activations=activations,
         calibration=calibration,
