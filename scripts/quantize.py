@@ -170,10 +170,8 @@ def open_splits(
   if "train_split" not in config:
     config.train_split = "train"  # of an import
   settings.check_evaluation(config)
-  splits = (
-    settings.open_split(config, name, spec) for name in (config.train_split, config.eval_split)
-  )
-  return *splits, config
+  calibration = settings.open_split(config, config.train_split, spec)
+  return calibration, settings.open_split(config, config.eval_split, spec), config
 
 
 class _Some:
@@ -209,14 +207,15 @@ def spread(source: Source, count: int, preprocessing: repjax.spec.Preprocessing)
 def evaluation_batches(
   source: Source, preprocessing: repjax.spec.Preprocessing, config: Any = None
 ) -> Any:
-  large = config is not None and len(source.examples) >= _WORTH_PROCESSES
+  """A split in batches; in processes where it is a large one and a config is given."""
+  workers = config.num_workers if config and len(source.examples) >= _WORTH_PROCESSES else 0
   return eval_batches(
     source.examples,
     batch_size=min(64, len(source.examples)),
     image_size=preprocessing.image_size,
     resize_size=preprocessing.resize_size,
     interpolation=preprocessing.interpolation,
-    num_workers=config.num_workers if large else 0,
+    num_workers=workers,
   )
 
 

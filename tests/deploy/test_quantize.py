@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax.algebra import ConvParams, rescale_between
+from repjax.algebra import rescale_between
 from repjax.deploy.quantization import correction, equalization, runtime, weights
 from repjax.deploy.quantization.graph import constants, layers_of, with_constants
 from repjax.deploy.quantization.sensitivity import compared
@@ -145,6 +145,27 @@ def test_additions_and_other_activations_end_a_pair(name, overrides, count):
 
 
 @needs_onnx
+@pytest.mark.parametrize(
+  ("name", "overrides"),
+  [
+    ("parnet_s", {"stage_sizes": (1, 1, 1), "widths": (8, 8, 16, 16)}),
+    (
+      "repmlp_cifar",
+      {"stage_sizes": (1, 1, 1), "widths": (4, 6, 8), "tile": 4, "local_kernels": (1,)},
+    ),
+  ],
+)
+def test_other_families_are_quantized_too(name, overrides):
+  proto = made(name, overrides, size=32)
+  images = RNG.standard_normal((8, 32, 32, 3)).astype(np.float32)
+  small = repjax.deploy.quantize(proto, images)
+  error, _ = compared(runtime.logits_of(small, images), runtime.logits_of(proto, images))
+  assert 1e-4 < error < 0.2
+  alone = repjax.deploy.sensitivity(proto, images[:1], calibration="minmax")
+  assert len(alone) == len(layers_of(proto))
+
+
+@needs_onnx
 @pytest.mark.parametrize("images", [None, IMAGES])
 def test_an_equalized_file_computes_the_same(proto, wanted, images):
   new = equalization.equalized(proto, images)
@@ -219,7 +240,6 @@ def uneven(proto):
   )
   arrays = constants(proto)
   convs = [equalization._conv(arrays, layer) for layer in (first, second)]
-  convs = [ConvParams(*map(jnp.asarray, conv)) for conv in convs]
   scale = jnp.exp(jnp.asarray(3 * RNG.standard_normal(convs[0].bias.size), jnp.float32))
   convs = rescale_between(*convs, scale)
   for layer, conv in zip((first, second), convs):

@@ -12,6 +12,7 @@ it hurts (`sensitivity`).
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from repjax.deploy.onnx.proto import need_onnx
@@ -120,7 +121,7 @@ def quantize_weights(proto: Any) -> Any:
   made.graph.initializer.extend(kept)
   for name, layer in axes.items():
     rank = arrays[name].ndim
-    whole, scale = quantized(arrays[name], layer.inputs(rank))
+    whole, scale = quantized(jnp.asarray(arrays[name]), layer.inputs(rank))
     parts = {f"{name}/int8": whole, f"{name}/scale": np.ravel(scale)}
     parts[f"{name}/zero"] = np.zeros(np.size(scale), np.int8)
     for part, array in parts.items():

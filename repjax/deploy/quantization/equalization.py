@@ -6,6 +6,7 @@ It works on the ONNX graph, which says who reads whom; a tree of parameters does
 from collections import Counter
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from repjax.algebra import ConvParams, equalizing_scale, rescale_between
@@ -98,11 +99,11 @@ def equalized(proto: Any, images: np.ndarray | None = None) -> Any:
     change = 0.0
     for pair in pairs:
       first, second = _conv(arrays, pair.first), _conv(arrays, pair.second)
-      ranges = seen.get(pair.between, np.abs(first.kernel).max((0, 1, 2)))
-      scale = np.asarray(equalizing_scale(ranges, second.kernel))
+      ranges = seen.get(pair.between, jnp.abs(first.kernel).max((0, 1, 2)))
+      scale = equalizing_scale(jnp.asarray(ranges), second.kernel)
       first, second = rescale_between(first, second, scale)
       arrays |= _arrays(pair.first, first) | _arrays(pair.second, second)
-      change = max(change, float(np.abs(np.log(scale)).max()))
+      change = max(change, float(jnp.abs(jnp.log(scale)).max()))
     if change < 1e-3:
       break
   return with_constants(proto, arrays)
@@ -114,7 +115,7 @@ def _largest(proto: Any, tensors: list[str], images: np.ndarray) -> dict[str, np
   for batch in observed(proto, tensors, images):
     for tensor, maps in zip(tensors, batch):
       largest = np.abs(maps).max(tuple(axis for axis in range(maps.ndim) if axis != 1))
-      found[tensor] = np.maximum(found.get(tensor, largest), largest)
+      found[tensor] = np.maximum(found[tensor], largest) if tensor in found else largest
   return found
 
 
@@ -123,7 +124,7 @@ def _conv(arrays: dict[str, np.ndarray], layer: Layer) -> ConvParams:
   weight = arrays[layer.weight]
   kernel = weight.transpose(2, 3, 1, 0) if layer.op == "Conv" else weight[None, None]
   bias = arrays[layer.bias] if layer.bias else np.zeros(kernel.shape[-1:], kernel.dtype)
-  return ConvParams(kernel, bias)  # pyright: ignore[reportArgumentType] - NumPy's do as well
+  return ConvParams(jnp.asarray(kernel), jnp.asarray(bias))
 
 
 def _arrays(layer: Layer, conv: ConvParams) -> dict[str, np.ndarray]:

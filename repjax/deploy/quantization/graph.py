@@ -49,7 +49,7 @@ def layers_of(proto: Any) -> list[Layer]:
   """The layers of an `onnx.ModelProto` in the order in which they compute."""
   known = {tensor.name for tensor in proto.graph.initializer}
   return [
-    Layer(node.name, node.op_type, *node.input[:1], *node.output, node.input[1], bias)
+    Layer(node.name, node.op_type, node.input[0], node.output[0], node.input[1], bias)
     for node in proto.graph.node
     if node.op_type in LAYERS and node.input[1] in known and node.input[0] not in known
     for bias in [node.input[2] if len(node.input) > 2 and node.input[2] in known else None]

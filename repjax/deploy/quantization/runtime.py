@@ -85,7 +85,9 @@ def logits_of(proto: Any, images: np.ndarray, *, unpacked: bool = False) -> np.n
 
 
 def observed(proto: Any, tensors: Sequence[str], images: np.ndarray) -> Iterator[list[np.ndarray]]:
-  """Tensors inside a model, batch by batch."""
+  """Tensors inside a model, batch by batch; of no tensors there are no batches."""
+  if not tensors:
+    return
   onnx = need_onnx()
   seen = copied(proto)
   del seen.graph.output[:]
