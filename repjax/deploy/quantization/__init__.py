@@ -122,8 +122,9 @@ def quantize_weights(proto: Any) -> Any:
   for name, layer in axes.items():
     rank = arrays[name].ndim
     whole, scale = quantized(jnp.asarray(arrays[name]), layer.inputs(rank))
-    parts = {f"{name}/int8": whole, f"{name}/scale": np.ravel(scale)}
-    parts[f"{name}/zero"] = np.zeros(np.size(scale), np.int8)
+    scales = np.reshape(scale, -1 if np.size(scale) > 1 else ())
+    parts = {f"{name}/int8": whole, f"{name}/scale": scales}
+    parts[f"{name}/zero"] = np.zeros(scales.shape, np.int8)
     for part, array in parts.items():
       made.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), part))
     attributes = {"name": f"{name}/DequantizeLinear", "axis": layer.axis % rank}

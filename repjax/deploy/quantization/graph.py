@@ -31,9 +31,9 @@ class Layer(NamedTuple):
 
   @property
   def title(self) -> str:
-    """The layer's Flax scope; that of the whole model is its class and says nothing."""
-    scopes = self.weight.rpartition("/")[0].removesuffix("/conv")
-    return scopes.partition("/")[2] or scopes
+    """The layer's Flax scope, without the model's class, methods and einsum's formulas."""
+    first, *scopes = self.weight.rpartition("/")[0].removesuffix("/conv").split("/")
+    return "/".join(s for s in scopes if "." not in s and "->" not in s) or first
 
   @property
   def axis(self) -> int:
@@ -41,8 +41,13 @@ class Layer(NamedTuple):
     return 0 if self.op == "Conv" else -1
 
   def inputs(self, rank: int) -> tuple[int, ...]:
-    """The axes of its weights that an output is a sum over; matrices of a batch share scales."""
-    return tuple(range(1, rank)) if self.op == "Conv" else tuple(range(rank - 1))
+    """The axes of its weights that share a scale: those that an output is a sum over.
+
+    Matrices of a batch have one scale together, since ONNX Runtime multiplies them no other way.
+    """
+    if self.op == "Conv":
+      return tuple(range(1, rank))
+    return (0,) if rank == 2 else tuple(range(rank))
 
 
 def layers_of(proto: Any) -> list[Layer]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from repjax.deploy.onnx.proto import need_onnx
-from repjax.deploy.quantization.graph import LAYERS, constants, copied
+from repjax.deploy.quantization.graph import LAYERS, constants, copied, layers_of
 from repjax.errors import InputError, unknown
 
 CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
@@ -170,7 +170,7 @@ def in_qdq_form(
         "CalibStridedMinMax": 1,  # one batch at a time in memory, whatever the method
         "CalibPercentile": 99.99,
         "OpTypesToExcludeOutputQuantization": list(LAYERS) if inputs_only else ["Gemm"],
-        "QDQOpTypePerChannelSupportToAxis": {"MatMul": -1},
+        "TensorQuantOverrides": _one_scale_each(proto, weight_bits),
         "QuantizeBias": not symmetric,  # TensorRT takes biases in float
       },
       **({"calibration_cache_path": cache} if keeps and cache else {}),
@@ -178,6 +178,16 @@ def in_qdq_form(
     made = need_onnx().load(path)
   del made.metadata_props[:]
   return made
+
+
+def _one_scale_each(proto: Any, weight_bits: int) -> dict[str, list[dict[str, Any]]]:
+  """What keeps the quantizer from a scale for each channel of matrices in a batch."""
+  arrays = constants(proto)
+  return {
+    layer.weight: [{"symmetric": True, "reduce_range": weight_bits == 7}]
+    for layer in layers_of(proto)
+    if arrays[layer.weight].ndim == 3
+  }
 
 
 def _plain_additions(proto: Any) -> list[str]:
