@@ -161,8 +161,6 @@ def test_other_families_are_quantized_too(name, overrides):
   small = repjax.deploy.quantize(proto, images)
   error, _ = compared(runtime.logits_of(small, images), runtime.logits_of(proto, images))
   assert 1e-4 < error < 0.2
-  alone = repjax.deploy.sensitivity(proto, images[:1], calibration="minmax")
-  assert len(alone) == len(layers_of(proto))
 
 
 @needs_onnx
@@ -191,6 +189,18 @@ def test_corrected_biases_give_every_layer_its_mean_back(proto):
   before, after = constants(proto), constants(new)
   for layer in layers:
     assert (before[layer.weight] == after[layer.weight]).all()
+
+
+@needs_onnx
+def test_layers_in_float_are_neither_rounded_nor_corrected(proto):
+  first, *others = layers_of(proto)
+  new = correction.corrected(proto, IMAGES, but=[layer.name for layer in others])
+  before, after = constants(proto), constants(new)
+  changed = {name for name in before if (before[name] != after[name]).any()}
+  assert changed == {first.bias}
+  coarse = constants(correction.with_rounded_weights(proto, but=[first.name]))
+  changed = {name for name in before if (before[name] != coarse[name]).any()}
+  assert changed == {layer.weight for layer in others}
 
 
 @needs_onnx
