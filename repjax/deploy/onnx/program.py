@@ -69,6 +69,17 @@ def translated(
   return graph, dict(zip(names, outputs)), jax.tree.leaves(results)
 
 
+def called(equation: Any) -> tuple[Any, Sequence[Any]] | None:
+  """The program that an equation runs once, as it is, and its constants; None: it runs none."""
+  if equation.primitive.name not in _CALLS:
+    return None
+  for value in equation.params.values():
+    program = getattr(value, "jaxpr", value)
+    if hasattr(program, "eqns"):
+      return program, getattr(value, "consts", ())
+  return None
+
+
 def _key(entry: Any) -> str:
   return str(getattr(entry, "key", getattr(entry, "idx", entry)))
 
@@ -95,10 +106,9 @@ def _run(
 
 def _results(graph: Graph, equation: Any, inputs: list[Value]) -> Sequence[Value]:
   """What one equation makes of its values."""
-  name = equation.primitive.name
-  if name in _CALLS:
-    inner = next(value for value in equation.params.values() if _jaxpr(value) is not None)
-    return _run(graph, _jaxpr(inner), getattr(inner, "consts", ()), inputs, graph.scope)
+  name, inner = equation.primitive.name, called(equation)
+  if inner is not None:
+    return _run(graph, *inner, inputs, graph.scope)
   if all(0 in variable.aval.shape for variable in equation.outvars):
     return [_empty(variable.aval.shape) for variable in equation.outvars]
   foldable = name not in (*VIEWS, "dim_as_value") and _is_static(equation)
@@ -128,12 +138,6 @@ def _empty(shape: Sequence[Any]) -> Value:
   """What has an axis of no length, such as what padding adds to an axis that is not padded."""
   axes = new_axes(shape)
   return Value(np.zeros(0), axes, tuple(axis for axis in axes if axis and axis[0].size == 0)[:1])
-
-
-def _jaxpr(value: Any) -> Any:
-  """The program that a parameter of an equation is, or None."""
-  inner = getattr(value, "jaxpr", value)
-  return inner if hasattr(inner, "eqns") else None
 
 
 def _is_static(equation: Any) -> bool:

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ def in_qdq_form(
   only: Sequence[str] = (),
   but: Sequence[str] = (),
   inputs_only: bool = False,
+  scales: Mapping[str, tuple[float, int]] | None = None,
   cache: Path | None = None,
 ) -> Any:
   """A model as ONNX Runtime's own quantizer makes it of one in float32.
@@ -127,6 +128,8 @@ def in_qdq_form(
     only: names of the nodes to quantize, if not all.
     but: names of nodes that stay in float.
     inputs_only: round only what layers read.
+    scales: tensor to the scale and the zero that are to be its own, instead of those by the values
+      seen.
     cache: a file that keeps the ranges between calls with the same model, images and settings.
 
   Raises:
@@ -170,7 +173,10 @@ def in_qdq_form(
         "CalibStridedMinMax": 1,  # one batch at a time in memory, whatever the method
         "CalibPercentile": 99.99,
         "OpTypesToExcludeOutputQuantization": list(LAYERS) if inputs_only else ["Gemm"],
-        "TensorQuantOverrides": _one_scale_each(proto, weight_bits),
+        "TensorQuantOverrides": {
+          **_one_scale_each(proto, weight_bits),
+          **_given(scales or {}, activations),
+        },
         "QuantizeBias": not symmetric,  # TensorRT takes biases in float
       },
       **({"calibration_cache_path": cache} if keeps and cache else {}),
@@ -187,6 +193,18 @@ def _one_scale_each(proto: Any, weight_bits: int) -> dict[str, list[dict[str, An
     layer.weight: [{"symmetric": True, "reduce_range": weight_bits == 7}]
     for layer in layers_of(proto)
     if arrays[layer.weight].ndim == 3
+  }
+
+
+def _given(
+  scales: Mapping[str, tuple[float, int]], activations: str
+) -> dict[str, list[dict[str, Any]]]:
+  """Scales and zeros in the form in which the quantizer takes them."""
+  return {
+    tensor: [
+      {"scale": np.array(scale, np.float32), "zero_point": np.array(zero, np.dtype(activations))}
+    ]
+    for tensor, (scale, zero) in scales.items()
   }
 
 
