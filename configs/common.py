@@ -84,6 +84,13 @@ def get_config() -> ml_collections.ConfigDict:
   # decides which checkpoint is the best and is what is deployed; a plain copy during the warm-up.
   config.ema_decay = 0.0  # 0: off
 
+  # Quantization-aware training of what config.init_from has trained: the deploy form learns with its
+  # layers' inputs and weights rounded, see repjax/training/quantization.py.
+  config.qat = False
+  config.qat_activations = "uint8"  # or "int8", symmetric, for TensorRT
+  config.qat_weight_bits = 7  # 8 is for CPUs with VNNI, and GPUs
+  config.qat_images = 256  # of the training split, to calibrate with
+
   # Loss.
   config.label_smoothing = 0.0
   config.mixup = 0.0  # alpha of the Beta distribution that mixes two images; 0: off

@@ -5,6 +5,7 @@ config.json  model.json  data.json  metrics.jsonl  timing.jsonl  report.png
 checkpoints/<step>/       variables and training state: the newest and the best
 recalibrated/             re-estimated batch_stats/ of one checkpoint, recalibration.json
 deploy/                   model.json, report.json, params/
+rounding.json  int8/      of quantization-aware training: how it rounds; its ONNX file
 """
 
 import json
@@ -25,13 +26,15 @@ def sweep(workdir: Path) -> None:
   """Removes what writers that were killed have left in a workdir, which nobody else writes to."""
   checkpoints = workdir / "checkpoints"
   left = [
-    *(workdir / f"{name}.draft" for name in ("deploy", "recalibrated", "metrics", "timing")),
+    *(
+      workdir / f"{name}.draft" for name in ("deploy", "int8", "recalibrated", "metrics", "timing")
+    ),
     *workdir.glob("*.json.*.draft"),
     *workdir.glob("report.png.*.draft"),
     *checkpoints.glob("*.draft"),
     *checkpoints.glob("*/metrics/*.draft"),
     *checkpoints.glob("*.orbax-checkpoint-tmp*"),
-    *(workdir / f"{n}.old" for n in ("deploy", "recalibrated") if (workdir / n).exists()),
+    *(workdir / f"{n}.old" for n in ("deploy", "int8", "recalibrated") if (workdir / n).exists()),
   ]
   for path in left:
     if path.is_dir():

@@ -24,7 +24,7 @@ MAY_IMPORT = {
   "analysis": {"models", "reparam", "spec"},
   "weights": {"models", "reparam", "spec"},
   "deploy": {"algebra", "data", "models", "reparam", "spec"},
-  "training": {"algebra", "data", "models", "reparam", "spec"},
+  "training": {"algebra", "data", "deploy", "models", "reparam", "spec"},
   "data": set(),
 }
 # Other people's packages that a room keeps to, or stays clear of.

@@ -7,11 +7,14 @@ from repjax.deploy.export import export, load_exported
 from repjax.deploy.onnx import to_onnx
 from repjax.deploy.predictor import Predictor
 from repjax.deploy.quantization import (
+  Rounding,
   Sensitivity,
   quantize,
   quantize_weights,
   round_weights,
+  roundings_of,
   sensitivity,
+  simulated,
 )
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
   "CriticalPath",
   "Plan",
   "Predictor",
+  "Rounding",
   "Sensitivity",
   "compile",
   "critical_path",
@@ -27,6 +31,8 @@ __all__ = [
   "quantize",
   "quantize_weights",
   "round_weights",
+  "roundings_of",
   "sensitivity",
+  "simulated",
   "to_onnx",
 ]

@@ -235,6 +235,6 @@ def write_folder(
         disk.write_tree(draft / "params", params)
       spec.write(draft)
       disk.write_json(draft / "export.json", facts)
-      disk.put(draft, path)
+      disk.replace_folder(draft, path)
   finally:
     shutil.rmtree(draft, ignore_errors=True)

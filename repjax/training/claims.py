@@ -32,6 +32,7 @@ _BEFORE = {
   "backbone_rate": 1.0,
   "cooldown_epochs": 0.0,
   "ema_decay": 0.0,
+  "qat": False,
 }  # what runs did that are older than the field
 
 

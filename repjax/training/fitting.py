@@ -17,7 +17,7 @@ from repjax.training.interruption import Interruption
 from repjax.training.journal import Journal
 from repjax.training.prefetch import ReadAhead
 from repjax.training.settings import Config, Plan
-from repjax.training.step import TrainState, make_eval_step, make_train_step
+from repjax.training.step import Network, TrainState, make_eval_step, make_train_step
 
 Results = Mapping[str, Mapping[str, float]]
 Evaluate = Callable[[TrainState, Interruption], Results]
@@ -39,6 +39,7 @@ def fit(
   workdir: Path,
   bookmark: Bookmark,
   interruption: Interruption,
+  network: Network | None = None,
 ) -> None:
   """Steps, logs, evaluates and saves until the last step, or until the run is to stop.
 
@@ -51,12 +52,16 @@ def fit(
     workdir: of the run.
     bookmark: of the checkpoint from which it continues.
     interruption: entered.
+    network: what learns and is evaluated instead of the model, see `make_train_step`.
 
   Raises:
     InputError: a loss is not finite, or a file cannot be read or written.
     KeyboardInterrupt: the run was to stop; what was done is saved.
   """
-  train_step, evaluate = _make_train_step(config, plan, tx), _make_evaluate(config, plan)
+  train_step, evaluate = (
+    _make_train_step(config, plan, tx, network),
+    _make_evaluate(config, plan, network),
+  )
   learning_rate = jax.jit(schedule)
   first_step = int(state.step)
   with (
@@ -143,7 +148,9 @@ def _open_journal(
   )
 
 
-def _make_train_step(config: Config, plan: Plan, tx: Any) -> Callable[..., Any]:
+def _make_train_step(
+  config: Config, plan: Plan, tx: Any, network: Network | None
+) -> Callable[..., Any]:
   """The step of a config, on all devices."""
   model = plan.spec.create_model(
     dtype=settings.DTYPES[config.dtype],
@@ -164,15 +171,18 @@ def _make_train_step(config: Config, plan: Plan, tx: Any) -> Callable[..., Any]:
     seed=config.seed,
     axis_name=parallel.AXIS,
     frozen=config.backbone_rate == 0,
+    network=network,
   )
   return parallel.data_parallel(step, donate=True)
 
 
-def _make_evaluate(config: Config, plan: Plan) -> Evaluate:
+def _make_evaluate(config: Config, plan: Plan, network: Network | None) -> Evaluate:
   """A function that evaluates what learns and, where there is one, its average."""
   preprocessing = plan.spec.preprocessing
   eval_step = parallel.data_parallel(
-    make_eval_step(plan.spec.create_model(), preprocessing, axis_name=parallel.AXIS)
+    make_eval_step(
+      network or plan.spec.create_model().apply, preprocessing, axis_name=parallel.AXIS
+    )
   )
 
   def evaluate(state: TrainState, interruption: Interruption) -> Results:

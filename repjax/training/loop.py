@@ -17,6 +17,7 @@ from repjax.training import (
   lock,
   parallel,
   processes,
+  quantization,
   recipe,
   schedules,
   settings,
@@ -77,16 +78,19 @@ def _run(config: Config, workdir: Path, interruption: Interruption) -> dict[str,
   schedule = recipe.make_schedule(config, plan)
   sgd = recipe.make_optimizer(config, schedule)
   state, bookmark = processes.first(_first_state, config, plan, sgd, workdir)
+  how = processes.first(quantization.begin, config, plan, state, workdir) if config.qat else None
   # Only now that a state that fits was read.
   processes.first(claims.claim_workdir, workdir, config, plan.spec, fingerprints)
   print(_headline(config, plan), flush=True)
   if int(state.step) < plan.total_steps or not bookmark.evaluated:
     start = parallel.place(state)
-    fitting.fit(config, plan, schedule, sgd, start, workdir, bookmark, interruption)
+    network = quantization.network(config, plan.spec, how) if how else None
+    fitting.fit(config, plan, schedule, sgd, start, workdir, bookmark, interruption, network)
   else:
     print(f"all {plan.total_steps} steps were done already", flush=True)
-  if config.recalibrate_batches and config.backbone_rate == 0:
-    print("the frozen backbone keeps its statistics; they are not re-estimated", flush=True)
+  if config.recalibrate_batches and (config.backbone_rate == 0 or config.qat):
+    kept = "the frozen backbone" if config.backbone_rate == 0 else "the network in 8 bits"
+    print(f"{kept} keeps its statistics; they are not re-estimated", flush=True)
   elif config.recalibrate_batches:
     print("re-estimating the batch norms of the best checkpoint", flush=True)
     record = recalibrate(config, workdir, num_batches=config.recalibrate_batches)
@@ -94,6 +98,10 @@ def _run(config: Config, workdir: Path, interruption: Interruption) -> dict[str,
   print("re-parameterizing the best checkpoint and comparing both forms", flush=True)
   report = convert(config, workdir)
   print(format_report(report) + f"\nsaved: {workdir / 'deploy'}", flush=True)
+  if how:
+    print("writing the network in 8 bits and running it in ONNX Runtime", flush=True)
+    facts = processes.first(quantization.write_int8, config, plan, how, workdir)
+    print(quantization.format_int8(facts) + f"\nsaved: {workdir / 'int8'}", flush=True)
   processes.first(draw_at_end, workdir)
   return report
 
@@ -124,6 +132,11 @@ def _first_state(
       "config.backbone_rate = 0 would freeze weights that nothing has trained; name a folder to "
       "start from, --config.init_from=FOLDER, or set another rate"
     )
+  if not config.init_from and config.qat:
+    raise InputError(
+      "config.qat fine-tunes a network that was trained in float; name its folder, "
+      "--config.init_from=FOLDER"
+    )
   if not config.init_from:
     return fresh, start
   variables, text = finetune.first_variables(config.init_from, plan.spec, variables)
@@ -152,4 +165,6 @@ def _headline(config: Config, plan: settings.Plan) -> str:
     f"{config.learning_rate} x {config.batch_size}/{schedules.BASE_BATCH_SIZE} = {peak:g}{backbone}"
     + f"; gradients of {config.accumulate_steps} parts of a batch are averaged"
     * (config.accumulate_steps > 1)
+    + f"\nquantization-aware: weights of {config.qat_weight_bits} bits, activations in "
+    f"{config.qat_activations}; accuracies are those in 8 bits" * config.qat
   )

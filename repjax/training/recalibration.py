@@ -198,7 +198,7 @@ def _evaluate(
 ) -> dict[str, dict[str, float]]:
   """Accuracy and loss of a model with each of some variables."""
   eval_step = parallel.data_parallel(
-    make_eval_step(spec.create_model(), spec.preprocessing, axis_name=parallel.AXIS)
+    make_eval_step(spec.create_model().apply, spec.preprocessing, axis_name=parallel.AXIS)
   )
   return {
     name: evaluation.run(

@@ -14,6 +14,7 @@ FIELDS = (
   *("cooldown_epochs", "drop_epochs", "drop_factor", "poly_power"),
   *("optimizer", "momentum", "nesterov", "weight_decay", "weight_decay_rule", "custom_l2"),
   *("clip_norm", "ema_decay", "label_smoothing", "mixup", "cutmix", "aux_weight", "backbone_rate"),
+  *("qat", "qat_activations", "qat_weight_bits", "qat_images"),
 )
 _ABOVE_ZERO = ("num_epochs", "learning_rate", "drop_epochs", "drop_factor", "poly_power")
 _AT_LEAST_ZERO = (
@@ -28,6 +29,7 @@ def check(config: Any) -> None:
     ("optimizer", optimizer.OPTIMIZERS),
     ("schedule", schedules.CURVES),
     ("weight_decay_rule", DECAY_RULES),
+    ("qat_activations", ("uint8", "int8")),
   ):
     if config[field] not in choices:
       raise unknown(f"value of config.{field}", config[field], choices)
@@ -46,6 +48,10 @@ def check(config: Any) -> None:
         f"config.{field} = {config[field]} is above the peak, config.learning_rate = "
         f"{config.learning_rate}"
       )
+  if config.qat_weight_bits not in (7, 8):
+    raise InputError(f"config.qat_weight_bits is 7 or 8, got {config.qat_weight_bits}")
+  if not config.qat_images >= 1:
+    raise InputError(f"config.qat_images must be at least 1, got {config.qat_images}")
   _check_combinations(config)
 
 
@@ -60,6 +66,16 @@ def _check_combinations(config: Any) -> None:
       f"config.custom_l2 = {config.custom_l2} takes the place of weight decay on the kernels that "
       f"it penalises, and config.weight_decay_rule = {config.weight_decay_rule!r} would decay them "
       "as well; set it to 'all_but_penalised_kernels', or config.custom_l2 to 0"
+    )
+  if config.qat and config.custom_l2:
+    raise InputError(
+      f"config.custom_l2 = {config.custom_l2} reads statistics of the batch, and with config.qat "
+      "batch norms keep those that they have; set it to 0"
+    )
+  if config.qat and config.dtype != "float32":
+    raise InputError(
+      f"config.qat rounds to 8 bits what config.dtype = {config.dtype!r} has rounded already; set "
+      "it to 'float32'"
     )
 
 

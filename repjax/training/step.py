@@ -17,6 +17,8 @@ from repjax.training.accumulation import accumulate
 from repjax.training.optimizer import classifier_only, overlay
 
 Batch = dict[str, jax.Array]
+Network = Callable[[Any, jax.Array], jax.Array]
+"""A function of variables and normalized images (N, S, S, 3) that returns logits (N, K)."""
 
 
 @struct.dataclass
@@ -73,6 +75,7 @@ def make_train_step(
   seed: int = 0,
   axis_name: str | None = None,
   frozen: bool = False,
+  network: Network | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Builds `train_step(state, batch) -> (state, metrics)`.
 
@@ -85,7 +88,7 @@ def make_train_step(
     cutmix: alpha of CutMix; 0: off.
     aux_weight: of the loss of each auxiliary head, which has the same targets.
     custom_l2: weight w of a penalty 0.5 w `repjax.training.custom_l2`, with the statistics that
-      the step has updated; part of the loss. It has no part in a frozen network's.
+      the step has updated; part of the loss, where the step does update them.
     accumulate_steps: parts into which the batch is cut, see `repjax.training.accumulation`. Batch
       norms and mixing see one part at a time; running statistics are updated by each in turn.
     ema_decay: d of the average a <- d a + (1 - d) x of parameters and statistics behind the
@@ -96,6 +99,8 @@ def make_train_step(
     frozen: only the classifier learns, by an `optimizer` made with `backbone_rate=0`. The network
       runs as in evaluation: its batch norms use and keep their running statistics, dropout does
       nothing, auxiliary heads take no part. All but the classifier stays bit for bit what it was.
+    network: what learns instead of the model in training mode, such as its deploy form in 8 bits:
+      statistics stay what they are and auxiliary heads take no part, as in a frozen network.
 
   Returns:
     A pure function of a state and {"image": uint8 (N, H, W, 3), "label": int32 (N,)}. The metrics
@@ -103,6 +108,9 @@ def make_train_step(
     the label with the larger share counts as right. An overflow in the update itself shows in the
     next step's metrics.
   """
+
+  if frozen and network is None:
+    network = model.apply
 
   def cross_entropy(
     logits: jax.Array, labels: jax.Array, share: jax.Array | None = None
@@ -126,8 +134,8 @@ def make_train_step(
 
     def apply(learning):
       together = {**variables, "params": overlay(variables["params"], learning)}
-      if frozen:
-        return model.apply(together, images), {}
+      if network is not None:
+        return network(together, images), {}
       return model.apply(
         together, images, train=True, mutable=["batch_stats"], rngs={"dropout": rng}
       )
@@ -138,7 +146,7 @@ def make_train_step(
       loss = cross_entropy(logits, labels, share)
       for aux_logits in auxiliary.values():
         loss += aux_weight * cross_entropy(aux_logits, labels, share)
-      if custom_l2 and not frozen:
+      if custom_l2 and network is None:
         loss += 0.5 * custom_l2 * penalty.custom_l2(learning, updates["batch_stats"])
       return loss, (logits, updates)
 
@@ -180,12 +188,12 @@ def _averaged(average: Any, new: Any, decay: jax.Array) -> Any:
 
 
 def make_eval_step(
-  model: nn.Module, preprocessing: Preprocessing, *, axis_name: str | None = None
+  network: Network, preprocessing: Preprocessing, *, axis_name: str | None = None
 ) -> Callable[[Any, Batch], dict[str, jax.Array]]:
   """Builds `eval_step(variables, batch) -> sums` over the batch's unmasked images.
 
   Args:
-    model: in either form.
+    network: such as a model's `apply`.
     preprocessing: how uint8 images become inputs.
     axis_name: over which the sums run as well; None: alone.
 
@@ -198,7 +206,7 @@ def make_eval_step(
   def scores_of(variables: Any, images: jax.Array) -> jax.Array:
     crops = images.shape[1:-3]
     images = images.reshape(-1, *images.shape[-3:])  # (N * crops, H, W, 3)
-    logits = jnp.asarray(model.apply(variables, preprocessing.normalize(images)), jnp.float32)
+    logits = jnp.asarray(network(variables, preprocessing.normalize(images)), jnp.float32)
     if not crops:
       return logits
     log_probabilities = jax.nn.log_softmax(logits).reshape(-1, *crops, logits.shape[-1])

@@ -357,7 +357,7 @@ def test_evaluation_sums_over_unmasked_images_only(axis_name):
   model = Toy()
   variables = random_variables(model, jnp.ones((1, 16, 16, 3)))
   batch = make_batch(classes=3) | {"mask": np.array([1, 1, 0, 1, 0, 0, 1, 1], bool)}
-  step = make_eval_step(model, PREPROCESSING, axis_name=axis_name)
+  step = make_eval_step(model.apply, PREPROCESSING, axis_name=axis_name)
   if axis_name is None:
     sums = jax.jit(step)(variables, batch)
   else:
@@ -377,7 +377,7 @@ def test_the_probabilities_of_ten_crops_are_averaged():
   rng = np.random.default_rng(0)
   crops = rng.integers(0, 256, (DEVICES, 10, 16, 16, 3), np.uint8)
   labels = rng.integers(0, 3, DEVICES).astype(np.int32)
-  step = make_eval_step(model, PREPROCESSING, axis_name=parallel.AXIS)
+  step = make_eval_step(model.apply, PREPROCESSING, axis_name=parallel.AXIS)
   batch = {"image": crops, "label": labels, "mask": np.array([1, 1, 0, 1], bool)}
   sums = parallel.data_parallel(step)(parallel.place(variables), parallel.split(batch))
   mean = np.zeros((DEVICES, 3))

@@ -44,7 +44,7 @@ class Rounding(NamedTuple):
   together: bool
 
 
-def roundings(proto: Any, images: np.ndarray, activations: str = "uint8") -> list[Rounding]:
+def roundings_of(proto: Any, images: np.ndarray, activations: str = "uint8") -> list[Rounding]:
   """How each layer's input and weights are to be rounded, by the values seen.
 
   Args:
@@ -61,7 +61,7 @@ def roundings(proto: Any, images: np.ndarray, activations: str = "uint8") -> lis
   check_images(proto, images)
   layers = layers_of(proto)
   tensors = list(dict.fromkeys(layer.source for layer in layers))
-  ends = {tensor: (0.0, 0.0) for tensor in tensors}
+  ends = dict.fromkeys(tensors, (0.0, 0.0))
   for batch in observed(proto, tensors, images):
     for tensor, values in zip(tensors, batch):
       low, high = ends[tensor]
@@ -86,6 +86,18 @@ def _scale(low: float, high: float, activations: str) -> tuple[float, int]:
   return float(np.float32(scale)), round(smallest - low / scale)
 
 
+def scales_of(proto: Any, how: Sequence[Rounding]) -> dict[str, tuple[float, int]]:
+  """Tensor to scale and zero of what the layers of a graph read.
+
+  Raises:
+    InputError: its layers are others.
+  """
+  layers = layers_of(proto)
+  if [layer.title for layer in layers] != [row.layer for row in how]:
+    raise InputError("these roundings are not of this graph: its layers are others")
+  return {layer.source: (row.scale, row.zero) for layer, row in zip(layers, how)}
+
+
 def simulated(
   function: Function,
   how: Sequence[Rounding],
@@ -97,7 +109,7 @@ def simulated(
 
   Args:
     function: of a deploy tree and images, in float32, such as a deploy form's `apply`.
-    how: from `roundings` for a graph of the same function.
+    how: from `roundings_of` for a graph of the same function.
     activations: as it was there.
     weight_bits: 7 or 8, see `repjax.deploy.quantize`.
 
