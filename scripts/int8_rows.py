@@ -20,7 +20,7 @@ from repjax.deploy.function import inference
 from repjax.deploy.quantization import runtime
 from repjax.deploy.quantization.sensitivity import compared
 from repjax.training import evaluation, settings
-from repjax.training.calibration import calibration_images
+from repjax.training.calibration import calibration_images, check_apart
 
 FLOAT, HALF, WEIGHTS, INT8 = "float32", "bfloat16, JAX", "int8 weights", "int8"
 
@@ -75,7 +75,7 @@ def open_workdir(folder: Path, count: int, **changes: Any) -> Workdir:
     **changes: to fields of its config, where they are not None.
 
   Raises:
-    InputError: no such folder, data set or split, or too few images.
+    InputError: no such folder, data set or split, one split for both, or too few images.
   """
   model, variables, spec = repjax.load(folder)
   config = training.read_config(folder, **changes)
@@ -85,6 +85,7 @@ def open_workdir(folder: Path, count: int, **changes: Any) -> Workdir:
   calibration, held_out = (
     settings.open_split(config, split, spec) for split in (config.train_split, config.eval_split)
   )
+  check_apart(calibration, held_out)
   images = calibration_images(calibration, count, spec.preprocessing)
   size = spec.preprocessing.image_size
   proto = repjax.deploy.to_onnx(model, variables, image_size=size, preprocessing=spec.preprocessing)

@@ -39,6 +39,22 @@ def calibration_images(source: Source, count: int, preprocessing: Preprocessing)
   return np.concatenate([batch["image"][batch["mask"]] for batch in batches])
 
 
+def check_apart(calibration: Source, held_out: Source) -> None:
+  """Raises InputError where accuracy would be measured on the images that calibrate.
+
+  Those are the same split, or splits whose checksums over all images agree, which only a set made
+  from a folder has. Images that two splits share are not looked for.
+  """
+  one, other = calibration.fingerprint, held_out.fingerprint
+  if one == other or ("checksum" in one and one["checksum"] == other.get("checksum")):
+    names = sorted({f"{each['name']}'s {each['split']} split" for each in (one, other)})
+    raise InputError(
+      f"images to calibrate with and those to measure accuracy on are the same, {names[0]}"
+      f"{f' and {names[1]}' if len(names) > 1 else ''}, which would flatter the accuracy: name "
+      "another split with --calibration-split or --split"
+    )
+
+
 class _Some:
   """Examples at equal distances."""
 

@@ -7,7 +7,9 @@ from repjax.data import Source, open_source
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
 from repjax.training import evaluation
-from repjax.training.calibration import calibration_images
+from repjax.training.calibration import calibration_images, check_apart
+
+pytest_plugins = ["tests.training.fixtures"]
 
 PREPROCESSING = Preprocessing(12, 14, "bicubic", (0.3,) * 3, (0.35,) * 3)
 SOURCE = open_source("synthetic", "validation", num_classes=10, image_size=16)
@@ -33,3 +35,41 @@ def test_an_image_that_cannot_be_decoded_is_named():
   source = Source([{"image": b"no", "label": 0, "index": 0, "name": "image 0 of it"}], ("0",), {})
   with pytest.raises(InputError, match="image 0 of it"):
     calibration_images(source, 1, PREPROCESSING)
+
+
+def with_facts(split="train", **facts):
+  return Source([], (), {"name": "sky", "version": "1.0.0", "split": split, "bytes": 5} | facts)
+
+
+@pytest.mark.parametrize(
+  ("one", "other", "text"),
+  [
+    (with_facts(), with_facts(), "are the same, sky's train split, which"),
+    (
+      with_facts(checksum="ab"),
+      with_facts("test", checksum="ab"),
+      "are the same, sky's test split and sky's train split, which",
+    ),
+  ],
+)
+def test_accuracy_is_not_measured_on_images_that_calibrate(one, other, text):
+  with pytest.raises(InputError, match=f"{text} would flatter .* --calibration-split or --split"):
+    check_apart(one, other)
+
+
+@pytest.mark.parametrize(
+  ("one", "other"),
+  [
+    (with_facts(), with_facts("test")),
+    (with_facts(), with_facts(name="sea")),
+    (with_facts(checksum="ab"), with_facts("test", checksum="cd")),
+  ],
+)
+def test_other_splits_are_taken(one, other):
+  check_apart(one, other)
+
+
+@pytest.mark.parametrize("split", ["train[:50%]", "train+test", "all"])
+def test_parts_of_a_split_which_could_overlap_are_not_opened(digits_dir, split):
+  with pytest.raises(InputError, match="unknown split of digits"):
+    open_source("digits", split, data_dir=str(digits_dir))
