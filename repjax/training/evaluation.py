@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 
 from repjax import store
@@ -24,21 +25,47 @@ def batches(
 ) -> Generator[dict[str, jax.Array]]:
   """The split as masked batches on this process's devices, with a bar on a terminal."""
   batch_size = parallel.fitting_batch_size(config.batch_size)
-  whole = eval_batches(
-    source.examples,
+  whole = host_batches(
+    source,
+    preprocessing,
     batch_size=batch_size,
-    image_size=preprocessing.image_size,
-    resize_size=preprocessing.resize_size,
-    interpolation=preprocessing.interpolation,
+    num_workers=config.num_workers,
     ten_crop=ten_crop,
     shard=parallel.shard(),
-    # Starting processes takes as long as reading some thousand images.
-    num_workers=config.num_workers if len(source.examples) >= _WORTH_PROCESSES else 0,
   )
   count = -(-len(source.examples) // batch_size)
   with contextlib.closing(parallel.prefetch(whole)) as ready:
     hidden = None if processes.is_first() else True
     yield from tqdm.tqdm(ready, "evaluating", count, leave=False, disable=hidden)
+
+
+def host_batches(
+  source: Source,
+  preprocessing: Preprocessing,
+  *,
+  batch_size: int,
+  num_workers: int = 0,
+  **rest: Any,
+) -> Iterator[dict[str, np.ndarray]]:
+  """The split as masked batches in the host's memory; `eval_batches` says what they hold.
+
+  Args:
+    source: the split.
+    preprocessing: of the model.
+    batch_size: images in each, padding included.
+    num_workers: processes that read a large split.
+    **rest: as in `eval_batches`.
+  """
+  return eval_batches(
+    source.examples,
+    batch_size=batch_size,
+    image_size=preprocessing.image_size,
+    resize_size=preprocessing.resize_size,
+    interpolation=preprocessing.interpolation,
+    # Starting processes takes as long as reading some thousand images.
+    num_workers=num_workers if len(source.examples) >= _WORTH_PROCESSES else 0,
+    **rest,
+  )
 
 
 def run(

@@ -361,6 +361,9 @@ def test_mistakes_end_the_script_in_one_paragraph(run_script, workdir, tmp_path,
   assert "error: 5000 images to calibrate with are asked for, and the split has 1437" in text(
     "--workdir", workdir, "--images", 5000
   )
+  assert "are the same, digits's test split, which would" in text(
+    "--workdir", workdir, "--calibration-split", "test"
+  )
   assert "unknown data set 'digit'; did you mean digits" in text(
     "--workdir", workdir, "--dataset", "digit"
   )
