@@ -84,8 +84,8 @@ def get_config() -> ml_collections.ConfigDict:
   # decides which checkpoint is the best and is what is deployed; a plain copy during the warm-up.
   config.ema_decay = 0.0  # 0: off
 
-  # Quantization-aware training of what config.init_from has trained: the deploy form learns with its
-  # layers' inputs and weights rounded, see repjax/training/quantization.py.
+  # Quantization-aware training of what config.init_from has trained: the deploy form learns while
+  # its layers' inputs and weights are rounded, see repjax/training/quantization.py.
   config.qat = False
   config.qat_activations = "uint8"  # or "int8", symmetric, for TensorRT
   config.qat_weight_bits = 7  # 8 is for CPUs with VNNI, and GPUs

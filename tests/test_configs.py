@@ -68,6 +68,7 @@ REPMLPNET = {
 PARNET = {"parnet_s": 0.2, "parnet_m": 0.2, "parnet_l": 0.4, "parnet_xl": 0.4}
 # And on smaller data.
 SMALL_REPMLP = {"repmlp_cifar", "repmlp_cifar_convnet", "digits_repmlp"}
+IN_8_BITS = {"digits_qat", "digits_repmlp_qat", "digits_parnet_qat"}
 OTHER_PARNET = {"parnet_xl_320", "parnet_cifar", "digits_parnet"}
 
 
@@ -89,6 +90,7 @@ def test_there_is_a_config_for_each_result_and_one_to_try():
     *PARNET,
     *OTHER_PARNET,
     *("digits", "finetune"),
+    *IN_8_BITS,
   } == set(NAMES)
 
 
@@ -122,6 +124,8 @@ def test_a_config_names_a_model_and_values_that_can_be_used(name, finished, digi
     config.update({"init_from": str(finished[0]), "dataset": "digits", "eval_split": "test"})
     config.data_dir = str(digits_dir)
     config = finetune.resolve(config)
+  if name in IN_8_BITS:
+    config.init_from = None  # of a run that is not there
   assert config.model in repjax.list_models()
   settings.check(config)
   assert settings.model_spec(config, ()).name == config.model
@@ -345,6 +349,15 @@ def test_digits_with_another_network_are_the_digits_of_the_first_config(name):
   assert changes(load("digits")[0], config).keys() == {"model", "model_overrides"}
   model = settings.model_spec(config, ()).create_model()
   assert name != "digits_repmlp" or model.image_size == config.image_size
+
+
+@pytest.mark.parametrize("name", sorted(IN_8_BITS))
+def test_in_8_bits_a_recipe_is_that_of_the_run_that_it_starts_from(name):
+  trained = name.removesuffix("_qat")
+  config = load(name)[0]
+  assert config.init_from == f"runs/{trained}"
+  changed = changes(load(trained)[0], config).keys()
+  assert changed == {"init_from", "qat", "num_epochs", "learning_rate"}
 
 
 def test_the_shared_recipe_is_the_papers():

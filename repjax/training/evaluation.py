@@ -125,7 +125,7 @@ def evaluate(
     )
   source = processes.together(settings.open_split, config, config.eval_split, spec)
   eval_step = parallel.data_parallel(
-    make_eval_step(model, spec.preprocessing, axis_name=parallel.AXIS)
+    make_eval_step(model.apply, spec.preprocessing, axis_name=parallel.AXIS)
   )
   split = batches(config, source, spec.preprocessing, ten_crop=ten_crop)
   result = run(eval_step, parallel.place(variables), split)

@@ -174,7 +174,9 @@ def test_everything_that_steps_return_is_the_same_on_every_device():
     axis_name=parallel.AXIS,
   )
   train_step = parallel.data_parallel(step, donate=True)
-  eval_step = parallel.data_parallel(make_eval_step(model.apply, PREPROCESSING, axis_name=parallel.AXIS))
+  eval_step = parallel.data_parallel(
+    make_eval_step(model.apply, PREPROCESSING, axis_name=parallel.AXIS)
+  )
   state, seen = parallel.place(state), []
   for seed in range(2):
     rng = np.random.default_rng(seed)

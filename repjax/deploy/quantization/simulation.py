@@ -23,9 +23,11 @@ from repjax.deploy.quantization.weights import rounded
 from repjax.errors import InputError, unknown
 
 Function = Callable[[Any, jax.Array], Any]
-LIMITS = {"uint8": (0, 255), "int8": (-127, 127)}
-"""The whole numbers of activations. int8 is symmetric around 0, as TensorRT wants it."""
+LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
+"""The whole numbers of activations; those of int8 are multiples of one scale, as TensorRT's are."""
 _PRODUCTS = {"conv_general_dilated", "dot_general"}
+# Whole numbers go through these as they are, so that what comes out has the scale of what goes in.
+_DIRECT = {"AveragePool", "Flatten", "Gather", "MaxPool", "Reshape", "Transpose"}
 
 
 class Rounding(NamedTuple):
@@ -59,8 +61,8 @@ def roundings_of(proto: Any, images: np.ndarray, activations: str = "uint8") -> 
   if activations not in LIMITS:
     raise unknown("kind of activations", activations, LIMITS)
   check_images(proto, images)
-  layers = layers_of(proto)
-  tensors = list(dict.fromkeys(layer.source for layer in layers))
+  layers, ways = layers_of(proto), _ways(proto)
+  tensors = list(dict.fromkeys(way[-1] for way in ways.values()))
   ends = dict.fromkeys(tensors, (0.0, 0.0))
   for batch in observed(proto, tensors, images):
     for tensor, values in zip(tensors, batch):
@@ -70,24 +72,34 @@ def roundings_of(proto: Any, images: np.ndarray, activations: str = "uint8") -> 
   return [
     Rounding(
       layer.title,
-      *_scale(*ends[layer.source], activations),
+      *_scale(*ends[ways[layer.source][-1]], activations),
       len(layer.inputs(ranks[layer.weight])) == ranks[layer.weight],
     )
     for layer in layers
   ]
 
 
+def _ways(proto: Any) -> dict[str, list[str]]:
+  """What each layer reads, to the tensors that it is made from without other numbers, it first."""
+  makers = {node.output[0]: node for node in proto.graph.node}
+
+  def way(tensor: str) -> list[str]:
+    node = makers.get(tensor)
+    return [tensor, *(way(node.input[0]) if node and node.op_type in _DIRECT else ())]
+
+  return {layer.source: way(layer.source) for layer in layers_of(proto)}
+
+
 def _scale(low: float, high: float, activations: str) -> tuple[float, int]:
   """Scale and zero for values from `low` to `high`, between which 0 lies."""
-  smallest, largest = LIMITS[activations]
   if activations == "int8":
-    low, high = -max(-low, high), max(-low, high)
-  scale = (high - low) / (largest - smallest) or 1.0
-  return float(np.float32(scale)), round(smallest - low / scale)
+    return float(np.float32(max(-low, high) / 127)) or 1.0, 0
+  scale = (high - low) / 255 or 1.0
+  return float(np.float32(scale)), round(-low / scale)
 
 
 def scales_of(proto: Any, how: Sequence[Rounding]) -> dict[str, tuple[float, int]]:
-  """Tensor to scale and zero of what the layers of a graph read.
+  """Tensor to scale and zero of what the layers of a graph read, and of what that is made from.
 
   Raises:
     InputError: its layers are others.
@@ -95,7 +107,10 @@ def scales_of(proto: Any, how: Sequence[Rounding]) -> dict[str, tuple[float, int
   layers = layers_of(proto)
   if [layer.title for layer in layers] != [row.layer for row in how]:
     raise InputError("these roundings are not of this graph: its layers are others")
-  return {layer.source: (row.scale, row.zero) for layer, row in zip(layers, how)}
+  ways = _ways(proto)
+  return {
+    tensor: (row.scale, row.zero) for layer, row in zip(layers, how) for tensor in ways[layer.source]
+  }
 
 
 def simulated(
@@ -211,7 +226,11 @@ def _alone(program: Any, equation: Any, arrays: Sequence[Any]) -> Sequence[Any]:
     if not hasattr(variable, "val")
   }
   one = program.replace(
-    constvars=[], invars=list(given), outvars=equation.outvars, eqns=[equation], debug_info=None
+    constvars=[],
+    invars=list(given),
+    outvars=equation.outvars,
+    eqns=[equation],
+    debug_info=program.debug_info.with_unknown_names(),
   )
   return jax.core.eval_jaxpr(one, (), *given.values())
 
