@@ -17,7 +17,7 @@ from repjax.training.accumulation import accumulate
 from repjax.training.optimizer import classifier_only, overlay
 
 Batch = dict[str, jax.Array]
-Network = Callable[[Any, jax.Array], jax.Array]
+Network = Callable[..., Any]
 """A function of variables and normalized images (N, S, S, 3) that returns logits (N, K)."""
 
 
