@@ -9,7 +9,7 @@ def saturates(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
   """Whether ONNX Runtime computes wrong sums of weights in 8 bits here.
 
   On x86 without VNNI it takes an instruction that adds two products of uint8 and int8 in 16 bits:
-  up to 2 * 255 * 127, where 32767 is the most that fits; with weights in 7 bits, up to 2 * 255 * 64.
+  up to 2 * 255 * 127, where 32767 is the most that fits, or 2 * 255 * 64 with weights in 7 bits.
 
   Args:
     cpuinfo: what Linux says of its CPUs.
