@@ -183,8 +183,9 @@ def test_other_families_are_quantized_too(name, overrides, titles):
   assert len(set(found)) == len(found)
   assert not any("." in title or "->" in title for title in found)
   assert bool(equalization.pairs_of(proto)) == (name == "repmlp_cifar")
-  images = RNG.standard_normal((8, 32, 32, 3)).astype(np.float32)
-  small = repjax.deploy.quantize(proto, images)
+  images = RNG.standard_normal((4, 32, 32, 3)).astype(np.float32)
+  # Correction runs the network once for each layer, of which ParNet has many.
+  small = repjax.deploy.quantize(proto, images, correct_bias=name == "repmlp_cifar")
   error, _ = compared(runtime.logits_of(small, images), runtime.logits_of(proto, images))
   assert 1e-4 < error < 0.2
 
@@ -389,6 +390,9 @@ def test_mistakes_end_the_script_in_one_paragraph(
   assert text("--workdir", tmp_path / "no").startswith(f"error: {tmp_path}/no/model.json does not")
   assert "error: 5000 images to calibrate with are asked for, and the split has 1024" in text(
     "--workdir", workdir, "--images", 5000
+  )
+  assert "--weights-only takes the weights of all layers" in text(
+    "--workdir", workdir, "--weights-only", "--float-layers", 1
   )
   assert "are the same, synthetic's test split, which would" in text(
     "--workdir", workdir, "--calibration-split", "test"
