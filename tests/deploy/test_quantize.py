@@ -13,12 +13,12 @@ import pytest
 
 import repjax
 from repjax.algebra import rescale_between
-from repjax.deploy.quantization import correction, equalization, runtime, weights
+from repjax.deploy.quantization import correction, equalization, processor, runtime, weights
 from repjax.deploy.quantization.graph import constants, layers_of, with_constants
 from repjax.deploy.quantization.sensitivity import compared
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
-from tests.helpers import random_variables, relative_error
+from tests.helpers import quick_jit, random_variables, relative_error
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
@@ -97,7 +97,7 @@ def test_a_tree_keeps_its_form_and_only_kernels_are_rounded():
     "head": {"kernel": jnp.asarray(RNG.standard_normal((4, 3)), jnp.float32)},
     "scale": {"kernel": jnp.full(3, 0.777)},
   }
-  new = jax.jit(repjax.deploy.round_weights)(params)
+  new = quick_jit(repjax.deploy.round_weights)(params)
   assert jax.tree.structure(new) == jax.tree.structure(params)
   assert relative_error(new["a"]["conv"]["kernel"], params["a"]["conv"]["kernel"]) < 1e-6
   assert 1e-4 < relative_error(new["head"]["kernel"], params["head"]["kernel"]) < 1 / 254
@@ -113,13 +113,14 @@ def test_weights_alone_give_what_rounded_weights_give_in_jax():
   model = repjax.create_model("repvgg_a0", num_classes=10, deploy=True, **tiny.OVERRIDES)
   images = RNG.standard_normal((3, 16, 16, 3)).astype(np.float32)
   params = random_variables(model, images)["params"]
+  apply = quick_jit(lambda params: model.apply({"params": params}, images))
   proto = repjax.deploy.to_onnx(model, {"params": params}, image_size=16)
   small = repjax.deploy.quantize_weights(proto)
   importlib.import_module("onnx").checker.check_model(small, full_check=True)
-  expected = model.apply({"params": repjax.deploy.round_weights(params)}, images)
+  expected = apply(quick_jit(repjax.deploy.round_weights)(params))
   got = runtime.logits_of(small, images, unpacked=True)
   assert relative_error(got, expected) <= 1e-5
-  assert relative_error(got, model.apply({"params": params}, images)) > 1e-4
+  assert relative_error(got, apply(params)) > 1e-4
   assert int8_weights(small) == set(SCOPES)
   assert small.ByteSize() < 0.5 * proto.ByteSize()
 
@@ -132,33 +133,59 @@ def test_pairs_are_layers_with_nothing_but_relu_and_means_between(proto):
   assert pairs == list(itertools.pairwise(titles))
 
 
+@pytest.fixture(scope="module")
+def resnet(quickly):
+  """A small ResNet that takes floats, which no test may change."""
+  del quickly
+  overrides = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 8, 8), "stem_features": 8}
+  return made("resnet18", overrides, size=64)  # at 32 px no mean would lie behind the last sum
+
+
 @needs_onnx
-@pytest.mark.parametrize(
-  ("name", "overrides", "count"),
-  [
-    ("resnet18", {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 8, 8), "stem_features": 8}, 4),
-    ("parnet_s", {"stage_sizes": (1, 1, 1), "widths": (8, 8, 16, 16)}, 0),
-  ],
-)
-def test_additions_and_other_activations_end_a_pair(name, overrides, count):
-  assert len(equalization.pairs_of(made(name, overrides, size=32))) == count
+@pytest.mark.parametrize("by", ["weights", "activations"])
+def test_additions_end_a_pair(resnet, by):
+  # To rescale one of the two would change the sum.
+  images = RNG.standard_normal((4, 64, 64, 3)).astype(np.float32)
+  new = equalization.equalized_by(by, resnet, images)
+  assert relative_error(runtime.logits_of(new, images), runtime.logits_of(resnet, images)) <= 1e-5
+  pairs = [(pair.first.title, pair.second.title) for pair in equalization.pairs_of(resnet)]
+  blocks = [f"stage{stage}/block0/RepConv_conv" for stage in (1, 2, 3, 4)]
+  assert pairs == [(f"{block}1", f"{block}2") for block in blocks]
+  before, after = constants(resnet), constants(new)
+  moved = {
+    layer.title
+    for layer in layers_of(resnet)
+    if (before[layer.weight] != after[layer.weight]).any()
+  }
+  assert moved == set(itertools.chain(*pairs))
 
 
 @needs_onnx
 @pytest.mark.parametrize(
-  ("name", "overrides"),
+  ("name", "overrides", "titles"),
   [
-    ("parnet_s", {"stage_sizes": (1, 1, 1), "widths": (8, 8, 16, 16)}),
     (
-      "repmlp_cifar",
-      {"stage_sizes": (1, 1, 1), "widths": (4, 6, 8), "tile": 4, "local_kernels": (1,)},
+      "parnet_s",  # with a network's method within another's, and gates; SiLU lets no scale pass
+      {"stage_sizes": (1, 1, 1), "widths": (8, 8, 8, 8)},
+      {"downsample0/RepConv_0", "downsample0/gate", "stream1/block0/RepConv_0", "head"},
+    ),
+    (
+      "repmlp_cifar",  # with matrices in a batch
+      {"stage_sizes": (1, 1), "widths": (4, 4), "tile": 4, "local_kernels": (1,)},
+      {"stage1/RepConv_widen", "stage1/block0/repmlp/RepDense_0/dense", "head"},
     ),
   ],
 )
-def test_other_families_are_quantized_too(name, overrides):
+def test_other_families_are_quantized_too(name, overrides, titles):
   proto = made(name, overrides, size=32)
-  images = RNG.standard_normal((8, 32, 32, 3)).astype(np.float32)
-  small = repjax.deploy.quantize(proto, images)
+  found = [layer.title for layer in layers_of(proto)]
+  assert titles <= set(found)
+  assert len(set(found)) == len(found)
+  assert not any("." in title or "->" in title for title in found)
+  assert bool(equalization.pairs_of(proto)) == (name == "repmlp_cifar")
+  images = RNG.standard_normal((4, 32, 32, 3)).astype(np.float32)
+  # Correction runs the network once for each layer, of which ParNet has many.
+  small = repjax.deploy.quantize(proto, images, correct_bias=name == "repmlp_cifar")
   error, _ = compared(runtime.logits_of(small, images), runtime.logits_of(proto, images))
   assert 1e-4 < error < 0.2
 
@@ -309,7 +336,7 @@ def test_what_cannot_be_quantized_is_said(proto):
 
 
 @pytest.fixture
-def workdir(digits_dir, tmp_path, proto):
+def workdir(tmp_path, proto):
   """A deploy folder with a config, as an import has it, of random variables."""
   del proto
   model = SPEC.create_model(deploy=True)
@@ -317,16 +344,18 @@ def workdir(digits_dir, tmp_path, proto):
   folder = tmp_path / "run"
   repjax.disk.write_tree(folder / "params", params)
   SPEC.write(folder)
-  config = json.loads(tiny.config(digits_dir).to_json_best_effort())
+  config = json.loads(tiny.config(tmp_path, dataset="synthetic").to_json_best_effort())
   (folder / "config.json").write_text(json.dumps(config))
   return folder
 
 
 @needs_onnx
-def test_the_script_writes_a_folder_and_a_table(run_script, workdir, tmp_path):
+def test_the_script_writes_a_folder_and_a_table(run_script, workdir, tmp_path, monkeypatch):
+  monkeypatch.setattr(processor, "saturates", lambda: True)
   target = tmp_path / "below" / "int8"
   few = ("--images", 16, "--rounds", 2, "--float-layers", 1)
   printed = run_script("quantize", "--workdir", workdir, "--to", target, *few)
+  assert "no VNNI" not in printed  # of weights in 7 bits
   lines = printed.splitlines()
   facts = json.loads((target / "export.json").read_text())
   assert lines[1].split()[0] == facts["sensitivity"][0]["layer"]
@@ -336,7 +365,6 @@ def test_the_script_writes_a_folder_and_a_table(run_script, workdir, tmp_path):
   assert f"{facts['accuracy']['int8']:.2%}" in table["int8"]
   for name in ("float32", "bfloat16, JAX", "int8 weights", "int8"):
     assert name in table
-  assert "360 images" not in printed
   assert "calibrated with 16 of its train split" in printed
   names = {"model.onnx", "export.json", "model.json"}
   if importlib.util.find_spec("matplotlib"):
@@ -351,25 +379,32 @@ def test_the_script_writes_a_folder_and_a_table(run_script, workdir, tmp_path):
 
 
 @needs_onnx
-def test_mistakes_end_the_script_in_one_paragraph(run_script, workdir, tmp_path, monkeypatch):
+def test_mistakes_end_the_script_in_one_paragraph(
+  run_script, workdir, tmp_path, monkeypatch, capsys
+):
   def text(*arguments):
     with pytest.raises(SystemExit) as stop:
       run_script("quantize", *arguments)
     return stop.value.code
 
   assert text("--workdir", tmp_path / "no").startswith(f"error: {tmp_path}/no/model.json does not")
-  assert "error: 5000 images to calibrate with are asked for, and the split has 1437" in text(
+  assert "error: 5000 images to calibrate with are asked for, and the split has 1024" in text(
     "--workdir", workdir, "--images", 5000
   )
-  assert "are the same, digits's test split, which would" in text(
+  assert "--weights-only takes the weights of all layers" in text(
+    "--workdir", workdir, "--weights-only", "--float-layers", 1
+  )
+  assert "are the same, synthetic's test split, which would" in text(
     "--workdir", workdir, "--calibration-split", "test"
   )
   assert "unknown data set 'digit'; did you mean digits" in text(
     "--workdir", workdir, "--dataset", "digit"
   )
+  monkeypatch.setattr(processor, "saturates", lambda: True)
   assert "--float-layers takes 0 to 5, got 6" in text(
-    "--workdir", workdir, "--float-layers", 6, "--images", 1
+    *("--workdir", workdir, "--float-layers", 6, "--images", 1, "--weight-bits", 8)
   )
+  assert "note: this CPU has no VNNI" in capsys.readouterr().out
   find_spec = importlib.util.find_spec
   monkeypatch.setattr(
     "importlib.util.find_spec",

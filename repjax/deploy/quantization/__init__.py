@@ -12,7 +12,6 @@ it hurts (`sensitivity`).
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from repjax.deploy.onnx.proto import need_onnx
@@ -137,7 +136,7 @@ def quantize_weights(proto: Any) -> Any:
   made.graph.initializer.extend(kept)
   for name, layer in axes.items():
     rank = arrays[name].ndim
-    whole, scale = quantized(jnp.asarray(arrays[name]), layer.inputs(rank))
+    whole, scale = quantized(arrays[name], layer.inputs(rank))
     scales = np.reshape(scale, -1 if np.size(scale) > 1 else ())
     parts = {f"{name}/int8": whole, f"{name}/scale": scales}
     parts[f"{name}/zero"] = np.zeros(scales.shape, np.int8)

@@ -8,7 +8,6 @@ References:
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from repjax.deploy.quantization.graph import Layer, constants, layers_of, with_constants
@@ -29,7 +28,7 @@ def with_rounded_weights(
   """
   arrays = constants(proto)
   new = {
-    layer.weight: np.asarray(rounded(jnp.asarray(weight), inputs, bits))
+    layer.weight: rounded(weight, inputs, bits)
     for layer in layers_of(proto)
     if layer.name not in but
     for weight in [arrays[layer.weight]]

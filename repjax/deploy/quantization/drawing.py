@@ -13,7 +13,7 @@ _FLOAT, _INT8 = "#D55E00", "#0072B2"  # of Okabe and Ito, as in the other pictur
 def picture(
   rows: Sequence[Sensitivity], left_in_float: Sequence[str] = (), title: str = ""
 ) -> bytes:
-  """A bar for each layer, in the order of the network, as PNG.
+  """A bar for each layer, as PNG.
 
   Args:
     rows: in the order in which they are to be drawn, from the top.
@@ -33,13 +33,13 @@ def picture(
   axes.set_yticks(range(len(rows)), [row.layer for row in rows], fontsize=8)
   axes.invert_yaxis()
   axes.set_xlim(0, 1.45 * max(errors, default=0) or 1)
-  axes.set_xlabel("error of the logits with this layer alone in 8 bits, %", fontsize=9)
+  axes.set_xlabel("error of the logits with this layer alone in int8, %", fontsize=9)
   axes.tick_params(axis="x", labelsize=8)
   axes.spines[["top", "right"]].set_visible(False)
   figure.suptitle(title, fontsize=11, fontweight="bold")
   if left_in_float:
     handles = [axes.barh(0, 0, color=color) for color in (_INT8, _FLOAT)]
-    axes.legend(handles, ["8 bits", "left in float32"], loc="lower right", fontsize=8)
+    axes.legend(handles, ["int8", "left in float32"], loc="lower right", fontsize=8)
   content = io.BytesIO()
   figure.savefig(content, format="png", dpi=100, metadata={"Software": None})
   return content.getvalue()

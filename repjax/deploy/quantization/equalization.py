@@ -6,6 +6,7 @@ It works on the ONNX graph, which says who reads whom; a tree of parameters does
 from collections import Counter
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -99,14 +100,28 @@ def equalized(proto: Any, images: np.ndarray | None = None) -> Any:
     change = 0.0
     for pair in pairs:
       first, second = _conv(arrays, pair.first), _conv(arrays, pair.second)
-      ranges = seen.get(pair.between, jnp.abs(first.kernel).max((0, 1, 2)))
-      scale = equalizing_scale(jnp.asarray(ranges), second.kernel)
-      first, second = rescale_between(first, second, scale)
+      ranges = seen.get(pair.between, np.abs(first.kernel).max((0, 1, 2)))
+      first, second, moved = _exchanged(first, second, ranges)
       arrays |= _arrays(pair.first, first) | _arrays(pair.second, second)
-      change = max(change, float(jnp.abs(jnp.log(scale)).max()))
+      change = max(change, float(moved))
     if change < 1e-3:
       break
   return with_constants(proto, arrays)
+
+
+@jax.jit  # else each of its operations would be compiled for each shape
+def _exchanged(
+  first: ConvParams, second: ConvParams, ranges: Any
+) -> tuple[ConvParams, ConvParams, jax.Array]:
+  """Two convolutions with the channels between them rescaled, and the largest |log(scale)|.
+
+  Args:
+    first: kernel (H, W, I/g, C), bias (C,).
+    second: kernel (H, W, C/g, O), bias (O,).
+    ranges: (C,), as in `equalizing_scale`.
+  """
+  scale = equalizing_scale(ranges, second.kernel)
+  return *rescale_between(first, second, scale), jnp.abs(jnp.log(scale)).max()
 
 
 def _largest(proto: Any, tensors: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
@@ -119,12 +134,12 @@ def _largest(proto: Any, tensors: list[str], images: np.ndarray) -> dict[str, np
   return found
 
 
-def _conv(arrays: dict[str, np.ndarray], layer: Layer) -> ConvParams:
+def _conv(arrays: dict[str, Any], layer: Layer) -> ConvParams:
   """A layer's numbers as the algebra has them."""
   weight = arrays[layer.weight]
   kernel = weight.transpose(2, 3, 1, 0) if layer.op == "Conv" else weight[None, None]
   bias = arrays[layer.bias] if layer.bias else np.zeros(kernel.shape[-1:], kernel.dtype)
-  return ConvParams(jnp.asarray(kernel), jnp.asarray(bias))
+  return ConvParams(kernel, bias)
 
 
 def _arrays(layer: Layer, conv: ConvParams) -> dict[str, np.ndarray]:

@@ -1,10 +1,13 @@
 """Weights in 8 bits: a whole number and one scale an output channel, symmetric around zero."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+Array: TypeAlias = Any
+"""Of NumPy, which compiles nothing for each shape, or of JAX."""
 
 LEVELS = {8: 127, 7: 64}
 """The largest whole number by bits, of both signs, as ONNX Runtime's quantizer has it."""
@@ -13,16 +16,14 @@ _INPUTS = {2: (0,), 4: (0, 1, 2), 7: (1, 2, 3)}
 """Rank of a kernel in a deploy tree to the axes that an output is a sum over."""
 
 
-def quantized(
-  kernel: jax.Array, inputs: tuple[int, ...], bits: int = 8
-) -> tuple[jax.Array, jax.Array]:
+def quantized(kernel: Array, inputs: tuple[int, ...], bits: int = 8) -> tuple[Array, Array]:
   """A kernel as whole numbers times a scale for each output.
 
   q = round(K / scale), scale = max|K| / L over the inputs, where L is 127, or 64 with 7 bits;
   |q scale - K| <= scale / 2.
 
   Args:
-    kernel: of any rank, floating.
+    kernel: of any rank, floating, of NumPy or JAX.
     inputs: the axes that an output is a sum over.
     bits: 8 or 7.
 
@@ -30,13 +31,13 @@ def quantized(
     int8 of the kernel's shape, and the scales in its dtype, of size 1 along `inputs`; 1 for a
     kernel of zeros.
   """
-  largest = jnp.abs(kernel).max(inputs, keepdims=True)
-  levels = LEVELS[bits]
-  scale = jnp.where(largest > 0, largest, levels) / levels
-  return jnp.round(kernel / scale).astype(jnp.int8), scale
+  xp, levels = kernel.__array_namespace__(), LEVELS[bits]
+  largest = xp.abs(kernel).max(inputs, keepdims=True)
+  scale = xp.where(largest > 0, largest, levels) / levels
+  return xp.round(kernel / scale).astype(xp.int8), scale
 
 
-def rounded(kernel: jax.Array, inputs: tuple[int, ...], bits: int = 8) -> jax.Array:
+def rounded(kernel: Array, inputs: tuple[int, ...], bits: int = 8) -> Array:
   """A kernel as it is once it went through so few bits, in its own dtype."""
   whole, scale = quantized(kernel, inputs, bits)
   return whole.astype(kernel.dtype) * scale
