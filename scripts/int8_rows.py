@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import timing
 
 import repjax
@@ -55,12 +57,14 @@ class Row(NamedTuple):
 
   Attributes:
     accuracy: 0 ... 1.
+    loss: mean cross-entropy.
     error: of the logits against those of the file in float32, root mean square.
     size: bytes of the file, or of the weights.
     seconds: of a call in ONNX Runtime; None where the runtime is another.
   """
 
   accuracy: float
+  loss: float
   error: float
   size: int
   seconds: float | None
@@ -116,6 +120,7 @@ def measured(
   return {
     name: Row(
       float((logits[name].argmax(-1) == labels).mean()),
+      _loss(logits[name], labels),
       compared(logits[name], logits[FLOAT])[0],
       sizes[name],
       seconds.get(name),
@@ -126,13 +131,17 @@ def measured(
 
 def print_rows(rows: Mapping[str, Row], batch_size: int) -> None:
   """Prints the table; speeds are against the file in float32."""
-  print(f"{'':<30}{'accuracy':>9}{'error':>9}{'bytes':>13}{f'ms, batch {batch_size}':>14}")
+  print(f"{'':<30}{'accuracy':>9}{'loss':>9}{'error':>9}{'bytes':>13}{f'ms, batch {batch_size}':>14}")
   for name, row in rows.items():
     speed = ""
     if row.seconds is not None:
       ratio = (rows[FLOAT].seconds or 0) / row.seconds
       speed = f"{1000 * row.seconds:>14.3f}{ratio:>8.2f}x"
-    print(f"{name:<30}{row.accuracy:>9.2%}{row.error:>9.2%}{row.size:>13,}{speed}")
+    print(f"{name:<30}{row.accuracy:>9.2%}{row.loss:>9.4f}{row.error:>9.2%}{row.size:>13,}{speed}")
+
+
+def _loss(logits: np.ndarray, labels: np.ndarray) -> float:
+  return float(optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), labels).mean())
 
 
 def _session(proto: Any) -> Any:

@@ -110,7 +110,9 @@ def scales_of(proto: Any, how: Sequence[Rounding]) -> dict[str, tuple[float, int
     raise InputError("these roundings are not of this graph: its layers are others")
   ways = _ways(proto)
   return {
-    tensor: (row.scale, row.zero) for layer, row in zip(layers, how) for tensor in ways[layer.source]
+    tensor: (row.scale, row.zero)
+    for layer, row in zip(layers, how)
+    for tensor in ways[layer.source]
   }
 
 
@@ -189,7 +191,8 @@ def _axes_of_sums(equation: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The axes of both operands that an output is a sum over."""
   numbers = equation.params["dimension_numbers"]
   if equation.primitive.name == "dot_general":
-    return tuple(map(tuple, numbers[0]))
+    contracted, others = numbers[0]
+    return tuple(contracted), tuple(others)
   return (), tuple(numbers.rhs_spec[1:])
 
 

@@ -1,0 +1,90 @@
+"""The digits in float32, bfloat16 and 8 bits: a RepVGG, a RepMLP and a ParNet, one table each.
+
+Networks that are not there yet are trained first, then fine-tuned in 8 bits, as by
+
+    python main.py --config configs/digits.py
+    python main.py --config configs/digits_qat.py
+
+which takes some 15 minutes for all three on two cores. Each row is a file that ONNX Runtime runs on
+all images of the test split (bfloat16: by JAX), its size, and the time of a call, in turns. "int8,
+plain" is by ONNX Runtime's quantizer alone, "int8" with equalization and corrected biases too, as
+scripts/quantize.py makes it; the error of "int8, QAT" is against the same run's own float32.
+"""
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+import int8_rows
+import timing
+from int8_rows import INT8, WEIGHTS
+
+import repjax
+from repjax import training
+from repjax.deploy.onnx.proto import need_onnx
+from repjax.deploy.quantization import runtime
+from repjax.errors import one_paragraph
+
+NETWORKS = ("digits", "digits_repmlp", "digits_parnet")
+PLAIN, QAT = "int8, plain", "int8, QAT"
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+  parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs are, or go")
+  parser.add_argument("--batch-size", type=int, default=1, help="images a call, for speed")
+  parser.add_argument("--rounds", type=int, default=50, help="of calls in turns, for speed")
+  parser.add_argument("--json", type=Path, help="also write the results to this file")
+  arguments = parser.parse_args()
+  with one_paragraph():
+    runtime.need_runtime()
+    for name in arguments.networks:
+      make_runs(arguments.runs, name)
+    found = {name: measure(name, arguments) for name in arguments.networks}
+  if arguments.json:
+    facts = {"batch_size": arguments.batch_size, "rounds": arguments.rounds}
+    timing.write_json(arguments.json, facts, networks=found)
+
+
+def make_runs(runs: Path, name: str) -> None:
+  """Trains and fine-tunes a network, as far as that is not done."""
+  if not (runs / name / "deploy").exists():
+    training.train(config_of(name), runs / name)
+  if not (runs / f"{name}_qat" / "int8").exists():
+    config = config_of(f"{name}_qat")
+    config.init_from = str(runs / name)
+    training.train(config, runs / f"{name}_qat")
+
+
+def config_of(name: str) -> Any:
+  return importlib.import_module(f"configs.{name}").get_config()
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+  """Prints a network's table, and returns its rows for the file of results."""
+  effort = {"batch_size": arguments.batch_size, "rounds": arguments.rounds}
+  workdir = int8_rows.open_workdir(arguments.runs / name, 256)
+  tuned = arguments.runs / f"{name}_qat"
+  file = need_onnx().load(tuned / "int8" / "model.onnx")
+  files = {
+    WEIGHTS: repjax.deploy.quantize_weights(workdir.proto),
+    PLAIN: repjax.deploy.quantize(
+      workdir.proto, workdir.images, equalize="none", correct_bias=False
+    ),
+    INT8: repjax.deploy.quantize(workdir.proto, workdir.images),
+    QAT: file,
+  }
+  rows = int8_rows.measured(workdir, files, **effort)
+  own = int8_rows.measured(int8_rows.open_workdir(tuned, 256), {QAT: file}, batch_size=1, rounds=1)
+  rows[QAT] = rows[QAT]._replace(error=own[QAT].error)
+  print(f"\n{name}: {workdir.spec.name}")
+  int8_rows.print_rows(rows, arguments.batch_size)
+  return {row: facts._asdict() for row, facts in rows.items()}
+
+
+if __name__ == "__main__":
+  main()
