@@ -138,7 +138,7 @@ def _conv(arrays: dict[str, Any], layer: Layer) -> ConvParams:
   """A layer's numbers as the algebra has them."""
   weight = arrays[layer.weight]
   kernel = weight.transpose(2, 3, 1, 0) if layer.op == "Conv" else weight[None, None]
-  bias = arrays[layer.bias] if layer.bias else np.zeros(kernel.shape[-1:], kernel.dtype)
+  bias: Any = arrays[layer.bias] if layer.bias else np.zeros(kernel.shape[-1:], kernel.dtype)
   return ConvParams(kernel, bias)
 
 
