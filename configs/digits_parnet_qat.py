@@ -1,7 +1,7 @@
 """The digits' ParNet in 8 bits: quantization-aware fine-tuning behind digits_parnet.py.
 
-    python main.py --config configs/digits_parnet.py
-    python main.py --config configs/digits_parnet_qat.py
+python main.py --config configs/digits_parnet.py
+python main.py --config configs/digits_parnet_qat.py
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 """The digits' RepVGG in 8 bits: quantization-aware fine-tuning behind digits.py.
 
-    python main.py --config configs/digits.py
-    python main.py --config configs/digits_qat.py
+python main.py --config configs/digits.py
+python main.py --config configs/digits_qat.py
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
 """The digits' RepMLP in 8 bits: quantization-aware fine-tuning behind digits_repmlp.py.
 
-    python main.py --config configs/digits_repmlp.py
-    python main.py --config configs/digits_repmlp_qat.py
+python main.py --config configs/digits_repmlp.py
+python main.py --config configs/digits_repmlp_qat.py
 """
 
 import ml_collections

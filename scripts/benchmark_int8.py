@@ -71,7 +71,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
   tuned = arguments.runs / f"{name}_qat"
   file = need_onnx().load(tuned / "int8" / "model.onnx")
   files = {
-    WEIGHTS: repjax.deploy.quantize_weights(workdir.proto),
+    WEIGHTS: repjax.deploy.quantize_weights(workdir.proto, workdir.images),
     PLAIN: repjax.deploy.quantize(
       workdir.proto, workdir.images, equalize="none", correct_bias=False
     ),

@@ -131,7 +131,9 @@ def measured(
 
 def print_rows(rows: Mapping[str, Row], batch_size: int) -> None:
   """Prints the table; speeds are against the file in float32."""
-  print(f"{'':<30}{'accuracy':>9}{'loss':>9}{'error':>9}{'bytes':>13}{f'ms, batch {batch_size}':>14}")
+  print(
+    f"{'':<30}{'accuracy':>9}{'loss':>9}{'error':>9}{'bytes':>13}{f'ms, batch {batch_size}':>14}"
+  )
   for name, row in rows.items():
     speed = ""
     if row.seconds is not None:

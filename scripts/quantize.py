@@ -90,7 +90,7 @@ def quantize(flags: argparse.Namespace) -> None:
     raise InputError(f"--float-layers takes 0 to {len(ranked) - 1}, got {flags.float_layers}")
   chosen["float_layers"] = [row.node for row in ranked[: flags.float_layers]]
   print_sensitivity(ranked, flags.float_layers)
-  files = {WEIGHTS: repjax.deploy.quantize_weights(proto)}
+  files = {WEIGHTS: repjax.deploy.quantize_weights(proto, images)}
   if not flags.weights_only:
     files[INT8] = repjax.deploy.quantize(proto, images, **chosen)
   for name, changes in measures(ranked, flags.float_layers).items() if flags.compare else ():

@@ -14,6 +14,9 @@ from repjax.deploy.quantization.graph import Layer, constants, layers_of, with_c
 from repjax.deploy.quantization.runtime import observed
 from repjax.deploy.quantization.weights import rounded
 
+TOLERANCE = 1e-4
+"""How far means may be off, relative to the largest of their layer, before the last correction."""
+
 
 def with_rounded_weights(
   proto: Any, bits: int = 8, *, per_channel: bool = True, but: Sequence[str] = ()
@@ -40,8 +43,9 @@ def with_rounded_weights(
 def corrected(proto: Any, images: np.ndarray, bits: int = 8, **rounding: Any) -> Any:
   """A model with other biases, under which rounded weights give each channel the mean it had.
 
-  One layer after the other, each with the ones before corrected: b[c] += E[y[c]] - E[y'[c]], the
-  means of its outputs before and after rounding, over images and pixels, borders included.
+  b[c] += E[y[c]] - E[y'[c]], the means of a layer's outputs before and after rounding, over images
+  and pixels, borders included. What moves one layer's bias moves the means behind it, so that all
+  layers are corrected at once, again and again, until no mean is off.
 
   Args:
     proto: in float32.
@@ -55,12 +59,15 @@ def corrected(proto: Any, images: np.ndarray, bits: int = 8, **rounding: Any) ->
   left = rounding.get("but", ())
   layers = [layer for layer in layers_of(proto) if layer.bias and layer.name not in left]
   wanted = _means(proto, layers, images)
-  coarse, biases = with_rounded_weights(proto, bits, **rounding), {}
-  for layer in layers:
-    (moved,) = _means(coarse, [layer], images).values()
-    assert layer.bias
-    biases[layer.bias] = constants(coarse)[layer.bias] + wanted[layer.result] - moved
-    coarse = with_constants(coarse, {layer.bias: biases[layer.bias]})
+  coarse = with_rounded_weights(proto, bits, **rounding)
+  biases = {layer.bias: constants(proto)[layer.bias] for layer in layers if layer.bias}
+  for _ in layers:  # the last layer's mean is right after as many rounds as there are before it
+    moved = _means(with_constants(coarse, biases), layers, images)
+    off = {tensor: mean - moved[tensor] for tensor, mean in wanted.items()}
+    biases |= {layer.bias: biases[layer.bias] + off[layer.result] for layer in layers if layer.bias}
+    largest = {tensor: np.abs(mean).max() for tensor, mean in wanted.items()}
+    if all(np.abs(gap).max() <= TOLERANCE * largest[tensor] for tensor, gap in off.items()):
+      break
   return with_constants(proto, biases)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tqdm
 
 from repjax.deploy.quantization.correction import corrected
 from repjax.deploy.quantization.equalization import equalized_by
@@ -57,7 +58,7 @@ def sensitivity(
   proto = equalized_by(equalize, proto, images)
   layers, rows = layers_of(proto), []
   with tempfile.TemporaryDirectory() as folder:
-    for layer in layers:
+    for layer in tqdm.tqdm(layers, "quantizing one layer at a time", leave=False, disable=None):
       others = [other.name for other in layers if other is not layer]
       rounding: dict[str, Any] = {"per_channel": per_channel, "but": others}
       alone = in_qdq_form(
