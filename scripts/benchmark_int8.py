@@ -9,6 +9,9 @@ which takes some 15 minutes for all three on two cores. Each row is a file that 
 all images of the test split (bfloat16: by JAX), its size, and the time of a call, in turns. "int8,
 plain" is by ONNX Runtime's quantizer alone, "int8" with equalization and corrected biases too, as
 scripts/quantize.py makes it; the error of "int8, QAT" is against the same run's own float32.
+
+Networks as small as these spend much of a call between their layers. How fast 8 bits are at full
+size is timed beside, with random weights, which say nothing about accuracy.
 """
 
 import argparse
@@ -17,17 +20,21 @@ from pathlib import Path
 from typing import Any
 
 import int8_rows
+import jax
 import timing
-from int8_rows import INT8, WEIGHTS
+from int8_rows import FLOAT, INT8, WEIGHTS
 
 import repjax
 from repjax import training
 from repjax.deploy.onnx.proto import need_onnx
 from repjax.deploy.quantization import runtime
 from repjax.errors import one_paragraph
+from repjax.models import image_size_of
 
 NETWORKS = ("digits", "digits_repmlp", "digits_parnet")
 PLAIN, QAT = "int8, plain", "int8, QAT"
+AS_IT_IS = {"equalize": "none", "correct_bias": False}
+FULL_SIZE = ("repvgg_a0", "repmlp_resnet50_light", "parnet_s")
 
 
 def main() -> None:
@@ -35,6 +42,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+  parser.add_argument("--full-size", nargs="*", default=FULL_SIZE, help="models that are timed")
   parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs are, or go")
   parser.add_argument("--batch-size", type=int, default=1, help="images a call, for speed")
   parser.add_argument("--rounds", type=int, default=50, help="of calls in turns, for speed")
@@ -45,9 +53,12 @@ def main() -> None:
     for name in arguments.networks:
       make_runs(arguments.runs, name)
     found = {name: measure(name, arguments) for name in arguments.networks}
+    milliseconds = f"ms, batch {arguments.batch_size}"
+    print(f"\n{'full size, random weights':<38}{FLOAT:>10}{INT8:>10}{'':>9}  {milliseconds}")
+    speeds = {name: measure_speed(name, arguments) for name in arguments.full_size}
   if arguments.json:
     facts = {"batch_size": arguments.batch_size, "rounds": arguments.rounds}
-    timing.write_json(arguments.json, facts, networks=found)
+    timing.write_json(arguments.json, facts, networks=found, full_size=speeds)
 
 
 def make_runs(runs: Path, name: str) -> None:
@@ -72,9 +83,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
   file = need_onnx().load(tuned / "int8" / "model.onnx")
   files = {
     WEIGHTS: repjax.deploy.quantize_weights(workdir.proto, workdir.images),
-    PLAIN: repjax.deploy.quantize(
-      workdir.proto, workdir.images, equalize="none", correct_bias=False
-    ),
+    PLAIN: repjax.deploy.quantize(workdir.proto, workdir.images, **AS_IT_IS),
     INT8: repjax.deploy.quantize(workdir.proto, workdir.images),
     QAT: file,
   }
@@ -84,6 +93,25 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
   print(f"\n{name}: {workdir.spec.name}")
   int8_rows.print_rows(rows, arguments.batch_size)
   return {row: facts._asdict() for row, facts in rows.items()}
+
+
+def measure_speed(name: str, arguments: argparse.Namespace) -> dict[str, float]:
+  """Prints how long a model takes in float32 and int8, and returns seconds."""
+  model = repjax.create_model(name, deploy=True)
+  size = image_size_of(model)
+  variables = repjax.init(model, jax.random.key(0), size)
+  proto = repjax.deploy.to_onnx(model, variables, image_size=size)
+  images = timing.random_images(max(4, arguments.batch_size), size)[0]
+  files = {FLOAT: proto, INT8: repjax.deploy.quantize(proto, images, **AS_IT_IS)}
+  sessions = {name: int8_rows.session(file) for name, file in files.items()}
+  batch = images[: arguments.batch_size]
+  found = int8_rows.speeds(sessions, batch, arguments.rounds // 5 + 1, calls=1)
+  print(
+    f"{name:<30}{f'{size} px':>8}{1e3 * found[FLOAT]:>10.2f}{1e3 * found[INT8]:>10.2f}"
+    f"{found[FLOAT] / found[INT8]:>8.2f}x",
+    flush=True,
+  )
+  return found
 
 
 if __name__ == "__main__":

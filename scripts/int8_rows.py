@@ -109,12 +109,12 @@ def measured(
     rounds: of calls in turns, for speed.
   """
   files = {FLOAT: workdir.proto, **files}
-  sessions = {name: _session(proto) for name, proto in files.items()}
+  sessions = {name: session(proto) for name, proto in files.items()}
   classifiers = {name: _classifier(ready) for name, ready in sessions.items()}
   sizes = {name: proto.ByteSize() for name, proto in files.items()}
   classifiers[HALF], sizes[HALF] = _in_jax(workdir)
   logits, labels = _outputs(classifiers, workdir)
-  seconds = _speeds(
+  seconds = speeds(
     sessions, np.resize(workdir.images, (batch_size, *workdir.images.shape[1:])), rounds
   )
   return {
@@ -146,7 +146,8 @@ def _loss(logits: np.ndarray, labels: np.ndarray) -> float:
   return float(optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), labels).mean())
 
 
-def _session(proto: Any) -> Any:
+def session(proto: Any) -> Any:
+  """A file that is ready to run on all cores, in the way that is fastest for it."""
   # A file whose weights alone are int8 is as fast as before only with these unpacked at the start.
   rounds_activations = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
   return runtime.session(proto, timing.cpus(), unpacked=not rounds_activations)
@@ -191,13 +192,15 @@ def _outputs(
   return {name: np.concatenate(parts) for name, parts in found.items()}, np.concatenate(labels)
 
 
-def _speeds(sessions: Mapping[str, Any], images: np.ndarray, rounds: int) -> dict[str, float]:
-  """Seconds of a call: the median of rounds in turns."""
+def speeds(
+  sessions: Mapping[str, Any], images: np.ndarray, rounds: int, calls: int = 10
+) -> dict[str, float]:
+  """Seconds of a call with images (N, S, S, 3): the median of rounds in turns."""
   batch = runtime.fed(images)
 
   def turn(ready: Any) -> timing.Turn:
     return lambda number, calls: [ready.run(None, batch) for _ in range(calls)]
 
   turns = {name: turn(ready) for name, ready in sessions.items()}
-  found = timing.time_in_turns(turns, rounds, calls=10)
+  found = timing.time_in_turns(turns, rounds, calls)
   return {name: statistics.median(seconds) for name, seconds in found.items()}

@@ -2,6 +2,7 @@
 
     python scripts/prove_onnx.py
     python scripts/prove_onnx.py --models repvgg_a0 parnet_s --image-size 224 --openvino
+    python scripts/prove_onnx.py --openvino --json benchmarks/results/onnx.json
 
 Each file passes the ONNX checker with shape inference first. Relative errors are against JAX on the
 CPU in float32, the larger of those at batch sizes 1 and 3; the limit is 1e-5. Networks that do not
@@ -12,17 +13,20 @@ import argparse
 import collections
 import functools
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import timing
 from subjects import openvino_alone
 
 import repjax
 from repjax.deploy.function import inference
 from repjax.deploy.onnx import of_function
 from repjax.deploy.onnx.check import TOLERANCES, checked
+from repjax.deploy.onnx.proto import OPSET
 from repjax.errors import InputError, one_paragraph
 from repjax.models import image_size_of
 
@@ -57,8 +61,8 @@ def openvino_error(content: bytes, wanted: np.ndarray, images: np.ndarray) -> fl
   return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
-def prove(name: str, image_size: int | None, openvino: bool) -> float:
-  """Prints a line about a model, and returns its largest error."""
+def prove(name: str, image_size: int | None, openvino: bool) -> dict[str, Any]:
+  """Prints a line about a model, and returns what it says."""
   start = time.perf_counter()
   model = repjax.create_model(name, deploy=True)
   size = image_size or smallest(model)
@@ -75,13 +79,12 @@ def prove(name: str, image_size: int | None, openvino: bool) -> float:
   found = checked(content, function, tree, size)
   if not found:
     raise InputError("this compares with ONNX Runtime: pip install onnxruntime")
-  error = found["relative_error"]
-  more = ""
+  errors, more = {"onnxruntime": found["relative_error"]}, ""
   if openvino:
     images = np.random.default_rng(2).standard_normal((2, size, size, 3), np.float32)
     wanted = np.asarray(jax.jit(functools.partial(function, tree))(images))
-    other = openvino_error(content, wanted, images)
-    error, more = max(error, other), f" {other:9.1e}"
+    errors["openvino"] = openvino_error(content, wanted, images)
+    more = f" {errors['openvino']:9.1e}"
   kinds = collections.Counter(node.op_type for node in proto.graph.node)
   operators = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
   print(
@@ -89,7 +92,12 @@ def prove(name: str, image_size: int | None, openvino: bool) -> float:
     f"{time.perf_counter() - start:>7.1f} s  {operators}",
     flush=True,
   )
-  return error
+  return {
+    "image_size": size,
+    "bytes": len(content),
+    "relative_errors": errors,
+    "operators": dict(kinds.most_common()),
+  }
 
 
 def main() -> None:
@@ -99,11 +107,15 @@ def main() -> None:
   parser.add_argument("--models", nargs="+", default=repjax.models.list_models())
   parser.add_argument("--image-size", type=int, help="pixels; default: small")
   parser.add_argument("--openvino", action="store_true", help="compare OpenVINO's outputs too")
+  parser.add_argument("--json", type=Path, help="also write the results to this file")
   arguments = parser.parse_args()
   with one_paragraph():
-    errors = {
+    found = {
       name: prove(name, arguments.image_size, arguments.openvino) for name in arguments.models
     }
+    if arguments.json:
+      timing.write_json(arguments.json, {"opset": OPSET}, models=found)
+    errors = {name: max(facts["relative_errors"].values()) for name, facts in found.items()}
     worst = max(errors, key=lambda name: errors[name])
     print(f"{len(errors)} models, largest relative error {errors[worst]:.1e} ({worst})")
     if errors[worst] > TOLERANCES["float32"]:
