@@ -4,8 +4,6 @@ import functools
 import importlib
 import json
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -216,13 +214,6 @@ def test_subjects_that_cannot_are_left_out_with_the_reason(load, monkeypatch, ca
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   reason = subjects.why_not(subjects.Kind(lambda task: "made", on=("cpu",)), task)
   assert reason == "it is timed on a cpu only"
-
-
-def test_the_benchmark_loads_no_package_of_training():
-  code = "import sys, benchmark; print({*sys.modules} & {'optax', 'grain', 'orbax', 'matplotlib'})"
-  folders = f"sys.path[:0] = {[str(SCRIPTS), str(tiny.ROOT)]}"
-  run = [sys.executable, "-c", f"import sys; {folders}; {code}"]
-  assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_cpu_time_of_one_core(load):
