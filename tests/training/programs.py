@@ -53,6 +53,10 @@ def _replace(patches, module, name, once):
 def _made_once(make):
   def made(*arguments, **settings):
     told = (make, *map(_told, arguments), *((name, _told(settings[name])) for name in settings))
+    try:
+      hash(told)
+    except TypeError:  # what cannot be told from others is made anew
+      return make(*arguments, **settings)
     if told not in _made:
       _made[told] = make(*arguments, **settings)
       _compiled[_made[told]] = {}
