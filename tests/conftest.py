@@ -16,6 +16,9 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 if jax.__version_info__ < (0, 11):  # later ones do not know the flag, and end on it
   os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
+# Programs run once or twice here, so that compiling well costs more than it gives.
+jax.config.update("jax_disable_most_optimizations", True)
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,6 +1,7 @@
 """Who may import whom, and what `import repjax` costs."""
 
 import ast
+import json
 import pathlib
 import subprocess
 import sys
@@ -100,32 +101,66 @@ def test_the_walk_sees_every_way_to_import(source, rooms, packages):
   assert rooms_and_packages(imported(source, "repjax.training.loop")) == (rooms, packages)
 
 
-def run(program):
-  return subprocess.run(
-    [sys.executable, "-c", program],
-    cwd=PACKAGE.parent,
-    check=True,
-    capture_output=True,
-    text=True,
-  ).stdout.split()
+# Parts that load less come first.
+PROGRAM = """
+import json, sys
+import jax, flax.linen
+
+loaded = {}
+
+def note(part):
+  loaded[part] = [*sys.modules]
+
+note("jax and linen")
+import repjax
+note("repjax")
+# Once a backend runs, the number of devices can no longer be set.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 3)
+devices = jax.device_count()
+import repjax.deploy.onnx.check
+note("inference")
+sys.path[:0] = ["scripts"]
+import benchmark
+note("benchmark")
+print(json.dumps([loaded, devices]))
+"""
 
 
-def test_importing_repjax_loads_nothing_beyond_jax_and_linen():
-  loaded = run(
-    "import sys, jax, flax.linen; before = set(sys.modules); import repjax;"
-    "print(*set(sys.modules) - before)"
+@pytest.fixture(scope="module")
+def loaded():
+  """What a fresh interpreter has loaded behind each part, and how many devices it has."""
+  return json.loads(
+    subprocess.run(
+      [sys.executable, "-c", PROGRAM],
+      cwd=PACKAGE.parent,
+      check=True,
+      capture_output=True,
+      text=True,
+    ).stdout
   )
-  assert "repjax.reparam" in loaded
-  rooms = {name.split(".")[1] for name in loaded if name.startswith("repjax.")}
+
+
+def test_importing_repjax_loads_nothing_beyond_jax_and_linen(loaded):
+  names = {*loaded[0]["repjax"]} - {*loaded[0]["jax and linen"]}
+  assert "repjax.reparam" in names
+  rooms = {name.split(".")[1] for name in names if name.startswith("repjax.")}
   assert not rooms & {"analysis", "data", "deploy", "training", "weights"}
-  others = {name for name in loaded if name.split(".")[0] not in sys.stdlib_module_names}
+  others = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
   assert {name for name in others if name.split(".")[0] != "repjax"} == set()
 
 
-def test_importing_repjax_starts_no_backend():
-  # Once a backend runs, the number of devices can no longer be set.
-  devices = run(
-    "import repjax, jax; jax.config.update('jax_platforms', 'cpu');"
-    "jax.config.update('jax_num_cpu_devices', 3); print(jax.device_count())"
-  )
-  assert devices == ["3"]
+def test_importing_repjax_starts_no_backend(loaded):
+  assert loaded[1] == 3
+
+
+def test_inference_does_not_import_onnx(loaded):
+  names = loaded[0]["inference"]
+  assert "repjax.deploy.onnx.check" in names
+  assert "onnx" not in names
+
+
+def test_the_benchmark_loads_no_package_of_training(loaded):
+  names = loaded[0]["benchmark"]
+  assert "subjects" in names
+  assert not {"optax", "grain", "orbax", "matplotlib"} & {*names}

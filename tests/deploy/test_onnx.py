@@ -4,8 +4,6 @@ import functools
 import importlib
 import importlib.util
 import json
-import subprocess
-import sys
 from collections import Counter
 from typing import Any
 
@@ -502,9 +500,3 @@ def test_without_onnx_the_way_out_is_said(small, run_script, small_folder, tmp_p
   with pytest.raises(SystemExit, match=r"^error: ONNX files need the package onnx"):
     run_script("export", "--workdir", small_folder, "--to", tmp_path / "out", "--format", "onnx")
   assert list(tmp_path.iterdir()) == []
-
-
-def test_inference_does_not_import_onnx():
-  program = "import sys, repjax.deploy.onnx.check; print('onnx' in sys.modules)"
-  command = [sys.executable, "-c", program]
-  assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "False\n"

@@ -21,7 +21,12 @@ pytest_plugins = ["tests.training.fixtures"]
 def other(tmp_path):
   """A process that holds the lock of `run`."""
   program = (
-    "import signal, sys; from repjax.training import lock\n"
+    "import signal, sys, types\n"
+    # The packages without what they import, which takes a second and has no part in locks.
+    "for name in ('repjax', 'repjax.training'):\n"
+    "  sys.modules[name] = types.ModuleType(name)\n"
+    f"  sys.modules[name].__path__ = [{str(tiny.ROOT)!r} + '/' + name.replace('.', '/')]\n"
+    "from repjax.training import lock\n"
     f"with lock.hold({str(tmp_path / 'run')!r}): print('held', flush=True); signal.pause()"
   )
   process = subprocess.Popen(

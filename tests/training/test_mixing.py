@@ -22,17 +22,36 @@ def make_batch(count=5, seed=0):
   return images, rng.dirichlet(np.ones(4), count).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("mixup", "cutmix"))
-def mix(images, targets, key, mixup=0.0, cutmix=0.0):
-  return mixing.mix(images, targets, key, mixup=mixup, cutmix=cutmix)
+DRAW = mixing.draw
+mix = mixing.mix
+
+
+@pytest.fixture(autouse=True)
+def _draws_are_compiled(monkeypatch):
+  """Compiles what is slow to compile once for each pair of alphas, for batches of any shape."""
+  monkeypatch.setattr(mixing, "draw", compiled_draw)
+
+
+@functools.partial(jax.jit, static_argnums=1, static_argnames=("mixup", "cutmix"))
+def compiled_draw(key, size, *, mixup, cutmix):
+  return DRAW(key, size, mixup=mixup, cutmix=cutmix)
+
+
+@jax.jit
+def draws_of_mixup(keys, alpha):
+  """Of any alpha, since Mixup alone does not ask whether it is zero."""
+  return jax.vmap(lambda key: DRAW(key, SIZE, mixup=alpha, cutmix=0.0))(keys)
 
 
 @functools.cache
 def draws(mixup, cutmix, count=4000):
   """`count` independent draws: shares of the pixels (count, H, W), and of the images."""
   keys = jax.random.split(jax.random.key(1), count)
-  draw = jax.jit(jax.vmap(lambda key: mixing.draw(key, SIZE, mixup=mixup, cutmix=cutmix)))
-  own, share = draw(keys)
+  if cutmix:
+    draw = functools.partial(DRAW, size=SIZE, mixup=mixup, cutmix=cutmix)
+    own, share = jax.jit(jax.vmap(draw))(keys)
+  else:
+    own, share = draws_of_mixup(keys, jnp.float32(mixup))
   return np.asarray(own)[:, 0, :, :, 0], np.asarray(share)
 
 
@@ -192,4 +211,4 @@ def test_the_dominant_label_is_the_one_with_the_larger_share(share, expected):
 def test_one_image_alone_cannot_be_mixed():
   images, targets = make_batch(1)
   with pytest.raises(ValueError, match="at least 2 images on each device, got 1"):
-    mixing.mix(images, targets, jax.random.key(0), mixup=0.2)
+    mixing.mix(images, targets, jax.random.key(0), mixup=0.4)
