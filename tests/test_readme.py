@@ -19,12 +19,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_there_are_python_examples():
-  assert len(BLOCKS) == 6
+  assert len(BLOCKS) == 7
 
 
 @pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize(
-  "block", BLOCKS, ids=["functions", "own network", "features", "load", "production", "weights"]
+  "block", BLOCKS, ids=["functions", "own network", "features", "load", "production", "8 bits", "weights"]
 )
 def test_python_examples_run(block, finished, tmp_path, monkeypatch):
   if "jax.jit(model.apply)" in block:  # what is compiled has few blocks behind its name
