@@ -24,7 +24,9 @@ def test_there_are_python_examples():
 
 @pytest.mark.usefixtures("quick_programs")
 @pytest.mark.parametrize(
-  "block", BLOCKS, ids=["functions", "own network", "features", "load", "production", "8 bits", "weights"]
+  "block",
+  BLOCKS,
+  ids=["functions", "own network", "features", "load", "production", "8 bits", "weights"],
 )
 def test_python_examples_run(block, finished, tmp_path, monkeypatch):
   if "jax.jit(model.apply)" in block:  # what is compiled has few blocks behind its name

@@ -21,7 +21,8 @@ from repjax import deploy, disk, store
 from repjax.deploy.export import write_folder
 from repjax.deploy.onnx.proto import OPSET
 from repjax.deploy.quantization import runtime
-from repjax.deploy.quantization.simulation import Rounding, simulated
+from repjax.deploy.quantization.roundings import Rounding
+from repjax.deploy.quantization.simulation import simulated
 from repjax.errors import InputError
 from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec, load

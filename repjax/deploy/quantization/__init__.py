@@ -5,8 +5,8 @@ quantizer put QuantizeLinear and DequantizeLinear around all layers. Both take w
 in float32: that graph says which layer reads which, and its names are Flax's scopes.
 
 What is ours: weights in 8 bits as a pure function (`weights`), rescaling channels between layers
-(`equalization`, with the laws in `repjax.algebra`), moving biases (`correction`), and which layers
-it hurts (`sensitivity`).
+(`equalization`, with the laws in `repjax.algebra`), moving biases (`correction`), which layers it
+hurts (`sensitivity`), and the same in JAX with gradients (`roundings`, `simulation`).
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,10 @@ from repjax.deploy.onnx.proto import need_onnx
 from repjax.deploy.quantization.correction import corrected
 from repjax.deploy.quantization.equalization import equalized_by
 from repjax.deploy.quantization.graph import check_float, constants, copied, layers_of
+from repjax.deploy.quantization.roundings import Rounding, roundings_of, scales_of
 from repjax.deploy.quantization.runtime import check_images, in_qdq_form
 from repjax.deploy.quantization.sensitivity import Sensitivity, sensitivity
-from repjax.deploy.quantization.simulation import Rounding, roundings_of, scales_of, simulated
+from repjax.deploy.quantization.simulation import simulated
 from repjax.deploy.quantization.weights import quantized, round_weights
 from repjax.errors import InputError, unknown
 
