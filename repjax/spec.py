@@ -170,6 +170,11 @@ def load(
   deploy_folder = disk.current_folder(folder if (folder / "params").exists() else folder / "deploy")
   if deploy and (deploy_folder / "params").exists():
     return model, {"params": disk.read_tree(deploy_folder / "params", shapes["params"])}, spec
+  if (folder / "model.onnx").exists():
+    raise InputError(
+      f"{folder} holds a network as an ONNX file alone; its parameters in JAX are in the folder of "
+      "the run or import that it was made of"
+    )
   variables = store.read_best(folder, spec.variable_shapes())[1]
   if deploy:
     variables = {"params": jax.jit(reparameterize)(variables["params"], variables["batch_stats"])}

@@ -77,6 +77,8 @@ def test_a_trained_run_learns_in_8_bits_and_is_exported(finished, digits_dir, tm
   assert {path.name for path in (workdir / "int8").iterdir()} == {
     *("model.onnx", "model.json", "export.json"),
   }
+  with pytest.raises(InputError, match="holds a network as an ONNX file alone"):
+    repjax.load(workdir / "int8")
   accuracy = facts["accuracy"]
   assert any(f"in 8 bits: {accuracy['int8']:.2%} in ONNX Runtime" in line for line in printed)
   assert abs(accuracy["int8"] - accuracy["simulated"]) <= 2 / 360
