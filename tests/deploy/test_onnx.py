@@ -464,7 +464,7 @@ REFUSED = {
 def test_what_cannot_be_is_refused(message):
   def translated():
     function = REFUSED[message]
-    graph, outputs, _ = program.translated(
+    graph, outputs, _, _ = program.translated(
       lambda tree, x: function(x), {}, (8, 8), np.dtype(np.float32)
     )
     for value in outputs.values():

@@ -29,7 +29,7 @@ import numpy as np
 from flax import linen as nn
 
 from repjax.deploy.function import checked_dtype, inference
-from repjax.deploy.onnx.program import IMAGES, translated
+from repjax.deploy.onnx.program import IMAGES, Step, translated
 from repjax.deploy.onnx.proto import model_proto, need_onnx
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
@@ -111,8 +111,19 @@ def of_function(
   probabilities: bool,
 ) -> Any:
   """What `repjax.deploy.function.inference` returns as an `onnx.ModelProto`; `dtype` of images."""
+  return with_steps(function, tree, image_size, dtype, probabilities)[0]
+
+
+def with_steps(
+  function: Callable[[Any, jax.Array], Any],
+  tree: Any,
+  image_size: int | tuple[int, int],
+  dtype: np.dtype,
+  probabilities: bool,
+) -> tuple[Any, tuple[Step, ...]]:
+  """The same, with what became of each equation of the traced function, in the file's names."""
   size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-  graph, values, facts = translated(function, tree, size, dtype)
+  graph, values, facts, steps = translated(function, tree, size, dtype)
   outputs = {}
   for (path, value), fact in zip(values.items(), facts):
     name = path or ("probabilities" if probabilities else "logits")
@@ -122,4 +133,5 @@ def of_function(
     stored = tuple(value.axes[axis] for axis in order)
     shape = tuple(fact.shape[axis] for axis in order)
     outputs[name] = graph.tensor(graph.arrange(value, stored)), shape, np.dtype(fact.dtype)
-  return model_proto(graph, ((3, *size), dtype), outputs)
+  proto, names = model_proto(graph, ((3, *size), dtype), outputs)
+  return proto, tuple(step.named(names) for step in steps)

@@ -13,6 +13,7 @@ from repjax.errors import InputError
 
 _ROLES = {("Reshape", 1): "shape", ("Conv", 1): "weight", ("Conv", 2): "bias"}
 _ROLES |= {("Gemm", place): role for (op, place), role in _ROLES.items() if op == "Conv"}
+_ROLES |= {("MatMul", 1): "weight"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,13 @@ class Graph:
     return self._same[key]
 
   def constant(self, array: np.ndarray, role: str = "constant") -> str:
-    """The tensor of known numbers; the same for the same numbers."""
+    """The tensor of known numbers; the same for the same numbers, but not for parameters.
+
+    Those of two layers may be equal once, zeros at first, and differ when they have learned.
+    """
     array = np.ascontiguousarray(array).reshape(array.shape)  # which would make one axis of none
-    key = (array.dtype, array.shape, hashlib.sha256(array.tobytes()).digest())
+    whose = self.scope if role in ("weight", "bias") else ""
+    key = (array.dtype, array.shape, hashlib.sha256(array.tobytes()).digest(), whose)
     if key not in self._same:
       self._same[key] = tensor = f"t{len(self._same)}"
       self.constants[tensor] = Constant(array, self.scope, role)

@@ -1,7 +1,7 @@
 """From a function that JAX traces to a graph of ONNX nodes."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from repjax.deploy.onnx.values import Value, known, new_axes
 from repjax.errors import InputError
 
 BATCH, IMAGES = "batch", "images"
+PRODUCTS = {"conv_general_dilated", "dot_general"}
 _BATCH_ERRORS = (TypeError, jax.errors.InconclusiveDimensionOperation)
 _CALLS = {
   "checkpoint",
@@ -27,9 +28,33 @@ _CALLS = {
 }
 
 
+class Step(NamedTuple):
+  """What became of an equation of a traced program.
+
+  Attributes:
+    primitive: its name.
+    results: the tensor of each result, None where there is none.
+    source: the tensor that a layer reads.
+    weight: the tensor of its weights.
+    inner: the steps of the program that it runs.
+  """
+
+  primitive: str
+  results: tuple[str | None, ...]
+  source: str | None = None
+  weight: str | None = None
+  inner: tuple["Step", ...] = ()
+
+  def named(self, names: Mapping[str, str]) -> "Step":
+    """With other names for the tensors, None for those that have none."""
+    source, weight = (names.get(tensor or "") for tensor in (self.source, self.weight))
+    results = tuple(names.get(tensor or "") for tensor in self.results)
+    return Step(self.primitive, results, source, weight, tuple(s.named(names) for s in self.inner))
+
+
 def translated(
   function: Callable[[Any, jax.Array], Any], tree: Any, size: tuple[int, int], dtype: np.dtype
-) -> tuple[Graph, dict[str, Value], Any]:
+) -> tuple[Graph, dict[str, Value], Any, tuple[Step, ...]]:
   """A function as a graph.
 
   Args:
@@ -40,7 +65,7 @@ def translated(
 
   Returns:
     The graph, the values of the function's result by their path, joined by "/" and empty for an
-    array alone, and their shapes and dtypes in the same order.
+    array alone, their shapes and dtypes in the same order, and what became of each equation.
 
   Raises:
     InputError: the function contains what is not in `OPERATORS`, or asks for the batch size.
@@ -64,9 +89,9 @@ def translated(
   axes = new_axes(shape)
   stored = tuple(axes[axis] for axis in (0, 3, 1, 2))
   inputs = [*map(known, jax.tree.leaves(tree)), Value(IMAGES, axes, stored)]
-  outputs = _run(graph, program.jaxpr, program.consts, inputs, "")
+  outputs, steps = _run(graph, program.jaxpr, program.consts, inputs, "")
   names = ["/".join(map(_key, path)) for path, _ in jax.tree_util.tree_leaves_with_path(results)]
-  return graph, dict(zip(names, outputs)), jax.tree.leaves(results)
+  return graph, dict(zip(names, outputs)), jax.tree.leaves(results), steps
 
 
 def called(equation: Any) -> tuple[Any, Sequence[Any]] | None:
@@ -86,8 +111,8 @@ def _key(entry: Any) -> str:
 
 def _run(
   graph: Graph, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], scope: str
-) -> list[Value]:
-  """The values that a traced program returns."""
+) -> tuple[list[Value], tuple[Step, ...]]:
+  """The values that a traced program returns, and what became of its equations."""
   known_by_name = dict(zip(jaxpr.constvars, map(known, consts)))
   values: dict[Any, Value] = known_by_name | dict(zip(jaxpr.invars, inputs))
 
@@ -96,19 +121,32 @@ def _run(
       return known(np.asarray(variable.val, variable.aval.dtype))
     return values[variable]
 
+  steps = []
   for equation in jaxpr.eqns:
     stack = str(equation.source_info.name_stack)
     graph.scope = "/".join(filter(None, (scope, stack)))
-    results = _results(graph, equation, [read(variable) for variable in equation.invars])
+    inputs, inner = [read(variable) for variable in equation.invars], called(equation)
+    if inner is None:
+      results, own = _results(graph, equation, inputs), ()
+    else:
+      results, own = _run(graph, *inner, inputs, graph.scope)
+    steps.append(_step(graph, equation, results, own))
     values.update(zip(equation.outvars, results))
-  return [read(variable) for variable in jaxpr.outvars]
+  return [read(variable) for variable in jaxpr.outvars], tuple(steps)
+
+
+def _step(graph: Graph, equation: Any, results: Sequence[Value], inner: Sequence[Step]) -> Step:
+  """What became of an equation."""
+  tensors = tuple(value.tensor if isinstance(value.tensor, str) else None for value in results)
+  name, source, weight = equation.primitive.name, None, None
+  if name in PRODUCTS and tensors[0] is not None:
+    source, weight = graph.nodes[tensors[0]].inputs[:2]
+  return Step(name, tensors, source, weight, tuple(inner))
 
 
 def _results(graph: Graph, equation: Any, inputs: list[Value]) -> Sequence[Value]:
   """What one equation makes of its values."""
-  name, inner = equation.primitive.name, called(equation)
-  if inner is not None:
-    return _run(graph, *inner, inputs, graph.scope)
+  name = equation.primitive.name
   if all(0 in variable.aval.shape for variable in equation.outvars):
     return [_empty(variable.aval.shape) for variable in equation.outvars]
   foldable = name not in (*VIEWS, "dim_as_value") and _is_static(equation)

@@ -35,8 +35,8 @@ def model_proto(
   graph: Graph,
   images: tuple[tuple[int, ...], np.dtype],
   outputs: Mapping[str, tuple[str, Sequence[Any], np.dtype]],
-) -> Any:
-  """The model of a graph.
+) -> tuple[Any, dict[str, str]]:
+  """The model of a graph, and what its tensors are called there.
 
   Args:
     graph: of which only what outputs need is taken.
@@ -76,12 +76,13 @@ def model_proto(
     [_info(onnx, name, shape, dtype) for name, (_, shape, dtype) in outputs.items()],
     [onnx.numpy_helper.from_array(row.array, names[t]) for t, row in constants.items()],
   )
-  return onnx.helper.make_model(
+  proto = onnx.helper.make_model(
     body,
     opset_imports=[onnx.helper.make_opsetid("", OPSET)],
     ir_version=IR_VERSION,
     producer_name="repjax",
   )
+  return proto, names
 
 
 def _needed(graph: Graph, tensors: Sequence[str]) -> dict[str, Node]:
