@@ -7,9 +7,10 @@ from repjax.deploy.export import export, load_exported
 from repjax.deploy.onnx import to_onnx
 from repjax.deploy.predictor import Predictor
 from repjax.deploy.quantization import (
-  Rounding,
+  Roundings,
   Sensitivity,
   quantize,
+  quantize_by,
   quantize_weights,
   round_weights,
   roundings_of,
@@ -22,13 +23,14 @@ __all__ = [
   "CriticalPath",
   "Plan",
   "Predictor",
-  "Rounding",
+  "Roundings",
   "Sensitivity",
   "compile",
   "critical_path",
   "export",
   "load_exported",
   "quantize",
+  "quantize_by",
   "quantize_weights",
   "round_weights",
   "roundings_of",

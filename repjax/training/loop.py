@@ -78,13 +78,17 @@ def _run(config: Config, workdir: Path, interruption: Interruption) -> dict[str,
   schedule = recipe.make_schedule(config, plan)
   sgd = recipe.make_optimizer(config, schedule)
   state, bookmark = processes.first(_first_state, config, plan, sgd, workdir)
-  how = processes.first(quantization.begin, config, plan, state, workdir) if config.qat else None
+  rounding = None
+  if config.qat:
+    rounding = processes.first(quantization.begin, config, plan, state, workdir)
   # Only now that a state that fits was read.
   processes.first(claims.claim_workdir, workdir, config, plan.spec, fingerprints)
   print(_headline(config, plan), flush=True)
   if int(state.step) < plan.total_steps or not bookmark.evaluated:
     start = parallel.place(state)
-    network = quantization.network(config, plan.spec, how) if how else None
+    network = None
+    if rounding:
+      network = quantization.network(plan.spec, state.variables, rounding)
     fitting.fit(config, plan, schedule, sgd, start, workdir, bookmark, interruption, network)
   else:
     print(f"all {plan.total_steps} steps were done already", flush=True)
@@ -98,9 +102,9 @@ def _run(config: Config, workdir: Path, interruption: Interruption) -> dict[str,
   print("re-parameterizing the best checkpoint and comparing both forms", flush=True)
   report = convert(config, workdir)
   print(format_report(report) + f"\nsaved: {workdir / 'deploy'}", flush=True)
-  if how:
+  if rounding:
     print("writing the network in 8 bits and running it in ONNX Runtime", flush=True)
-    facts = processes.first(quantization.write_int8, config, plan, how, workdir)
+    facts = processes.first(quantization.write_int8, config, plan, rounding, workdir)
     print(quantization.format_int8(facts) + f"\nsaved: {workdir / 'int8'}", flush=True)
   processes.first(draw_at_end, workdir)
   return report

@@ -1,16 +1,16 @@
 """Quantization-aware training: branches learn through the fold and through the rounding of 8 bits.
 
-A step folds the branches into the deploy form, rounds what its layers read and their weights as the
-exported file will, and differentiates through all of it. Batch norms keep their running statistics:
+A step folds the branches into the deploy form, rounds its weights and what flows between them just
+as the exported file will, and differentiates through all of it. Batch norms keep their statistics:
 each is an affine map that learns, and the kernel that is rounded is the one that is shipped.
 
 runs/digits-qat/
-rounding.json             how inputs of layers are rounded, found once, at the start
+rounding.json             how tensors are rounded, found once, at the start
 int8/                     model.onnx, model.json, export.json
 """
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from repjax import deploy, disk, store
 from repjax.deploy.export import write_folder
 from repjax.deploy.onnx.proto import OPSET
 from repjax.deploy.quantization import runtime
-from repjax.deploy.quantization.roundings import Rounding
-from repjax.deploy.quantization.simulation import simulated
+from repjax.deploy.quantization.roundings import Roundings
 from repjax.errors import InputError
 from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec, load
@@ -32,7 +31,7 @@ from repjax.training.settings import Config, Plan
 from repjax.training.step import Network, TrainState
 
 
-def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> list[Rounding]:
+def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Roundings:
   """How a run rounds: as it began, or by what the network that it starts from does on some images.
 
   Args:
@@ -50,31 +49,32 @@ def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> list[
     return _read(path)
   images = calibration_images(plan.train, config.qat_images, plan.spec.preprocessing)
   print(f"calibrating the ranges of 8 bits on {len(images)} training images", flush=True)
-  proto = _graph(plan.spec, plan.spec.create_model(), state.variables)
-  how = deploy.roundings_of(proto, images, config.qat_activations)
+  size = plan.spec.preprocessing.image_size
+  roundings = deploy.roundings_of(
+    deploy.to_onnx(plan.spec.create_model(), state.variables, image_size=size),
+    np.asarray(plan.spec.preprocessing.normalize(images)),
+    activations=config.qat_activations,
+    weight_bits=config.qat_weight_bits,
+  )
   with disk.writing(path):
-    disk.write_json(path, [row._asdict() for row in how])
-  return how
+    disk.write_json(path, roundings._asdict())
+  return roundings
 
 
-def network(config: Config, spec: ModelSpec, how: Sequence[Rounding]) -> Network:
+def network(spec: ModelSpec, variables: Any, roundings: Roundings) -> Network:
   """The deploy form in 8 bits as a function of the training form's variables; pure.
 
   Args:
-    config: with `qat`.
     spec: of the model.
-    how: from `begin`.
+    variables: of the training form.
+    roundings: from `begin`.
 
   Returns:
     A function of {"params", "batch_stats"} and normalized images (N, S, S, 3) that returns logits
     (N, K). Gradients go through rounding and fold to the branches.
   """
-  rounded = simulated(
-    spec.create_model(deploy=True).apply,
-    how,
-    activations=config.qat_activations,
-    weight_bits=config.qat_weight_bits,
-  )
+  size = spec.preprocessing.image_size
+  rounded = deploy.simulated(spec.create_model(), variables, roundings, image_size=size)
 
   def apply(variables: Any, images: jax.Array) -> jax.Array:
     params = reparameterize(variables["params"], variables["batch_stats"])
@@ -83,47 +83,48 @@ def network(config: Config, spec: ModelSpec, how: Sequence[Rounding]) -> Network
   return apply
 
 
-def write_int8(
-  config: Config, plan: Plan, how: Sequence[Rounding], workdir: Path
-) -> dict[str, Any]:
+def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) -> dict[str, Any]:
   """Writes what a run has learned as `workdir/int8`, for ONNX Runtime, and measures it there.
 
   Args:
     config: with `qat`.
     plan: that follows from it.
-    how: from `begin`.
+    roundings: from `begin`.
     workdir: with a deploy form.
 
   Returns:
-    What export.json says; among it `accuracy` of "float32" and "int8" on the evaluation split.
+    What export.json says; among it `accuracy` on the evaluation split: of the deploy form in
+    "float32", of it in 8 bits as "simulated" here, and of the file, "int8".
   """
   model, variables, spec = load(workdir)
-  images = calibration_images(plan.train, config.qat_images, spec.preprocessing)
-  proto = _graph(spec, model, variables)
-  made = deploy.quantize(
-    proto,
-    images,
-    activations=config.qat_activations,
-    weight_bits=config.qat_weight_bits,
-    roundings=how,
+  preprocessing = spec.preprocessing
+  size = preprocessing.image_size
+  proto = deploy.to_onnx(model, variables, image_size=size, preprocessing=preprocessing)
+  made = deploy.quantize_by(proto, roundings)
+  rounded = deploy.simulated(model, variables, roundings, image_size=size)
+  simulation = jax.jit(lambda images: rounded(variables, preprocessing.normalize(images)))
+  plain = jax.jit(lambda images: model.apply(variables, preprocessing.normalize(images)))
+  ready = runtime.session(made)
+  split = evaluation.host_batches(
+    plan.eval, preprocessing, batch_size=64, num_workers=config.num_workers
   )
   facts = {
     "format": "onnx",
     "dtype": "int8",
-    "image_size": spec.preprocessing.image_size,
+    "image_size": size,
     "input": "uint8",
     "output": "logits",
     "opset": OPSET,
     "onnxruntime": importlib.metadata.version("onnxruntime"),
-    "calibration_images": len(images),
     "settings": {name: config[name] for name in ("qat_activations", "qat_weight_bits")},
-    "accuracy": {
-      "float32": disk.read_json(workdir / "deploy" / "report.json")["accuracy"]["deploy"],
-      "simulated": max(store.checkpoints(workdir).values()),
-      "int8": _accuracy(
-        made, evaluation.host_batches(plan.eval, spec.preprocessing, batch_size=64)
-      ),
-    },
+    "accuracy": _accuracies(
+      {
+        "float32": plain,
+        "simulated": simulation,
+        "int8": lambda images: ready.run(None, runtime.fed(images))[0],
+      },
+      split,
+    ),
     "bytes": made.ByteSize(),
   }
   write_folder(workdir / "int8", {"model.onnx": made.SerializeToString()}, spec, facts)
@@ -139,27 +140,26 @@ def format_int8(facts: Mapping[str, Any]) -> str:
   )
 
 
-def _read(path: Path) -> list[Rounding]:
-  rows = disk.read_json(path)
+def _read(path: Path) -> Roundings:
+  """What rounding.json of a run says."""
   try:
-    return [Rounding(**row) for row in rows]
-  except TypeError as error:
+    return Roundings(**disk.read_json(path))
+  except (TypeError, InputError) as error:
     raise InputError(
-      f"{path} is damaged: it does not hold how layers are rounded; restore it, without which the "
-      "run cannot go on as it began"
+      f"{path} is missing or damaged: it says how tensors are rounded; restore it, without which "
+      "the run cannot go on as it began"
     ) from error
 
 
-def _accuracy(proto: Any, split: Iterable[Mapping[str, np.ndarray]]) -> float:
-  """The share of right classes that ONNX Runtime gives."""
-  ready, right, count = runtime.session(proto), 0, 0
+def _accuracies(
+  classifiers: Mapping[str, Callable[[np.ndarray], Any]],
+  split: Iterable[Mapping[str, np.ndarray]],
+) -> dict[str, float]:
+  """The share of right classes that each gives."""
+  right, count = dict.fromkeys(classifiers, 0), 0
   for batch in split:
-    logits = ready.run(None, runtime.fed(batch["image"]))[0]
-    right += int(((logits.argmax(-1) == batch["label"]) & batch["mask"]).sum())
     count += int(batch["mask"].sum())
-  return right / count
-
-
-def _graph(spec: ModelSpec, model: Any, variables: Any) -> Any:
-  task = {"image_size": spec.preprocessing.image_size, "preprocessing": spec.preprocessing}
-  return deploy.to_onnx(model, variables, **task)
+    for name, classify in classifiers.items():
+      predicted = np.asarray(classify(batch["image"])).argmax(-1)
+      right[name] += int(((predicted == batch["label"]) & batch["mask"]).sum())
+  return {name: hits / count for name, hits in right.items()}

@@ -13,6 +13,7 @@ from repjax.errors import InputError
 
 BATCH, IMAGES = "batch", "images"
 PRODUCTS = {"conv_general_dilated", "dot_general"}
+_SUMS = {"add": "Add", "add_any": "Add", "concatenate": "Concat"}
 _BATCH_ERRORS = (TypeError, jax.errors.InconclusiveDimensionOperation)
 _CALLS = {
   "checkpoint",
@@ -34,22 +35,24 @@ class Step(NamedTuple):
   Attributes:
     primitive: its name.
     results: the tensor of each result, None where there is none.
-    source: the tensor that a layer reads.
-    weight: the tensor of its weights.
     inner: the steps of the program that it runs.
+    reads: of products and sums the tensor of each operand, as their operator reads it.
+    kernel: of a product the place of the weights among its operands, None where there are none.
   """
 
   primitive: str
   results: tuple[str | None, ...]
-  source: str | None = None
-  weight: str | None = None
   inner: tuple["Step", ...] = ()
+  reads: tuple[str | None, ...] = ()
+  kernel: int | None = None
 
   def named(self, names: Mapping[str, str]) -> "Step":
     """With other names for the tensors, None for those that have none."""
-    source, weight = (names.get(tensor or "") for tensor in (self.source, self.weight))
-    results = tuple(names.get(tensor or "") for tensor in self.results)
-    return Step(self.primitive, results, source, weight, tuple(s.named(names) for s in self.inner))
+    reads, results = (
+      tuple(names.get(tensor or "") for tensor in tensors) for tensors in (self.reads, self.results)
+    )
+    inner = tuple(step.named(names) for step in self.inner)
+    return self._replace(results=results, inner=inner, reads=reads)
 
 
 def translated(
@@ -130,18 +133,30 @@ def _run(
       results, own = _results(graph, equation, inputs), ()
     else:
       results, own = _run(graph, *inner, inputs, graph.scope)
-    steps.append(_step(graph, equation, results, own))
+    steps.append(_step(graph, equation, inputs, results, own))
     values.update(zip(equation.outvars, results))
   return [read(variable) for variable in jaxpr.outvars], tuple(steps)
 
 
-def _step(graph: Graph, equation: Any, results: Sequence[Value], inner: Sequence[Step]) -> Step:
+def _step(
+  graph: Graph,
+  equation: Any,
+  inputs: Sequence[Value],
+  results: Sequence[Value],
+  inner: tuple[Step, ...],
+) -> Step:
   """What became of an equation."""
   tensors = tuple(value.tensor if isinstance(value.tensor, str) else None for value in results)
-  name, source, weight = equation.primitive.name, None, None
-  if name in PRODUCTS and tensors[0] is not None:
-    source, weight = graph.nodes[tensors[0]].inputs[:2]
-  return Step(name, tensors, source, weight, tuple(inner))
+  step = Step(equation.primitive.name, tensors, inner)
+  node = graph.nodes.get(tensors[0] or "") if len(tensors) == 1 else None
+  fixed = [place for place, value in enumerate(inputs) if value.is_constant]
+  if node and step.primitive in PRODUCTS and len(fixed) == 1:
+    source, weight = node.inputs[:2]
+    reads = (weight, source) if fixed[0] == 0 else (source, weight)
+    return step._replace(reads=reads, kernel=fixed[0])
+  if node and _SUMS.get(step.primitive) == node.op and len(node.inputs) == len(inputs):
+    return step._replace(reads=node.inputs)
+  return step
 
 
 def _results(graph: Graph, equation: Any, inputs: list[Value]) -> Sequence[Value]:

@@ -18,7 +18,7 @@ from repjax.deploy.onnx.proto import need_onnx
 from repjax.deploy.quantization.correction import corrected
 from repjax.deploy.quantization.equalization import equalized_by
 from repjax.deploy.quantization.graph import check_float, constants, copied, layers_of
-from repjax.deploy.quantization.roundings import Rounding, roundings_of, scales_of
+from repjax.deploy.quantization.roundings import Roundings, quantize_by, roundings_of
 from repjax.deploy.quantization.runtime import check_images, in_qdq_form
 from repjax.deploy.quantization.sensitivity import Sensitivity, sensitivity
 from repjax.deploy.quantization.simulation import simulated
@@ -26,9 +26,10 @@ from repjax.deploy.quantization.weights import quantized, round_weights
 from repjax.errors import InputError, unknown
 
 __all__ = [
-  "Rounding",
+  "Roundings",
   "Sensitivity",
   "quantize",
+  "quantize_by",
   "quantize_weights",
   "round_weights",
   "roundings_of",
@@ -48,7 +49,6 @@ def quantize(
   equalize: str = "activations",
   correct_bias: bool = True,
   float_layers: Sequence[str] = (),
-  roundings: Sequence[Rounding] | None = None,
 ) -> Any:
   """A model in full int8, in QDQ form, by ONNX Runtime's quantizer.
 
@@ -68,8 +68,6 @@ def quantize(
       equalization), of "activations" (SmoothQuant), or "none".
     correct_bias: move biases so that rounded weights change no mean.
     float_layers: names of nodes, as `sensitivity` gives them, that stay in float32.
-    roundings: those that the network has learned with (see `simulated`), which are kept; nothing is
-      equalized or corrected then.
 
   Returns:
     An `onnx.ModelProto` with the same input and output.
@@ -93,8 +91,6 @@ def quantize(
       raise unknown("layer", name, names)
   if len(names) == len(set(float_layers)):
     raise InputError(f"all {len(names)} layers are to stay in float; leave fewer of them")
-  if roundings is not None:
-    equalize, correct_bias = "none", False
   proto = equalized_by(equalize, proto, images)
   if correct_bias:
     rounding: dict[str, Any] = {"per_channel": per_channel, "but": float_layers}
@@ -107,7 +103,6 @@ def quantize(
     per_channel=per_channel,
     weight_bits=weight_bits,
     but=float_layers,
-    scales=None if roundings is None else scales_of(proto, roundings),
   )
 
 

@@ -1,100 +1,121 @@
-"""How what layers read becomes whole numbers: found on images, kept, and given to a file."""
+"""What a file in QDQ form rounds, and how: read from one, kept, and given to another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from repjax.deploy.quantization.graph import layers_of
-from repjax.deploy.quantization.runtime import check_images, observed
-from repjax.errors import InputError, unknown
+from repjax.deploy.onnx.program import IMAGES
+from repjax.deploy.quantization.graph import check_float, constants, layers_of
+from repjax.deploy.quantization.runtime import check_images, in_qdq_form, need_runtime
+from repjax.errors import InputError
 
 LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
 """The whole numbers of activations; those of int8 are multiples of one scale, as TensorRT's are."""
-# Whole numbers go through these as they are, so that what comes out has the scale of what goes in.
-_DIRECT = {"AveragePool", "Flatten", "Gather", "MaxPool", "Reshape", "Transpose"}
 
 
-class Rounding(NamedTuple):
-  """How a layer's input becomes whole numbers q = round(x / scale) + zero, and its weights do.
+class Roundings(NamedTuple):
+  """How a network is rounded: x becomes q = round(x / scale) + zero, and weights have 7 or 8 bits.
 
   Attributes:
-    layer: its scope.
-    scale: above 0.
-    zero: the whole number that stands for 0.
-    together: all its weights have one scale, instead of one for each output.
+    activations: "uint8" or "int8".
+    weight_bits: 7 or 8.
+    tensors: name of a tensor in the file to its scale, above 0, and the whole number that is 0.
+    weights: name of weights to whether all have one scale, instead of one for each output.
   """
 
-  layer: str
-  scale: float
-  zero: int
-  together: bool
+  activations: str
+  weight_bits: int
+  tensors: Mapping[str, tuple[float, int]]
+  weights: Mapping[str, bool]
 
 
-def roundings_of(proto: Any, images: np.ndarray, activations: str = "uint8") -> list[Rounding]:
-  """How each layer's input and weights are to be rounded, by the values seen.
+def roundings_of(
+  proto: Any,
+  images: np.ndarray,
+  *,
+  activations: str = "uint8",
+  weight_bits: int = 7,
+  calibration: str = "minmax",
+) -> Roundings:
+  """What ONNX Runtime's quantizer rounds in a graph, by the values seen.
 
   Args:
-    proto: from `repjax.deploy.to_onnx` in float32.
-    images: to calibrate with, as in `repjax.deploy.quantize`.
-    activations: "uint8" or "int8".
-
-  Returns:
-    One for each layer, in the order in which they compute. A range goes from the smallest to the
-    largest value, and holds 0.
-  """
-  if activations not in LIMITS:
-    raise unknown("kind of activations", activations, LIMITS)
-  check_images(proto, images)
-  layers, ways = layers_of(proto), _ways(proto)
-  tensors = list(dict.fromkeys(way[-1] for way in ways.values()))
-  ends = dict.fromkeys(tensors, (0.0, 0.0))
-  for batch in observed(proto, tensors, images):
-    for tensor, values in zip(tensors, batch):
-      low, high = ends[tensor]
-      ends[tensor] = min(low, float(values.min())), max(high, float(values.max()))
-  ranks = {tensor.name: len(tensor.dims) for tensor in proto.graph.initializer}
-  return [
-    Rounding(
-      layer.title,
-      *_scale(*ends[ways[layer.source][-1]], activations),
-      len(layer.inputs(ranks[layer.weight])) == ranks[layer.weight],
-    )
-    for layer in layers
-  ]
-
-
-def _ways(proto: Any) -> dict[str, list[str]]:
-  """What each layer reads, to the tensors that it is made from without other numbers, it first."""
-  makers = {node.output[0]: node for node in proto.graph.node}
-
-  def way(tensor: str) -> list[str]:
-    node = makers.get(tensor)
-    return [tensor, *(way(node.input[0]) if node and node.op_type in _DIRECT else ())]
-
-  return {layer.source: way(layer.source) for layer in layers_of(proto)}
-
-
-def _scale(low: float, high: float, activations: str) -> tuple[float, int]:
-  """Scale and zero for values from `low` to `high`, between which 0 lies."""
-  if activations == "int8":
-    return float(np.float32(max(-low, high) / 127)) or 1.0, 0
-  scale = (high - low) / 255 or 1.0
-  return float(np.float32(scale)), round(-low / scale)
-
-
-def scales_of(proto: Any, how: Sequence[Rounding]) -> dict[str, tuple[float, int]]:
-  """Tensor to scale and zero of what the layers of a graph read, and of what that is made from.
+    proto: from `repjax.deploy.to_onnx` in float32, without preprocessing.
+    images: to calibrate with, normalized (N, H, W, 3), and else as in `repjax.deploy.quantize`.
+    activations: as there, and so are `weight_bits` and `calibration`.
 
   Raises:
-    InputError: its layers are others.
+    InputError: as there.
   """
-  layers = layers_of(proto)
-  if [layer.title for layer in layers] != [row.layer for row in how]:
-    raise InputError("these roundings are not of this graph: its layers are others")
-  ways = _ways(proto)
-  return {
-    tensor: (row.scale, row.zero)
-    for layer, row in zip(layers, how)
-    for tensor in ways[layer.source]
-  }
+  need_runtime()
+  check_float(proto)
+  check_images(proto, images)
+  settings = {"activations": activations, "weight_bits": weight_bits, "per_channel": True}
+  return _read(in_qdq_form(proto, images, calibration=calibration, **settings), proto, settings)
+
+
+def _read(file: Any, proto: Any, settings: Mapping[str, Any]) -> Roundings:
+  """What a file rounds that was made of a graph in float32."""
+  arrays, known = constants(file), constants(proto)
+  tensors, weights = {}, {}
+  for node in file.graph.node:
+    if node.op_type == "QuantizeLinear":
+      scale, zero = (arrays[name] for name in node.input[1:3])
+      tensors[node.input[0]] = (float(scale), int(zero))
+    elif node.op_type == "DequantizeLinear" and node.input[0] in arrays:
+      name, whole = node.output[0].removesuffix("_DequantizeLinear_Output"), arrays[node.input[0]]
+      if name in known and whole.dtype == np.int8:
+        weights[name] = arrays[node.input[1]].size == 1
+  return Roundings(settings["activations"], settings["weight_bits"], tensors, weights)
+
+
+def quantize_by(proto: Any, roundings: Roundings) -> Any:
+  """A model in int8 that rounds as a network has learned to, see `repjax.deploy.simulated`.
+
+  Args:
+    proto: of that network with what it has learned, in float32; with preprocessing too.
+    roundings: that it has learned with.
+
+  Returns:
+    An `onnx.ModelProto` with the same input and output.
+
+  Raises:
+    InputError: they are not of this graph, or onnxruntime is missing.
+  """
+  need_runtime()
+  check_float(proto)
+  form = proto.graph.input[0].type.tensor_type
+  given, layers = dict(roundings.tensors), layers_of(proto)
+  takes_bytes = form.elem_type == 2
+  if takes_bytes and IMAGES in given:
+    given[_normalized(proto)] = given.pop(IMAGES)
+  names = {tensor for node in proto.graph.node for tensor in (*node.input, *node.output)}
+  for name in (*given, *roundings.weights):
+    if name not in names:
+      raise InputError(
+        f"these roundings are not of this graph, which has no {name}: take those that "
+        "repjax.deploy.roundings_of gives for the same network"
+      )
+  size = [axis.dim_value for axis in form.shape.dim[2:]]
+  return in_qdq_form(
+    proto,
+    np.zeros((1, *size, 3), np.uint8 if takes_bytes else np.float32),  # all ranges are given
+    activations=roundings.activations,
+    calibration="minmax",
+    per_channel=True,
+    weight_bits=roundings.weight_bits,
+    but=[layer.name for layer in layers if layer.weight not in roundings.weights],
+    scales=given,
+  )
+
+
+def _normalized(proto: Any) -> str:
+  """The tensor of the normalized images in a graph that takes uint8: known numbers made them."""
+  known, tensor = {constant.name for constant in proto.graph.initializer}, IMAGES
+  while True:
+    readers = [node for node in proto.graph.node if tensor in node.input]
+    others = {name for node in readers for name in node.input} - {tensor} - known
+    if len(readers) != 1 or readers[0].op_type not in ("Cast", "Mul", "Add", "Sub") or others:
+      return tensor
+    tensor = readers[0].output[0]

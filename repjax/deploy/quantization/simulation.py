@@ -1,135 +1,161 @@
-"""8 bits in JAX: the traced deploy form, with what its layers read and their weights rounded.
+"""8 bits in JAX: the traced deploy form with all that rounded which a file in QDQ form rounds.
 
 What ONNX Runtime will compute with whole numbers is computed here in float32 with rounded ones, and
 can be differentiated: a rounding passes gradients on as they are (the straight-through estimator),
-a cut at the end of a range passes none.
+a cut at the end of a range passes none. The translation to ONNX says which result of the trace is
+which tensor of the file.
 
 References:
   Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference, CVPR 2018, section 3. https://arxiv.org/abs/1712.05877
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
 
-from repjax.deploy.onnx.program import called
-from repjax.deploy.quantization.graph import title_of
-from repjax.deploy.quantization.roundings import LIMITS, Rounding
+from repjax.deploy.function import inference
+from repjax.deploy.onnx import with_steps
+from repjax.deploy.onnx.program import IMAGES, Step, called
+from repjax.deploy.quantization.roundings import LIMITS, Roundings
 from repjax.deploy.quantization.weights import rounded
 from repjax.errors import InputError
 
-Function = Callable[[Any, jax.Array], Any]
-_PRODUCTS = {"conv_general_dilated", "dot_general"}
-
 
 def simulated(
-  function: Function,
-  how: Sequence[Rounding],
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  roundings: Roundings,
   *,
-  activations: str = "uint8",
-  weight_bits: int = 7,
-) -> Function:
-  """The same function, with what goes into its layers rounded; it can be differentiated.
+  image_size: int | tuple[int, int],
+) -> Callable[[Any, jax.Array], Any]:
+  """A model's deploy form in 8 bits, as a function that can be differentiated.
 
   Args:
-    function: of a deploy tree and images, in float32, such as a deploy form's `apply`.
-    how: from `roundings_of` for a graph of the same function.
-    activations: as it was there.
-    weight_bits: 7 or 8, see `repjax.deploy.quantize`.
+    model: in either form.
+    variables: of the model; the function takes others of the same shapes.
+    roundings: from `roundings_of` for the graph of this model.
+    image_size: pixels, one number or (height, width).
 
   Returns:
-    A pure function of the tree and images. It raises InputError where its layers are not those of
-    `how`.
+    A pure function of a deploy tree {"params": ...} and normalized images (N, H, W, 3). It returns
+    in float32 what the file computes that `quantize_by` makes of the tree: the same but for the
+    order of sums, and for biases, which the file rounds too, finely.
+
+  Raises:
+    InputError: the roundings are of another network, or as in `repjax.deploy.to_onnx`.
   """
-
-  def rounding(tree: Any, images: jax.Array) -> Any:
-    program, shapes = jax.make_jaxpr(function, return_shape=True)(tree, images)
-    left = iter(how)
-    inputs = [(leaf, False) for leaf in jax.tree.leaves(tree)] + [(images, True)]
-    layer = _layer(left, LIMITS[activations], weight_bits)
-    outputs = _run(program.jaxpr, program.consts, inputs, layer, "")
-    if missing := [row.layer for row in left]:
-      raise InputError(f"the network has no layers {', '.join(missing)}, which were calibrated")
-    return jax.tree.unflatten(jax.tree.structure(shapes), [value for value, _ in outputs])
-
-  return rounding
-
-
-_Operand = tuple[Any, bool]
-"""A value, and whether it depends on the images."""
-
-
-def _layer(
-  left: Iterator[Rounding], limits: tuple[int, int], bits: int
-) -> Callable[[Any, list[_Operand], str], list[jax.Array]]:
-  """What puts roundings into one product of images and weights after the other."""
-
-  def rounded_operands(equation: Any, operands: list[_Operand], scope: str) -> list[jax.Array]:
-    row, title = next(left, None), title_of(scope)
-    if row is None or row.layer != title:
+  function, tree, *_ = inference(
+    model,
+    variables,
+    image_size=image_size,
+    dtype="float32",
+    preprocessing=None,
+    probabilities=False,
+  )
+  proto, steps = with_steps(function, tree, image_size, np.dtype(np.float32), False)
+  names = {tensor for node in proto.graph.node for tensor in (*node.input, *node.output)}
+  for name in (*roundings.tensors, *roundings.weights):
+    if name not in names:
       raise InputError(
-        f"the network has a layer {title} where {row.layer if row else 'nothing'} was calibrated; "
-        "it is another network, or has changed since: calibrate this one"
+        f"these roundings are of another network: {type(model).__name__} has no {name}; take those "
+        "that repjax.deploy.roundings_of gives for its own graph"
       )
-    sums = _axes_of_sums(equation)
-    return [
-      _in_range(value, row, limits)
-      if from_images
-      else _passing(rounded(value, tuple(range(value.ndim)) if row.together else axes, bits), value)
-      for (value, from_images), axes in zip(operands, sums)
-    ]
 
-  return rounded_operands
+  def run(tree: Any, images: jax.Array) -> Any:
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(tree, images)
+    images = _in_range(images, IMAGES, roundings)
+    inputs = [*jax.tree.leaves(tree), images]
+    outputs = _run(program.jaxpr, program.consts, inputs, steps, roundings)
+    return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+  return run
 
 
-def _in_range(x: jax.Array, row: Rounding, limits: tuple[int, int]) -> jax.Array:
-  """Rounded to whole numbers of steps, and cut at the ends of the range."""
-  steps = jnp.clip(x / row.scale, limits[0] - row.zero, limits[1] - row.zero)
-  return _passing(jnp.round(steps), steps) * row.scale
+def _run(
+  program: Any,
+  consts: Sequence[Any],
+  inputs: Sequence[Any],
+  steps: Sequence[Step],
+  roundings: Roundings,
+) -> list[Any]:
+  """What a traced program returns, rounded step by step."""
+  values: dict[Any, Any] = dict(zip(program.constvars, consts)) | dict(zip(program.invars, inputs))
+
+  def read(variable: Any) -> Any:
+    return variable.val if hasattr(variable, "val") else values[variable]
+
+  if [e.primitive.name for e in program.eqns] != [step.primitive for step in steps]:
+    raise InputError(
+      "this model computes in another way for these images than for those of its ONNX file; let it "
+      "ask for shapes only in ways that hold for all"
+    )
+  for equation, step in zip(program.eqns, steps):
+    operands, inner = [read(variable) for variable in equation.invars], called(equation)
+    if inner is not None and _rounds_inside(step, roundings):
+      results = _run(*inner, operands, step.inner, roundings)
+    else:
+      if step.reads:
+        operands = _rounded_operands(equation, operands, step, roundings)
+      results = _alone(program, equation, operands)
+      results = [_in_range(x, name, roundings) for x, name in zip(results, step.results)]
+    values.update(zip(equation.outvars, results))
+  return [read(variable) for variable in program.outvars]
+
+
+def _rounds_inside(step: Step, roundings: Roundings) -> bool:
+  """Whether anything is rounded in an inner program but its results.
+
+  Another one is run as it stands, with its own derivatives.
+  """
+  return any(
+    any(name in roundings.weights or name in roundings.tensors for name in inner.reads)
+    or (set(inner.results) & roundings.tensors.keys()) - set(step.results)
+    or _rounds_inside(inner, roundings)
+    for inner in step.inner
+  )
+
+
+def _rounded_operands(
+  equation: Any, operands: Sequence[jax.Array], step: Step, roundings: Roundings
+) -> list[jax.Array]:
+  """What a product or a sum reads, rounded: weights by the scales of their outputs."""
+  made = []
+  for place, (x, name) in enumerate(zip(operands, step.reads)):
+    if place != step.kernel:
+      made.append(_in_range(x, name, roundings))
+    elif name in roundings.weights:
+      axes = range(x.ndim) if roundings.weights[name] else _axes_of_sums(equation)[place]
+      made.append(_passing(rounded(x, tuple(axes), roundings.weight_bits), x))
+    else:
+      made.append(x)
+  return made
+
+
+def _axes_of_sums(equation: Any) -> tuple[Sequence[int], Sequence[int]]:
+  """The axes of both operands of a product that an output is a sum over."""
+  numbers = equation.params["dimension_numbers"]
+  return numbers[0] if equation.primitive.name == "dot_general" else ((), numbers.rhs_spec[1:])
+
+
+def _in_range(x: jax.Array, tensor: str | None, roundings: Roundings) -> jax.Array:
+  """A tensor rounded to whole numbers of steps and cut at the ends of its range, if it has one."""
+  if tensor not in roundings.tensors:
+    return x
+  scale, zero = roundings.tensors[tensor]
+  low, high = LIMITS[roundings.activations]
+  steps = jnp.clip(x / scale, low - zero, high - zero)
+  return _passing(jnp.round(steps), steps) * scale
 
 
 def _passing(value: jax.Array, like: jax.Array) -> jax.Array:
   """The value, with gradients as if it were `like`."""
   return like + jax.lax.stop_gradient(value - like)
-
-
-def _axes_of_sums(equation: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """The axes of both operands that an output is a sum over."""
-  numbers = equation.params["dimension_numbers"]
-  if equation.primitive.name == "dot_general":
-    contracted, others = numbers[0]
-    return tuple(contracted), tuple(others)
-  return (), tuple(numbers.rhs_spec[1:])
-
-
-def _run(
-  jaxpr: Any, consts: Sequence[Any], inputs: Sequence[_Operand], layer: Any, scope: str
-) -> list[_Operand]:
-  """What a traced program returns, its layers' operands rounded."""
-  values: dict[Any, _Operand] = dict(zip(jaxpr.constvars, [(const, False) for const in consts]))
-  values.update(zip(jaxpr.invars, inputs))
-
-  def read(variable: Any) -> _Operand:
-    return (variable.val, False) if hasattr(variable, "val") else values[variable]
-
-  for equation in jaxpr.eqns:
-    here = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
-    operands = [read(variable) for variable in equation.invars]
-    from_images = any(flag for _, flag in operands)
-    inner = called(equation)
-    if inner is not None and from_images and _has_products(inner[0]):
-      results = _run(*inner, operands, layer, here)
-    else:
-      arrays = [value for value, _ in operands]
-      if equation.primitive.name in _PRODUCTS and sum(flag for _, flag in operands) == 1:
-        arrays = layer(equation, operands, here)
-      results = [(value, from_images) for value in _alone(jaxpr, equation, arrays)]
-    values.update(zip(equation.outvars, results))
-  return [read(variable) for variable in jaxpr.outvars]
 
 
 def _alone(program: Any, equation: Any, arrays: Sequence[Any]) -> Sequence[Any]:
@@ -147,12 +173,3 @@ def _alone(program: Any, equation: Any, arrays: Sequence[Any]) -> Sequence[Any]:
     debug_info=program.debug_info.with_unknown_names(),
   )
   return jax.core.eval_jaxpr(one, (), *given.values())
-
-
-def _has_products(program: Any) -> bool:
-  """Whether there is a layer in a program; another is run as it stands, with its own gradients."""
-  return any(
-    equation.primitive.name in _PRODUCTS or (inner is not None and _has_products(inner[0]))
-    for equation in program.eqns
-    for inner in [called(equation)]
-  )
