@@ -62,7 +62,8 @@ def _read(file: Any, proto: Any, settings: Mapping[str, Any]) -> Roundings:
   for node in file.graph.node:
     if node.op_type == "QuantizeLinear":
       scale, zero = (arrays[name] for name in node.input[1:3])
-      tensors[node.input[0]] = (float(scale), int(zero))
+      # Where an output of the graph is rounded, what is rounded has another name than it.
+      tensors[node.input[0].removesuffix("_QuantizeLinear_Input")] = (float(scale), int(zero))
     elif node.op_type == "DequantizeLinear" and node.input[0] in arrays:
       name, whole = node.output[0].removesuffix("_DequantizeLinear_Output"), arrays[node.input[0]]
       if name in known and whole.dtype == np.int8:

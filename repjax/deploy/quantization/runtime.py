@@ -51,6 +51,8 @@ def check_images(proto: Any, images: np.ndarray) -> None:
       f"calibration takes at least one image (N, {height}, {width}, {channels}) of {wanted[1]}, as "
       f"the graph does, got {images.shape} of {images.dtype}"
     )
+  if not np.isfinite(images).all():
+    raise InputError("the images to calibrate with are not finite; look at how they were made")
 
 
 def session(proto: Any, threads: int = 0, *, unpacked: bool = False) -> Any:
