@@ -402,6 +402,32 @@ def test_the_script_writes_a_folder_and_a_table(run_script, workdir, tmp_path, m
 
 
 @needs_onnx
+def test_a_file_of_int8_weights_comes_without_a_ranking(run_script, workdir, tmp_path, monkeypatch):
+  monkeypatch.setattr("repjax.deploy.sensitivity", None)  # which must not be called
+  few = ("--images", 16, "--rounds", 2, "--weights-only", "--weight-bits", 8)
+  monkeypatch.setattr(processor, "saturates", lambda: True)
+  printed = run_script("quantize", "--workdir", workdir, "--to", tmp_path / "small", *few)
+  assert "no VNNI" not in printed
+  assert "layer alone in int8" not in printed
+  assert {path.name for path in (tmp_path / "small").iterdir()} == {
+    *("model.onnx", "export.json", "model.json")
+  }
+  facts = json.loads((tmp_path / "small" / "export.json").read_text())
+  assert facts["dtype"] == "int8 weights"
+  assert not facts.keys() & {"settings", "sensitivity"}
+
+
+@needs_onnx
+def test_symmetric_activations_take_weights_in_8_bits(run_script, workdir, tmp_path, monkeypatch):
+  monkeypatch.setattr(processor, "saturates", lambda: True)
+  few = ("--images", 16, "--rounds", 2, "--activations", "int8", "--no-bias-correction")
+  printed = run_script("quantize", "--workdir", workdir, "--to", tmp_path / "int8", *few)
+  assert "no VNNI" not in printed  # sums of int8 and int8 do not overflow
+  settings = json.loads((tmp_path / "int8" / "export.json").read_text())["settings"]
+  assert (settings["activations"], settings["weight_bits"]) == ("int8", 8)
+
+
+@needs_onnx
 def test_mistakes_end_the_script_in_one_paragraph(
   run_script, workdir, tmp_path, monkeypatch, capsys
 ):

@@ -22,8 +22,8 @@ _BETWEEN = ("Relu", "MaxPool", "AveragePool", "GlobalAveragePool")
 EQUALIZATIONS = ("none", "weights", "activations")
 ROUNDS = 20
 ENOUGH = 32
-"""Of N images: ranges are at least ENOUGH / N of their tensor's largest value. On few, channels that
-are seen seldom look small; blown up to the whole range they would be cut off on other images.
+"""Of N images: ranges are at least ENOUGH / N of their tensor's largest value. On few images a
+channel that is seen seldom looks small; blown up to the whole range it would be cut off on others.
 """
 
 
@@ -92,8 +92,9 @@ def equalized(proto: Any, images: np.ndarray | None = None) -> Any:
   Args:
     proto: in float32.
     images: (N, H, W, 3), to give channels the ranges that they take on these, against those of the
-      weights that read them (SmoothQuant), some hundred, see ENOUGH; None: those of the weights on both sides, again and
-      again until nothing changes (Nagel et al.), which needs no data.
+      weights that read them (SmoothQuant); those of few are not trusted, see ENOUGH. None: those of
+      the weights on both sides, again and again until nothing changes (Nagel et al.), which needs
+      no data.
 
   Returns:
     A model with other weights and biases in the same nodes.
