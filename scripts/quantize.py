@@ -3,10 +3,11 @@
 python scripts/quantize.py --workdir runs/digits --to exported/digits-int8
 python scripts/quantize.py --workdir runs/digits --to exported/digits-int8 --float-layers 2
 python scripts/quantize.py --workdir runs/digits --compare
+python scripts/quantize.py --workdir runs/digits --to exported/digits-small --weights-only
 
 Ranges are calibrated, and layers ranked, on images of the training split; accuracy is that on the
 evaluation split. `--compare` measures each thing that can be done about a loss; without `--to` no
-folder is written.
+folder is written. `--weights-only` ranks nothing, since a ranking is of full int8.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import int8_rows
+import numpy as np
 from int8_rows import FLOAT, INT8, WEIGHTS
 
 import repjax
@@ -28,9 +30,9 @@ from repjax.deploy.quantization.equalization import EQUALIZATIONS
 from repjax.errors import InputError, one_paragraph
 
 SATURATES = (
-  "note: this CPU has no VNNI, so that ONNX Runtime computes wrong sums of weights in 8 bits, and "
-  "what is measured here of such files is worse than on CPUs that have it, and GPUs; --weight-bits "
-  "7 is right on all"
+  "note: this CPU has no VNNI, so that ONNX Runtime computes wrong sums of uint8 activations and "
+  "weights in 8 bits, and what is measured here of such files is worse than on CPUs that have it, "
+  "and GPUs; --weight-bits 7 is right on all"
 )
 
 
@@ -53,7 +55,10 @@ def main() -> None:
   )
   parser.add_argument("--per-tensor", action="store_true", help="one scale for a whole kernel")
   parser.add_argument(
-    "--weight-bits", type=int, choices=(7, 8), default=7, help="8 is for CPUs with VNNI, and GPUs"
+    "--weight-bits",
+    type=int,
+    choices=(7, 8),
+    help="default: 7 with uint8 activations, where 8 is for CPUs with VNNI; 8 with int8",
   )
   parser.add_argument("--equalize", choices=EQUALIZATIONS, default="activations")
   parser.add_argument("--no-bias-correction", action="store_true", help="leave biases alone")
@@ -83,15 +88,14 @@ def quantize(flags: argparse.Namespace) -> None:
   )
   proto, images = workdir.proto, workdir.images
   chosen = settings_of(flags)
-  if processor.saturates() and (flags.weight_bits == 8 or flags.compare):
+  full = not flags.weights_only
+  eight = flags.compare or (full and chosen["weight_bits"] == 8)
+  if eight and chosen["activations"] == "uint8" and processor.saturates():
     print(SATURATES)
-  ranked = repjax.deploy.sensitivity(proto, images, **chosen)
-  if not 0 <= flags.float_layers < len(ranked):
-    raise InputError(f"--float-layers takes 0 to {len(ranked) - 1}, got {flags.float_layers}")
-  chosen["float_layers"] = [row.node for row in ranked[: flags.float_layers]]
-  print_sensitivity(ranked, flags.float_layers)
+  ranked = ranking(proto, images, flags.float_layers, chosen) if full else []
   files = {WEIGHTS: repjax.deploy.quantize_weights(proto, images)}
-  if not flags.weights_only:
+  if full:
+    chosen["float_layers"] = [row.node for row in ranked[: flags.float_layers]]
     files[INT8] = repjax.deploy.quantize(proto, images, **chosen)
   for name, changes in measures(ranked, flags.float_layers).items() if flags.compare else ():
     print(f"quantizing: {name}", flush=True)
@@ -107,8 +111,19 @@ def quantize(flags: argparse.Namespace) -> None:
   if flags.compare:
     print("int8: as the flags say; plain: so, but neither equalized nor with corrected biases")
   if flags.to:
-    name = WEIGHTS if flags.weights_only else INT8
+    name = INT8 if full else WEIGHTS
     write(flags.to, files[name], workdir, name, rows, ranked, chosen)
+
+
+def ranking(
+  proto: Any, images: np.ndarray, left: int, chosen: Mapping[str, Any]
+) -> list[Sensitivity]:
+  """The layers, the worst first, which are printed too; `left` of them stay in float."""
+  ranked = repjax.deploy.sensitivity(proto, images, **chosen)
+  if not 0 <= left < len(ranked):
+    raise InputError(f"--float-layers takes 0 to {len(ranked) - 1}, got {left}")
+  print_sensitivity(ranked, left)
+  return ranked
 
 
 def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
@@ -117,7 +132,7 @@ def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
     "activations": flags.activations,
     "calibration": flags.calibration,
     "per_channel": not flags.per_tensor,
-    "weight_bits": flags.weight_bits,
+    "weight_bits": flags.weight_bits or (8 if flags.activations == "int8" else 7),
     "equalize": flags.equalize,
     "correct_bias": not flags.no_bias_correction,
   }
@@ -161,7 +176,7 @@ def write(
   ranked: Sequence[Sensitivity],
   chosen: Mapping[str, Any],
 ) -> None:
-  """Writes the folder, with the picture where matplotlib is installed."""
+  """Writes the folder: of full int8 with the ranking, in a picture too where matplotlib is."""
   spec = workdir.spec
   facts = {
     "format": "onnx",
@@ -172,21 +187,27 @@ def write(
     "opset": OPSET,
     "onnxruntime": importlib.metadata.version("onnxruntime"),
     "calibration_images": len(workdir.images),
-    "settings": {} if name == WEIGHTS else chosen,
     "accuracy": {key: rows[key].accuracy for key in (FLOAT, name)},
     "error": rows[name].error,
-    "sensitivity": [row._asdict() for row in ranked],
   }
   files = {"model.onnx": proto.SerializeToString()}
-  if importlib.util.find_spec("matplotlib"):
-    from repjax.deploy.quantization.drawing import picture
-
-    title = f"{spec.name}: what int8 costs, layer by layer"
-    files["sensitivity.png"] = picture(ranked, chosen["float_layers"], title)
-  else:
-    print("no picture, which needs matplotlib: pip install 'repjax[report]'")
+  if name == INT8:
+    facts |= {"settings": chosen, "sensitivity": [row._asdict() for row in ranked]}
+    files |= pictures(f"{spec.name}: what int8 costs, layer by layer", ranked, chosen)
   write_folder(folder, files, spec, facts)
   print(f"saved: {folder}")
+
+
+def pictures(
+  title: str, ranked: Sequence[Sensitivity], chosen: Mapping[str, Any]
+) -> dict[str, bytes]:
+  """The picture of a ranking, if matplotlib is installed, by the name of its file."""
+  if not importlib.util.find_spec("matplotlib"):
+    print("no picture, which needs matplotlib: pip install 'repjax[report]'")
+    return {}
+  from repjax.deploy.quantization.drawing import picture
+
+  return {"sensitivity.png": picture(ranked, chosen["float_layers"], title)}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ jax.config.update("jax_traceback_in_locations_limit", 0)
 if jax.__version_info__ < (0, 11):  # later ones do not know the flag, and end on it
   os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
-# Programs run once or twice here, so that compiling well costs more than it gives.
+# Programs run once or twice here, so that compiling well costs more than it gives; see `optimized`.
 jax.config.update("jax_disable_most_optimizations", True)
 
 jax.config.update("jax_platforms", "cpu")
@@ -31,6 +31,15 @@ def x64():
   jax.config.update("jax_enable_x64", True)
   yield
   jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def optimized():
+  """Lets XLA optimize what one test compiles, as it does for users."""
+  held = jax.config.values["jax_disable_most_optimizations"]
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", held)
 
 
 @pytest.fixture(scope="session", autouse=True)

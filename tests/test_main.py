@@ -3,15 +3,20 @@
 import json
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
+import main
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
 
+A0 = f"--config={tiny.ROOT}/configs/repvgg_a0.py"
+
 
 @pytest.fixture
 def run_main(tmp_path, cache_home):
-  """Runs main.py in an empty folder."""
+  """Runs main.py in an empty folder, in a process of its own."""
 
   def run(*arguments):
     return tiny.run_python(str(tiny.ROOT / "main.py"), *arguments, cwd=tmp_path, cache=cache_home)
@@ -19,64 +24,59 @@ def run_main(tmp_path, cache_home):
   return run
 
 
-A0 = f"--config={tiny.ROOT}/configs/repvgg_a0.py"
+@pytest.fixture
+def call_main(tmp_path, monkeypatch, quick_programs):
+  """Calls what main.py calls, in this process and an empty folder; the text that it ends with."""
+  del quick_programs
+  monkeypatch.chdir(tmp_path)
+  held = flagsaver.save_flag_values()
+
+  def call(*arguments):
+    argv = ["main.py", *arguments]
+    monkeypatch.setattr("sys.argv", argv)  # where fields of a config are looked for
+    with pytest.raises(SystemExit) as stop:
+      main.main(main.parse_flags(argv))
+    return stop.value.code
+
+  yield call
+  flagsaver.restore_flag_values(held)
+  flags.FLAGS.unparse_flags()
 
 
-MISTAKES = {
-  "none": (
-    [],
-    "error: no --config given; the configs are in configs/, for example configs/digits.py",
-  ),
-  "file": (["--config=configs/none.py"], "No such file or directory: 'configs/none.py"),
-  "field": ([A0, "--config.bach_size=64"], 'Did you mean "batch_size" instead of "bach_size"?'),
-  "value": (
-    [A0, "--config.dataset=imagnet2012"],
-    "error: unknown data set 'imagnet2012'; did you mean",
-  ),
-  "resume": (
-    [A0, "--resume=must"],
-    "error: runs/repvgg_a0 holds no checkpoint to continue from; is it",
-  ),
-}
-# Imports once what main.py imports, and runs it in a child for each command line.
-EACH = """
-import json, os, runpy, sys
-from absl import app
-from ml_collections import config_flags
-from repjax import training
-
-main_py, called = sys.argv[1], json.loads(sys.argv[2])
-for name, arguments in called.items():
-  child = os.fork()
-  if not child:
-    os.mkdir(name)
-    os.dup2(os.open(f"{name}.err", os.O_WRONLY | os.O_CREAT), 2)
-    os.chdir(name)
-    sys.argv = [main_py, *arguments]
-    runpy.run_path(main_py, run_name="__main__")
-    sys.exit()
-  print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "error: no --config given; the configs are in configs/, for example configs/digits.py"),
+    ([A0, "--resume=must"], "error: runs/repvgg_a0 holds no checkpoint to continue from; is it"),
+  ],
+  ids=["none", "resume"],
+)
+def test_a_mistake_is_named_without_a_traceback_and_nothing_is_written(
+  run_main, tmp_path, arguments, message
+):
+  ended = run_main(*arguments)
+  assert ended.returncode == 1
+  assert "Traceback" not in ended.stderr
+  assert message in ended.stderr
+  assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def mistakes(tmp_path_factory, cache_home):
-  """Where main.py was run with each of MISTAKES, and the statuses that it ended with."""
-  home = tmp_path_factory.mktemp("mistakes")
-  called = json.dumps({name: arguments for name, (arguments, _) in MISTAKES.items()})
-  main = str(tiny.ROOT / "main.py")
-  ended = tiny.run_python("-c", EACH, main, called, cwd=home, cache=cache_home)
-  return home, dict(line.split() for line in ended.stdout.splitlines())
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named_without_a_traceback_and_nothing_is_written(mistakes, name):
-  home, statuses = mistakes
-  said = (home / f"{name}.err").read_text()
-  assert statuses[name] == "1"
-  assert "Traceback" not in said
-  assert MISTAKES[name][1] in said
-  assert list((home / name).iterdir()) == []
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--config=configs/none.py"], "No such file or directory: 'configs/none.py"),
+    ([A0, "--config.bach_size=64"], 'Did you mean "batch_size" instead of "bach_size"?'),
+    ([A0, "stray"], "error: unexpected arguments ['stray']; fields are set as"),
+    ([A0, "--config.dataset=imagnet2012"], "error: unknown data set 'imagnet2012'; did you mean"),
+  ],
+  ids=["file", "field", "stray", "value"],
+)
+def test_other_mistakes_end_in_one_paragraph_too(call_main, tmp_path, arguments, message):
+  said = call_main(*arguments)
+  assert message in said
+  assert "\n" not in said
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_goes_into_a_folder_called_like_its_config(run_main, finished, tmp_path, digits_dir):

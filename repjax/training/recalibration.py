@@ -62,8 +62,8 @@ def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dic
     `eval_split`, and `accuracy` and `loss` on the evaluation split, each `before` and `after`.
 
   Raises:
-    InputError: no batches, a data set of other classes, no whole checkpoint in training form, or
-      statistics that are not finite; nothing is written.
+    InputError: no batches, a run with `qat`, a data set of other classes, no whole checkpoint in
+      training form, or statistics that are not finite; nothing is written.
   """
   workdir = Path(workdir)
   if num_batches < 1:
@@ -147,6 +147,12 @@ def format_recalibration(record: Mapping[str, Any]) -> str:
 
 def _with_defaults(config: Config, workdir: Path) -> Config:
   """The config, checked, with what that of an import lacks."""
+  if config.get("qat") or (workdir / "rounding.json").exists():
+    raise InputError(
+      f"{workdir} was trained in 8 bits (config.qat), under statistics that stayed what they were: "
+      "with others neither its ranges nor its int8/ would belong to it; recalibrate the run that "
+      "config.init_from names, and train in 8 bits from there"
+    )
   if (workdir / "import.json").exists():
     config = type(config)({**_IMPORTED, **config.to_dict()})
   settings.check_fields(config, _FIELDS)

@@ -100,7 +100,9 @@ def make_train_step(
       runs as in evaluation: its batch norms use and keep their running statistics, dropout does
       nothing, auxiliary heads take no part. All but the classifier stays bit for bit what it was.
     network: what learns instead of the model in training mode, such as its deploy form in 8 bits:
-      statistics stay what they are and auxiliary heads take no part, as in a frozen network.
+      statistics stay what they are and auxiliary heads take no part, as in a frozen network. The
+      model's dropout then does nothing, nor does its `axis_name`, as of `sync_batch_norm`: no
+      batch norm sees statistics of the batch.
 
   Returns:
     A pure function of a state and {"image": uint8 (N, H, W, 3), "label": int32 (N,)}. The metrics

@@ -3,11 +3,16 @@
 import importlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import repjax
 from repjax import disk
+from repjax.algebra import rescale_between
+from repjax.deploy.quantization import equalization, runtime
+from repjax.deploy.quantization.graph import constants, layers_of, with_constants
+from tests.deploy import int8
 from tests.deploy.tiny import SPEC
 from tests.helpers import halves, random_input, random_variables
 from tests.training import tiny
@@ -50,3 +55,32 @@ def fastest(monkeypatch):
     monkeypatch.setattr(devices, "measure", measured)
 
   return choose
+
+
+@pytest.fixture(scope="session")
+def small_proto(cache_home):
+  """A small RepVGG that takes uint8 images, as an ONNX file, which no test may change."""
+  with tiny.quick_programs(cache_home / "repjax" / "xla"):
+    return int8.made("repvgg_a0", tiny.OVERRIDES, preprocessing=int8.SPEC.preprocessing)
+
+
+@pytest.fixture(scope="session")
+def small_logits(small_proto):
+  """What that one gives for `int8.IMAGES`."""
+  return runtime.logits_of(small_proto, int8.IMAGES)
+
+
+@pytest.fixture(scope="session")
+def uneven(small_proto):
+  """The same function, with channels between stage 2 and 3 of very different ranges."""
+  first, second = (
+    layer for layer in layers_of(small_proto) if layer.title.startswith(("stage2", "stage3"))
+  )
+  arrays = constants(small_proto)
+  convs = [equalization._conv(arrays, layer) for layer in (first, second)]
+  rng = np.random.default_rng(0)
+  scale = jnp.exp(jnp.asarray(3 * rng.standard_normal(convs[0].bias.size), jnp.float32))
+  convs = rescale_between(*convs, scale)
+  for layer, conv in zip((first, second), convs):
+    arrays |= equalization._arrays(layer, conv)
+  return with_constants(small_proto, arrays)

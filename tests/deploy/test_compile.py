@@ -216,11 +216,27 @@ class Own(nn.Module):
     return nn.BatchNorm(not train, name="norm")(x).mean((1, 2))
 
 
-def test_a_module_with_a_norm_of_its_own_is_compiled_in_its_deploy_form():
-  images = noise(2)
-  variables = random_variables(Own(), images)
+@pytest.fixture(scope="module")
+def kept():
+  """Variables of `Own`, and those of its deploy form."""
+  variables = random_variables(Own(), noise(2))
   params = repjax.reparameterize(*halves(variables), keep="norm")
-  kept = {"params": params, "batch_stats": {"norm": variables["batch_stats"]["norm"]}}
+  return variables, {"params": params, "batch_stats": {"norm": variables["batch_stats"]["norm"]}}
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("tune", [True, False])
+def test_optimized_programs_compute_the_same(kept, tune):
+  variables, folded = kept
+  settings = {"image_size": 16, "batch_sizes": (4,), "devices": ONE, "tune": tune}
+  compiled = repjax.deploy.compile(Own(deploy=True), folded, **settings)
+  images = noise(4)
+  assert_close(compiled(images), logits_of(Own(), variables, images), 1e-5)
+
+
+def test_a_module_with_a_norm_of_its_own_is_compiled_in_its_deploy_form(kept):
+  images = noise(2)
+  variables, kept = kept
   compiled = compiled_plainly(Own(deploy=True), kept, image_size=16, batch_sizes=(2,), devices=ONE)
   assert_close(compiled(images), logits_of(Own(), variables, images), 1e-5)
   with pytest.raises(InputError, match="Own has no attribute `dtype`"):

@@ -17,7 +17,6 @@ from repjax.spec import Preprocessing
 from repjax.training import optimizer, parallel
 from repjax.training.step import create_state, make_train_step
 from tests.helpers import leaves, random_variables
-from tests.training import programs
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVAL_STEPS = 12, 4
@@ -84,10 +83,7 @@ def one_step_with_everything(shard):
 
 @contextlib.contextmanager
 def quick_programs(cache):
-  """Compiles fast rather than well, each program once a session, away from the user's cache.
-
-  Runs of one config have one trace of their steps, see `programs.shared`.
-  """
+  """Compiles fast rather than well, each program once a session, away from the user's cache."""
   changes = {
     "jax_disable_most_optimizations": True,
     "jax_compilation_cache_dir": str(cache),
@@ -97,8 +93,7 @@ def quick_programs(cache):
   for name, value in changes.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
-  with programs.shared():
-    yield
+  yield
   for name, value in held.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from repjax.deploy.quantization.finite import check_finite
 from repjax.deploy.quantization.graph import Layer, constants, layers_of, with_constants
 from repjax.deploy.quantization.runtime import observed
 from repjax.deploy.quantization.weights import rounded
@@ -55,6 +56,9 @@ def corrected(proto: Any, images: np.ndarray, bits: int = 8, **rounding: Any) ->
 
   Returns:
     A model in float32 with the weights as they were, to be quantized.
+
+  Raises:
+    InputError: a layer gives values that are not finite.
   """
   left = rounding.get("but", ())
   layers = [layer for layer in layers_of(proto) if layer.bias and layer.name not in left]
@@ -79,4 +83,5 @@ def _means(proto: Any, layers: list[Layer], images: np.ndarray) -> dict[str, np.
     for tensor, maps in zip(tensors, batch):
       rows = np.moveaxis(maps, 1, -1).reshape(len(maps), -1, maps.shape[1])
       sums[tensor] = sums[tensor] + rows.mean(1, dtype=np.float64).sum(0)
+  check_finite(proto, images, sums.values())
   return {tensor: total / len(images) for tensor, total in sums.items()}

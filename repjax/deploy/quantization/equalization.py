@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repjax.algebra import ConvParams, equalizing_scale, rescale_between
+from repjax.deploy.quantization.finite import check_finite
 from repjax.deploy.quantization.graph import Layer, constants, layers_of, with_constants
 from repjax.deploy.quantization.runtime import observed
 from repjax.errors import unknown
@@ -20,6 +21,10 @@ _BETWEEN = ("Relu", "MaxPool", "AveragePool", "GlobalAveragePool")
 
 EQUALIZATIONS = ("none", "weights", "activations")
 ROUNDS = 20
+ENOUGH = 32
+"""Of N images: ranges are at least ENOUGH / N of their tensor's largest value. On few images a
+channel that is seen seldom looks small; blown up to the whole range it would be cut off on others.
+"""
 
 
 class Pair(NamedTuple):
@@ -72,7 +77,7 @@ def equalized_by(how: str, proto: Any, images: np.ndarray) -> Any:
   """A model equalized in one of the ways in EQUALIZATIONS.
 
   Raises:
-    InputError: there is no such way.
+    InputError: there is no such way, or values that are not finite.
   """
   if how not in EQUALIZATIONS:
     raise unknown("equalization", how, EQUALIZATIONS)
@@ -87,11 +92,15 @@ def equalized(proto: Any, images: np.ndarray | None = None) -> Any:
   Args:
     proto: in float32.
     images: (N, H, W, 3), to give channels the ranges that they take on these, against those of the
-      weights that read them (SmoothQuant); None: those of the weights on both sides, again and
-      again until nothing changes (Nagel et al.), which needs no data.
+      weights that read them (SmoothQuant); those of few are not trusted, see ENOUGH. None: those of
+      the weights on both sides, again and again until nothing changes (Nagel et al.), which needs
+      no data.
 
   Returns:
     A model with other weights and biases in the same nodes.
+
+  Raises:
+    InputError: a layer gives values that are not finite.
   """
   pairs = pairs_of(proto)
   arrays = constants(proto)
@@ -125,13 +134,15 @@ def _exchanged(
 
 
 def _largest(proto: Any, tensors: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
-  """The largest absolute value of each channel of some tensors."""
+  """The largest absolute value of each channel of some tensors, with a floor, see ENOUGH."""
   found: dict[str, np.ndarray] = {}
   for batch in observed(proto, tensors, images):
     for tensor, maps in zip(tensors, batch):
       largest = np.abs(maps).max(tuple(axis for axis in range(maps.ndim) if axis != 1))
       found[tensor] = np.maximum(found[tensor], largest) if tensor in found else largest
-  return found
+  check_finite(proto, images, found.values())
+  floor = min(1.0, ENOUGH / len(images))
+  return {tensor: np.maximum(seen, floor * seen.max()) for tensor, seen in found.items()}
 
 
 def _conv(arrays: dict[str, Any], layer: Layer) -> ConvParams:
