@@ -38,6 +38,7 @@ class Step(NamedTuple):
     inner: the steps of the program that it runs.
     reads: of products and sums the tensor of each operand, as their operator reads it.
     kernel: of a product the place of the weights among its operands, None where there are none.
+    layer: where a layer's bias is added, what that layer reads and its weights.
   """
 
   primitive: str
@@ -45,14 +46,16 @@ class Step(NamedTuple):
   inner: tuple["Step", ...] = ()
   reads: tuple[str | None, ...] = ()
   kernel: int | None = None
+  layer: tuple[str | None, ...] = ()
 
   def named(self, names: Mapping[str, str]) -> "Step":
     """With other names for the tensors, None for those that have none."""
-    reads, results = (
-      tuple(names.get(tensor or "") for tensor in tensors) for tensors in (self.reads, self.results)
+    results, reads, layer = (
+      tuple(names.get(tensor or "") for tensor in tensors)
+      for tensors in (self.results, self.reads, self.layer)
     )
     inner = tuple(step.named(names) for step in self.inner)
-    return self._replace(results=results, inner=inner, reads=reads)
+    return Step(self.primitive, results, inner, reads, self.kernel, layer)
 
 
 def translated(
@@ -156,6 +159,10 @@ def _step(
     return step._replace(reads=reads, kernel=fixed[0])
   if node and _SUMS.get(step.primitive) == node.op and len(node.inputs) == len(inputs):
     return step._replace(reads=node.inputs)
+  if node and node.op in ("Conv", "Gemm") and len(node.inputs) == 3 and len(fixed) == 1:
+    *layer, bias = node.inputs
+    reads = (bias, None) if fixed[0] == 0 else (None, bias)
+    return step._replace(reads=reads, layer=tuple(layer))
   return step
 
 

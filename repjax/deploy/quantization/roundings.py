@@ -1,6 +1,6 @@
 """What a file in QDQ form rounds, and how: read from one, kept, and given to another."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +22,14 @@ class Roundings(NamedTuple):
     weight_bits: 7 or 8.
     tensors: name of a tensor in the file to its scale, above 0, and the whole number that is 0.
     weights: name of weights to whether all have one scale, instead of one for each output.
+    biases: names of biases, whose scales follow from those of what is multiplied.
   """
 
   activations: str
   weight_bits: int
   tensors: Mapping[str, tuple[float, int]]
   weights: Mapping[str, bool]
+  biases: Sequence[str] = ()
 
 
 def roundings_of(
@@ -58,17 +60,19 @@ def roundings_of(
 def _read(file: Any, proto: Any, settings: Mapping[str, Any]) -> Roundings:
   """What a file rounds that was made of a graph in float32."""
   arrays, known = constants(file), constants(proto)
-  tensors, weights = {}, {}
+  tensors, weights, biases = {}, {}, []
   for node in file.graph.node:
     if node.op_type == "QuantizeLinear":
       scale, zero = (arrays[name] for name in node.input[1:3])
       # Where an output of the graph is rounded, what is rounded has another name than it.
       tensors[node.input[0].removesuffix("_QuantizeLinear_Input")] = (float(scale), int(zero))
     elif node.op_type == "DequantizeLinear" and node.input[0] in arrays:
-      name, whole = node.output[0].removesuffix("_DequantizeLinear_Output"), arrays[node.input[0]]
-      if name in known and whole.dtype == np.int8:
+      name = node.output[0].removesuffix("_DequantizeLinear_Output")
+      if name in known and arrays[node.input[0]].dtype == np.int8:
         weights[name] = arrays[node.input[1]].size == 1
-  return Roundings(settings["activations"], settings["weight_bits"], tensors, weights)
+      elif name in known:
+        biases.append(name)
+  return Roundings(settings["activations"], settings["weight_bits"], tensors, weights, biases)
 
 
 def quantize_by(proto: Any, roundings: Roundings) -> Any:

@@ -23,8 +23,12 @@ from repjax.deploy.function import inference
 from repjax.deploy.onnx import with_steps
 from repjax.deploy.onnx.program import IMAGES, Step, called
 from repjax.deploy.quantization.roundings import LIMITS, Roundings
-from repjax.deploy.quantization.weights import rounded
+from repjax.deploy.quantization.weights import quantized
 from repjax.errors import InputError
+
+# What hands numbers on as they are.
+_MOVING = {"broadcast_in_dim", "concatenate", "copy", "reduce_window_max", "reshape", "slice"}
+_MOVING |= {"squeeze", "transpose"}
 
 
 def simulated(
@@ -44,8 +48,8 @@ def simulated(
 
   Returns:
     A pure function of a deploy tree {"params": ...} and normalized images (N, H, W, 3). It returns
-    in float32 what the file computes that `quantize_by` makes of the tree: the same but for the
-    order of sums, and for biases, which the file rounds too, finely.
+    in float32 what the file computes that `quantize_by` makes of the tree, but for the order of
+    sums.
 
   Raises:
     InputError: the roundings are of another network, or as in `repjax.deploy.to_onnx`.
@@ -69,9 +73,8 @@ def simulated(
 
   def run(tree: Any, images: jax.Array) -> Any:
     program, shapes = jax.make_jaxpr(function, return_shape=True)(tree, images)
-    images = _in_range(images, IMAGES, roundings)
-    inputs = [*jax.tree.leaves(tree), images]
-    outputs = _run(program.jaxpr, program.consts, inputs, steps, roundings)
+    inputs = [*jax.tree.leaves(tree), _Rounder(roundings).tensor(IMAGES, images)]
+    outputs = _run(program.jaxpr, program.consts, inputs, steps, _Rounder(roundings))
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
   return run
@@ -82,7 +85,7 @@ def _run(
   consts: Sequence[Any],
   inputs: Sequence[Any],
   steps: Sequence[Step],
-  roundings: Roundings,
+  rounder: "_Rounder",
 ) -> list[Any]:
   """What a traced program returns, rounded step by step."""
   values: dict[Any, Any] = dict(zip(program.constvars, consts)) | dict(zip(program.invars, inputs))
@@ -97,60 +100,98 @@ def _run(
     )
   for equation, step in zip(program.eqns, steps):
     operands, inner = [read(variable) for variable in equation.invars], called(equation)
-    if inner is not None and _rounds_inside(step, roundings):
-      results = _run(*inner, operands, step.inner, roundings)
+    if inner is not None and rounder.rounds_inside(step):
+      results = _run(*inner, operands, step.inner, rounder)
     else:
-      if step.reads:
-        operands = _rounded_operands(equation, operands, step, roundings)
+      operands = rounder.operands(equation, operands, step)
       results = _alone(program, equation, operands)
-      results = [_in_range(x, name, roundings) for x, name in zip(results, step.results)]
+      if step.primitive in _MOVING:
+        rounder.moved(operands, results)
+      results = [rounder.tensor(name, x) for name, x in zip(step.results, results)]
     values.update(zip(equation.outvars, results))
   return [read(variable) for variable in program.outvars]
 
 
-def _rounds_inside(step: Step, roundings: Roundings) -> bool:
-  """Whether anything is rounded in an inner program but its results.
+class _Rounder:
+  """What rounds values by the names of their tensors, in one run of a program."""
 
-  Another one is run as it stands, with its own derivatives.
-  """
-  return any(
-    any(name in roundings.weights or name in roundings.tensors for name in inner.reads)
-    or (set(inner.results) & roundings.tensors.keys()) - set(step.results)
-    or _rounds_inside(inner, roundings)
-    for inner in step.inner
-  )
+  def __init__(self, roundings: Roundings):
+    self._how = roundings
+    self._steps: dict[str, jax.Array] = {}  # of weights
+    self._done: dict[int, tuple[Any, Any]] = {}  # by id: a value, and how it was rounded
 
+  def rounds_inside(self, step: Step) -> bool:
+    """Whether anything is rounded in an inner program but its results.
 
-def _rounded_operands(
-  equation: Any, operands: Sequence[jax.Array], step: Step, roundings: Roundings
-) -> list[jax.Array]:
-  """What a product or a sum reads, rounded: weights by the scales of their outputs."""
-  made = []
-  for place, (x, name) in enumerate(zip(operands, step.reads)):
-    if place != step.kernel:
-      made.append(_in_range(x, name, roundings))
-    elif name in roundings.weights:
-      axes = range(x.ndim) if roundings.weights[name] else _axes_of_sums(equation)[place]
-      made.append(_passing(rounded(x, tuple(axes), roundings.weight_bits), x))
-    else:
-      made.append(x)
-  return made
+    Another one is run as it stands, with its own derivatives.
+    """
+    named = {*self._how.tensors, *self._how.weights, *self._how.biases}
+    return any(
+      named & {*inner.reads, *inner.results} - {*step.results} or self.rounds_inside(inner)
+      for inner in step.inner
+    )
+
+  def operands(
+    self, equation: Any, operands: Sequence[jax.Array], step: Step
+  ) -> Sequence[jax.Array]:
+    """What a product or a sum reads, rounded."""
+    if not step.reads:
+      return operands
+    made = []
+    for place, (name, x) in enumerate(zip(step.reads, operands)):
+      if name in self._how.weights:
+        made.append(self._weights(name, x, _axes_of_sums(equation)[place]))
+      elif name in self._how.biases:
+        made.append(self._bias(step.layer, x))
+      else:
+        made.append(self.tensor(name, x))
+    return made
+
+  def moved(self, operands: Sequence[Any], results: Sequence[Any]) -> None:
+    """Notes that results hold the numbers of operands, which may be rounded already."""
+    how = {self._done.get(id(x), (x, None))[1] for x in operands}
+    if len(how) == 1:
+      self._done.update((id(x), (x, *how)) for x in results)
+
+  def tensor(self, name: str | None, x: jax.Array) -> jax.Array:
+    """In whole numbers of steps and cut at the ends of its range, where it is rounded.
+
+    Once: behind a second cut there is no gradient at the ends, where a ReLU leaves many.
+    """
+    if name not in self._how.tensors:
+      return x
+    scale, zero = how = tuple(self._how.tensors[name])
+    if self._done.get(id(x), (x, None))[1] == how:
+      return x
+    # Behind the barrier it is no constant, of whose inverse XLA would make a product: bytes lie on
+    # a grid, many in the middle between two steps, where the last bit decides.
+    scale = jax.lax.optimization_barrier(jnp.float32(scale))
+    low, high = LIMITS[self._how.activations]
+    steps = jnp.clip(x / scale, low - zero, high - zero)
+    made = _passing(jnp.round(steps), steps) * scale
+    self._done[id(made)] = made, how
+    return made
+
+  def _weights(self, name: str, kernel: jax.Array, sums: Sequence[int]) -> jax.Array:
+    axes = tuple(range(kernel.ndim)) if self._how.weights[name] else tuple(sums)
+    whole, scale = quantized(kernel, axes, self._how.weight_bits)
+    self._steps[name] = scale
+    return _passing(whole.astype(kernel.dtype) * scale, kernel)
+
+  def _bias(self, layer: Sequence[str | None], bias: jax.Array) -> jax.Array:
+    """In steps of what the layer reads times those of its weights."""
+    source, weight = layer
+    if source not in self._how.tensors or weight not in self._steps:
+      return bias
+    scale = self._how.tensors[source][0] * self._steps[weight]  # of each output, in its order
+    scale = scale.reshape(bias.shape if scale.size == bias.size else ())
+    return _passing(jnp.round(bias / scale) * scale, bias)
 
 
 def _axes_of_sums(equation: Any) -> tuple[Sequence[int], Sequence[int]]:
   """The axes of both operands of a product that an output is a sum over."""
   numbers = equation.params["dimension_numbers"]
   return numbers[0] if equation.primitive.name == "dot_general" else ((), numbers.rhs_spec[1:])
-
-
-def _in_range(x: jax.Array, tensor: str | None, roundings: Roundings) -> jax.Array:
-  """A tensor rounded to whole numbers of steps and cut at the ends of its range, if it has one."""
-  if tensor not in roundings.tensors:
-    return x
-  scale, zero = roundings.tensors[tensor]
-  low, high = LIMITS[roundings.activations]
-  steps = jnp.clip(x / scale, low - zero, high - zero)
-  return _passing(jnp.round(steps), steps) * scale
 
 
 def _passing(value: jax.Array, like: jax.Array) -> jax.Array:
