@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from repjax import deploy, disk, store
@@ -52,7 +53,7 @@ def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Round
   size = plan.spec.preprocessing.image_size
   roundings = deploy.roundings_of(
     deploy.to_onnx(plan.spec.create_model(), state.variables, image_size=size),
-    np.asarray(plan.spec.preprocessing.normalize(images)),
+    np.asarray(plan.spec.preprocessing.normalize(jnp.asarray(images))),
     activations=config.qat_activations,
     weight_bits=config.qat_weight_bits,
   )

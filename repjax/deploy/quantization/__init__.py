@@ -19,7 +19,7 @@ from repjax.deploy.quantization.correction import corrected
 from repjax.deploy.quantization.equalization import equalized_by
 from repjax.deploy.quantization.graph import check_float, constants, copied, layers_of
 from repjax.deploy.quantization.roundings import Roundings, quantize_by, roundings_of
-from repjax.deploy.quantization.runtime import check_images, in_qdq_form
+from repjax.deploy.quantization.runtime import check_images, check_settings, in_qdq_form
 from repjax.deploy.quantization.sensitivity import Sensitivity, sensitivity
 from repjax.deploy.quantization.simulation import simulated
 from repjax.deploy.quantization.weights import quantized, round_weights
@@ -67,7 +67,7 @@ def quantize(
     equalize: rescale channels between layers first: by the ranges of "weights" (cross-layer
       equalization), of "activations" (SmoothQuant), or "none".
     correct_bias: move biases so that rounded weights change no mean.
-    float_layers: names of nodes, as `sensitivity` gives them, that stay in float32.
+    float_layers: scopes or nodes of layers, as `sensitivity` gives them, that stay in float32.
 
   Returns:
     An `onnx.ModelProto` with the same input and output.
@@ -85,12 +85,8 @@ def quantize(
   """
   check_float(proto)
   check_images(proto, images)
-  names = [layer.name for layer in layers_of(proto)]
-  for name in float_layers:
-    if name not in names:
-      raise unknown("layer", name, names)
-  if len(names) == len(set(float_layers)):
-    raise InputError(f"all {len(names)} layers are to stay in float; leave fewer of them")
+  check_settings(activations, calibration, weight_bits)
+  float_layers = _nodes(proto, float_layers)
   proto = equalized_by(equalize, proto, images)
   if correct_bias:
     rounding: dict[str, Any] = {"per_channel": per_channel, "but": float_layers}
@@ -104,6 +100,19 @@ def quantize(
     weight_bits=weight_bits,
     but=float_layers,
   )
+
+
+def _nodes(proto: Any, float_layers: Sequence[str]) -> list[str]:
+  """The nodes of layers that are given by their scopes or nodes."""
+  layers = layers_of(proto)
+  nodes = {key: layer.name for layer in layers for key in (layer.name, layer.title)}
+  for name in float_layers:
+    if name not in nodes:
+      raise unknown("layer", name, [layer.title for layer in layers])
+  found = list(dict.fromkeys(nodes[name] for name in float_layers))
+  if len(found) == len(layers):
+    raise InputError(f"all {len(layers)} layers are to stay in float; leave fewer of them")
+  return found
 
 
 def quantize_weights(proto: Any, images: np.ndarray | None = None) -> Any:

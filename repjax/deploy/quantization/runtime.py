@@ -103,6 +103,16 @@ def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
   return (images[start : start + BATCH] for start in range(0, len(images), BATCH))
 
 
+def check_settings(activations: str, calibration: str, weight_bits: int) -> None:
+  """Raises InputError for a kind of activations, a calibration or a number of bits not known."""
+  if activations not in ACTIVATIONS:
+    raise unknown("kind of activations", activations, ACTIVATIONS)
+  if calibration not in CALIBRATIONS:
+    raise unknown("calibration", calibration, CALIBRATIONS)
+  if weight_bits not in (7, 8):
+    raise InputError(f"weights have 8 or 7 bits, got {weight_bits}")
+
+
 def in_qdq_form(
   proto: Any,
   images: np.ndarray,
@@ -137,12 +147,7 @@ def in_qdq_form(
   Raises:
     InputError: no such calibration, kind of activations or number of bits.
   """
-  if activations not in ACTIVATIONS:
-    raise unknown("kind of activations", activations, ACTIVATIONS)
-  if calibration not in CALIBRATIONS:
-    raise unknown("calibration", calibration, CALIBRATIONS)
-  if weight_bits not in (7, 8):
-    raise InputError(f"weights have 8 or 7 bits, got {weight_bits}")
+  check_settings(activations, calibration, weight_bits)
   need_runtime()
   tools: Any = importlib.import_module("onnxruntime.quantization")
   symmetric = activations == "int8"

@@ -49,7 +49,7 @@ def simulated(
   Returns:
     A pure function of a deploy tree {"params": ...} and normalized images (N, H, W, 3). It returns
     in float32 what the file computes that `quantize_by` makes of the tree, but for the order of
-    sums.
+    sums: a mean that lies in the middle between two steps may be rounded to the other one.
 
   Raises:
     InputError: the roundings are of another network, or as in `repjax.deploy.to_onnx`.
@@ -153,7 +153,7 @@ class _Rounder:
     if len(how) == 1:
       self._done.update((id(x), (x, *how)) for x in results)
 
-  def tensor(self, name: str | None, x: jax.Array) -> jax.Array:
+  def tensor(self, name: Any, x: jax.Array) -> jax.Array:
     """In whole numbers of steps and cut at the ends of its range, where it is rounded.
 
     Once: behind a second cut there is no gradient at the ends, where a ReLU leaves many.
@@ -172,13 +172,13 @@ class _Rounder:
     self._done[id(made)] = made, how
     return made
 
-  def _weights(self, name: str, kernel: jax.Array, sums: Sequence[int]) -> jax.Array:
+  def _weights(self, name: Any, kernel: jax.Array, sums: Sequence[int]) -> jax.Array:
     axes = tuple(range(kernel.ndim)) if self._how.weights[name] else tuple(sums)
     whole, scale = quantized(kernel, axes, self._how.weight_bits)
     self._steps[name] = scale
     return _passing(whole.astype(kernel.dtype) * scale, kernel)
 
-  def _bias(self, layer: Sequence[str | None], bias: jax.Array) -> jax.Array:
+  def _bias(self, layer: Sequence[Any], bias: jax.Array) -> jax.Array:
     """In steps of what the layer reads times those of its weights."""
     source, weight = layer
     if source not in self._how.tensors or weight not in self._steps:
