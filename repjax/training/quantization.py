@@ -21,7 +21,7 @@ import numpy as np
 from repjax import deploy, disk, store
 from repjax.deploy.export import write_folder
 from repjax.deploy.onnx.proto import OPSET
-from repjax.deploy.quantization import runtime
+from repjax.deploy.quantization import processor, runtime
 from repjax.deploy.quantization.roundings import Roundings
 from repjax.errors import InputError
 from repjax.reparam import reparameterize
@@ -48,6 +48,13 @@ def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Round
   path = workdir / "rounding.json"
   if store.checkpoints(workdir):
     return _read(path)
+  if processor.saturates() and (config.qat_activations, config.qat_weight_bits) == ("uint8", 8):
+    print(
+      "note: this CPU has no VNNI, so that ONNX Runtime computes wrong sums of weights in 8 bits, "
+      "and the accuracy of the file will be worse here than it is; --config.qat_weight_bits=7 is "
+      "right on all",
+      flush=True,
+    )
   images = calibration_images(plan.train, config.qat_images, plan.spec.preprocessing)
   print(f"calibrating the ranges of 8 bits on {len(images)} training images", flush=True)
   size = plan.spec.preprocessing.image_size
