@@ -74,6 +74,8 @@ def quantize(flags: argparse.Namespace) -> None:
   """Does what the flags say, printing as it goes."""
   if flags.to and flags.to.exists():
     raise InputError(f"{flags.to} exists already; give another path, or remove it first")
+  if flags.float_layers < 0 or flags.rounds < 1 or flags.batch_size < 1:
+    raise InputError("--float-layers is at least 0, --rounds and --batch-size are at least 1")
   if flags.weights_only and flags.float_layers:
     raise InputError("--weights-only takes the weights of all layers; leave out --float-layers")
   runtime.need_runtime()

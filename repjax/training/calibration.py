@@ -32,7 +32,7 @@ def calibration_images(source: Source, count: int, preprocessing: Preprocessing)
   if not 1 <= count <= have:
     raise InputError(
       f"{count} images to calibrate with are asked for, and the split has {have}: take 1 to {have} "
-      "(--images), some hundreds for ranges that can be trusted"
+      "(--images, or config.qat_images), some hundreds for ranges that can be trusted"
     )
   chosen = source._replace(examples=_Some(source.examples, count))
   batches = evaluation.host_batches(chosen, preprocessing, batch_size=min(64, count))

@@ -61,21 +61,21 @@ def _check_combinations(config: Any) -> None:
     raise InputError("config.nesterov is of SGD; with config.optimizer = 'adamw' leave it False")
   if config.optimizer == "adamw" and not config.momentum < 1:
     raise InputError(f"config.momentum, AdamW's first beta, is below 1; got {config.momentum}")
+  if config.qat and config.custom_l2:
+    raise InputError(
+      f"config.custom_l2 = {config.custom_l2} reads statistics of the batch, and with config.qat "
+      "batch norms keep those that they have; set it to 0"
+    )
   if config.custom_l2 and not DECAY_RULES[config.weight_decay_rule].spares_penalised:
     raise InputError(
       f"config.custom_l2 = {config.custom_l2} takes the place of weight decay on the kernels that "
       f"it penalises, and config.weight_decay_rule = {config.weight_decay_rule!r} would decay them "
       "as well; set it to 'all_but_penalised_kernels', or config.custom_l2 to 0"
     )
-  if config.qat and config.custom_l2:
-    raise InputError(
-      f"config.custom_l2 = {config.custom_l2} reads statistics of the batch, and with config.qat "
-      "batch norms keep those that they have; set it to 0"
-    )
   if config.qat and config.dtype != "float32":
     raise InputError(
-      f"config.qat rounds to 8 bits what config.dtype = {config.dtype!r} has rounded already; set "
-      "it to 'float32'"
+      "config.qat computes in float32 and rounds to 8 bits, got config.dtype = "
+      f"{config.dtype!r}; set it to 'float32'"
     )
 
 

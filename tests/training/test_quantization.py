@@ -133,8 +133,11 @@ def _goes_on_as_it_began(config, workdir):
 @pytest.mark.parametrize(
   ("changes", "text"),
   [
-    ({"dtype": "bfloat16"}, r"config\.qat rounds to 8 bits what config\.dtype = 'bfloat16' has"),
-    ({"custom_l2": 1e-4, "weight_decay_rule": "all_but_penalised_kernels"}, "reads statistics of"),
+    (
+      {"dtype": "bfloat16"},
+      r"config\.qat computes in float32 and rounds to 8 bits, got config\.dtype = 'bf",
+    ),
+    ({"custom_l2": 1e-4}, "reads statistics of"),
     ({"qat_weight_bits": 4}, "qat_weight_bits is 7 or 8, got 4"),
     ({"qat_activations": "int4"}, "unknown value of config.qat_activations 'int4'; did you mean"),
     ({"qat_images": 0}, "qat_images must be at least 1, got 0"),
