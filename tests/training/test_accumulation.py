@@ -168,4 +168,5 @@ def test_every_field_of_a_recipe_reaches_the_step(digits_dir, tmp_path, monkeypa
     training.train(config, tmp_path)
   axis, dtype, options = caught.value.args
   assert (axis, dtype) == (parallel.AXIS, jnp.bfloat16)
-  assert options == {**changes, "ema_start": 3, "axis_name": parallel.AXIS, "frozen": False}
+  own = {"ema_start": 3, "axis_name": parallel.AXIS, "frozen": False, "network": None}
+  assert options == {**changes, **own}
