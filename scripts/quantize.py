@@ -11,7 +11,6 @@ folder is written. `--weights-only` ranks nothing, since a ranking is of full in
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,17 +22,10 @@ from int8_rows import FLOAT, INT8, WEIGHTS
 
 import repjax
 from repjax.deploy import Sensitivity
-from repjax.deploy.export import write_folder
-from repjax.deploy.onnx.proto import OPSET
+from repjax.deploy.export import onnx_facts, write_folder
 from repjax.deploy.quantization import processor, runtime
 from repjax.deploy.quantization.equalization import EQUALIZATIONS
 from repjax.errors import InputError, one_paragraph
-
-SATURATES = (
-  "note: this CPU has no VNNI, so that ONNX Runtime computes wrong sums of uint8 activations and "
-  "weights in 8 bits, and what is measured here of such files is worse than on CPUs that have it, "
-  "and GPUs; --weight-bits 7 is right on all"
-)
 
 
 def main() -> None:
@@ -93,7 +85,7 @@ def quantize(flags: argparse.Namespace) -> None:
   full = not flags.weights_only
   eight = flags.compare or (full and chosen["weight_bits"] == 8)
   if eight and chosen["activations"] == "uint8" and processor.saturates():
-    print(SATURATES)
+    print(processor.SATURATES, "--weight-bits 7")
   ranked = ranking(proto, images, flags.float_layers, chosen) if full else []
   files = {WEIGHTS: repjax.deploy.quantize_weights(proto, images)}
   if full:
@@ -180,14 +172,7 @@ def write(
 ) -> None:
   """Writes the folder: of full int8 with the ranking, in a picture too where matplotlib is."""
   spec = workdir.spec
-  facts = {
-    "format": "onnx",
-    "dtype": name,
-    "image_size": spec.preprocessing.image_size,
-    "input": "uint8",
-    "output": "logits",
-    "opset": OPSET,
-    "onnxruntime": importlib.metadata.version("onnxruntime"),
+  facts = onnx_facts(spec, name) | {
     "calibration_images": len(workdir.images),
     "accuracy": {key: rows[key].accuracy for key in (FLOAT, name)},
     "error": rows[name].error,

@@ -8,6 +8,7 @@ model.json        the ModelSpec: `repjax.load` and `repjax.deploy.Predictor` tak
 export.json       what the program takes and returns, and how long it can be read or how it compares
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -214,6 +215,19 @@ def _need_flatbuffers() -> None:
       "StableHLO files need the package flatbuffers: pip install 'repjax[export]', or "
       "pip install flatbuffers"
     )
+
+
+def onnx_facts(spec: ModelSpec, dtype: str) -> dict[str, Any]:
+  """What export.json says first of a file that ONNX Runtime's quantizer made."""
+  return {
+    "format": "onnx",
+    "dtype": dtype,
+    "image_size": spec.preprocessing.image_size,
+    "input": "uint8",
+    "output": "logits",
+    "opset": OPSET,
+    "onnxruntime": importlib.metadata.version("onnxruntime"),
+  }
 
 
 def write_folder(

@@ -9,7 +9,6 @@ rounding.json             how tensors are rounded, found once, at the start
 int8/                     model.onnx, model.json, export.json
 """
 
-import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repjax import deploy, disk, store
-from repjax.deploy.export import write_folder
-from repjax.deploy.onnx.proto import OPSET
+from repjax.deploy.export import onnx_facts, write_folder
 from repjax.deploy.quantization import processor, runtime
 from repjax.deploy.quantization.roundings import Roundings
 from repjax.errors import InputError
@@ -49,12 +47,7 @@ def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Round
   if store.checkpoints(workdir):
     return _read(path)
   if processor.saturates() and (config.qat_activations, config.qat_weight_bits) == ("uint8", 8):
-    print(
-      "note: this CPU has no VNNI, so that ONNX Runtime computes wrong sums of weights in 8 bits, "
-      "and the accuracy of the file will be worse here than it is; --config.qat_weight_bits=7 is "
-      "right on all",
-      flush=True,
-    )
+    print(processor.SATURATES, "--config.qat_weight_bits=7", flush=True)
   images = calibration_images(plan.train, config.qat_images, plan.spec.preprocessing)
   print(f"calibrating the ranges of 8 bits on {len(images)} training images", flush=True)
   size = plan.spec.preprocessing.image_size
@@ -111,28 +104,18 @@ def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) 
   made = deploy.quantize_by(proto, roundings)
   rounded = deploy.simulated(model, variables, roundings, image_size=size)
   simulation = jax.jit(lambda images: rounded(variables, preprocessing.normalize(images)))
-  plain = jax.jit(lambda images: model.apply(variables, preprocessing.normalize(images)))
   ready = runtime.session(made)
   split = evaluation.host_batches(
     plan.eval, preprocessing, batch_size=64, num_workers=config.num_workers
   )
-  facts = {
-    "format": "onnx",
-    "dtype": "int8",
-    "image_size": size,
-    "input": "uint8",
-    "output": "logits",
-    "opset": OPSET,
-    "onnxruntime": importlib.metadata.version("onnxruntime"),
+  measured = _accuracies(
+    {"simulated": simulation, "int8": lambda images: ready.run(None, runtime.fed(images))[0]},
+    split,
+  )
+  plain = disk.read_json(workdir / "deploy" / "report.json")["accuracy"]["deploy"]
+  facts = onnx_facts(spec, "int8") | {
     "settings": {name: config[name] for name in ("qat_activations", "qat_weight_bits")},
-    "accuracy": _accuracies(
-      {
-        "float32": plain,
-        "simulated": simulation,
-        "int8": lambda images: ready.run(None, runtime.fed(images))[0],
-      },
-      split,
-    ),
+    "accuracy": {"float32": plain, **measured},
     "bytes": made.ByteSize(),
   }
   write_folder(workdir / "int8", {"model.onnx": made.SerializeToString()}, spec, facts)

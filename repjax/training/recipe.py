@@ -4,6 +4,7 @@ from typing import Any
 
 import optax
 
+from repjax.deploy.quantization.runtime import ACTIVATIONS
 from repjax.errors import InputError, unknown
 from repjax.training import optimizer, schedules
 from repjax.training.decay import DECAY_RULES
@@ -29,7 +30,7 @@ def check(config: Any) -> None:
     ("optimizer", optimizer.OPTIMIZERS),
     ("schedule", schedules.CURVES),
     ("weight_decay_rule", DECAY_RULES),
-    ("qat_activations", ("uint8", "int8")),
+    ("qat_activations", ACTIVATIONS),
   ):
     if config[field] not in choices:
       raise unknown(f"value of config.{field}", config[field], choices)

@@ -1,6 +1,6 @@
 """8 bits in JAX: against the file in ONNX Runtime, gradients by hand, networks that do not fit."""
 
-import importlib.util
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,11 @@ from repjax.errors import InputError
 from repjax.layers import RepConv, RepDense, SkipSqueezeExcite
 from repjax.layers.gates import GlobalGate
 from repjax.spec import Preprocessing
+from tests.deploy.int8 import needs_onnx
 from tests.helpers import random_variables, relative_error
 
 pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
 
-needs_onnx = pytest.mark.skipif(
-  any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")),
-  reason="compares with ONNX Runtime: pip install onnx onnxruntime",
-)
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (24, 8, 8, 3), np.uint8)
 PREPROCESSING = Preprocessing(8, 8, "bilinear", (0.3, 0.4, 0.5), (0.2, 0.3, 0.4))

@@ -1,7 +1,5 @@
 """Quantization-aware training: one step by hand, a run from its start to its file, its mistakes."""
 
-import importlib.util
-
 import jax
 import numpy as np
 import pytest
@@ -14,15 +12,12 @@ from repjax.errors import InputError
 from repjax.spec import Preprocessing
 from repjax.training import optimizer, quantization, settings
 from repjax.training.step import create_state, make_train_step
+from tests.deploy.int8 import needs_onnx
 from tests.helpers import halves, leaves, quick_jit, random_variables, relative_error
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
 
-needs_onnx = pytest.mark.skipif(
-  any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")),
-  reason="ONNX Runtime calibrates and runs the file: pip install onnx onnxruntime",
-)
 LAYERS = ["stem/RepConv_0", *(f"stage{stage}/block0/RepConv_0" for stage in (1, 2, 3, 4)), "head"]
 PREPROCESSING = Preprocessing(16, 16, "bilinear", (0.3,) * 3, (0.35,) * 3)
 SPEC = repjax.ModelSpec("repvgg_a0", 10, tiny.OVERRIDES, PREPROCESSING, ())

@@ -31,8 +31,9 @@ class Layer(NamedTuple):
 
   @property
   def title(self) -> str:
-    """The layer's Flax scope."""
-    return title_of(self.weight.rpartition("/")[0])
+    """The layer's Flax scope, without the model's class, methods and einsum's formulas."""
+    first, *scopes = self.weight.rpartition("/")[0].removesuffix("/conv").split("/")
+    return "/".join(s for s in scopes if "." not in s and "->" not in s) or first
 
   @property
   def axis(self) -> int:
@@ -47,12 +48,6 @@ class Layer(NamedTuple):
     if self.op == "Conv":
       return tuple(range(1, rank))
     return (0,) if rank == 2 else tuple(range(rank))
-
-
-def title_of(scope: str) -> str:
-  """A traced scope without the model's class, methods, einsum's formulas and a last "conv"."""
-  first, *scopes = scope.removesuffix("/conv").split("/")
-  return "/".join(s for s in scopes if "." not in s and "->" not in s) or first
 
 
 def layers_of(proto: Any) -> list[Layer]:

@@ -1,6 +1,6 @@
 """What a file in QDQ form rounds, and how: read from one, kept, and given to another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,9 +9,6 @@ from repjax.deploy.onnx.program import IMAGES
 from repjax.deploy.quantization.graph import check_float, constants, layers_of
 from repjax.deploy.quantization.runtime import check_images, in_qdq_form, need_runtime
 from repjax.errors import InputError
-
-LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
-"""The whole numbers of activations; those of int8 are multiples of one scale, as TensorRT's are."""
 
 
 class Roundings(NamedTuple):
@@ -75,6 +72,12 @@ def _read(file: Any, proto: Any, settings: Mapping[str, Any]) -> Roundings:
   return Roundings(settings["activations"], settings["weight_bits"], tensors, weights, biases)
 
 
+def missing_in(proto: Any, names: Iterable[str]) -> list[str]:
+  """The names that no tensor of a graph has."""
+  have = {tensor for node in proto.graph.node for tensor in (*node.input, *node.output)}
+  return [name for name in names if name not in have]
+
+
 def quantize_by(proto: Any, roundings: Roundings) -> Any:
   """A model in int8 that rounds as a network has learned to, see `repjax.deploy.simulated`.
 
@@ -95,13 +98,11 @@ def quantize_by(proto: Any, roundings: Roundings) -> Any:
   takes_bytes = form.elem_type == 2
   if takes_bytes and IMAGES in given:
     given[_normalized(proto)] = given.pop(IMAGES)
-  names = {tensor for node in proto.graph.node for tensor in (*node.input, *node.output)}
-  for name in (*given, *roundings.weights):
-    if name not in names:
-      raise InputError(
-        f"these roundings are not of this graph, which has no {name}: take those that "
-        "repjax.deploy.roundings_of gives for the same network"
-      )
+  if missing := missing_in(proto, (*given, *roundings.weights)):
+    raise InputError(
+      f"these roundings are not of this graph, which has no {missing[0]}: take those that "
+      "repjax.deploy.roundings_of gives for the same network"
+    )
   size = [axis.dim_value for axis in form.shape.dim[2:]]
   return in_qdq_form(
     proto,

@@ -22,10 +22,11 @@ from flax import linen as nn
 from repjax.deploy.function import inference
 from repjax.deploy.onnx import with_steps
 from repjax.deploy.onnx.program import IMAGES, Step, called
-from repjax.deploy.quantization.roundings import LIMITS, Roundings
+from repjax.deploy.quantization.roundings import Roundings, missing_in
 from repjax.deploy.quantization.weights import quantized
 from repjax.errors import InputError
 
+_LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}  # the whole numbers of activations
 # What hands numbers on as they are.
 _MOVING = {"broadcast_in_dim", "concatenate", "copy", "reduce_window_max", "reshape", "slice"}
 _MOVING |= {"squeeze", "transpose"}
@@ -63,18 +64,17 @@ def simulated(
     probabilities=False,
   )
   proto, steps = with_steps(function, tree, image_size, np.dtype(np.float32), False)
-  names = {tensor for node in proto.graph.node for tensor in (*node.input, *node.output)}
-  for name in (*roundings.tensors, *roundings.weights):
-    if name not in names:
-      raise InputError(
-        f"these roundings are of another network: {type(model).__name__} has no {name}; take those "
-        "that repjax.deploy.roundings_of gives for its own graph"
-      )
+  if missing := missing_in(proto, (*roundings.tensors, *roundings.weights)):
+    raise InputError(
+      f"these roundings are of another network: {type(model).__name__} has no {missing[0]}; take "
+      "those that repjax.deploy.roundings_of gives for its own graph"
+    )
 
   def run(tree: Any, images: jax.Array) -> Any:
     program, shapes = jax.make_jaxpr(function, return_shape=True)(tree, images)
-    inputs = [*jax.tree.leaves(tree), _Rounder(roundings).tensor(IMAGES, images)]
-    outputs = _run(program.jaxpr, program.consts, inputs, steps, _Rounder(roundings))
+    rounder = _Rounder(roundings)
+    inputs = [*jax.tree.leaves(tree), rounder.tensor(IMAGES, images)]
+    outputs = _run(program.jaxpr, program.consts, inputs, steps, rounder)
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
   return run
@@ -117,6 +117,7 @@ class _Rounder:
 
   def __init__(self, roundings: Roundings):
     self._how = roundings
+    self._named = {*roundings.tensors, *roundings.weights, *roundings.biases}
     self._steps: dict[str, jax.Array] = {}  # of weights
     self._done: dict[int, tuple[Any, Any]] = {}  # by id: a value, and how it was rounded
 
@@ -125,9 +126,8 @@ class _Rounder:
 
     Another one is run as it stands, with its own derivatives.
     """
-    named = {*self._how.tensors, *self._how.weights, *self._how.biases}
     return any(
-      named & {*inner.reads, *inner.results} - {*step.results} or self.rounds_inside(inner)
+      self._named & {*inner.reads, *inner.results} - {*step.results} or self.rounds_inside(inner)
       for inner in step.inner
     )
 
@@ -166,7 +166,7 @@ class _Rounder:
     # Behind the barrier it is no constant, of whose inverse XLA would make a product: bytes lie on
     # a grid, many in the middle between two steps, where the last bit decides.
     scale = jax.lax.optimization_barrier(jnp.float32(scale))
-    low, high = LIMITS[self._how.activations]
+    low, high = _LIMITS[self._how.activations]
     steps = jnp.clip(x / scale, low - zero, high - zero)
     made = _passing(jnp.round(steps), steps) * scale
     self._done[id(made)] = made, how
