@@ -10,8 +10,8 @@ EXTRAS := dev$(if $(shell nvidia-smi -L 2>/dev/null),$(comma)cuda)
 
 demo: $(VENV)/installed
 	$(BIN)/python main.py --config configs/digits.py
-	$(BIN)/python scripts/reparameterize.py --workdir runs/digits
-	$(BIN)/python scripts/evaluate.py --workdir runs/digits --form both
+	$(BIN)/repjax convert --workdir runs/digits
+	$(BIN)/repjax evaluate --workdir runs/digits --form both
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.dtype = "float32"  # of the computation: "float32" or "bfloat16"; parameters are float32
   config.sync_batch_norm = False  # share batch statistics between devices
 
-  # Data: a set made by scripts/prepare_dataset.py, a TFDS name, "digits" or "synthetic".
+  # Data: a set made by repjax prepare-dataset, a TFDS name, "digits" or "synthetic".
   config.dataset = "imagenet2012"
   config.data_dir = config_dict.placeholder(str)  # None: TFDS's own default
   config.train_split = "train"

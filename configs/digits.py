@@ -8,7 +8,7 @@ Data: 1,797 grey 8x8 images that scikit-learn ships, shown at 16 px. Expected: a
 
 import ml_collections
 
-from configs import common
+from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ Expected: at least 98 % on the 360 test images, the same in both forms.
 
 import ml_collections
 
-from configs import digits
+from repjax.configs import digits
 
 
 def get_config() -> ml_collections.ConfigDict:

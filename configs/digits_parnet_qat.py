@@ -6,7 +6,7 @@ python main.py --config configs/digits_parnet_qat.py
 
 import ml_collections
 
-from configs import digits_parnet, digits_qat
+from repjax.configs import digits_parnet, digits_qat
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -6,7 +6,7 @@ python main.py --config configs/digits_qat.py
 
 import ml_collections
 
-from configs import digits
+from repjax.configs import digits
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -6,7 +6,7 @@ python main.py --config configs/digits_repmlp_qat.py
 
 import ml_collections
 
-from configs import digits_qat, digits_repmlp
+from repjax.configs import digits_qat, digits_repmlp
 
 
 def get_config() -> ml_collections.ConfigDict:

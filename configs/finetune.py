@@ -3,7 +3,7 @@
 Model and preprocessing are those of the folder to start from, a run or an import in training form;
 the number of classes is that of the data set. What is given on the command line wins.
 
-    python scripts/import_weights.py --from hf:timm/repvgg_a0.rvgg_in1k --workdir runs/a0
+    repjax import --from hf:timm/repvgg_a0.rvgg_in1k --workdir runs/a0
     python main.py --config configs/finetune.py --workdir runs/mine --config.init_from=runs/a0 \
       --config.dataset=mine
 
@@ -15,7 +15,7 @@ less time; to let the whole network learn afterwards, start from that run: --wor
 import ml_collections
 from ml_collections import config_dict
 
-from configs import common
+from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ Paper: Goyal et al., Non-deep Networks, NeurIPS 2022, section 4. https://arxiv.o
 Expected: the paper's network has more than 96 % (on CIFAR-100 more than 81 %); its code was not
 released, this one is not the same, and it was not trained here yet.
 
-  python scripts/prepare_dataset.py --tfds cifar10
+  repjax prepare-dataset --tfds cifar10
   python main.py --config configs/parnet_cifar.py
 
 The others are --config.model=parnet_cifar_s and parnet_cifar_l; for CIFAR-100 take
@@ -17,7 +17,7 @@ The others are --config.model=parnet_cifar_s and parnet_cifar_l; for CIFAR-100 t
 
 import ml_collections
 
-from configs import common
+from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -17,7 +17,7 @@ ResNet-34 and ResNet-50. Not yet reproduced here.
 
 import ml_collections
 
-from configs import common
+from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -16,7 +16,7 @@ Expected: quoted elsewhere as 76.60 % top-1, which we could not confirm. Not yet
 
 import ml_collections
 
-from configs import common
+from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -18,7 +18,7 @@ stream, the authors' released one 92, as this is: --config.model=parnet_s_96 is 
 
 import ml_collections
 
-from configs import common
+from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -18,7 +18,7 @@ could not confirm. Not yet reproduced here. The authors also train it for 200 ep
 
 import ml_collections
 
-from configs import common
+from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -12,12 +12,12 @@ Expected: more than 80 % top-1, as given in the paper for its best ParNet; quote
   python main.py --config configs/parnet_xl.py --workdir runs/parnet_xl
   python main.py --config configs/parnet_xl_320.py --workdir runs/parnet_xl_320 \
     --config.init_from=runs/parnet_xl
-  python scripts/evaluate.py --workdir runs/parnet_xl_320 --ten-crop
+  repjax evaluate --workdir runs/parnet_xl_320 --ten-crop
 """
 
 import ml_collections
 
-from configs import common
+from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

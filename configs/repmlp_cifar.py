@@ -8,7 +8,7 @@ Paper: Ding et al., RepMLP, 2021, section 4.1. https://arxiv.org/abs/2105.01883
 Expected: the paper's network has 91.11 % at 52.8 million multiply-accumulates; this one has 52.5
 million and was not trained here yet.
 
-  python scripts/prepare_dataset.py --tfds cifar10
+  repjax prepare-dataset --tfds cifar10
   python main.py --config configs/repmlp_cifar.py
 
 Its ablations, each with a --workdir of its own: --config.model_overrides.local_kernels='()'
@@ -18,7 +18,7 @@ Its ablations, each with a --workdir of its own: --config.model_overrides.local_
 
 import ml_collections
 
-from configs import common
+from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ million and was not trained here yet.
 
 import ml_collections
 
-from configs import repmlp_cifar
+from repjax.configs import repmlp_cifar
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ Expected: no number is quoted, as the paper's tables were not at hand; not train
 
 import ml_collections
 
-from configs import common
+from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ not yet reproduced here.
 
 import ml_collections
 
-from configs import common
+from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -15,7 +15,7 @@ On GPUs of little memory: --config.model_overrides.remat=True, --config.accumula
 
 import ml_collections
 
-from configs import common
+from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -12,7 +12,7 @@ not yet reproduced here.
 
 import ml_collections
 
-from configs import repvggplus_l2pse
+from repjax.configs import repvggplus_l2pse
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -17,7 +17,7 @@ __all__ = [
   "reparameterize",
 ]
 
-_ROOMS = ("analysis", "data", "deploy", "training", "weights")
+_ROOMS = ("analysis", "data", "deploy", "onnx", "quantization", "training", "weights")
 
 
 def __getattr__(name: str) -> ModuleType:

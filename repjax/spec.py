@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax import disk, store
+from repjax import disk, runs
 from repjax.errors import InputError, unknown
 from repjax.models import create_model, image_size_of
 from repjax.reparam import reparameterize
@@ -175,7 +175,7 @@ def load(
       f"{folder} holds a network as an ONNX file alone; its parameters in JAX are in the folder of "
       "the run or import that it was made of"
     )
-  variables = store.read_best(folder, spec.variable_shapes())[1]
+  variables = runs.read_best(folder, spec.variable_shapes())[1]
   if deploy:
     variables = {"params": jax.jit(reparameterize)(variables["params"], variables["batch_stats"])}
   return model, variables, spec

@@ -2,7 +2,7 @@
 
 python scripts/example_folder.py photographs --to pictures/photographs
 python scripts/example_folder.py digits --to pictures/digits --classes 0 1 2 3 4 --per-class 10
-python scripts/prepare_dataset.py --from-folder pictures/digits --name few_digits
+repjax prepare-dataset --from-folder pictures/digits --name few_digits
 
 Photographs: a class is one photograph, its images are crops of it, those for validation from a part
 that no training image shows. Digits: the validation images are the test images of the digits set.

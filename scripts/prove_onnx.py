@@ -24,11 +24,11 @@ from subjects import openvino_alone
 
 import repjax
 from repjax.deploy.function import inference
-from repjax.deploy.onnx import of_function
-from repjax.deploy.onnx.check import TOLERANCES, checked
-from repjax.deploy.onnx.proto import OPSET
 from repjax.errors import InputError, one_paragraph
 from repjax.models import image_size_of
+from repjax.onnx import of_function
+from repjax.onnx.check import TOLERANCES, checked
+from repjax.onnx.proto import OPSET
 
 SMALL = 64  # pixels, enough for a stride of 32
 

@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tqdm
 
-from repjax import store
+from repjax import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
@@ -214,7 +214,7 @@ def contents(workdir: Path) -> dict[str, bytes]:
   folders = [workdir / "deploy" / "params"]
   if (workdir / "recalibrated").exists():
     folders.append(workdir / "recalibrated" / "batch_stats")
-  for step in store.checkpoints(workdir):
+  for step in runs.checkpoints(workdir):
     folders += [workdir / "checkpoints" / str(step) / item for item in ("variables", "training")]
   for folder in folders:
     with ocp.StandardCheckpointer() as checkpointer:

@@ -9,10 +9,10 @@ from absl import flags
 from ml_collections import config_flags
 
 import repjax
-from configs import common
+from repjax.configs import common
 from repjax.data import open_source
 from repjax.errors import InputError
-from repjax.training import finetune, settings
+from repjax.training import finetune, planning
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -127,8 +127,8 @@ def test_a_config_names_a_model_and_values_that_can_be_used(name, finished, digi
   if name in IN_8_BITS:
     config.init_from = None  # of a run that is not there
   assert config.model in repjax.list_models()
-  settings.check(config)
-  assert settings.model_spec(config, ()).name == config.model
+  planning.check(config)
+  assert planning.model_spec(config, ()).name == config.model
   assert finetune.resolve(config).to_dict() == config.to_dict()
 
 
@@ -177,7 +177,7 @@ def changes(base, config):
 def test_a_model_of_two_sizes_is_evaluated_and_deployed_at_the_second(name):
   config, text = load(name)
   assert f"{AT_320[name]:.2f} % top-1 at 320 px (resize 320" in text
-  preprocessing = settings.preprocessing(config)
+  preprocessing = planning.preprocessing(config)
   assert (preprocessing.image_size, preprocessing.resize_size) == (320, 320)
   assert config.image_size == (224 if name == "repvgg_d2se" else 256)
 
@@ -315,7 +315,7 @@ def test_tiles_and_groups_are_numbers_or_tuples_on_the_command_line_too(monkeypa
   parsed = flags.FlagValues()
   config_flags.DEFINE_config_dict("config", config, flag_values=parsed)
   parsed(arguments)
-  spec = settings.model_spec(config, ())
+  spec = planning.model_spec(config, ())
   model, stages = spec.create_model(), spec.variable_shapes()["params"]
   assert (model.fc3_groups, model.tile, model.reduction) == ((8, 16), (10, 5), 2)
   blocks = (stages[name]["block1"]["btnk_repmlp"] for name in ("stage2", "stage3"))
@@ -324,10 +324,10 @@ def test_tiles_and_groups_are_numbers_or_tuples_on_the_command_line_too(monkeypa
     (16, 10, 5, 1, 10, 5, 1),
   ]
   config.model_overrides.update({"tile": 10, "fc3_groups": 8, "widths": (8, 64, 512, 8)})
-  assert settings.model_spec(config, ()).create_model().fc3_groups == 8
+  assert planning.model_spec(config, ()).create_model().fc3_groups == 8
   config.model_overrides.tile = "ten"
   with pytest.raises(InputError, match="tile takes a whole number above 0"):
-    settings.model_spec(config, ())
+    planning.model_spec(config, ())
 
 
 def test_the_recipe_of_repmlp_on_cifar_is_the_papers():
@@ -347,7 +347,7 @@ def test_the_recipe_of_repmlp_on_cifar_is_the_papers():
 def test_digits_with_another_network_are_the_digits_of_the_first_config(name):
   config = load(name)[0]
   assert changes(load("digits")[0], config).keys() == {"model", "model_overrides"}
-  model = settings.model_spec(config, ()).create_model()
+  model = planning.model_spec(config, ()).create_model()
   assert name != "digits_repmlp" or model.image_size == config.image_size
 
 
@@ -379,7 +379,7 @@ def test_the_shared_recipe_is_the_papers():
 def test_the_digits_config_runs_on_the_digits(digits_dir):
   config, _ = load("digits")
   config.data_dir = str(digits_dir)
-  plan = settings.make_plan(config)
+  plan = planning.make_plan(config)
   assert plan.spec.num_classes == len(plan.spec.class_names) == 10
   assert plan.total_steps == round(20 * 1437 / 64)
   assert 0 < plan.warmup_steps < plan.eval_every_steps == math.ceil(2 * 1437 / 64)

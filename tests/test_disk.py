@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repjax import disk, store
+from repjax import disk, runs
 from repjax.errors import InputError
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -178,11 +178,11 @@ def test_only_numbered_folders_are_checkpoints(tmp_path):
   for name in ("3", "20", "20.orbax-checkpoint-tmp-5", "notes"):
     (tmp_path / "checkpoints" / name / "metrics").mkdir(parents=True)
   (tmp_path / "checkpoints" / "3" / "metrics" / "metrics").write_text('{"accuracy": 0.5}')
-  assert store.checkpoints(tmp_path) == {3: 0.5, 20: -1.0}
+  assert runs.checkpoints(tmp_path) == {3: 0.5, 20: -1.0}
 
 
 def test_a_workdir_without_checkpoints_has_none(tmp_path):
-  assert store.checkpoints(tmp_path) == {}
+  assert runs.checkpoints(tmp_path) == {}
 
 
 def test_what_writers_that_were_killed_left_is_swept_and_nothing_else(tmp_path):
@@ -198,12 +198,12 @@ def test_what_writers_that_were_killed_left_is_swept_and_nothing_else(tmp_path):
   for name in (*kept, *left):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).touch()
-  store.sweep(tmp_path)
+  runs.sweep(tmp_path)
   files = [path for path in tmp_path.rglob("*") if path.is_file()]
   assert sorted(str(path.relative_to(tmp_path)) for path in files) == sorted(kept)
   folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
   assert folders == {"deploy", "recalibrated.old", "checkpoints", "damaged"}
-  store.sweep(tmp_path / "none")
+  runs.sweep(tmp_path / "none")
 
 
 def test_what_a_save_that_failed_still_writes_to_is_swept_when_it_has_ended(tmp_path, monkeypatch):
@@ -217,8 +217,8 @@ def test_what_a_save_that_failed_still_writes_to_is_swept_when_it_has_ended(tmp_
       return
     rmtree(path, **settings)
 
-  monkeypatch.setattr(store.shutil, "rmtree", beside_a_writer)
-  store.sweep(tmp_path)
+  monkeypatch.setattr(runs.shutil, "rmtree", beside_a_writer)
+  runs.sweep(tmp_path)
   assert list((tmp_path / "checkpoints").iterdir()) == []
 
 

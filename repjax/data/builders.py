@@ -12,7 +12,7 @@ from repjax.data import records
 from repjax.data.digits import Digits
 from repjax.errors import InputError, unknown
 
-PREPARE = "python scripts/prepare_dataset.py"
+PREPARE = "repjax prepare-dataset"
 
 
 def find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:

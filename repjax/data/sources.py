@@ -112,7 +112,7 @@ def open_source(
   """Opens one split of a data set for random access, without TensorFlow.
 
   Args:
-    name: a set made with scripts/prepare_dataset.py, a TFDS name ("imagenet2012", "cifar10",
+    name: a set made with repjax prepare-dataset, a TFDS name ("imagenet2012", "cifar10",
       "imagenette/320px", ...), "digits", which is prepared on first use, or "synthetic".
     split: "train", "validation", "test", or whatever the set has; "sample" of the synthetic set
       has 16 images.

@@ -4,37 +4,15 @@ from repjax.deploy.compile import CompiledModel, compile  # noqa: A004
 from repjax.deploy.critical_path import CriticalPath, critical_path
 from repjax.deploy.devices import Plan
 from repjax.deploy.export import export, load_exported
-from repjax.deploy.onnx import to_onnx
 from repjax.deploy.predictor import Predictor
-from repjax.deploy.quantization import (
-  Roundings,
-  Sensitivity,
-  quantize,
-  quantize_by,
-  quantize_weights,
-  round_weights,
-  roundings_of,
-  sensitivity,
-  simulated,
-)
 
 __all__ = [
   "CompiledModel",
   "CriticalPath",
   "Plan",
   "Predictor",
-  "Roundings",
-  "Sensitivity",
   "compile",
   "critical_path",
   "export",
   "load_exported",
-  "quantize",
-  "quantize_by",
-  "quantize_weights",
-  "round_weights",
-  "roundings_of",
-  "sensitivity",
-  "simulated",
-  "to_onnx",
 ]

@@ -9,7 +9,7 @@
 
 What was tried and is not here, since it was slower or no faster where it could be used: the stem's
 input as blocks of 2x2 pixels in the place of channels (space to depth), and a sum of nine matrix
-products. `scripts/benchmark_convolutions.py` times all of them.
+products. `benchmarks/convolutions.py` times all of them.
 """
 
 import math

@@ -23,10 +23,10 @@ from flax import linen as nn
 from repjax import disk
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
 from repjax.deploy.function import checked_dtype, inference
-from repjax.deploy.onnx import of_function, written_dtype
-from repjax.deploy.onnx.check import checked
-from repjax.deploy.onnx.proto import OPSET
 from repjax.errors import InputError, unknown
+from repjax.onnx import of_function, written_dtype
+from repjax.onnx.check import checked
+from repjax.onnx.proto import OPSET
 from repjax.spec import ModelSpec
 
 FORMATS = ("stablehlo", "onnx")
@@ -54,7 +54,7 @@ def export(
 
   StableHLO takes the tree {"params": ...} and images (N, S, S, 3) with any N, and returns float32
   (N, K). Any program that reads `jax.export`'s format can run it, without repjax and Flax.
-  ONNX is as `repjax.deploy.to_onnx` makes it, images (N, 3, S, S); the ONNX checker and, where it
+  ONNX is as `repjax.onnx.to_onnx` makes it, images (N, 3, S, S); the ONNX checker and, where it
   is installed, ONNX Runtime try it before it is written.
 
   Args:
@@ -63,7 +63,7 @@ def export(
     spec: of the model.
     folder: to be made.
     format: "stablehlo" or "onnx".
-    dtype: as in `repjax.deploy.compile`, or in `repjax.deploy.to_onnx`.
+    dtype: as in `repjax.deploy.compile`, or in `repjax.onnx.to_onnx`.
     platforms: that StableHLO is for, among PLATFORMS.
     normalize: take uint8 images and normalize them inside; otherwise they are normalized, float32,
       or for ONNX of `dtype`.
@@ -205,7 +205,7 @@ def _deserialized(path: Path) -> Any:
     first = str(error).partition("\n")[0][:300]
     raise InputError(
       f"{file} cannot be read by jax {jax.__version__}: {first}. It is damaged or has expired; "
-      f"write it again: python scripts/export.py --workdir {path} --to NEW_FOLDER"
+      f"write it again: repjax export --workdir {path} --to NEW_FOLDER"
     ) from error
 
 

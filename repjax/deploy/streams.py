@@ -30,7 +30,7 @@ from repjax.deploy.rewrite import Function
 from repjax.deploy.tuning import tuner
 from repjax.deploy.xla import compiled, planned_bytes
 from repjax.errors import InputError
-from repjax.models.common import Part
+from repjax.models.base import Part
 
 _AXIS = "batch"
 

@@ -107,7 +107,7 @@ def convolve(
 
   # Matrices of this size are applied fastest as a sum to rows and as a product to columns: XLA
   # makes one loop of the first, and calls its matrix product for the second. See
-  # scripts/benchmark_convolutions.py.
+  # benchmarks/convolutions.py.
   images = matrices(tile).images
   rows = _weighted_sums(
     images, [x[:, :, i : i + tile * (down - 1) + 1 : tile] for i in range(size)]

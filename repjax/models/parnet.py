@@ -37,8 +37,8 @@ from flax import linen as nn
 from repjax.errors import InputError, unknown
 from repjax.layers import GlobalGate, RepConv, RepNorm, SkipSqueezeExcite, activation, linear
 from repjax.layers.rep_norm import refuse_training
+from repjax.models.base import Part, Settings
 from repjax.models.checks import check_classifier, check_images, check_whole
-from repjax.models.common import Part, Settings
 
 GROUPS = 2  # of fusion, which reads two maps
 

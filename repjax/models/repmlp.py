@@ -22,6 +22,7 @@ from repjax.errors import InputError
 from repjax.layers import GlobalPerceptron, RepConv, RepDense, activation, linear
 from repjax.layers.rep_conv import pair
 from repjax.layers.rep_norm import refuse_training
+from repjax.models.base import Settings
 from repjax.models.checks import (
   check_classifier,
   check_kernels,
@@ -29,7 +30,6 @@ from repjax.models.checks import (
   check_stages,
   check_tile,
 )
-from repjax.models.common import Settings
 
 
 class RepMLP(nn.Module):

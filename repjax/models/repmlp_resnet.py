@@ -20,6 +20,7 @@ from flax.core import FrozenDict
 from repjax.errors import InputError, unknown
 from repjax.layers import activation
 from repjax.layers.rep_conv import pair
+from repjax.models.base import Settings
 from repjax.models.checks import (
   check_kernels,
   check_number,
@@ -28,7 +29,6 @@ from repjax.models.checks import (
   is_list,
   is_whole,
 )
-from repjax.models.common import Settings
 from repjax.models.repmlp import build_repmlp
 from repjax.models.resnet import Place, ResNet
 

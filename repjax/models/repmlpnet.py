@@ -31,6 +31,7 @@ from repjax.errors import InputError
 from repjax.layers import RepConv, RepDense, RepFFN, RepHead, RepNorm, SqueezeExcite
 from repjax.layers.rep_conv import pair
 from repjax.layers.rep_norm import refuse_training
+from repjax.models.base import Settings
 from repjax.models.checks import (
   check_classifier,
   check_kernels,
@@ -39,7 +40,6 @@ from repjax.models.checks import (
   check_tile,
   is_list,
 )
-from repjax.models.common import Settings
 
 GATE_REDUCTION = 4
 EXPANSION = 4  # of the FFNs

@@ -25,8 +25,8 @@ from flax import linen as nn
 from repjax.errors import InputError
 from repjax.layers import AuxHead, RepConv, SqueezeExcite, activation, linear
 from repjax.layers.rep_norm import refuse_training
+from repjax.models.base import Step, dilate
 from repjax.models.checks import check_classifier, is_whole
-from repjax.models.common import Step, dilate
 
 
 class RepVGGBlock(nn.Module):

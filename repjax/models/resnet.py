@@ -20,8 +20,8 @@ from flax import linen as nn
 from repjax.errors import InputError, unknown
 from repjax.layers import activation, linear
 from repjax.layers.rep_norm import refuse_training
+from repjax.models.base import Settings, dilate
 from repjax.models.checks import check_classifier, check_images, check_number, check_whole
-from repjax.models.common import Settings, dilate
 
 
 class Place(NamedTuple):

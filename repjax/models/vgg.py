@@ -19,8 +19,8 @@ from flax import linen as nn
 from repjax.layers import RepConv, activation, linear
 from repjax.layers.linear import bias_init, kernel_init
 from repjax.layers.rep_norm import refuse_training
+from repjax.models.base import Settings
 from repjax.models.checks import check_classifier, check_images, check_number, check_whole
-from repjax.models.common import Settings
 
 STAGE_SIZES = (2, 2, 3, 3, 3)
 POOLED = 7

@@ -2,8 +2,8 @@
 
 from repjax.training.conversion import convert
 from repjax.training.evaluation import evaluate
-from repjax.training.loop import train
+from repjax.training.planning import read_config
 from repjax.training.recalibration import recalibrate
-from repjax.training.settings import read_config
+from repjax.training.run import train
 
 __all__ = ["convert", "evaluate", "read_config", "recalibrate", "train"]

@@ -1,4 +1,4 @@
-"""Writing checkpoints: the newest and the best are kept. Reading is in `repjax.store`."""
+"""Writing checkpoints: the newest and the best are kept. Reading is in `repjax.runs`."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from repjax import disk, store
+from repjax import disk, runs
 from repjax.errors import InputError
 from repjax.training.step import TrainState
 
@@ -45,9 +45,9 @@ class CheckpointWriter:
     self._verbosity = logging.get_verbosity()
     if self._verbosity <= logging.WARNING:  # Orbax logs tracebacks of the errors that it raises
       logging.set_verbosity(logging.FATAL)
-    for step, value in store.checkpoints(workdir).items():
+    for step, value in runs.checkpoints(workdir).items():
       if value < 0:  # unreadable, which Orbax would stop at; the rest may be whole
-        disk.write_json(store.metrics_file(workdir, step), {"accuracy": value})
+        disk.write_json(runs.metrics_file(workdir, step), {"accuracy": value})
     # Orbax keeps all: `settle` removes them. Every process has a whole copy of the state, so that
     # one saves it and the others go on; were it all of them, each save would be a barrier.
     options = ocp.CheckpointManagerOptions(
@@ -100,7 +100,7 @@ class CheckpointWriter:
 
   def rate(self, step: int, accuracy: float) -> None:
     """Gives a checkpoint that was saved without one its accuracy."""
-    disk.write_json(store.metrics_file(self._workdir, step), {"accuracy": accuracy})
+    disk.write_json(runs.metrics_file(self._workdir, step), {"accuracy": accuracy})
     self._remove_superseded()
 
   def poll(self) -> None:
@@ -125,7 +125,7 @@ class CheckpointWriter:
 
   def _remove_superseded(self) -> None:
     """Removes all but the newest and the best."""
-    found = store.checkpoints(self._workdir)
+    found = runs.checkpoints(self._workdir)
     best = max(found, key=lambda step: (found[step], step))
     for step in found.keys() - {best, max(found)}:
       disk.remove_folder(self._folder / str(step))
@@ -179,10 +179,10 @@ def restore_newest(workdir: Path, like: TrainState) -> TrainState | None:
   Raises:
     InputError: there are checkpoints, and all are damaged.
   """
-  found = store.checkpoints(workdir)
+  found = runs.checkpoints(workdir)
   if not found:
     return None
-  step, items = store.read_checkpoint(workdir, to_items(like))
+  step, items = runs.read_checkpoint(workdir, to_items(like))
   for newer in (number for number in found if number > step):
     (workdir / "damaged").mkdir(exist_ok=True)
     target = Path(tempfile.mkdtemp(prefix=f"{newer}-", dir=workdir / "damaged"))
@@ -197,4 +197,4 @@ def read_bookmark(workdir: Path, step: int) -> Bookmark:
   try:
     return Bookmark(**disk.read_json(path))
   except (InputError, TypeError):
-    return Bookmark(None, [], store.checkpoints(workdir).get(step, _NOT_EVALUATED) >= 0)
+    return Bookmark(None, [], runs.checkpoints(workdir).get(step, _NOT_EVALUATED) >= 0)

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repjax import disk, store
+from repjax import disk, runs
 from repjax.cache import use_compilation_cache
 from repjax.errors import InputError
 from repjax.reparam import layer_name, reparameterize
 from repjax.spec import ModelSpec
-from repjax.training import evaluation, parallel, processes, settings
-from repjax.training.settings import Config
+from repjax.training import evaluation, parallel, planning, processes
+from repjax.training.planning import Config
 
 
 def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
@@ -40,12 +40,12 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
       whole checkpoint.
   """
   config = processes.first(lambda: config)
-  settings.check_evaluation(config)
+  planning.check_evaluation(config)
   use_compilation_cache()
   workdir = Path(workdir)
   spec = processes.first(ModelSpec.read, workdir)
-  source = processes.together(settings.open_split, config, config.eval_split, spec)
-  step, variables, recalibrated = processes.first(store.read_best, workdir, spec.variable_shapes())
+  source = processes.together(planning.open_split, config, config.eval_split, spec)
+  step, variables, recalibrated = processes.first(runs.read_best, workdir, spec.variable_shapes())
   with jax.default_matmul_precision("highest"):
     params = jax.jit(reparameterize)(variables["params"], variables["batch_stats"])
     compare = parallel.data_parallel(_make_compare_step(spec))

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import tqdm
 
-from repjax import store
+from repjax import runs
 from repjax.cache import use_compilation_cache
 from repjax.data import Source, eval_batches
 from repjax.spec import ModelSpec, Preprocessing, load
-from repjax.training import parallel, processes, settings
-from repjax.training.settings import Config
+from repjax.training import parallel, planning, processes
+from repjax.training.planning import Config
 from repjax.training.step import make_eval_step
 
 _WORTH_PROCESSES = 10_000  # images
@@ -112,7 +112,7 @@ def evaluate(
     InputError: the workdir does not hold that form, or the data set cannot be opened.
   """
   config = processes.first(lambda: config)
-  settings.check_evaluation(config)
+  planning.check_evaluation(config)
   use_compilation_cache()
   recalibrated = None
   if deploy:
@@ -121,9 +121,9 @@ def evaluate(
     spec = processes.first(ModelSpec.read, Path(workdir))
     model = spec.create_model()
     _, variables, recalibrated = processes.first(
-      store.read_best, Path(workdir), spec.variable_shapes()
+      runs.read_best, Path(workdir), spec.variable_shapes()
     )
-  source = processes.together(settings.open_split, config, config.eval_split, spec)
+  source = processes.together(planning.open_split, config, config.eval_split, spec)
   eval_step = parallel.data_parallel(
     make_eval_step(model.apply, spec.preprocessing, axis_name=parallel.AXIS)
   )

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from repjax import disk, store
+from repjax import disk, runs
 from repjax.data import open_source
 from repjax.errors import InputError
 from repjax.spec import ModelSpec
-from repjax.training import claims, optimizer, settings
-from repjax.training.settings import Config
+from repjax.training import continuing, optimizer, planning
+from repjax.training.planning import Config
 
 _PREPROCESSING = ("image_size", "resize_size", "interpolation", "mean", "std")
 _WEIGHTS = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
@@ -38,7 +38,7 @@ def resolve(config: Config, workdir: str | Path | None = None) -> Config:
   Raises:
     InputError: a field that nothing says, or a folder that cannot be started from.
   """
-  settings.check_fields(config)
+  planning.check_fields(config)
   full = ml_collections.ConfigDict(config.to_dict())
   if full.image_size is None and full.eval_image_size is not None:
     raise InputError(
@@ -76,7 +76,7 @@ def _held_spec(config: Config, workdir: str | Path | None) -> ModelSpec | None:
         f"config.init_from names the workdir itself, {own}; leave it out to continue that run, or "
         "give another --workdir for a new run that starts from it"
       )
-    if store.checkpoints(own) and (own / "model.json").exists():
+    if runs.checkpoints(own) and (own / "model.json").exists():
       return ModelSpec.read(own)
   return source_spec(config.init_from) if config.init_from else None
 
@@ -86,7 +86,7 @@ def _fill(full: Config, held: ModelSpec) -> None:
   if full.model is None:
     full.model = held.name
   given = full.model_overrides.to_dict() if full.model_overrides is not None else {}
-  overrides = {**given, **claims.plain(held.overrides)}
+  overrides = {**given, **continuing.plain(held.overrides)}
   overrides.update({name: value for name, value in given.items() if value is not None})
   full.model_overrides = ml_collections.ConfigDict(overrides)
   theirs = held.preprocessing
@@ -120,8 +120,8 @@ def source_spec(folder: str | Path) -> ModelSpec:
   if text.startswith("hf:") or path.is_file() or (not path.exists() and text.endswith(_WEIGHTS)):
     name = text.rpartition("/")[2].partition(".")[0] or "imported"
     raise InputError(
-      f"config.init_from takes a folder, {text} is a checkpoint to be imported first: python "
-      f"scripts/import_weights.py --from {text} --workdir runs/{name}, and then "
+      f"config.init_from takes a folder, {text} is a checkpoint to be imported first: "
+      f"repjax import --from {text} --workdir runs/{name}, and then "
       f"--config.init_from=runs/{name}"
     )
   if not path.exists():
@@ -131,7 +131,7 @@ def source_spec(folder: str | Path) -> ModelSpec:
       f"config.init_from: {path} is not the folder of a run or an import, it has no model.json; is "
       "it the right folder?"
     )
-  if not store.checkpoints(path):
+  if not runs.checkpoints(path):
     deploy = (path / "params").exists() or disk.current_folder(path / "deploy").exists()
     what = "has no checkpoint"
     if deploy:
@@ -165,7 +165,7 @@ def first_variables(
   """
   held = source_spec(folder)
   _check_fit(folder, held, spec)
-  step, variables, record = store.read_best(Path(folder), held.variable_shapes())
+  step, variables, record = runs.read_best(Path(folder), held.variable_shapes())
   renamed = bool(held.class_names and spec.class_names) and held.class_names != spec.class_names
   anew = held.num_classes != spec.num_classes or renamed
   params = jax.tree_util.tree_map_with_path(
@@ -187,10 +187,10 @@ def first_variables(
 def _check_fit(folder: str | Path, held: ModelSpec, spec: ModelSpec) -> None:
   """Raises InputError where two models differ in anything but the classes."""
   theirs, ours = ({"model": s.name, **_attributes(s)} for s in (held, spec))
-  differences = claims.difference(theirs, ours)
+  differences = continuing.difference(theirs, ours)
   if not differences:
     theirs, ours = (_body_shapes(s) for s in (held, spec))
-    differences = claims.difference(theirs, ours)
+    differences = continuing.difference(theirs, ours)
   if differences:
     raise InputError(
       f"the model in {folder} is not the config's: {differences}. Set these fields as they are "
@@ -201,7 +201,7 @@ def _check_fit(folder: str | Path, held: ModelSpec, spec: ModelSpec) -> None:
 def _attributes(spec: ModelSpec) -> dict[str, Any]:
   """What a model is built from, the variant's own values included."""
   model = spec.create_model()
-  return claims.plain(
+  return continuing.plain(
     {
       field.name: getattr(model, field.name)
       for field in dataclasses.fields(model)

@@ -1,174 +1,252 @@
-"""A run from its config to its deploy form."""
+"""The training loop: steps, records, evaluations, saves."""
 
 import contextlib
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from repjax import store
-from repjax.cache import use_compilation_cache
+from repjax.data import train_batches
 from repjax.errors import InputError
-from repjax.models import init
-from repjax.training import (
-  claims,
-  finetune,
-  fitting,
-  lock,
-  parallel,
-  processes,
-  quantization,
-  recipe,
-  schedules,
-  settings,
-)
-from repjax.training.checkpoint import Bookmark, read_bookmark, restore_newest
-from repjax.training.conversion import convert, format_report
+from repjax.training import evaluation, parallel, planning, processes
+from repjax.training.checkpoint import Bookmark
 from repjax.training.interruption import Interruption
-from repjax.training.recalibration import format_recalibration, recalibrate
-from repjax.training.report import draw_at_end
-from repjax.training.settings import Config
-from repjax.training.step import TrainState, create_state
+from repjax.training.journal import Journal
+from repjax.training.planning import Config, Plan
+from repjax.training.prefetch import ReadAhead
+from repjax.training.step import Network, TrainState, make_eval_step, make_train_step
+
+Results = Mapping[str, Mapping[str, float]]
+Evaluate = Callable[[TrainState, Interruption], Results]
 
 
-@processes.first_prints()
-def train(config: Config, workdir: str | Path, *, resume: str = "auto") -> dict[str, Any]:
-  """Trains a model from a config, or continues where the workdir's run stopped, and converts it.
+class AbandonedError(Exception):
+  """An evaluation is not worth finishing: the run is to stop."""
 
-  In the main thread, SIGTERM and Ctrl-C end a run behind the step in hand, which is saved. Where
-  `processes.initialize` has joined several processes, all call this with the same arguments: config
-  and workdir are those of the first, each reads the data set, and a signal to one of them ends all
-  at the next step that is logged.
+
+_ASK_EVERY = 8  # batches of an evaluation
+
+
+def fit(
+  config: Config,
+  plan: Plan,
+  schedule: Callable[[int], Any],
+  tx: Any,
+  state: TrainState,
+  workdir: Path,
+  bookmark: Bookmark,
+  interruption: Interruption,
+  network: Network | None = None,
+) -> None:
+  """Steps, logs, evaluates and saves until the last step, or until the run is to stop.
 
   Args:
-    config: with the fields of configs/common.py.
-    workdir: folder of the run, see `repjax.store`.
-    resume: "auto" continues what there is, "must" insists on it, "never" on a new run.
-
-  Returns:
-    The report of `convert`.
+    config: of the run.
+    plan: that follows from it.
+    schedule: step to learning rate.
+    tx: the optimizer.
+    state: placed on the devices; it is donated.
+    workdir: of the run.
+    bookmark: of the checkpoint from which it continues.
+    interruption: entered.
+    network: what learns and is evaluated instead of the model, see `make_train_step`.
 
   Raises:
-    InputError: a config that cannot be run, a workdir of another model, way to learn or other
-      images, or in use by another process, a folder that cannot be started from or is not what
-      `resume` says, a loss that is not finite or a file that cannot be written (checkpoints stay
-      intact), or forms that differ by more than the tolerance.
-    Preempted: SIGTERM came; the same call continues.
-    KeyboardInterrupt: Ctrl-C, likewise.
+    InputError: a loss is not finite, or a file cannot be read or written.
+    KeyboardInterrupt: the run was to stop; what was done is saved.
   """
-  workdir = Path(workdir)
-  print(f"workdir: {workdir}", flush=True)
-  with Interruption() as interruption, contextlib.ExitStack() as held:
-    processes.first(held.enter_context, lock.hold(workdir))
-    processes.first(claims.check_resume, workdir, resume)
-    processes.first(store.sweep, workdir)
-    return _run(config, workdir, interruption)
-
-
-def _run(config: Config, workdir: Path, interruption: Interruption) -> dict[str, Any]:
-  """Does the whole of a run, or what is left of it."""
-  use_compilation_cache()
-  config = processes.first(finetune.resolve, config, workdir)
-  plan = processes.together(settings.make_plan, config)
-  fingerprints = {"train": plan.train.fingerprint, "eval": plan.eval.fingerprint}
-  processes.check_equal("the data set", fingerprints)
-  processes.first(claims.check_data, workdir, fingerprints)
-  processes.first(claims.check_workdir, workdir, plan.spec)
-  processes.first(claims.check_continuing, workdir, config)
-  schedule = recipe.make_schedule(config, plan)
-  sgd = recipe.make_optimizer(config, schedule)
-  state, bookmark = processes.first(_first_state, config, plan, sgd, workdir)
-  rounding = None
-  if config.qat:
-    rounding = processes.first(quantization.begin, config, plan, state, workdir)
-  # Only now that a state that fits was read.
-  processes.first(claims.claim_workdir, workdir, config, plan.spec, fingerprints)
-  print(_headline(config, plan), flush=True)
-  if int(state.step) < plan.total_steps or not bookmark.evaluated:
-    start = parallel.place(state)
-    network = None
-    if rounding:
-      network = quantization.network(plan.spec, state.variables, rounding)
-    fitting.fit(config, plan, schedule, sgd, start, workdir, bookmark, interruption, network)
-  else:
-    print(f"all {plan.total_steps} steps were done already", flush=True)
-  if config.recalibrate_batches and (config.backbone_rate == 0 or config.qat):
-    kept = "the frozen backbone" if config.backbone_rate == 0 else "the network in 8 bits"
-    print(f"{kept} keeps its statistics; they are not re-estimated", flush=True)
-  elif config.recalibrate_batches:
-    print("re-estimating the batch norms of the best checkpoint", flush=True)
-    record = recalibrate(config, workdir, num_batches=config.recalibrate_batches)
-    print(format_recalibration(record), flush=True)
-  print("re-parameterizing the best checkpoint and comparing both forms", flush=True)
-  report = convert(config, workdir)
-  print(format_report(report) + f"\nsaved: {workdir / 'deploy'}", flush=True)
-  if rounding:
-    print("writing the network in 8 bits and running it in ONNX Runtime", flush=True)
-    facts = processes.first(quantization.write_int8, config, plan, rounding, workdir)
-    print(quantization.format_int8(facts) + f"\nsaved: {workdir / 'int8'}", flush=True)
-  processes.first(draw_at_end, workdir)
-  return report
-
-
-def _first_state(
-  config: Config, plan: settings.Plan, sgd: Any, workdir: Path
-) -> tuple[TrainState, Bookmark]:
-  """Of the newest checkpoint, else from `config.init_from`, else drawn; and where the loop was."""
-  variables = init(
-    plan.spec.create_model(), jax.random.key(config.seed), plan.spec.preprocessing.image_size
+  train_step, evaluate = (
+    _make_train_step(config, plan, tx, network),
+    _make_evaluate(config, plan, network),
   )
-  fresh = create_state(variables, sgd, ema=config.ema_decay > 0)
-  restored = restore_newest(workdir, fresh)
-  if restored is not None:
-    own = "; config.init_from is not read again" if config.init_from else ""
-    print(f"continuing from the checkpoint of step {int(restored.step)}{own}", flush=True)
-    bookmark = read_bookmark(workdir, int(restored.step))
-    if bookmark.devices not in (None, jax.device_count()):
-      print(
-        f"it was trained on {bookmark.devices} devices and goes on with {jax.device_count()}, so "
-        "it ends otherwise than it would there: batch norms see other parts of a batch",
-        flush=True,
-      )
-    return restored, bookmark
-  start = Bookmark(0, [], True)
-  if not config.init_from and config.backbone_rate == 0:
-    raise InputError(
-      "config.backbone_rate = 0 would freeze weights that nothing has trained; name a folder to "
-      "start from, --config.init_from=FOLDER, or set another rate"
-    )
-  if not config.init_from and config.qat:
-    raise InputError(
-      "config.qat fine-tunes a network that was trained in float; name its folder, "
-      "--config.init_from=FOLDER"
-    )
-  if not config.init_from:
-    return fresh, start
-  variables, text = finetune.first_variables(config.init_from, plan.spec, variables)
-  print(text, flush=True)
-  return create_state(variables, sgd, ema=config.ema_decay > 0), start
+  learning_rate = jax.jit(schedule)
+  first_step = int(state.step)
+  with (
+    interruption.deferred(),
+    contextlib.closing(_open_journal(config, plan, workdir, first_step, bookmark)) as journal,
+    contextlib.closing(_read_ahead(config, plan, first_step)) as batches,
+  ):
+    if plan.evaluates(first_step) and not bookmark.evaluated:
+      accuracy = _evaluate(evaluate, state, interruption, journal)
+      if accuracy is not None:
+        journal.rate(first_step, accuracy)
+    stops = is_to_stop(interruption)
+    last_step = first_step if stops else plan.total_steps
+    if first_step < last_step:
+      print("compiling the first step", flush=True)
+    pending = []  # metrics still on the devices, one entry a step
+    for step in range(first_step + 1, last_step + 1):
+      # At most two steps are under way, so that no batches pile up on the devices.
+      jax.block_until_ready(pending[-2:-1])
+      state, metrics = train_step(state, batches.take(running=pending[-1:]))
+      pending.append(metrics)
+      logs = plan.evaluates(step) or step % config.log_every_steps == 0
+      stops = is_to_stop(interruption, ask=logs)
+      saves = plan.evaluates(step) or stops or journal.is_overdue(config.save_every_minutes)
+      if saves or logs or step == first_step + 1:
+        rows, pending = _settle(pending, step), []
+        journal.steps(rows)
+        if step == first_step + 1:
+          # Shown alone: what is written may not depend on where a run began.
+          journal.show(step, rows[0], batches.waited)
+      if logs:
+        journal.log(step, float(learning_rate(step - 1)), batches.waited)
+      if saves:
+        accuracy = None
+        if plan.evaluates(step) and not stops:
+          accuracy = _evaluate(evaluate, state, interruption, journal)
+          stops = is_to_stop(interruption)
+        journal.save(state, accuracy)
+      if stops:
+        break
+    journal.finish()
 
 
-def _headline(config: Config, plan: settings.Plan) -> str:
-  """What is about to be trained, and at what rate."""
-  peak = config.learning_rate * config.batch_size / schedules.BASE_BATCH_SIZE
-  backbone = ""
-  if config.backbone_rate != 1:
-    backbone = f", {config.backbone_rate:g} times that for all but the classifier"
-  if config.backbone_rate == 0:
-    backbone = "; the classifier alone learns, all else is frozen and runs as in evaluation"
-  size, evaluated = f"{config.image_size} px", plan.spec.preprocessing.image_size
-  if evaluated != config.image_size:
-    size += f" ({evaluated} in evaluation)"
-  devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-  if jax.process_count() > 1:
-    devices += f" of {jax.process_count()} processes"
-  return (
-    f"{config.model} on {config.dataset}: {len(plan.train.examples):,} images, "
-    f"{config.num_classes} classes, {size}, on {devices}\n"
-    f"{plan.total_steps:,} steps of {config.batch_size} images; learning rate "
-    f"{config.learning_rate} x {config.batch_size}/{schedules.BASE_BATCH_SIZE} = {peak:g}{backbone}"
-    + f"; gradients of {config.accumulate_steps} parts of a batch are averaged"
-    * (config.accumulate_steps > 1)
-    + f"\nquantization-aware: weights of {config.qat_weight_bits} bits, activations in "
-    f"{config.qat_activations}; accuracies are those in 8 bits" * config.qat
+def is_to_stop(interruption: Interruption, *, ask: bool = True) -> bool:
+  """Whether a signal came: to any process, where all of them ask at once.
+
+  Args:
+    interruption: of this process.
+    ask: all processes ask now. They stop together or not at all, and to ask costs them time.
+  """
+  if jax.process_count() == 1:
+    return interruption.noted is not None
+  if ask and processes.anywhere(interruption.noted is not None):
+    interruption.agree()
+  return interruption.agreed
+
+
+def _evaluate(
+  evaluate: Evaluate, state: TrainState, interruption: Interruption, journal: Journal
+) -> float | None:
+  """Evaluates and records a state; the accuracy, None where the run is to stop."""
+  start, step = time.perf_counter(), int(state.step)
+  try:
+    results = evaluate(state, interruption)
+  except AbandonedError:
+    return None
+  journal.evaluated(step, results, time.perf_counter() - start)
+  # The average, where there is one, is what the checkpoint is for.
+  return results.get("eval_ema", results["eval"])["accuracy"]
+
+
+def _open_journal(
+  config: Config, plan: Plan, workdir: Path, first_step: int, bookmark: Bookmark
+) -> Journal:
+  """The journal of the first process; in the others something that takes its calls."""
+  return processes.writer(
+    Journal,
+    workdir,
+    first_step,
+    bookmark,
+    total_steps=plan.total_steps,
+    batch_size=config.batch_size,
+    tensorboard=config.tensorboard,
   )
+
+
+def _make_train_step(
+  config: Config, plan: Plan, tx: Any, network: Network | None
+) -> Callable[..., Any]:
+  """The step of a config, on all devices."""
+  model = plan.spec.create_model(
+    dtype=planning.DTYPES[config.dtype],
+    axis_name=parallel.AXIS if config.sync_batch_norm else None,
+  )
+  step = make_train_step(
+    model,
+    tx,
+    plan.spec.preprocessing,
+    label_smoothing=config.label_smoothing,
+    mixup=config.mixup,
+    cutmix=config.cutmix,
+    aux_weight=config.aux_weight,
+    custom_l2=config.custom_l2,
+    accumulate_steps=config.accumulate_steps,
+    ema_decay=config.ema_decay,
+    ema_start=plan.warmup_steps,
+    seed=config.seed,
+    axis_name=parallel.AXIS,
+    frozen=config.backbone_rate == 0,
+    network=network,
+  )
+  return parallel.data_parallel(step, donate=True)
+
+
+def _make_evaluate(config: Config, plan: Plan, network: Network | None) -> Evaluate:
+  """A function that evaluates what learns and, where there is one, its average."""
+  preprocessing = plan.spec.preprocessing
+  eval_step = parallel.data_parallel(
+    make_eval_step(
+      network or plan.spec.create_model().apply, preprocessing, axis_name=parallel.AXIS
+    )
+  )
+
+  def evaluate(state: TrainState, interruption: Interruption) -> Results:
+    trees = {"eval": state.variables} | ({} if state.ema is None else {"eval_ema": state.ema})
+    results = {}
+    for name, variables in trees.items():
+      split = _until_stopped(evaluation.batches(config, plan.eval, preprocessing), interruption)
+      results[name] = evaluation.run(eval_step, variables, split)
+      _check_finite("the evaluation's loss", results[name]["loss"], int(state.step))
+    return results
+
+  return evaluate
+
+
+def _until_stopped(
+  batches: Generator[Any, None, None], interruption: Interruption
+) -> Iterator[Any]:
+  """The batches of an evaluation, of which all processes have as many.
+
+  Raises:
+    AbandonedError: the run is to stop; what yields them is closed.
+  """
+  with contextlib.closing(batches):
+    for number, batch in enumerate(batches):
+      if is_to_stop(interruption, ask=number % _ASK_EVERY == 0):
+        raise AbandonedError
+      yield batch
+
+
+def _read_ahead(config: Config, plan: Plan, first_step: int) -> ReadAhead:
+  """The batches of the steps behind `first_step`, on the devices."""
+  return parallel.prefetch(
+    train_batches(
+      plan.train.examples,
+      batch_size=config.batch_size,
+      image_size=config.image_size,
+      augment=config.augment,
+      interpolation=plan.spec.preprocessing.interpolation,
+      seed=config.seed,
+      start_step=first_step,
+      shard=parallel.shard(),
+      num_workers=config.num_workers,
+    )
+  )
+
+
+def _settle(pending: list[dict[str, jax.Array]], step: int) -> list[dict[str, float]]:
+  """Loss and accuracy of each of the steps that end at `step`.
+
+  Raises:
+    InputError: one of the steps was not finite.
+  """
+  rows = jax.device_get(pending)
+  for number, row in enumerate(rows, start=step - len(rows) + 1):
+    for name in ("loss", "grad_norm"):
+      _check_finite(name, row[name], number)
+  return [{name: float(row[name]) for name in ("loss", "accuracy")} for row in rows]
+
+
+def _check_finite(name: str, value: float, step: int) -> None:
+  """Raises InputError where a value that must be finite is not."""
+  if not math.isfinite(value):
+    raise InputError(
+      f"{name} is {value} at step {step}; training stopped and saved nothing since the last "
+      "checkpoint, from which the same command continues. A lower --config.learning_rate or a "
+      "longer --config.warmup_epochs usually helps"
+    )

@@ -17,16 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repjax import deploy, disk, store
+from repjax import disk, runs
 from repjax.deploy.export import onnx_facts, write_folder
-from repjax.deploy.quantization import processor, runtime
-from repjax.deploy.quantization.roundings import Roundings
 from repjax.errors import InputError
+from repjax.onnx import to_onnx
+from repjax.quantization import processor, quantize_by, roundings_of, runtime, simulated
+from repjax.quantization.roundings import Roundings
 from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec, load
 from repjax.training import evaluation
 from repjax.training.calibration import calibration_images
-from repjax.training.settings import Config, Plan
+from repjax.training.planning import Config, Plan
 from repjax.training.step import Network, TrainState
 
 
@@ -44,15 +45,15 @@ def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Round
   """
   runtime.need_runtime()
   path = workdir / "rounding.json"
-  if store.checkpoints(workdir):
+  if runs.checkpoints(workdir):
     return _read(path)
   if processor.saturates() and (config.qat_activations, config.qat_weight_bits) == ("uint8", 8):
     print(processor.SATURATES, "--config.qat_weight_bits=7", flush=True)
   images = calibration_images(plan.train, config.qat_images, plan.spec.preprocessing)
   print(f"calibrating the ranges of 8 bits on {len(images)} training images", flush=True)
   size = plan.spec.preprocessing.image_size
-  roundings = deploy.roundings_of(
-    deploy.to_onnx(plan.spec.create_model(), state.variables, image_size=size),
+  roundings = roundings_of(
+    to_onnx(plan.spec.create_model(), state.variables, image_size=size),
     np.asarray(plan.spec.preprocessing.normalize(jnp.asarray(images))),
     activations=config.qat_activations,
     weight_bits=config.qat_weight_bits,
@@ -75,7 +76,7 @@ def network(spec: ModelSpec, variables: Any, roundings: Roundings) -> Network:
     (N, K). Gradients go through rounding and fold to the branches.
   """
   size = spec.preprocessing.image_size
-  rounded = deploy.simulated(spec.create_model(), variables, roundings, image_size=size)
+  rounded = simulated(spec.create_model(), variables, roundings, image_size=size)
 
   def apply(variables: Any, images: jax.Array) -> jax.Array:
     params = reparameterize(variables["params"], variables["batch_stats"])
@@ -100,9 +101,9 @@ def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) 
   model, variables, spec = load(workdir)
   preprocessing = spec.preprocessing
   size = preprocessing.image_size
-  proto = deploy.to_onnx(model, variables, image_size=size, preprocessing=preprocessing)
-  made = deploy.quantize_by(proto, roundings)
-  rounded = deploy.simulated(model, variables, roundings, image_size=size)
+  proto = to_onnx(model, variables, image_size=size, preprocessing=preprocessing)
+  made = quantize_by(proto, roundings)
+  rounded = simulated(model, variables, roundings, image_size=size)
   simulation = jax.jit(lambda images: rounded(variables, preprocessing.normalize(images)))
   ready = runtime.session(made)
   split = evaluation.host_batches(

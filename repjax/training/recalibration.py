@@ -21,16 +21,16 @@ import numpy as np
 import tqdm
 from flax import linen as nn
 
-from repjax import store
+from repjax import runs
 from repjax.cache import use_compilation_cache
 from repjax.data import Source, train_batches
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.training import evaluation, parallel, processes, settings
-from repjax.training.settings import Config
+from repjax.training import evaluation, parallel, planning, processes
+from repjax.training.planning import Config
 from repjax.training.step import make_eval_step
 
-_FIELDS = (*settings.EVALUATION_FIELDS, "train_split", "augment", "seed", "sync_batch_norm")
+_FIELDS = (*planning.EVALUATION_FIELDS, "train_split", "augment", "seed", "sync_batch_norm")
 # What the config of an import does not say: ImageNet's training pipeline, as in the papers.
 _IMPORTED = {
   "train_split": "train",
@@ -72,7 +72,7 @@ def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dic
   use_compilation_cache()
   spec = processes.first(ModelSpec.read, workdir)
   step, items = processes.first(
-    store.read_checkpoint, workdir, {"variables": spec.variable_shapes()}, best=True
+    runs.read_checkpoint, workdir, {"variables": spec.variable_shapes()}, best=True
   )
   variables = items["variables"]
   train, held_out = processes.together(_open_splits, config, workdir, spec)
@@ -100,7 +100,7 @@ def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dic
     },
   }
   return processes.first(
-    store.write_recalibrated, workdir, step, variables["batch_stats"], batch_stats, facts
+    runs.write_recalibrated, workdir, step, variables["batch_stats"], batch_stats, facts
   )
 
 
@@ -155,8 +155,8 @@ def _with_defaults(config: Config, workdir: Path) -> Config:
     )
   if (workdir / "import.json").exists():
     config = type(config)({**_IMPORTED, **config.to_dict()})
-  settings.check_fields(config, _FIELDS)
-  settings.check_evaluation(config)
+  planning.check_fields(config, _FIELDS)
+  planning.check_evaluation(config)
   parallel.check_batch_size(config.batch_size)
   return config
 
@@ -168,7 +168,7 @@ def _open_splits(config: Config, workdir: Path, spec: ModelSpec) -> tuple[Source
     InputError: they have other classes than the model, or less than a batch to train on.
   """
   train, held_out = (
-    settings.open_split(config, split, spec) for split in (config.train_split, config.eval_split)
+    planning.open_split(config, split, spec) for split in (config.train_split, config.eval_split)
   )
   # Imports name their classes in other ways than data sets do.
   ours = not (workdir / "import.json").exists() and config.dataset != "synthetic"
@@ -177,7 +177,7 @@ def _open_splits(config: Config, workdir: Path, spec: ModelSpec) -> tuple[Source
       f"{config.dataset} has other classes than the model: {', '.join(train.class_names[:3])}, ... "
       f"where it knows {', '.join(spec.class_names[:3])}, ...; name the set that it was trained on"
     )
-  settings.check_batch_fits(config, train)
+  planning.check_batch_fits(config, train)
   return train, held_out
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import optax
 
-from repjax.deploy.quantization.runtime import ACTIVATIONS
 from repjax.errors import InputError, unknown
+from repjax.quantization.runtime import ACTIVATIONS
 from repjax.training import optimizer, schedules
 from repjax.training.decay import DECAY_RULES
 

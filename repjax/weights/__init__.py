@@ -1,8 +1,8 @@
 """Other people's checkpoints: read, converted to our trees, and written in their names."""
 
-from repjax.weights.convert import from_torch, to_torch
 from repjax.weights.files import read
 from repjax.weights.recognition import Recognition, recognize
+from repjax.weights.translation import from_torch, to_torch
 from repjax.weights.workdirs import export_weights, import_weights
 
 __all__ = [

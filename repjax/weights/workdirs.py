@@ -13,16 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax import disk, store
+from repjax import disk, runs
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub, repmlpnet
-from repjax.weights.convert import from_torch, to_torch
 from repjax.weights.files import read_entry
 from repjax.weights.misfits import is_half
 from repjax.weights.recognition import Recognition, recognize
 from repjax.weights.repvgg import PREPROCESSING
 from repjax.weights.sources import KINDS, RELEASED_WITH
+from repjax.weights.translation import from_torch, to_torch
 
 
 def import_weights(
@@ -136,7 +136,7 @@ def export_weights(
     raise InputError(f"{target} is written as .safetensors; call it {target.stem}.safetensors")
   check_new(target)
   if form is None:
-    form = "train" if store.checkpoints(workdir) else "deploy"
+    form = "train" if runs.checkpoints(workdir) else "deploy"
   _, variables, spec = load(workdir, deploy=form == "deploy")
   state = to_torch(spec.name, variables, naming)
   for name in list(state):

@@ -136,7 +136,7 @@ def test_a_set_that_is_not_on_disk_says_how_to_prepare_it(tmp_path):
     open_source("mnist", "train", data_dir=str(tmp_path))
   assert str(caught.value) == (
     f"mnist is not in {tmp_path}/mnist/3.0.1; prepare it once with: "
-    f"python scripts/prepare_dataset.py --tfds mnist --data-dir {tmp_path}"
+    f"repjax prepare-dataset --tfds mnist --data-dir {tmp_path}"
   )
 
 
@@ -152,7 +152,7 @@ def test_a_set_in_another_format_is_refused_with_the_way_out(stored_as):
   with pytest.raises(InputError, match="is stored as tfrecord") as caught:
     open_source("mnist", "test", data_dir=folder)
   assert str(caught.value).endswith(
-    f"python scripts/prepare_dataset.py --from-tfrecord mnist --data-dir {folder}"
+    f"repjax prepare-dataset --from-tfrecord mnist --data-dir {folder}"
   )
 
 

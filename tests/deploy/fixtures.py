@@ -10,11 +10,11 @@ import pytest
 import repjax
 from repjax import disk
 from repjax.algebra import rescale_between
-from repjax.deploy.quantization import equalization, runtime
-from repjax.deploy.quantization.graph import constants, layers_of, with_constants
-from tests.deploy import int8
+from repjax.quantization import equalization, runtime
+from repjax.quantization.graph import constants, layers_of, with_constants
 from tests.deploy.tiny import SPEC
 from tests.helpers import halves, random_input, random_variables
+from tests.quantization import int8
 from tests.training import tiny
 
 

@@ -134,10 +134,10 @@ def test_normalized_input_half_precision_and_probabilities(small, tmp_path):
 
 @needs_flatbuffers
 def test_the_script_exports_a_folder_and_says_for_how_long(
-  run_script, small_folder, small, tmp_path
+  run_command, small_folder, small, tmp_path
 ):
   target = tmp_path / "below" / "exported"
-  printed = run_script("export", "--workdir", small_folder, "--to", target)
+  printed = run_command("export", "--workdir", small_folder, "--to", target)
   first, promise, last = printed.splitlines()
   assert first == (
     "repvgg_a0, float32, for cpu and cuda: uint8 (N, 16, 16, 3) -> logits float32 (N, 10)"
@@ -147,7 +147,7 @@ def test_the_script_exports_a_folder_and_says_for_how_long(
   program = repjax.deploy.load_exported(target, batch_sizes=(5,), devices=jax.devices()[:1])
   assert_close(program(PIXELS), logits_of(small, PIXELS), 1e-5)
   with pytest.raises(SystemExit, match=r"^error: .*exists already; give another path"):
-    run_script("export", "--workdir", small_folder, "--to", target)
+    run_command("export", "--workdir", small_folder, "--to", target)
   assert {path.name for path in target.parent.iterdir()} == {"exported"}
 
 
@@ -188,7 +188,7 @@ def test_platforms_and_folders_are_checked_first(small, tmp_path):
 
 
 def test_without_flatbuffers_the_way_out_is_said(
-  small, run_script, small_folder, tmp_path, monkeypatch
+  small, run_command, small_folder, tmp_path, monkeypatch
 ):
   find_spec = importlib.util.find_spec
   monkeypatch.setattr(
@@ -198,7 +198,7 @@ def test_without_flatbuffers_the_way_out_is_said(
   with pytest.raises(InputError, match=r"pip install 'repjax\[export\]'"):
     repjax.deploy.export(*small, SPEC, tmp_path / "out")
   with pytest.raises(SystemExit, match=r"^error: StableHLO files need the package flatbuffers"):
-    run_script("export", "--workdir", small_folder, "--to", tmp_path / "out")
+    run_command("export", "--workdir", small_folder, "--to", tmp_path / "out")
   assert list(tmp_path.iterdir()) == []
   (tmp_path / "export.json").write_text("{}")
   with pytest.raises(InputError, match=r"pip install 'repjax\[export\]'"):

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import repjax
 from repjax import analysis
-from repjax.models.common import Settings
+from repjax.models.base import Settings
 from repjax.models.parnet import (
   Downsample,
   Fusion,

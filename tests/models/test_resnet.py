@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import repjax
 from repjax import weights
-from repjax.models.common import Settings
+from repjax.models.base import Settings
 from repjax.models.resnet import Bottleneck, Place, ResNet
 from repjax.weights.naming import entries
 from repjax.weights.resnet import NAMINGS

@@ -6,4 +6,4 @@ import pytest
 @pytest.fixture(autouse=True)
 def _quickly(quick_programs, monkeypatch):
   """Switches `quick_programs` on, and the picture at the end of each run off."""
-  monkeypatch.setattr("repjax.training.loop.draw_at_end", lambda workdir: None)
+  monkeypatch.setattr("repjax.training.run.draw_at_end", lambda workdir: None)

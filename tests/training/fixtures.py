@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import repjax
-from repjax import training
+from repjax import cli, training
 from repjax.data import open_source
 from repjax.training import optimizer
 from repjax.training.checkpoint import CheckpointWriter
@@ -118,14 +118,28 @@ def overtrained(finished, tmp_path):
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-  """Runs a script in this process; what it printed, or the text it ended with."""
+  """Runs a benchmark or a script in this process; what it printed."""
 
-  def run(name, *arguments):
-    path = str(tiny.ROOT / "scripts" / f"{name}.py")
-    monkeypatch.setattr("sys.argv", [path, *map(str, arguments)])
-    monkeypatch.syspath_prepend(tiny.ROOT / "scripts")  # where Python looks when it runs one
+  def run(path, *arguments):
+    path = tiny.ROOT / path
+    monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments)])
+    monkeypatch.syspath_prepend(path.parent)  # where Python looks when it runs one
     capsys.readouterr()
-    runpy.run_path(path, run_name="__main__")
+    runpy.run_path(str(path), run_name="__main__")
+    return capsys.readouterr().out
+
+  return run
+
+
+@pytest.fixture
+def run_command(monkeypatch, capsys):
+  """Runs `repjax COMMAND` in this process; what it printed."""
+
+  def run(*arguments):
+    argv = [str(argument) for argument in arguments]
+    monkeypatch.setattr("sys.argv", ["repjax", *argv])
+    capsys.readouterr()
+    cli.main(argv)
     return capsys.readouterr().out
 
   return run

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from repjax import training
-from repjax.training import fitting, optimizer, parallel
+from repjax.training import loop, optimizer, parallel
 from repjax.training.accumulation import accumulate
 from repjax.training.step import create_state, make_train_step
 from tests.helpers import leaves, relative_error
@@ -156,7 +156,7 @@ def test_every_field_of_a_recipe_reaches_the_step(digits_dir, tmp_path, monkeypa
   def built(model, optimizer, preprocessing, **options):
     raise BuiltError(model.axis_name, model.dtype, options)
 
-  monkeypatch.setattr(fitting, "make_train_step", built)
+  monkeypatch.setattr(loop, "make_train_step", built)
   config = tiny.config(
     digits_dir,
     **changes,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repjax import disk, store
+from repjax import disk, runs
 from repjax.errors import InputError
 from repjax.training import optimizer, parallel
 from repjax.training.checkpoint import CheckpointWriter, read_bookmark, restore_newest, to_items
@@ -82,20 +82,20 @@ def workdir(saved, tmp_path):
 
 
 def test_the_newest_and_the_best_are_kept_and_no_others(workdir):
-  assert store.checkpoints(workdir) == {4: 0.9, 8: 0.3}
+  assert runs.checkpoints(workdir) == {4: 0.9, 8: 0.3}
   assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "8"}
 
 
 def test_one_checkpoint_can_be_both(tmp_path):
   save(tmp_path, {2: 0.5, 4: 0.6, 6: 0.7})
-  assert store.checkpoints(tmp_path) == {6: 0.7}
+  assert runs.checkpoints(tmp_path) == {6: 0.7}
 
 
 def test_keeping_goes_on_when_a_run_continues(workdir):
   save(workdir, {10: 0.8, 12: 0.2})
-  assert store.checkpoints(workdir) == {4: 0.9, 12: 0.2}
+  assert runs.checkpoints(workdir) == {4: 0.9, 12: 0.2}
   save(workdir, {14: 0.95})
-  assert store.checkpoints(workdir) == {14: 0.95}
+  assert runs.checkpoints(workdir) == {14: 0.95}
 
 
 def test_the_newest_comes_back_exactly(workdir):
@@ -103,19 +103,19 @@ def test_the_newest_comes_back_exactly(workdir):
 
 
 def test_the_best_comes_back_exactly(workdir):
-  step, items = store.read_checkpoint(workdir, to_items(make_state(0)), best=True)
+  step, items = runs.read_checkpoint(workdir, to_items(make_state(0)), best=True)
   assert step == 4
   assert_same(items, to_items(make_state(4)))
 
 
 def test_of_equally_good_ones_the_newest_is_the_best(tmp_path):
   save(tmp_path, {2: 0.5, 4: 0.5})
-  assert store.read_checkpoint(tmp_path, to_items(make_state(0)), best=True)[0] == 4
+  assert runs.read_checkpoint(tmp_path, to_items(make_state(0)), best=True)[0] == 4
 
 
 def test_variables_can_be_read_alone(workdir):
   like = {"variables": to_items(make_state(0))["variables"]}
-  _, items = store.read_checkpoint(workdir, like, best=True)
+  _, items = runs.read_checkpoint(workdir, like, best=True)
   assert_same(items, {"variables": to_items(make_state(4))["variables"]})
 
 
@@ -131,7 +131,7 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
 def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
   assert restore_newest(tmp_path, make_state(0)) is None
   with pytest.raises(InputError, match="holds no whole checkpoint; has this run saved one yet"):
-    store.read_checkpoint(tmp_path, to_items(make_state(0)))
+    runs.read_checkpoint(tmp_path, to_items(make_state(0)))
 
 
 @pytest.mark.usefixtures("no_leftovers")
@@ -144,7 +144,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before(workdir, capsys, item, dam
   assert_same(restore_newest(workdir, make_state(0)), make_state(4))
   (moved,) = (workdir / "damaged").iterdir()
   assert tiny.contents(moved) == held
-  assert store.checkpoints(workdir) == {4: 0.9}
+  assert runs.checkpoints(workdir) == {4: 0.9}
   printed = capsys.readouterr().out
   assert f"checkpoint of step 8 is damaged, trying another: {newest / item} cannot be" in printed
   assert f"the damaged checkpoint of step 8 is now in {moved}\n" in printed
@@ -154,7 +154,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before(workdir, capsys, item, dam
 def test_a_damaged_best_gives_way_to_the_newest_and_stays_where_it_is(workdir, capsys):
   delete(largest_file(workdir / "checkpoints" / "4" / "variables"))
   before = tiny.contents(workdir)
-  step, items = store.read_checkpoint(workdir, to_items(make_state(0)), best=True)
+  step, items = runs.read_checkpoint(workdir, to_items(make_state(0)), best=True)
   assert step == 8
   assert_same(items, to_items(make_state(8)))
   assert "checkpoint of step 4 is damaged, trying another" in capsys.readouterr().out
@@ -185,19 +185,19 @@ def test_where_all_are_damaged_nothing_is_moved_and_all_are_named(workdir):
 @pytest.mark.parametrize("damage", [delete, truncate, garble])
 def test_a_damaged_accuracy_neither_stops_a_run_nor_costs_its_checkpoint(workdir, damage):
   damage(workdir / "checkpoints" / "8" / "metrics" / "metrics")
-  assert store.checkpoints(workdir) == {4: 0.9, 8: -1.0}
+  assert runs.checkpoints(workdir) == {4: 0.9, 8: -1.0}
   assert_same(restore_newest(workdir, make_state(0)), make_state(8))
   save(workdir, {10: 0.1})
-  assert {4, 10} <= store.checkpoints(workdir).keys()
+  assert {4, 10} <= runs.checkpoints(workdir).keys()
 
 
 def test_a_folder_that_was_never_finished_is_not_a_checkpoint(workdir):
   finished = workdir / "checkpoints" / "8"
   finished.rename(workdir / "checkpoints" / "8.orbax-checkpoint-tmp-1")
-  assert store.checkpoints(workdir) == {4: 0.9}
+  assert runs.checkpoints(workdir) == {4: 0.9}
   assert_same(restore_newest(workdir, make_state(0)), make_state(4))
   save(workdir, {8: 0.3})
-  assert store.checkpoints(workdir) == {4: 0.9, 8: 0.3}
+  assert runs.checkpoints(workdir) == {4: 0.9, 8: 0.3}
 
 
 @pytest.mark.parametrize("step", [1, 10])
@@ -205,7 +205,7 @@ def test_a_numbered_folder_that_lacks_files_does_not_stop_a_run(workdir, step):
   (workdir / "checkpoints" / str(step) / "variables").mkdir(parents=True)
   assert_same(restore_newest(workdir, make_state(0)), make_state(8))
   save(workdir, {10: 0.4})
-  assert {4, 10} <= store.checkpoints(workdir).keys()
+  assert {4, 10} <= runs.checkpoints(workdir).keys()
 
 
 @pytest.mark.usefixtures("no_leftovers")
@@ -223,17 +223,17 @@ def test_a_state_that_is_not_finite_is_not_saved_without_an_evaluation(tmp_path)
   with pytest.raises(InputError, match="not finite behind step 3, which was therefore not saved"):
     writer.save(spoiled, None)
   writer.close()
-  assert store.checkpoints(tmp_path) == {}
+  assert runs.checkpoints(tmp_path) == {}
 
 
 def test_one_without_an_evaluation_is_never_the_best_beside_one_with(tmp_path):
   save(tmp_path, {2: None, 4: 0.0, 6: None, 8: None})
-  assert store.checkpoints(tmp_path) == {4: 0.0, 8: -1.0}
-  assert store.read_checkpoint(tmp_path, to_items(make_state(0)), best=True)[0] == 4
+  assert runs.checkpoints(tmp_path) == {4: 0.0, 8: -1.0}
+  assert runs.read_checkpoint(tmp_path, to_items(make_state(0)), best=True)[0] == 4
   CheckpointWriter(tmp_path).rate(8, 0.5)
-  assert store.checkpoints(tmp_path) == {8: 0.5}
+  assert runs.checkpoints(tmp_path) == {8: 0.5}
   save(tmp_path, {10: None})
-  assert store.checkpoints(tmp_path) == {8: 0.5, 10: -1.0}
+  assert runs.checkpoints(tmp_path) == {8: 0.5, 10: -1.0}
 
 
 def test_a_bookmark_comes_back_exactly(tmp_path):

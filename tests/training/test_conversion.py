@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax import disk, store, training
+from repjax import disk, runs, training
 from repjax.errors import InputError
 from repjax.training import conversion
 from tests.helpers import leaves
@@ -46,7 +46,7 @@ def spoiled(kernel_of, by):
 
 def test_the_report_says_what_was_compared(finished):
   workdir, report, _ = finished
-  best = store.read_checkpoint(
+  best = runs.read_checkpoint(
     workdir, {"variables": repjax.ModelSpec.read(workdir).variable_shapes()}, best=True
   )
   assert report.keys() == {

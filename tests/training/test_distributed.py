@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from repjax import disk, store
+from repjax import disk, runs
 from repjax.spec import ModelSpec
 from repjax.training import optimizer
 from repjax.training.checkpoint import restore_newest
@@ -37,7 +37,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.fixture(scope="module")
-def runs(digits_dir, cache_home, tmp_path_factory):
+def starts_of(digits_dir, cache_home, tmp_path_factory):
   """The tiny run on two processes, which is stopped and continued.
 
   Their folders, and for both starts how they ended and which checkpoints there were.
@@ -56,12 +56,12 @@ def runs(digits_dir, cache_home, tmp_path_factory):
   starts = []
   for program in ([home / "stopped.py"], []):
     ended = cluster.run(*program, *main, folders=folders, cache=cache_home)
-    starts.append((ended, sorted(store.checkpoints(folders[0] / "runs" / "small"))))
+    starts.append((ended, sorted(runs.checkpoints(folders[0] / "runs" / "small"))))
   return folders, *starts
 
 
-def test_a_signal_to_one_process_saves_and_ends_all(runs):
-  (first, second), held = runs[1]
+def test_a_signal_to_one_process_saves_and_ends_all(starts_of):
+  (first, second), held = starts_of[1]
   assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
   assert "on 4 x cpu of 2 processes\n" in first.stdout
   assert "stopping: the step in hand" in second.stderr
@@ -71,15 +71,15 @@ def test_a_signal_to_one_process_saves_and_ends_all(runs):
   assert held[-1] in (3, 4, 6)  # where they ask one another
 
 
-def test_the_run_continues_from_where_the_first_process_was(runs):
-  (first, second), held = runs[2]
+def test_the_run_continues_from_where_the_first_process_was(starts_of):
+  (first, second), held = starts_of[2]
   assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-  assert f"continuing from the checkpoint of step {runs[1][1][-1]}\n" in first.stdout
+  assert f"continuing from the checkpoint of step {starts_of[1][1][-1]}\n" in first.stdout
   assert held[-1] == tiny.STEPS
 
 
-def test_the_first_process_alone_prints_and_writes(runs):
-  (ours, theirs), ((first, second), _) = runs[0], runs[2]
+def test_the_first_process_alone_prints_and_writes(starts_of):
+  (ours, theirs), ((first, second), _) = starts_of[0], starts_of[2]
   assert first.stdout.endswith("saved: runs/small/deploy\npicture: runs/small/report.png\n")
   assert "step 12/12" in first.stdout
   lines = [line for line in second.stdout.splitlines() if not line.startswith("[Gloo]")]
@@ -98,8 +98,8 @@ def state_of(workdir):
   return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
 
 
-def test_two_processes_with_two_devices_are_one_with_four(runs, finished):
-  ours, theirs = state_of(runs[0][0] / "runs" / "small"), state_of(finished[0])
+def test_two_processes_with_two_devices_are_one_with_four(starts_of, finished):
+  ours, theirs = state_of(starts_of[0][0] / "runs" / "small"), state_of(finished[0])
   assert ours.keys() == theirs.keys()
   for path, value in ours.items():
     # The momentum of the stem's 1x1 is all but zero, so that rounding shows in it.
@@ -111,8 +111,8 @@ def records(workdir):
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_metrics_and_evaluation_are_those_of_one_process(runs, finished):
-  ours, theirs = records(runs[0][0] / "runs" / "small"), records(finished[0])
+def test_metrics_and_evaluation_are_those_of_one_process(starts_of, finished):
+  ours, theirs = records(starts_of[0][0] / "runs" / "small"), records(finished[0])
   assert [record["step"] for record in ours] == [record["step"] for record in theirs]
   for record, expected in zip(ours, theirs, strict=True):
     assert record.keys() == expected.keys()
@@ -122,8 +122,8 @@ def test_metrics_and_evaluation_are_those_of_one_process(runs, finished):
       assert record[name] == pytest.approx(expected[name], rel=1e-5), (record["step"], name)
 
 
-def test_the_deploy_form_is_that_of_one_process(runs, finished):
-  ours = disk.read_json(runs[0][0] / "runs" / "small" / "deploy" / "report.json")
+def test_the_deploy_form_is_that_of_one_process(starts_of, finished):
+  ours = disk.read_json(starts_of[0][0] / "runs" / "small" / "deploy" / "report.json")
   assert ours["images"] == finished[1]["images"] == 360
   for name in ("step", "accuracy", "agreement", "parameters"):
     assert ours[name] == finished[1][name]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax import store, training
+from repjax import runs, training
 from repjax.errors import InputError
 from repjax.training import evaluation, parallel
 from repjax.training.checkpoint import from_items, restore_newest, to_items
@@ -117,7 +117,7 @@ def test_the_averages_accuracy_decides_which_checkpoint_is_the_best(averaged):
   accuracies = {
     row["step"]: row["eval_ema_accuracy"] for row in records(averaged[0]) if "eval_ema_loss" in row
   }
-  kept = store.checkpoints(averaged[0])
+  kept = runs.checkpoints(averaged[0])
   assert kept.items() <= accuracies.items()
   best = max(accuracies, key=lambda step: (accuracies[step], step))
   assert kept.keys() == {12, best}
@@ -147,7 +147,7 @@ def test_what_learns_is_what_it_is_without_an_average(averaged, finished, digits
   )
   assert beside == plain
   learning = newest(averaged[0], tiny.averaging(digits_dir)).variables
-  step, items = store.read_checkpoint(finished[0], {"variables": learning})
+  step, items = runs.read_checkpoint(finished[0], {"variables": learning})
   assert step == 12
   jax.tree.map(np.testing.assert_array_equal, items["variables"], learning)
 
@@ -168,7 +168,7 @@ def test_another_run_starts_from_the_average(averaged, digits_dir):
   spec = repjax.ModelSpec.read(averaged[0])
   fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.variable_shapes())
   variables, _ = training.finetune.first_variables(averaged[0], spec, fresh)
-  best = store.read_best(averaged[0], spec.variable_shapes())[1]
+  best = runs.read_best(averaged[0], spec.variable_shapes())[1]
   jax.tree.map(np.testing.assert_array_equal, variables, best)
   if averaged[1]["step"] == 12:
     jax.tree.map(

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import repjax
-from configs import finetune as finetune_config
 from repjax import disk, training, weights
+from repjax.configs import finetune as finetune_config
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
-from repjax.training import finetune, loop, optimizer, settings
+from repjax.training import finetune, optimizer, planning, run
 from tests.helpers import leaves, randomise
 from tests.training import tiny
 from tests.weights import cases
@@ -47,7 +47,7 @@ def held_by(folder):
 
 def test_what_a_config_leaves_open_is_as_in_the_folder_and_as_in_the_data_set(finished, digits_dir):
   full = finetune.resolve(open_config(digits_dir, init_from=str(finished[0])))
-  assert settings.make_plan(full).spec == repjax.ModelSpec.read(finished[0])
+  assert planning.make_plan(full).spec == repjax.ModelSpec.read(finished[0])
   assert finetune.resolve(full).to_dict() == full.to_dict()
   config = tiny.config(digits_dir)
   assert finetune.resolve(config).to_dict() == config.to_dict()
@@ -64,7 +64,7 @@ def test_what_a_config_gives_wins(finished, digits_dir):
     "interpolation": "bicubic",
     "mean": (0.1, 0.2, 0.3),
   }
-  spec = settings.model_spec(finetune.resolve(open_config(digits_dir, **given)), ())
+  spec = planning.model_spec(finetune.resolve(open_config(digits_dir, **given)), ())
   assert (spec.name, spec.num_classes) == ("repvgg_b0", 7)
   assert settings_of(spec) == {**tiny.OVERRIDES, "act": "gelu", "stage_sizes": (1, 2, 1, 1)}
   assert spec.preprocessing == Preprocessing(24, 32, "bicubic", (0.1, 0.2, 0.3), (0.35,) * 3)
@@ -96,7 +96,7 @@ def test_resolving_leaves_the_config_alone(finished, digits_dir):
 def test_overrides_may_be_open_as_a_whole(finished, digits_dir):
   config = open_config(digits_dir, init_from=str(finished[0]))
   config.model_overrides = None
-  spec = settings.model_spec(finetune.resolve(config), ())
+  spec = planning.model_spec(finetune.resolve(config), ())
   assert settings_of(spec) == tiny.OVERRIDES
 
 
@@ -104,7 +104,7 @@ def test_groups_by_block_come_through(source, digits_dir):
   spec = repjax.ModelSpec.read(source)
   dataclasses.replace(spec, overrides={**spec.overrides, "groups": {2: 2}}).write(source)
   full = finetune.resolve(open_config(digits_dir, init_from=str(source)))
-  model = settings.model_spec(full, ()).create_model()
+  model = planning.model_spec(full, ()).create_model()
   assert [model.groups_of(block) for block in (1, 2, 3)] == [1, 2, 1]
 
 
@@ -146,7 +146,7 @@ def test_a_file_of_weights_gets_the_command_that_imports_it(
   with pytest.raises(InputError) as caught:
     finetune.resolve(open_config(digits_dir, init_from=name))
   called = name.rpartition("/")[2].partition(".")[0]
-  command = f"python scripts/import_weights.py --from {name} --workdir runs/{called}, and then "
+  command = f"repjax import --from {name} --workdir runs/{called}, and then "
   assert f"{command}--config.init_from=runs/{called}" in str(caught.value)
 
 
@@ -225,7 +225,7 @@ def test_another_model_is_refused_with_its_differences(
 def test_what_leaves_the_trained_network_alone_may_differ_and_so_may_the_size(finished, digits_dir):
   changes = {"model_overrides": {"dropout": 0.2, "remat": True}, "image_size": 24}
   full = finetune.resolve(open_config(digits_dir, init_from=str(finished[0]), **changes))
-  spec = settings.make_plan(full).spec
+  spec = planning.make_plan(full).spec
   variables, _ = finetune.first_variables(finished[0], spec, randomise(spec.variable_shapes()))
   jax.tree.map(np.testing.assert_array_equal, variables, held_by(finished[0]))
 
@@ -274,9 +274,9 @@ def test_a_classifier_keeps_random_values_that_follow_the_seed(finished, digits_
     config = finetune.resolve(
       open_config(digits_dir, init_from=str(finished[0]), num_classes=5, seed=seed, **NOISE)
     )
-    plan = settings.make_plan(config)
+    plan = planning.make_plan(config)
     sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
-    plans.append(leaves(loop._first_state(config, plan, sgd, tmp_path)[0].params))
+    plans.append(leaves(run._first_state(config, plan, sgd, tmp_path)[0].params))
   first, again, other = plans
   assert first["head/kernel"].shape[1] == 5
   for path, value in first.items():
@@ -351,7 +351,7 @@ def test_an_import_is_started_from(digits_dir, tmp_path):
   np.savez(path, **cases.random_state("repvgg_a0", "train", "timm", **cases.TINY))
   weights.import_weights(str(path), folder, overrides=cases.TINY)
   full = finetune.resolve(open_config(digits_dir, init_from=str(folder)))
-  spec = settings.model_spec(full, ())
+  spec = planning.model_spec(full, ())
   held = repjax.ModelSpec.read(folder)
   assert settings_of(spec) == settings_of(held)
   assert spec.preprocessing == held.preprocessing
@@ -364,14 +364,14 @@ def test_a_changed_data_set_stops_a_run_that_would_continue(
   finished, digits_dir, tmp_path, monkeypatch
 ):
   workdir = shutil.copytree(finished[0], tmp_path / "run")
-  opened = settings.open_source
+  opened = planning.open_source
 
   def grown(*arguments, **changes):
     return opened(*arguments, **changes)._replace(fingerprint={"images": 1500})
 
   disk.write_json(workdir / "data.json", {"train": {"images": 1437}, "eval": {}})
   before = tiny.contents(workdir)
-  monkeypatch.setattr(settings, "open_source", grown)
+  monkeypatch.setattr(planning, "open_source", grown)
   with pytest.raises(InputError, match=r"has changed since .* began: train.images 1437 -> 1500\."):
     training.train(tiny.config(digits_dir, num_steps=20), workdir)
   assert tiny.contents(workdir) == before

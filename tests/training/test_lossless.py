@@ -12,9 +12,9 @@ import time
 import grain
 import pytest
 
-from repjax import store, training
+from repjax import runs, training
 from repjax.errors import InputError
-from repjax.training import evaluation, fitting, loop
+from repjax.training import evaluation, loop, run
 from repjax.training.checkpoint import CheckpointWriter, read_bookmark
 from repjax.training.interruption import Preempted, Stopped
 from repjax.training.metrics import MetricsFile
@@ -66,7 +66,7 @@ def wait_until(condition, seconds=60):
 @pytest.mark.parametrize(
   ("module", "name", "at", "numbers", "error"),
   [
-    (fitting, "train_batches", 0, [signal.SIGINT, signal.SIGTERM, signal.SIGTERM], Stopped),
+    (loop, "train_batches", 0, [signal.SIGINT, signal.SIGTERM, signal.SIGTERM], Stopped),
     (evaluation, "eval_batches", 1, [signal.SIGTERM], Preempted),
   ],
   ids=["the first step", "an evaluation"],
@@ -81,8 +81,8 @@ def test_a_signal_saves_the_step_in_hand_and_nothing_is_lost(
       training.train(config, tmp_path)
   assert type(caught.value) is error
   assert "re-parameterizing" not in capsys.readouterr().out
-  newest = max(store.checkpoints(tmp_path))
-  assert store.checkpoints(tmp_path)[newest] == -1
+  newest = max(runs.checkpoints(tmp_path))
+  assert runs.checkpoints(tmp_path)[newest] == -1
   assert not read_bookmark(tmp_path, newest).evaluated
   assert not (tmp_path / ".lock").exists()
   if module is evaluation:
@@ -106,7 +106,7 @@ def test_a_second_ctrl_c_during_a_save_stops_at_once_and_spoils_nothing(
     settle(self)
 
   with monkeypatch.context() as patch:
-    send_when(patch, fitting, "train_batches", 5, signal.SIGTERM)
+    send_when(patch, loop, "train_batches", 5, signal.SIGTERM)
     patch.setattr(CheckpointWriter, "settle", settle_and_send)
     with pytest.raises(KeyboardInterrupt):
       training.train(config, tmp_path)
@@ -133,7 +133,7 @@ def test_an_evaluation_that_was_put_off_twice_behind_the_last_step_is_made_up_fo
       with pytest.raises(Preempted):
         training.train(config, tmp_path)
       assert not read_bookmark(tmp_path, tiny.STEPS).evaluated
-      assert store.checkpoints(tmp_path)[tiny.STEPS] == -1
+      assert runs.checkpoints(tmp_path)[tiny.STEPS] == -1
     patch.setattr(loop, "convert", None)  # recorded and then stopped: not recorded twice
     with pytest.raises(TypeError):
       training.train(config, tmp_path)
@@ -171,7 +171,7 @@ def test_a_save_that_fails_ends_the_run_soon_and_leaves_the_one_before(
     with pytest.raises(InputError, match=r"checkpoints/8 could not be written: File too large\. W"):
       training.train(config, tmp_path)
   assert "step 12/12" not in capsys.readouterr().out  # where the next save would be
-  assert store.checkpoints(tmp_path).keys() == {4}
+  assert runs.checkpoints(tmp_path).keys() == {4}
   training.train(config, tmp_path)
   assert_as_undisturbed(tmp_path)
 
@@ -233,17 +233,17 @@ def test_an_image_that_cannot_be_read_ends_the_run_at_once_and_is_named(
   digits_dir, tmp_path, monkeypatch, assert_as_undisturbed
 ):
   config = tiny.config(digits_dir, num_workers=1)
-  batches_of = fitting.train_batches
+  batches_of = run.train_batches
   seventh = int(grain.MapDataset.source(range(1437)).seed(config.seed).shuffle()[32 * 6])
 
   def damaged(examples, **settings):
     return batches_of(OneDamaged(examples, seventh), **settings)
 
   with monkeypatch.context() as patch:
-    patch.setattr(fitting, "train_batches", damaged)
+    patch.setattr(loop, "train_batches", damaged)
     with pytest.raises(InputError, match=f"image {seventh} .* cannot be decoded"):
       training.train(config, tmp_path)
-  assert store.checkpoints(tmp_path).keys() == {4}
+  assert runs.checkpoints(tmp_path).keys() == {4}
   assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
   training.train(tiny.config(digits_dir), tmp_path)
   assert_as_undisturbed(tmp_path)

@@ -6,14 +6,14 @@ import pytest
 
 import repjax
 from repjax import disk, training
-from repjax.deploy import roundings_of, simulated
-from repjax.deploy.quantization.sensitivity import compared
 from repjax.errors import InputError
+from repjax.quantization import roundings_of, simulated
+from repjax.quantization.sensitivity import compared
 from repjax.spec import Preprocessing
-from repjax.training import optimizer, quantization, settings
+from repjax.training import optimizer, planning, quantization
 from repjax.training.step import create_state, make_train_step
-from tests.deploy.int8 import needs_onnx
 from tests.helpers import halves, leaves, quick_jit, random_variables, relative_error
+from tests.quantization.int8 import needs_onnx
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -63,7 +63,7 @@ def test_the_network_of_a_run_is_the_fold_in_8_bits():
   model = SPEC.create_model()
   x = np.random.default_rng(0).standard_normal((8, 16, 16, 3)).astype(np.float32)
   variables = random_variables(model, x)
-  roundings = roundings_of(repjax.deploy.to_onnx(model, variables, image_size=16), x)
+  roundings = roundings_of(repjax.onnx.to_onnx(model, variables, image_size=16), x)
   params = quick_jit(repjax.reparameterize)(*halves(variables))
   here = quantization.network(SPEC, variables, roundings)(variables, x)
   there = simulated(model, variables, roundings, image_size=16)({"params": params}, x)
@@ -112,7 +112,7 @@ def _goes_on_as_it_began(config, workdir):
   scale, zero = facts["tensors"]["images"]
   facts["tensors"]["images"] = [2 * scale, zero]
   disk.write_json(path, facts)
-  plan = settings.make_plan(config)
+  plan = planning.make_plan(config)
   roundings = quantization.begin(config, plan, None, workdir)
   assert roundings.tensors["images"] == [2 * scale, zero]
   model = (workdir / "int8" / "model.onnx").read_bytes()

@@ -12,11 +12,11 @@ import pytest
 from flax import linen as nn
 
 import repjax
-from repjax import disk, store, training, weights
+from repjax import disk, runs, training, weights
 from repjax.data import open_source, train_batches
 from repjax.errors import InputError
 from repjax.layers import rep_norm
-from repjax.training import evaluation, finetune, optimizer, recalibration, settings
+from repjax.training import evaluation, finetune, optimizer, planning, recalibration
 from repjax.training.checkpoint import restore_newest
 from repjax.training.step import create_state
 from tests.helpers import assert_close, leaves, randomise, relative_error, shapes
@@ -46,7 +46,7 @@ def recalibrated(finished, digits_dir, cache_home, tmp_path_factory):
 def own_variables(workdir):
   """The best checkpoint, whatever lies beside it."""
   like = {"variables": repjax.ModelSpec.read(workdir).variable_shapes()}
-  return store.read_checkpoint(workdir, like, best=True)[1]["variables"]
+  return runs.read_checkpoint(workdir, like, best=True)[1]["variables"]
 
 
 def training_batches(digits_dir, count):
@@ -228,14 +228,14 @@ def test_recalibrating_changes_nothing_else_and_can_be_undone(
   assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"recalibrated"}
   assert training.evaluate(tiny.config(digits_dir), workdir)["recalibrated"] == BATCHES
   shutil.copytree(workdir / "recalibrated", workdir / "recalibrated.old")  # of a killed replacement
-  store.remove_recalibrated(workdir)
+  runs.remove_recalibrated(workdir)
   assert tiny.contents(workdir) == before
   assert not list(workdir.glob("recalibrated*"))
   jax.tree.map(
     np.testing.assert_array_equal, repjax.load(workdir, deploy=False)[1], own_variables(workdir)
   )
   with pytest.raises(InputError, match="holds no re-estimated statistics"):
-    store.remove_recalibrated(workdir)
+    runs.remove_recalibrated(workdir)
 
 
 @pytest.mark.parametrize("killed_at", [1, 2])
@@ -257,8 +257,8 @@ def test_an_undo_that_is_killed_brings_nothing_older_back(
   with monkeypatch.context() as patch:
     patch.setattr(disk.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-      store.remove_recalibrated(workdir)
-  record = store.read_best(workdir, shapes_of(workdir))[2]
+      runs.remove_recalibrated(workdir)
+  record = runs.read_best(workdir, shapes_of(workdir))[2]
   assert record == (recalibrated[1] if killed_at == 1 else None)
 
 
@@ -290,7 +290,7 @@ def test_a_run_that_continues_does_not_see_them(recalibrated):
   sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
   shapes = jax.eval_shape(lambda values: create_state(values, sgd), spec.variable_shapes())
   state = restore_newest(workdir, shapes)
-  own = store.read_checkpoint(workdir, {"variables": spec.variable_shapes()})[1]["variables"]
+  own = runs.read_checkpoint(workdir, {"variables": spec.variable_shapes()})[1]["variables"]
   jax.tree.map(np.testing.assert_array_equal, state.batch_stats, own["batch_stats"])
 
 
@@ -313,7 +313,7 @@ def replace_checkpoint(workdir, step, accuracy=1.0):
   folder = workdir / "checkpoints" / str(step)
   shutil.rmtree(folder, ignore_errors=True)
   disk.write_tree(folder / "variables", variables)
-  disk.write_json(store.metrics_file(workdir, step), {"accuracy": accuracy})
+  disk.write_json(runs.metrics_file(workdir, step), {"accuracy": accuracy})
   return variables
 
 
@@ -321,7 +321,7 @@ def replace_checkpoint(workdir, step, accuracy=1.0):
 def test_they_are_for_one_checkpoint_alone(recalibrated, tmp_path, later):
   workdir = shutil.copytree(recalibrated[0], tmp_path / "run")
   variables = replace_checkpoint(workdir, recalibrated[1]["step"] + later)
-  step, loaded, record = store.read_best(workdir, shapes_of(workdir))
+  step, loaded, record = runs.read_best(workdir, shapes_of(workdir))
   assert (step, record) == (recalibrated[1]["step"] + later, None)
   jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
@@ -345,9 +345,9 @@ def test_damaged_statistics_are_named_with_the_way_out(recalibrated, tmp_path, s
   spoil(workdir / "recalibrated")
   with pytest.raises(InputError, match=r"is damaged|cannot be read") as caught:
     repjax.load(workdir, deploy=False)
-  command = f"python scripts/recalibrate.py --workdir {workdir} --undo"
+  command = f"repjax recalibrate --workdir {workdir} --undo"
   assert str(caught.value).endswith(f"To use the checkpoint's own statistics again: {command}")
-  store.remove_recalibrated(workdir)
+  runs.remove_recalibrated(workdir)
   repjax.load(workdir, deploy=False)
 
 
@@ -356,7 +356,7 @@ def test_a_crash_while_writing_leaves_what_there_was(
   recalibrated, digits_dir, tmp_path, monkeypatch, name
 ):
   workdir = shutil.copytree(recalibrated[0], tmp_path / "run")
-  expected = store.read_best(workdir, shapes_of(workdir))
+  expected = runs.read_best(workdir, shapes_of(workdir))
 
   def crash(*arguments):
     raise OSError("the disk is full")
@@ -364,10 +364,10 @@ def test_a_crash_while_writing_leaves_what_there_was(
   with monkeypatch.context() as patch:
     patch.setattr(disk, name, crash)
     with pytest.raises(OSError, match="the disk is full"):
-      store.write_recalibrated(
+      runs.write_recalibrated(
         workdir, 4, expected[1]["batch_stats"], expected[1]["batch_stats"], {"batches": 9}
       )
-  step, variables, record = store.read_best(workdir, shapes_of(workdir))
+  step, variables, record = runs.read_best(workdir, shapes_of(workdir))
   assert (step, record) == (expected[0], expected[2])
   jax.tree.map(np.testing.assert_array_equal, variables, expected[1])
 
@@ -429,7 +429,7 @@ def named(*names):
   ids=["number", "names"],
 )
 def test_a_set_of_other_classes_is_refused(workdir, digits_dir, monkeypatch, names, said):
-  monkeypatch.setattr(settings, "open_source", named(*names))
+  monkeypatch.setattr(planning, "open_source", named(*names))
   with pytest.raises(InputError) as caught:
     training.recalibrate(tiny.config(digits_dir), workdir, num_batches=1)
   assert said in str(caught.value)
@@ -444,7 +444,7 @@ def test_a_run_whose_config_lacks_a_field_is_damaged(workdir, digits_dir):
 
 
 def test_statistics_that_are_not_finite_are_not_written(workdir, digits_dir):
-  step = max(store.checkpoints(workdir))
+  step = max(runs.checkpoints(workdir))
   variables = replace_checkpoint(workdir, step)
   variables["params"]["stem"]["RepConv_0"]["conv3x3"]["conv"]["kernel"] *= math.nan
   shutil.rmtree(workdir / "checkpoints" / str(step) / "variables")
@@ -480,7 +480,7 @@ def imported(tmp_path):
 
 def test_an_import_is_recalibrated_on_the_images_that_are_named(imported, monkeypatch):
   folder = imported("train")
-  config = settings.read_config(
+  config = planning.read_config(
     folder, dataset="synthetic", train_split="sample", eval_split="sample", batch_size=8
   )
   seen = []
@@ -493,14 +493,14 @@ def test_an_import_is_recalibrated_on_the_images_that_are_named(imported, monkey
   record = training.recalibrate(config, folder, num_batches=2)
   assert (record["step"], record["images"], record["split"]) == (0, 16, "sample")
   assert (seen[0]["augment"], seen[0]["seed"]) == ("random_resized_crop | flip", 0)
-  assert store.read_best(folder, shapes_of(folder))[2] == record
+  assert runs.read_best(folder, shapes_of(folder))[2] == record
   with pytest.raises(InputError, match="no data set is named: pass --dataset NAME --split SPLIT"):
-    training.recalibrate(settings.read_config(folder), folder, num_batches=1)
+    training.recalibrate(planning.read_config(folder), folder, num_batches=1)
 
 
 def test_an_import_of_the_deploy_form_has_no_statistics(imported):
   folder = imported("deploy")
-  config = settings.read_config(
+  config = planning.read_config(
     folder, dataset="synthetic", train_split="sample", eval_split="sample", batch_size=8
   )
   with pytest.raises(InputError, match="holds a deploy form only"):
@@ -514,7 +514,7 @@ def test_the_evaluation_before_ignores_statistics_of_an_earlier_time(
   again = training.recalibrate(tiny.config(digits_dir), workdir, num_batches=1)
   for value in ("accuracy", "loss"):
     assert again[value]["before"] == recalibrated[1][value]["before"]
-  assert store.read_best(workdir, shapes_of(workdir))[2] == again
+  assert runs.read_best(workdir, shapes_of(workdir))[2] == again
   assert evaluation.evaluate(tiny.config(digits_dir), workdir)["recalibrated"] == 1
 
 
@@ -524,6 +524,6 @@ def test_statistics_are_of_images_of_the_size_that_was_trained_at(digits_dir, tr
   if trained is None:
     del config["image_size"]  # as in the config of an import
   source = open_source("digits", "train", data_dir=str(digits_dir))
-  batches = recalibration._training_batches(config, source, settings.Preprocessing(16, 16))
+  batches = recalibration._training_batches(config, source, planning.Preprocessing(16, 16))
   assert next(batches)["image"].shape[1:3] == (trained or 16,) * 2
   batches.close()

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common
+from repjax.configs import common
 from repjax.training import recipe
 from repjax.training.schedules import CURVES, learning_rate_schedule
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 import repjax
-from configs import digits
+from repjax.configs import digits
 from repjax.spec import Preprocessing
 from repjax.training import optimizer, parallel
 from repjax.training.step import create_state, make_train_step

@@ -166,7 +166,7 @@ class TestActivation:
     with pytest.raises(InputError, match=f"do not fit {NAME}.* Its names and .* of parnet_m"):
       weights.from_torch(NAME, ones("parnet_m", "train", **SHALLOW), **SHALLOW)
 
-  def test_the_script_takes_the_released_weights(self, run_script, tmp_path):
+  def test_the_script_takes_the_released_weights(self, run_command, tmp_path):
     state = helpers.fill_state_dict(shapes(NAME, "deploy", **TINY))
     np.savez(tmp_path / "net.npz", **{name: np.float32(x) for name, x in state.items()})
 
@@ -174,7 +174,7 @@ class TestActivation:
       arguments = ("--model", NAME, "--overrides", json.dumps(overrides))
       workdir = tmp_path / folder
       source = ("--from", tmp_path / "net.npz", "--workdir", workdir)
-      printed = run_script("import_weights", *source, *arguments)
+      printed = run_command("import", *source, *arguments)
       return repjax.load(workdir), printed, json.loads((workdir / "import.json").read_text())
 
     (model, variables, spec), printed, record = imported("relu", TINY)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import repjax
-from repjax import disk, store, training, weights
+from repjax import disk, runs, training, weights
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
 from tests import helpers
@@ -57,7 +57,7 @@ def test_a_training_form_becomes_a_checkpoint_of_step_0(tmp_path, states):
   assert sorted(path.name for path in workdir.iterdir()) == [
     *("checkpoints", "config.json", "import.json", "model.json"),
   ]
-  assert store.checkpoints(workdir).keys() == {0}
+  assert runs.checkpoints(workdir).keys() == {0}
   expected = weights.from_torch("repvgg_a0", states["train"], num_classes=10, **TINY)
   model, variables, spec = repjax.load(workdir, deploy=False)
   assert not model.deploy

@@ -1,1 +1,0 @@
-"""Configurations: one file per published result, and the digits demo."""

@@ -1,0 +1,6 @@
+"""Runs a command: python -m repjax COMMAND."""
+
+from repjax.cli import main
+
+if __name__ == "__main__":
+  main()

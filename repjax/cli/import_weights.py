@@ -1,0 +1,84 @@
+"""Makes a workdir from somebody else's checkpoint: a file, or a repository of the Hugging Face hub.
+
+repjax import --from RepVGG-A0-train.pth --workdir runs/a0
+repjax import --from hf:timm/repvgg_a0.rvgg_in1k --workdir runs/a0
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from repjax import disk, weights
+from repjax.errors import InputError, one_paragraph
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+  """The dictionary that --overrides spells."""
+  try:
+    value = json.loads(text)
+  except ValueError:
+    value = None
+  if not isinstance(value, dict):
+    raise InputError(f'--overrides takes JSON such as {{"stage_sizes": [1, 2, 2, 1]}}, got {text}')
+  return value
+
+
+def main(argv: Sequence[str]) -> None:
+  start = time.perf_counter()
+  parser = argparse.ArgumentParser(
+    prog="repjax import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--from", dest="source", required=True, help="a file, or hf:OWNER/NAME[@REVISION][:FILE]"
+  )
+  parser.add_argument("--workdir", required=True, type=Path, help="folder to be made")
+  parser.add_argument("--model", default="auto", help="its name (default: auto, by the shapes)")
+  parser.add_argument("--num-classes", type=int, help="wanted (default: those in the file)")
+  parser.add_argument(
+    "--drop-head", action="store_true", help="draw a new classifier, for other classes"
+  )
+  parser.add_argument(
+    "--allow-half", action="store_true", help="widen half-precision weights to float32"
+  )
+  parser.add_argument("--entry", help="which of several state dicts, such as state_dict_ema")
+  parser.add_argument("--overrides", default="{}", help="of the model's attributes, as JSON")
+  arguments = parser.parse_args(argv)
+  with one_paragraph():
+    record = weights.import_weights(
+      arguments.source,
+      arguments.workdir,
+      model_name=None if arguments.model == "auto" else arguments.model,
+      num_classes=arguments.num_classes,
+      drop_head=arguments.drop_head,
+      allow_half=arguments.allow_half,
+      entry=arguments.entry,
+      overrides=parse_overrides(arguments.overrides),
+    )
+  preprocessing = disk.read_json(arguments.workdir / "model.json")["preprocessing"]
+  entry = f"entry: {record['entry']}" if record["entry"] else ""
+  if record["other_entries"]:
+    entry += f" (--entry takes {' or '.join(record['other_entries'])} instead)"
+  assumed = "".join(
+    f"{name}: {value}, as the released weights need it (--overrides "
+    f"'{json.dumps({name: '...'})}' for others)\n"
+    for name, value in record["assumed"].items()
+  )
+  revision = f", revision {record['revision']}" if record["revision"] else ""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  print(
+    f"recognized: {record['model']}, {record['naming']} names, {record['kind']} form, "
+    f"{record['num_classes']} classes{' with a new classifier' if record['new_head'] else ''}\n"
+    + (f"{entry}\n" if entry else "")
+    + assumed
+    + f"parameters: {record['parameters']:,}, from {', '.join(record['dtypes'])}\n"
+    f"images: shorter side to {preprocessing['resize_size']} px, "
+    f"{preprocessing['interpolation']}, central {preprocessing['image_size']} px, "
+    f"mean {preprocessing['mean']}, std {preprocessing['std']}\n"
+    f"file: {record['bytes']:,} bytes, sha256 {record['sha256']}{revision}\n"
+    f"saved: {arguments.workdir}, in {time.perf_counter() - start:.1f} s, with "
+    f"{peak / 1e6:.0f} MB of memory at most"
+  )

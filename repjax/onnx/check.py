@@ -1,0 +1,83 @@
+"""Whether a file is what it should be: by the ONNX checker, and by ONNX Runtime against JAX."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from repjax.errors import InputError
+from repjax.onnx.proto import need_onnx
+
+BATCH_SIZES = (1, 3)
+TOLERANCES = {"float32": 1e-5, "float16": 5e-3}
+"""Relative errors against JAX in the same dtype."""
+
+WRONG = 0.1
+"""A relative error that is no rounding."""
+
+
+def checked(
+  content: bytes, function: Callable[[Any, jax.Array], Any], tree: Any, size: int
+) -> dict[str, Any]:
+  """Checks a file's content.
+
+  Args:
+    content: of the file.
+    function: of the tree and images (N, H, W, 3), which the file was made of.
+    tree: of the parameters.
+    size: of the images in pixels.
+
+  Returns:
+    ONNX Runtime's version and the largest relative error at BATCH_SIZES, or {} without it.
+
+  Raises:
+    InputError: an error above WRONG, or outputs that are no numbers.
+  """
+  onnx = need_onnx()
+  onnx.checker.check_model(content, full_check=True)
+  if importlib.util.find_spec("onnxruntime") is None:
+    return {}
+  runtime: Any = importlib.import_module("onnxruntime")
+  session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+  images = _noise(max(BATCH_SIZES), size, session.get_inputs()[0].type)
+  cpu = jax.local_devices(backend="cpu")[0]
+  with jax.default_device(cpu), jax.default_matmul_precision("highest"):
+    wanted = jax.jit(function)(jax.device_put(tree, cpu), images)
+  channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+  errors = [
+    _error(got, np.asarray(rows)[:count])
+    for count in BATCH_SIZES
+    for got, rows in zip(
+      session.run(None, {"images": channels_first[:count]}), jax.tree.leaves(wanted)
+    )
+  ]
+  if not max(errors) <= WRONG:
+    raise InputError(
+      "ONNX Runtime computes something else than JAX: the relative error is "
+      f"{max(errors):.1e}. Are all parameters finite numbers, and small enough for float16 if that "
+      "was asked for? Otherwise this is a mistake of repjax"
+    )
+  return {
+    "onnxruntime": importlib.metadata.version("onnxruntime"),
+    "batch_sizes": list(BATCH_SIZES),
+    "relative_error": max(errors),
+  }
+
+
+def _noise(count: int, size: int, kind: str) -> np.ndarray:
+  """Images of one of ONNX Runtime's types."""
+  rng = np.random.default_rng(0)
+  if kind == "tensor(uint8)":
+    return rng.integers(0, 256, (count, size, size, 3), np.uint8)
+  dtype = np.float16 if kind == "tensor(float16)" else np.float32
+  return rng.standard_normal((count, size, size, 3), np.float32).astype(dtype)
+
+
+def _error(got: np.ndarray, wanted: np.ndarray) -> float:
+  """max|a - b| / max|b|."""
+  wanted = wanted.transpose(0, 3, 1, 2) if wanted.ndim == 4 else wanted
+  return float(np.abs(got - wanted).max() / (np.abs(wanted).max() or 1.0))

@@ -1,0 +1,134 @@
+"""From a graph to a file's content: what is needed, named, in protocol buffers."""
+
+import importlib
+import importlib.util
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from repjax.errors import InputError
+from repjax.onnx.graph import Graph, Node
+from repjax.onnx.translation import BATCH, IMAGES
+
+OPSET, IR_VERSION = 17, 8
+"""Of 2022, when ONNX Runtime 1.12, OpenVINO 2022.3 and TensorRT 8.5 began to read them."""
+
+LIMIT = 2**31 - 1  # bytes of a protocol buffer
+
+
+def need_onnx() -> Any:
+  """The package onnx.
+
+  Raises:
+    InputError: it is missing.
+  """
+  if importlib.util.find_spec("onnx") is None:
+    raise InputError(
+      "ONNX files need the package onnx: pip install 'repjax[onnx]', or pip install onnx"
+    )
+  return importlib.import_module("onnx")
+
+
+def model_proto(
+  graph: Graph,
+  images: tuple[tuple[int, ...], np.dtype],
+  outputs: Mapping[str, tuple[str, Sequence[Any], np.dtype]],
+) -> tuple[Any, dict[str, str]]:
+  """The model of a graph, and what its tensors are called there.
+
+  Args:
+    graph: of which only what outputs need is taken.
+    images: (3, H, W) and the dtype.
+    outputs: by their name the tensor, the shape and the dtype of each.
+
+  Raises:
+    InputError: the package onnx is missing, or the model does not fit into a file.
+  """
+  onnx = need_onnx()
+  nodes = _needed(graph, [tensor for tensor, _, _ in outputs.values()])
+  names, extra = _names(graph, nodes, {name: row[0] for name, row in outputs.items()})
+  read = {tensor for node in nodes.values() for tensor in node.inputs} | set(extra.values())
+  constants = {tensor: row for tensor, row in graph.constants.items() if tensor in read}
+  size = sum(constant.array.nbytes for constant in constants.values())
+  if size > LIMIT:
+    raise InputError(
+      f"this model has {size / 1e9:.1f} GB of parameters, and an ONNX file holds 2 GB: export it "
+      'with dtype="float16", or as StableHLO'
+    )
+  made = [
+    onnx.helper.make_node(
+      node.op,
+      [names[tensor] for tensor in node.inputs],
+      [names[tensor]],
+      name=names[tensor],
+      **{key: _attribute(onnx, key, value) for key, value in node.attributes.items()},
+    )
+    for tensor, node in nodes.items()
+  ]
+  made += [onnx.helper.make_node("Identity", [names[t]], [name]) for name, t in extra.items()]
+  shape, dtype = images
+  body = onnx.helper.make_graph(
+    made,
+    "deploy",
+    [_info(onnx, IMAGES, (BATCH, *shape), dtype)],
+    [_info(onnx, name, shape, dtype) for name, (_, shape, dtype) in outputs.items()],
+    [onnx.numpy_helper.from_array(row.array, names[t]) for t, row in constants.items()],
+  )
+  proto = onnx.helper.make_model(
+    body,
+    opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+    ir_version=IR_VERSION,
+    producer_name="repjax",
+  )
+  return proto, names
+
+
+def _needed(graph: Graph, tensors: Sequence[str]) -> dict[str, Node]:
+  """The nodes that some tensors follow from, in their order."""
+  waiting, found = list(tensors), set()
+  while waiting:
+    tensor = waiting.pop()
+    if tensor not in found:
+      found.add(tensor)
+      waiting.extend(graph.nodes[tensor].inputs if tensor in graph.nodes else ())
+  return {tensor: node for tensor, node in graph.nodes.items() if tensor in found}
+
+
+def _names(
+  graph: Graph, nodes: Mapping[str, Node], outputs: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+  """A name for each tensor, by scope; and the tensors of outputs whose tensor has another name."""
+  names, taken, extra = {IMAGES: IMAGES}, Counter([IMAGES, *outputs]), {}
+  for name, tensor in outputs.items():
+    if tensor in nodes and tensor not in names:
+      names[tensor] = name
+    else:
+      extra[name] = tensor
+
+  def unique(*parts: str) -> str:
+    name = "/".join(filter(None, parts))
+    taken[name] += 1
+    return name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+
+  for tensor, node in nodes.items():
+    if tensor not in names:
+      names[tensor] = unique(node.scope, node.op)
+  for tensor, constant in graph.constants.items():
+    names[tensor] = unique(constant.scope, constant.role)
+  return names, extra
+
+
+def _attribute(onnx: Any, key: str, value: Any) -> Any:
+  return _type(onnx, np.dtype(value)) if key == "to" else value
+
+
+def _type(onnx: Any, dtype: np.dtype) -> int:
+  return onnx.helper.np_dtype_to_tensor_dtype(dtype)
+
+
+def _info(onnx: Any, name: str, shape: Sequence[Any], dtype: np.dtype) -> Any:
+  """What is said of an input or an output."""
+  sizes = [size if isinstance(size, int) else str(size) for size in shape]
+  return onnx.helper.make_tensor_value_info(name, _type(onnx, dtype), sizes)

@@ -1,0 +1,215 @@
+"""The panels of a run's curves and of its speed. Needs matplotlib."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from repjax.report.curves import History, thinned, value_at
+
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart.
+# https://jfly.uni-koeln.de/color/
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_DASHES = ("-", "--", ":", "-.")
+_MARKED_POINTS = 40
+LEGEND_COLUMNS = 3
+
+
+def legend(figure: Any, runs: Sequence[History]) -> None:
+  """Which colour is which run."""
+  handles = [Line2D([], [], lw=3, **_style(number)) for number in range(len(runs))]
+  names = [clipped(run.name, 36) for run in runs]
+  figure.legend(handles, names, loc="center", ncols=LEGEND_COLUMNS, frameon=False)
+
+
+def clipped(name: str, length: int) -> str:
+  """The end of a long name."""
+  return name if len(name) <= length else f"...{name[3 - length :]}"
+
+
+def _style(number: int) -> dict[str, Any]:
+  dashes = _DASHES[number // len(_COLORS) % len(_DASHES)]
+  return {"color": _COLORS[number % len(_COLORS)], "linestyle": dashes}
+
+
+def results(figure: Any, runs: Sequence[History]) -> None:
+  """Loss and accuracy."""
+  loss, accuracy = figure.subplots(1, 2)
+  _panel(loss, runs, "loss", 1.0)
+  _panel(accuracy, runs, "accuracy", 100.0)
+  values = np.concatenate([y for _, y in _drawn(loss)] or [np.zeros(0)])
+  if values.size and values.min() > 0 and values.max() > 20 * values.min():
+    loss.set_yscale("log")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    loss.yaxis.set_minor_locator(NullLocator())
+  logarithmic = ", logarithmic" if loss.get_yscale() == "log" else ""
+  loss.set(title=_loss_title(runs), ylabel=f"cross-entropy{logarithmic}")
+  accuracy.set(title=_accuracy_title(runs), ylabel="accuracy, %")
+  for axes, corner in ((loss, "upper right"), (accuracy, "lower right")):
+    if axes.lines:
+      axes.legend(loc=corner, fontsize=9)
+
+
+def _panel(axes: Axes, runs: Sequence[History], ending: str, factor: float) -> None:
+  """Every curve of a kind: training, evaluation, and others whose names end alike."""
+  labels = {}
+  for number, run in enumerate(runs):
+    for name, curve in run.curves.items():
+      if name.split("_")[-1] == ending:
+        label = _label(name, ending)
+        curve = thinned(curve) if label == "training" else curve
+        style = _line(label, len(curve.steps), number if len(runs) > 1 else None)
+        labels.setdefault(label, style)
+        shown = label if len(runs) == 1 else "_"
+        axes.plot(_places(curve.steps, run, runs), curve.values * factor, label=shown, **style)
+    value = value_at(run.curves.get(f"eval_{ending}"), run.best)
+    if value is not None:
+      place = _places(np.asarray([run.best]), run, runs)
+      _mark_best(axes, place, value * factor, number if len(runs) > 1 else None)
+  if len(runs) > 1 and labels:  # colours are runs, so the kinds are told apart without
+    for label, style in labels.items():
+      axes.plot([], [], **{**style, "color": "#555555"}, label=label)
+    if "evaluation" in labels:
+      axes.plot([], [], "*", color="white", ms=14, mec="black", label="most accurate evaluation")
+  _finish(axes, runs)
+
+
+def _line(label: str, points: int, run: int | None) -> dict[str, Any]:
+  """How a curve looks: its colour says which run, where there are several, else which kind."""
+  kinds = ("training", "evaluation", label)
+  style = _style(kinds.index(label) if run is None else run)
+  if label == "training":
+    style |= {"lw": 1.2, "alpha": 1.0 if run is None else 0.6}
+    return style | {"marker": "o", "ms": 0 if points > 1 else 3}
+  if label != "evaluation":
+    style["linestyle"] = (0, (4, 2))
+  return {**style, "lw": 1.8, "marker": "o", "ms": 4 if points <= _MARKED_POINTS else 0}
+
+
+def _label(name: str, ending: str) -> str:
+  """What a curve is of: "training", or for "eval_loss" "evaluation", and behind it what else."""
+  words = name.removesuffix(ending).strip("_").split("_")
+  words = ["evaluation" if word == "eval" else word for word in words if word]
+  return ", ".join(words) or "training"
+
+
+def _mark_best(axes: Axes, place: np.ndarray, value: float, run: int | None) -> None:
+  """A star; in the colour of its run where there are several."""
+  color = "black" if run is None else _style(run)["color"]
+  label = "most accurate evaluation" if run is None else "_"
+  axes.plot(place, [value], "*", color=color, ms=14, mec="black", label=label, zorder=5)
+
+
+def _places(steps: np.ndarray, run: History, runs: Sequence[History]) -> np.ndarray:
+  """Where points go: at their steps, or images where runs have other batch sizes."""
+  return steps * run.batch_size if _by_images(runs) and run.batch_size else steps
+
+
+def _by_images(runs: Sequence[History]) -> bool:
+  return len({run.batch_size for run in runs} - {None}) > 1
+
+
+def _finish(axes: Axes, runs: Sequence[History]) -> None:
+  """The horizontal axis, and what all panels have."""
+  axes.set_xlabel("images seen in training" if _by_images(runs) else "step")
+  axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _count(x)))
+  axes.set_xlim(0, 1.04 * max((x[-1] for x, _ in _drawn(axes)), default=1))
+  plain(axes)
+  if not axes.lines:
+    axes.set(xticks=[], yticks=[])
+    axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color="#555555")
+
+
+def _count(number: float) -> str:
+  """1500 as "1,500", 150000 as "150k", 30000000 as "30M"."""
+  for size, letter in ((1e6, "M"), (1e3, "k")):
+    if number >= 10 * size:
+      return f"{number / size:,g}{letter}"
+  return f"{number:,.0f}"
+
+
+def _drawn(axes: Axes) -> list[tuple[np.ndarray, np.ndarray]]:
+  """The points of each line that has some."""
+  points = [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axes.lines]
+  return [(x, y) for x, y in points if x.size]
+
+
+def plain(axes: Axes) -> None:
+  """A panel with no more lines than it needs."""
+  axes.grid(axis="y", color="#DDDDDD", lw=0.8)
+  axes.set_axisbelow(True)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.tick_params(labelsize=9)
+  axes.title.set(fontsize=11)
+
+
+def _loss_title(runs: Sequence[History]) -> str:
+  if len(runs) > 1:
+    return "Loss"
+  ends = [
+    f"{runs[0].curves[name].values[-1]:.3g} in {what}"
+    for name, what in (("loss", "training"), ("eval_loss", "evaluation"))
+    if name in runs[0].curves
+  ]
+  return f"Loss: at the end {', '.join(ends)}" if ends else "Loss: not recorded yet"
+
+
+def _accuracy_title(runs: Sequence[History]) -> str:
+  best = [
+    (value, run)
+    for run in runs
+    if (value := value_at(run.curves.get("eval_accuracy"), run.best)) is not None
+  ]
+  if not best:
+    return "Accuracy: not evaluated yet"
+  value, run = max(best, key=lambda pair: pair[0])
+  if len(runs) > 1:
+    return f"Accuracy: best evaluation {value:.2%}, by {clipped(run.name, 20)}"
+  return f"Accuracy: best evaluation {value:.2%}, at step {run.best:,}"
+
+
+def speed(figure: Any, runs: Sequence[History]) -> None:
+  """Learning rate, throughput, and the wait for data."""
+  rate, pace, waiting = figure.subplots(1, 3)
+  for axes, name, factor, label in (
+    (rate, "learning_rate", 1.0, "learning rate"),
+    (pace, "images_per_second", 1.0, "images a second"),
+    (waiting, "waiting", 100.0, "share of training time, %"),
+  ):
+    for number, run in enumerate(runs):
+      if name in run.curves:
+        curve = thinned(run.curves[name])
+        style = {"lw": 1.5, "marker": "o", "ms": 3 if len(curve.steps) <= _MARKED_POINTS else 0}
+        places = _places(curve.steps, run, runs)
+        axes.plot(places, curve.values * factor, clip_on=False, **style, **_style(number))
+    axes.set(ylabel=label, title=_speed_title(name, runs))
+    axes.set_ylim(0, max([10.0 if name == "waiting" else 0.0, 1.1 * _highest(axes)]) or 1.0)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    if name == "images_per_second":
+      axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _count(y)))
+    _finish(axes, runs)
+
+
+def _highest(axes: Axes) -> float:
+  return max((float(y.max()) for _, y in _drawn(axes)), default=0.0)
+
+
+def _speed_title(name: str, runs: Sequence[History]) -> str:
+  words = {
+    "learning_rate": "Learning rate",
+    "images_per_second": "Throughput",
+    "waiting": "Waiting for data",
+  }[name]
+  if len(runs) > 1 or name not in runs[0].curves:
+    return words
+  values = runs[0].curves[name].values
+  if name == "learning_rate":
+    return f"{words}: up to {values.max():.3g}"
+  if name == "images_per_second":
+    return f"{words}: {np.median(values):,.0f} images/s (median)"
+  return f"{words}: {np.average(values, weights=runs[0].curves['seconds'].values):.1%} of the time"

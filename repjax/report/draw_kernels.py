@@ -1,0 +1,129 @@
+"""The panels of what branches contribute to kernels. Needs matplotlib."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+
+from repjax.report.contributions import Kernels, Layer, branch_order, choose
+from repjax.report.draw_curves import plain
+
+_BRANCH_COLORS = {"3x3": "#0072B2", "1x1": "#E69F00", "identity": "#009E73"}
+_OTHER_COLORS = ("#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+_LABELLED_BARS = 60
+_LABELLED_TAPS = 25
+_NAMED = 4  # branches in a title
+
+
+def shares(figure: Any, kernels: Kernels) -> None:
+  """A bar for each layer, made of its branches."""
+  layers = _bars(kernels)
+  axes = figure.subplots()
+  bottom = np.zeros(len(layers))
+  names = branch_order({name for layer in layers for name in layer.branches})
+  for name, color in _branch_colors(names).items():
+    heights = np.asarray([100 * layer.shares().get(name, 0.0) for layer in layers])
+    axes.bar(range(len(layers)), heights, 0.8, bottom, color=color, label=_shown(name))
+    bottom += heights
+  every = -(-len(layers) // _LABELLED_BARS)
+  places = range(0, len(layers), every)
+  labels = [_short(layers[place].path) for place in places]
+  axes.set_xticks(places, labels, rotation=0 if level_labels(kernels) else 90)
+  axes.set_xlim(-0.6, len(layers) - 0.4)
+  axes.set(ylim=(0, 100), ylabel="share of norms, %", title=_shares_title(layers, names))
+  plain(axes)
+  axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, frameon=False, reverse=True)
+
+
+def _bars(kernels: Kernels) -> list[Layer]:
+  return [layer for layer in kernels.layers if len(layer.branches) > 1] or kernels.layers
+
+
+def level_labels(kernels: Kernels) -> bool:
+  """Whether there is room for the bars' labels side by side."""
+  return len(_bars(kernels)) <= 10
+
+
+def _shares_title(layers: Sequence[Layer], names: Sequence[str]) -> str:
+  means = {name: np.mean([layer.shares().get(name, 0.0) for layer in layers]) for name in names}
+  parts = ", ".join(f"{_shown(name)} {mean:.0%}" for name, mean in list(means.items())[:_NAMED])
+  parts += ", ..." if len(names) > _NAMED else ""
+  return (
+    "What fused kernels are made of, by the norms of the branches' kernels, first to last layer; "
+    f"on average {parts}"
+  )
+
+
+def _branch_colors(names: Sequence[str]) -> dict[str, str]:
+  others = iter(_OTHER_COLORS * len(names))
+  return {name: _BRANCH_COLORS.get(_shown(name)) or next(others) for name in names}
+
+
+def _shown(name: str) -> str:
+  return name.removeprefix("conv").replace("avg2x2_conv", "pooled ")
+
+
+def _short(path: str) -> str:
+  """ "stage1/block0/RepConv_0" as "stage1.block0", ".../RepConv_conv1" as "stage1.block0.conv1"."""
+  *scopes, last = path.split("/")
+  layer = last.removeprefix("RepConv").lstrip("_") if scopes else last
+  return ".".join(scopes if layer.isdigit() or not layer else [*scopes, layer])
+
+
+def heat_maps(figure: Any, kernels: Kernels) -> None:
+  """Rows: the fused kernel and the branches; columns: layers; one colour scale."""
+  layers = choose(kernels.layers)
+  names = branch_order({name for layer in layers for name in layer.branches})
+  grid = figure.subplots(1 + len(names), len(layers), squeeze=False)
+  percents = {
+    (row, column): 100 * part.taps / (layer.fused.taps.sum() or 1.0)
+    for column, layer in enumerate(layers)
+    for row, part in enumerate([layer.fused, *map(layer.branches.get, names)])
+    if part is not None
+  }
+  # The root lets small taps be seen beside a large centre.
+  norm = PowerNorm(0.5, 0, max(values.max() for values in percents.values()))
+  image = None
+  for (row, column), axes in np.ndenumerate(grid):
+    axes.set(xticks=[], yticks=[])
+    if (row, column) in percents:
+      image = _heat_map(axes, percents[row, column], norm)
+    else:
+      axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center")
+      axes.spines[:].set_visible(False)
+      axes.set_box_aspect(1)
+    layer = layers[column]
+    if row == 0:
+      axes.set_title(f"{_short(layer.path)}\n{layer.channels:,} channels", fontsize=10)
+    elif names[row - 1] in layer.branches:
+      axes.set_xlabel(f"{layer.shares()[names[row - 1]]:.0%} of norms", fontsize=9)
+    if column == 0:
+      text = _shown(names[row - 1]) if row else "fused kernel"
+      axes.set_ylabel(text, fontsize=10, fontweight="bold", rotation=0, ha="right", va="center")
+  bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=30)
+  bar.ax.set_title("%", fontsize=9)
+  figure.suptitle(
+    f"Where fused kernels get their weight, in layers of all depths: {_origin(kernels)}\n"
+    "a number is the mean |weight| of a tap over channels, in % of the sum over the fused kernel; "
+    "what has opposite signs cancels",
+    fontsize=11,
+  )
+
+
+def _origin(kernels: Kernels) -> str:
+  if kernels.step is None:
+    return f"{kernels.name}, a deploy form: its branches are merged already"
+  which = f"best checkpoint, step {kernels.step:,}" if kernels.step else "as imported"
+  return f"{kernels.name}, {which}"
+
+
+def _heat_map(axes: Axes, values: np.ndarray, norm: PowerNorm) -> Any:
+  image = axes.imshow(values, cmap="Blues", norm=norm)
+  if values.size <= _LABELLED_TAPS:
+    for (row, column), value in np.ndenumerate(values):
+      color = "white" if norm(value) > 0.6 else "black"
+      text = f"{value:.0f}" if value >= 9.5 or value == 0 else f"{value:.1f}"
+      axes.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
+  return image

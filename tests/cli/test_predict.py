@@ -1,0 +1,124 @@
+"""The command line that says what is in images."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import repjax
+from tests.deploy.tiny import NAMES
+
+pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
+pytestmark = pytest.mark.usefixtures("quick_programs")
+
+
+@pytest.fixture
+def images(tmp_path):
+  """A folder with a folder in it, five images and a note."""
+  folder = tmp_path / "images"
+  (folder / "more").mkdir(parents=True)
+  rng = np.random.default_rng(0)
+  for name in ("b.png", "a.JPG", "more/c.webp", "more/d.bmp", "more/e.jpeg"):
+    pixels = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((30, 24))
+    pixels.save(folder / name, {"JPG": "jpeg"}.get(name.split(".")[-1]))
+  (folder / "note.md").write_text("not an image")
+  return folder
+
+
+@pytest.fixture
+def predict(run_command, small_folder):
+  return lambda *arguments: run_command("predict", "--workdir", small_folder, *arguments)
+
+
+@pytest.fixture
+def best(small_folder):
+  """The most probable labels of a file, by the package."""
+  predictor = repjax.deploy.Predictor(small_folder, batch_sizes=(1,), tune=False)
+  return lambda path, k: predictor.top(path, k)[0]
+
+
+def line(path, labels):
+  return f"{path}: " + ", ".join(f"{label} {probability:.1%}" for label, probability in labels)
+
+
+def test_a_line_for_each_image_in_order(predict, images, best):
+  paths = [images / "more" / "e.jpeg", images / "a.JPG"]
+  printed = predict(*paths, "--top", 3)
+  assert printed.splitlines() == [line(path, best(path, 3)) for path in paths]
+  assert len(predict(paths[0], "--top", 99).split(", ")) == len(NAMES)
+  assert len(predict(paths[0]).split(", ")) == 5
+
+
+def test_folders_and_lists_are_files(predict, images, best, tmp_path):
+  names = ["a.JPG", "b.png", "more/c.webp", "more/d.bmp", "more/e.jpeg"]
+  expected = [line(images / name, best(images / name, 1)) for name in names]
+  assert predict(images, "--top", 1).splitlines() == expected
+  listed = tmp_path / "list.txt"
+  listed.write_text(f"{images}/b.png\n\n  {images}/a.JPG\n")
+  assert predict(listed, "--top", 1).splitlines() == [expected[1], expected[0]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_csv_holds_a_row_for_each_image(predict, images, best, tmp_path, size):
+  path = tmp_path / "labels.csv"
+  printed = predict(images, "--csv", path, "--top", 2, "--batch-size", size)
+  assert printed == f"5 images\nsaved: {path}\n"
+  header, *rows = csv.reader(path.open(newline=""))
+  assert header == ["image", "label1", "probability1", "label2", "probability2"]
+  assert len(rows) == 5
+  for name, *cells in rows:
+    expected = best(name, 2)
+    assert cells[::2] == [label for label, _ in expected]
+    assert list(map(float, cells[1::2])) == pytest.approx([p for _, p in expected], abs=2e-6)
+  assert list(tmp_path.glob("*.part")) == []
+
+
+def test_what_cannot_be_read_is_named_and_counted(run_command, small_folder, images, capsys):
+  (images / "broken.png").write_bytes(b"no image")
+  (images / "more" / "cut.jpg").write_bytes((images / "a.JPG").read_bytes()[:300])
+  # run_command returns what was printed, and so takes stderr with it.
+  with pytest.MonkeyPatch.context() as patch:
+    said = []
+    patch.setattr("sys.stderr.write", said.append)
+    printed = run_command("predict", "--workdir", small_folder, images, "--top", 1)
+  assert len(printed.splitlines()) == 5
+  text = "".join(said)
+  assert f"skipped: {images / 'broken.png'} cannot be decoded: not an image" in text
+  assert f"skipped: {images / 'more' / 'cut.jpg'} cannot be decoded" in text
+  assert text.endswith("2 of 7 images could not be read, see above\n")
+
+
+@pytest.mark.parametrize("to_csv", [False, True])
+def test_the_status_is_1_where_nothing_can_be_read(predict, tmp_path, to_csv):
+  paths = [tmp_path / "none.png", tmp_path / "broken.png"]
+  paths[1].write_bytes(b"no image")
+  arguments = ("--csv", tmp_path / "labels.csv") if to_csv else ()
+  with pytest.raises(SystemExit) as stop:
+    predict(*paths, *arguments)
+  assert stop.value.code == "error: none of the 2 images could be read, see above"
+  assert not (tmp_path / "labels.csv").exists()
+
+
+@pytest.mark.parametrize(
+  ("name", "said"),
+  [
+    ("empty", r"empty holds no images; their endings are \.bmp"),
+    ("empty.txt", r"empty\.txt holds no images"),
+    ("missing.txt", r"missing\.txt cannot be read as a list of paths"),
+  ],
+)
+def test_inputs_without_images_are_one_paragraph(predict, tmp_path, name, said):
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "empty.txt").touch()
+  with pytest.raises(SystemExit, match=f"^error: .*{said}"):
+    predict(tmp_path / name)
+
+
+def test_a_csv_that_cannot_be_written_and_no_labels_are_one_paragraph(predict, images, tmp_path):
+  with pytest.raises(SystemExit, match=r"^error: .*labels\.csv cannot be written: No such file"):
+    predict(images / "a.JPG", "--csv", tmp_path / "none" / "labels.csv")
+  with pytest.raises(SystemExit, match=r"^error: the number of labels is 1 or more, got 0"):
+    predict(images / "a.JPG", "--top", 0)
+  with pytest.raises(SystemExit, match=r"^error: batch_sizes are whole numbers above 0"):
+    predict(images / "a.JPG", "--batch-size", -1)

@@ -1,0 +1,120 @@
+"""repjax quantize: what it writes, prints and refuses."""
+
+import importlib
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+import repjax
+from repjax.errors import InputError
+from repjax.quantization import processor, runtime
+from tests.helpers import random_variables
+from tests.quantization.int8 import SPEC, needs_onnx
+from tests.training import tiny
+
+pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """A deploy folder with a config, as an import has it, of random variables."""
+  model = SPEC.create_model(deploy=True)
+  params = random_variables(model, np.zeros((1, 16, 16, 3), np.float32))["params"]
+  folder = tmp_path / "run"
+  repjax.disk.write_tree(folder / "params", params)
+  SPEC.write(folder)
+  config = json.loads(tiny.config(tmp_path, dataset="synthetic").to_json_best_effort())
+  (folder / "config.json").write_text(json.dumps(config))
+  return folder
+
+
+@needs_onnx
+def test_the_script_writes_a_folder_and_a_table(run_script, workdir, tmp_path, monkeypatch):
+  monkeypatch.setattr(processor, "saturates", lambda: True)
+  target = tmp_path / "below" / "int8"
+  few = ("--images", 16, "--rounds", 2, "--float-layers", 1)
+  printed = run_script("quantize", "--workdir", workdir, "--to", target, *few)
+  assert "no VNNI" not in printed  # of weights in 7 bits
+  lines = printed.splitlines()
+  facts = json.loads((target / "export.json").read_text())
+  assert lines[1].split()[0] == facts["sensitivity"][0]["layer"]
+  assert lines[1].endswith("left in float32")
+  assert facts["settings"]["float_layers"] == [facts["sensitivity"][0]["node"]]
+  table = {line.split("  ")[0]: line.split() for line in lines if "%" in line}
+  assert f"{facts['accuracy']['int8']:.2%}" in table["int8"]
+  for name in ("float32", "bfloat16, JAX", "int8 weights", "int8"):
+    assert name in table
+  assert "calibrated with 16 of its train split" in printed
+  names = {"model.onnx", "export.json", "model.json"}
+  if importlib.util.find_spec("matplotlib"):
+    names |= {"sensitivity.png"}
+    assert (target / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+  assert {path.name for path in target.iterdir()} == names
+  runtime.session(importlib.import_module("onnx").load(target / "model.onnx"))
+  with pytest.raises(InputError, match="which ONNX Runtime, OpenVINO or TensorRT runs and JAX"):
+    repjax.deploy.load_exported(target)
+  with pytest.raises(SystemExit, match="already; give another path"):
+    run_script("quantize", "--workdir", workdir, "--to", target)
+
+
+@needs_onnx
+def test_a_file_of_int8_weights_comes_without_a_ranking(run_script, workdir, tmp_path, monkeypatch):
+  monkeypatch.setattr("repjax.quantization.sensitivity", None)  # which must not be called
+  few = ("--images", 16, "--rounds", 2, "--weights-only", "--weight-bits", 8)
+  monkeypatch.setattr(processor, "saturates", lambda: True)
+  printed = run_script("quantize", "--workdir", workdir, "--to", tmp_path / "small", *few)
+  assert "no VNNI" not in printed
+  assert "layer alone in int8" not in printed
+  assert {path.name for path in (tmp_path / "small").iterdir()} == {
+    *("model.onnx", "export.json", "model.json")
+  }
+  facts = json.loads((tmp_path / "small" / "export.json").read_text())
+  assert facts["dtype"] == "int8 weights"
+  assert not facts.keys() & {"settings", "sensitivity"}
+
+
+@needs_onnx
+def test_symmetric_activations_take_weights_in_8_bits(run_script, workdir, tmp_path, monkeypatch):
+  monkeypatch.setattr(processor, "saturates", lambda: True)
+  few = ("--images", 16, "--rounds", 2, "--activations", "int8", "--no-bias-correction")
+  printed = run_script("quantize", "--workdir", workdir, "--to", tmp_path / "int8", *few)
+  assert "no VNNI" not in printed  # sums of int8 and int8 do not overflow
+  settings = json.loads((tmp_path / "int8" / "export.json").read_text())["settings"]
+  assert (settings["activations"], settings["weight_bits"]) == ("int8", 8)
+
+
+@needs_onnx
+def test_mistakes_end_the_script_in_one_paragraph(
+  run_script, workdir, tmp_path, monkeypatch, capsys
+):
+  def text(*arguments):
+    with pytest.raises(SystemExit) as stop:
+      run_script("quantize", *arguments)
+    return stop.value.code
+
+  assert text("--workdir", tmp_path / "no").startswith(f"error: {tmp_path}/no/model.json does not")
+  assert "error: 5000 images to calibrate with are asked for, and the split has 1024" in text(
+    "--workdir", workdir, "--images", 5000
+  )
+  assert "--weights-only takes the weights of all layers" in text(
+    "--workdir", workdir, "--weights-only", "--float-layers", 1
+  )
+  assert "are the same, synthetic's test split, which would" in text(
+    "--workdir", workdir, "--calibration-split", "test"
+  )
+  assert "unknown data set 'digit'; did you mean digits" in text(
+    "--workdir", workdir, "--dataset", "digit"
+  )
+  monkeypatch.setattr(processor, "saturates", lambda: True)
+  assert "--float-layers takes 0 to 5, got 6" in text(
+    *("--workdir", workdir, "--float-layers", 6, "--images", 1, "--weight-bits", 8)
+  )
+  assert "note: this CPU has no VNNI" in capsys.readouterr().out
+  find_spec = importlib.util.find_spec
+  monkeypatch.setattr(
+    "importlib.util.find_spec",
+    lambda name, *rest: None if name == "onnxruntime" else find_spec(name, *rest),
+  )
+  assert text("--workdir", workdir).startswith("error: 8 bits need the package onnxruntime")

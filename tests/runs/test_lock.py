@@ -1,0 +1,113 @@
+"""One writer for a workdir, whatever becomes of it."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from repjax.errors import InputError
+from repjax.runs import lock
+from tests.training import tiny
+
+pytest_plugins = ["tests.training.fixtures"]
+
+
+@pytest.fixture
+def other(tmp_path):
+  """A process that holds the lock of `run`."""
+  program = (
+    "import signal, sys, types\n"
+    # The packages without what they import, which takes a second and has no part in locks.
+    "for name in ('repjax', 'repjax.training'):\n"
+    "  sys.modules[name] = types.ModuleType(name)\n"
+    f"  sys.modules[name].__path__ = [{str(tiny.ROOT)!r} + '/' + name.replace('.', '/')]\n"
+    "from repjax.training import lock\n"
+    f"with lock.hold({str(tmp_path / 'run')!r}): print('held', flush=True); signal.pause()"
+  )
+  process = subprocess.Popen(
+    [sys.executable, "-c", program], cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True
+  )
+  assert process.stdout is not None
+  assert process.stdout.readline() == "held\n"
+  yield process
+  process.kill()
+  process.wait()
+
+
+def test_a_second_process_is_refused_and_told_of_the_first(other, tmp_path):
+  with (
+    pytest.raises(InputError, match=f"in use by process {other.pid} on {os.uname().nodename} sin"),
+    lock.hold(tmp_path / "run"),
+  ):
+    pytest.fail("held twice")
+  assert json.loads((tmp_path / "run" / lock.FILE).read_text())["pid"] == other.pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_lock_ends_with_its_process(other, tmp_path, number):
+  other.send_signal(number)
+  other.wait()
+  (tmp_path / "run").mkdir(exist_ok=True)  # a process that could clean up has removed it
+  (tmp_path / "run" / "kept").touch()
+  with lock.hold(tmp_path / "run"):
+    held = json.loads((tmp_path / "run" / lock.FILE).read_text())
+    assert held["pid"] == os.getpid()
+  assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
+
+
+def test_folders_that_stay_empty_are_removed_and_no_others(tmp_path):
+  (tmp_path / "a").mkdir()
+  with lock.hold(tmp_path / "a" / "b" / "c"):
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+  assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+  with lock.hold(tmp_path / "a" / "b" / "c"):
+    (tmp_path / "a" / "b" / "file").touch()
+  assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "file"]
+
+
+def test_a_lock_that_was_removed_while_it_was_opened_is_not_taken_for_held(tmp_path, monkeypatch):
+  flock, opened = fcntl.flock, []
+
+  def removed_before(file, operation):
+    if not opened:
+      (tmp_path / lock.FILE).unlink()
+    opened.append(file)
+    flock(file, operation)
+
+  monkeypatch.setattr(lock.fcntl, "flock", removed_before)
+  with lock.hold(tmp_path):
+    assert len(opened) == 2
+    assert json.loads((tmp_path / lock.FILE).read_text())["pid"] == os.getpid()
+
+
+def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
+  def none(file, operation):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+  monkeypatch.setattr(lock.fcntl, "flock", none)
+  with lock.hold(tmp_path / "run"):
+    pass
+  assert f"warning: {tmp_path / 'run'} cannot be locked (No locks av" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"pid": 1'])
+def test_a_holder_that_has_not_said_who_it_is_holds_all_the_same(tmp_path, content):
+  (tmp_path / lock.FILE).write_text(content)
+  with (tmp_path / lock.FILE).open() as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    with (
+      pytest.raises(InputError, match="is in use by another process; wait for it"),
+      lock.hold(tmp_path),
+    ):
+      pytest.fail("held twice")
+
+
+def test_a_file_where_the_folder_should_be_is_named(tmp_path):
+  (tmp_path / "run").touch()
+  with pytest.raises(InputError, match="run cannot be a folder"), lock.hold(tmp_path / "run"):
+    pytest.fail("held")

@@ -1,0 +1,216 @@
+"""A workdir belongs to one model, one data set and one way to learn: nothing else may continue."""
+
+import json
+
+import pytest
+
+import repjax
+from repjax.errors import InputError
+from repjax.training import continuing, planning
+from tests.training import tiny
+
+pytest_plugins = ["tests.training.fixtures"]
+
+DATA = {
+  "train": {"name": "flowers", "images": 120, "classes": {"count": 3, "names": "5a1f"}},
+  "eval": {"name": "flowers", "images": 30, "classes": {"count": 3, "names": "5a1f"}},
+}
+
+
+@pytest.fixture
+def claimed(digits_dir, tmp_path):
+  """A workdir that belongs to a run of the tiny model, and a function that claims it again."""
+
+  def claim(**changes):
+    config = tiny.config(digits_dir, **changes)
+    spec = planning.make_plan(config).spec
+    continuing.check_workdir(tmp_path, spec)
+    continuing.claim_workdir(tmp_path, config, spec, DATA)
+
+  claim()
+  return tmp_path, claim
+
+
+def test_a_claimed_workdir_holds_config_and_model(claimed, digits_dir):
+  workdir, _ = claimed
+  config = tiny.config(digits_dir)
+  assert sorted(tiny.contents(workdir)) == ["config.json", "data.json", "model.json"]
+  assert json.loads((workdir / "data.json").read_text()) == DATA
+  read = planning.read_config(workdir)
+  assert json.dumps(read.to_dict()) == json.dumps(config.to_dict())  # lists and tuples are one
+  assert planning.make_plan(read)[3:] == planning.make_plan(config)[3:]
+  assert repjax.ModelSpec.read(workdir).class_names == tuple("0123456789")
+
+
+def test_claiming_again_says_and_changes_nothing(claimed, capsys):
+  workdir, claim = claimed
+  before = tiny.contents(workdir)
+  claim()
+  assert tiny.contents(workdir) == before
+  assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+  ("changes", "difference"),
+  [
+    ({"model": "repvgg_b0"}, "name repvgg_a0 -> repvgg_b0"),
+    ({"image_size": 24}, "preprocessing.image_size 16 -> 24"),
+    ({"model_overrides": {"act": "silu"}}, "overrides.act None -> silu"),
+    ({"model_overrides": {"stage_sizes": (1, 2, 1, 1)}}, "overrides.stage_sizes.1 1 -> 2"),
+  ],
+  ids=str,
+)
+def test_a_workdir_of_another_model_is_refused_and_left_alone(claimed, changes, difference):
+  workdir, claim = claimed
+  before = tiny.contents(workdir)
+  with pytest.raises(InputError, match="belongs to another model") as caught:
+    claim(**changes)
+  assert difference in str(caught.value)
+  assert "Nothing was changed; give another --workdir" in str(caught.value)
+  assert tiny.contents(workdir) == before
+
+
+def test_other_changes_are_printed_and_kept(claimed, capsys):
+  workdir, claim = claimed
+  claim(learning_rate=0.25, num_steps=20)
+  expected = "config changed since this run began: learning_rate 0.4 -> 0.25, num_steps 12 -> 20\n"
+  assert capsys.readouterr().out == expected
+  assert planning.read_config(workdir).num_steps == 20
+
+
+def test_checkpoints_without_a_model_json_are_not_taken_for_this_models(claimed):
+  workdir, claim = claimed
+  (workdir / "checkpoints" / "4").mkdir(parents=True)
+  (workdir / "model.json").unlink()
+  before = tiny.contents(workdir)
+  with pytest.raises(InputError, match=r"no model\.json"):
+    claim()
+  assert tiny.contents(workdir) == before
+
+
+def with_checkpoint(workdir):
+  (workdir / "checkpoints" / "4").mkdir(parents=True)
+  return workdir
+
+
+def changed(part, **facts):
+  return {**DATA, part: {**DATA[part], **facts}}
+
+
+@pytest.mark.parametrize(
+  ("data", "difference"),
+  [
+    (changed("train", images=130), "began: train.images 120 -> 130. A run continues on"),
+    (changed("eval", name="fruit"), "began with other data: eval.name flowers -> fruit. Name"),
+    (
+      changed("train", classes={"count": 4, "names": "77e0"}),
+      "began: train.classes.count 3 -> 4, train.classes.names 5a1f -> 77e0. A run continues on",
+    ),
+  ],
+  ids=["images", "name", "classes"],
+)
+def test_a_run_does_not_continue_on_other_images(claimed, data, difference):
+  workdir, _ = claimed
+  continuing.check_data(workdir, data)  # there is no checkpoint yet that would be continued
+  before = tiny.contents(with_checkpoint(workdir))
+  continuing.check_data(workdir, DATA)
+  with pytest.raises(InputError) as caught:
+    continuing.check_data(workdir, data)
+  assert f"the run in {workdir} {difference}" in str(caught.value)
+  assert f"another --workdir with --config.init_from={workdir}" in str(caught.value)
+  assert tiny.contents(workdir) == before
+
+
+def test_an_older_workdir_and_facts_that_one_side_lacks_are_accepted(claimed):
+  workdir = with_checkpoint(claimed[0])
+  continuing.check_data(workdir, changed("train", checksum="c0ffee"))
+  continuing.check_data(workdir, {**DATA, "eval": {}})
+  (workdir / "data.json").unlink()
+  continuing.check_data(workdir, changed("train", images=130))
+
+
+@pytest.mark.parametrize("damaged", ["[]", '{"train": 3}', '{"train": '])
+def test_a_damaged_data_json_is_named(claimed, damaged):
+  workdir = with_checkpoint(claimed[0])
+  (workdir / "data.json").write_text(damaged)
+  with pytest.raises(InputError, match=r"data\.json is damaged"):
+    continuing.check_data(workdir, DATA)
+
+
+@pytest.mark.parametrize(
+  ("changes", "difference"),
+  [
+    ({"learning_rate": 0.25, "seed": 1}, "learning_rate 0.4 -> 0.25, seed 0 -> 1"),
+    ({"num_steps": 20}, "num_steps 12 -> 20"),
+    ({"num_epochs": 4.0}, "num_epochs 20.0 -> 4.0"),
+    ({"batch_size": 64}, "batch_size 32 -> 64"),
+    ({"backbone_rate": 0.0}, "backbone_rate 1.0 -> 0.0"),
+    ({"std": (0.3, 0.3, 0.35)}, "std.0 0.35 -> 0.3, std.1 0.35 -> 0.3"),
+  ],
+  ids=str,
+)
+def test_a_run_does_not_continue_in_another_way_than_it_began(
+  claimed, digits_dir, changes, difference
+):
+  workdir, _ = claimed
+  config = tiny.config(digits_dir, **changes)
+  continuing.check_continuing(workdir, config)  # no step was taken
+  before = tiny.contents(with_checkpoint(workdir))
+  with pytest.raises(InputError) as caught:
+    continuing.check_continuing(workdir, config)
+  assert f"the run in {workdir} began with another config: {difference}. A run" in str(caught.value)
+  assert f"another --workdir with --config.init_from={workdir} (" in str(caught.value)
+  assert "--resume=never" in str(caught.value)
+  assert "What may change is data_dir, eval_every_epochs, init_from," in str(caught.value)
+  assert tiny.contents(workdir) == before
+
+
+def test_fields_that_no_parameter_depends_on_may_change(claimed, digits_dir):
+  workdir = with_checkpoint(claimed[0])
+  changes = {
+    "data_dir": "elsewhere",
+    "eval_every_epochs": 3.0,
+    "init_from": "folder",
+    "log_every_steps": 1,
+    "num_workers": 1,
+    "recalibrate_batches": 1,
+    "save_every_minutes": 0.5,
+    "tolerance": 1e-3,
+  }
+  assert changes.keys() | {"tensorboard"} == continuing.FREE
+  config = tiny.config(digits_dir)
+  with config.ignore_type():
+    config.update(changes)
+  continuing.check_continuing(workdir, config)
+
+
+def test_fields_that_are_newer_than_a_run_stop_nothing(claimed, digits_dir):
+  workdir = with_checkpoint(claimed[0])
+  held = json.loads((workdir / "config.json").read_text())
+  for field in ("backbone_rate", "mixup"):
+    del held[field]
+  (workdir / "config.json").write_text(json.dumps(held))
+  continuing.check_continuing(workdir, tiny.config(digits_dir, mixup=0.5))
+  with pytest.raises(InputError, match=r"backbone_rate 1\.0 -> 0\.0"):
+    continuing.check_continuing(workdir, tiny.config(digits_dir, backbone_rate=0.0))
+
+
+def test_resume_says_whether_there_may_or_must_be_a_run(claimed, tmp_path):
+  workdir, empty = claimed[0], tmp_path / "empty"
+  for resume, folder in (("auto", workdir), ("auto", empty), ("never", empty)):
+    continuing.check_resume(folder, resume)
+  with pytest.raises(InputError, match=r"already holds config\.json, model\.json"):
+    continuing.check_resume(workdir, "never")
+  for folder in (empty, workdir):
+    with pytest.raises(InputError, match=f"{folder} holds no checkpoint to continue from"):
+      continuing.check_resume(folder, "must")
+  continuing.check_resume(with_checkpoint(workdir), "must")
+  with pytest.raises(InputError, match="unknown value of resume 'maybe'"):
+    continuing.check_resume(workdir, "maybe")
+
+
+def test_imported_weights_are_started_from_not_trained_on(claimed):
+  workdir, claim = claimed
+  (workdir / "import.json").touch()
+  with pytest.raises(InputError, match=f"--config.init_from={workdir} to start from them"):
+    claim()
