@@ -23,8 +23,8 @@ import timing
 from subjects import openvino_alone
 
 import repjax
-from repjax.deploy.function import inference
 from repjax.errors import InputError, one_paragraph
+from repjax.inference import inference
 from repjax.models import image_size_of
 from repjax.onnx import of_function
 from repjax.onnx.check import TOLERANCES, checked

@@ -13,8 +13,8 @@ from typing import Any
 
 import repjax
 from repjax.deploy.export import FORMATS, PLATFORMS
-from repjax.deploy.function import DTYPES
 from repjax.errors import one_paragraph
+from repjax.inference import DTYPES
 from repjax.onnx.check import TOLERANCES
 
 

@@ -18,7 +18,7 @@ import timing
 import repjax
 from repjax import training
 from repjax.data import Source
-from repjax.deploy.function import inference
+from repjax.inference import inference
 from repjax.quantization import runtime
 from repjax.quantization.sensitivity import compared
 from repjax.training import evaluation, planning

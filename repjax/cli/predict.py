@@ -21,8 +21,8 @@ import numpy as np
 from repjax.data.layout import ENDINGS
 from repjax.deploy import Predictor
 from repjax.deploy.compile import BATCH_SIZES
-from repjax.deploy.function import DTYPES
 from repjax.errors import InputError, one_paragraph
+from repjax.inference import DTYPES
 
 MANY = 1000
 """Images from which measuring what is fastest pays."""

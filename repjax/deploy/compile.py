@@ -11,9 +11,9 @@ from flax import linen as nn
 
 from repjax.cache import keep_every_program
 from repjax.deploy.devices import Placed
-from repjax.deploy.function import inference
 from repjax.deploy.streams import PlacedStreams, check_streams
 from repjax.errors import InputError, unknown
+from repjax.inference import inference
 from repjax.spec import Preprocessing
 
 BATCH_SIZES = (1, 8, 32)

@@ -22,8 +22,8 @@ from flax import linen as nn
 
 from repjax import disk
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
-from repjax.deploy.function import checked_dtype, inference
 from repjax.errors import InputError, unknown
+from repjax.inference import checked_dtype, inference
 from repjax.onnx import of_function, written_dtype
 from repjax.onnx.check import checked
 from repjax.onnx.proto import OPSET

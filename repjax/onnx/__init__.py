@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from repjax.deploy.function import checked_dtype, inference
 from repjax.errors import InputError
+from repjax.inference import checked_dtype, inference
 from repjax.onnx.proto import model_proto, need_onnx
 from repjax.onnx.translation import IMAGES, Step, translated
 from repjax.spec import Preprocessing
@@ -110,7 +110,7 @@ def of_function(
   dtype: np.dtype,
   probabilities: bool,
 ) -> Any:
-  """What `repjax.deploy.function.inference` returns as an `onnx.ModelProto`; `dtype` of images."""
+  """What `repjax.inference.inference` returns as an `onnx.ModelProto`; `dtype` of images."""
   return with_steps(function, tree, image_size, dtype, probabilities)[0]
 
 

@@ -41,7 +41,7 @@ def roundings_of(
 
   Args:
     proto: from `repjax.onnx.to_onnx` in float32, without preprocessing.
-    images: to calibrate with, normalized (N, H, W, 3), and else as in `repjax.quantization.quantize`.
+    images: to calibrate with, normalized (N, H, W, 3), and else as in `quantize`.
     activations: as there, and so are `weight_bits` and `calibration`.
 
   Raises:

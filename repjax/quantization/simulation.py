@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from repjax.deploy.function import inference
 from repjax.errors import InputError
+from repjax.inference import inference
 from repjax.onnx import with_steps
 from repjax.onnx.translation import IMAGES, Step, called
 from repjax.quantization.roundings import Roundings, missing_in

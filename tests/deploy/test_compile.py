@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax.deploy.function import inference
 from repjax.errors import InputError
+from repjax.inference import inference
 from repjax.layers import RepConv
 from repjax.spec import Preprocessing
 from tests.helpers import assert_close, halves, random_variables
