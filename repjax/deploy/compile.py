@@ -109,7 +109,8 @@ class CompiledModel:
         else "Resize the images, or compile the model with their image_size."
       )
       raise InputError(
-        f"this model is compiled for images (N, {height}, {width}, 3), got {images.shape}. {way_out}"
+        f"this model is compiled for images (N, {height}, {width}, 3), got {images.shape}. "
+        + way_out
       )
     if images.dtype != self.input_dtype:
       if self.input_dtype == np.uint8:

@@ -7,8 +7,8 @@
 | `winograd2` | 3x3 at stride 1, float32 | F(2x2, 3x3), as exact as `direct`                      |
 | `winograd4` | 3x3 at stride 1, float32 | F(4x4, 3x3), with twice the rounding error             |
 
-Two more algorithms were tried and were never the fastest: blocks of 2x2 pixels as channels of the
-stem (space to depth), and a sum of nine matrix products. `benchmarks/convolutions.py` times all six.
+Two more algorithms were tried and were never faster: blocks of 2x2 pixels as channels of the stem
+(space to depth), and a sum of nine matrix products. `benchmarks/convolutions.py` times all six.
 """
 
 import math
@@ -22,7 +22,7 @@ import numpy as np
 from repjax.deploy import winograd
 
 _MOST_ROW_NUMBERS = 2**27
-"""Limit on the numbers that `matmul` gathers, 512 MiB in float32; more would need too much memory."""
+"""The most numbers that `matmul` may gather, 512 MiB in float32: more need too much memory."""
 
 
 class Convolution(NamedTuple):

@@ -1,4 +1,4 @@
-"""`critical_path`: times every piece of a network in streams and finds the longest chain of them."""
+"""`critical_path`: times the pieces of a network in streams and finds the longest chain of them."""
 
 import functools
 import statistics

@@ -1,9 +1,9 @@
-"""Compiles a function for batches on one device or on all of them by `jax.pmap`; see also `streams`.
+"""Runs batches on one device, or on all devices by `jax.pmap`; see also `streams`.
 
 A batch that runs on D devices is padded to a multiple of D. Several devices are not always faster:
 distributing images and collecting results can cost more than the devices save. Each batch size is
 therefore timed on one device and on all. On a CPU a large batch is also timed in chunks of CHUNK
-images, one chunk after the other, since the maps of a few images stay in the processor's caches.
+images, one chunk after the other: the maps of a few images stay in the processor's caches.
 """
 
 import functools
@@ -162,9 +162,7 @@ class PlacedTree:
     """Returns the first device's copy of a tree that is on all devices, without copying it."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
-  def program(
-    self, function: Function, batch: jax.ShapeDtypeStruct
-  ) -> tuple[Program, BatchPlan]:
+  def program(self, function: Function, batch: jax.ShapeDtypeStruct) -> tuple[Program, BatchPlan]:
     """Compiles the function for one batch size in every arrangement and returns the fastest.
 
     Args:
