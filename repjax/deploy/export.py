@@ -85,7 +85,7 @@ def export(
   """
   path = Path(folder)
   if path.exists():
-    raise InputError(f"{path} exists already; give a different path, or remove it first")
+    raise InputError(f"{path} exists already; give another path, or remove it first")
   if format not in FORMATS:
     raise unknown("format", format, FORMATS)
   for platform in platforms:

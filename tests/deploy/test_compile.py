@@ -325,5 +325,5 @@ def test_images_that_do_not_fit_are_refused(small, images, said):
 
 def test_normalized_images_are_refused_where_normalization_is_compiled_in(small):
   compiled = compiled_plainly(*small, image_size=16, batch_sizes=(1,), preprocessing=PREPROCESSING)
-  with pytest.raises(InputError, match="must be uint8, got float32.*normalization is compiled in"):
+  with pytest.raises(InputError, match=r"must be uint8, got float32.*normalization is compiled in"):
     compiled(noise(1))

@@ -28,7 +28,7 @@ def random_costs(seed):
 
 
 def chains(costs, last):
-  """All chains of pieces that end in one, with their seconds, by the definition."""
+  """Yields the seconds and names of every chain of pieces that ends in `last`."""
   maker = {scope: cost for cost in costs for scope in cost.piece.makes}
   for name in last.piece.reads:
     own = last.seconds + last.moves.get(name, 0)
@@ -57,7 +57,7 @@ def test_no_chain_is_longer_and_the_shares_add_up(seed):
 
 def test_what_costs_most_is_named():
   def found(changes):
-    """With a second for each of some pieces, and little for others and for moves."""
+    """Returns the longest chain if pieces take the given seconds, and all else takes little."""
     costs = [
       PieceCost(
         piece,

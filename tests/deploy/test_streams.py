@@ -284,5 +284,5 @@ def test_settings_that_cannot_be_are_refused(small, changes, said):
 
 def test_a_network_without_streams_is_refused():
   model = repjax.create_model("repvgg_a0")
-  with pytest.raises(InputError, match='like ParNet, got RepVGG.*parallel="data"'):
+  with pytest.raises(InputError, match=r'like ParNet, got RepVGG.*parallel="data"'):
     repjax.deploy.compile(model, {"params": {}}, image_size=224, parallel="streams")

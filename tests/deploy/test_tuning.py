@@ -1,4 +1,4 @@
-"""What is fastest is measured once, kept on disk, and used."""
+"""The fastest algorithm is measured once, kept on disk, and used."""
 
 import json
 import types
@@ -20,7 +20,7 @@ STRIDED = PLAIN._replace(strides=(2, 2))
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """Where measurements are kept in this test."""
+  """The folder in which this test keeps measurements."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   return tmp_path / "repjax" / "measured"
 
