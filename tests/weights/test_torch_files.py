@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 
 from repjax.errors import InputError
-from repjax.weights import read, torch_files
-from repjax.weights.torch_files import load
+from repjax.weights import read
+from repjax.weights.torch_files import files, load, names, pickles, tensors
 from tests.helpers import GOLDENS
 from tests.weights import torch_writer as writer
 from tests.weights.torch_writer import FORMATS, Built, Call, Name, Raw, Storage, tensor
@@ -39,18 +39,18 @@ every_format = pytest.mark.parametrize("save", FORMATS.values(), ids=FORMATS)
 
 @pytest.fixture
 def path(tmp_path):
-  """Where tests write their one file."""
+  """The one file that a test writes."""
   return tmp_path / "file.pth"
 
 
 def assert_same(found, expected):
-  """Equal in dtype, shape and bits, where a float8 has no == of its own."""
+  """Checks that dtypes, shapes and bits are equal; NumPy has no == for float8."""
   assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
   assert found.tobytes() == expected.tobytes()
 
 
 def read_or_refuse(path):
-  """What is read, or nothing where that ends in an error meant for the person who asked."""
+  """Returns what is read, or None if reading ends in an error that names the file."""
   try:
     return read(path)
   except InputError as error:
@@ -60,7 +60,7 @@ def read_or_refuse(path):
 
 
 def refusal(path):
-  """The text of the error that reading raises, which names the file, without that name."""
+  """Returns the text of the error that reading raises, without the name of the file."""
   with pytest.raises(InputError) as caught:
     read(path)
   assert str(path) in str(caught.value)
@@ -433,7 +433,8 @@ def test_attributes_of_a_storage_change_nothing(path, save, name, slots):
   ids=lambda inner: inner.name,
 )
 def test_a_file_leaves_nothing_behind(path, save, tmp_path, inner, slots):
-  functions = [value for value in vars(torch_files).values() if callable(value)]
+  modules = (files, names, pickles, tensors)
+  functions = [value for each in modules for value in vars(each).values() if callable(value)]
 
   def marks():
     held = ("__dict__", "__defaults__", "__kwdefaults__", "__doc__", "__name__")

@@ -173,7 +173,7 @@ def test_a_backbone_needs_a_number_of_classes(tmp_path, states):
   backbone = {name: x for name, x in states["train"].items() if not name.startswith("linear")}
   with pytest.raises(InputError, match=r"missing linear\.bias"):
     import_state(tmp_path, backbone)
-  with pytest.raises(InputError, match=r"holds no classifier: say of how many classes"):
+  with pytest.raises(InputError, match="holds no classifier"):
     import_state(tmp_path, backbone, drop_head=True)
   workdir, record = import_state(tmp_path, backbone, num_classes=3, drop_head=True)
   assert record["num_classes"] == 3
