@@ -398,7 +398,7 @@ def test_no_extension_code_reaches_a_function_even_one_that_is_in_use(path, save
 
 
 def fields_of_objects():
-  """A dictionary that NumPy takes for a dtype of pointers, with an itemsize as a dtype has."""
+  """Returns a dictionary that NumPy takes for a dtype of pointers, with an itemsize."""
   fields = Call(Name("collections", "OrderedDict"), [("names", ["a"]), ("formats", ["O"])])
   return Built(fields, {"itemsize": 8})
 
@@ -570,7 +570,7 @@ def test_shown_names_cannot_write_to_the_terminal(path, save):
 
 
 def copies(function, argument, count):
-  """A list of what a function makes of one argument, `count` times."""
+  """Returns the pickle of a list with `count` calls of a function, all with one argument."""
   named = f"c{function.module}\n{function.name}\n".encode() + b"q\xfb0"
   calls = b"h\xfbh\xfa\x85R" * count
   return Raw(argument + b"q\xfa0" + named + b"(" + calls + b"l")
@@ -708,7 +708,7 @@ def test_a_local_header_that_lies_reads_nothing_outside_the_file(path, field, va
 
 
 def sample_bytes(save, path):
-  """A small file with every kind of part, and what it holds."""
+  """Returns the bytes of a small file with every kind of part, and the value in the file."""
   value = {
     "state_dict": {"w": writer.sample("float32"), "b": writer.sample("bfloat16", (3,))},
     "args": LEFTOVERS["namespace"],
@@ -880,14 +880,14 @@ def torch_save(request, torch, path):
 
 
 def bits(tensor):
-  """The bytes of a torch tensor in the order of its elements."""
+  """Returns the bytes of a torch tensor in the order of its elements."""
   torch = pytest.importorskip("torch")
   tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
   return bytes(tensor.reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
 
 
 def assert_like_torch(found, tensor):
-  """The array has the tensor's dtype, shape and bits."""
+  """Checks that the array has the tensor's dtype, shape and bits."""
   assert found.dtype.name == str(tensor.dtype).removeprefix("torch.")
   assert found.shape == tuple(tensor.shape)
   assert found.tobytes() == bits(tensor)
@@ -971,13 +971,13 @@ def test_state_dicts_of_modules_are_read(torch, torch_save):
 
 
 class Colour(enum.Enum):
-  """As configurations have them."""
+  """An enumeration like those in configurations."""
 
   RED = 1
 
 
 class Config(dict):
-  """As configurations are: a dictionary with attributes."""
+  """A dictionary with attributes, like those of configurations."""
 
   def __init__(self, **items):
     super().__init__(items)

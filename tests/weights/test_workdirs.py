@@ -37,7 +37,7 @@ def save(path, state):
 
 
 def import_state(tmp_path, state, model_name="repvgg_a0", overrides=TINY, **arguments):
-  """The workdir and the record of an import of a state dict."""
+  """Imports a state dict; returns the workdir and the record of the import."""
   source = save(tmp_path / "weights.npz", state)
   workdir = tmp_path / "run"
   record = weights.import_weights(
@@ -342,7 +342,7 @@ def test_counters_are_whole_numbers_at_zero(tmp_path, states):
   ("target", "arguments", "said"),
   [
     ("taken.safetensors", {}, r"taken\.safetensors exists already; give another path"),
-    ("out.pth", {}, r"out\.pth is written as \.safetensors; call it out\.safetensors"),
+    ("out.pth", {}, r"out\.pth must end in \.safetensors; call it out\.safetensors"),
     ("out.safetensors", {"naming": "keras"}, "'keras' has no names for repvgg_a0; there are"),
     ("out.safetensors", {"form": "train"}, "holds a deploy form only"),
   ],
