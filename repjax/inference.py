@@ -22,8 +22,8 @@ class Inference(NamedTuple):
     function: a function of the tree and of images; returns float32.
     tree: variables of the deploy form, cast to the dtype of the computation.
     run: for a network in streams: a function of the tree, of maps by scope, and of the scopes to
-      run, like the network's method `run`. It prepares "images" as `function` does, and finishes
-      the map of the last scope as `function` finishes its result.
+      run, like the network's method `run`. Images are normalized and cast as by `function`. The
+      map of the last scope, if the network's output is this one map, is the result of `function`.
     network: the deploy form as a module.
   """
 
@@ -88,6 +88,8 @@ def inference(
     if "images" in maps:
       maps = maps | {"images": ready(maps["images"])}
     made: Any = plain.apply(tree, maps, scopes, method="run")
+    # A classifier's output is one scope. A network that returns feature maps has several outputs,
+    # which the caller casts to float32 on the host.
     last = plain.outputs
     return made | {last: finished(made[last])} if last in tuple(scopes) else made
 

@@ -26,7 +26,7 @@ def from_torch(
   drop_head: bool = False,
   **overrides: Any,
 ) -> dict[str, Any]:
-  """Makes a model's variables of a PyTorch state dict, whose naming and form are recognized.
+  """Makes a model's variables from a PyTorch state dict, whose naming and form are recognized.
 
   Args:
     model_name: as in `create_model`.
@@ -79,7 +79,7 @@ def from_torch(
 def to_torch(
   model_name: str, variables: Mapping[str, Any], naming: str = "official"
 ) -> dict[str, np.ndarray]:
-  """Makes a PyTorch state dict of a model's variables; the inverse of `from_torch`.
+  """Makes a PyTorch state dict from a model's variables; the inverse of `from_torch`.
 
   Args:
     model_name: as in `create_model`.
