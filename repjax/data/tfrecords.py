@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import google_crc32c
 from tqdm import tqdm
 
 from repjax.data import records
 from repjax.data.builders import builder_of, file_formats
-from repjax.data.crc32c import masked_crc32c
 from repjax.errors import InputError
 
 INFO = "dataset_info.json"
@@ -128,6 +128,18 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path} is damaged in record {index}; copy this file once more")
       yield data
       index += 1
+
+
+def masked_crc32c(data: bytes) -> int:
+  """Returns the CRC-32C of some bytes in the form that TFRecord files store.
+
+  The checksum is rotated right by 15 bits and a constant is added, modulo 2^32.
+
+  References:
+    The TFRecord format. https://www.tensorflow.org/tutorials/load_data/tfrecord
+  """
+  crc = google_crc32c.value(data)
+  return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _shards(builder: Any) -> list[_Shard]:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from repjax.data import open_source, records
-from repjax.data.crc32c import crc32c, masked_crc32c
 from repjax.data.folder import prepare_folder
-from repjax.data.tfrecords import convert_tfrecord, read_tfrecord
+from repjax.data.tfrecords import convert_tfrecord, masked_crc32c, read_tfrecord
 from repjax.errors import InputError
 from tests.data.test_folder import files_below, write_image
 
@@ -70,18 +69,23 @@ def examples(name, split, data_dir):
   return [{key: row[key] for key in row.keys() - {"name"}} for row in rows]
 
 
-def test_known_checksums():
-  # From RFC 3720, appendix B.4, and the usual check value.
-  assert crc32c(b"123456789") == 0xE3069283
-  assert crc32c(bytes(32)) == 0x8A9136AA
-  assert crc32c(b"\xff" * 32) == 0x62A8AB43
-  assert crc32c(bytes(range(32))) == 0x46DD794E
+@pytest.mark.parametrize(
+  ("data", "checksum"),
+  [  # the usual check value, and RFC 3720, appendix B.4
+    (b"123456789", 0xE3069283),
+    (bytes(32), 0x8A9136AA),
+    (b"\xff" * 32, 0x62A8AB43),
+    (bytes(range(32)), 0x46DD794E),
+  ],
+)
+def test_known_checksums_are_rotated_and_shifted(data, checksum):
+  assert bitwise_crc32c(data) == checksum
+  assert masked_crc32c(data) == ((checksum >> 15 | checksum << 17) + 0xA282EAD8) % 2**32
 
 
-@pytest.mark.parametrize("size", [0, 1, 3, 127, 128, 129, 255, 256, 257, 511, 1000, 4096, 10007])
-def test_checksums_are_those_of_the_definition(size):
+@pytest.mark.parametrize("size", [0, 1, 3, 128, 1000, 10007])
+def test_checksums_follow_the_definition(size):
   data = np.random.default_rng(size).bytes(size)
-  assert crc32c(data) == bitwise_crc32c(data)
   assert masked_crc32c(data) == masked(data)
 
 
