@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from repjax.data.augment import parse as parse_augmentation
+  from repjax.data.augmentation import parse as parse_augmentation
   from repjax.data.pipeline import eval_batches, train_batches
   from repjax.data.sources import Source, open_source
   from repjax.data.transforms import read_image
@@ -26,7 +26,7 @@ _HOMES = {
   "Source": ("sources", "Source"),
   "eval_batches": ("pipeline", "eval_batches"),
   "open_source": ("sources", "open_source"),
-  "parse_augmentation": ("augment", "parse"),
+  "parse_augmentation": ("augmentation", "parse"),
   "read_image": ("transforms", "read_image"),
   "train_batches": ("pipeline", "train_batches"),
 }

@@ -8,7 +8,7 @@ import shlex
 import tensorflow_datasets as tfds
 from google.protobuf import json_format
 
-from repjax.data import records
+from repjax.data import storage
 from repjax.data.digits import Digits
 from repjax.errors import InputError, unknown
 
@@ -50,7 +50,7 @@ def builder_of(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     raise InputError(
       f"{unknown('data set', name, [*known, *own, 'digits', 'synthetic'])} (a set of your own is "
       f"made from a folder of images by {PREPARE} --from-folder FOLDER --name NAME, and looked for "
-      f"in {records.sets_folder(data_dir)})"
+      f"in {storage.sets_folder(data_dir)})"
     )
   try:
     return tfds.builder(name, data_dir=data_dir)
@@ -61,7 +61,7 @@ def builder_of(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 def stored_sets(data_dir: str | None) -> set[str]:
   """The names of the sets that are in `data_dir`, whoever made them."""
-  folder = records.sets_folder(data_dir)
+  folder = storage.sets_folder(data_dir)
   files = itertools.chain.from_iterable(  # name/version, or name/variant/version
     folder.glob(f"{pattern}/dataset_info.json") for pattern in ("*/*", "*/*/*")
   )

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, naming
 from tqdm import tqdm
 
-from repjax.data import layout, records
+from repjax.data import layout, storage
 from repjax.data.layout import Classes
 from repjax.data.reading import ImageFile, in_order, read_image
 from repjax.errors import InputError
@@ -74,20 +74,20 @@ def prepare_folder(
   Raises:
     InputError: the folder, the name or the disk cannot be used; lists everything that was found.
   """
-  target = records.sets_folder(data_dir) / name / VERSION
+  target = storage.sets_folder(data_dir) / name / VERSION
   try:
     found = layout.find_images(Path(folder), validation_ratio, seed)
   except OSError as error:
     raise InputError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
   problems = [*name_problems(name), *found.problems]
-  with records.disk_errors(target):
-    problems += records.existing_problems(target, replace=replace)
+  with storage.disk_errors(target):
+    problems += storage.existing_problems(target, replace=replace)
   if problems:
     raise InputError("\n".join(problems))
   workers = num_workers or os.cpu_count() or 1
   with (
-    records.disk_errors(target),
-    records.whole_set(target, replace=replace) as draft,
+    storage.disk_errors(target),
+    storage.whole_set(target, replace=replace) as draft,
     warnings.catch_warnings(action="ignore"),  # Pillow's, about odd but readable files
   ):
     counts, skipped, repeated = _write(draft, Path(folder), found, name, seed, workers)
@@ -128,7 +128,7 @@ def _write(
   skipped, repeated = _write_images(writers, folder, splits, name, seed, num_workers)
   counts = {split: writer.counts for split, writer in writers.items()}
   _refuse_lost_classes(splits, counts, skipped)
-  records.write_info(
+  storage.write_info(
     draft,
     name,
     VERSION,
@@ -202,7 +202,7 @@ class _SplitWriter:
   """Writes examples; counts each class and folds names and contents into one checksum."""
 
   def __init__(self, draft: Path, name: str, split: str, class_names: tuple[str, ...]):
-    self._shards = records.ShardWriter(draft, name, split)
+    self._shards = storage.ShardWriter(draft, name, split)
     self._features = _features(class_names)
     specs: Any = self._features.get_serialized_info()
     self._serializer = example_serializer.ExampleSerializer(specs)
@@ -217,7 +217,7 @@ class _SplitWriter:
     self.checksum.update(name + b"\0" + image.digest)
     self.counts[image.label] += 1
 
-  def finish(self) -> records.SplitFiles:
+  def finish(self) -> storage.SplitFiles:
     """Ends the files; what TFDS notes of them."""
     return self._shards.finish()
 

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from repjax.data import augment as augmentations
+from repjax.data import augmentation
 from repjax.data.decode import Picture
 from repjax.data.sources import Examples
 from repjax.data.transforms import resize_and_crop
@@ -46,7 +46,7 @@ def train_batches(
     examples: of the split.
     batch_size: images a step, over all shards.
     image_size: side of the images in pixels.
-    augment: a line that `augment.parse` reads.
+    augment: a line that `augmentation.parse` reads.
     interpolation: a key of INTERPOLATIONS.
     seed: of the order and the augmentations.
     start_step: the step that the first batch is for.
@@ -123,8 +123,8 @@ def eval_batches(
 def _augmented(
   augment: str, size: int, interpolation: str, example: dict[str, Any], rng: np.random.Generator
 ) -> Batch:
-  augmentation = augmentations.parse(augment)  # which parses once a process
-  return _example(augmentation(_picture(example), size, interpolation, rng), example)
+  augmented = augmentation.parse(augment)  # reads a line once per process; the rest is cached
+  return _example(augmented(_picture(example), size, interpolation, rng), example)
 
 
 def _resized(

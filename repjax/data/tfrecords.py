@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import google_crc32c
 from tqdm import tqdm
 
-from repjax.data import records
+from repjax.data import storage
 from repjax.data.builders import builder_of, file_formats
 from repjax.errors import InputError
 
@@ -68,8 +68,8 @@ def convert_tfrecord(
       f"{missing[0]} for one; copy the set once more"
     )
   variant = builder.builder_config.name if builder.builder_config else ""
-  target = records.sets_folder(to) / builder.name / variant / str(builder.version) if to else folder
-  with records.disk_errors(target):
+  target = storage.sets_folder(to) / builder.name / variant / str(builder.version) if to else folder
+  with storage.disk_errors(target):
     if to is None:
       _copy_beside(shards, folder, name, num_workers)
     else:
@@ -78,7 +78,7 @@ def convert_tfrecord(
 
 
 def _copy_beside(shards: list[_Shard], folder: Path, name: str, num_workers: int) -> None:
-  with records.draft_folder(folder / ".array_record.incomplete") as draft:
+  with storage.draft_folder(folder / ".array_record.incomplete") as draft:
     _copy_all(shards, draft, name, num_workers)
     for shard in shards:
       (draft / shard.copy).rename(folder / shard.copy)
@@ -88,7 +88,7 @@ def _copy_beside(shards: list[_Shard], folder: Path, name: str, num_workers: int
 
 
 def _copy_to(target: Path, shards: list[_Shard], folder: Path, name: str, num_workers: int) -> None:
-  with records.whole_set(target, replace=False) as draft:
+  with storage.whole_set(target, replace=False) as draft:
     _copy_all(shards, draft, name, num_workers)
     for path in folder.iterdir():
       if path.suffix in (".json", ".txt") and path.name != INFO:
@@ -182,8 +182,8 @@ def _copy_all(shards: list[_Shard], draft: Path, name: str, num_workers: int) ->
 
 def _copy(shard: _Shard, draft: Path, bar: tqdm) -> None:
   copied = 0
-  writer = records.open_writer(draft / shard.copy)
-  with records.writer_errors(draft / shard.copy):
+  writer = storage.open_writer(draft / shard.copy)
+  with storage.writer_errors(draft / shard.copy):
     for record in read_tfrecord(shard.source):
       writer.write(record)
       copied += 1

@@ -1,6 +1,5 @@
 """From an image of any size to a uint8 square: evaluation's resize and crop, training's crops."""
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from repjax.data.checks import check_number, check_range
-from repjax.data.decode import REDUCTIONS, Picture
+from repjax.data.decode import Picture
 from repjax.errors import InputError
 
 
@@ -122,116 +120,3 @@ def resize(pixels: np.ndarray, shape: tuple[int, int], interpolation: str) -> np
   """Resizes to (width, height) with antialiasing, to the pixel as Pillow does."""
   image = Image.fromarray(pixels).resize(shape, INTERPOLATIONS[interpolation].pillow)
   return np.asarray(image)
-
-
-def central_square() -> Crop:
-  """The largest central square, resized, as in evaluation."""
-
-  def crop(picture: Picture, size: int, interpolation: str, rng: np.random.Generator) -> np.ndarray:
-    del rng
-    return resize_and_crop(picture, size, size, interpolation)
-
-  return crop
-
-
-def pad_and_crop(padding: int | None = None) -> Crop:
-  """The augmentation of CIFAR: a frame of black pixels, and a random square of the first size.
-
-  Images of another size are resized to the square before.
-
-  Args:
-    padding: width of the frame in pixels; None is an eighth of the side, 4 px of CIFAR's 32.
-
-  Raises:
-    InputError: a padding below 0.
-
-  References:
-    He et al., Deep Residual Learning, CVPR 2016, section 4.2. https://arxiv.org/abs/1512.03385
-  """
-  if padding is not None:
-    check_number("pad_and_crop's padding", padding, 0, math.inf, whole=True)
-
-  def crop(picture: Picture, size: int, interpolation: str, rng: np.random.Generator) -> np.ndarray:
-    pixels = picture.pixels()
-    if pixels.shape[:2] != (size, size):
-      pixels = resize(pixels, (size, size), interpolation)
-    margin = size // 8 if padding is None else padding
-    padded = np.pad(pixels, ((margin, margin), (margin, margin), (0, 0)))
-    top, left = rng.integers(0, 2 * margin + 1, 2)
-    return _cut(padded, top, left, size)
-
-  return crop
-
-
-def random_resized_crop(
-  area: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
-) -> Crop:
-  """A random rectangle resized to a square.
-
-  Its area is uniform in `area` of the image's, its aspect ratio log-uniform in `ratio`. After ten
-  rectangles that do not fit, the largest central one within those ratios is taken. A JPEG is
-  decoded at the smallest scale at which the rectangle still has as many pixels as the square.
-  Resampling is OpenCV's, without antialiasing, except where the rectangle has to shrink to half
-  or less: pixels there are averages over areas.
-
-  Args:
-    area: least and largest share of the image, in 0 ... 1.
-    ratio: least and largest width / height.
-
-  Raises:
-    InputError: a range that is no range.
-
-  References:
-    Szegedy et al., Going Deeper with Convolutions, CVPR 2015, section 6.
-      https://arxiv.org/abs/1409.4842
-  """
-  area = check_range("random_resized_crop's area", area, 0, 1)
-  ratio = check_range("random_resized_crop's ratio", ratio, 0, math.inf)
-
-  def crop(picture: Picture, size: int, interpolation: str, rng: np.random.Generator) -> np.ndarray:
-    left, top, right, bottom = random_box(picture.width, picture.height, area, ratio, rng)
-    shorter = min(right - left, bottom - top)
-    pixels = picture.pixels(max(r for r in REDUCTIONS if r == 1 or shorter // r >= size))
-    x, y = pixels.shape[1] / picture.width, pixels.shape[0] / picture.height
-    part = pixels[int(top * y) : math.ceil(bottom * y), int(left * x) : math.ceil(right * x)]
-    halved = min(part.shape[:2]) >= 2 * size
-    method = cv2.INTER_AREA if halved else INTERPOLATIONS[interpolation].opencv
-    return cv2.resize(part, (size, size), interpolation=method)
-
-  return crop
-
-
-def random_box(
-  width: int,
-  height: int,
-  area: tuple[float, float],
-  ratio: tuple[float, float],
-  rng: np.random.Generator,
-) -> tuple[int, int, int, int]:
-  """(left, top, right, bottom) of the rectangle that `random_resized_crop` cuts out."""
-  log_ratio = math.log(ratio[0]), math.log(ratio[1])
-  for share, shape, x, y in rng.random((10, 4)).tolist():
-    pixels = width * height * _between(area, share)
-    aspect = math.exp(_between(log_ratio, shape))
-    w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
-    if 0 < w <= width and 0 < h <= height:
-      left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
-      return (left, top, left + w, top + h)
-  w = min(width, max(1, round(height * ratio[1])))
-  h = min(height, max(1, round(width / ratio[0])))
-  left, top = (width - w) // 2, (height - h) // 2
-  return (left, top, left + w, top + h)
-
-
-def _between(limits: tuple[float, float], share: float) -> float:
-  return limits[0] + (limits[1] - limits[0]) * share
-
-
-def flip(probability: float = 0.5) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
-  """Mirrors left and right with a probability."""
-  check_number("flip's probability", probability, 0, 1)
-
-  def step(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return cv2.flip(pixels, 1) if rng.random() < probability else pixels
-
-  return step

@@ -1,6 +1,7 @@
 """Images that the data tests make."""
 
 import io
+import types
 
 import numpy as np
 from PIL import Image
@@ -32,3 +33,17 @@ def rotated(image, orientation, file_format="JPEG"):
   exif = Image.Exif()
   exif[0x0112] = orientation
   return encoded(image, file_format, exif=exif, quality=95)
+
+
+def scripted(integers=(), random=()):
+  """A generator that returns the given numbers, whatever the range."""
+  integers, random = iter(integers), iter(random)
+  return types.SimpleNamespace(
+    integers=lambda *_: next(integers), random=lambda *_: np.asarray(next(random))
+  )
+
+
+def by_pillow(pixels, resized, interpolation):
+  image = Image.fromarray(pixels)
+  method = getattr(Image.Resampling, interpolation.upper())
+  return image if image.size == resized else image.resize(resized, method)

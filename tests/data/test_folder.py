@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from repjax.data import folder as folder_module
-from repjax.data import open_source, records
+from repjax.data import open_source, storage
 from repjax.data.folder import prepare_folder
 from repjax.data.layout import find_images
 from repjax.data.reading import in_order
@@ -500,7 +500,7 @@ def test_the_checksum_is_that_of_names_and_contents_in_their_order(photos, tmp_p
 
 def test_large_sets_have_several_shards(photos, tmp_path, monkeypatch):
   prepare_folder(photos, "pets", data_dir=tmp_path / "one")
-  monkeypatch.setattr(records, "SHARD_BYTES", 3000)
+  monkeypatch.setattr(storage, "SHARD_BYTES", 3000)
   made = prepare_folder(photos, "pets", data_dir=tmp_path / "many")
   shards = sorted(path.name for path in made.path.glob("pets-train*"))
   assert len(shards) > 2
@@ -609,7 +609,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_opens(photos, tmp_path):
 
 
 def test_two_processes_do_not_write_one_set(photos, tmp_path):
-  with records.draft_folder(tmp_path / ".pets.incomplete") as draft:
+  with storage.draft_folder(tmp_path / ".pets.incomplete") as draft:
     (draft / "theirs").touch()
     text = refusal(photos, "pets", data_dir=tmp_path)
     assert f"another process is writing {draft} right now" in text
@@ -625,7 +625,7 @@ def test_a_full_disk_is_one_paragraph_and_leaves_nothing(photos, tmp_path, monke
     def write(self, record):
       raise RuntimeError("write() failed: No space left on device; writing x; at byte 7")
 
-  monkeypatch.setattr(records.array_record_module, "ArrayRecordWriter", Full)
+  monkeypatch.setattr(storage.array_record_module, "ArrayRecordWriter", Full)
   text = refusal(photos, "pets", data_dir=tmp_path / "sets")
   assert "cannot be written (No space left on device); nothing was changed" in text
   assert not list((tmp_path / "sets").iterdir())

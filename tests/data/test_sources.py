@@ -13,7 +13,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from sklearn.datasets import load_digits
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from repjax.data import open_source, records
+from repjax.data import open_source, storage
 from repjax.data.decode import Picture
 from repjax.data.digits import Digits
 from repjax.errors import InputError
@@ -209,12 +209,12 @@ def test_the_names_of_files_are_told_where_the_set_has_them(tmp_path, key):
   folder = tmp_path / "named" / "1.0.0"
   folder.mkdir(parents=True)
   serializer = ExampleSerializer(features.get_serialized_info())
-  writer = records.ShardWriter(folder, "named", "train")
+  writer = storage.ShardWriter(folder, "named", "train")
   for name, label in ((b"a/1.jpg", 0), ("b/gr\u00f6\u00dfe".encode() + b"\xff.jpg", 1)):
     example = {"image": b"bytes", "label": label, key: name}
     writer.write(serializer.serialize_example(features.encode_example(example)))
   splits = {"train": writer.finish()}
-  records.write_info(
+  storage.write_info(
     folder, "named", "1.0.0", features=features, splits=splits, description="", metadata={}
   )
   source = open_source("named", "train", data_dir=str(tmp_path))
@@ -237,9 +237,9 @@ def test_a_split_without_labels_is_refused(tmp_path):
   folder = tmp_path / "blind" / "1.0.0"
   folder.mkdir(parents=True)
   serializer = ExampleSerializer(features.get_serialized_info())
-  writer = records.ShardWriter(folder, "blind", "test")
+  writer = storage.ShardWriter(folder, "blind", "test")
   writer.write(serializer.serialize_example({"image": b"bytes", "label": -1}))
-  records.write_info(
+  storage.write_info(
     folder,
     "blind",
     "1.0.0",
@@ -276,7 +276,7 @@ def test_a_damaged_record_names_the_set_the_split_and_the_index(stored_as):
 def test_a_record_that_is_no_example_is_named(stored_as):
   folder = pathlib.Path(stored_as("own_pets", "1.0.0", "array_record"))
   version = folder / "own_pets" / "1.0.0"
-  shard = records.ShardWriter(folder, "own_pets", "test")
+  shard = storage.ShardWriter(folder, "own_pets", "test")
   for number in range(360):
     shard.write(b"\xff no example" if number == 3 else b"")
   shard.finish()

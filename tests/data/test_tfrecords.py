@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from repjax.data import open_source, records
+from repjax.data import open_source, storage
 from repjax.data.folder import prepare_folder
 from repjax.data.tfrecords import convert_tfrecord, masked_crc32c, read_tfrecord
 from repjax.errors import InputError
@@ -45,13 +45,13 @@ def tfrecord_set(tmp_path, monkeypatch):
       for number in range(count):
         write_image(tmp_path / "photos" / split / name / f"{number}.jpg")
   with monkeypatch.context() as patch:
-    patch.setattr(records, "SHARD_BYTES", 5000)
+    patch.setattr(storage, "SHARD_BYTES", 5000)
     made = prepare_folder(tmp_path / "photos", "known", data_dir=tmp_path).path
   folder = tmp_path / "pets" / "1.0.0"
   folder.mkdir(parents=True)
   for path in made.iterdir():
     if ".array_record" in path.name:
-      reader = records.array_record_module.ArrayRecordReader(str(path))
+      reader = storage.array_record_module.ArrayRecordReader(str(path))
       copy = path.name.replace("known", "pets").replace("array_record", "tfrecord")
       (folder / copy).write_bytes(tfrecord(reader.read_all()))
     else:

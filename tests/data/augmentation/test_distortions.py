@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from repjax.data import operations
-from repjax.data.jitter import color_jitter, cutout, random_erasing
+from repjax.data.augmentation import operations
+from repjax.data.augmentation.distortions import color_jitter, cutout, flip, random_erasing
 from repjax.errors import InputError
 
 STRENGTHS = {"brightness": 0.4, "contrast": 0.2, "saturation": 0.7, "hue": 0.1}
@@ -216,3 +216,21 @@ def test_color_jitter_refuses_strengths(argument):
 def test_random_erasing_refuses_ranges(arguments, message):
   with pytest.raises(InputError, match=message):
     random_erasing(**arguments)
+
+
+@pytest.mark.parametrize("probability", [0, 0.2, 0.5, 1])
+def test_flip_mirrors_with_its_probability(probability):
+  pixels, rng = noise(5), np.random.default_rng(0)
+  results = [flip(probability)(pixels, rng) for _ in range(1000)]
+  mirrored = [np.array_equal(result, pixels[:, ::-1]) for result in results]
+  assert all(flipped or result is pixels for flipped, result in zip(mirrored, results))
+  assert abs(np.mean(mirrored) - probability) <= (0.05 if 0 < probability < 1 else 0)
+
+
+@pytest.mark.parametrize(
+  ("probability", "message"),
+  [(2, "flip's probability is 2; it must be a number from 0 to 1"), ("often", "is 'often'")],
+)
+def test_flip_refuses_what_is_no_probability(probability, message):
+  with pytest.raises(InputError, match=message):
+    flip(probability)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from repjax.data import operations
-from repjax.data.operations import OPERATIONS
+from repjax.data.augmentation import operations
+from repjax.data.augmentation.operations import OPERATIONS
 
 GREY = (128, 128, 128)
 SIZES = [(7, 7), (32, 32), (33, 20), (224, 224)]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from repjax.data.checks import check_number, check_range
+from repjax.data.augmentation.base import check_number, check_range
 from repjax.errors import InputError
 
 
