@@ -1,7 +1,9 @@
-"""From an image of any size to a uint8 square: evaluation's resize and crop, training's crops."""
+"""The transforms of evaluation: an image of any size becomes a uint8 square, as Pillow resizes.
+
+Training's crops are in repjax/data/augmentation.
+"""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,12 @@ from repjax.errors import InputError
 
 
 class Interpolation(NamedTuple):
-  """One way to resample, by its names in Pillow (evaluation) and OpenCV (training)."""
+  """A way to resample.
+
+  Attributes:
+    pillow: its constant in Pillow, which resizes for evaluation.
+    opencv: its constant in OpenCV, which resizes for training.
+  """
 
   pillow: Image.Resampling
   opencv: int
@@ -26,20 +33,18 @@ INTERPOLATIONS = {
   "bicubic": Interpolation(Image.Resampling.BICUBIC, cv2.INTER_CUBIC),
 }
 
-Crop = Callable[[Picture, int, str, np.random.Generator], np.ndarray]
-"""crop(picture, size, interpolation, rng) -> uint8 (size, size, 3)."""
-
 
 def resize_and_crop(
   picture: Picture, size: int, resize_size: int, interpolation: str
 ) -> np.ndarray:
-  """The papers' evaluation transform: shorter side to `resize_size`, then the central square.
+  """Resizes the shorter side to `resize_size`, then cuts out the central square.
 
-  To the pixel what Pillow makes of it. `resize_size` holds every convention: 256 for 224 px is the
-  papers', `size` itself is "resize S, crop S", floor(size / r) is timm's crop ratio r.
+  This is the evaluation transform of the papers, with the pixels that Pillow produces. All
+  conventions are values of `resize_size`. The papers take 256 for 224 px. `size` itself is
+  "resize S, crop S". floor(size / r) is timm's crop ratio r.
 
   Args:
-    picture: of any size.
+    picture: an image of any size.
     size: side of the result in pixels, at most `resize_size`.
     resize_size: length of the shorter side after resizing, with antialiasing.
     interpolation: a key of INTERPOLATIONS.
@@ -53,14 +58,14 @@ def resize_and_crop(
 
 
 def read_image(file: str | os.PathLike[str] | bytes, preprocessing: Any) -> np.ndarray:
-  """An image file as a model sees it in evaluation.
+  """Reads an image file as a model sees the image in evaluation.
 
   Args:
     file: a path, or the bytes of a file.
-    preprocessing: of the model's ModelSpec.
+    preprocessing: the `preprocessing` of the model's ModelSpec.
 
   Returns:
-    uint8 (S, S, 3); `preprocessing.normalize` makes the model's input of a batch of such images.
+    uint8 (S, S, 3). `preprocessing.normalize` makes the model's input of a batch of such images.
 
   Raises:
     InputError: the file does not exist or is no image.
@@ -80,12 +85,13 @@ def read_image(file: str | os.PathLike[str] | bytes, preprocessing: Any) -> np.n
 
 
 def ten_crop(picture: Picture, size: int, resize_size: int, interpolation: str) -> np.ndarray:
-  """Four corners and the centre of the resized image, then the mirror images of the five.
+  """Cuts four corners and the centre out of the resized image, and adds their mirror images.
 
   Args: as in `resize_and_crop`.
 
   Returns:
-    uint8 (10, size, size, 3), in the order top left, top right, bottom left, bottom right, centre.
+    uint8 (10, size, size, 3), in the order top left, top right, bottom left, bottom right, centre,
+    and the mirror images in the same order.
 
   References:
     Krizhevsky et al., ImageNet Classification with Deep Convolutional Neural Networks, NIPS 2012,
@@ -96,11 +102,20 @@ def ten_crop(picture: Picture, size: int, resize_size: int, interpolation: str) 
   corners = [(0, 0), (0, right), (below, 0), (below, right)]
   centre = round(below / 2), round(right / 2)
   crops = np.stack([_cut(pixels, top, left, size) for top, left in [*corners, centre]])
-  return np.concatenate([crops, crops[:, :, ::-1]])
+  return np.concatenate([crops, crops[:, :, ::-1]])  # (10, S, S, 3)
+
+
+def resize(pixels: np.ndarray, shape: tuple[int, int], interpolation: str) -> np.ndarray:
+  """Resizes to (width, height) with antialiasing, to the pixels that Pillow produces."""
+  image = Image.fromarray(pixels).resize(shape, INTERPOLATIONS[interpolation].pillow)
+  return np.asarray(image)
 
 
 def _resized(picture: Picture, resize_size: int, interpolation: str) -> np.ndarray:
-  """The whole image with its shorter side at `resize_size`; the longer rounds down."""
+  """Decodes the image and resizes its shorter side to `resize_size`.
+
+  The longer side keeps the proportion and is rounded down, as in torchvision.
+  """
   width, height = picture.width, picture.height
   if min(width, height) == resize_size:
     return picture.pixels()
@@ -114,9 +129,3 @@ def _resized(picture: Picture, resize_size: int, interpolation: str) -> np.ndarr
 
 def _cut(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
   return pixels[top : top + size, left : left + size]
-
-
-def resize(pixels: np.ndarray, shape: tuple[int, int], interpolation: str) -> np.ndarray:
-  """Resizes to (width, height) with antialiasing, to the pixel as Pillow does."""
-  image = Image.fromarray(pixels).resize(shape, INTERPOLATIONS[interpolation].pillow)
-  return np.asarray(image)

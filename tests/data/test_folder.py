@@ -322,29 +322,29 @@ def blanks(folder):
 @pytest.mark.parametrize(
   ("damage", "said"),
   [
-    (no_folder, ["photos does not exist; a folder with one folder a class is wanted"]),
-    (a_file, ["photos is a file; a folder with one folder a class is wanted"]),
+    (no_folder, ["photos does not exist; give a folder with one folder per class"]),
+    (a_file, ["photos is a file; give a folder"]),
     (
       no_classes,
       [
         "4 images lie directly in",
         "(train0.jpg, train1.jpg, train2.jpg and 1 more)",
-        "two folders with images are wanted, got none",
+        "at least two are needed, got none",
       ],
     ),
     (flat_split, ["2 images lie directly in", "photos/val (val0.jpg, val1.jpg)"]),
-    (one_class, ["two folders with images are wanted, got only one, cat"]),
+    (one_class, ["at least two are needed, got only one, cat"]),
     (
       empty_classes,
       ["train/ant (no files); train/bee (no files)", "val/ant (no files); val/bee (1 x .tiff)"],
     ),
-    (missing_in_validation, ["in train but have no folder in validation: dog. Every"]),
-    (missing_in_training, ["in validation but have no folder in train: emu. Every"]),
+    (missing_in_validation, ["in train but have no folder in validation: dog"]),
+    (missing_in_training, ["in validation but have no folder in train: emu"]),
     (no_validation, ["has no validation images", "--validation-ratio 0.2"]),
     (no_training, ["has no folder called train beside val"]),
     (two_validations, ["photos/Validation and", "photos/val would both be the validation split"]),
     (mixed, ["holds folders of splits (train, val) and others (emu)"]),
-    (blanks, ["names with surrounding blanks", "' dog'"]),
+    (blanks, ["class names with surrounding blanks", "' dog'"]),
   ],
 )
 def test_what_is_wrong_with_a_folder_is_said(photos, tmp_path, damage, said):
@@ -361,9 +361,9 @@ def test_everything_that_is_wrong_is_said_at_once(photos, tmp_path):
   text = refusal(photos, "cifar10", data_dir=tmp_path / "sets", validation_ratio=1.5)
   paragraphs = text.splitlines()
   for start in (
-    "the name cifar10 belongs to another",
+    "the name cifar10 belongs to a data set",
     "--validation-ratio is a share",
-    f"{photos} has a validation split of its own",
+    f"{photos} has a validation split already",
     f"class folders in {photos} without any .jpg",
     "classes that are in train but have no folder in validation: ant, dog",
   ):
@@ -515,9 +515,7 @@ def test_a_name_that_is_taken_is_refused_until_it_is_to_be_replaced(photos, tmp_
   before = files_below(made.path)
   (photos / "train/cat/train0.jpg").unlink()
   text = refusal(photos, "pets", data_dir=tmp_path)
-  assert (
-    f"a set called pets exists already, in {made.path}; choose another name, or add --rep" in text
-  )
+  assert f"a set called pets exists already, in {made.path}" in text and "add --replace" in text
   assert files_below(made.path) == before
   prepare_folder(photos, "pets", data_dir=tmp_path, replace=True)
   assert len(stored("pets", "train", tmp_path)) == 7
@@ -578,14 +576,14 @@ def test_a_set_that_was_moved_aside_comes_back(photos, tmp_path):
 KILLED = """
 import os, signal, sys
 from repjax.data import folder
-read, count = folder.read_image, 0
+read, count = folder.read_image_file, 0
 def deadly(*arguments):
   global count
   count += 1
   if count == 6:
     os.kill(os.getpid(), signal.SIGKILL)
   return read(*arguments)
-folder.read_image = deadly
+folder.read_image_file = deadly
 folder.prepare_folder(sys.argv[1], "pets", data_dir=sys.argv[2], num_workers=1)
 """
 

@@ -1,4 +1,4 @@
-"""Where examples come from: the digits, TFDS folders, noise."""
+"""Data sets open: the digits, TFDS folders, noise."""
 
 import collections
 import json
@@ -40,7 +40,7 @@ def stored_as(digits_dir, tmp_path):
 
 
 def pixels_and_labels(examples):
-  """How often each image occurs with each label."""
+  """Counts how often each image occurs with each label."""
   rows = (examples[index] for index in range(len(examples)))
   return collections.Counter((Picture(x["image"]).pixels().tobytes(), x["label"]) for x in rows)
 
@@ -102,7 +102,8 @@ def test_sets_in_the_data_dir_are_among_the_close_ones(stored_as, digits_dir):
   assert pixels_and_labels(source.examples) == pixels_and_labels(digits.examples)
   with pytest.raises(InputError, match=r"'own_pet'; did you mean own_pets") as caught:
     open_source("own_pet", "test", data_dir=folder)
-  assert f"--from-folder FOLDER --name NAME, and looked for in {folder})" in str(caught.value)
+  assert f"looked for in {folder}; make one from" in str(caught.value)
+  assert "--from-folder FOLDER --name NAME" in str(caught.value)
 
 
 def test_sets_are_looked_for_in_the_default_folder_too(stored_as, monkeypatch):
@@ -134,10 +135,9 @@ def test_an_unknown_version_or_variant_of_a_known_set_is_an_input_error(name, tm
 def test_a_set_that_is_not_on_disk_says_how_to_prepare_it(tmp_path):
   with pytest.raises(InputError) as caught:
     open_source("mnist", "train", data_dir=str(tmp_path))
-  assert str(caught.value) == (
-    f"mnist is not in {tmp_path}/mnist/3.0.1; prepare it once with: "
-    f"repjax prepare-dataset --tfds mnist --data-dir {tmp_path}"
-  )
+  text = str(caught.value)
+  assert text.startswith(f"mnist is not in {tmp_path}/mnist/3.0.1")
+  assert text.endswith(f"repjax prepare-dataset --tfds mnist --data-dir {tmp_path}")
 
 
 def test_a_prepared_set_of_tfds_opens(stored_as, digits_dir):
@@ -158,7 +158,7 @@ def test_a_set_in_another_format_is_refused_with_the_way_out(stored_as):
 
 def test_a_set_without_labels_is_refused(stored_as):
   folder = stored_as("binarized_mnist", "1.0.0", "array_record")
-  expected = r"binarized_mnist is not an image classification set: it has \['image'\]"
+  expected = r"not an image classification set: its features are \['image'\]"
   with pytest.raises(InputError, match=expected):
     open_source("binarized_mnist", "train", data_dir=folder)
 
@@ -249,7 +249,7 @@ def test_a_split_without_labels_is_refused(tmp_path):
     metadata={},
   )
   source = open_source("blind", "test", data_dir=str(tmp_path))
-  with pytest.raises(InputError, match="image 0 of the test split of blind has the label -1"):
+  with pytest.raises(InputError, match=r"image 0 .* of blind has the label -1"):
     source.examples[0]
 
 
@@ -270,7 +270,7 @@ def test_a_damaged_record_names_the_set_the_split_and_the_index(stored_as):
     except InputError as error:
       failed[index] = str(error)
   [(index, text)] = failed.items()
-  assert text.startswith(f"image {index} of the test split of own_pets cannot be read: the set's f")
+  assert text.startswith(f"image {index} of the test split of own_pets cannot be read")
 
 
 def test_a_record_that_is_no_example_is_named(stored_as):
@@ -283,18 +283,14 @@ def test_a_record_that_is_no_example_is_named(stored_as):
   next(folder.glob("own_pets-test*")).replace(next(version.glob("own_pets-test*")))
   source = open_source("own_pets", "test", data_dir=str(folder))
   for index in (3, 4):
-    with pytest.raises(
-      InputError, match=f"image {index} of the test split of own_pets cannot be r"
-    ):
+    with pytest.raises(InputError, match=f"image {index} of the test split .* cannot be read"):
       source.examples[index]
 
 
 def test_a_set_without_all_its_files_is_refused(stored_as):
   folder = stored_as("own_pets", "1.0.0", "array_record")
   next(pathlib.Path(folder).rglob("own_pets-train*")).unlink()
-  with pytest.raises(
-    InputError, match="incomplete: 1 of its 1 train files are missing, own_pets-t"
-  ):
+  with pytest.raises(InputError, match=r"incomplete: 1 of its 1 train files .* own_pets-train"):
     open_source("own_pets", "train", data_dir=folder)
   assert len(open_source("own_pets", "test", data_dir=folder).examples) == 360
 
