@@ -163,9 +163,8 @@ def _write_images(
   with tqdm(total=total, desc=name, unit=" images", disable=None) as bar:
     # The validation split comes first, so that its digests are known when the other splits follow.
     for split in sorted(splits, key=lambda split: split != "validation"):
-      for image in in_order(
-        read_image_file, _stored_order(folder, splits[split], seed), num_workers
-      ):
+      files = _stored_order(folder, splits[split], seed)
+      for image in in_order(read_image_file, files, num_workers):
         bar.update()
         if image.fault:
           skipped[image.name] = image.fault
@@ -179,10 +178,7 @@ def _write_images(
 
 
 def _stored_order(folder: Path, classes: Classes, seed: int) -> Iterator[tuple[Path, str, int]]:
-  """Yields (path, name, label) of a split's images, shuffled.
-
-  Any range of a shuffled split holds images of all classes.
-  """
+  """Yields (path, name, label) of a split's images, shuffled so that classes mix."""
   pairs = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
   for path, label in sorted(pairs, key=lambda pair: layout.rank(seed, pair[0])):
     yield folder / path, path, label

@@ -175,7 +175,7 @@ def _divide(classes: Classes, ratio: float, seed: int) -> dict[str, Classes]:
   train, validation = {}, {}
   for name, paths in classes.items():
     ordered = sorted(paths, key=lambda path: rank(seed, path))
-    # At least one image is set aside, and at least one stays for training.
+    # At least one image is set aside, and at least one stays. A single image stays.
     count = min(max(round(len(paths) * ratio), 1), max(len(paths) - 1, 0))
     validation[name], train[name] = ordered[:count], ordered[count:]
   return {"train": train, "validation": validation}
