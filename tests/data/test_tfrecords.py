@@ -10,7 +10,7 @@ from repjax.data import open_source, storage
 from repjax.data.folder import prepare_folder
 from repjax.data.tfrecords import masked_crc32c, prepare_tfrecord, read_tfrecord
 from repjax.errors import InputError
-from tests.data.test_folder import files_below, write_image
+from tests.data.folders import files_below, write_image
 
 
 def bitwise_crc32c(data):
