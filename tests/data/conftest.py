@@ -9,7 +9,7 @@ from tests.data.folders import write_image
 
 @pytest.fixture
 def photos(tmp_path):
-  """A folder with training and validation images of two classes."""
+  """Makes a folder with training and validation images of two classes."""
   folder = tmp_path / "photos"
   for split, count in (("train", 4), ("val", 2)):
     for name, number in itertools.product(("cat", "dog"), range(count)):

@@ -12,7 +12,7 @@ from repjax.errors import InputError
 
 
 def write_image(path, seed=0, mode="RGB", kind=None, exif=None, size=(24, 20), **options):
-  """A random image, other for each seed and path."""
+  """Writes a random image, different for each seed and path."""
   path.parent.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng([seed, *os.fsencode(path.name), *os.fsencode(path.parent.name)])
   if mode == "I;16":
@@ -28,7 +28,7 @@ def write_image(path, seed=0, mode="RGB", kind=None, exif=None, size=(24, 20), *
 
 
 def classes_folder(folder, **counts):
-  """A folder of classes with so many images each."""
+  """Makes a folder of classes with the given numbers of images."""
   for name, count in counts.items():
     (folder / name).mkdir(parents=True)
     for number in range(count):
@@ -43,7 +43,7 @@ def files_below(folder):
 
 
 def stored(name, split, data_dir):
-  """Each file name of a split with its bytes and class."""
+  """Returns the bytes and the class of each file name of a split."""
   source = open_source(name, split, data_dir=str(data_dir))
   rows = [source.examples[index] for index in range(len(source.examples))]
   return {row["file_name"]: (row["image"], source.class_names[row["label"]]) for row in rows}

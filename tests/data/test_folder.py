@@ -60,7 +60,7 @@ def test_tfds_itself_opens_the_set(photos, tmp_path):
 
 
 def spoil(folder):
-  """Puts files that cannot be read beside the images; their names with what the reason says."""
+  """Adds files that cannot be read, and returns a part of the reason for each name."""
   whole = {
     "jpg": write_image(folder / "train" / "cat" / "whole.jpg", size=(90, 90)).read_bytes(),
     "png": write_image(folder / "train" / "cat" / "whole.png", size=(90, 90)).read_bytes(),
@@ -82,7 +82,7 @@ def spoil(folder):
   return reasons | {"train/cat/gone.jpg": "No such file or directory"}
 
 
-def test_what_cannot_be_read_is_left_out_and_listed(photos, tmp_path):
+def test_unreadable_files_are_left_out_and_listed(photos, tmp_path):
   reasons = spoil(photos)
   made = prepare_folder(photos, "pets", data_dir=tmp_path)
   assert made.skipped.keys() == reasons.keys()
@@ -98,7 +98,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(photos, tmp_path):
   } - set(reasons)
 
 
-def test_nothing_is_listed_where_everything_was_read(photos, tmp_path):
+def test_there_is_no_list_where_every_file_was_read(photos, tmp_path):
   assert not (prepare_folder(photos, "pets", data_dir=tmp_path).path / "skipped.txt").exists()
 
 
@@ -110,7 +110,7 @@ def test_strict_lists_every_unreadable_file_and_writes_nothing(photos, tmp_path)
   assert not list((tmp_path / "sets").iterdir())
 
 
-def test_a_class_that_is_lost_altogether_is_an_error(photos, tmp_path):
+def test_a_class_without_readable_images_is_an_error(photos, tmp_path):
   for path in (photos / "val" / "dog").iterdir():
     path.write_bytes(b"")
   text = refusal(photos, "pets", data_dir=tmp_path / "sets")
@@ -146,14 +146,14 @@ def test_images_in_both_splits_are_named(photos, tmp_path):
     ("synthetic", "my_synthetic"),
   ],
 )
-def test_names_that_a_set_cannot_have(photos, tmp_path, name, proposed):
+def test_an_impossible_name_is_refused_with_a_possible_one(photos, tmp_path, name, proposed):
   text = refusal(photos, name, data_dir=tmp_path / "sets")
   assert text.endswith(f"; take {proposed}, for example")
   assert not (tmp_path / "sets").exists()
   assert folder_module.name_problems(proposed) == []
 
 
-def test_the_same_folder_gives_the_same_files(photos, tmp_path):
+def test_the_number_of_threads_does_not_change_the_files(photos, tmp_path):
   first, second = (
     prepare_folder(photos, "pets", data_dir=tmp_path / each, num_workers=workers).path
     for each, workers in (("one", 1), ("other", 7))
@@ -189,7 +189,7 @@ def test_a_change_of_the_folder_changes_the_fingerprint_of_its_split(photos, tmp
   assert before["validation"] == after["validation"]
 
 
-def test_the_checksum_is_that_of_names_and_contents_in_their_order(photos, tmp_path):
+def test_the_checksum_covers_names_and_contents_in_their_order(photos, tmp_path):
   prepare_folder(photos, "pets", data_dir=tmp_path)
   expected = hashlib.sha256()
   for name, (data, _) in stored("pets", "train", tmp_path).items():
@@ -207,7 +207,7 @@ def test_images_are_stored_in_an_order_that_the_seed_fixes(photos, tmp_path):
   assert sorted(orders[0]) not in orders
 
 
-def test_the_size_of_a_split_is_that_of_its_records(photos, tmp_path):
+def test_the_size_of_a_split_is_the_size_of_its_records(photos, tmp_path):
   prepare_folder(photos, "pets", data_dir=tmp_path)
   images = sum(path.stat().st_size for path in (photos / "train").rglob("*.jpg"))
   assert images < fingerprints("pets", tmp_path)["train"]["bytes"] < images + 8 * 200

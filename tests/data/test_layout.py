@@ -14,7 +14,7 @@ from tests.data.folders import classes_folder, refusal, stored, write_image
 
 
 @pytest.mark.parametrize(
-  ("parts", "splits"),
+  ("inner_folders", "splits"),
   [
     (("train", "val"), ("train", "validation")),
     (("Training", "VALID"), ("train", "validation")),
@@ -23,13 +23,13 @@ from tests.data.folders import classes_folder, refusal, stored, write_image
     (("train", "val", "test"), ("train", "validation", "test")),
   ],
 )
-def test_the_names_of_the_splits_folders(tmp_path, parts, splits):
-  for part, name in itertools.product(parts, ("x", "y")):
-    write_image(tmp_path / "folder" / part / name / f"{part}.png")
-  made = prepare_folder(tmp_path / "folder", "parts", data_dir=tmp_path)
+def test_folders_of_splits_have_several_possible_names(tmp_path, inner_folders, splits):
+  for inner, name in itertools.product(inner_folders, ("x", "y")):
+    write_image(tmp_path / "folder" / inner / name / f"{inner}.png")
+  made = prepare_folder(tmp_path / "folder", "named", data_dir=tmp_path)
   assert made.counts == {split: [1, 1] for split in splits}
-  for part, split in zip(parts, splits):
-    assert set(stored("parts", split, tmp_path)) == {f"{part}/{c}/{part}.png" for c in "xy"}
+  for inner, split in zip(inner_folders, splits):
+    assert set(stored("named", split, tmp_path)) == {f"{inner}/{c}/{inner}.png" for c in "xy"}
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -69,7 +69,7 @@ def test_files_with_other_endings_are_left_out_and_listed(photos, tmp_path):
   ]
 
 
-def test_a_folder_above_the_right_one_is_noticed(photos, tmp_path):
+def test_the_parent_of_the_right_folder_is_noticed(photos, tmp_path):
   shutil.copytree(photos / "val", photos.parent / "other")
   text = refusal(photos.parent, "pets", data_dir=tmp_path / "sets")
   assert f"{photos} holds folders for training and validation, so it is no class" in text
@@ -165,7 +165,7 @@ def blanks(folder):
     (blanks, ["class names with surrounding blanks", "' dog'"]),
   ],
 )
-def test_what_is_wrong_with_a_folder_is_said(photos, tmp_path, damage, said):
+def test_a_problem_of_a_folder_is_named(photos, tmp_path, damage, said):
   damage(photos)
   text = refusal(photos, "pets", data_dir=tmp_path / "sets")
   for part in said:
@@ -173,7 +173,7 @@ def test_what_is_wrong_with_a_folder_is_said(photos, tmp_path, damage, said):
   assert not (tmp_path / "sets").exists()
 
 
-def test_everything_that_is_wrong_is_said_at_once(photos, tmp_path):
+def test_all_problems_of_a_folder_are_named_at_once(photos, tmp_path):
   missing_in_validation(photos)
   (photos / "train" / "ant").mkdir()
   text = refusal(photos, "cifar10", data_dir=tmp_path / "sets", validation_ratio=1.5)
@@ -222,7 +222,7 @@ def test_a_ratio_divides_each_class(tmp_path, ratio):
   assert find_images(tmp_path, ratio, 1) != found
 
 
-def test_another_image_hardly_changes_the_division(tmp_path):
+def test_an_additional_image_hardly_changes_the_division(tmp_path):
   (tmp_path / "a").mkdir()
   (tmp_path / "b").mkdir()
   for name, number in itertools.product("ab", range(40)):

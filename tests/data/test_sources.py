@@ -76,7 +76,7 @@ def test_the_first_use_says_where_the_digits_go(tmp_path, capfd):
   assert printed == f"preparing the digits data set in {tmp_path}/digits/1.0.0\n"
 
 
-def test_another_process_may_be_faster_in_preparing_the_digits(tmp_path, monkeypatch):
+def test_a_second_process_may_prepare_the_digits_first(tmp_path, monkeypatch):
   prepare = Digits.download_and_prepare
 
   def beaten(builder):
@@ -332,7 +332,7 @@ def test_fingerprints_are_equal_for_the_same_split_only(digits_dir, stored_as):
   assert opened("own_pets", "train", own)["classes"] != prints[2]["classes"]
 
 
-def test_variants_of_a_set_have_fingerprints_of_their_own(stored_as):
+def test_the_fingerprint_names_the_variant(stored_as):
   folder = stored_as("own_pets/small", "1.0.0", "array_record")
   assert open_source("own_pets/small", "test", data_dir=folder).fingerprint["name"] == (
     "own_pets/small"

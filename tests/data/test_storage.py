@@ -28,7 +28,7 @@ def test_large_sets_have_several_shards(photos, tmp_path, monkeypatch):
   assert list(one.items()) == list(many.items())
 
 
-def test_a_name_that_is_taken_is_refused_until_it_is_to_be_replaced(photos, tmp_path):
+def test_a_name_that_is_taken_is_refused_without_replace(photos, tmp_path):
   made = prepare_folder(photos, "pets", data_dir=tmp_path)
   before = files_below(made.path)
   (photos / "train/cat/train0.jpg").unlink()
@@ -41,7 +41,7 @@ def test_a_name_that_is_taken_is_refused_until_it_is_to_be_replaced(photos, tmp_
   assert {path.name for path in tmp_path.iterdir()} == {"photos", "pets"}
 
 
-def test_the_old_set_stays_where_its_successor_fails(photos, tmp_path):
+def test_the_old_set_stays_where_the_new_one_fails(photos, tmp_path):
   made = prepare_folder(photos, "pets", data_dir=tmp_path)
   before = files_below(made.path)
   (photos / "train/cat/train0.jpg").write_bytes(b"")

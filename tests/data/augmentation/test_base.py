@@ -1,4 +1,4 @@
-"""The checks of augmentation steps' numbers."""
+"""Numbers and ranges in a config are checked, and errors name the argument."""
 
 import math
 

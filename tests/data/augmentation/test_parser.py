@@ -1,4 +1,4 @@
-"""The line that a config writes its augmentation in."""
+"""A line of steps is read, and mistakes in the line are named."""
 
 import numpy as np
 import pytest
