@@ -1,7 +1,7 @@
 """Image classification data: TFDS as the source, Grain as the pipeline, uint8 batches.
 
-Nothing here imports jax, so worker processes never touch an accelerator. What is offered is loaded
-on first use: decoding an image needs neither TFDS nor Grain, which take a second.
+No file here imports jax, so worker processes never touch an accelerator. Public names load on first
+use, since TFDS and Grain take a second to import and decoding an image needs neither.
 """
 
 import importlib
@@ -33,7 +33,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-  """Loads what is offered (PEP 562)."""
+  """Loads a public name on first use (PEP 562)."""
   if name not in _HOMES:
     raise AttributeError(f"module 'repjax.data' has no attribute {name!r}")
   module, attribute = _HOMES[name]

@@ -43,6 +43,7 @@ def find_images(folder: Path, validation_ratio: float | None, seed: int) -> Fold
   Returns:
     The splits in the order train, validation, test, each with the same sorted classes; or problems.
   """
+  # The functions below append to these two lists, so that one error names every problem.
   problems, others = _ratio_problems(validation_ratio), []
   if not folder.is_dir():
     what = "is a file" if folder.exists() else "does not exist"
@@ -51,14 +52,14 @@ def find_images(folder: Path, validation_ratio: float | None, seed: int) -> Fold
   folders = _split_folders(folder, problems)
   splits = {split: _classes(path, folder, problems, others) for split, path in folders.items()}
   ratio = DEFAULT_RATIO if validation_ratio is None or problems else validation_ratio
-  if not splits:
+  if not splits:  # classes lie directly in the folder
     splits = _divide(_classes(folder, folder, problems, others), ratio, seed)
   elif set(splits) == {"train"} and validation_ratio is not None:
     splits = _divide(splits["train"], ratio, seed)
   elif validation_ratio is not None:
     problems.append(f"{folder} has a validation split already; leave --validation-ratio out")
   problems += _class_problems(folder, splits)
-  if not problems:
+  if not problems:  # with problems, a class may seem small for a reason that is named already
     problems += _single_images(splits)
   return FolderLayout(splits, list(dict.fromkeys(problems)), others)
 

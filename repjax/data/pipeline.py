@@ -110,12 +110,12 @@ def eval_batches(
   batches = _iterate(
     grain.MapDataset.source(examples).map(transform).batch(size)[index::count], num_workers
   )
-  nothing = {
+  empty = {
     "image": np.zeros((0, *[10] * ten_crop, image_size, image_size, 3), np.uint8),
     "label": np.zeros((0,), np.int32),
   }
   for _ in range(math.ceil(len(examples) / (size * count))):
-    batch = next(batches, nothing)  # a shard may run out a batch before the other shards do
+    batch = next(batches, empty)  # a shard may run out a batch before the other shards do
     missing = size - len(batch["label"])
     padded = {
       name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1))

@@ -138,8 +138,8 @@ def open_source(
   features: Any = builder.info.features
   if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
     raise InputError(
-      f"{name} is not an image classification set: its features are {sorted(features)}. It must "
-      "have image and label, and the label names of classes"
+      f"{name} is not an image classification set: its features are {sorted(features)}. An image "
+      "and a label with class names are needed"
     )
   class_names = tuple(features["label"].names)
   file_name = next((key for key in FILE_NAMES if key in features), None)

@@ -57,7 +57,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def draft_folder(path: Path) -> Iterator[Path]:
-  """Makes an empty folder for one process at a time, and removes the folder at the end.
+  """Makes an empty folder that one process at a time may hold, and removes it at the end.
 
   A folder that the block moved to its final place stays. Files that a killed process left in the
   folder are removed by the next process.
