@@ -143,7 +143,10 @@ FIELDS = (
   Field("model", "repvgg_a0", "A name from `repjax.list_models()`."),
   Field("model_overrides", None, "Attributes that replace those of the variant, see OVERRIDES."),
   Field(
-    "num_classes", 1000, "Outputs of the classifier. None: the classes of the data set.", _AT_LEAST_1
+    "num_classes",
+    1000,
+    "Outputs of the classifier. None: as many as the data set has classes.",
+    _AT_LEAST_1,
   ),
   Field(
     "dtype",
@@ -212,9 +215,7 @@ FIELDS = (
     free=True,
   ),
   # Length of the training.
-  Field(
-    "batch_size", 256, "Images in an update, over all devices.", _AT_LEAST_1, evaluates=True
-  ),
+  Field("batch_size", 256, "Images in an update, over all devices.", _AT_LEAST_1, evaluates=True),
   Field(
     "accumulate_steps",
     1,
@@ -405,7 +406,7 @@ def check_evaluation(config: Config) -> None:
       _check_value(config, field)
 
 
-def check(config: Config) -> None:
+def check_config(config: Config) -> None:
   """Raises InputError for a missing field, a wrong value, or values that exclude each other.
 
   Values that need another room to judge, such as names of models, are checked where they are used.

@@ -8,7 +8,7 @@ import pytest
 import repjax
 from repjax.configs import common
 from repjax.errors import InputError
-from repjax.training import planning, recipe
+from repjax.training import planning
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -164,14 +164,14 @@ def test_every_field_of_a_recipe_reaches_its_schedule(digits_dir):
     digits_dir, num_steps=40, schedule="step", drop_epochs=10 * 32 / 1437, drop_factor=0.5
   )
   config.update({"warmup_rate": 0.08, "final_rate": 0.12})
-  schedule = recipe.make_schedule(config, planning.make_plan(config))
+  schedule = planning.make_schedule(config, planning.make_plan(config))
   rates = [float(schedule(step)) * 8 for step in (0, 3, 9, 10, 19, 20, 39)]  # a batch of 32
   assert rates == pytest.approx([0.08, 0.4, 0.4, 0.2, 0.2, 0.12, 0.12])
   config.update({"schedule": "poly", "poly_power": 2.0, "warmup_overlaps": True})
-  schedule = recipe.make_schedule(config, planning.make_plan(config))
+  schedule = planning.make_schedule(config, planning.make_plan(config))
   assert float(schedule(20)) * 8 == pytest.approx(0.12 + 0.28 / 4)
   config.update({"schedule": "cosine", "warmup_overlaps": False, "warmup_epochs": 0.0})
-  schedule = recipe.make_schedule(config, planning.make_plan(config))
+  schedule = planning.make_schedule(config, planning.make_plan(config))
   assert float(schedule(20)) * 8 == pytest.approx(0.12 + 0.28 / 2)
 
 
@@ -194,7 +194,7 @@ def test_every_field_of_a_recipe_reaches_its_optimizer(changes):
   def second_update(changes):
     config = common.get_config()
     config.update(changes)
-    ours = recipe.make_optimizer(config, lambda step: 0.1)
+    ours = planning.make_optimizer(config, lambda step: 0.1)
     state = ours.init(params)
     for gradients in (params, jax.tree.map(lambda x: 2 * x, params)):
       updates, state = ours.update(gradients, state, params)
