@@ -37,7 +37,7 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"batch_size": 0}, "config.batch_size must be at least 1, got 0"),
     (
       {"batch_size": 1440},
-      "than the 1437 images of digits's train split; pass --config.batch_size=1024 or",
+      "1437 images in the train split of digits; pass --config.batch_size=1024 or",
     ),
     ({"eval_image_size": 0}, "config.eval_image_size must be at least 1, got 0"),
     ({"image_size": 4}, "H and W at least 8; got (1, 4, 4, 3): use a larger image size"),
@@ -45,10 +45,7 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"model_overrides": {"depth": 3}}, "unknown override of repvgg_a0 'depth'"),
     ({"model_overrides": {"act": "swish"}}, "unknown activation 'swish'; known: gelu, relu, silu"),
     ({"model_overrides": {"stage_sizes": (1, 1)}}, "stage_sizes takes 4 numbers"),
-    (
-      {"num_classes": 7},
-      "digits has 10 classes, the model has 7; for those of digits train one with",
-    ),
+    ({"num_classes": 7}, "digits has 10 classes, the model has 7"),
     ({"num_steps": 0}, "config.num_steps = 0 leaves no step to train"),
     ({"num_epochs": 0.0}, "config.num_epochs must be above 0, got 0.0"),
     ({"eval_every_epochs": -1.0}, "config.eval_every_epochs must be above 0, got -1.0"),
@@ -65,8 +62,11 @@ pytest_plugins = ["tests.training.fixtures"]
       "config.warmup_rate = 0.5 is above the peak, config.learning_rate",
     ),
     ({"final_rate": 0.5}, "config.final_rate = 0.5 is above the peak, config.learning_rate"),
-    ({"optimizer": "adamw", "nesterov": True}, "config.nesterov is of SGD; with config.optimizer"),
-    ({"optimizer": "adamw", "momentum": 1.0}, "AdamW's first beta, is below 1; got 1.0"),
+    ({"optimizer": "adamw", "nesterov": True}, "config.nesterov is for SGD only"),
+    (
+      {"optimizer": "adamw", "momentum": 1.0},
+      "config.momentum is the first beta of AdamW and must be below 1, got 1.0",
+    ),
     ({"custom_l2": 1e-4}, "set it to 'all_but_penalised_kernels', or config.custom_l2 to 0"),
     ({"dataset": "digit"}, "unknown data set 'digit'; did you mean digits"),
     ({"train_split": "trian"}, "unknown split of digits 'trian'; did you mean train?"),
@@ -236,7 +236,7 @@ def test_evaluation_resizes_to_no_less_than_the_image_size(digits_dir):
 def test_a_config_that_lacks_a_field_is_refused(field):
   config = common.get_config()
   del config[field]
-  with pytest.raises(InputError, match=f"the config lacks {field};"):
+  with pytest.raises(InputError, match=rf"the config lacks {field}\."):
     planning.check(config)
 
 
@@ -255,4 +255,5 @@ def test_a_folder_without_a_run_has_no_config(tmp_path):
 def test_another_number_of_classes_names_both_ways_out(digits_dir):
   with pytest.raises(InputError, match="digits has 10 classes, the model has 7") as caught:
     planning.make_plan(tiny.config(digits_dir, num_classes=7))
-  assert "--config.num_classes=10, which with --config.init_from=FOLDER" in str(caught.value)
+  for way in ("--config.num_classes=10", "--config.init_from=FOLDER"):
+    assert way in str(caught.value)
