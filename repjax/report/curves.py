@@ -133,7 +133,7 @@ def _finish(axes: Axes, runs: Sequence[History]) -> None:
   axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
   axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _count(x)))
   axes.set_xlim(0, 1.04 * max((x[-1] for x, _ in _drawn(axes)), default=1))
-  plain(axes)
+  tidy(axes)
   if not axes.lines:
     axes.set(xticks=[], yticks=[])
     axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color="#555555")
@@ -153,7 +153,7 @@ def _drawn(axes: Axes) -> list[tuple[np.ndarray, np.ndarray]]:
   return [(x, y) for x, y in points if x.size]
 
 
-def plain(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
   """Removes all lines that a panel does not need."""
   axes.grid(axis="y", color="#DDDDDD", lw=0.8)
   axes.set_axisbelow(True)

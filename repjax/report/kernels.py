@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 
 from repjax.report.branches import FoldedLayer, Kernels, branch_order, choose
-from repjax.report.curves import plain
+from repjax.report.curves import tidy
 
 _BRANCH_COLORS = {"3x3": "#0072B2", "1x1": "#E69F00", "identity": "#009E73"}
 _OTHER_COLORS = ("#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -33,7 +33,7 @@ def shares(figure: Any, kernels: Kernels) -> None:
   axes.set_xticks(places, labels, rotation=0 if level_labels(kernels) else 90)
   axes.set_xlim(-0.6, len(layers) - 0.4)
   axes.set(ylim=(0, 100), ylabel="share of norms, %", title=_shares_title(layers, names))
-  plain(axes)
+  tidy(axes)
   axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, frameon=False, reverse=True)
 
 
@@ -114,7 +114,7 @@ def heat_maps(figure: Any, kernels: Kernels) -> None:
   figure.suptitle(
     f"Where fused kernels get their weight, in layers of all depths: {_origin(kernels)}\n"
     "a number is the mean |weight| of a tap over channels, in % of the sum over the fused kernel; "
-    "what has opposite signs cancels",
+    "weights of opposite signs cancel",
     fontsize=11,
   )
 

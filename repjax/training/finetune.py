@@ -195,7 +195,7 @@ def _check_fit(folder: str | Path, held: ModelSpec, spec: ModelSpec) -> None:
   if differences:
     raise InputError(
       f"the model in {folder} differs from the config's: {differences}. Set these fields as in the "
-      "folder, or leave them None as in configs/finetune.py"
+      "folder, or leave them None as in repjax.configs.finetune"
     )
 
 
