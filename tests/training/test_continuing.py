@@ -5,7 +5,7 @@ import json
 import pytest
 
 import repjax
-from repjax.config import FREE
+from repjax.config import BEFORE, FIELDS, FREE
 from repjax.errors import InputError
 from repjax.training import continuing, planning
 from tests.training import tiny
@@ -185,15 +185,38 @@ def test_fields_that_no_parameter_depends_on_may_change(claimed, digits_dir):
   continuing.check_continuing(workdir, config)
 
 
-def test_fields_that_are_newer_than_a_run_stop_nothing(claimed, digits_dir):
-  workdir = with_checkpoint(claimed[0])
+def without(workdir, *fields):
+  """Makes config.json of a workdir one of a run that is older than some fields."""
   held = json.loads((workdir / "config.json").read_text())
-  for field in ("backbone_rate", "mixup"):
+  for field in fields:
     del held[field]
   (workdir / "config.json").write_text(json.dumps(held))
-  continuing.check_continuing(workdir, tiny.config(digits_dir, mixup=0.5))
-  with pytest.raises(InputError, match=r"backbone_rate 1\.0 -> 0\.0"):
-    continuing.check_continuing(workdir, tiny.config(digits_dir, backbone_rate=0.0))
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "difference"),
+  [
+    ("backbone_rate", 0.0, r"backbone_rate 1\.0 -> 0\.0"),
+    ("cooldown_epochs", 1.0, r"cooldown_epochs 0\.0 -> 1\.0"),
+    ("ema_decay", 0.5, r"ema_decay 0\.0 -> 0\.5"),
+    ("qat", True, "qat False -> True"),
+  ],
+)
+def test_a_run_older_than_a_field_continues_as_it_did(
+  claimed, digits_dir, field, value, difference
+):
+  workdir = with_checkpoint(claimed[0])
+  without(workdir, *BEFORE)
+  continuing.check_continuing(workdir, tiny.config(digits_dir))
+  with pytest.raises(InputError, match=difference):
+    continuing.check_continuing(workdir, tiny.config(digits_dir, **{field: value}))
+
+
+def test_a_field_of_which_nothing_is_known_stops_no_older_run(claimed, digits_dir):
+  workdir = with_checkpoint(claimed[0])
+  fields = {field.name for field in FIELDS} - BEFORE.keys()
+  without(workdir, *fields)
+  continuing.check_continuing(workdir, tiny.config(digits_dir, mixup=0.5, seed=3))
 
 
 def test_resume_says_whether_there_may_or_must_be_a_run(claimed, tmp_path):
