@@ -170,8 +170,8 @@ FIELDS = (
     evaluates=True,
     free=True,  # A fingerprint tells whether the images are the same.
   ),
-  Field("train_split", "train", "Split to train on."),
-  Field("eval_split", "validation", "Split to evaluate on.", evaluates=True),
+  Field("train_split", "train", "Split of the data set to train on."),
+  Field("eval_split", "validation", "Split of the data set to evaluate on.", evaluates=True),
   Field("image_size", 224, "Side in pixels of the square images in training.", _AT_LEAST_1),
   Field(
     "eval_image_size",
