@@ -122,7 +122,7 @@ def _goes_on_as_it_began(config, workdir):
   assert (workdir / "int8" / "model.onnx").read_bytes() != model
   path.write_text('{"layers": 3}')
   for _ in range(2):
-    with pytest.raises(InputError, match=r"rounding\.json is missing or damaged: it says how"):
+    with pytest.raises(InputError, match=r"rounding\.json is missing or damaged"):
       quantization.begin(config, plan, None, workdir)
     path.unlink(missing_ok=True)
 
@@ -130,12 +130,9 @@ def _goes_on_as_it_began(config, workdir):
 @pytest.mark.parametrize(
   ("changes", "text"),
   [
-    (
-      {"dtype": "bfloat16"},
-      r"config\.qat computes in float32 and rounds to 8 bits, got config\.dtype = 'bf",
-    ),
-    ({"custom_l2": 1e-4}, "reads statistics of"),
-    ({"qat_weight_bits": 4}, "qat_weight_bits is 7 or 8, got 4"),
+    ({"dtype": "bfloat16"}, r"config\.qat computes in float32.*config\.dtype = 'bfloat16'"),
+    ({"custom_l2": 1e-4}, r"config\.custom_l2.*statistics of the batch"),
+    ({"qat_weight_bits": 4}, "qat_weight_bits must be 7 or 8, got 4"),
     ({"qat_activations": "int4"}, "unknown value of config.qat_activations 'int4'; did you mean"),
     ({"qat_images": 0}, "qat_images must be at least 1, got 0"),
     ({"init_from": None}, "config.qat fine-tunes a network that was trained in float; name its"),
