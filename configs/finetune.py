@@ -1,15 +1,15 @@
-"""Fine-tuning: another model's weights with a new classifier, on a data set of one's own.
+"""Fine-tuning of a trained model, with a new classifier, on a data set of your own.
 
-Model and preprocessing are those of the folder to start from, a run or an import in training form;
-the number of classes is that of the data set. What is given on the command line wins.
+Model and preprocessing are those of the folder to start from, which is a run or an import in
+training form. The number of classes is that of the data set. Values on the command line win.
 
-    repjax import --from hf:timm/repvgg_a0.rvgg_in1k --workdir runs/a0
-    python main.py --config configs/finetune.py --workdir runs/mine --config.init_from=runs/a0 \
-      --config.dataset=mine
+  repjax import --from hf:timm/repvgg_a0.rvgg_in1k --workdir runs/a0
+  python main.py --config configs/finetune.py --workdir runs/mine --config.init_from=runs/a0 \
+    --config.dataset=mine
 
 With a few dozen images, take more epochs. --config.backbone_rate=0 trains the classifier alone, in
-less time; to let the whole network learn afterwards, start from that run: --workdir runs/mine2
---config.init_from=runs/mine.
+less time. To train the whole network afterwards, start a second run from the first: --workdir
+runs/mine2 --config.init_from=runs/mine.
 """
 
 import ml_collections
@@ -19,7 +19,7 @@ from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """A short, gentle schedule; what is None is found out when the run begins."""
+  """Returns a short schedule with a low rate. Fields with None are filled in at the start."""
   config = common.get_config()
   config.model = config_dict.placeholder(str)
   config.num_classes = config_dict.placeholder(int)
@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.batch_size = 32
   config.num_epochs = 20.0
   config.warmup_epochs = 1.0
-  config.learning_rate = 0.08  # 0.01 for a batch of 32
+  config.learning_rate = 0.08  # 0.01 for a batch of 32.
   config.backbone_rate = 0.3
   config.recalibrate_batches = 50
   config.log_every_steps = 10

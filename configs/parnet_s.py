@@ -1,17 +1,17 @@
-"""ParNet-S, twelve layers deep, on ImageNet at 224 px by the authors' script.
+"""ParNet-S, twelve layers deep, on ImageNet at 224 px.
 
-120 epochs and 10 of cool-down, batch 1024, SGD with Nesterov momentum, cosine from 0.4 to 1e-5 (why
-not the script's 0.001: see get_parnet_config in common.py), weight decay 1e-4 on kernels, crop and
-flip, RandAugment of magnitude 9 with noise 0.5, random erasing 0.2, label smoothing 0.1, an average
-of parameters (0.9999).
-The activation is SiLU, as the paper says; the authors' script asks for it and gets ReLU, with which
-their weights were made: --config.model_overrides.act=relu.
-
+Recipe: the authors' script. 120 epochs and 10 of cool-down, batch 1024, SGD with Nesterov momentum,
+cosine from 0.4 to 1e-5, weight decay 1e-4 on kernels. Images: crop and flip, RandAugment of
+magnitude 9 with noise 0.5, random erasing 0.2. Loss and weights: label smoothing 0.1, a moving
+average of parameters (0.9999). The script has the learning rate 0.001; `get_parnet_config` in
+common.py says why this is not used.
+Activation: SiLU, as in the paper. The authors' script asks for SiLU and gets ReLU, so their
+released weights need --config.model_overrides.act=relu.
 Paper: Goyal et al., Non-deep Networks, NeurIPS 2022. https://arxiv.org/abs/2110.07641
 Source: https://github.com/imankgoyal/NonDeepNetworks at 777b286, imagenet
-Expected: the paper puts it more than one point of top-1 above its ResNet-34; quoted elsewhere as
-75.19 %, which we could not confirm. Not yet reproduced here. The paper's S is 96 wide in its first
-stream, the authors' released one 92, as this is: --config.model=parnet_s_96 is the other.
+Expected: in the paper, more than one point of top-1 above its ResNet-34. Other sources quote 75.19
+%. Neither is confirmed here. The first stream of the paper's S has 96 channels. The authors'
+released S has 92, as here; --config.model=parnet_s_96 is the paper's.
 
   python main.py --config configs/parnet_s.py
 """
@@ -22,7 +22,7 @@ from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The authors' recipe with this model."""
+  """Returns the recipe of the authors for ParNet-S."""
   config = common.get_parnet_config(erasing=0.2)
   config.model = "parnet_s"
   return config

@@ -1,13 +1,12 @@
-"""ParNet-XL fine-tuned at 320 px, tested at 352 px and with ten crops.
+"""ParNet-XL on ImageNet, fine-tuned at 320 px and evaluated at 352 px, also with ten crops.
 
-16 epochs with cosine from 0.001 to 0 and no cool-down, crops of at least half the image, mixup 0.1,
-random erasing 0.6, all else as in the recipe before. The batch, 256, is not said and chosen here.
-The authors draw the classifier anew; here it is kept.
-
+Recipe: that of configs/parnet_xl.py, with 16 epochs, cosine from 0.001 to 0, no cool-down, crops of
+at least half the image, mixup 0.1 and random erasing 0.6. The authors do not give the batch; 256 is
+our choice. They draw the classifier anew; here it is kept.
 Paper: Goyal et al., Non-deep Networks, NeurIPS 2022. https://arxiv.org/abs/2110.07641
 Source: https://github.com/imankgoyal/NonDeepNetworks at 777b286, imagenet
-Expected: more than 80 % top-1, as given in the paper for its best ParNet; quoted elsewhere as
-80.32 % and, with ten crops, 80.72 %, which we could not confirm. Not yet reproduced here.
+Expected: more than 80 % top-1, from the paper, for its best ParNet. Other sources quote 80.32 %
+and, with ten crops, 80.72 %. None is confirmed here.
 
   python main.py --config configs/parnet_xl.py --workdir runs/parnet_xl
   python main.py --config configs/parnet_xl_320.py --workdir runs/parnet_xl_320 \
@@ -21,12 +20,12 @@ from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """What fine-tuning changes in the recipe."""
+  """Returns the recipe of ParNet-XL with the changes for fine-tuning."""
   config = common.get_parnet_config(erasing=0.6)
   config.model = "parnet_xl"
   config.image_size = 320
   config.eval_image_size = 352
-  config.resize_size = 402  # 0.875 of it is cut out
+  config.resize_size = 402  # The central crop is 0.875 of this.
   config.augment = config.augment.replace(
     "random_resized_crop", "random_resized_crop(area=(0.5, 1))"
   )

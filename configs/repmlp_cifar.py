@@ -1,19 +1,19 @@
-"""A RepMLP without convolutions on CIFAR-10 by the paper's recipe.
+"""A RepMLP without convolutions on CIFAR-10.
 
-100 epochs, batch 128, SGD 0.2 with cosine to 0, a random square of the image in a frame of 4 px,
-flip. Weight decay is not said there: 1e-4. Nor is how many blocks there are: see
-repjax/models/repmlp.py.
-
+Recipe: that of the paper. 100 epochs, batch 128, SGD 0.2 with cosine to 0, a random square of the
+image in a frame of 4 px, flip. The paper does not give the weight decay, 1e-4 here. It does not
+give the number of blocks either, see repjax/models/repmlp.py.
 Paper: Ding et al., RepMLP, 2021, section 4.1. https://arxiv.org/abs/2105.01883
-Expected: the paper's network has 91.11 % at 52.8 million multiply-accumulates; this one has 52.5
-million and was not trained here yet.
+Expected: 91.11 % in the paper, for a network with 52.8 million multiply-accumulates. This network
+has 52.5 million. Not trained yet.
 
   repjax prepare-dataset --tfds cifar10
   python main.py --config configs/repmlp_cifar.py
 
-Its ablations, each with a --workdir of its own: --config.model_overrides.local_kernels='()'
-(8.5 points less in the paper), --config.model_overrides.fc3=conv9x9 (3.5 less),
---config.model_overrides.mixer=conv9x9, --config.model_overrides.global_perceptron=False.
+For the ablations of the paper, add one of these and a new --workdir:
+--config.model_overrides.local_kernels='()' (8.5 points less in the paper),
+--config.model_overrides.fc3=conv9x9 (3.5 points less), --config.model_overrides.mixer=conv9x9,
+--config.model_overrides.global_perceptron=False.
 """
 
 import ml_collections
@@ -22,9 +22,9 @@ from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The paper's settings for CIFAR-10."""
+  """Returns the recipe of the paper for CIFAR-10."""
   config = common.get_cifar_config()
   config.model = "repmlp_cifar"
   config.num_epochs = 100.0
-  config.learning_rate = 0.4  # 0.2 for a batch of 128
+  config.learning_rate = 0.4  # 0.2 for a batch of 128.
   return config

@@ -1,10 +1,9 @@
-"""The wide ConvNet beside the RepMLP for CIFAR-10: 3x3 convolutions for RepMLPs, twice the width.
+"""The ConvNet on CIFAR-10 that the RepMLP paper compares with: 3x3 convolutions, twice as wide.
 
-The recipe is that of repmlp_cifar.py.
-
+Recipe: that of configs/repmlp_cifar.py.
 Paper: Ding et al., RepMLP, 2021, section 4.1. https://arxiv.org/abs/2105.01883
-Expected: the paper's network has 91.99 % at 65.1 million multiply-accumulates; this one has 64.1
-million and was not trained here yet.
+Expected: 91.99 % in the paper, for a network with 65.1 million multiply-accumulates. This network
+has 64.1 million. Not trained yet.
 
   python main.py --config configs/repmlp_cifar_convnet.py
 """
@@ -15,7 +14,7 @@ from repjax.configs import repmlp_cifar
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The twin of that config's model."""
+  """Returns the recipe of `repmlp_cifar` with convolutions in place of RepMLPs."""
   config = repmlp_cifar.get_config()
   config.model_overrides.mixer = "conv3x3"
   config.model_overrides.widths = (32, 64, 128)

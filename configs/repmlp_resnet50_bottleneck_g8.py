@@ -1,10 +1,10 @@
-"""RepMLP-ResNet50 with bottlenecks of 8 groups on ImageNet by the paper's recipe.
+"""RepMLP-ResNet50 with bottlenecks of 8 groups on ImageNet at 224 px.
 
-100 epochs, batch 256, SGD 0.1 with cosine to 0, weight decay 1e-4, AutoAugment, mixup, crop and
-flip. Mixup's alpha and what decays are not said there: 0.2, and as in RepVGG's recipe.
-
+Recipe: that of the paper. 100 epochs, batch 256, SGD 0.1 with cosine to 0, weight decay 1e-4,
+AutoAugment, mixup, crop and flip. The paper gives neither the alpha of Mixup nor what decays. They
+are 0.2, and as in RepVGG's recipe.
 Paper: Ding et al., RepMLP, 2021, section 4.2. https://arxiv.org/abs/2105.01883
-Expected: no number is quoted, as the paper's tables were not at hand; not trained here yet.
+Expected: no number is known here, since the tables of the paper were not at hand. Not trained yet.
 
   python main.py --config configs/repmlp_resnet50_bottleneck_g8.py
 """
@@ -15,7 +15,7 @@ from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The paper's recipe with this model."""
+  """Returns the recipe of the paper for this model."""
   config = common.get_repmlp_config()
   config.model = "repmlp_resnet50_bottleneck_g8"
   return config

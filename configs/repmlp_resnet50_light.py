@@ -1,11 +1,11 @@
-"""RepMLP-ResNet50-light on ImageNet by the paper's recipe.
+"""RepMLP-ResNet50-light on ImageNet at 224 px.
 
-100 epochs, batch 256, SGD 0.1 with cosine to 0, weight decay 1e-4, AutoAugment, mixup, crop and
-flip. Mixup's alpha and what decays are not said there: 0.2, and as in RepVGG's recipe.
-
+Recipe: that of the paper. 100 epochs, batch 256, SGD 0.1 with cosine to 0, weight decay 1e-4,
+AutoAugment, mixup, crop and flip. The paper gives neither the alpha of Mixup nor what decays. They
+are 0.2, and as in RepVGG's recipe.
 Paper: Ding et al., RepMLP, 2021, section 4.2. https://arxiv.org/abs/2105.01883
-Expected: 77.14 % top-1 at 224 px (resize 256, central crop), as printed in its text;
-not yet reproduced here.
+Expected: 77.14 % top-1 at 224 px (resize 256, central crop), from the text of the paper. Not
+confirmed here.
 
   python main.py --config configs/repmlp_resnet50_light.py
 """
@@ -16,7 +16,7 @@ from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The paper's recipe with this model."""
+  """Returns the recipe of the paper for this model."""
   config = common.get_repmlp_config()
   config.model = "repmlp_resnet50_light"
   return config

@@ -1,13 +1,11 @@
-"""RepMLPNet-T256 on ImageNet at 256 px by the authors' script.
+"""RepMLPNet-T256 on ImageNet at 256 px.
 
-100 epochs, batch 256, AdamW 0.001 beneath 10 epochs of warm-up and a cosine, weight decay 0.1,
-gradients clipped to 5.0, RandAugment of magnitude 15, crop and flip, label smoothing 0.1, mixup 0.4
-or cutmix 1.0.
-
+Recipe: the authors' script. 100 epochs, batch 256, AdamW 0.001 with a cosine whose start is hidden
+by 10 epochs of warm-up, weight decay 0.1, gradients clipped to 5.0. Images: RandAugment of
+magnitude 15, crop and flip, label smoothing 0.1, mixup 0.4 or cutmix 1.0.
 Paper: Ding et al., RepMLPNet, CVPR 2022. https://arxiv.org/abs/2112.11081
 Source: https://github.com/DingXiaoH/RepMLP at 3eff13f, README and config.py
-Expected: 77.44 % top-1 at 256 px (resize 256, central crop), as given in that README;
-not yet reproduced here.
+Expected: 77.44 % top-1 at 256 px (resize 256, central crop), from that README. Not confirmed here.
 
   python main.py --config configs/repmlpnet_t256.py
 """
@@ -18,7 +16,7 @@ from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The authors' recipe with this model."""
+  """Returns the recipe of the authors for this model."""
   config = common.get_repmlpnet_config()
   config.model = "repmlpnet_t256"
   config.image_size = 256

@@ -1,10 +1,9 @@
-"""RepVGG-B2g4 on ImageNet by the paper's simple recipe.
+"""RepVGG-B2g4 on ImageNet.
 
-120 epochs, batch 256, SGD 0.1 with cosine, crop and flip, no label smoothing.
-
+Recipe: the simple recipe of the paper. 120 epochs, batch 256, SGD 0.1 with cosine, weight decay
+1e-4, crop and flip, no label smoothing.
 Paper: Ding et al., RepVGG, CVPR 2021, Table 4. https://arxiv.org/abs/2101.03697
-Expected: 78.50 % top-1 at 224 px (resize 256, central crop), as printed there;
-not yet reproduced here.
+Expected: 78.50 % top-1 at 224 px (resize 256, central crop), from that table. Not confirmed here.
 
   python main.py --config configs/repvgg_b2g4.py
 """
@@ -15,7 +14,7 @@ from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The shared recipe with this model."""
+  """Returns the simple recipe for RepVGG-B2g4."""
   config = common.get_config()
   config.model = "repvgg_b2g4"
   return config

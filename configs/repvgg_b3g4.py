@@ -1,11 +1,9 @@
-"""RepVGG-B3g4 on ImageNet by the paper's strong recipe.
+"""RepVGG-B3g4 on ImageNet.
 
-200 epochs, batch 256, SGD 0.1 with 5 epochs of warm-up and cosine, AutoAugment, crop and flip,
-label smoothing 0.1, mixup 0.2.
-
+Recipe: the strong recipe of the paper. 200 epochs, batch 256, SGD 0.1 with 5 epochs of warm-up and
+cosine, weight decay 1e-4, AutoAugment, crop and flip, label smoothing 0.1, mixup 0.2.
 Paper: Ding et al., RepVGG, CVPR 2021, Table 5. https://arxiv.org/abs/2101.03697
-Expected: 80.21 % top-1 at 224 px (resize 256, central crop), as printed there;
-not yet reproduced here.
+Expected: 80.21 % top-1 at 224 px (resize 256, central crop), from that table. Not confirmed here.
 
   python main.py --config configs/repvgg_b3g4.py
 """
@@ -16,7 +14,7 @@ from repjax.configs import common
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """The strong recipe with this model."""
+  """Returns the strong recipe for RepVGG-B3g4."""
   config = common.get_strong_config()
   config.model = "repvgg_b3g4"
   return config

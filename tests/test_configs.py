@@ -81,7 +81,7 @@ LEFT_OPEN = {
 
 def load(name):
   module = importlib.import_module(f"configs.{name}")
-  return module.get_config(), module.__doc__
+  return module.get_config(), " ".join(module.__doc__.split())
 
 
 def test_there_is_a_config_for_each_result_and_one_to_try():

@@ -17,12 +17,13 @@ import timing
 
 import repjax
 from repjax import training
+from repjax.config import Config, check_evaluation
 from repjax.data import Source
 from repjax.inference import inference
 from repjax.quantization import runtime
 from repjax.quantization.sensitivity import compared
 from repjax.training import evaluation, planning
-from repjax.training.calibration import calibration_images, check_apart
+from repjax.training.quantization import calibration_images, check_apart
 
 FLOAT, HALF, WEIGHTS, INT8 = "float32", "bfloat16, JAX", "int8 weights", "int8"
 
@@ -43,7 +44,7 @@ class Workdir(NamedTuple):
     evaluation: the split for accuracy.
   """
 
-  config: planning.Config
+  config: Config
   spec: repjax.ModelSpec
   model: Any
   variables: Any
@@ -85,7 +86,7 @@ def open_workdir(folder: Path, count: int, **changes: Any) -> Workdir:
   config = training.read_config(folder, **changes)
   if "train_split" not in config:
     config.train_split = "train"  # of an import
-  planning.check_evaluation(config)
+  check_evaluation(config)
   calibration, held_out = (
     planning.open_split(config, split, spec) for split in (config.train_split, config.eval_split)
   )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from repjax.errors import one_paragraph
-from repjax.report.picture import write_report
+from repjax.report import write_report
 
 
 def main(argv: Sequence[str]) -> None:

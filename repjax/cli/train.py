@@ -40,7 +40,7 @@ def parse_flags(argv: list[str]) -> list[str]:
       raise InputError(f"the config file cannot be loaded, look at its path: {text}") from error
     except (AttributeError, KeyError, TypeError) as error:  # ml_collections' kinds
       text = " ".join(str(error).replace("\\n", "; ").replace("\\'", "").split()).strip("'\"")
-      raise InputError(f"unknown config field {text} (all fields: configs/common.py)") from error
+      raise InputError(f"unknown config field {text} (all fields: repjax.config)") from error
     raise InputError(
       f"unexpected arguments {rest[1:]}; fields are set as --config.batch_size=64"
       if rest[1:]

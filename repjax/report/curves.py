@@ -1,138 +1,229 @@
-"""What a run wrote about itself while it went on, read back as curves."""
+"""Draws the panels of the curves and of the speed of runs. Needs matplotlib."""
 
-import json
-import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from repjax import disk
+from repjax.report.history import History, thinned, value_at
 
-FILES = ("metrics.jsonl", "timing.jsonl")
-
-
-class Curve(NamedTuple):
-  """A value over the steps at which it was recorded, both (N,), N at least 1."""
-
-  steps: np.ndarray
-  values: np.ndarray
-
-
-class History(NamedTuple):
-  """The curves of a run.
-
-  Attributes:
-    name: what to call the run, after its folder.
-    title: what it is, in a few words; empty where that is not known.
-    batch_size: over all devices; None where it is not known.
-    curves: by the names in metrics.jsonl (loss, accuracy, learning_rate, eval_loss, ...), and of
-      timing.jsonl `images_per_second`, `waiting`, the share of time without data, and `seconds`.
-    best: the step of the evaluation with the highest accuracy, the last of several; None without.
-    notes: lines that could not be used.
-  """
-
-  name: str
-  title: str
-  batch_size: int | None
-  curves: dict[str, Curve]
-  best: int | None
-  notes: tuple[str, ...]
+# The colours of Okabe and Ito, which people with any kind of colour vision can tell apart.
+# https://jfly.uni-koeln.de/color/
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_DASHES = ("-", "--", ":", "-.")
+_MARKED_POINTS = 40
+LEGEND_COLUMNS = 3
 
 
-def read_history(workdir: Path, name: str | None = None) -> History:
-  """Reads what there is; damaged lines are left out and counted, missing files are empty.
+def legend(figure: Any, runs: Sequence[History]) -> None:
+  """Draws the legend that gives the colour of each run."""
+  handles = [Line2D([], [], lw=3, **_style(number)) for number in range(len(runs))]
+  names = [clipped(run.name, 36) for run in runs]
+  figure.legend(handles, names, loc="center", ncols=LEGEND_COLUMNS, frameon=False)
+
+
+def clipped(name: str, length: int) -> str:
+  """Shortens a long name to its end."""
+  return name if len(name) <= length else f"...{name[3 - length :]}"
+
+
+def _style(number: int) -> dict[str, Any]:
+  dashes = _DASHES[number // len(_COLORS) % len(_DASHES)]
+  return {"color": _COLORS[number % len(_COLORS)], "linestyle": dashes}
+
+
+def results(figure: Any, runs: Sequence[History]) -> None:
+  """Draws the panels of loss and accuracy."""
+  loss, accuracy = figure.subplots(1, 2)
+  _panel(loss, runs, "loss", 1.0)
+  _panel(accuracy, runs, "accuracy", 100.0)
+  values = np.concatenate([y for _, y in _drawn(loss)] or [np.zeros(0)])
+  if values.size and values.min() > 0 and values.max() > 20 * values.min():
+    loss.set_yscale("log")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    loss.yaxis.set_minor_locator(NullLocator())
+  logarithmic = ", logarithmic" if loss.get_yscale() == "log" else ""
+  loss.set(title=_loss_title(runs), ylabel=f"cross-entropy{logarithmic}")
+  accuracy.set(title=_accuracy_title(runs), ylabel="accuracy, %")
+  for axes, corner in ((loss, "upper right"), (accuracy, "lower right")):
+    if axes.lines:
+      axes.legend(loc=corner, fontsize=9)
+
+
+def _panel(axes: Axes, runs: Sequence[History], ending: str, factor: float) -> None:
+  """Draws every curve whose name ends in `ending`, such as "loss" and "eval_loss".
 
   Args:
-    workdir: of a run, or of an import, which has no curves.
-    name: what to call it; None: as its folder.
+    axes: the panel.
+    runs: the runs to draw.
+    ending: "loss" or "accuracy".
+    factor: factor on the values.
   """
-  notes, curves = [], {}
-  for file in FILES:
-    rows, damaged = _read_lines(workdir / file)
-    if damaged:
-      notes.append(f"{workdir / file}: {damaged} damaged line{'s' * (damaged > 1)} left out")
-    curves |= _curves(rows if file == FILES[0] else [_speed(row) for row in rows])
-  best = None
-  judged = "eval_ema_accuracy" if "eval_ema_accuracy" in curves else "eval_accuracy"
-  if judged in curves:  # of the average, where there is one: as checkpoints are chosen
-    steps, values = curves[judged]
-    best = int(steps[values == values.max()].max())
-  config = disk.read_json(workdir / "config.json") if (workdir / "config.json").exists() else {}
-  return History(
-    workdir.absolute().name if name is None else name,
-    f"{config['model']} on {config['dataset']}" if config.get("dataset") and curves else "",
-    config.get("batch_size") if curves else None,
-    curves,
-    best,
-    tuple(notes),
-  )
+  labels = {}
+  for number, run in enumerate(runs):
+    for name, curve in run.curves.items():
+      if name.split("_")[-1] == ending:
+        label = _label(name, ending)
+        curve = thinned(curve) if label == "training" else curve
+        style = _line(label, len(curve.steps), number if len(runs) > 1 else None)
+        labels.setdefault(label, style)
+        shown = label if len(runs) == 1 else "_"
+        axes.plot(_places(curve.steps, run, runs), curve.values * factor, label=shown, **style)
+    value = value_at(run.curves.get(f"eval_{ending}"), run.best)
+    if value is not None:
+      place = _places(np.asarray([run.best]), run, runs)
+      _mark_best(axes, place, value * factor, number if len(runs) > 1 else None)
+  if len(runs) > 1 and labels:
+    # Colours stand for runs here, so the legend of the panel shows the kinds of curves in grey.
+    for label, style in labels.items():
+      axes.plot([], [], **{**style, "color": "#555555"}, label=label)
+    if "evaluation" in labels:
+      axes.plot([], [], "*", color="white", ms=14, mec="black", label="most accurate evaluation")
+  _finish(axes, runs)
 
 
-def distinct_names(workdirs: Sequence[Path]) -> list[str]:
-  """A name for each folder: its last part, with as many in front as tell all apart."""
-  paths = [Path(os.path.abspath(workdir)).parts[1:] for workdir in workdirs]
-  lengths = range(1, max(map(len, paths)) + 1)
-  choices = [["/".join(parts[-length:]) for parts in paths] for length in lengths]
-  return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
+def _line(label: str, points: int, run: int | None) -> dict[str, Any]:
+  """Returns the style of a curve. The colour shows the run, or the kind of curve in a single run.
+
+  Args:
+    label: kind of curve, from `_label`.
+    points: number of points of the curve.
+    run: number of the run; None for a single run.
+  """
+  kinds = ("training", "evaluation", label)
+  style = _style(kinds.index(label) if run is None else run)
+  if label == "training":
+    style |= {"lw": 1.2, "alpha": 1.0 if run is None else 0.6}
+    return style | {"marker": "o", "ms": 0 if points > 1 else 3}
+  if label != "evaluation":
+    style["linestyle"] = (0, (4, 2))
+  return {**style, "lw": 1.8, "marker": "o", "ms": 4 if points <= _MARKED_POINTS else 0}
 
 
-def thinned(curve: Curve, most: int = 300) -> Curve:
-  """Means over equally many neighbouring points, so that at most about `most` are left."""
-  length = -(-len(curve.steps) // most)
-  if length == 1:
-    return curve
-  starts = np.arange(0, len(curve.steps), length)
-  counts = np.diff(starts, append=len(curve.steps))
-  ends = starts + counts - 1
-  return Curve(curve.steps[ends], np.add.reduceat(curve.values, starts) / counts)
+def _label(name: str, ending: str) -> str:
+  """Returns the kind of a curve: "loss" is "training", "eval_ema_loss" is "evaluation, ema"."""
+  words = name.removesuffix(ending).strip("_").split("_")
+  words = ["evaluation" if word == "eval" else word for word in words if word]
+  return ", ".join(words) or "training"
 
 
-def value_at(curve: Curve | None, step: int | None) -> float | None:
-  """The value that was recorded at a step, None where there is none."""
-  values = [] if curve is None else curve.values[curve.steps == step]
-  return float(values[-1]) if len(values) else None
+def _mark_best(axes: Axes, place: np.ndarray, value: float, run: int | None) -> None:
+  """Draws a star, in the colour of its run if there are several runs."""
+  color = "black" if run is None else _style(run)["color"]
+  label = "most accurate evaluation" if run is None else "_"
+  axes.plot(place, [value], "*", color=color, ms=14, mec="black", label=label, zorder=5)
 
 
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-  """The records of a file, and how many lines hold none."""
-  lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-  rows = [row for row in map(_parse, lines) if row is not None]
-  return rows, len(lines) - len(rows)
+def _places(steps: np.ndarray, run: History, runs: Sequence[History]) -> np.ndarray:
+  """Returns the horizontal places of points: steps, or images if the runs' batch sizes differ."""
+  return steps * run.batch_size if _by_images(runs) and run.batch_size else steps
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-  """A record whose values are finite numbers and whose step is whole, else None."""
-  try:
-    row = json.loads(line)
-  except ValueError:
-    return None
-  if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-    return None
-  numbers = [value for value in row.values() if isinstance(value, int | float)]
-  return row if len(numbers) == len(row) and all(map(math.isfinite, numbers)) else None
+def _by_images(runs: Sequence[History]) -> bool:
+  return len({run.batch_size for run in runs} - {None}) > 1
 
 
-def _curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:
-  names = dict.fromkeys(name for row in rows for name in row if name != "step")
-  found = {}
-  for name in names:
-    points = [(row["step"], float(row[name])) for row in rows if name in row]
-    points.sort(key=lambda point: point[0])
-    found[name] = Curve(*map(np.asarray, zip(*points)))
-  return found
+def _finish(axes: Axes, runs: Sequence[History]) -> None:
+  """Sets the horizontal axis, and the look that all panels share."""
+  axes.set_xlabel("images seen in training" if _by_images(runs) else "step")
+  axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _count(x)))
+  axes.set_xlim(0, 1.04 * max((x[-1] for x, _ in _drawn(axes)), default=1))
+  tidy(axes)
+  if not axes.lines:
+    axes.set(xticks=[], yticks=[])
+    axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color="#555555")
 
 
-def _speed(row: dict[str, Any]) -> dict[str, Any]:
-  """A line of timing.jsonl as what it says about the speed."""
-  seconds = row.get("seconds", 0)
-  if not seconds > 0:
-    return {"step": row["step"]}
-  return {
-    "step": row["step"],
-    "images_per_second": row.get("images", 0) / seconds,
-    "waiting": row.get("waited", 0) / seconds,
-    "seconds": seconds,
-  }
+def _count(number: float) -> str:
+  """Formats a number: 1500 as "1,500", 150000 as "150k", 30000000 as "30M"."""
+  for size, letter in ((1e6, "M"), (1e3, "k")):
+    if number >= 10 * size:
+      return f"{number / size:,g}{letter}"
+  return f"{number:,.0f}"
+
+
+def _drawn(axes: Axes) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Returns the points of each line that has points."""
+  points = [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axes.lines]
+  return [(x, y) for x, y in points if x.size]
+
+
+def tidy(axes: Axes) -> None:
+  """Gives a panel thin grid lines, and no border at the top and on the right."""
+  axes.grid(axis="y", color="#DDDDDD", lw=0.8)
+  axes.set_axisbelow(True)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.tick_params(labelsize=9)
+  axes.title.set(fontsize=11)
+
+
+def _loss_title(runs: Sequence[History]) -> str:
+  if len(runs) > 1:
+    return "Loss"
+  ends = [
+    f"{runs[0].curves[name].values[-1]:.3g} in {what}"
+    for name, what in (("loss", "training"), ("eval_loss", "evaluation"))
+    if name in runs[0].curves
+  ]
+  return f"Loss: at the end {', '.join(ends)}" if ends else "Loss: not recorded yet"
+
+
+def _accuracy_title(runs: Sequence[History]) -> str:
+  best = [
+    (value, run)
+    for run in runs
+    if (value := value_at(run.curves.get("eval_accuracy"), run.best)) is not None
+  ]
+  if not best:
+    return "Accuracy: not evaluated yet"
+  value, run = max(best, key=lambda pair: pair[0])
+  if len(runs) > 1:
+    return f"Accuracy: best evaluation {value:.2%}, by {clipped(run.name, 20)}"
+  return f"Accuracy: best evaluation {value:.2%}, at step {run.best:,}"
+
+
+def speed(figure: Any, runs: Sequence[History]) -> None:
+  """Draws the panels of learning rate, throughput and waiting for data."""
+  rate, pace, waiting = figure.subplots(1, 3)
+  for axes, name, factor, label in (
+    (rate, "learning_rate", 1.0, "learning rate"),
+    (pace, "images_per_second", 1.0, "images a second"),
+    (waiting, "waiting", 100.0, "share of training time, %"),
+  ):
+    for number, run in enumerate(runs):
+      if name in run.curves:
+        curve = thinned(run.curves[name])
+        style = {"lw": 1.5, "marker": "o", "ms": 3 if len(curve.steps) <= _MARKED_POINTS else 0}
+        places = _places(curve.steps, run, runs)
+        axes.plot(places, curve.values * factor, clip_on=False, **style, **_style(number))
+    axes.set(ylabel=label, title=_speed_title(name, runs))
+    axes.set_ylim(0, max([10.0 if name == "waiting" else 0.0, 1.1 * _highest(axes)]) or 1.0)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    if name == "images_per_second":
+      axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _count(y)))
+    _finish(axes, runs)
+
+
+def _highest(axes: Axes) -> float:
+  return max((float(y.max()) for _, y in _drawn(axes)), default=0.0)
+
+
+def _speed_title(name: str, runs: Sequence[History]) -> str:
+  words = {
+    "learning_rate": "Learning rate",
+    "images_per_second": "Throughput",
+    "waiting": "Waiting for data",
+  }[name]
+  if len(runs) > 1 or name not in runs[0].curves:
+    return words
+  values = runs[0].curves[name].values
+  if name == "learning_rate":
+    return f"{words}: up to {values.max():.3g}"
+  if name == "images_per_second":
+    return f"{words}: {np.median(values):,.0f} images/s (median)"
+  return f"{words}: {np.average(values, weights=runs[0].curves['seconds'].values):.1%} of the time"

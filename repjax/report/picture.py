@@ -1,4 +1,4 @@
-"""`report.png`: what people look at when a run is over, or while it goes on."""
+"""Writes `report.png`, the picture of a run that has ended or still goes on."""
 
 import importlib.util
 import os
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from repjax import disk, runs
 from repjax.errors import InputError
-from repjax.report.contributions import Kernels, read_kernels
-from repjax.report.curves import History, distinct_names, read_history
+from repjax.report.branches import Kernels, read_kernels
+from repjax.report.history import History, distinct_names, read_history
 
 NAME = "report.png"
 
@@ -16,18 +16,19 @@ NAME = "report.png"
 def write_report(
   workdir: str | Path, *, compare: Sequence[str | Path] = (), output: str | Path | None = None
 ) -> tuple[Path, list[str]]:
-  """Draws a folder's curves and kernels into one picture.
+  """Draws the curves and the kernels of a folder into one picture.
 
   Args:
-    workdir: of a run, finished or not, or of an import, which has kernels only.
-    compare: of other runs, whose curves are laid over those of the first.
+    workdir: folder of a run, finished or not, or of an import, which has kernels only.
+    compare: folders of further runs, whose curves are drawn into the same panels.
     output: the .png file; None: `report.png` in the workdir.
 
   Returns:
-    The path of the picture, and what could not be drawn, a line each; the picture says it too.
+    The path of the picture, and a line for each thing that could not be drawn. The picture shows
+    these lines too.
 
   Raises:
-    InputError: a folder is none of a run, it has nothing to draw, or matplotlib is missing.
+    InputError: a folder holds no run or nothing to draw, or matplotlib is missing.
   """
   if importlib.util.find_spec("matplotlib") is None:
     raise InputError("the picture needs matplotlib: pip install matplotlib (or 'repjax[report]')")
@@ -40,13 +41,15 @@ def write_report(
   if kernels is None and not histories[0].curves:
     raise InputError(f"{workdir} has no curves and no kernels to draw yet: {note}")
   notes = [text for history in histories for text in history.notes] + ([note] if note else [])
-  from repjax.report import drawing
+  # Imported here, since matplotlib takes a second to load and not everybody has it.
+  from repjax.report import figure
 
-  figure = drawing.draw(histories, kernels, notes)
+  drawn = figure.draw(histories, kernels, notes)
   target.parent.mkdir(parents=True, exist_ok=True)
+  # Written beside the target and then renamed, so that an earlier picture stays whole.
   draft = target.with_name(f"{target.name}.{os.getpid()}.draft")
   try:
-    drawing.save(figure, draft)
+    figure.save(drawn, draft)
     draft.replace(target)
   finally:
     draft.unlink(missing_ok=True)
@@ -54,14 +57,14 @@ def write_report(
 
 
 def read_histories(workdirs: Sequence[Path]) -> list[History]:
-  """The curves of runs, under names that differ.
+  """Reads the curves of runs and gives each run a distinct name.
 
   Raises:
-    InputError: a folder is none of a run or is given twice, or one behind the first has no curves.
+    InputError: a folder holds no run or is given twice, or one to compare with has no curves.
   """
   for number, workdir in enumerate(workdirs):
     if not (workdir / "model.json").exists():
-      disk.read_json(workdir / "model.json")
+      disk.read_json(workdir / "model.json")  # Raises the error for a missing file.
     if workdir.resolve() in [other.resolve() for other in workdirs[:number]]:
       raise InputError(f"{workdir} is given twice; compare it with another run")
   histories = [
@@ -74,7 +77,7 @@ def read_histories(workdirs: Sequence[Path]) -> list[History]:
 
 
 def draw_at_end(workdir: Path) -> None:
-  """Writes the picture of a run that has ended and says where; a missing one stops nothing."""
+  """Writes the picture of a run that has ended, and prints its path or why there is none."""
   try:
     path, notes = write_report(workdir)
   except (InputError, OSError) as error:
@@ -85,7 +88,7 @@ def draw_at_end(workdir: Path) -> None:
 
 
 def _kernels_or_note(workdir: Path) -> tuple[Kernels | None, str | None]:
-  """A folder's kernels, or why there are none."""
+  """Returns the kernels of a folder, or a note that says why there are none."""
   deploy = workdir if (workdir / "params").exists() else workdir / "deploy"
   if not runs.checkpoints(workdir) and not (disk.current_folder(deploy) / "params").exists():
     return None, f"{workdir} holds no checkpoint yet, so no kernels are shown"

@@ -11,11 +11,11 @@ import numpy as np
 
 from repjax import disk, runs
 from repjax.cache import use_compilation_cache
+from repjax.config import Config, check_evaluation
 from repjax.errors import InputError
 from repjax.reparam import layer_name, reparameterize
 from repjax.spec import ModelSpec
 from repjax.training import evaluation, parallel, planning, processes
-from repjax.training.planning import Config
 
 
 def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
       whole checkpoint.
   """
   config = processes.first(lambda: config)
-  planning.check_evaluation(config)
+  check_evaluation(config)
   use_compilation_cache()
   workdir = Path(workdir)
   spec = processes.first(ModelSpec.read, workdir)

@@ -11,10 +11,10 @@ import tqdm
 
 from repjax import runs
 from repjax.cache import use_compilation_cache
+from repjax.config import Config, check_evaluation
 from repjax.data import Source, eval_batches
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.training import parallel, planning, processes
-from repjax.training.planning import Config
 from repjax.training.step import make_eval_step
 
 _WORTH_PROCESSES = 10_000  # images
@@ -112,7 +112,7 @@ def evaluate(
     InputError: the workdir does not hold that form, or the data set cannot be opened.
   """
   config = processes.first(lambda: config)
-  planning.check_evaluation(config)
+  check_evaluation(config)
   use_compilation_cache()
   recalibrated = None
   if deploy:

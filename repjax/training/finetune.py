@@ -1,4 +1,4 @@
-"""Starting from weights that there are: what a config leaves open, and the first variables."""
+"""Starts a run from the weights of a run or an import, and fills in what a config leaves open."""
 
 import dataclasses
 from pathlib import Path
@@ -8,37 +8,37 @@ import jax
 import ml_collections
 
 from repjax import disk, runs
+from repjax.config import Config, check_fields
 from repjax.data import open_source
 from repjax.errors import InputError
-from repjax.spec import ModelSpec
-from repjax.training import continuing, optimizer, planning
-from repjax.training.planning import Config
+from repjax.spec import ModelSpec, Preprocessing
+from repjax.training import continuing, optimizer
 
-_PREPROCESSING = ("image_size", "resize_size", "interpolation", "mean", "std")
+_PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))
 _WEIGHTS = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
-# They change neither a tree nor what the trained network computes.
+# Attributes of a model that change neither its tree nor what a trained network computes.
 _FREE_ATTRIBUTES = {"dropout", "remat", "num_classes", "parent", "name"}
 
 
 def resolve(config: Config, workdir: str | Path | None = None) -> Config:
-  """Fills in what a config leaves open (None), so that it says all about a run.
+  """Fills in the fields that a config leaves open with None.
 
-  Model, overrides and preprocessing come from the run in `workdir` where it has checkpoints, so
-  that it continues without the folder that it began from, and otherwise from `config.init_from`.
-  The number of classes is that of the data set. Whatever the config gives wins, except that an
-  image size given without a resize size keeps the ratio of the two.
+  Model, overrides and preprocessing come from the run in `workdir` if it has checkpoints, so that
+  the run continues without the folder that it began from. Otherwise they come from
+  `config.init_from`. The number of classes is that of the data set. A value in the config wins. If
+  the config gives an image size and no resize size, their ratio is kept.
 
   Args:
-    config: with the fields of configs/common.py.
-    workdir: of the run.
+    config: a config with the fields of `repjax.config`.
+    workdir: folder of the run.
 
   Returns:
-    A new config without references; only fields that may be None in a run are.
+    A new config without references. Only fields whose default is None may be None in it.
 
   Raises:
-    InputError: a field that nothing says, or a folder that cannot be started from.
+    InputError: no source gives a field, or the run cannot start from the folder.
   """
-  planning.check_fields(config)
+  check_fields(config)
   full = ml_collections.ConfigDict(config.to_dict())
   if full.image_size is None and full.eval_image_size is not None:
     raise InputError(
@@ -54,13 +54,13 @@ def resolve(config: Config, workdir: str | Path | None = None) -> Config:
     missing = [field for field in ("model", *_PREPROCESSING) if full[field] is None]
     if missing:
       raise InputError(
-        f"config.{missing[0]} is not set, nor does config.init_from name a folder to take it from; "
+        f"config.{missing[0]} is not set, and config.init_from names no folder to take it from; "
         f"pass --config.init_from=FOLDER of a run or an import, or set {', '.join(missing)}"
       )
     if full.dataset is None:
       raise InputError(
-        "config.dataset is not set; pass --config.dataset=NAME, of TFDS or of an image folder that "
-        "was prepared"
+        "config.dataset is not set; pass --config.dataset=NAME, a name from TFDS or of a folder of "
+        "images prepared with repjax prepare-dataset"
       )
     if full.num_classes is None:
       full.num_classes = _count_classes(full, held)
@@ -68,7 +68,7 @@ def resolve(config: Config, workdir: str | Path | None = None) -> Config:
 
 
 def _held_spec(config: Config, workdir: str | Path | None) -> ModelSpec | None:
-  """What the workdir's own run says about its model, or else the folder to start from."""
+  """Returns the model of the workdir's run, or else of the folder to start from, if any."""
   if workdir is not None:
     own = Path(workdir)
     if config.init_from and Path(config.init_from).resolve() == own.resolve():
@@ -82,7 +82,7 @@ def _held_spec(config: Config, workdir: str | Path | None) -> ModelSpec | None:
 
 
 def _fill(full: Config, held: ModelSpec) -> None:
-  """Puts a model's facts where the config is None."""
+  """Puts the facts of a model into a config where the config has None."""
   if full.model is None:
     full.model = held.name
   given = full.model_overrides.to_dict() if full.model_overrides is not None else {}
@@ -99,10 +99,11 @@ def _fill(full: Config, held: ModelSpec) -> None:
 
 
 def _count_classes(config: Config, held: ModelSpec | None) -> int:
+  """Returns the number of classes of the data set, or of the model if the data set is noise."""
   if config.dataset == "synthetic":
     if held is None:
       raise InputError(
-        "config.num_classes is not set, and noise has as many classes as one asks for; set it"
+        "config.num_classes is not set, and a synthetic data set has any number of classes; set it"
       )
     return held.num_classes
   source = open_source(config.dataset, config.train_split, data_dir=config.data_dir)
@@ -110,17 +111,17 @@ def _count_classes(config: Config, held: ModelSpec | None) -> int:
 
 
 def source_spec(folder: str | Path) -> ModelSpec:
-  """Reads what a folder to start from says about its model.
+  """Reads model.json of a folder to start from.
 
   Raises:
-    InputError: it is a file of weights, not the folder of a run or an import, has no training form,
-      or is damaged.
+    InputError: the path is a file of weights, or not the folder of a run or an import; the folder
+      has no training form, or is damaged.
   """
   text, path = str(folder), Path(folder)
   if text.startswith("hf:") or path.is_file() or (not path.exists() and text.endswith(_WEIGHTS)):
     name = text.rpartition("/")[2].partition(".")[0] or "imported"
     raise InputError(
-      f"config.init_from takes a folder, {text} is a checkpoint to be imported first: "
+      f"config.init_from takes a folder, and {text} is a file of weights. Import it first: "
       f"repjax import --from {text} --workdir runs/{name}, and then "
       f"--config.init_from=runs/{name}"
     )
@@ -128,8 +129,8 @@ def source_spec(folder: str | Path) -> ModelSpec:
     raise InputError(f"config.init_from: {path} does not exist; give the folder of a run or import")
   if not (path / "model.json").exists():
     raise InputError(
-      f"config.init_from: {path} is not the folder of a run or an import, it has no model.json; is "
-      "it the right folder?"
+      f"config.init_from: {path} has no model.json, so it is not the folder of a run or an import; "
+      "is it the right folder?"
     )
   if not runs.checkpoints(path):
     deploy = (path / "params").exists() or disk.current_folder(path / "deploy").exists()
@@ -146,22 +147,22 @@ def source_spec(folder: str | Path) -> ModelSpec:
 def first_variables(
   folder: str | Path, spec: ModelSpec, fresh: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
-  """The variables of another run's or import's training form, for a model that fits it.
+  """Reads the variables to start from out of the folder of a run or an import.
 
-  The classifiers are drawn anew where the number of classes differs, or where both sides know the
-  names of their classes and these differ. All else is taken over bit for bit, with re-estimated
-  statistics where the folder has some.
+  Classifiers keep their fresh values if the number of classes differs, or if both sides know the
+  names of their classes and the names differ. Everything else is taken over bit for bit, with
+  re-estimated statistics if the folder has any.
 
   Args:
-    folder: of a run or an import.
-    spec: of the model to be trained.
-    fresh: its variables as drawn.
+    folder: folder of a run or an import.
+    spec: spec of the model to train.
+    fresh: newly initialised variables of that model.
 
   Returns:
-    The variables, and what was taken over, in words.
+    The variables, and a sentence that says what was taken over.
 
   Raises:
-    InputError: the folder cannot be started from, or its model is another one.
+    InputError: the run cannot start from the folder, or the folder holds a different model.
   """
   held = source_spec(folder)
   _check_fit(folder, held, spec)
@@ -185,7 +186,7 @@ def first_variables(
 
 
 def _check_fit(folder: str | Path, held: ModelSpec, spec: ModelSpec) -> None:
-  """Raises InputError where two models differ in anything but the classes."""
+  """Raises InputError if two models differ in more than their classes."""
   theirs, ours = ({"model": s.name, **_attributes(s)} for s in (held, spec))
   differences = continuing.difference(theirs, ours)
   if not differences:
@@ -193,13 +194,13 @@ def _check_fit(folder: str | Path, held: ModelSpec, spec: ModelSpec) -> None:
     differences = continuing.difference(theirs, ours)
   if differences:
     raise InputError(
-      f"the model in {folder} is not the config's: {differences}. Set these fields as they are "
-      "there, or leave them None as in configs/finetune.py"
+      f"the model in {folder} differs from the config's: {differences}. Set these fields as in the "
+      "folder, or leave them None as in repjax.configs.finetune"
     )
 
 
 def _attributes(spec: ModelSpec) -> dict[str, Any]:
-  """What a model is built from, the variant's own values included."""
+  """Returns every attribute that determines a model, including the defaults of its variant."""
   model = spec.create_model()
   return continuing.plain(
     {
@@ -211,7 +212,7 @@ def _attributes(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _body_shapes(spec: ModelSpec) -> dict[str, str]:
-  """Path to shape of every variable that does not depend on the number of classes."""
+  """Returns the shape of each variable that does not depend on the number of classes, by path."""
   flat, _ = jax.tree_util.tree_flatten_with_path(spec.variable_shapes())
   paths = {_keys(path): str(leaf.shape) for path, leaf in flat}
   return {"/".join(path): s for path, s in paths.items() if not optimizer.is_classifier(path)}

@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 
+from repjax.config import Config
 from repjax.data import train_batches
 from repjax.errors import InputError
 from repjax.training import evaluation, parallel, planning, processes
 from repjax.training.checkpoint import Bookmark
 from repjax.training.interruption import Interruption
 from repjax.training.journal import Journal
-from repjax.training.planning import Config, Plan
+from repjax.training.planning import Plan
 from repjax.training.prefetch import ReadAhead
 from repjax.training.step import Network, TrainState, make_eval_step, make_train_step
 

@@ -1,4 +1,4 @@
-"""Mixup and CutMix: the images of a batch and their targets, blended in pairs on the device."""
+"""Mixup and CutMix: images of a batch and their targets, blended in pairs on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -7,27 +7,27 @@ import jax.numpy as jnp
 def mix(
   images: jax.Array, targets: jax.Array, key: jax.Array, *, mixup: float = 0.0, cutmix: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-  """Blends each image and its target with those of the image before it in the batch.
+  """Blends each image and its target with the previous image of the batch and its target.
 
   Mixup:  x' = l x_i + (1 - l) x_{i-1},  t' = l t_i + (1 - l) t_{i-1},  l ~ Beta(alpha, alpha).
   CutMix: x' is x_i with a box of x_{i-1} in it, l = 1 - area of the box / area of the image. The
-  box has the image's aspect ratio and before clipping an area of 1 - Beta(alpha, alpha); its centre
-  is uniform, and what lies outside the image is cut off before l is computed.
+  box has the aspect ratio of the image, and covers a share 1 - Beta(alpha, alpha) of the image. Its
+  centre is uniform in the image. The box is clipped to the image before l is computed.
 
-  One l, and one box, for the batch. With both on, each call takes one of them with probability
-  1/2. The partner is the batch rolled by one rather than reversed: no image is its own partner in a
-  batch of any size from two on, and no pair occurs twice. Smoothing targets before or after gives
-  the same, and so does normalising images, since l + (1 - l) = 1.
+  All images of a batch share one l and one box. With Mixup and CutMix both on, each call takes one
+  of them with probability 1/2. The partners are the batch rolled by one. A reversed batch would
+  blend the middle image of an odd batch with itself, and would repeat every pair. Label smoothing
+  and normalization of images may come before or after, since l + (1 - l) = 1.
 
   Args:
     images: float (N, H, W, C), N at least 2.
     targets: probabilities, float (N, K).
-    key: of the random numbers.
-    mixup: alpha of Mixup's Beta distribution; 0: no Mixup.
-    cutmix: alpha of CutMix's Beta distribution; 0: no CutMix. One of both must be on.
+    key: random key.
+    mixup: alpha of the Beta distribution of Mixup; 0: no Mixup.
+    cutmix: alpha of the Beta distribution of CutMix; 0: no CutMix. At least one must be on.
 
   Returns:
-    images and targets of the same shapes and dtypes.
+    Images and targets of the same shapes and dtypes.
 
   References:
     Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018.
@@ -43,16 +43,16 @@ def mix(
 def draw(
   key: jax.Array, size: tuple[int, ...], *, mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Draws how much of itself an image keeps; see `mix`.
+  """Draws the share that each image keeps of itself, see `mix`.
 
   Args:
-    key: of the random numbers.
+    key: random key.
     size: (H, W) of the images.
-    mixup: alpha, or 0.
-    cutmix: alpha, or 0.
+    mixup: alpha of Mixup, or 0.
+    cutmix: alpha of CutMix, or 0.
 
   Returns:
-    The share of itself in each pixel, float32 (1, H, W, 1), and its mean, float32 ().
+    The share in each pixel, float32 (1, H, W, 1), and its mean l, float32 ().
   """
   choice_key, mixup_key, cutmix_key = jax.random.split(key, 3)
   if not cutmix:
@@ -61,17 +61,19 @@ def draw(
     return _draw_cutmix(cutmix_key, size, cutmix)
   chosen = jax.random.bernoulli(choice_key)
   return jax.tree.map(
-    lambda one, other: jnp.where(chosen, one, other),
+    lambda first, second: jnp.where(chosen, first, second),
     _draw_mixup(mixup_key, size, mixup),
     _draw_cutmix(cutmix_key, size, cutmix),
   )
 
 
 def blend(values: jax.Array, own: jax.Array) -> jax.Array:
-  """Keeps `own` of each value and takes the rest from the one before it, the first from the last.
+  """Returns own * value + (1 - own) * previous value along the first axis.
+
+  The value before the first is the last.
 
   Raises:
-    ValueError: a single value, which has no partner.
+    ValueError: there is a single value, which has no partner.
   """
   if len(values) < 2:
     raise ValueError("mixup and cutmix need at least 2 images on each device, got 1")
@@ -80,11 +82,15 @@ def blend(values: jax.Array, own: jax.Array) -> jax.Array:
 
 
 def dominant(labels: jax.Array, share: jax.Array) -> jax.Array:
-  """The label with the larger share in each blended target, the own one where they are equal."""
+  """Returns the label with the larger share in each blended target.
+
+  With equal shares this is the label of the image, not of its partner.
+  """
   return jnp.where(share >= 0.5, labels, jnp.roll(labels, 1, axis=0))
 
 
 def _draw_mixup(key: jax.Array, size: tuple[int, ...], alpha: float) -> tuple[jax.Array, jax.Array]:
+  """Draws one share for all pixels."""
   share = jax.random.beta(key, alpha, alpha, dtype=jnp.float32)
   return jnp.full((1, *size, 1), share), share
 
@@ -92,11 +98,14 @@ def _draw_mixup(key: jax.Array, size: tuple[int, ...], alpha: float) -> tuple[ja
 def _draw_cutmix(
   key: jax.Array, size: tuple[int, ...], alpha: float
 ) -> tuple[jax.Array, jax.Array]:
+  """Draws a box in which the share is 0, and 1 elsewhere."""
   share_key, centre_key = jax.random.split(key)
+  # The side is the root of the area, so that the box keeps the aspect ratio of the image.
   side = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha, dtype=jnp.float32))
   extent = (side * jnp.asarray(size, jnp.float32)).astype(jnp.int32)
   centre = jax.random.randint(centre_key, (2,), 0, jnp.asarray(size), jnp.int32)
-  start = centre - extent // 2  # may lie outside the image, as may the end
+  # The box may reach over the border. Comparing its ends with each row and column clips the box.
+  start = centre - extent // 2
   rows, columns = (
     (jnp.arange(length) >= start[axis]) & (jnp.arange(length) < start[axis] + extent[axis])
     for axis, length in enumerate(size)

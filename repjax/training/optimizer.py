@@ -1,30 +1,110 @@
-"""From gradients to updates: SGD and AdamW, weight decay by rule, clipping, a backbone's rate."""
+"""The optimizers, which turn gradients into updates, and the rules of weight decay.
 
-from collections.abc import Mapping
-from typing import Any
+| `config.weight_decay_rule`  | decays                                            | rate of biases |
+|-----------------------------|---------------------------------------------------|----------------|
+| `kernels_and_fast_biases`   | kernels, identity scales                          | twice          |
+| `all_but_penalised_kernels` | the same without the kernels in `custom_l2`       | twice          |
+| `more_than_one_axis`        | arrays with at least two axes, identity scales    | once           |
+
+The first two rules are in the RepVGG authors' script of June 2021, without and with its custom L2.
+The third rule is in their later script. For RepVGG, the third rule decays the same parameters as
+the first. An identity scale is the scale of the batch norm in an identity branch. The scripts call
+this norm `rbr_identity`. They exempt names with "bias" or "bn" from decay, so this scale decays,
+and scales of other norms do not.
+
+References:
+  https://github.com/DingXiaoH/RepVGG at 9a1de4a, train.py; at eae7c52, train/optimizer.py
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from repjax.training.decay import DECAY_RULES, bias_mask, decay_mask, map_by_path
+from repjax.training.custom_l2 import penalised_kernels
 
 OPTIMIZERS = ("sgd", "adamw")
-_RULE = "kernels_and_fast_biases"
+
+Path = tuple[str, ...]
+_DEFAULT_RULE = "kernels_and_fast_biases"
 
 
-def is_classifier(path: tuple[str, ...]) -> bool:
-  """Whether the parameter at `path` belongs to a classifier, the auxiliary heads' own included.
+class DecayRule(NamedTuple):
+  """A row of the table of rules.
 
-  These are the parameters whose shapes depend on the number of classes. A norm in front of them
+  Attributes:
+    decays: whether a parameter decays, from its path and its number of axes.
+    bias_rate: factor on the learning rate of biases.
+    spares_penalised: kernels that `custom_l2` penalises do not decay.
+  """
+
+  decays: Callable[[Path, int], bool]
+  bias_rate: float
+  spares_penalised: bool = False
+
+
+def is_identity_scale(path: Path) -> bool:
+  """Returns whether a parameter is the scale of the batch norm in an identity branch."""
+  return path[-1] == "scale" and any(name.startswith("identity") for name in path)
+
+
+def is_bias(path: Path) -> bool:
+  """Returns whether a parameter is a bias."""
+  return path[-1] == "bias"
+
+
+def _is_kernel_or_identity_scale(path: Path, axes: int) -> bool:
+  del axes
+  return path[-1] == "kernel" or is_identity_scale(path)
+
+
+def _has_axes_or_is_identity_scale(path: Path, axes: int) -> bool:
+  # The rule counts axes in PyTorch, where norms have vectors. Here the norms of layers over tiles
+  # have arrays (g, h, w, O/g), so the name decides as well.
+  is_vector = axes == 1 or path[-1] in ("bias", "scale")
+  return not is_vector or is_identity_scale(path)
+
+
+DECAY_RULES = {
+  "kernels_and_fast_biases": DecayRule(_is_kernel_or_identity_scale, 2.0),
+  "all_but_penalised_kernels": DecayRule(_is_kernel_or_identity_scale, 2.0, spares_penalised=True),
+  "more_than_one_axis": DecayRule(_has_axes_or_is_identity_scale, 1.0),
+}
+"""Name to rule."""
+
+
+def decay_mask(rule: DecayRule, params: Any) -> Any:
+  """Returns a tree like `params` with True where a parameter decays."""
+  spared = penalised_kernels(params) if rule.spares_penalised else ()
+  return map_by_path(lambda path, leaf: rule.decays(path, leaf.ndim) and path not in spared, params)
+
+
+def bias_mask(params: Any) -> Any:
+  """Returns a tree like `params` with True where a parameter is a bias."""
+  return map_by_path(lambda path, _: is_bias(path), params)
+
+
+def map_by_path(function: Callable[[Path, Any], Any], tree: Any) -> Any:
+  """Returns a tree like `tree` with the values function(path, leaf)."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: function(tuple(entry.key for entry in path), leaf), tree
+  )
+
+
+def is_classifier(path: Path) -> bool:
+  """Returns whether a parameter belongs to a classifier, or to the classifier of an auxiliary head.
+
+  The shapes of these parameters depend on the number of classes. A batch norm before a classifier
   belongs to the backbone.
   """
   return "head" in path[:-1] and "bn" not in path
 
 
 def classifier_only(params: Any) -> Any:
-  """The part of a network's parameters that learns while its backbone is frozen: the classifier.
+  """Selects the classifier: the parameters that learn while the backbone is frozen.
 
-  Auxiliary heads, whose only use is to teach the backbone, are frozen with it.
+  Auxiliary heads are left out. They only serve to teach the backbone, so they are frozen with it.
   """
 
   def without_norms(tree: Any) -> Any:
@@ -36,7 +116,12 @@ def classifier_only(params: Any) -> Any:
 
 
 def overlay(params: Any, part: Any) -> Any:
-  """The parameters with those of a part of their tree, as `classifier_only` is, in their place."""
+  """Returns parameters in which the leaves of a partial tree replace those at the same paths.
+
+  Args:
+    params: the whole tree.
+    part: some of its scopes, such as the result of `classifier_only`.
+  """
   if not isinstance(part, Mapping):
     return part
   return {**params, **{name: overlay(params[name], value) for name, value in part.items()}}
@@ -48,21 +133,23 @@ def sgd(
   momentum: float,
   nesterov: bool,
   weight_decay: float,
-  weight_decay_rule: str = _RULE,
+  weight_decay_rule: str = _DEFAULT_RULE,
   clip_norm: float = 0.0,
   backbone_rate: float = 1.0,
 ) -> optax.GradientTransformation:
-  """SGD as PyTorch has it: weight decay joins the gradient before the momentum.
+  """Builds SGD as in PyTorch: weight decay is added to the gradient before the momentum.
+
+  With gradient g, momentum m and weight decay w: v <- m v + (g + w p);  p <- p - rate v.
 
   Args:
     schedule: update to learning rate.
-    momentum: of the gradient's trace.
-    nesterov: look ahead.
-    weight_decay: times the parameters that decay.
-    weight_decay_rule: which do, and how fast biases learn: a key of DECAY_RULES.
-    clip_norm: the largest norm of all gradients together, before weight decay; 0: no limit.
-    backbone_rate: factor on the updates of all that `is_classifier` does not name. At 0 the
-      optimizer holds, takes and returns nothing but what `classifier_only` selects.
+    momentum: decay of the accumulated gradient.
+    nesterov: use Nesterov momentum.
+    weight_decay: factor on the parameters that decay.
+    weight_decay_rule: a key of DECAY_RULES.
+    clip_norm: largest norm of the whole gradient, before weight decay; 0: no limit.
+    backbone_rate: factor on the updates of all parameters that are not `is_classifier`. With 0,
+      the optimizer holds, takes and returns only the parameters in `classifier_only`.
 
   References:
     https://github.com/DingXiaoH/RepVGG at 9a1de4a, train.py
@@ -81,14 +168,21 @@ def adamw(
   *,
   momentum: float,
   weight_decay: float,
-  weight_decay_rule: str = _RULE,
+  weight_decay_rule: str = _DEFAULT_RULE,
   clip_norm: float = 0.0,
   backbone_rate: float = 1.0,
 ) -> optax.GradientTransformation:
-  """AdamW as PyTorch has it: p -= rate (m / (sqrt(v) + 1e-8) + weight_decay p), v's beta 0.999.
+  """Builds AdamW as in PyTorch: p <- p - rate (m / (sqrt(v) + 1e-8) + weight_decay p).
 
-  Args: as in `sgd`, and
-    momentum: the first beta.
+  The second moment v decays by 0.999.
+
+  Args:
+    schedule: update to learning rate.
+    momentum: decay of the first moment m.
+    weight_decay: factor on the parameters that decay.
+    weight_decay_rule: as in `sgd`.
+    clip_norm: as in `sgd`.
+    backbone_rate: as in `sgd`.
 
   References:
     Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019.
@@ -98,7 +192,7 @@ def adamw(
   inner = optax.chain(
     _scale_by_adam(momentum),
     optax.add_decayed_weights(weight_decay, mask=lambda params: decay_mask(rule, params)),
-    # Behind Adam, which would undo a factor on the gradient.
+    # Biases are scaled after Adam, which divides by the size of a gradient and would undo a factor.
     optax.masked(optax.scale(rule.bias_rate), bias_mask),
     optax.scale_by_learning_rate(schedule),
   )
@@ -106,7 +200,10 @@ def adamw(
 
 
 def _scale_by_adam(momentum: float) -> optax.GradientTransformation:
-  """Optax's own, which takes a number to the power of an integer; strict promotion refuses that."""
+  """Wraps Optax's Adam for strict dtype promotion.
+
+  Optax raises a float to the power of an integer count, which strict promotion refuses.
+  """
   adam = optax.scale_by_adam(momentum)
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -117,24 +214,26 @@ def _scale_by_adam(momentum: float) -> optax.GradientTransformation:
 
 
 def _clipped(inner: optax.GradientTransformation, clip_norm: float) -> optax.GradientTransformation:
-  """`inner` behind a limit to the norm of all gradients."""
+  """Limits the norm of the whole gradient before `inner` sees the gradient."""
   return optax.chain(optax.clip_by_global_norm(clip_norm), inner) if clip_norm else inner
 
 
 def _for_backbone(
   inner: optax.GradientTransformation, backbone_rate: float
 ) -> optax.GradientTransformation:
-  """`inner` with a factor on the updates of all but the classifier."""
+  """Multiplies the updates of `inner` by a factor, for all parameters except the classifier's."""
   if backbone_rate == 1:
     return inner
 
   if backbone_rate == 0:
+    # The state has no entries for the backbone, so that nothing of a frozen network is stored.
     return optax.GradientTransformation(
       lambda params: inner.init(classifier_only(params)),
       lambda updates, state, params=None: inner.update(updates, state, classifier_only(params)),
     )
 
-  # Not another link of the chain: the state in a checkpoint must fit whatever the factor.
+  # A further link in an optax chain would change the tree of the state. Wrapping `inner` keeps the
+  # tree, so that a checkpoint fits whatever the factor.
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     updates, state = inner.update(updates, state, params)
     classifier = map_by_path(lambda path, _: is_classifier(path), updates)

@@ -1,8 +1,9 @@
-"""Quantization-aware training: branches learn through the fold and through the rounding of 8 bits.
+"""Quantization-aware training: branches learn through the fold and through the rounding to 8 bits.
 
-A step folds the branches into the deploy form, rounds its weights and what flows between them just
-as the exported file will, and differentiates through all of it. Batch norms keep their statistics:
-each is an affine map that learns, and the kernel that is rounded is the one that is shipped.
+A step folds the branches into the deploy form. It rounds the weights of that form, and the values
+that flow between its layers, exactly as the exported file will. It then differentiates through all
+of this. Batch norms keep their running statistics, so that each norm is an affine map that learns,
+and the rounded kernel is the kernel that is shipped.
 
 runs/digits-qat/
 rounding.json             how tensors are rounded, found once, at the start
@@ -18,30 +19,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from repjax import disk, runs
+from repjax.config import Config
+from repjax.data.sources import Examples, Source
 from repjax.deploy.export import onnx_facts, write_folder
 from repjax.errors import InputError
 from repjax.onnx import to_onnx
 from repjax.quantization import processor, quantize_by, roundings_of, runtime, simulated
 from repjax.quantization.roundings import Roundings
 from repjax.reparam import reparameterize
-from repjax.spec import ModelSpec, load
+from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.training import evaluation
-from repjax.training.calibration import calibration_images
-from repjax.training.planning import Config, Plan
+from repjax.training.planning import Plan
 from repjax.training.step import Network, TrainState
 
 
 def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Roundings:
-  """How a run rounds: as it began, or by what the network that it starts from does on some images.
+  """Returns how a run rounds: as it began, or calibrated on some training images.
+
+  A continued run reads rounding.json, since other ranges would be a different network. A new run
+  calibrates the network that it starts from, and writes the file.
 
   Args:
-    config: with `qat`.
-    plan: that follows from it.
-    state: to start from.
-    workdir: of the run; rounding.json is written where it has no checkpoints yet.
+    config: a config with `qat`.
+    plan: the plan that follows from it.
+    state: the state to start from.
+    workdir: folder of the run.
 
   Raises:
-    InputError: a package is missing, too few images to calibrate with, or a damaged file.
+    InputError: a package is missing, there are too few images to calibrate with, or rounding.json
+      is damaged.
   """
   runtime.need_runtime()
   path = workdir / "rounding.json"
@@ -64,21 +70,22 @@ def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Round
 
 
 def network(spec: ModelSpec, variables: Any, roundings: Roundings) -> Network:
-  """The deploy form in 8 bits as a function of the training form's variables; pure.
+  """Returns the deploy form in 8 bits as a pure function of the training form's variables.
 
   Args:
-    spec: of the model.
-    variables: of the training form.
-    roundings: from `begin`.
+    spec: spec of the model.
+    variables: variables of the training form. Their shapes matter, their values do not.
+    roundings: result of `begin`.
 
   Returns:
     A function of {"params", "batch_stats"} and normalized images (N, S, S, 3) that returns logits
-    (N, K). Gradients go through rounding and fold to the branches.
+    (N, K). Gradients flow through the rounding and the fold to the branches.
   """
   size = spec.preprocessing.image_size
   rounded = simulated(spec.create_model(), variables, roundings, image_size=size)
 
   def apply(variables: Any, images: jax.Array) -> jax.Array:
+    # The fold is part of the function, so each step rounds the kernels that the branches sum to.
     params = reparameterize(variables["params"], variables["batch_stats"])
     return rounded({"params": params}, images)
 
@@ -86,17 +93,17 @@ def network(spec: ModelSpec, variables: Any, roundings: Roundings) -> Network:
 
 
 def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) -> dict[str, Any]:
-  """Writes what a run has learned as `workdir/int8`, for ONNX Runtime, and measures it there.
+  """Writes the deploy form of a run as `workdir/int8` for ONNX Runtime, and measures its accuracy.
 
   Args:
-    config: with `qat`.
-    plan: that follows from it.
-    roundings: from `begin`.
-    workdir: with a deploy form.
+    config: a config with `qat`.
+    plan: the plan that follows from it.
+    roundings: result of `begin`.
+    workdir: folder of the run, with a deploy form.
 
   Returns:
-    What export.json says; among it `accuracy` on the evaluation split: of the deploy form in
-    "float32", of it in 8 bits as "simulated" here, and of the file, "int8".
+    The content of export.json. Its `accuracy` on the evaluation split is given for the deploy form
+    in "float32", for the simulation of 8 bits in JAX, "simulated", and for the file, "int8".
   """
   model, variables, spec = load(workdir)
   preprocessing = spec.preprocessing
@@ -113,6 +120,7 @@ def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) 
     {"simulated": simulation, "int8": lambda images: ready.run(None, runtime.fed(images))[0]},
     split,
   )
+  # The conversion has measured the deploy form on the same images.
   plain = disk.read_json(workdir / "deploy" / "report.json")["accuracy"]["deploy"]
   facts = onnx_facts(spec, "int8") | {
     "settings": {name: config[name] for name in ("qat_activations", "qat_weight_bits")},
@@ -124,7 +132,7 @@ def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) 
 
 
 def format_int8(facts: Mapping[str, Any]) -> str:
-  """What `write_int8` returns, in words."""
+  """Formats the result of `write_int8` as a sentence."""
   accuracy = facts["accuracy"]
   return (
     f"in 8 bits: {accuracy['int8']:.2%} in ONNX Runtime, {accuracy['simulated']:.2%} as simulated "
@@ -133,13 +141,13 @@ def format_int8(facts: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> Roundings:
-  """What rounding.json of a run says."""
+  """Reads rounding.json of a run."""
   try:
     return Roundings(**disk.read_json(path))
   except (TypeError, InputError) as error:
     raise InputError(
-      f"{path} is missing or damaged: it says how tensors are rounded; restore it, without which "
-      "the run cannot go on as it began"
+      f"{path} is missing or damaged. It says how tensors are rounded, and without it the run "
+      "cannot continue as it began; restore it"
     ) from error
 
 
@@ -147,7 +155,7 @@ def _accuracies(
   classifiers: Mapping[str, Callable[[np.ndarray], Any]],
   split: Iterable[Mapping[str, np.ndarray]],
 ) -> dict[str, float]:
-  """The share of right classes that each gives."""
+  """Returns the accuracy of each classifier, in one pass over a split."""
   right, count = dict.fromkeys(classifiers, 0), 0
   for batch in split:
     count += int(batch["mask"].sum())
@@ -155,3 +163,60 @@ def _accuracies(
       predicted = np.asarray(classify(batch["image"])).argmax(-1)
       right[name] += int(((predicted == batch["label"]) & batch["mask"]).sum())
   return {name: hits / count for name, hits in right.items()}
+
+
+def calibration_images(source: Source, count: int, preprocessing: Preprocessing) -> np.ndarray:
+  """Returns images at equal distances over a split, prepared as in evaluation.
+
+  Image i is example floor(i n / count) of n. The first `count` examples would cover few classes,
+  since many data sets are sorted by class.
+
+  Args:
+    source: a split on which no accuracy is reported.
+    count: number of images; some hundreds give reliable ranges.
+    preprocessing: preprocessing of the model.
+
+  Returns:
+    uint8 (count, S, S, 3).
+
+  Raises:
+    InputError: the split has fewer images, `count` is below 1, or an image cannot be decoded.
+  """
+  have = len(source.examples)
+  if not 1 <= count <= have:
+    raise InputError(
+      f"{count} images to calibrate with are asked for, and the split has {have}. Take 1 to {have} "
+      "(--images, or config.qat_images); some hundreds give reliable ranges"
+    )
+  chosen = source._replace(examples=_Spread(source.examples, count))
+  batches = evaluation.host_batches(chosen, preprocessing, batch_size=min(64, count))
+  return np.concatenate([batch["image"][batch["mask"]] for batch in batches])
+
+
+def check_apart(calibration: Source, held_out: Source) -> None:
+  """Raises InputError if accuracy would be measured on the images that calibrate.
+
+  Two sources are the same if their fingerprints agree, or the checksums over all their images. Only
+  a set made from a folder has a checksum. Single images that two splits share are not found.
+  """
+  facts = (calibration.fingerprint, held_out.fingerprint)
+  checksums = [each.get("checksum") for each in facts]
+  if facts[0] == facts[1] or (checksums[0] is not None and checksums[0] == checksums[1]):
+    names = sorted({f"the {each['split']} split of {each['name']}" for each in facts})
+    raise InputError(
+      f"the images to calibrate with and to measure accuracy on are the same: {' and '.join(names)}"
+      ". This would flatter the accuracy; name another split with --calibration-split or --split"
+    )
+
+
+class _Spread:
+  """A sequence of `count` examples at equal distances."""
+
+  def __init__(self, examples: Examples, count: int):
+    self._examples, self._count = examples, count
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self._examples[index * len(self._examples) // self._count]

@@ -23,14 +23,14 @@ from flax import linen as nn
 
 from repjax import runs
 from repjax.cache import use_compilation_cache
+from repjax.config import EVALUATION_FIELDS, Config, check_evaluation, check_fields
 from repjax.data import Source, train_batches
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing
 from repjax.training import evaluation, parallel, planning, processes
-from repjax.training.planning import Config
 from repjax.training.step import make_eval_step
 
-_FIELDS = (*planning.EVALUATION_FIELDS, "train_split", "augment", "seed", "sync_batch_norm")
+_FIELDS = (*EVALUATION_FIELDS, "train_split", "augment", "seed", "sync_batch_norm")
 # What the config of an import does not say: ImageNet's training pipeline, as in the papers.
 _IMPORTED = {
   "train_split": "train",
@@ -155,8 +155,8 @@ def _with_defaults(config: Config, workdir: Path) -> Config:
     )
   if (workdir / "import.json").exists():
     config = type(config)({**_IMPORTED, **config.to_dict()})
-  planning.check_fields(config, _FIELDS)
-  planning.check_evaluation(config)
+  check_fields(config, _FIELDS)
+  check_evaluation(config)
   parallel.check_batch_size(config.batch_size)
   return config
 

@@ -8,9 +8,10 @@ import jax
 
 from repjax import runs
 from repjax.cache import use_compilation_cache
+from repjax.config import Config
 from repjax.errors import InputError
 from repjax.models import init
-from repjax.report.picture import draw_at_end
+from repjax.report import draw_at_end
 from repjax.runs import lock
 from repjax.training import (
   continuing,
@@ -20,13 +21,11 @@ from repjax.training import (
   planning,
   processes,
   quantization,
-  recipe,
   schedules,
 )
 from repjax.training.checkpoint import Bookmark, read_bookmark, restore_newest
 from repjax.training.conversion import convert, format_report
 from repjax.training.interruption import Interruption
-from repjax.training.planning import Config
 from repjax.training.recalibration import format_recalibration, recalibrate
 from repjax.training.step import TrainState, create_state
 
@@ -41,7 +40,7 @@ def train(config: Config, workdir: str | Path, *, resume: str = "auto") -> dict[
   at the next step that is logged.
 
   Args:
-    config: with the fields of configs/common.py.
+    config: with the fields of `repjax.config`.
     workdir: folder of the run, see `repjax.runs`.
     resume: "auto" continues what there is, "must" insists on it, "never" on a new run.
 
@@ -75,8 +74,8 @@ def _run(config: Config, workdir: Path, interruption: Interruption) -> dict[str,
   processes.first(continuing.check_data, workdir, fingerprints)
   processes.first(continuing.check_workdir, workdir, plan.spec)
   processes.first(continuing.check_continuing, workdir, config)
-  schedule = recipe.make_schedule(config, plan)
-  sgd = recipe.make_optimizer(config, schedule)
+  schedule = planning.make_schedule(config, plan)
+  sgd = planning.make_optimizer(config, schedule)
   state, bookmark = processes.first(_first_state, config, plan, sgd, workdir)
   rounding = None
   if config.qat:

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: a warm-up, then one of a few curves."""
+"""The learning rate as a function of the step: a warm-up, then a curve."""
 
 from collections.abc import Callable
 
@@ -24,30 +24,34 @@ def learning_rate_schedule(
   drop_factor: float = 0.1,
   power: float = 0.9,
 ) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-  """Linear warm-up to the peak, then a curve down to `final_rate`, where it stays.
+  """Builds a linear warm-up to the peak, followed by a curve down to `final_rate`.
 
-  With t the part of the curve's length that is done, from 0 to 1:
+  After the curve, the rate stays at `final_rate`. With t the part of the curve that is done, from 0
+  to 1:
 
     cosine: final + (peak - final) (1 + cos(pi t)) / 2;  poly: final + (peak - final) (1 - t)^power;
     step: max(final, peak * drop_factor^floor(step / drop_steps)), counted from the first step.
 
-  The first step of the run is number 0. A curve begins where the warm-up ends, as in the RepVGG
-  paper's strong recipe; or, with `warmup_overlaps`, with the run, beneath the warm-up, so that the
-  rate drops a little where that ends, as in the authors' later script. That script sets each rate
-  one step late, which is not copied.
+  The first step of the run is number 0. By default a curve begins when the warm-up ends, as in the
+  strong recipe of the RepVGG paper. With `warmup_overlaps` the curve begins with the run, and the
+  warm-up hides its start. The rate then drops a little when the warm-up ends, as in the authors'
+  later script. That script applies each rate one step late, which is not copied.
 
   Args:
-    learning_rate: the peak for a batch of 256, scaled linearly with the batch, as is every rate.
-    batch_size: images an update, over all devices.
-    warmup_steps: length of the warm-up, which counts towards the total.
-    total_steps: with which the curve ends, at most those of the run.
+    learning_rate: peak for a batch of 256. All rates are scaled linearly with the batch size.
+    batch_size: images in an update, over all devices.
+    warmup_steps: length of the warm-up, counted in the total.
+    total_steps: step at which the curve ends. A run may be longer.
     curve: one of CURVES.
-    warmup_rate: of step 0, where there is a warm-up.
+    warmup_rate: rate of step 0 in a warm-up.
     warmup_overlaps: see above.
     final_rate: see above.
-    drop_steps: between two drops of "step".
-    drop_factor: of each.
-    power: of "poly".
+    drop_steps: steps between two drops of "step".
+    drop_factor: factor of each drop of "step".
+    power: power of "poly".
+
+  Returns:
+    A function from step to learning rate, float32 ().
 
   References:
     Goyal et al., Accurate, Large Minibatch SGD, 2017, section 2.1. https://arxiv.org/abs/1706.02677
@@ -59,7 +63,8 @@ def learning_rate_schedule(
   )
   begin = 0 if warmup_overlaps or curve == "step" else warmup_steps
   length = max(1, total_steps - begin)
-  # At its end and in a cool-down 1 - t may be rounded to below 0, which has no power.
+  # At the end of the curve, rounding may make 1 - t negative, and its power NaN. From there on the
+  # final rate is taken directly.
   poly = optax.polynomial_schedule(peak, final, power, length)
   falling = {
     "cosine": optax.cosine_decay_schedule(peak, length, final / peak),
@@ -69,7 +74,7 @@ def learning_rate_schedule(
   rising = optax.linear_schedule(first, peak, warmup_steps) if warmup_steps else None
 
   def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-    # Optax divides the step by a number, which strict dtype promotion refuses to an integer.
+    # Optax divides the step by a float. Strict dtype promotion refuses this for an integer step.
     step = jnp.asarray(step, jnp.float32)
     rate = jnp.asarray(falling(step - begin))
     return rate if rising is None else jnp.where(step < warmup_steps, rising(step), rate)

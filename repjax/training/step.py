@@ -1,4 +1,4 @@
-"""The pure training and evaluation steps."""
+"""The pure training step and evaluation step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,24 +13,25 @@ from repjax.algebra import wide_dtype
 from repjax.spec import Preprocessing
 from repjax.training import custom_l2 as penalty
 from repjax.training import mixing
-from repjax.training.accumulation import accumulate
 from repjax.training.optimizer import classifier_only, overlay
 
 Batch = dict[str, jax.Array]
 Network = Callable[..., Any]
 """A function of variables and normalized images (N, S, S, 3) that returns logits (N, K)."""
+Gradients = Callable[[Any, Batch, jax.Array], tuple[Any, Any, Any]]
+"""A function of variables, batch and key that returns gradients, new collections and metrics."""
 
 
 @struct.dataclass
 class TrainState:
-  """All that a step changes, without a device axis.
+  """The values that a step changes, without a device axis.
 
   Attributes:
     step: steps taken, int32 ().
-    params: the model's parameters.
+    params: parameters of the model.
     batch_stats: running statistics of the batch norms.
-    opt_state: of the optimizer.
-    ema: {"params", "batch_stats"} averaged over the steps, None where a run does not average.
+    opt_state: state of the optimizer.
+    ema: moving average {"params", "batch_stats"}; None in a run without an average.
   """
 
   step: jax.Array
@@ -41,21 +42,27 @@ class TrainState:
 
   @property
   def variables(self) -> dict[str, Any]:
-    """The model's variables as they learn."""
+    """The variables of the model that learn, not their average."""
     return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def create_state(
   variables: Any, optimizer: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
-  """The state at step 0 for the variables of a model, with an average of them on request."""
-  own = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+  """Builds the state at step 0 from the variables of a model.
+
+  Args:
+    variables: {"params", "batch_stats"}.
+    optimizer: initialised with the parameters.
+    ema: the state holds a moving average, which starts as a copy.
+  """
+  held = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
-    **own,
+    **held,
     opt_state=optimizer.init(variables["params"]),
-    # Copies: a step that reuses the memory of its state cannot be given an array twice.
-    ema=jax.tree.map(jnp.copy, own) if ema else None,
+    # A step donates the memory of its state, so no array may appear in the state twice.
+    ema=jax.tree.map(jnp.copy, held) if ema else None,
   )
 
 
@@ -80,35 +87,34 @@ def make_train_step(
   """Builds `train_step(state, batch) -> (state, metrics)`.
 
   Args:
-    model: in training form.
-    optimizer: from gradients to updates.
+    model: the network in training form.
+    optimizer: turns gradients into updates.
     preprocessing: how uint8 images become inputs.
-    label_smoothing: e of targets (1 - e) onehot + e / classes.
+    label_smoothing: e in the targets (1 - e) onehot + e / classes.
     mixup: alpha of Mixup, see `repjax.training.mixing`; 0: off.
     cutmix: alpha of CutMix; 0: off.
-    aux_weight: of the loss of each auxiliary head, which has the same targets.
-    custom_l2: weight w of a penalty 0.5 w `repjax.training.custom_l2`, with the statistics that
-      the step has updated; part of the loss, where the step does update them.
-    accumulate_steps: parts into which the batch is cut, see `repjax.training.accumulation`. Batch
-      norms and mixing see one part at a time; running statistics are updated by each in turn.
-    ema_decay: d of the average a <- d a + (1 - d) x of parameters and statistics behind the
-      update, of a state that has one.
-    ema_start: steps for which the average is a plain copy.
-    seed: of dropout and mixing, with the step, the device and the part.
-    axis_name: over which gradients, running statistics and metrics are averaged; None: alone.
-    frozen: only the classifier learns, by an `optimizer` made with `backbone_rate=0`. The network
-      runs as in evaluation: its batch norms use and keep their running statistics, dropout does
-      nothing, auxiliary heads take no part. All but the classifier stays bit for bit what it was.
-    network: what learns instead of the model in training mode, such as its deploy form in 8 bits:
-      statistics stay what they are and auxiliary heads take no part, as in a frozen network. The
-      model's dropout then does nothing, nor does its `axis_name`, as of `sync_batch_norm`: no
-      batch norm sees statistics of the batch.
+    aux_weight: weight of the loss of each auxiliary head. The heads have the same targets.
+    custom_l2: weight w of the penalty 0.5 w `repjax.training.custom_l2` in the loss, with the
+      running statistics that the step has updated. Without such an update there is no penalty.
+    accumulate_steps: parts into which the batch is cut, see `accumulate`. Batch norms and mixing
+      see one part at a time. Each part updates the running statistics in turn.
+    ema_decay: d in the average a <- d a + (1 - d) x of the updated parameters and statistics, in a
+      state that holds an average.
+    ema_start: number of first steps in which the average is a plain copy.
+    seed: seed of dropout and mixing. Step, device and part are folded into the key.
+    axis_name: axis over which gradients, running statistics and metrics are averaged; None: none.
+    frozen: only the classifier learns. `optimizer` must have been made with `backbone_rate=0`. The
+      network runs as in evaluation: batch norms use and keep their running statistics, dropout does
+      nothing, and auxiliary heads take no part. All other parameters keep their bits.
+    network: computes the logits in place of the model in training mode. An example is the deploy
+      form in 8 bits. As in a frozen network, statistics stay and auxiliary heads take no part. The
+      model's dropout and its `axis_name` have no effect.
 
   Returns:
-    A pure function of a state and {"image": uint8 (N, H, W, 3), "label": int32 (N,)}. The metrics
-    are scalars: `loss`, `accuracy` and `grad_norm`, which is that before clipping. Of a mixed image
-    the label with the larger share counts as right. An overflow in the update itself shows in the
-    next step's metrics.
+    A pure function of a state and {"image": uint8 (N, H, W, 3), "label": int32 (N,)}. Its metrics
+    are the scalars `loss`, `accuracy` and `grad_norm`. For a mixed image, the label with the larger
+    share counts as right. `grad_norm` is the norm before clipping. If the update overflows, the
+    metrics of the next step show it.
   """
 
   if frozen and network is None:
@@ -117,6 +123,7 @@ def make_train_step(
   def cross_entropy(
     logits: jax.Array, labels: jax.Array, share: jax.Array | None = None
   ) -> jax.Array:
+    # In bfloat16 the sum over classes would lose most digits, so the loss is float32 or wider.
     logits = logits.astype(wide_dtype(logits.dtype))
     targets = optax.smooth_labels(
       jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing
@@ -128,13 +135,14 @@ def make_train_step(
   def gradients_of(variables: Any, batch: Batch, rng: jax.Array):
     images, labels, share = preprocessing.normalize(batch["image"]), batch["label"], None
     if mixup or cutmix:
-      # A key of its own: what dropout draws does not depend on whether images are mixed.
-      own, share = mixing.draw(
+      # Mixing folds its own number into the key, so dropout draws the same values without mixing.
+      kept, share = mixing.draw(
         jax.random.fold_in(rng, 1), images.shape[1:3], mixup=mixup, cutmix=cutmix
       )
-      images = mixing.blend(images, own)
+      images = mixing.blend(images, kept)
 
     def apply(learning):
+      # Only `learning` is differentiated; the rest of a frozen network enters as a constant.
       together = {**variables, "params": overlay(variables["params"], learning)}
       if network is not None:
         return network(together, images), {}
@@ -160,11 +168,13 @@ def make_train_step(
     return gradients, updates, {"loss": loss, "accuracy": correct.mean(dtype=jnp.float32)}
 
   def train_step(state: TrainState, batch: Batch):
+    # The key follows from seed, step and device alone, so a continued run draws the same values.
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
     if axis_name is not None:
       rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
     results = accumulate(gradients_of, state.variables, batch, rng, accumulate_steps)
     if axis_name is not None:
+      # Statistics are averaged too: normalisation is per device, but the state is the same on all.
       results = jax.lax.pmean(results, axis_name)
     gradients, collections, metrics = results
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -172,6 +182,7 @@ def make_train_step(
     learned: Any = optax.apply_updates(learning, updates)
     new: dict[str, Any] = {
       "params": overlay(state.params, learned),
+      # A network that keeps its statistics returns no such collection.
       "batch_stats": collections.get("batch_stats", state.batch_stats),
     }
     average = None
@@ -184,39 +195,92 @@ def make_train_step(
   return train_step
 
 
+def accumulate(
+  gradients_of: Gradients, variables: Any, batch: Any, rng: jax.Array, parts: int
+) -> tuple[Any, Any, Any]:
+  """Averages the gradients and the metrics of a batch's parts, computed one after another.
+
+  Only one part is in memory at a time. Part i holds the images i B / parts to (i + 1) B / parts of
+  the batch. All parts see the same parameters. For a network without batch norm, the mean equals
+  the gradient of the whole batch. A batch norm normalises each part by itself. Running statistics
+  pass from part to part, so that a step updates them `parts` times.
+
+  Args:
+    gradients_of: function of variables, batch and key.
+    variables: variables of the model.
+    batch: arrays (B, ...).
+    rng: key. The number of each part is folded into it; a whole batch gets the key itself.
+    parts: number of parts, which divides B.
+
+  Returns:
+    The same as `gradients_of`, with the collections of the last part.
+  """
+  if parts == 1:
+    return gradients_of(variables, batch, rng)
+
+  def add_part(carry: Any, numbered: Any) -> Any:
+    collections, sums = carry
+    number, part = numbered
+    gradients, updates, metrics = gradients_of(
+      {**variables, **collections}, part, jax.random.fold_in(rng, number)
+    )
+    return (updates, jax.tree.map(jnp.add, sums, (gradients, metrics))), None
+
+  cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)  # (parts, B / parts, ...)
+  # A scan needs its first carry in advance. The shapes come from tracing one part: sums start at
+  # zero, collections at the values that the model has.
+  first = jax.tree.map(lambda x: x[0], cut)
+  gradients, updates, metrics = jax.eval_shape(gradients_of, variables, first, rng)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradients, metrics))
+  held = {name: variables[name] for name in updates}
+  (updates, sums), _ = jax.lax.scan(add_part, (held, zeros), (jnp.arange(parts), cut))
+  gradients, metrics = jax.tree.map(lambda x: x / parts, sums)
+  return gradients, updates, metrics
+
+
 def _averaged(average: Any, new: Any, decay: jax.Array) -> Any:
-  """decay average + (1 - decay) new, which at a decay of 0 is `new` to the bit."""
+  """Returns decay * average + (1 - decay) * new.
+
+  The sum is written so that a decay of 0 gives `new` to the bit.
+  """
   return jax.tree.map(lambda a, x: x + decay.astype(x.dtype) * (a - x), average, new)
 
 
 def make_eval_step(
   network: Network, preprocessing: Preprocessing, *, axis_name: str | None = None
 ) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-  """Builds `eval_step(variables, batch) -> sums` over the batch's unmasked images.
+  """Builds `eval_step(variables, batch) -> sums`, which counts the unmasked images of a batch.
 
   Args:
-    network: such as a model's `apply`.
+    network: computes the logits, such as the `apply` of a model.
     preprocessing: how uint8 images become inputs.
-    axis_name: over which the sums run as well; None: alone.
+    axis_name: axis over which the sums run as well; None: none.
 
   Returns:
-    A pure function of variables and {"image", "label", "mask": bool (N,)}; its sums are scalars:
-    `correct`, `loss` and `count`. Of images (N, crops, H, W, 3) the crops' probabilities are
-    averaged, as Krizhevsky et al. (NIPS 2012, section 4.1) do.
+    A pure function of variables and {"image", "label", "mask": bool (N,)}. Its sums are the scalars
+    `correct`, `loss` and `count`. For images (N, crops, H, W, 3), the probabilities of the crops
+    are averaged.
+
+  References:
+    Averaged crops: Krizhevsky et al., ImageNet Classification with Deep Convolutional Neural
+      Networks, NIPS 2012, section 4.1.
   """
 
   def scores_of(variables: Any, images: jax.Array) -> jax.Array:
-    crops = images.shape[1:-3]
+    crops = images.shape[1:-3]  # () or (crops,)
     images = images.reshape(-1, *images.shape[-3:])  # (N * crops, H, W, 3)
     logits = jnp.asarray(network(variables, preprocessing.normalize(images)), jnp.float32)
     if not crops:
       return logits
     log_probabilities = jax.nn.log_softmax(logits).reshape(-1, *crops, logits.shape[-1])
-    return jax.nn.logsumexp(log_probabilities, axis=1)  # (N, K), up to a constant
+    # The log of summed probabilities. The missing division by the crops adds one constant to all
+    # classes, which changes neither the prediction nor the cross-entropy.
+    return jax.nn.logsumexp(log_probabilities, axis=1)  # (N, K)
 
   def eval_step(variables: Any, batch: Batch) -> dict[str, jax.Array]:
     scores = scores_of(variables, batch["image"])
     loss = optax.softmax_cross_entropy_with_integer_labels(scores, batch["label"])
+    # Masked images pad the last batch. Their loss may be NaN, so it is replaced, not multiplied.
     mask = batch["mask"]
     sums = {
       "correct": jnp.sum((scores.argmax(-1) == batch["label"]) & mask),

@@ -101,7 +101,7 @@ def test_mistakes_end_the_script_in_one_paragraph(
   assert "--weights-only takes the weights of all layers" in text(
     "--workdir", workdir, "--weights-only", "--float-layers", 1
   )
-  assert "are the same, synthetic's test split, which would" in text(
+  assert "are the same: the test split of synthetic" in text(
     "--workdir", workdir, "--calibration-split", "test"
   )
   assert "unknown data set 'digit'; did you mean digits" in text(

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from repjax.errors import InputError
-from repjax.report import draw_curves, draw_kernels, drawing
-from repjax.report.contributions import Kernels, Layer, Part, choose, read_kernels
-from repjax.report.curves import Curve, History, read_history
-from repjax.report.picture import draw_at_end, write_report
+from repjax.report import curves as curve_panels
+from repjax.report import draw_at_end, write_report
+from repjax.report import figure as figures
+from repjax.report import kernels as kernel_panels
+from repjax.report.branches import FoldedLayer, Kernels, KernelStats, choose, read_kernels
+from repjax.report.history import Curve, History, read_history
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -57,8 +59,8 @@ RUN = history(
 
 
 def layer(path, **norms):
-  parts = {name: Part(np.full((3, 3), 0.5), norm) for name, norm in norms.items()}
-  return Layer(path, 1280, Part(np.arange(1.0, 10.0).reshape(3, 3), 5.0), parts)
+  parts = {name: KernelStats(np.full((3, 3), 0.5), norm) for name, norm in norms.items()}
+  return FoldedLayer(path, 1280, KernelStats(np.arange(1.0, 10.0).reshape(3, 3), 5.0), parts)
 
 
 KERNELS = Kernels(
@@ -73,7 +75,7 @@ KERNELS = Kernels(
 
 
 def test_curves_are_where_they_belong():
-  figure = drawing.draw([RUN], None)
+  figure = figures.draw([RUN], None)
   found = panels(figure)
   assert drawn(found["Loss"], "training") == [(10, 2.0), (20, 0.05)]
   assert drawn(found["Loss"], "evaluation") == [(10, 2.5), (20, 0.5)]
@@ -94,7 +96,7 @@ def test_curves_are_where_they_belong():
 
 
 def test_titles_say_what_one_sees():
-  figure = drawing.draw([RUN], KERNELS)
+  figure = figures.draw([RUN], KERNELS)
   titles = [axes.get_title() for axes in figure.axes]
   assert titles[:6] == [
     "Loss: at the end 0.05 in training, 0.5 in evaluation",
@@ -114,18 +116,18 @@ def test_titles_say_what_one_sees():
 
 def test_loss_is_logarithmic_only_where_that_shows_more():
   near = history(loss=[(1, 2.0), (2, 1.0)])
-  assert panels(drawing.draw([near], None))["Loss"].get_yscale() == "linear"
+  assert panels(figures.draw([near], None))["Loss"].get_yscale() == "linear"
   none = history(loss=[(1, 2.0), (2, 0.0)])
-  assert panels(drawing.draw([none], None))["Loss"].get_yscale() == "linear"
+  assert panels(figures.draw([none], None))["Loss"].get_yscale() == "linear"
 
 
 def test_other_evaluations_have_lines_of_their_own():
   run = RUN._replace(curves={**RUN.curves, "eval_ema_loss": Curve(np.array([20]), np.array([0.4]))})
-  assert drawn(panels(drawing.draw([run], None))["Loss"], "evaluation, ema") == [(20, 0.4)]
+  assert drawn(panels(figures.draw([run], None))["Loss"], "evaluation, ema") == [(20, 0.4)]
 
 
 def test_a_run_of_one_line_is_drawn():
-  figure = drawing.draw([history(loss=[(5, 2.0)])], None)
+  figure = figures.draw([history(loss=[(5, 2.0)])], None)
   titles = [axes.get_title() for axes in figure.axes]
   assert titles[:2] == ["Loss: at the end 2 in training", "Accuracy: not evaluated yet"]
   assert texts(figure).count("not recorded") == 4
@@ -135,7 +137,7 @@ def test_a_run_of_one_line_is_drawn():
 
 
 def test_bars_are_the_shares_and_fill_each_layer():
-  bars = panels(drawing.draw([RUN], KERNELS))["What fused kernels are made of"]
+  bars = panels(figures.draw([RUN], KERNELS))["What fused kernels are made of"]
   heights = [[patch.get_height() for patch in container] for container in bars.containers]
   assert heights == [[75.0, 25.0], [25.0, 25.0], [0.0, 50.0]]
   tops = [patch.get_y() + patch.get_height() for patch in bars.containers[-1]]
@@ -146,7 +148,7 @@ def test_bars_are_the_shares_and_fill_each_layer():
 
 
 def test_heat_maps_show_percents_of_the_fused_kernel_on_one_scale():
-  figure = drawing.draw([history()], KERNELS)
+  figure = figures.draw([history()], KERNELS)
   maps = [axes.images[0] for axes in figure.axes if axes.images]
   assert len(maps) == 2 + 2 + 2 + 1  # fused, 3x3, 1x1, and one identity
   assert len({(image.norm.vmin, image.norm.vmax) for image in maps}) == 1
@@ -171,7 +173,7 @@ def test_heat_maps_show_percents_of_the_fused_kernel_on_one_scale():
 )
 def test_imports_are_called_so(step, said):
   bare = KERNELS._replace(step=step, layers=[layer("stem/RepConv_0")])
-  figure = drawing.draw([history()._replace(title="", batch_size=None)], bare)
+  figure = figures.draw([history()._replace(title="", batch_size=None)], bare)
   assert len([axes for axes in figure.axes if axes.images]) == 1
   assert any(said in text for text in texts(figure))
   assert "run: net, weights only" in texts(figure)
@@ -179,16 +181,16 @@ def test_imports_are_called_so(step, said):
 
 def test_several_layers_of_a_block_are_told_apart():
   paths = ["stem/RepConv_0", "stage1/block0/RepConv_conv1", "stage1/block0/RepConv", "RepConv_0"]
-  assert list(map(draw_kernels._short, paths)) == [
+  assert list(map(kernel_panels._short, paths)) == [
     *("stem", "stage1.block0.conv1", "stage1.block0", "RepConv_0")
   ]
 
 
 def test_large_kernels_have_no_numbers_and_many_bars_fewer_labels():
-  part = Part(np.ones((7, 7)), 1.0)
+  part = KernelStats(np.ones((7, 7)), 1.0)
   branches = {"conv7x7": part, "conv1x1": part}
-  layers = [Layer(f"s{i // 30}/b{i}/RepConv_0", 8, part, branches) for i in range(130)]
-  figure = drawing.draw([history()], Kernels("f", "m", 1, layers))
+  layers = [FoldedLayer(f"s{i // 30}/b{i}/RepConv_0", 8, part, branches) for i in range(130)]
+  figure = figures.draw([history()], Kernels("f", "m", 1, layers))
   maps = [axes for axes in figure.axes if axes.images]
   assert len(maps) == 3 * len(choose(layers))
   assert not any(axes.texts for axes in maps)
@@ -198,7 +200,7 @@ def test_large_kernels_have_no_numbers_and_many_bars_fewer_labels():
 
 def test_runs_are_laid_over_one_another_in_colours_that_differ():
   other = history("other", **{k: list(zip(*v)) for k, v in RUN.curves.items()})
-  figure = drawing.draw([RUN, other._replace(best=20)], KERNELS)
+  figure = figures.draw([RUN, other._replace(best=20)], KERNELS)
   assert {"2 runs compared", "run", "other"} <= set(texts(figure))
   found = panels(figure)
   assert found["Accuracy"].get_title() == "Accuracy: best evaluation 75.00%, by run"
@@ -212,7 +214,7 @@ def test_runs_are_laid_over_one_another_in_colours_that_differ():
 
 def test_runs_of_other_batch_sizes_are_compared_by_images():
   other = RUN._replace(name="other", batch_size=128)
-  loss = panels(drawing.draw([RUN, other], None))["Loss"]
+  loss = panels(figures.draw([RUN, other], None))["Loss"]
   lines = [line.get_xdata().tolist() for line in loss.lines if len(line.get_xdata()) == 2]
   assert lines == [[640, 1280], [640, 1280], [1280, 2560], [1280, 2560]]
   assert loss.get_xlabel() == "images seen in training"
@@ -220,7 +222,7 @@ def test_runs_of_other_batch_sizes_are_compared_by_images():
 
 @pytest.mark.parametrize("count", [2, 7, 25])
 def test_every_run_of_a_comparison_has_a_look_of_its_own(count):
-  looks = {tuple(draw_curves._style(number).values()) for number in range(count)}
+  looks = {tuple(curve_panels._style(number).values()) for number in range(count)}
   assert len(looks) == min(count, 24)
 
 
@@ -229,12 +231,12 @@ def test_every_run_of_a_comparison_has_a_look_of_its_own(count):
   [(0, "0"), (1500, "1,500"), (150000, "150k"), (12500, "12.5k"), (3e7, "30M"), (9999, "9,999")],
 )
 def test_large_numbers_are_short(number, text):
-  assert draw_curves._count(number) == text
+  assert curve_panels._count(number) == text
 
 
 def test_branches_that_have_no_colour_get_one_each():
   names = ["conv5x5", "conv3x3", "conv1x3", "conv3x1", "conv1x1", "identity"]
-  colors = draw_kernels._branch_colors(names)
+  colors = kernel_panels._branch_colors(names)
   assert list(colors) == names
   assert len(set(colors.values())) == len(names)
 
@@ -279,8 +281,8 @@ def test_another_file_and_its_folder_are_made(finished, tmp_path):
 def seen_by_draw(monkeypatch):
   """What is handed to the drawing, without drawing it."""
   seen = []
-  monkeypatch.setattr(drawing, "draw", lambda *arguments: seen.append(arguments))
-  monkeypatch.setattr(drawing, "save", lambda figure, path: path.write_bytes(b""))
+  monkeypatch.setattr(figures, "draw", lambda *arguments: seen.append(arguments))
+  monkeypatch.setattr(figures, "save", lambda figure, path: path.write_bytes(b""))
   return seen
 
 
@@ -400,7 +402,7 @@ def test_a_disk_that_is_full_stops_no_run(finished, tmp_path, capsys, monkeypatc
     path.write_bytes(b"PNG")
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(drawing, "save", full)
+  monkeypatch.setattr(figures, "save", full)
   draw_at_end(workdir)
   assert "No space left on device" in capsys.readouterr().out
   assert tiny.contents(workdir) == before
@@ -408,7 +410,7 @@ def test_a_disk_that_is_full_stops_no_run(finished, tmp_path, capsys, monkeypatc
 
 def test_training_loads_no_drawing_before_it_draws():
   program = (
-    "import sys; from repjax import training; from repjax.training import report, watch;"
+    "import sys; from repjax import report, training; from repjax.training import watch;"
     "print(*[name for name in ('matplotlib', 'tensorboardX') if name in sys.modules])"
   )
   shown = subprocess.run(

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import repjax
+from repjax.config import BEFORE, FIELDS, FREE
 from repjax.errors import InputError
 from repjax.training import continuing, planning
 from tests.training import tiny
@@ -158,10 +159,10 @@ def test_a_run_does_not_continue_in_another_way_than_it_began(
   before = tiny.contents(with_checkpoint(workdir))
   with pytest.raises(InputError) as caught:
     continuing.check_continuing(workdir, config)
-  assert f"the run in {workdir} began with another config: {difference}. A run" in str(caught.value)
-  assert f"another --workdir with --config.init_from={workdir} (" in str(caught.value)
+  assert f"the run in {workdir} began with another config: {difference}. " in str(caught.value)
+  assert f"--config.init_from={workdir} from this one" in str(caught.value)
   assert "--resume=never" in str(caught.value)
-  assert "What may change is data_dir, eval_every_epochs, init_from," in str(caught.value)
+  assert "may change: data_dir, eval_every_epochs, init_from," in str(caught.value)
   assert tiny.contents(workdir) == before
 
 
@@ -177,22 +178,45 @@ def test_fields_that_no_parameter_depends_on_may_change(claimed, digits_dir):
     "save_every_minutes": 0.5,
     "tolerance": 1e-3,
   }
-  assert changes.keys() | {"tensorboard"} == continuing.FREE
+  assert changes.keys() | {"tensorboard"} == FREE
   config = tiny.config(digits_dir)
   with config.ignore_type():
     config.update(changes)
   continuing.check_continuing(workdir, config)
 
 
-def test_fields_that_are_newer_than_a_run_stop_nothing(claimed, digits_dir):
-  workdir = with_checkpoint(claimed[0])
+def without(workdir, *fields):
+  """Makes config.json of a workdir one of a run that is older than some fields."""
   held = json.loads((workdir / "config.json").read_text())
-  for field in ("backbone_rate", "mixup"):
+  for field in fields:
     del held[field]
   (workdir / "config.json").write_text(json.dumps(held))
-  continuing.check_continuing(workdir, tiny.config(digits_dir, mixup=0.5))
-  with pytest.raises(InputError, match=r"backbone_rate 1\.0 -> 0\.0"):
-    continuing.check_continuing(workdir, tiny.config(digits_dir, backbone_rate=0.0))
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "difference"),
+  [
+    ("backbone_rate", 0.0, r"backbone_rate 1\.0 -> 0\.0"),
+    ("cooldown_epochs", 1.0, r"cooldown_epochs 0\.0 -> 1\.0"),
+    ("ema_decay", 0.5, r"ema_decay 0\.0 -> 0\.5"),
+    ("qat", True, "qat False -> True"),
+  ],
+)
+def test_a_run_older_than_a_field_continues_as_it_did(
+  claimed, digits_dir, field, value, difference
+):
+  workdir = with_checkpoint(claimed[0])
+  without(workdir, *BEFORE)
+  continuing.check_continuing(workdir, tiny.config(digits_dir))
+  with pytest.raises(InputError, match=difference):
+    continuing.check_continuing(workdir, tiny.config(digits_dir, **{field: value}))
+
+
+def test_a_field_of_which_nothing_is_known_stops_no_older_run(claimed, digits_dir):
+  workdir = with_checkpoint(claimed[0])
+  fields = {field.name for field in FIELDS} - BEFORE.keys()
+  without(workdir, *fields)
+  continuing.check_continuing(workdir, tiny.config(digits_dir, mixup=0.5, seed=3))
 
 
 def test_resume_says_whether_there_may_or_must_be_a_run(claimed, tmp_path):

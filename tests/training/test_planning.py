@@ -8,7 +8,7 @@ import pytest
 import repjax
 from repjax.configs import common
 from repjax.errors import InputError
-from repjax.training import planning, recipe
+from repjax.training import planning
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -37,7 +37,7 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"batch_size": 0}, "config.batch_size must be at least 1, got 0"),
     (
       {"batch_size": 1440},
-      "than the 1437 images of digits's train split; pass --config.batch_size=1024 or",
+      "1437 images in the train split of digits; pass --config.batch_size=1024 or",
     ),
     ({"eval_image_size": 0}, "config.eval_image_size must be at least 1, got 0"),
     ({"image_size": 4}, "H and W at least 8; got (1, 4, 4, 3): use a larger image size"),
@@ -45,10 +45,7 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"model_overrides": {"depth": 3}}, "unknown override of repvgg_a0 'depth'"),
     ({"model_overrides": {"act": "swish"}}, "unknown activation 'swish'; known: gelu, relu, silu"),
     ({"model_overrides": {"stage_sizes": (1, 1)}}, "stage_sizes takes 4 numbers"),
-    (
-      {"num_classes": 7},
-      "digits has 10 classes, the model has 7; for those of digits train one with",
-    ),
+    ({"num_classes": 7}, "digits has 10 classes, the model has 7"),
     ({"num_steps": 0}, "config.num_steps = 0 leaves no step to train"),
     ({"num_epochs": 0.0}, "config.num_epochs must be above 0, got 0.0"),
     ({"eval_every_epochs": -1.0}, "config.eval_every_epochs must be above 0, got -1.0"),
@@ -65,8 +62,11 @@ pytest_plugins = ["tests.training.fixtures"]
       "config.warmup_rate = 0.5 is above the peak, config.learning_rate",
     ),
     ({"final_rate": 0.5}, "config.final_rate = 0.5 is above the peak, config.learning_rate"),
-    ({"optimizer": "adamw", "nesterov": True}, "config.nesterov is of SGD; with config.optimizer"),
-    ({"optimizer": "adamw", "momentum": 1.0}, "AdamW's first beta, is below 1; got 1.0"),
+    ({"optimizer": "adamw", "nesterov": True}, "config.nesterov is for SGD only"),
+    (
+      {"optimizer": "adamw", "momentum": 1.0},
+      "first beta of AdamW and must be below 1",
+    ),
     ({"custom_l2": 1e-4}, "set it to 'all_but_penalised_kernels', or config.custom_l2 to 0"),
     ({"dataset": "digit"}, "unknown data set 'digit'; did you mean digits"),
     ({"train_split": "trian"}, "unknown split of digits 'trian'; did you mean train?"),
@@ -164,14 +164,14 @@ def test_every_field_of_a_recipe_reaches_its_schedule(digits_dir):
     digits_dir, num_steps=40, schedule="step", drop_epochs=10 * 32 / 1437, drop_factor=0.5
   )
   config.update({"warmup_rate": 0.08, "final_rate": 0.12})
-  schedule = recipe.make_schedule(config, planning.make_plan(config))
+  schedule = planning.make_schedule(config, planning.make_plan(config))
   rates = [float(schedule(step)) * 8 for step in (0, 3, 9, 10, 19, 20, 39)]  # a batch of 32
   assert rates == pytest.approx([0.08, 0.4, 0.4, 0.2, 0.2, 0.12, 0.12])
   config.update({"schedule": "poly", "poly_power": 2.0, "warmup_overlaps": True})
-  schedule = recipe.make_schedule(config, planning.make_plan(config))
+  schedule = planning.make_schedule(config, planning.make_plan(config))
   assert float(schedule(20)) * 8 == pytest.approx(0.12 + 0.28 / 4)
   config.update({"schedule": "cosine", "warmup_overlaps": False, "warmup_epochs": 0.0})
-  schedule = recipe.make_schedule(config, planning.make_plan(config))
+  schedule = planning.make_schedule(config, planning.make_plan(config))
   assert float(schedule(20)) * 8 == pytest.approx(0.12 + 0.28 / 2)
 
 
@@ -194,7 +194,7 @@ def test_every_field_of_a_recipe_reaches_its_optimizer(changes):
   def second_update(changes):
     config = common.get_config()
     config.update(changes)
-    ours = recipe.make_optimizer(config, lambda step: 0.1)
+    ours = planning.make_optimizer(config, lambda step: 0.1)
     state = ours.init(params)
     for gradients in (params, jax.tree.map(lambda x: 2 * x, params)):
       updates, state = ours.update(gradients, state, params)
@@ -236,7 +236,7 @@ def test_evaluation_resizes_to_no_less_than_the_image_size(digits_dir):
 def test_a_config_that_lacks_a_field_is_refused(field):
   config = common.get_config()
   del config[field]
-  with pytest.raises(InputError, match=f"the config lacks {field};"):
+  with pytest.raises(InputError, match=rf"the config lacks {field}\."):
     planning.check(config)
 
 
@@ -255,4 +255,5 @@ def test_a_folder_without_a_run_has_no_config(tmp_path):
 def test_another_number_of_classes_names_both_ways_out(digits_dir):
   with pytest.raises(InputError, match="digits has 10 classes, the model has 7") as caught:
     planning.make_plan(tiny.config(digits_dir, num_classes=7))
-  assert "--config.num_classes=10, which with --config.init_from=FOLDER" in str(caught.value)
+  for way in ("--config.num_classes=10", "--config.init_from=FOLDER"):
+    assert way in str(caught.value)

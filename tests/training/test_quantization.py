@@ -6,11 +6,13 @@ import pytest
 
 import repjax
 from repjax import disk, training
+from repjax.data import Source, open_source
 from repjax.errors import InputError
 from repjax.quantization import roundings_of, simulated
 from repjax.quantization.sensitivity import compared
 from repjax.spec import Preprocessing
-from repjax.training import optimizer, planning, quantization
+from repjax.training import evaluation, optimizer, planning, quantization
+from repjax.training.quantization import calibration_images, check_apart
 from repjax.training.step import create_state, make_train_step
 from tests.helpers import halves, leaves, quick_jit, random_variables, relative_error
 from tests.quantization.int8 import needs_onnx
@@ -120,7 +122,7 @@ def _goes_on_as_it_began(config, workdir):
   assert (workdir / "int8" / "model.onnx").read_bytes() != model
   path.write_text('{"layers": 3}')
   for _ in range(2):
-    with pytest.raises(InputError, match=r"rounding\.json is missing or damaged: it says how"):
+    with pytest.raises(InputError, match=r"rounding\.json is missing or damaged"):
       quantization.begin(config, plan, None, workdir)
     path.unlink(missing_ok=True)
 
@@ -128,12 +130,9 @@ def _goes_on_as_it_began(config, workdir):
 @pytest.mark.parametrize(
   ("changes", "text"),
   [
-    (
-      {"dtype": "bfloat16"},
-      r"config\.qat computes in float32 and rounds to 8 bits, got config\.dtype = 'bf",
-    ),
-    ({"custom_l2": 1e-4}, "reads statistics of"),
-    ({"qat_weight_bits": 4}, "qat_weight_bits is 7 or 8, got 4"),
+    ({"dtype": "bfloat16"}, r"config\.qat computes in float32.*config\.dtype = 'bfloat16'"),
+    ({"custom_l2": 1e-4}, r"config\.custom_l2.*statistics of the batch"),
+    ({"qat_weight_bits": 4}, "qat_weight_bits must be 7 or 8, got 4"),
     ({"qat_activations": "int4"}, "unknown value of config.qat_activations 'int4'; did you mean"),
     ({"qat_images": 0}, "qat_images must be at least 1, got 0"),
     ({"init_from": None}, "config.qat fine-tunes a network that was trained in float; name its"),
@@ -151,3 +150,67 @@ def test_what_cannot_learn_in_8_bits_is_said_before_anything_is_written(
 def test_a_run_in_float_does_not_become_one_in_8_bits(finished, digits_dir):
   with pytest.raises(InputError, match="began with another config: qat False -> True"):
     training.train(tiny.config(digits_dir, qat=True), finished[0])
+
+
+CALIBRATION_PREPROCESSING = Preprocessing(12, 14, "bicubic", (0.3,) * 3, (0.35,) * 3)
+SOURCE = open_source("synthetic", "validation", num_classes=10, image_size=16)
+
+
+@pytest.mark.parametrize("count", [1, 3, 64, 100, 128])
+def test_images_are_at_equal_distances_and_as_evaluation_has_them(count):
+  images = calibration_images(SOURCE, count, CALIBRATION_PREPROCESSING)
+  assert (images.shape, images.dtype) == ((count, 12, 12, 3), np.uint8)
+  (whole,) = evaluation.host_batches(SOURCE, CALIBRATION_PREPROCESSING, batch_size=128)
+  places = [128 * i // count for i in range(count)]
+  assert (images == whole["image"][places]).all()
+  assert set(np.diff(places)) <= {128 // count, 128 // count + 1}
+
+
+@pytest.mark.parametrize("count", [0, -1, 129])
+def test_more_images_than_there_are_is_an_error(count):
+  with pytest.raises(InputError, match=f"{count} images to calibrate .*, and the split has 128"):
+    calibration_images(SOURCE, count, CALIBRATION_PREPROCESSING)
+
+
+def test_an_image_that_cannot_be_decoded_is_named():
+  source = Source([{"image": b"no", "label": 0, "index": 0, "name": "image 0 of it"}], ("0",), {})
+  with pytest.raises(InputError, match="image 0 of it"):
+    calibration_images(source, 1, CALIBRATION_PREPROCESSING)
+
+
+def with_facts(split="train", **facts):
+  return Source([], (), {"name": "sky", "version": "1.0.0", "split": split, "bytes": 5} | facts)
+
+
+@pytest.mark.parametrize(
+  ("one", "other", "text"),
+  [
+    (with_facts(), with_facts(), "are the same: the train split of sky. "),
+    (
+      with_facts(checksum="ab"),
+      with_facts("test", checksum="ab"),
+      "are the same: the test split of sky and the train split of sky. ",
+    ),
+  ],
+)
+def test_accuracy_is_not_measured_on_images_that_calibrate(one, other, text):
+  with pytest.raises(InputError, match=f"{text}.*flatter.*--calibration-split or --split"):
+    check_apart(one, other)
+
+
+@pytest.mark.parametrize(
+  ("one", "other"),
+  [
+    (with_facts(), with_facts("test")),
+    (with_facts(), with_facts(name="sea")),
+    (with_facts(checksum="ab"), with_facts("test", checksum="cd")),
+  ],
+)
+def test_other_splits_are_taken(one, other):
+  check_apart(one, other)
+
+
+@pytest.mark.parametrize("split", ["train[:50%]", "train+test", "all"])
+def test_parts_of_a_split_which_could_overlap_are_not_opened(digits_dir, split):
+  with pytest.raises(InputError, match="unknown split of digits"):
+    open_source("digits", split, data_dir=str(digits_dir))

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from repjax.configs import common
-from repjax.training import recipe
+from repjax.training import planning
 from repjax.training.schedules import CURVES, learning_rate_schedule
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -118,7 +118,7 @@ def test_a_cooldown_is_at_the_final_rate_and_part_of_the_run(curve):
   config = common.get_config()
   config.update({"schedule": curve, "final_rate": 0.01, "cooldown_epochs": 3.0})
   plan = types.SimpleNamespace(warmup_steps=WARMUP, total_steps=TOTAL + 12, steps_per_epoch=4.0)
-  cooled = recipe.make_schedule(config, plan)
+  cooled = planning.make_schedule(config, plan)
   alone = learning_rate_schedule(0.1, 256, WARMUP, TOTAL, curve=curve, final_rate=0.01)
   np.testing.assert_array_equal(rates(cooled), rates(alone))
   np.testing.assert_allclose(rates(cooled, TOTAL + 13)[TOTAL:], 0.01, rtol=1e-6)

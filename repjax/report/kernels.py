@@ -1,4 +1,4 @@
-"""The panels of what branches contribute to kernels. Needs matplotlib."""
+"""Draws the panels that show what branches contribute to kernels. Needs matplotlib."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,18 +7,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 
-from repjax.report.contributions import Kernels, Layer, branch_order, choose
-from repjax.report.draw_curves import plain
+from repjax.report.branches import FoldedLayer, Kernels, branch_order, choose
+from repjax.report.curves import tidy
 
 _BRANCH_COLORS = {"3x3": "#0072B2", "1x1": "#E69F00", "identity": "#009E73"}
 _OTHER_COLORS = ("#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 _LABELLED_BARS = 60
 _LABELLED_TAPS = 25
-_NAMED = 4  # branches in a title
+_NAMED = 4  # Branches in a title.
 
 
 def shares(figure: Any, kernels: Kernels) -> None:
-  """A bar for each layer, made of its branches."""
+  """Draws a bar for each layer, stacked from the shares of its branches."""
   layers = _bars(kernels)
   axes = figure.subplots()
   bottom = np.zeros(len(layers))
@@ -33,20 +33,20 @@ def shares(figure: Any, kernels: Kernels) -> None:
   axes.set_xticks(places, labels, rotation=0 if level_labels(kernels) else 90)
   axes.set_xlim(-0.6, len(layers) - 0.4)
   axes.set(ylim=(0, 100), ylabel="share of norms, %", title=_shares_title(layers, names))
-  plain(axes)
+  tidy(axes)
   axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, frameon=False, reverse=True)
 
 
-def _bars(kernels: Kernels) -> list[Layer]:
+def _bars(kernels: Kernels) -> list[FoldedLayer]:
   return [layer for layer in kernels.layers if len(layer.branches) > 1] or kernels.layers
 
 
 def level_labels(kernels: Kernels) -> bool:
-  """Whether there is room for the bars' labels side by side."""
+  """Returns whether the labels of all bars fit side by side."""
   return len(_bars(kernels)) <= 10
 
 
-def _shares_title(layers: Sequence[Layer], names: Sequence[str]) -> str:
+def _shares_title(layers: Sequence[FoldedLayer], names: Sequence[str]) -> str:
   means = {name: np.mean([layer.shares().get(name, 0.0) for layer in layers]) for name in names}
   parts = ", ".join(f"{_shown(name)} {mean:.0%}" for name, mean in list(means.items())[:_NAMED])
   parts += ", ..." if len(names) > _NAMED else ""
@@ -62,28 +62,35 @@ def _branch_colors(names: Sequence[str]) -> dict[str, str]:
 
 
 def _shown(name: str) -> str:
+  """Returns the name of a branch for a legend: "conv3x3" becomes "3x3"."""
   return name.removeprefix("conv").replace("avg2x2_conv", "pooled ")
 
 
 def _short(path: str) -> str:
-  """ "stage1/block0/RepConv_0" as "stage1.block0", ".../RepConv_conv1" as "stage1.block0.conv1"."""
+  """Shortens a path: "stage1/block0/RepConv_0" becomes "stage1.block0".
+
+  A named layer keeps its name: ".../RepConv_conv1" becomes "stage1.block0.conv1".
+  """
   *scopes, last = path.split("/")
   layer = last.removeprefix("RepConv").lstrip("_") if scopes else last
   return ".".join(scopes if layer.isdigit() or not layer else [*scopes, layer])
 
 
 def heat_maps(figure: Any, kernels: Kernels) -> None:
-  """Rows: the fused kernel and the branches; columns: layers; one colour scale."""
+  """Draws the taps of the fused kernel and of each branch as rows, for layers as columns.
+
+  All maps share one colour scale.
+  """
   layers = choose(kernels.layers)
   names = branch_order({name for layer in layers for name in layer.branches})
   grid = figure.subplots(1 + len(names), len(layers), squeeze=False)
   percents = {
-    (row, column): 100 * part.taps / (layer.fused.taps.sum() or 1.0)
+    (row, column): 100 * stats.taps / (layer.fused.taps.sum() or 1.0)
     for column, layer in enumerate(layers)
-    for row, part in enumerate([layer.fused, *map(layer.branches.get, names)])
-    if part is not None
+    for row, stats in enumerate([layer.fused, *map(layer.branches.get, names)])
+    if stats is not None
   }
-  # The root lets small taps be seen beside a large centre.
+  # The square root keeps small taps visible beside a large centre.
   norm = PowerNorm(0.5, 0, max(values.max() for values in percents.values()))
   image = None
   for (row, column), axes in np.ndenumerate(grid):
@@ -107,12 +114,13 @@ def heat_maps(figure: Any, kernels: Kernels) -> None:
   figure.suptitle(
     f"Where fused kernels get their weight, in layers of all depths: {_origin(kernels)}\n"
     "a number is the mean |weight| of a tap over channels, in % of the sum over the fused kernel; "
-    "what has opposite signs cancels",
+    "weights of opposite signs cancel",
     fontsize=11,
   )
 
 
 def _origin(kernels: Kernels) -> str:
+  """Says in words where the kernels were read."""
   if kernels.step is None:
     return f"{kernels.name}, a deploy form: its branches are merged already"
   which = f"best checkpoint, step {kernels.step:,}" if kernels.step else "as imported"
@@ -120,6 +128,7 @@ def _origin(kernels: Kernels) -> str:
 
 
 def _heat_map(axes: Axes, values: np.ndarray, norm: PowerNorm) -> Any:
+  """Draws the taps of one kernel, with numbers in small kernels."""
   image = axes.imshow(values, cmap="Blues", norm=norm)
   if values.size <= _LABELLED_TAPS:
     for (row, column), value in np.ndenumerate(values):

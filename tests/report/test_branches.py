@@ -10,8 +10,15 @@ import repjax
 from repjax import disk, runs
 from repjax.errors import InputError
 from repjax.layers import RepConv, fold_rep_conv
-from repjax.report import contributions
-from repjax.report.contributions import Layer, Part, choose, fold_branches, read_kernels, trace
+from repjax.report.branches import (
+  FoldedLayer,
+  KernelStats,
+  branch_order,
+  choose,
+  fold_branches,
+  read_kernels,
+  trace,
+)
 from repjax.spec import ModelSpec
 from tests.helpers import F64, random_input, random_variables, relative_error
 from tests.training import tiny
@@ -99,7 +106,7 @@ def test_branches_come_in_the_order_in_which_people_name_them(finished):
     ["conv3x3", "conv1x1", "identity"],
   ]
   names = ["identity", "conv1x1", "conv1x3", "conv3x3_1", "conv10x10", "conv3x3"]
-  assert contributions.branch_order(names) == [
+  assert branch_order(names) == [
     *("conv10x10", "conv3x3", "conv3x3_1", "conv1x3", "conv1x1", "identity")
   ]
 
@@ -179,13 +186,16 @@ def test_what_the_deploy_form_drops_is_no_layer(deploy):
 
 
 def layer(path, *branches):
-  part = Part(np.ones((3, 3)), 3.0)
-  return Layer(path, 8, part, dict.fromkeys(branches, part))
+  part = KernelStats(np.ones((3, 3)), 3.0)
+  return FoldedLayer(path, 8, part, dict.fromkeys(branches, part))
 
 
 def test_shares_are_of_the_sum_of_norms():
-  parts = {"conv3x3": Part(np.ones((3, 3)), 3.0), "conv1x1": Part(np.ones((3, 3)), 1.0)}
-  whole = Layer("stem", 8, Part(np.ones((3, 3)), 3.5), parts)
+  parts = {
+    "conv3x3": KernelStats(np.ones((3, 3)), 3.0),
+    "conv1x1": KernelStats(np.ones((3, 3)), 1.0),
+  }
+  whole = FoldedLayer("stem", 8, KernelStats(np.ones((3, 3)), 3.5), parts)
   assert whole.shares() == {"conv3x3": 0.75, "conv1x1": 0.25}
   silent = {name: part._replace(norm=0.0) for name, part in parts.items()}
   assert whole._replace(branches=silent).shares() == {"conv3x3": 0.0, "conv1x1": 0.0}

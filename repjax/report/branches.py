@@ -1,4 +1,4 @@
-"""What the branches of a layer contribute to the one kernel that they become."""
+"""Measures what each branch of a layer contributes to the fused kernel."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,73 +17,73 @@ from repjax.spec import ModelSpec, load
 
 Tree = Mapping[str, Any]
 
-EPSILON = 1e-5  # what `reparameterize` takes if not told otherwise
+EPSILON = 1e-5  # The default of `reparameterize`.
 
 
-class Part(NamedTuple):
-  """A kernel (H, W, I/g, O) in short.
+class KernelStats(NamedTuple):
+  """Statistics of a kernel (H, W, I/g, O).
 
   Attributes:
-    taps: (H, W), the mean over channels of the weights' absolute values.
-    norm: the square root of the sum of the weights' squares.
+    taps: mean absolute weight of each tap over all channels, (H, W).
+    norm: square root of the sum of the squared weights.
   """
 
   taps: np.ndarray
   norm: float
 
 
-class Layer(NamedTuple):
-  """A RepConv in short.
+class FoldedLayer(NamedTuple):
+  """Statistics of a RepConv after the fold.
 
   Attributes:
-    path: of its scope, such as "stage1/block0/RepConv_0".
-    channels: outputs O.
-    fused: the kernel of the deploy form.
-    branches: name to what that branch adds to it, in the order of `branch_order`; nothing where the
-      layer is in deploy form already, or has one branch only, which is the fused kernel.
+    path: path of its scope, such as "stage1/block0/RepConv_0".
+    channels: output channels O.
+    fused: statistics of the kernel in deploy form.
+    branches: name to the statistics of the branch's share of that kernel, in the order of
+      `branch_order`. Empty for a layer in deploy form, and for a layer with a single branch.
   """
 
   path: str
   channels: int
-  fused: Part
-  branches: dict[str, Part]
+  fused: KernelStats
+  branches: dict[str, KernelStats]
 
   def shares(self) -> dict[str, float]:
-    """Each branch's part of the sum of the branches' norms; 0 where all are zero."""
-    total = sum(part.norm for part in self.branches.values())
-    return {name: part.norm / total if total else 0.0 for name, part in self.branches.items()}
+    """Returns each branch's share of the sum of all branches' norms; 0 if all norms are 0."""
+    total = sum(stats.norm for stats in self.branches.values())
+    return {name: stats.norm / total if total else 0.0 for name, stats in self.branches.items()}
 
 
 class Kernels(NamedTuple):
-  """Every RepConv of a folder's model, in the order in which a forward pass calls them.
+  """Statistics of every RepConv of a model, in the order of the forward pass.
 
   Attributes:
-    name: of the folder.
-    model: its model's name.
-    step: of the checkpoint; None where the folder holds the deploy form only.
-    layers: those that the deploy form keeps.
+    name: name of the folder.
+    model: name of the model.
+    step: step of the checkpoint; None if the folder holds the deploy form only.
+    layers: the layers that the deploy form keeps.
   """
 
   name: str
   model: str
   step: int | None
-  layers: list[Layer]
+  layers: list[FoldedLayer]
 
 
 def fold_branches(params: Tree, stats: Tree, epsilon: float = EPSILON) -> dict[str, Any]:
-  """Folds a RepConv one branch at a time: kernels and biases that add up to those of the fold.
+  """Folds a RepConv one branch at a time, into kernels and biases that add up to the whole fold.
 
-  A norm whose scale and bias are zero makes its branch nothing, and the fold is linear in these
-  two: each entry is the fold of the layer with all other branches silenced. Exact up to rounding
-  for every kind of branch.
+  A branch whose batch norm has scale and bias zero contributes nothing. The fold is linear in
+  scales and biases. So each entry is the fold of the layer with all other branches silenced. This
+  is exact up to rounding for every kind of branch.
 
   Args:
-    params: {branch: {conv: {kernel}, bn: {scale, bias}}}, no conv in an identity.
+    params: {branch: {conv: {kernel}, bn: {scale, bias}}}; an identity has no conv.
     stats: {branch: {bn: {mean, var}}}.
-    epsilon: of the batch norms.
+    epsilon: added to the variance by batch norms.
 
   Returns:
-    Branch to {kernel (H, W, I/g, O), bias (O,)}, at the size of the fused kernel.
+    Branch to {kernel (H, W, I/g, O), bias (O,)}, each of the size of the fused kernel.
   """
   names = branch_order(params)
   rows = np.eye(len(names))
@@ -98,7 +98,7 @@ def _fold(params: Tree, stats: Tree, epsilon: float) -> Any:
 
 
 def _weighted(params: Tree, names: Sequence[str], weights: Any) -> dict[str, Any]:
-  """A RepConv whose branches' outputs are multiplied by weights, one for each of `names`."""
+  """Multiplies the output of each branch of a RepConv by a weight, one for each of `names`."""
 
   def times(weight: Any, bn: Tree) -> Any:
     return jax.tree.map(lambda leaf: leaf * jnp.asarray(weight, leaf.dtype), bn)
@@ -110,7 +110,7 @@ def _weighted(params: Tree, names: Sequence[str], weights: Any) -> dict[str, Any
 
 
 def branch_order(names: Iterable[str]) -> list[str]:
-  """Branch names as people expect them: larger kernels first, the identity last."""
+  """Sorts branch names: larger kernels first, the identity last."""
 
   def key(name: str) -> tuple[bool, int, str]:
     size = name.removeprefix("conv").partition("_")[0].split("x")
@@ -121,14 +121,16 @@ def branch_order(names: Iterable[str]) -> list[str]:
 
 
 def read_kernels(workdir: Path) -> Kernels:
-  """Reads the model that a folder would be converted to, and takes each layer apart.
+  """Reads the model that a conversion would use, and measures each of its layers.
+
+  This is the best checkpoint, with re-estimated statistics if there are any. A folder without a
+  checkpoint gives its deploy form.
 
   Args:
-    workdir: of a run or an import: its best checkpoint, with re-estimated statistics where it has
-      some, else its deploy form.
+    workdir: folder of a run or an import.
 
   Raises:
-    InputError: it holds no model, or a damaged one.
+    InputError: the folder holds no model, or a damaged model.
   """
   spec, name = ModelSpec.read(workdir), workdir.absolute().name
   if not runs.checkpoints(workdir):
@@ -143,9 +145,9 @@ def read_kernels(workdir: Path) -> Kernels:
 
 
 def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...]], Any]:
-  """Paths of a model's RepConvs in the order of their calls, and the shapes of its variables.
+  """Returns the paths of a model's RepConvs in the order of calls, and the shapes of its variables.
 
-  Left out is what lies in scopes that a fold removes or makes something else of.
+  A RepConv inside another layer with a fold is left out, since that fold removes or absorbs it.
   """
   paths = []
 
@@ -159,19 +161,20 @@ def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...
 
   size = spec.preprocessing.image_size
   images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  with nn.intercept_methods(note):  # `variable_shapes` may have traced the model before
+  # `ModelSpec.variable_shapes` would not do: its result is cached, and then nothing is called.
+  with nn.intercept_methods(note):
     shapes = jax.eval_shape(spec.create_model(deploy=deploy).init, jax.random.key(0), images)
   return paths, shapes
 
 
-def choose(layers: list[Layer], most: int = 6) -> list[Layer]:
-  """Layers to show: one of each stage, spread over depth, with as many branches as there are.
+def choose(layers: list[FoldedLayer], most: int = 6) -> list[FoldedLayer]:
+  """Chooses the layers to show: one of each stage, with as many branches as possible.
 
-  A stage is what layers have in common that are in one scope at the top of the tree. Where stages
-  are many or few, the layers are chosen at equal distances.
+  The layers of a stage share a scope at the top of the tree. With too many or too few stages, the
+  layers are chosen at equal distances over the depth.
   """
   candidates = [layer for layer in layers if len(layer.branches) > 1] or layers
-  stages: dict[str, list[Layer]] = {}
+  stages: dict[str, list[FoldedLayer]] = {}
   for layer in candidates:
     stages.setdefault(layer.path.split("/")[0], []).append(layer)
   if not min(3, len(candidates)) <= len(stages) <= most:
@@ -180,43 +183,50 @@ def choose(layers: list[Layer], most: int = 6) -> list[Layer]:
   return list(map(_middle, stages.values()))
 
 
-def _middle(stage: list[Layer]) -> Layer:
-  """The middle one of the layers that have the most branches."""
+def _middle(stage: list[FoldedLayer]) -> FoldedLayer:
+  """Returns the middle layer among those with the most branches."""
   most = max(len(layer.branches) for layer in stage)
   full = [layer for layer in stage if len(layer.branches) == most]
   return full[len(full) // 2]
 
 
-def _layer(path: tuple[str, ...], params: Tree, stats: Tree) -> Layer:
+def _layer(path: tuple[str, ...], params: Tree, stats: Tree) -> FoldedLayer:
+  """Measures the RepConv at a path, in training form or deploy form."""
   for scope in path:
     params, stats = params[scope], stats.get(scope, {})
   names = () if "conv" in params else tuple(branch_order(params))
   taps, norms = jax.device_get(_measure(params, stats, names) if names else _measure_fused(params))
   if not np.isfinite(norms).all():
     raise InputError(f"the weights of {'/'.join(path)} are not finite; has this run diverged?")
-  parts = [Part(np.asarray(tap, np.float64), float(norm)) for tap, norm in zip(taps, norms)]
+  measured = [
+    KernelStats(np.asarray(tap, np.float64), float(norm)) for tap, norm in zip(taps, norms)
+  ]
   channels = next(leaf.shape[-1] for leaf in jax.tree.leaves(params) if leaf.ndim == 4)
   several = names if len(names) > 1 else ()
-  return Layer("/".join(path), channels, parts[0], dict(zip(several, parts[1:])))
+  branches = dict(zip(several, measured[1:]))
+  return FoldedLayer("/".join(path), channels, measured[0], branches)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _measure(params: Tree, stats: Tree, names: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-  """`_in_short` of the fused kernel and of each branch's part in it, on a first axis."""
+  """Returns `_statistics` of the fused kernel and of each branch, stacked on a first axis."""
 
   def measure(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _in_short(_fold(_weighted(params, names, weights), stats, EPSILON))
+    return _statistics(_fold(_weighted(params, names, weights), stats, EPSILON))
 
-  # One fold compiled, and one after the other in memory.
+  # The first row keeps all branches, row i only branch i. `lax.map` compiles one fold and runs the
+  # rows one after another, so that only one fused kernel is in memory.
   rows = np.concatenate([np.ones((1, len(names))), np.eye(len(names))])
   return jax.lax.map(measure, jnp.asarray(rows, jnp.float32))
 
 
 @jax.jit
 def _measure_fused(params: Tree) -> tuple[jax.Array, jax.Array]:
-  return jax.tree.map(lambda x: x[None], _in_short(params))
+  """Returns `_statistics` of a layer in deploy form, with a first axis of size one."""
+  return jax.tree.map(lambda x: x[None], _statistics(params))
 
 
-def _in_short(folded: Tree) -> tuple[jax.Array, jax.Array]:
+def _statistics(folded: Tree) -> tuple[jax.Array, jax.Array]:
+  """Returns the fields of `KernelStats` for a folded layer."""
   kernel = folded["conv"]["kernel"]
   return jnp.abs(kernel).mean((2, 3)), jnp.sqrt(jnp.square(kernel).sum())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from repjax.errors import InputError
-from repjax.report.curves import Curve, distinct_names, read_history, thinned, value_at
+from repjax.report.history import Curve, distinct_names, read_history, thinned, value_at
 
 pytest_plugins = ["tests.training.fixtures"]
 

@@ -1,0 +1,486 @@
+"""The fields of a run's config: one table with each default, its documentation and its check.
+
+A recipe in `repjax.configs` starts from `default()` and sets what differs. On the command line,
+`--config.NAME=VALUE` sets a field. The row of the field in FIELDS, or in OVERRIDES for
+`--config.model_overrides.NAME`, says what the value means.
+
+This module imports neither jax nor a room of the package. Where a field names something that a room
+implements, the table holds the names, and a test holds that they are the names of that room.
+"""
+
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+import ml_collections
+from ml_collections import config_dict
+
+from repjax.errors import InputError, unknown
+
+Config: TypeAlias = Any
+"""An ml_collections.ConfigDict with the fields of FIELDS; the fields have no static types."""
+
+Check = Callable[[str, Any], None]
+"""Raises InputError if a value does not suit the field of a given name."""
+
+
+def _one_of(*choices: str) -> Check:
+  def check(name: str, value: Any) -> None:
+    if value not in choices:
+      raise unknown(f"value of config.{name}", value, choices)
+
+  return check
+
+
+def _number(test: Callable[[Any], bool], expected: str) -> Check:
+  """Returns a check of a number. NaN fails it, since every comparison with NaN is false."""
+
+  def check(name: str, value: Any) -> None:
+    if not (isinstance(value, numbers.Real) and test(value)):
+      raise InputError(f"config.{name} must be {expected}, got {value}")
+
+  return check
+
+
+def _three_numbers(test: Callable[[Any], bool], expected: str) -> Check:
+  """Returns a check of one number for each colour channel."""
+
+  def check(name: str, value: Any) -> None:
+    given = value if isinstance(value, tuple | list) else ()
+    if len(given) != 3 or not all(isinstance(x, numbers.Real) and test(x) for x in given):
+      raise InputError(f"config.{name} must be three numbers{expected}, got {value}")
+
+  return check
+
+
+_ABOVE_0 = _number(lambda value: value > 0, "above 0")
+_AT_LEAST_0 = _number(lambda value: value >= 0, "at least 0")
+_AT_LEAST_1 = _number(lambda value: value >= 1, "at least 1")
+_BELOW_1 = _number(lambda value: 0 <= value < 1, "at least 0 and below 1")
+_7_OR_8 = _number(lambda value: value in (7, 8), "7 or 8")
+
+DTYPES = ("float32", "bfloat16")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+SCHEDULES = ("cosine", "step", "poly")
+OPTIMIZERS = ("sgd", "adamw")
+DECAY_RULES = ("kernels_and_fast_biases", "all_but_penalised_kernels", "more_than_one_axis")
+QAT_ACTIVATIONS = ("uint8", "int8")
+
+
+class Field(NamedTuple):
+  """A row of the table.
+
+  Attributes:
+    name: the field is `config.NAME`.
+    default: the value in `default()`. The field takes values of its type only.
+    text: the documentation.
+    check: refuses values that no run could use. None: every value of the type may pass.
+    kind: the type of a field whose default is None.
+    evaluates: evaluation and conversion read the field too, and check it.
+    free: no parameter depends on the field, so it may change when a run continues.
+    before: what runs did that are older than the field. None: unknown, so that such a run continues
+      whatever the value.
+  """
+
+  name: str
+  default: Any
+  text: str
+  check: Check | None = None
+  kind: type | None = None
+  evaluates: bool = False
+  free: bool = False
+  before: Any = None
+
+
+OVERRIDES = (
+  Field("act", None, 'Activation: "relu", "silu" or "gelu".', kind=str),
+  Field("dropout", None, "Rate of the dropout before the classifier.", kind=float),
+  Field("remat", None, "Recompute each block in the backward pass, to save memory.", kind=bool),
+  Field("stage_sizes", None, "Blocks in each stage, or in each stream of ParNet.", kind=tuple),
+  Field("width_multipliers", None, "Factors on the channels of RepVGG's stages.", kind=tuple),
+  Field("strides", None, "Strides of the stem and of each stage.", kind=tuple),
+  Field("groups", None, "Groups of RepVGG's convolutions in every second block.", kind=int),
+  Field("se", None, 'Squeeze-and-excitation in RepVGG: "pre" or "post".', kind=str),
+  Field("se_reduction", None, "Factor by which the hidden layer of SE is narrower.", kind=int),
+  Field("aux_heads", None, "Build RepVGG's auxiliary heads.", kind=bool),
+  Field("block", None, 'Block of ResNet: "basic" or "bottleneck".', kind=str),
+  Field("widths", None, "Channels of each stage or stream.", kind=tuple),
+  Field("stem_features", None, "Channels of ResNet's stem.", kind=int),
+  Field("output_stride", None, "Ratio of the image size to the size of the last map.", kind=int),
+  Field("hidden", None, "Width of VGG's two hidden fully connected layers.", kind=int),
+  Field("tile", None, "Height and width of RepMLP's tiles: a number or a tuple.", kind=object),
+  Field("fc3_groups", None, "Groups of RepMLP's FC3: a number or a tuple.", kind=object),
+  Field("local_kernels", None, "Kernel sizes of the local convolutions of RepMLP.", kind=tuple),
+  Field("reduction", None, "Factor by which a Global Perceptron is narrower inside.", kind=int),
+  Field("global_perceptron", None, "Build the Global Perceptrons of RepMLP.", kind=bool),
+  Field("fc3", None, 'FC3 of RepMLP: "dense", or a convolution such as "conv9x9".', kind=str),
+  Field("mixer", None, 'Block of RepMLP: "repmlp", or a convolution such as "conv9x9".', kind=str),
+  Field("repmlp_block", None, 'Block of RepMLP-ResNet: "bottleneck" or "light".', kind=str),
+  Field("repmlp_stages", None, "Numbers of the stages of ResNet with RepMLP.", kind=tuple),
+  Field("narrowing", None, "Factors by which RepMLP is narrower than bottlenecks.", kind=tuple),
+  Field("tiles", None, "Tiles of each stage of RepMLPNet.", kind=tuple),
+  Field("share_sets", None, "Weight sets that each stage of RepMLPNet shares.", kind=tuple),
+  Field("patch_size", None, "Size and stride in pixels of RepMLPNet's embedding.", kind=int),
+  Field("stem_blocks", None, "Stream blocks in ParNet's stem.", kind=int),
+  Field("last_block", None, 'Last block of ParNet: "downsample" or "conv1x1".', kind=str),
+)
+"""The fields of `config.model_overrides`: attributes of a model. None: as the variant has them.
+
+The classes in `repjax.models` document each attribute in full.
+"""
+
+FIELDS = (
+  # Start.
+  Field(
+    "init_from",
+    None,
+    "Folder of a run or an import to take weights from. None: weights are drawn. With a folder, "
+    "`model`, `model_overrides` and the preprocessing may be None, which means as in the folder.",
+    kind=str,
+    free=True,  # A run that has begun does not read it again.
+  ),
+  # Model.
+  Field("model", "repvgg_a0", "A name from `repjax.list_models()`."),
+  Field("model_overrides", None, "Attributes that replace those of the variant, see OVERRIDES."),
+  Field(
+    "num_classes",
+    1000,
+    "Outputs of the classifier. None: as many as the data set has classes.",
+    _AT_LEAST_1,
+  ),
+  Field(
+    "dtype",
+    "float32",
+    'Type of the computation: "float32" or "bfloat16". Parameters are always float32.',
+    _one_of(*DTYPES),
+  ),
+  Field("sync_batch_norm", False, "Share the statistics of batch norms between devices."),
+  # Data.
+  Field(
+    "dataset",
+    "imagenet2012",
+    'A data set of `repjax prepare-dataset`, a TFDS name, "digits" or "synthetic".',
+    evaluates=True,
+  ),
+  Field(
+    "data_dir",
+    None,
+    "Folder of the data sets. None: the default of TFDS.",
+    kind=str,
+    evaluates=True,
+    free=True,  # A fingerprint tells whether the images are the same.
+  ),
+  Field("train_split", "train", "Split of the data set to train on."),
+  Field("eval_split", "validation", "Split of the data set to evaluate on.", evaluates=True),
+  Field("image_size", 224, "Side in pixels of the square images in training.", _AT_LEAST_1),
+  Field(
+    "eval_image_size",
+    None,
+    "Side in pixels in evaluation and deployment. None: as in training.",
+    _AT_LEAST_1,
+    kind=int,
+  ),
+  Field(
+    "resize_size", 256, "Length in pixels of the shorter side, before evaluation's central crop."
+  ),
+  Field(
+    "interpolation",
+    "bilinear",
+    'Method of resizing: "nearest", "bilinear" or "bicubic".',
+    _one_of(*INTERPOLATIONS),
+  ),
+  Field(
+    "mean",
+    (0.485, 0.456, 0.406),
+    "Mean of each channel, subtracted from values in 0 ... 1.",
+    _three_numbers(lambda value: True, ""),
+  ),
+  Field(
+    "std",
+    (0.229, 0.224, 0.225),
+    "Standard deviation of each channel, by which the difference is divided.",
+    _three_numbers(lambda value: value > 0, " above 0"),
+  ),
+  Field(
+    "augment",
+    "random_resized_crop | flip",
+    "Steps of the augmentation, with | between them, see repjax/data/augmentation/parser.py.",
+  ),
+  Field(
+    "num_workers",
+    0,
+    "Processes that read and augment images. 0: threads of this process.",
+    _AT_LEAST_0,
+    evaluates=True,
+    free=True,
+  ),
+  # Length of the training.
+  Field("batch_size", 256, "Images in an update, over all devices.", _AT_LEAST_1, evaluates=True),
+  Field(
+    "accumulate_steps",
+    1,
+    "Parts into which each device cuts its share of a batch, to need less memory. The gradients of "
+    "all parts are averaged before the one update. Batch norms see one part at a time.",
+    _AT_LEAST_1,
+  ),
+  Field("num_epochs", 120.0, "Passes over the training split.", _ABOVE_0),
+  Field("num_steps", None, "Number of updates, in place of `num_epochs`.", kind=int),
+  # Learning rate. Rates are for a batch of 256 and are scaled linearly with `batch_size`.
+  Field("learning_rate", 0.1, "Peak of the learning rate, for a batch of 256.", _ABOVE_0),
+  Field(
+    "schedule",
+    "cosine",
+    'Curve after the warm-up: "cosine", "step" or "poly", see repjax/training/schedules.py.',
+    _one_of(*SCHEDULES),
+  ),
+  Field("warmup_epochs", 0.0, "Epochs of linear warm-up to the peak.", _AT_LEAST_0),
+  Field(
+    "warmup_rate", 0.0, "Rate of the first step of a warm-up, for a batch of 256.", _AT_LEAST_0
+  ),
+  Field(
+    "warmup_overlaps", False, "The curve begins with the run. False: it begins after the warm-up."
+  ),
+  Field(
+    "final_rate",
+    0.0,
+    'Rate at which "cosine" and "poly" end and below which "step" does not fall, for a batch of '
+    "256.",
+    _AT_LEAST_0,
+  ),
+  Field(
+    "cooldown_epochs",
+    0.0,
+    "Epochs at `final_rate` that end the run, counted in `num_epochs`.",
+    _AT_LEAST_0,
+    before=0.0,
+  ),
+  Field("drop_epochs", 30.0, 'Epochs between two drops of "step".', _ABOVE_0),
+  Field("drop_factor", 0.1, 'Factor of each drop of "step".', _ABOVE_0),
+  Field("poly_power", 0.9, 'Power p of "poly": the rate follows (1 - part done)^p.', _ABOVE_0),
+  Field(
+    "backbone_rate",
+    1.0,
+    "Factor on the rate of all parameters except the classifier's. 0: they are frozen.",
+    _AT_LEAST_0,
+    before=1.0,
+  ),
+  # Optimizer.
+  Field("optimizer", "sgd", 'Optimizer: "sgd" or "adamw".', _one_of(*OPTIMIZERS)),
+  Field("momentum", 0.9, "Momentum of SGD, or the first beta of AdamW.", _AT_LEAST_0),
+  Field("nesterov", False, "Use Nesterov momentum, in SGD only."),
+  Field("weight_decay", 1e-4, "Factor of the weight decay.", _AT_LEAST_0),
+  Field(
+    "weight_decay_rule",
+    "kernels_and_fast_biases",
+    "The parameters that decay, and the rate of biases, see repjax/training/optimizer.py.",
+    _one_of(*DECAY_RULES),
+  ),
+  Field(
+    "custom_l2",
+    0.0,
+    "Weight of RepVGG's custom L2 penalty, see repjax/training/custom_l2.py. 0: off.",
+    _AT_LEAST_0,
+  ),
+  Field("clip_norm", 0.0, "Largest norm of the whole gradient. 0: no limit.", _AT_LEAST_0),
+  Field(
+    "ema_decay",
+    0.0,
+    "Decay, in each update, of a moving average of parameters and statistics. The average is also "
+    "evaluated, decides which checkpoint is the best, and is deployed. During the warm-up it is a "
+    "copy. 0: off.",
+    _BELOW_1,
+    before=0.0,
+  ),
+  # Quantization-aware training, see repjax/training/quantization.py.
+  Field(
+    "qat",
+    False,
+    "Fine-tune the network of `init_from` while its layers are rounded to 8 bits.",
+    before=False,
+  ),
+  Field(
+    "qat_activations",
+    "uint8",
+    'Type of rounded activations: "uint8", or "int8", which is symmetric, for TensorRT.',
+    _one_of(*QAT_ACTIVATIONS),
+  ),
+  Field(
+    "qat_weight_bits", 7, "Bits of rounded weights. 8 is for CPUs with VNNI and for GPUs.", _7_OR_8
+  ),
+  Field("qat_images", 256, "Images of the training split to calibrate with.", _AT_LEAST_1),
+  # Loss.
+  Field("label_smoothing", 0.0, "Share of a target that all classes divide equally.", _BELOW_1),
+  Field("mixup", 0.0, "Alpha of Mixup's Beta distribution. 0: off.", _AT_LEAST_0),
+  Field(
+    "cutmix",
+    0.0,
+    "Alpha of CutMix's Beta distribution. 0: off. With Mixup on too, each step takes one of both.",
+    _AT_LEAST_0,
+  ),
+  Field(
+    "aux_weight", 0.1, "Weight of the loss of each auxiliary head that the model has.", _AT_LEAST_0
+  ),
+  # The run.
+  Field("seed", 0, "Seed of initialization, data order, augmentation and dropout.", _AT_LEAST_0),
+  Field("log_every_steps", 50, "Steps between two lines of the log.", _AT_LEAST_1, free=True),
+  Field(
+    "eval_every_epochs",
+    1.0,
+    "Epochs between two evaluations, each with a checkpoint.",
+    _ABOVE_0,
+    free=True,
+  ),
+  Field(
+    "save_every_minutes",
+    10.0,
+    "Minutes between two checkpoints without evaluation. 0: none.",
+    _AT_LEAST_0,
+    free=True,
+  ),
+  Field("tensorboard", False, "Write event files for TensorBoard, with tensorboardX.", free=True),
+  Field(
+    "recalibrate_batches",
+    0,
+    "Batches over which batch norms are re-estimated at the end. 0: none. A frozen backbone keeps "
+    "its statistics.",
+    _AT_LEAST_0,
+    free=True,
+  ),
+  Field(
+    "tolerance",
+    1e-5,
+    "Largest relative difference between the logits of training form and deploy form.",
+    _ABOVE_0,
+    evaluates=True,
+    free=True,
+  ),
+)
+"""Every field of a config."""
+
+EVALUATION_FIELDS = tuple(field.name for field in FIELDS if field.evaluates)
+"""The fields that evaluation and conversion read."""
+
+FREE = frozenset(field.name for field in FIELDS if field.free)
+"""The fields that may change when a run continues."""
+
+BEFORE = {field.name: field.before for field in FIELDS if field.before is not None}
+"""What runs did that are older than a field: field to value."""
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns a new config with every field at its default: the RepVGG paper's simple recipe."""
+  config = _at_defaults(field for field in FIELDS if field.name != "model_overrides")
+  config.model_overrides = _at_defaults(OVERRIDES)
+  return config
+
+
+def _at_defaults(fields: Iterable[Field]) -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  for field in fields:
+    value = field.default if field.kind is None else config_dict.placeholder(field.kind)
+    config[field.name] = value
+  return config
+
+
+def check_fields(config: Config, names: Iterable[str] | None = None) -> None:
+  """Raises InputError if a config lacks one of some fields; of all fields, without `names`."""
+  names = [field.name for field in FIELDS] if names is None else names
+  missing = [name for name in names if name not in config]
+  if missing:
+    raise InputError(
+      f"the config lacks {', '.join(missing)}. A config starts from repjax.config.default(); a "
+      "config.json that lacks a field is damaged"
+    )
+
+
+def check_evaluation(config: Config) -> None:
+  """Raises InputError for a missing or wrong field among those that evaluation reads."""
+  check_fields(config, EVALUATION_FIELDS)
+  if config.dataset is None:
+    raise InputError(
+      "no data set is named. Pass --dataset NAME --split SPLIT: a TFDS name such as imagenet2012 "
+      "with the classes of the model, or synthetic for noise"
+    )
+  for field in FIELDS:
+    if field.evaluates:
+      _check_value(config, field)
+
+
+def check_config(config: Config) -> None:
+  """Raises InputError for a missing field, a wrong value, or values that exclude each other.
+
+  Values that need another room to judge, such as names of models, are checked where they are used.
+  """
+  check_fields(config)
+  check_evaluation(config)
+  for field in FIELDS:
+    _check_value(config, field)
+  check_rates(config)
+  check_optimizer(config)
+  check_custom_l2(config)
+  check_qat(config)
+  check_overrides(config)
+
+
+def _check_value(config: Config, field: Field) -> None:
+  """Applies the check of a field; a field whose default is None may be None."""
+  value = config[field.name]
+  if field.check is not None and not (value is None and field.default is None):
+    field.check(field.name, value)
+
+
+def check_rates(config: Config) -> None:
+  """Raises InputError if the schedule's ends are above its peak."""
+  for name in ("warmup_rate", "final_rate"):
+    if config[name] > config.learning_rate:
+      raise InputError(
+        f"config.{name} = {config[name]} is above the peak, config.learning_rate = "
+        f"{config.learning_rate}"
+      )
+
+
+def check_optimizer(config: Config) -> None:
+  """Raises InputError for fields of SGD that AdamW does not take."""
+  if config.optimizer != "adamw":
+    return
+  if config.nesterov:
+    raise InputError(
+      "config.nesterov is for SGD only; with config.optimizer = 'adamw' leave it False"
+    )
+  if config.momentum >= 1:
+    raise InputError(
+      f"config.momentum is the first beta of AdamW and must be below 1, got {config.momentum}"
+    )
+
+
+def check_custom_l2(config: Config) -> None:
+  """Raises InputError if penalised kernels would decay too, or have no statistics of a batch."""
+  if not config.custom_l2:
+    return
+  if config.qat:
+    raise InputError(
+      f"config.custom_l2 = {config.custom_l2} needs statistics of the batch, but with config.qat "
+      "batch norms keep their running statistics; set it to 0"
+    )
+  if config.weight_decay_rule != "all_but_penalised_kernels":
+    raise InputError(
+      f"config.custom_l2 = {config.custom_l2} replaces weight decay on the kernels that it "
+      f"penalises, but config.weight_decay_rule = {config.weight_decay_rule!r} would decay them "
+      "too; set it to 'all_but_penalised_kernels', or config.custom_l2 to 0"
+    )
+
+
+def check_qat(config: Config) -> None:
+  """Raises InputError if quantization-aware training would not compute in float32."""
+  if config.qat and config.dtype != "float32":
+    raise InputError(
+      f"config.qat computes in float32 and rounds to 8 bits, but config.dtype = {config.dtype!r}; "
+      "set it to 'float32'"
+    )
+
+
+def check_overrides(config: Config) -> None:
+  """Raises InputError for attributes of a model that training sets itself."""
+  for name in ("axis_name", "deploy", "features_only"):
+    if config.model_overrides.get(name):
+      raise InputError(f"model_overrides.{name} is not for training; leave it out")

@@ -1,0 +1,165 @@
+"""The table of config fields: its documentation, its checks, and the names that rooms implement."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from repjax import config as table
+from repjax.data.transforms import INTERPOLATIONS
+from repjax.errors import InputError
+from repjax.models import create_model, list_models
+from repjax.quantization import runtime
+from repjax.training import optimizer, planning, schedules
+from tests.training import tiny
+
+ROWS = [*table.FIELDS, *table.OVERRIDES]
+CHECKED = [field for field in table.FIELDS if field.check]
+WRONG = {
+  "a name": ("cosin", 3, None),
+  "a number": (-1, float("nan"), "3", (3,)),
+  "three numbers": ((0.5, 0.5), (0.5, 0.5, "0.5"), (0.5, 0.5, None), 0.5, None),
+}
+
+
+def kind_of(field):
+  if isinstance(field.default, tuple):
+    return "three numbers"
+  return "a name" if isinstance(field.default, str) else "a number"
+
+
+@pytest.mark.parametrize("field", ROWS, ids=lambda field: field.name)
+def test_every_field_has_a_sentence(field):
+  assert field.text[0].isupper()
+  assert field.text.endswith(".")
+  assert len(field.text) >= 20
+
+
+def test_no_field_has_two_rows():
+  for rows in (table.FIELDS, table.OVERRIDES):
+    names = [field.name for field in rows]
+    assert len(set(names)) == len(names)
+
+
+def test_the_defaults_are_the_rows_of_the_table_and_pass_every_check():
+  config = table.default()
+  assert set(config) == {field.name for field in table.FIELDS}
+  assert set(config.model_overrides) == {field.name for field in table.OVERRIDES}
+  for rows, values in ((table.FIELDS, config), (table.OVERRIDES, config.model_overrides)):
+    for field in rows:
+      if field.name != "model_overrides":
+        assert values[field.name] == field.default
+        assert values.get_type(field.name) is (field.kind or type(field.default))
+  table.check_config(config)
+  config.seed = 5
+  assert table.default().seed == 0
+
+
+def test_a_field_without_a_default_takes_values_of_its_type_only():
+  config = table.default()
+  config.num_steps = 3
+  with pytest.raises(TypeError):
+    config.num_steps = "three"
+
+
+@pytest.mark.parametrize("field", CHECKED, ids=lambda field: field.name)
+def test_every_check_refuses_wrong_values_and_names_the_field(field):
+  field.check(field.name, 1 if field.default is None else field.default)
+  for value in WRONG[kind_of(field)]:
+    with pytest.raises(InputError, match=rf"config\.{field.name}\b"):
+      field.check(field.name, value)
+
+
+@pytest.mark.parametrize("field", CHECKED, ids=lambda field: field.name)
+def test_a_config_with_a_wrong_value_is_refused_by_its_field(field):
+  config = ml_collections.ConfigDict(table.default().to_dict())
+  with config.ignore_type():
+    config[field.name] = WRONG[kind_of(field)][0]
+  with pytest.raises(InputError, match=rf"config\.{field.name}\b"):
+    table.check_config(config)
+  if field.evaluates:
+    with pytest.raises(InputError, match=rf"config\.{field.name}\b"):
+      table.check_evaluation(config)
+  else:
+    table.check_evaluation(config)
+
+
+def test_only_a_field_whose_default_is_none_may_be_none():
+  config = ml_collections.ConfigDict(table.default().to_dict())
+  table.check_config(config)
+  with config.ignore_type():
+    config.num_classes = None
+  with pytest.raises(InputError, match=r"config\.num_classes"):
+    table.check_config(config)
+
+
+def test_evaluation_needs_its_own_fields_only():
+  held = table.default().to_dict()
+  few = ml_collections.ConfigDict({name: held[name] for name in table.EVALUATION_FIELDS})
+  table.check_evaluation(few)
+  with pytest.raises(InputError, match="the config lacks"):
+    table.check_config(few)
+
+
+@pytest.mark.parametrize(
+  ("names", "implemented"),
+  [
+    (table.DTYPES, planning.DTYPES),
+    (table.INTERPOLATIONS, INTERPOLATIONS),
+    (table.SCHEDULES, schedules.CURVES),
+    (table.OPTIMIZERS, optimizer.OPTIMIZERS),
+    (table.DECAY_RULES, optimizer.DECAY_RULES),
+    (table.QAT_ACTIVATIONS, runtime.ACTIVATIONS),
+  ],
+  ids=["dtype", "interpolation", "schedule", "optimizer", "weight_decay_rule", "qat_activations"],
+)
+def test_the_names_of_the_table_are_those_that_rooms_implement(names, implemented):
+  assert set(names) == set(implemented)
+  assert len(set(names)) == len(names)
+
+
+def test_types_of_the_computation_are_those_of_their_names():
+  assert {name: jnp.dtype(value).name for name, value in planning.DTYPES.items()} == {
+    name: name for name in table.DTYPES
+  }
+
+
+def test_the_rules_that_spare_penalised_kernels_are_those_that_custom_l2_takes():
+  for rule, row in optimizer.DECAY_RULES.items():
+    config = table.default()
+    config.update({"custom_l2": 1e-4, "weight_decay_rule": rule})
+    if row.spares_penalised:
+      table.check_custom_l2(config)
+    else:
+      with pytest.raises(InputError, match=r"config\.weight_decay_rule"):
+        table.check_custom_l2(config)
+
+
+def test_the_overrides_are_the_attributes_of_the_models():
+  # What a config sets elsewhere, or training by itself.
+  apart = {"num_classes", "dtype", "param_dtype", "axis_name", "deploy", "features_only"}
+  models = {type(model): model for model in map(create_model, list_models())}.values()
+  attributes = {field.name for model in models for field in dataclasses.fields(model)}
+  assert {field.name for field in table.OVERRIDES} == attributes - apart - {"parent", "name"}
+
+
+def test_runs_older_than_a_field_did_what_its_default_does():
+  held = table.default()
+  assert table.BEFORE == {
+    "backbone_rate": 1.0,
+    "cooldown_epochs": 0.0,
+    "ema_decay": 0.0,
+    "qat": False,
+  }
+  assert all(held[name] == value for name, value in table.BEFORE.items())
+
+
+def test_importing_repjax_loads_no_config():
+  program = "import repjax, sys; print({'repjax.config', 'ml_collections'} & {*sys.modules})"
+  shown = subprocess.run(
+    [sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, text=True, check=True
+  )
+  assert shown.stdout == "set()\n"
