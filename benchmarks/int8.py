@@ -21,11 +21,11 @@ from typing import Any
 
 import jax
 import timing
+from repjax.cli.int8_rows import FLOAT, INT8, WEIGHTS
 
 import repjax
 from repjax import training
 from repjax.cli import int8_rows
-from repjax.cli.int8_rows import FLOAT, INT8, WEIGHTS
 from repjax.errors import one_paragraph
 from repjax.models import image_size_of
 from repjax.onnx.proto import need_onnx

@@ -31,11 +31,11 @@ def workdir(tmp_path):
 
 
 @needs_onnx
-def test_the_script_writes_a_folder_and_a_table(run_script, workdir, tmp_path, monkeypatch):
+def test_the_script_writes_a_folder_and_a_table(run_command, workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(processor, "saturates", lambda: True)
   target = tmp_path / "below" / "int8"
   few = ("--images", 16, "--rounds", 2, "--float-layers", 1)
-  printed = run_script("quantize", "--workdir", workdir, "--to", target, *few)
+  printed = run_command("quantize", "--workdir", workdir, "--to", target, *few)
   assert "no VNNI" not in printed  # of weights in 7 bits
   lines = printed.splitlines()
   facts = json.loads((target / "export.json").read_text())
@@ -56,15 +56,15 @@ def test_the_script_writes_a_folder_and_a_table(run_script, workdir, tmp_path, m
   with pytest.raises(InputError, match="which ONNX Runtime, OpenVINO or TensorRT runs and JAX"):
     repjax.deploy.load_exported(target)
   with pytest.raises(SystemExit, match="already; give another path"):
-    run_script("quantize", "--workdir", workdir, "--to", target)
+    run_command("quantize", "--workdir", workdir, "--to", target)
 
 
 @needs_onnx
-def test_a_file_of_int8_weights_comes_without_a_ranking(run_script, workdir, tmp_path, monkeypatch):
+def test_int8_weights_come_without_a_ranking(run_command, workdir, tmp_path, monkeypatch):
   monkeypatch.setattr("repjax.quantization.sensitivity", None)  # which must not be called
   few = ("--images", 16, "--rounds", 2, "--weights-only", "--weight-bits", 8)
   monkeypatch.setattr(processor, "saturates", lambda: True)
-  printed = run_script("quantize", "--workdir", workdir, "--to", tmp_path / "small", *few)
+  printed = run_command("quantize", "--workdir", workdir, "--to", tmp_path / "small", *few)
   assert "no VNNI" not in printed
   assert "layer alone in int8" not in printed
   assert {path.name for path in (tmp_path / "small").iterdir()} == {
@@ -76,10 +76,10 @@ def test_a_file_of_int8_weights_comes_without_a_ranking(run_script, workdir, tmp
 
 
 @needs_onnx
-def test_symmetric_activations_take_weights_in_8_bits(run_script, workdir, tmp_path, monkeypatch):
+def test_symmetric_activations_take_weights_in_8_bits(run_command, workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(processor, "saturates", lambda: True)
   few = ("--images", 16, "--rounds", 2, "--activations", "int8", "--no-bias-correction")
-  printed = run_script("quantize", "--workdir", workdir, "--to", tmp_path / "int8", *few)
+  printed = run_command("quantize", "--workdir", workdir, "--to", tmp_path / "int8", *few)
   assert "no VNNI" not in printed  # sums of int8 and int8 do not overflow
   settings = json.loads((tmp_path / "int8" / "export.json").read_text())["settings"]
   assert (settings["activations"], settings["weight_bits"]) == ("int8", 8)
@@ -87,11 +87,11 @@ def test_symmetric_activations_take_weights_in_8_bits(run_script, workdir, tmp_p
 
 @needs_onnx
 def test_mistakes_end_the_script_in_one_paragraph(
-  run_script, workdir, tmp_path, monkeypatch, capsys
+  run_command, workdir, tmp_path, monkeypatch, capsys
 ):
   def text(*arguments):
     with pytest.raises(SystemExit) as stop:
-      run_script("quantize", *arguments)
+      run_command("quantize", *arguments)
     return stop.value.code
 
   assert text("--workdir", tmp_path / "no").startswith(f"error: {tmp_path}/no/model.json does not")

@@ -18,9 +18,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
-def report(run_script):
+def report(run_command):
   """Runs the script in this process; what it printed."""
-  return functools.partial(run_script, "report")
+  return functools.partial(run_command, "report")
 
 
 def test_a_run_gets_its_picture_again(report, finished, tmp_path):
