@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 LEAVES = {"cache", "disk", "errors", "runs", "timing"}
 # Each room, and the rooms besides the leaves that it may import.
 MAY_IMPORT = {
-  **dict.fromkeys(LEAVES, set()),
+  **{leaf: set() for leaf in LEAVES},
   "algebra": set(),
   "program": set(),
   "layers": {"algebra"},

@@ -12,10 +12,12 @@ import tensorflow_datasets as tfds
 
 from repjax.data import open_source
 from tests.cli.helpers import stop_of
+from tests.data import test_tfrecords
 from tests.data.test_folder import files_below, write_image
 from tests.training.tiny import ROOT
 
 pytest_plugins = ["tests.training.fixtures"]
+tfrecord_set = test_tfrecords.tfrecord_set
 
 
 @pytest.fixture(autouse=True)
