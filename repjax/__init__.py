@@ -35,7 +35,7 @@ _MODULE_OF = {
 }
 _MODULES = (
   *("algebra", "analysis", "data", "deploy", "disk", "layers", "models", "onnx", "quantization"),
-  *("reparam", "spec", "training", "weights"),
+  *("reparam", "report", "spec", "training", "weights"),
 )
 
 

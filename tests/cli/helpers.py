@@ -1,4 +1,4 @@
-"""What the tests of commands share."""
+"""A helper for tests of programs that end with an error."""
 
 import pytest
 

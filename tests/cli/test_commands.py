@@ -1,4 +1,4 @@
-"""The command lines over the package."""
+"""Tests of `repjax convert`, `evaluate`, `import` and `export-weights`."""
 
 import hashlib
 import json
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.usefixtures("quick_programs")
 
 @pytest.fixture
 def workdir(finished, tmp_path):
-  """A copy of a finished run."""
+  """Returns a copy of a finished run."""
   return shutil.copytree(finished[0], tmp_path / "run")
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-  """The path of a state dict of a small network with 10 classes, in timm's names."""
+  """Writes the state dict of a small network with 10 classes in timm's names; returns its path."""
 
   def write(kind="train"):
     path = tmp_path / f"repvgg_a0-{kind}.npz"
@@ -40,7 +40,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def import_weights(run_command, tmp_path):
-  """Imports a small network's checkpoint; the workdir and what was printed."""
+  """Imports the checkpoint of a small network; returns the workdir and what was printed."""
 
   def run(path, *arguments):
     workdir = tmp_path / "imported"
@@ -52,7 +52,7 @@ def import_weights(run_command, tmp_path):
   return run
 
 
-def test_reparameterize_makes_the_deploy_form_again(run_command, workdir, finished):
+def test_convert_makes_the_deploy_form_again(run_command, workdir, finished):
   shutil.rmtree(workdir / "deploy")
   printed = run_command("convert", "--workdir", workdir)
   assert json.loads((workdir / "deploy" / "report.json").read_text()) == finished[1]
@@ -60,7 +60,7 @@ def test_reparameterize_makes_the_deploy_form_again(run_command, workdir, finish
   assert printed.endswith(f"saved: {workdir}/deploy\n")
 
 
-def test_reparameterize_overwrites_nothing_where_the_forms_differ(run_command, workdir):
+def test_convert_overwrites_nothing_where_the_forms_differ(run_command, workdir):
   before = tiny.contents(workdir)
   with pytest.raises(SystemExit) as stop:
     run_command("convert", "--workdir", workdir, "--tolerance", "1e-12")

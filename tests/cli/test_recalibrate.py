@@ -1,4 +1,4 @@
-"""repjax recalibrate as people call it."""
+"""Tests of `repjax recalibrate`."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def test_an_import_is_recalibrated_on_what_is_named_and_undone_on_noise(run_comm
   path, folder = tmp_path / "a0.npz", tmp_path / "imported"
   np.savez(path, **cases.random_state("repvgg_a0", "train", "timm", **cases.TINY))
   weights.import_weights(str(path), folder, overrides=cases.TINY)
-  small = Preprocessing(32, 32)  # which is quick
+  small = Preprocessing(32, 32)  # small images are quick
   dataclasses.replace(repjax.ModelSpec.read(folder), preprocessing=small).write(folder)
   text = stop_of(run_command, "recalibrate", "--workdir", folder, "--batches", 1)
   assert text.startswith("error: no data set is named: pass --dataset NAME --split SPLIT")

@@ -1,4 +1,4 @@
-"""`repjax report` over runs and imports."""
+"""Tests of `repjax report`."""
 
 import functools
 import importlib.util
@@ -19,7 +19,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def report(run_command):
-  """Runs the script in this process; what it printed."""
+  """Runs `repjax report` in this process, and returns what it printed."""
   return functools.partial(run_command, "report")
 
 
