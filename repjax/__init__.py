@@ -34,8 +34,8 @@ _MODULE_OF = {
   "reparameterize": "reparam",
 }
 _MODULES = (
-  *("algebra", "analysis", "data", "deploy", "disk", "layers", "models", "onnx", "quantization"),
-  *("reparam", "report", "spec", "training", "weights"),
+  *("algebra", "analysis", "data", "deploy", "disk", "errors", "layers", "models", "onnx"),
+  *("quantization", "reparam", "report", "runs", "spec", "training", "weights"),
 )
 
 

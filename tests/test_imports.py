@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import repjax
+
 PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
 # A room is a file or a folder of the package. Every room may import the leaves.
@@ -192,3 +194,13 @@ def test_the_benchmark_of_inference_loads_no_package_of_training(loaded):
   names = loaded[0]["benchmark"]
   assert "subjects" in names
   assert not {"optax", "grain", "orbax", "matplotlib"} & {*names}
+
+
+@pytest.mark.parametrize("name", dir(repjax))
+def test_every_name_that_repjax_lists_can_be_loaded(name):
+  assert getattr(repjax, name) is not None
+
+
+def test_a_name_that_repjax_lacks_is_an_attribute_error():
+  with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+    _ = repjax.no_such_name
