@@ -1,19 +1,20 @@
-"""Times the ways to compute each convolution of a model's deploy form, on one device.
+"""Times the algorithms for each convolution of a model's deploy form, on one device.
 
-For every shape of convolution, with bias and ReLU behind it, in turns: those that
-`repjax.deploy.compile` chooses among, and two that it does not, since they have won nowhere:
+Every shape of convolution, followed by bias and ReLU, is timed with all algorithms in turns.
+`repjax.deploy.compile` chooses among the first four. The last two were never the fastest.
 
   direct            XLA's convolution
   matmul            the pixels under a kernel in a row, times the kernel
   winograd2, 4      F(2x2, 3x3) and F(4x4, 3x3)
   space_to_depth    blocks of 2x2 pixels as channels, for the stem (XLA's convolution at stride 1)
-  nine_products     a matrix product for each of the kernel's places, and their sum
+  nine_products     the sum of one matrix product for each tap of the kernel
 
-GFLOP/s count the plain definition, so that fewer multiplications show as more. Errors are relative
-ones against float64, as root mean squares. The last line adds up the model's layers, as they are
-computed by `direct` alone and by the fastest of all that are chosen among.
+GFLOP/s count the multiplications of the definition, so that an algorithm with fewer multiplications
+shows more. Errors are relative root mean squares against float64. The last line adds up all layers
+of the model: computed by `direct`, and by the fastest algorithm that `compile` chooses among.
 
-python benchmarks/convolutions.py --model repvgg_a0 --batch-size 1
+Example:
+  python benchmarks/convolutions.py --model repvgg_a0 --batch-size 1
 """
 
 import argparse
@@ -37,25 +38,28 @@ from repjax.spec import shapes_of
 
 
 def _blocks(x: Any) -> Any:
-  """(H, W) even: (..., H, W, C) as (..., H/2, W/2, 4 C)."""
+  """Returns (..., H, W, C) as (..., H/2, W/2, 4 C), for even H and W."""
   *rest, height, width, channels = x.shape
   x = x.reshape(*rest, height // 2, 2, width // 2, 2, channels)
   return x.swapaxes(-4, -3).reshape(*rest, height // 2, width // 2, 4 * channels)
 
 
 def _prepare_blocks(kernel: np.ndarray, wanted: Convolution) -> np.ndarray:
+  """Returns the 2x2 kernel over blocks that equals a 3x3 kernel (3, 3, I, O) at stride 2."""
   del wanted
-  kernel = np.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))  # 4x4: 2x2 blocks
+  kernel = np.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))  # (4, 4, I, O), which 2x2 divides
   return np.moveaxis(_blocks(np.moveaxis(kernel, 3, 0)), 0, 3)
 
 
 def _by_blocks(x: jax.Array, kernel: jax.Array, wanted: Convolution) -> jax.Array:
+  """Computes the stem's convolution over 2x2 blocks, at stride 1."""
   x = _blocks(jnp.pad(x, ((0, 0), *wanted.padding, (0, 0))))
   layout = ("NHWC", "HWIO", "NHWC")
   return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=layout)
 
 
 def _nine_products(x: jax.Array, kernel: jax.Array, wanted: Convolution) -> jax.Array:
+  """Computes a convolution as the sum of one matrix product for each tap of the kernel."""
   height, width = wanted.kernel[:2]
   x = jnp.pad(x, ((0, 0), *wanted.padding, (0, 0)))
   (down, across), rows, columns = wanted.strides, x.shape[1] - height, x.shape[2] - width
@@ -68,6 +72,7 @@ def _nine_products(x: jax.Array, kernel: jax.Array, wanted: Convolution) -> jax.
 
 
 def _is_stem(wanted: Convolution) -> bool:
+  """Returns whether a convolution is a 3x3 at stride 2 over images with even sides."""
   plain = wanted.groups == 1 and wanted.dilation == (1, 1) and wanted.strides == (2, 2)
   small = wanted.kernel[:3] == (3, 3, 3) and wanted.padding == ((1, 1), (1, 1))
   return plain and small and not any(side % 2 for side in wanted.images[1:3])
@@ -84,7 +89,7 @@ REJECTED = {
 
 
 def subject(algorithm: Algorithm, wanted: Convolution, kernel: np.ndarray) -> Subject:
-  """A layer computed by an algorithm."""
+  """Returns the subject that computes a convolution, bias and ReLU by an algorithm."""
   device = jax.devices()[0]
   held = jnp.asarray(algorithm.prepare(kernel, wanted), wanted.dtype)
   bias = jnp.zeros((1, 1, 1, wanted.kernel[-1]), wanted.dtype)
@@ -100,7 +105,7 @@ def subject(algorithm: Algorithm, wanted: Convolution, kernel: np.ndarray) -> Su
 
 
 def exact(x: np.ndarray, kernel: np.ndarray, wanted: Convolution) -> np.ndarray:
-  """The layer in float64."""
+  """Returns the output of the convolution and ReLU in float64."""
   with jax.enable_x64(True):
     y = ALGORITHMS["direct"].compute(
       jnp.asarray(x, jnp.float64), jnp.asarray(kernel, jnp.float64), wanted
@@ -109,7 +114,7 @@ def exact(x: np.ndarray, kernel: np.ndarray, wanted: Convolution) -> np.ndarray:
 
 
 def measure(wanted: Convolution, rounds: int) -> dict[str, dict[str, float]]:
-  """Milliseconds and error of each algorithm that suits."""
+  """Returns the milliseconds and the error of each algorithm that suits the convolution."""
   rng = np.random.default_rng(0)
   kernel = rng.standard_normal(wanted.kernel) / math.sqrt(math.prod(wanted.kernel[:3]))
   x = rng.standard_normal(wanted.images, np.float32)
@@ -129,7 +134,7 @@ def measure(wanted: Convolution, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def flops(wanted: Convolution) -> int:
-  """Twice the multiply-accumulates of the definition."""
+  """Returns the FLOP of the definition: two for each multiply-accumulate."""
   sides = [
     (size + sum(pads) - dilation * (taps - 1) - 1) // stride + 1
     for size, pads, dilation, taps, stride in zip(
@@ -143,10 +148,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--model", default="repvgg_a0")
-  parser.add_argument("--batch-size", type=int, default=1)
-  parser.add_argument("--image-size", type=int, default=224)
-  parser.add_argument("--rounds", type=int, default=8)
+  parser.add_argument("--model", default="repvgg_a0", help="default: repvgg_a0")
+  parser.add_argument("--batch-size", type=int, default=1, help="images in a call (default: 1)")
+  parser.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
+  parser.add_argument("--rounds", type=int, default=8, help="rounds of timed calls (default: 8)")
   parser.add_argument("--json", type=Path, help="also write the results to this file")
   arguments = parser.parse_args()
   with one_paragraph():
@@ -180,7 +185,7 @@ def main() -> None:
 
 
 def describe(wanted: Convolution) -> str:
-  """A convolution in a few words."""
+  """Returns a convolution in a few words."""
   (height, width, _, features), (_, rows, columns, channels) = wanted.kernel, wanted.images
   groups = f", {wanted.groups} groups" if wanted.groups > 1 else ""
   return (

@@ -1,6 +1,7 @@
-"""Measures an import: its time and memory, as a whole command, on a file of random weights.
+"""Measures the time and the memory of `repjax import`, on a file of random weights.
 
-python benchmarks/import_time.py --model repvgg_b3
+Example:
+  python benchmarks/import_time.py --model repvgg_b3
 """
 
 import argparse
@@ -23,11 +24,9 @@ from safetensors.numpy import save_file
 import repjax
 from repjax import weights
 
-IMPORT = Path(__file__).with_name("import_weights.py")
-
 
 def write_files(model: str, folder: Path) -> list[Path]:
-  """A training-form checkpoint as .safetensors and, where torch is installed, as .pth."""
+  """Writes the training form as .safetensors and, if torch is installed, as .pth."""
   variables = repjax.init(repjax.create_model(model), jax.random.key(0), image_size=224)
   state = weights.to_torch(model, variables)
   paths = [folder / f"{model}.safetensors"]
@@ -43,18 +42,19 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--model", default="repvgg_b3")
-  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--model", default="repvgg_b3", help="default: repvgg_b3")
+  parser.add_argument("--repeats", type=int, default=3, help="imports of each file (default: 3)")
   arguments = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
-    # In a process of its own: a command's peak memory would start from that of this one.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-      paths = other.submit(write_files, arguments.model, Path(folder)).result()
+    # A new process writes the files. Otherwise the peak memory of a command that this process
+    # starts would include the memory of this process.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as writer:
+      paths = writer.submit(write_files, arguments.model, Path(folder)).result()
     for path in paths:
       for repeat in range(arguments.repeats):
         workdir = Path(folder, f"{path.name}-{repeat}")
         start = time.perf_counter()
-        command = [sys.executable, IMPORT, "--from", path, "--workdir", workdir]
+        command = [sys.executable, "-m", "repjax", "import", "--from", path, "--workdir", workdir]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start

@@ -1,36 +1,36 @@
-"""Times a model against what people would use instead, in turns, in one process.
+"""Times a model's inference in repjax, PyTorch, ONNX Runtime and OpenVINO, in turns in one process.
 
-Subjects, each where it is installed (pip install 'repjax[bench]'):
+A subject is left out where its libraries are not installed (pip install 'repjax[bench]').
 
-  repjax-train-form   the network that is trained, in evaluation mode
-  repjax-deploy       the plain network that it is converted to, by repjax.deploy.compile;
-                      a call ends when logits are on the host, whatever --calls is
-  repjax-untuned      the same without measuring how convolutions are computed fastest
-  torch-eager         the plain network with the same weights in PyTorch, channels last
-  torch-compile       the same by torch.compile
-  onnxruntime         the same, exported by PyTorch, in ONNX Runtime (on CPUs)
+  repjax-train-form   the training form in evaluation mode
+  repjax-deploy       the deploy form, by repjax.deploy.compile; a call ends when the logits are on
+                      the host, for any --calls
+  repjax-untuned      the same, without measuring which convolution algorithm is fastest
+  torch-eager         the deploy form with the same weights in PyTorch, channels last
+  torch-compile       the same, by torch.compile
+  onnxruntime         the deploy form, exported by PyTorch, in ONNX Runtime (on CPUs)
   openvino            the same in OpenVINO (on CPUs)
-  repjax-onnxruntime  the plain network, exported by repjax, in ONNX Runtime
-  repjax-openvino     the same in OpenVINO
+  repjax-onnxruntime  the deploy form, exported by repjax, in ONNX Runtime (on CPUs)
+  repjax-openvino     the same in OpenVINO (on CPUs)
 
-Before anything is timed their outputs are compared. Each round runs all of them, so that they meet
-the same noise; times are medians with quartiles, and `to best` is the median over rounds of the
-fastest other library's time over the subject's: above 1 the subject is faster. `start` is from the
-network to its first output, compiling included; memory is what XLA plans or, on a GPU, the most
-that PyTorch has held. GFLOP/s count two for each multiply-accumulate of the plain definition (an
-algorithm that needs fewer multiplications shows more), and `of matmul` is their share of what a
-large matrix product in JAX reaches on the device, in the same rounds and dtype.
+The outputs of all subjects are compared before anything is timed. Every subject has one turn in
+each round, so that all meet the same noise. Times are medians with quartiles. The columns:
 
-    python benchmarks/inference.py --models repvgg_a0 --batch-sizes 1 8 --image-size 224
+  to best     the time of the fastest subject outside repjax, divided by the subject's time: the
+              median over the rounds; above 1 the subject is faster
+  start       time from the network to its first output, compilation included
+  memory      bytes that XLA plans; for PyTorch on a GPU, the most bytes that it held
+  GFLOP/s     two FLOP for each multiply-accumulate of the definition; an algorithm with fewer
+              multiplications shows more
+  of matmul   GFLOP/s divided by those of a large matrix product in JAX, same rounds and dtype
 
-On a machine where others compute too, CPU time on one core still is comparable:
+On a machine that other programs use, measure CPU time on one core. With --training, the subjects
+are training steps: forward pass, backward pass and update.
 
-    taskset -c 0 python benchmarks/inference.py --cpu-time
-
-With --training the step of training is timed instead, forward, backward and update, against
-PyTorch's on the same weights and data.
-
-    python benchmarks/inference.py --training --models repvgg_a0 --batch-sizes 8
+Examples:
+  python benchmarks/inference.py --models repvgg_a0 --batch-sizes 1 8 --image-size 224
+  taskset -c 0 python benchmarks/inference.py --cpu-time
+  python benchmarks/inference.py --training --models repvgg_a0 --batch-sizes 8
 """
 
 import argparse
@@ -53,14 +53,14 @@ from repjax.errors import InputError, one_paragraph
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 TOLERANCE_TF32 = 2e-2
-"""Relative errors of outputs against float32. On GPUs that is TF32, in JAX and in PyTorch."""
+"""Largest relative errors against float32. GPUs compute float32 in TF32, in JAX and in PyTorch."""
 
 BUSY = 0.7
 WARNING = (
-  "  others compute on this machine: where threads wait for one another (PyTorch's most), turns do "
-  "not make\n  this fair; measure again in a quiet hour, or one core by --cpu-time"
+  "  other programs use this machine: turns are unfair to threads that wait for each other, as in\n"
+  "  PyTorch; measure again when the machine is idle, or measure one core with --cpu-time"
 )
-"""Said where the load per CPU exceeds BUSY."""
+"""A warning, printed where the load per CPU exceeds BUSY."""
 
 MATMUL = "matrix product"
 PACKAGES = ("torch", "onnxruntime", "openvino")
@@ -71,10 +71,15 @@ Row = dict[str, Any]
 def chosen(
   kinds: Mapping[str, Kind], task: Task, names: list[str] | None
 ) -> dict[str, timing.Subject]:
-  """The subjects that can do a task; the others are named with the reason.
+  """Returns the subjects that can do a task, and prints why the rest cannot.
+
+  Args:
+    kinds: name to kind of all subjects.
+    task: the model, batch size and dtype.
+    names: subjects to time; None: all.
 
   Raises:
-    InputError: one that was asked for by name is not installed, or none is left.
+    InputError: a subject in `names` is unknown or not installed, or no subject is left.
   """
   made = {}
   for name in names or kinds:
@@ -93,7 +98,7 @@ def chosen(
 
 
 def matrix_product(dtype: str) -> tuple[timing.Subject, int]:
-  """A large product of square matrices in JAX, and how many FLOP it is."""
+  """Returns a large product of square matrices in JAX, and its FLOP."""
   size = 1024 if jax.default_backend() == "cpu" else 8192
   matrix = jnp.full((size, size), 0.5, DTYPES[dtype])
   subject = timing.program(jnp.matmul, matrix)
@@ -101,7 +106,7 @@ def matrix_product(dtype: str) -> tuple[timing.Subject, int]:
 
 
 def tolerance(dtype: str) -> float:
-  """How far an output may be from the deploy form's in float32."""
+  """Returns the largest relative error against the deploy form in float32."""
   on_gpu = jax.default_backend() != "cpu"
   return TOLERANCE_TF32 if dtype == "float32" and on_gpu else TOLERANCES[dtype]
 
@@ -109,7 +114,14 @@ def tolerance(dtype: str) -> float:
 def measure(
   kinds: Mapping[str, Kind], task: Task, names: list[str] | None, **race: Any
 ) -> list[Row]:
-  """All subjects on one model, batch size and dtype: a row for each."""
+  """Times all subjects on one model, batch size and dtype, and returns their rows.
+
+  Args:
+    kinds: name to kind of all subjects.
+    task: the model, batch size and dtype.
+    names: subjects to time; None: all.
+    **race: keyword arguments of `timing.race`.
+  """
   running = chosen(kinds, task, names)
   product, product_flops = matrix_product(task.dtype)
   errors: dict[str, float] = {}
@@ -127,7 +139,7 @@ def measure(
 
 
 def best_peer(results: Mapping[str, timing.Result]) -> str | None:
-  """The fastest subject that is not ours."""
+  """Returns the fastest subject outside repjax, or None."""
   peers = [name for name in results if not name.startswith("repjax")]
   return min(peers, key=lambda name: results[name].median, default=None)
 
@@ -135,7 +147,14 @@ def best_peer(results: Mapping[str, timing.Result]) -> str | None:
 def rows_of(
   results: Mapping[str, timing.Result], batch_size: int, flops: Mapping[str, int], rate: float
 ) -> list[Row]:
-  """What the table and the file say of each subject."""
+  """Returns the row of each subject, for the table and the file.
+
+  Args:
+    results: name of a subject to its measurements.
+    batch_size: images in a call.
+    flops: name of a subject to the FLOP of a call.
+    rate: FLOP/s of a large matrix product.
+  """
   best, rows = best_peer(results), []
   for name, result in results.items():
     seconds = result.all_seconds
@@ -167,7 +186,7 @@ HEADER = (
 
 
 def line(row: Row) -> str:
-  """One line of the table."""
+  """Returns the line of a row in the table."""
 
   def cell(name: str, form: str, unit: str, width: int) -> str:
     value = row[name]
@@ -188,56 +207,64 @@ def line(row: Row) -> str:
 
 
 def versions() -> dict[str, str]:
-  """Of the other libraries that are installed."""
+  """Returns the versions of the installed libraries that repjax is compared with."""
   found = [name for name in PACKAGES if importlib.util.find_spec(name)]
   return {name: importlib.metadata.version(name) for name in found}
 
 
 def parse() -> argparse.Namespace:
+  """Returns the parsed flags."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--training", action="store_true", help="time the step of training")
-  parser.add_argument("--models", nargs="+", default=["repvgg_a0"])
-  parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
+  parser.add_argument("--training", action="store_true", help="time training steps")
+  parser.add_argument("--models", nargs="+", default=["repvgg_a0"], help="default: repvgg_a0")
+  parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], help="default: 1 8")
   parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
-  parser.add_argument("--subjects", nargs="+", help="default: all that are installed")
-  parser.add_argument("--image-size", type=int, default=224, help="pixels")
-  parser.add_argument("--rounds", type=int, default=15, help="of each repeat")
-  parser.add_argument("--repeats", type=int, default=1, help="everything is made anew in each")
+  parser.add_argument("--subjects", nargs="+", help="default: all installed subjects")
+  parser.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
+  parser.add_argument("--rounds", type=int, default=15, help="rounds in each repeat")
+  parser.add_argument("--repeats", type=int, default=1, help="times that all subjects start again")
   parser.add_argument(
-    "--calls", type=int, default=1, help="in a turn before waiting: 1 times latency, more a stream"
+    "--calls",
+    type=int,
+    default=1,
+    help="calls before each wait: 1 measures latency, more measure throughput",
   )
   parser.add_argument(
-    "--cpu-time", action="store_true", help="of one core, which others cannot take away"
+    "--cpu-time",
+    action="store_true",
+    help="measure CPU time instead, on one core; other programs do not disturb it",
   )
   parser.add_argument("--json", type=Path, help="also write the results to this file")
-  parser.add_argument("--plot", type=Path, help="draw accuracy over speed; needs matplotlib")
+  parser.add_argument(
+    "--plot", type=Path, help="draw accuracy against speed into this file; needs matplotlib"
+  )
   return parser.parse_args()
 
 
 def main() -> None:
   arguments = parse()
-  # JAX would take most of a GPU's memory at once and leave the others too little.
+  # By default JAX reserves most of a GPU's memory, and leaves too little for PyTorch.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   with one_paragraph():
     run(arguments)
 
 
 def check_one_core(machine: Mapping[str, Any]) -> None:
-  """Raises InputError where CPU time is not the time that a user would wait on a quiet machine."""
+  """Raises InputError where CPU time differs from the time that a user would wait."""
   if jax.default_backend() != "cpu" or machine["cpus"] > 1:
     raise InputError(
-      f"--cpu-time adds up what threads do side by side, and these are {machine['cpus']} CPUs and "
-      f"{machine['device']}; run it on one core of a CPU: taskset -c 0 python ..."
+      f"--cpu-time adds up the time of parallel threads, and these are {machine['cpus']} CPUs and "
+      f"{machine['device']}. Run it on one core of a CPU: taskset -c 0 python ..."
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-  """Prints the table, and writes the file and the picture that are asked for."""
+  """Prints the table, and writes the files that the flags name."""
   new, kinds = Task, subjects.KINDS
   if arguments.training:
-    import training_subjects  # which needs more packages than the rest
+    import training_subjects  # loads Optax and the rest of training
 
     new, kinds = training_subjects.TrainingTask, training_subjects.KINDS
   names = ("rounds", "repeats", "calls")
@@ -259,12 +286,12 @@ def run(arguments: argparse.Namespace) -> None:
         task = new(name, batch_size, arguments.image_size, dtype)
         rows += (found := measure(kinds, task, arguments.subjects, **race))
         print(*map(line, found), sep="\n", flush=True)
-        if arguments.json:  # each time, so that a run that is stopped leaves what it has found
+        if arguments.json:  # after each model, so that a stopped run keeps its results
           timing.write_json(arguments.json, machine | facts, results=rows)
   if arguments.plot:
-    import plot_benchmark
+    import plot
 
-    plot_benchmark.save(rows, arguments.plot)
+    plot.save(rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Times the training input on JPEGs of ImageNet's usual size against plain Pillow.
 
 The images are 500 x 375 pieces of the photographs that scikit-image ships, as JPEGs of several
-qualities; ImageNet's own files have about 110 kB. Printed are images a second: decode, random crop
-and flip alone on one core, in turns; the whole pipeline on one core; and the pipeline with N worker
-processes on N cores.
+qualities. ImageNet's files have about 110 kB. The table shows images per second:
 
-    python benchmarks/input_pipeline.py
+  transform alone      decode, random crop and flip, on one core, in turns
+  pipeline, one core   the whole input pipeline
+  N workers            the pipeline with N worker processes on N cores
+
+Example:
+  python benchmarks/input_pipeline.py
 """
 
 import argparse
@@ -33,7 +36,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "rocket")
 
 
 class Jpegs:
-  """A data set of encoded images; here, where worker processes find it."""
+  """A data set of encoded images. Worker processes import the class from this module."""
 
   def __init__(self, files: list[bytes], length: int):
     self._files, self._length = files, length
@@ -46,7 +49,7 @@ class Jpegs:
 
 
 def make_jpegs(count: int, quality: int) -> list[bytes]:
-  """JPEGs of random 4:3 pieces, nearly as large as the photographs."""
+  """Returns JPEGs of random 4:3 pieces, nearly as large as the photographs."""
   try:
     import skimage.data
   except ModuleNotFoundError:
@@ -72,7 +75,7 @@ def make_jpegs(count: int, quality: int) -> list[bytes]:
 def crop_with_pillow(
   picture: Picture, size: int, interpolation: str, rng: np.random.Generator
 ) -> np.ndarray:
-  """Decode and RandomResizedCrop as a PyTorch user has them, with Pillow alone."""
+  """Decodes and crops with Pillow alone, as torchvision's RandomResizedCrop does."""
   del interpolation
   assert isinstance(picture.image, bytes)
   image = Image.open(io.BytesIO(picture.image)).convert("RGB")
@@ -83,7 +86,7 @@ def crop_with_pillow(
 def seconds_in_turns(
   lines: dict[str, str], files: list[bytes], size: int, rounds: int
 ) -> dict[str, list[float]]:
-  """Processor seconds an image of each augmentation in each round, after a warm-up."""
+  """Returns the CPU seconds per image of each augmentation in each round, after a warm-up."""
   times = {name: [] for name in lines}
   for number in range(rounds + 1):
     for name, line in lines.items():
@@ -98,7 +101,7 @@ def seconds_in_turns(
 def pipeline_rate(
   line: str, files: list[bytes], arguments: argparse.Namespace, num_workers: int, cores: int
 ) -> float:
-  """Images a second of the pipeline that training uses, on some of the cores."""
+  """Returns the images per second of the training input pipeline on the first `cores` cores."""
   whole = os.sched_getaffinity(0)
   os.sched_setaffinity(0, sorted(whole)[:cores])
   source = train_batches(
@@ -110,7 +113,7 @@ def pipeline_rate(
     seed=0,
     num_workers=num_workers,
   )
-  for _ in range(8):  # starting up, and what was prepared meanwhile
+  for _ in range(8):  # skips the start-up, and the batches that were prepared during it
     next(source)
   start = time.perf_counter()
   for _ in range(arguments.batches):
@@ -122,7 +125,7 @@ def pipeline_rate(
 
 
 def measure(quality: int, arguments: argparse.Namespace) -> dict[str, Any]:
-  """One quality: both transforms alone, then in the pipeline, then by number of workers."""
+  """Measures JPEGs of one quality: transforms alone, the pipeline, the pipeline with workers."""
   files = make_jpegs(arguments.images, quality)
   times = seconds_in_turns(LINES, files, arguments.image_size, arguments.rounds)
   ratios = [a / b for a, b in zip(times["pillow"], times["repjax"])]
@@ -147,7 +150,7 @@ def measure(quality: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def format_row(row: dict[str, Any]) -> str:
-  """A line of the table."""
+  """Returns the line of a row in the table."""
   alone, pipeline = row["transform"], row["pipeline_on_one_core"]
   low, high = row["transform_ratio_range"]
   ratio = f"{row['transform_ratio']:.2f} ({low:.2f}-{high:.2f})"
@@ -162,14 +165,18 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--qualities", type=int, nargs="+", default=[75, 90, 95, 98])
-  parser.add_argument("--images", type=int, default=200, help="different images")
-  parser.add_argument("--image-size", type=int, default=224, help="of the crops, in pixels")
-  parser.add_argument("--rounds", type=int, default=7, help="over all images, of each transform")
-  parser.add_argument("--batch-size", type=int, default=64)
-  parser.add_argument("--batches", type=int, default=40, help="measured, of the pipeline")
-  parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-  parser.add_argument("--output", type=Path, help="a JSON file for the results")
+  parser.add_argument(
+    "--qualities", type=int, nargs="+", default=[75, 90, 95, 98], help="of the JPEGs"
+  )
+  parser.add_argument("--images", type=int, default=200, help="number of different images")
+  parser.add_argument("--image-size", type=int, default=224, help="side of the crops in pixels")
+  parser.add_argument("--rounds", type=int, default=7, help="rounds over all images")
+  parser.add_argument("--batch-size", type=int, default=64, help="images in a batch")
+  parser.add_argument("--batches", type=int, default=40, help="timed batches of the pipeline")
+  parser.add_argument(
+    "--workers", type=int, nargs="+", default=[1, 2], help="numbers of worker processes"
+  )
+  parser.add_argument("--output", type=Path, help="also write the results to this file")
   arguments = parser.parse_args()
   cv2.setNumThreads(1)
   augmentation.CROPS["pillow"] = lambda: crop_with_pillow
@@ -201,6 +208,7 @@ def main() -> None:
 
 
 def _processor() -> str:
+  """Returns the name of the CPU."""
   try:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
   except OSError:

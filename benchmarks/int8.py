@@ -1,17 +1,23 @@
-"""The digits in float32, bfloat16 and 8 bits: a RepVGG, a RepMLP and a ParNet, one table each.
+"""Compares float32, bfloat16 and 8 bits on the digits: a table for RepVGG, RepMLP and ParNet each.
 
-Networks that are not there yet are trained first, then fine-tuned in 8 bits, as by
+A network that is missing is trained first, and then fine-tuned in 8 bits, as by
 
-    python main.py --config configs/digits.py
-    python main.py --config configs/digits_qat.py
+  repjax train --config digits
+  repjax train --config digits_qat
 
-which takes some 15 minutes for all three on two cores. Each row is a file that ONNX Runtime runs on
-all images of the test split (bfloat16: by JAX), its size, and the time of a call, in turns. "int8,
-plain" is by ONNX Runtime's quantizer alone, "int8" with equalization and corrected biases too, as
-repjax quantize makes it; the error of "int8, QAT" is against the same run's own float32.
+For all three networks this takes about 15 minutes on two cores. Each row of a table is a file that
+ONNX Runtime runs on all test images; bfloat16 runs in JAX. The columns are accuracy, loss, error of
+the logits, size, and the time of a call.
 
-Networks as small as these spend much of a call between their layers. How fast 8 bits are at full
-size is timed beside, with random weights, which say nothing about accuracy.
+  int8, plain   quantized by ONNX Runtime's quantizer alone
+  int8          also equalized and with corrected biases, as by `repjax quantize`
+  int8, QAT     fine-tuned in 8 bits; its error is against the float32 file of the same run
+
+Small networks spend much of a call between their layers. The last table therefore times models at
+full size, with random weights.
+
+Example:
+  python benchmarks/int8.py --json benchmarks/results/int8.json
 """
 
 import argparse
@@ -24,8 +30,8 @@ import timing
 
 import repjax
 from repjax import training
-from repjax.cli import int8_rows
-from repjax.cli.int8_rows import FLOAT, INT8, WEIGHTS
+from repjax.cli import int8_table
+from repjax.cli.int8_table import FLOAT, INT8, WEIGHTS
 from repjax.errors import one_paragraph
 from repjax.models import image_size_of
 from repjax.onnx.proto import need_onnx
@@ -33,7 +39,7 @@ from repjax.quantization import runtime
 
 NETWORKS = ("digits", "digits_repmlp", "digits_parnet")
 PLAIN, QAT = "int8, plain", "int8, QAT"
-AS_IT_IS = {"equalize": "none", "correct_bias": False}
+PLAIN_OPTIONS = {"equalize": "none", "correct_bias": False}
 FULL_SIZE = ("repvgg_a0", "repmlp_resnet50_light", "parnet_s")
 
 
@@ -41,11 +47,17 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
-  parser.add_argument("--full-size", nargs="*", default=FULL_SIZE, help="models that are timed")
-  parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs are, or go")
-  parser.add_argument("--batch-size", type=int, default=1, help="images a call, for speed")
-  parser.add_argument("--rounds", type=int, default=50, help="of calls in turns, for speed")
+  parser.add_argument(
+    "--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="default: all"
+  )
+  parser.add_argument(
+    "--full-size", nargs="*", default=FULL_SIZE, help="models to time at full size"
+  )
+  parser.add_argument(
+    "--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)"
+  )
+  parser.add_argument("--batch-size", type=int, default=1, help="images in a timed call")
+  parser.add_argument("--rounds", type=int, default=50, help="rounds of timed calls")
   parser.add_argument("--json", type=Path, help="also write the results to this file")
   arguments = parser.parse_args()
   with one_paragraph():
@@ -62,7 +74,7 @@ def main() -> None:
 
 
 def make_runs(runs: Path, name: str) -> None:
-  """Trains and fine-tunes a network, as far as that is not done."""
+  """Trains and fine-tunes a network, unless its folders exist."""
   if not (runs / name / "deploy").exists():
     training.train(config_of(name), runs / name)
   if not (runs / f"{name}_qat" / "int8").exists():
@@ -72,40 +84,43 @@ def make_runs(runs: Path, name: str) -> None:
 
 
 def config_of(name: str) -> Any:
-  return importlib.import_module(f"configs.{name}").get_config()
+  """Returns a config by name."""
+  return importlib.import_module(f"repjax.configs.{name}").get_config()
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-  """Prints a network's table, and returns its rows for the file of results."""
+  """Prints a network's table, and returns its rows."""
   effort = {"batch_size": arguments.batch_size, "rounds": arguments.rounds}
-  workdir = int8_rows.open_workdir(arguments.runs / name, 256)
+  baseline = int8_table.read_baseline(arguments.runs / name, 256)
   tuned = arguments.runs / f"{name}_qat"
   file = need_onnx().load(tuned / "int8" / "model.onnx")
   files = {
-    WEIGHTS: repjax.quantization.quantize_weights(workdir.proto, workdir.images),
-    PLAIN: repjax.quantization.quantize(workdir.proto, workdir.images, **AS_IT_IS),
-    INT8: repjax.quantization.quantize(workdir.proto, workdir.images),
+    WEIGHTS: repjax.quantization.quantize_weights(baseline.proto, baseline.images),
+    PLAIN: repjax.quantization.quantize(baseline.proto, baseline.images, **PLAIN_OPTIONS),
+    INT8: repjax.quantization.quantize(baseline.proto, baseline.images),
     QAT: file,
   }
-  rows = int8_rows.measured(workdir, files, **effort)
-  own = int8_rows.measured(int8_rows.open_workdir(tuned, 256), {QAT: file}, batch_size=1, rounds=1)
-  rows[QAT] = rows[QAT]._replace(error=own[QAT].error)
-  print(f"\n{name}: {workdir.spec.name}")
-  int8_rows.print_rows(rows, arguments.batch_size)
+  rows = int8_table.measure(baseline, files, **effort)
+  # Fine-tuning changed the weights, so the error is against the float32 file of that run.
+  fine_tuned = int8_table.read_baseline(tuned, 256)
+  row = int8_table.measure(fine_tuned, {QAT: file}, batch_size=1, rounds=1)[QAT]
+  rows[QAT] = rows[QAT]._replace(error=row.error)
+  print(f"\n{name}: {baseline.spec.name}")
+  int8_table.print_rows(rows, arguments.batch_size)
   return {row: facts._asdict() for row, facts in rows.items()}
 
 
 def measure_speed(name: str, arguments: argparse.Namespace) -> dict[str, float]:
-  """Prints how long a model takes in float32 and int8, and returns seconds."""
+  """Prints the time of a call in float32 and int8, and returns the seconds."""
   model = repjax.create_model(name, deploy=True)
   size = image_size_of(model)
   variables = repjax.init(model, jax.random.key(0), size)
   proto = repjax.onnx.to_onnx(model, variables, image_size=size)
   images = timing.random_images(max(4, arguments.batch_size), size)[0]
-  files = {FLOAT: proto, INT8: repjax.quantization.quantize(proto, images, **AS_IT_IS)}
-  sessions = {name: int8_rows.session(file) for name, file in files.items()}
+  files = {FLOAT: proto, INT8: repjax.quantization.quantize(proto, images, **PLAIN_OPTIONS)}
+  sessions = {name: int8_table.session(file) for name, file in files.items()}
   batch = images[: arguments.batch_size]
-  found = int8_rows.speeds(sessions, batch, arguments.rounds // 5 + 1, calls=1)
+  found = int8_table.speeds(sessions, batch, arguments.rounds // 5 + 1, calls=1)
   print(
     f"{name:<30}{f'{size} px':>8}{1e3 * found[FLOAT]:>10.2f}{1e3 * found[INT8]:>10.2f}"
     f"{found[FLOAT] / found[INT8]:>8.2f}x",

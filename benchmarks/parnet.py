@@ -1,10 +1,12 @@
-"""Times ParNet in evaluation mode: training form, the authors' fold, and ours, in turns.
+"""Times ParNet in evaluation mode: the training form, the authors' fold, and the deploy form.
 
-The authors fold convolutions alone: the norms of gates and of fusion remain, with statistics. Ours
-folds these too. For each form milliseconds, parameters, statistics and multiply-accumulates; ratios
-are to our deploy form, above 1 where that is faster, as in benchmark.py.
+The authors of ParNet fold only convolutions. The norms of gates and of fusion blocks remain, with
+their statistics. repjax folds these norms too. For each form the table shows milliseconds,
+parameters, statistics and multiply-accumulates. The ratio is the time of a form divided by the time
+of the deploy form.
 
-    python benchmarks/parnet.py --models parnet_s parnet_cifar_s --batch-sizes 1 8
+Example:
+  python benchmarks/parnet.py --models parnet_s parnet_cifar_s --batch-sizes 1 8
 """
 
 import argparse
@@ -32,29 +34,29 @@ FORMS = ("train", "authors", "deploy")
 
 
 def _deployed(*arguments: Any, **attributes: Any) -> RepConv:
-  """A RepConv in deploy form, whatever form the network around it has."""
+  """Returns a RepConv in deploy form, even if the network is in training form."""
   return RepConv(*arguments, **{**attributes, "deploy": True})
 
 
 class AuthorsFold(NamedTuple):
-  """The network whose convolutions alone are folded, called like a module.
+  """A ParNet with folded convolutions and unfolded norms, called like a module.
 
   Attributes:
-    model: in training form.
+    model: the training form.
   """
 
   model: Any
 
   def apply(self, variables: Any, images: jax.Array) -> jax.Array:
-    """What `model.apply` gives, by the variables of `fold_convolutions`."""
+    """Returns the logits; `variables` come from `fold_convolutions`."""
     with contextlib.ExitStack() as patches:
-      for room in (parnet, base):
-        patches.enter_context(mock.patch.object(room, "RepConv", _deployed))
+      for module in (parnet, base):
+        patches.enter_context(mock.patch.object(module, "RepConv", _deployed))
       return self.model.apply(variables, images)
 
 
 def fold_convolutions(variables: Any) -> dict[str, Any]:
-  """The variables of AuthorsFold, from those of the training form."""
+  """Returns the variables of `AuthorsFold`, from the variables of the training form."""
   params, stats = variables["params"], variables["batch_stats"]
   paths = list(_norms(stats, ()))
   folds = {"RepConv": fold_rep_conv}
@@ -66,7 +68,7 @@ def fold_convolutions(variables: Any) -> dict[str, Any]:
 
 
 def _norms(stats: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-  """Paths of all norms that are no part of a RepConv."""
+  """Yields the paths of all norms outside a RepConv."""
   for name, tree in stats.items():
     if name == "bn":
       yield (*path, name)
@@ -75,6 +77,7 @@ def _norms(stats: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 
 def _without_convolutions(stats: Any) -> Any:
+  """Returns a tree of statistics without those of every RepConv, and without empty nodes."""
   if not isinstance(stats, dict):
     return stats
   kept = {k: _without_convolutions(v) for k, v in stats.items() if not k.startswith("RepConv")}
@@ -82,7 +85,7 @@ def _without_convolutions(stats: Any) -> Any:
 
 
 def measure(name: str, batch_size: int, repeats: int, rounds: int) -> dict[str, Any]:
-  """All forms of a model at the image size that it is made for."""
+  """Times all forms of a model at its usual image size, and returns the row."""
   model, deploy = (repjax.create_model(name, deploy=form) for form in (False, True))
   size = image_size_of(model)
   variables = repjax.init(model, jax.random.key(0), size)
@@ -121,6 +124,7 @@ def measure(name: str, batch_size: int, repeats: int, rounds: int) -> dict[str, 
 
 
 def _count(tree: Any) -> int:
+  """Returns the number of values in a tree."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
@@ -129,9 +133,9 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--models", nargs="+", default=MODELS, help=f"default: {' '.join(MODELS)}")
-  parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
-  parser.add_argument("--repeats", type=int, default=3, help="programs of a model made anew")
-  parser.add_argument("--rounds", type=int, default=20, help="of each repeat")
+  parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], help="default: 1 8")
+  parser.add_argument("--repeats", type=int, default=3, help="times that all subjects start again")
+  parser.add_argument("--rounds", type=int, default=20, help="rounds in each repeat")
   parser.add_argument("--json", type=Path, help="also write the results to this file")
   arguments = parser.parse_args()
   processor = platform.processor() or platform.machine()

@@ -1,6 +1,9 @@
-"""Published accuracy over measured speed, from what `benchmark.py` has timed. Needs matplotlib.
+"""Draws published accuracy against measured speed, from a file of benchmarks/inference.py.
 
-python benchmarks/plot.py benchmarks/results/inference_cpu_2cores.json --to picture.png
+The picture needs matplotlib.
+
+Example:
+  python benchmarks/plot.py benchmarks/results/inference_cpu_2cores.json --to picture.png
 """
 
 import argparse
@@ -44,11 +47,11 @@ STYLES = {
   "onnxruntime": ("#1e8449", "^", "-"),
   "openvino": ("#7d3c98", "D", "-"),
 }
-"""Colour, marker and line of each subject."""
+"""Colour, marker and line style of each subject."""
 
 
 def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
-  """Draws the rows of a benchmark, a panel for each batch size and dtype, into a file.
+  """Draws rows of benchmarks/inference.py into a file: a panel for each batch size and dtype.
 
   Raises:
     InputError: matplotlib is not installed, or no model has a published accuracy.
@@ -75,7 +78,7 @@ def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _draw(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
-  """One panel: a line for each subject through its models."""
+  """Draws one panel, with a line for each subject through its models."""
   from matplotlib.ticker import LogLocator
 
   for subject in dict.fromkeys(row["subject"] for row in rows):
@@ -98,6 +101,7 @@ def _draw(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _accuracy(row: dict[str, Any]) -> float:
+  """Returns the published accuracy of a row's model in %."""
   return PUBLISHED[row["model"]]
 
 
@@ -105,8 +109,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("file", type=Path, help="what benchmark.py --json has written")
-  parser.add_argument("--to", type=Path, required=True, help="the picture")
+  parser.add_argument("file", type=Path, help="file that inference.py --json has written")
+  parser.add_argument("--to", type=Path, required=True, help=".png to write")
   arguments = parser.parse_args()
   with one_paragraph():
     save(json.loads(arguments.file.read_text())["results"], arguments.to)

@@ -1,15 +1,16 @@
-"""Times repjax predict from the command to the first label, without and with a warm cache.
+"""Times `repjax predict` from the command to the first label, with a cold and with a warm cache.
 
 Every start is a new process, on an image of 500 x 375 pixels and a model with random parameters.
-The first finds an empty compilation cache, which it fills for the others. Beside them, in turns,
-run processes that only import; what is printed are medians:
+The first start finds an empty compilation cache and fills it. The warm starts take turns with
+processes that only import packages. The printed times are medians:
 
   jax       Python and `import jax`
-  flax      these and `import flax.linen`
-  repjax    these and `import repjax.deploy`
+  flax      Python, `import jax` and `import flax.linen`
+  repjax    the same and `import repjax.deploy`
   answer    the whole command
 
-python benchmarks/predict.py --json benchmarks/results/predict_cpu_2cores.json
+Example:
+  python benchmarks/predict.py --json benchmarks/results/predict_cpu_2cores.json
 """
 
 import argparse
@@ -40,7 +41,7 @@ IMPORTS = {
 
 
 def make_folder(folder: Path, name: str) -> None:
-  """A deploy folder with random parameters and an image."""
+  """Writes a deploy folder with random parameters, and an image."""
   spec = repjax.ModelSpec.usual(name)
   model = spec.create_model(deploy=True)
   params = repjax.init(model, jax.random.key(0), spec.preprocessing.image_size)["params"]
@@ -51,7 +52,7 @@ def make_folder(folder: Path, name: str) -> None:
 
 
 def time_once(command: Sequence[str | Path], environment: dict[str, str]) -> float:
-  """Seconds from the start of a command to its end, or to the first line that it prints."""
+  """Returns the seconds from the start of a command to its first printed line, or to its end."""
   start = time.perf_counter()
   with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
     assert process.stdout is not None
@@ -66,15 +67,15 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--model", default="repvgg_a0")
-  parser.add_argument("--starts", type=int, default=7, help="with a warm cache")
+  parser.add_argument("--model", default="repvgg_a0", help="default: repvgg_a0")
+  parser.add_argument("--starts", type=int, default=7, help="starts with a warm cache (default: 7)")
   parser.add_argument("--json", type=Path, help="also write the results to this file")
   arguments = parser.parse_args()
   with one_paragraph(), tempfile.TemporaryDirectory(prefix="predict-") as made:
     folder = Path(made)
     make_folder(folder / "model", arguments.model)
-    script, image = ROOT / "scripts" / "predict.py", folder / "model" / "image.jpg"
-    answer = [sys.executable, script, "--workdir", folder / "model", image]
+    predict, image = ("-m", "repjax", "predict"), folder / "model" / "image.jpg"
+    answer = [sys.executable, *predict, "--workdir", folder / "model", image]
     commands = {name: [sys.executable, "-c", program] for name, program in IMPORTS.items()}
     commands["answer"] = answer
     environment = {**os.environ, "XDG_CACHE_HOME": made, "PYTHONPATH": str(ROOT)}

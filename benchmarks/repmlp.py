@@ -1,14 +1,16 @@
-"""Times RepMLP: both forms in evaluation mode, and what its layer over tiles could be written as.
+"""Times RepMLP: both forms of the models in evaluation mode, and four ways to compute FC3.
 
-First each model, training form against deploy form in turns in one process, with parameters and
-multiply-accumulates. Then FC3 alone, at the sizes that the models of the paper have, as
+The models come first: training form and deploy form in turns, with parameters and
+multiply-accumulates. Then FC3, the fully connected layer over tiles, alone, at the sizes that the
+models of the paper have:
 
-  batched      one matrix product batched over groups, which RepDense is
-  eight axes   the same product without moving the tiles' axes first, left to XLA
+  batched      one matrix product, batched over groups, as RepDense computes FC3
+  eight axes   the same product over the axes of the tiles, without moving them first
   grouped      a grouped 1x1 convolution over flattened tiles, as in PyTorch
-  dense        one matrix for all groups, with zeros between them
+  dense        one matrix for all groups, with zeros between the groups
 
-    python benchmarks/repmlp.py --models repmlp_cifar repmlp_resnet50_light --batch-sizes 1 8
+Example:
+  python benchmarks/repmlp.py --models repmlp_cifar repmlp_resnet50_light --batch-sizes 1 8
 """
 
 import argparse
@@ -63,7 +65,7 @@ def batched(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def eight_axes(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """As `batched`."""
+  """Computes the same as `batched`, over the axes of the tiles as they are."""
   groups, height, width = kernel.shape[:3]
   n, rows, columns, _ = x.shape
   split = x.reshape(n, rows // height, height, columns // width, width, groups, -1)
@@ -72,7 +74,7 @@ def eight_axes(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def grouped(x: jax.Array, taps: jax.Array) -> jax.Array:
-  """As `batched`, by a kernel (1, 1, h * w * C/g, h * w * C) of `as_taps`."""
+  """Computes the same as `batched`; `as_taps` makes the kernel (1, 1, h * w * C/g, h * w * C)."""
   groups, side = taps.shape[3] // taps.shape[2], round((taps.shape[3] // x.shape[3]) ** 0.5)
   tiles = partition(x, (side, side))
   flat = tiles.reshape(*tiles.shape[:3], groups, -1).transpose(0, 3, 1, 2, 4)
@@ -89,13 +91,13 @@ def grouped(x: jax.Array, taps: jax.Array) -> jax.Array:
 
 
 def as_taps(kernel: np.ndarray) -> np.ndarray:
-  """The kernel of a grouped 1x1 convolution, whose groups lie side by side."""
+  """Returns the kernel of a grouped 1x1 convolution, with the groups along the last axis."""
   matrices = kernel.reshape(len(kernel), np.prod(kernel.shape[1:4]), -1)
   return np.concatenate(list(matrices), axis=1)[None, None]
 
 
 def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """As `batched`, by a kernel (h * w * C, h * w * C) of `expand`."""
+  """Computes the same as `batched`; `expand` makes the kernel (h * w * C, h * w * C)."""
   side = round((len(kernel) // x.shape[3]) ** 0.5)
   tiles = partition(x, (side, side))
   y = (tiles.reshape(len(tiles), -1) @ kernel).reshape(tiles.shape)
@@ -103,7 +105,7 @@ def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def expand(kernel: np.ndarray) -> np.ndarray:
-  """One matrix (h * w * C, h * w * C) for all groups of a kernel, zero between them."""
+  """Returns one matrix (h * w * C, h * w * C) for all groups, with zeros between the groups."""
   groups, height, width, inputs = kernel.shape[:4]
   whole = np.zeros((height, width, groups, inputs, height, width, groups, inputs), kernel.dtype)
   for group in range(groups):
@@ -117,11 +119,11 @@ FORMULATIONS: dict[str, tuple[Formulation, Callable[[np.ndarray], np.ndarray]]] 
   "grouped": (grouped, as_taps),
   "dense": (dense, expand),
 }
-"""Name to function, and what makes its kernel of that of `batched` before the clock runs."""
+"""Name to the function of the layer, which is timed, and the function that prepares its kernel."""
 
 
 def measure_layer(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
-  """Milliseconds of each formulation of one layer, after comparing what they compute."""
+  """Compares the outputs of all formulations of a layer, and returns their milliseconds."""
   size, tile, channels, groups, rows = LAYERS[name]
   rng, inner = np.random.default_rng(0), channels // groups
   shape = (groups, tile, tile, inner, tile, tile, inner)
@@ -141,7 +143,7 @@ def measure_layer(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
 
 
 def measure_model(name: str, batch_size: int, repeats: int, rounds: int) -> dict[str, Any]:
-  """Both forms of a model at the image size that it is made for."""
+  """Times both forms of a model at its usual image size, and returns the row."""
   model, deploy = (repjax.create_model(name, deploy=form) for form in (False, True))
   size = image_size_of(model)
   variables = repjax.init(model, jax.random.key(0), size)
@@ -176,10 +178,12 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--models", nargs="*", default=MODELS, help=f"default: {' '.join(MODELS)}")
-  parser.add_argument("--layers", nargs="*", choices=list(LAYERS), default=list(LAYERS))
-  parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
-  parser.add_argument("--repeats", type=int, default=3, help="programs of a model made anew")
-  parser.add_argument("--rounds", type=int, default=20, help="of each repeat")
+  parser.add_argument(
+    "--layers", nargs="*", choices=list(LAYERS), default=list(LAYERS), help="default: all"
+  )
+  parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], help="default: 1 8")
+  parser.add_argument("--repeats", type=int, default=3, help="times that all subjects start again")
+  parser.add_argument("--rounds", type=int, default=20, help="rounds in each repeat")
   parser.add_argument("--json", type=Path, help="also write the results to this file")
   arguments = parser.parse_args()
   device = jax.devices()[0]

@@ -1,13 +1,14 @@
-"""Times main.py from the command to the first step, without and with a warm compilation cache.
+"""Times main.py from the command to the first step, with a cold and with a warm compilation cache.
 
-Every start is a new process and a new run, of one step on noise. The first finds an empty cache,
-which it fills for the others. What is printed are medians of the warm starts:
+Every start is a new process and a new run of one step on noise. The first start finds an empty
+cache and fills it. The printed times are the first start, and the medians of the warm starts:
 
-  imports      Python, JAX and the project, until the command line is read
-  set-up       the config checked, the data opened, variables drawn
-  first step   its program traced and loaded from the cache, or compiled, and run
+  imports      start of Python, imports, and the command line
+  set-up       check of the config, opening of the data, initialization of variables
+  first step   the program is traced, loaded from the cache or compiled, and run
 
-python benchmarks/startup.py --json benchmarks/results/startup_cpu_2cores.json
+Example:
+  python benchmarks/startup.py --json benchmarks/results/startup_cpu_2cores.json
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# What main.py prints when a part is over.
+# The start of the line that main.py prints at the end of each part.
 PARTS = {"imports": "workdir: ", "set-up": "compiling", "first step": "step 1/1 "}
 
 
@@ -31,10 +32,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--config", default="repvgg_a0", help="of configs/; default: repvgg_a0")
+  parser.add_argument("--config", default="repvgg_a0", help="name of a config (default: repvgg_a0)")
   parser.add_argument("--image-size", type=int, default=64, help="pixels")
-  parser.add_argument("--batch-size", type=int, default=8)
-  parser.add_argument("--starts", type=int, default=5, help="with a warm cache")
+  parser.add_argument("--batch-size", type=int, default=8, help="images in a batch")
+  parser.add_argument("--starts", type=int, default=5, help="starts with a warm cache (default: 5)")
   parser.add_argument("--json", type=Path, help="also write the results to this file")
   arguments = parser.parse_args()
   with tempfile.TemporaryDirectory(prefix="startup-") as folder:
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def start_once(folder: Path, name: str, arguments: Any) -> dict[str, float]:
-  """Seconds of each part, and of all, of one start."""
+  """Starts main.py once, and returns the seconds of each part and of all parts."""
   command = [
     *(sys.executable, ROOT / "main.py", f"--config={ROOT}/configs/{arguments.config}.py"),
     *(f"--workdir={folder / name}", "--config.dataset=synthetic", "--config.num_steps=1"),

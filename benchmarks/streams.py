@@ -1,13 +1,14 @@
-"""Times ParNet on one device against its streams on a device each, and says what bounds these.
+"""Times ParNet on one device and with one device for each stream; prints the critical path.
 
-For each model and batch size the latency of both, in turns, from images on the host to logits on
-the host; what each piece costs alone, and the critical path: see `repjax.deploy.critical_path`.
-With a multiple of three devices groups of three share the batch.
+Latency is measured from images on the host to logits on the host, in turns. The benchmark also
+prints the time of each piece alone and the critical path; see `repjax.deploy.critical_path`. With a
+multiple of three devices, groups of three devices share the batch.
 
-A CPU counts as one device. To see streams there, let it count as three, which share its cores, so
-that a piece is slower beside others than alone and little is gained:
+A CPU counts as one device. The example splits a CPU into three devices, which share the cores. Then
+pieces are slower side by side than alone, and streams gain little.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=3 python benchmarks/streams.py
+Example:
+  XLA_FLAGS=--xla_force_host_platform_device_count=3 python benchmarks/streams.py
 """
 
 import argparse
@@ -33,7 +34,7 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-3}
 def measure(
   name: str, batch_size: int, dtype: str, devices: int, repeats: int, rounds: int
 ) -> tuple[dict[str, Any], repjax.deploy.CriticalPath]:
-  """Both latencies of a model at the image size that it is made for, and the critical path."""
+  """Times a model on one device and in streams; returns the row and the critical path."""
   model = repjax.create_model(name, deploy=True)
   size = image_size_of(model)
   variables = repjax.init(model, jax.random.key(0), size)
@@ -50,7 +51,7 @@ def measure(
     timing.relative_errors(logits, logits["single"], TOLERANCES[dtype])
 
   images = timing.random_images(batch_size, size)
-  built = {}  # the last of each
+  built = {}  # the compiled model of each way, from the last repeat
   subjects = {way: _subject(way, build, built) for way, build in ways.items()}
   results = timing.race(subjects, images, rounds=rounds, repeats=repeats, check=agree)
   path = repjax.deploy.critical_path(built["streams"], rounds=rounds)
@@ -72,18 +73,19 @@ def measure(
 
 
 def _subject(way: str, build: Callable[[], Any], built: dict[str, Any]) -> timing.Subject:
-  """What takes images from the host and returns logits there: nothing is left to wait for."""
+  """Returns a subject whose call takes images on the host and returns logits on the host."""
 
   def start(images: np.ndarray) -> timing.Running:
     del images
     built[way] = build()
     return timing.Running(built[way])
 
+  # A call ends with the logits on the host, so there is nothing to wait for.
   return timing.Subject(start, prepare=np.asarray, wait=np.shape)
 
 
 def _facts(path: repjax.deploy.CriticalPath, found: analysis.Summary) -> dict[str, Any]:
-  """A critical path for the file of results."""
+  """Returns the critical path as it stands in the file of results."""
   macs = {stage.name: stage.deploy.macs for stage in found.stages if stage.deploy}
   return {
     "pieces": [
@@ -109,11 +111,11 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--models", nargs="+", default=MODELS, help=f"default: {' '.join(MODELS)}")
-  parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
-  parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
-  parser.add_argument("--devices", type=int, help="the first of these; default: all")
-  parser.add_argument("--repeats", type=int, default=3, help="programs of a model made anew")
-  parser.add_argument("--rounds", type=int, default=20, help="of each repeat")
+  parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8], help="default: 1 8")
+  parser.add_argument("--dtype", choices=TOLERANCES, default="float32", help="default: float32")
+  parser.add_argument("--devices", type=int, help="number of devices to use (default: all)")
+  parser.add_argument("--repeats", type=int, default=3, help="times that all subjects start again")
+  parser.add_argument("--rounds", type=int, default=20, help="rounds in each repeat")
   parser.add_argument("--json", type=Path, help="also write the results to this file")
   arguments = parser.parse_args()
   devices = arguments.devices or jax.local_device_count()

@@ -1,4 +1,4 @@
-"""What `benchmark.py` times in evaluation mode: the forms of a model, and its twin elsewhere."""
+"""The subjects of benchmarks/inference.py: a model's two forms, and the same network in PyTorch."""
 
 import copy
 import functools
@@ -24,19 +24,23 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 class Task:
-  """A model, a batch size and a dtype, and what the subjects are made of."""
+  """A model, a batch size and a dtype, with the variables and inputs that all subjects share."""
 
   def __init__(self, name: str, batch_size: int, image_size: int, dtype: str):
     self.name, self.batch_size, self.image_size, self.dtype = name, batch_size, image_size, dtype
     self.model: Any = self.create()
 
   def create(self, deploy: bool = False, dtype: Any = jnp.float32) -> Any:
-    """The model in one form."""
+    """Returns the model in one of its forms."""
     return repjax.create_model(self.name, deploy=deploy, dtype=dtype)
 
   @functools.cached_property
   def variables(self) -> Any:
-    """Of the training form. Norms and biases are random, as those of a trained network are."""
+    """Variables of the training form.
+
+    Norms and biases are random, as in a trained network. Fresh norms would make both forms agree
+    even if a fold were wrong.
+    """
     variables = repjax.init(self.model, jax.random.key(0), self.image_size)
     rng = np.random.default_rng(0)
 
@@ -55,10 +59,12 @@ class Task:
 
   @functools.cached_property
   def inputs(self) -> list[np.ndarray]:
+    """Four batches of images (N, H, W, 3), float32."""
     return timing.random_images(self.batch_size, self.image_size, 4)
 
   @functools.cached_property
   def costs(self) -> analysis.Summary:
+    """Parameters and multiplications of both forms."""
     return analysis.summary(self.model, self.image_size)
 
   @functools.cached_property
@@ -67,13 +73,13 @@ class Task:
     return twins.twin(self.name, self.create(deploy=True), self.deployed)
 
   def flops(self, name: str) -> int:
-    """Of a call of a subject: twice the multiply-accumulates of its form."""
+    """Returns the FLOP of a call of a subject: two for each multiply-accumulate of its form."""
     cost = self.costs.train if name == "repjax-train-form" else self.costs.deploy
     assert cost is not None
     return 2 * cost.macs * self.batch_size
 
   def expected(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Logits of the first input as the deploy form computes them in full float32."""
+    """Returns the logits of the deploy form for the first input, computed in full float32."""
     del outputs
     with jax.default_matmul_precision("highest"):
       return np.asarray(jax.jit(self.create(deploy=True).apply)(self.deployed, self.inputs[0]))
@@ -85,7 +91,7 @@ class Task:
     images = torch.zeros(self.batch_size, 3, self.image_size, self.image_size)
     file = io.BytesIO()
     with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
-      # With dynamo it would ask for one more package, and give the same network.
+      # The dynamo exporter needs one more package and writes the same network.
       torch.onnx.export(self.twin, (images,), file, dynamo=False, input_names=["images"])
     return file.getvalue()
 
@@ -98,14 +104,14 @@ class Task:
 
 
 class Kind(NamedTuple):
-  """How a subject is made, and when it cannot be.
+  """A kind of subject, and the conditions under which it can be timed.
 
   Attributes:
-    make: the subject for a task.
-    needs: packages besides our own.
-    on: where it is timed, of "cpu" and "gpu".
-    dtypes: those that it can compute in.
-    one_device: whether it uses one device where JAX uses all.
+    make: takes a task and returns the subject.
+    needs: packages that repjax does not depend on.
+    on: devices that the subject is timed on: "cpu", "gpu" or both.
+    dtypes: returns the dtypes that the subject can compute in on this machine.
+    one_device: True for a subject that uses one device where JAX uses all.
   """
 
   make: Callable[[Any], Subject]
@@ -116,7 +122,7 @@ class Kind(NamedTuple):
 
 
 def why_not(kind: Kind, task: Task) -> str | None:
-  """Why a subject cannot do a task here, or None."""
+  """Returns the reason why a subject cannot do a task on this machine, or None if it can."""
   missing = [package for package in kind.needs if importlib.util.find_spec(package) is None]
   if missing:
     return f"not installed: {', '.join(missing)} (pip install 'repjax[bench]')"
@@ -135,13 +141,13 @@ def why_not(kind: Kind, task: Task) -> str | None:
 
 
 def train_form(task: Task) -> Subject:
-  """The training form in evaluation mode; parameters stay in float32."""
+  """Returns the training form in evaluation mode. Parameters stay in float32."""
   dtype = DTYPES[task.dtype]
   return _on_images(timing.program(task.create(dtype=dtype).apply, task.variables), dtype)
 
 
 def deploy_form(task: Task, tune: bool = True) -> Subject:
-  """The deploy form by `repjax.deploy.compile`; a call brings the logits to the host."""
+  """Returns the deploy form, by `repjax.deploy.compile`. A call copies the logits to the host."""
 
   def start(images: Any) -> Running:
     compiled = repjax.deploy.compile(
@@ -158,7 +164,7 @@ def deploy_form(task: Task, tune: bool = True) -> Subject:
 
 
 def _on_images(subject: Subject, dtype: Any) -> Subject:
-  """The same on images that come as NumPy's float32."""
+  """Returns the subject for images that are NumPy arrays in float32."""
   return subject._replace(
     prepare=lambda images: jnp.asarray(images, dtype),
     read=lambda logits: np.asarray(logits, np.float32),
@@ -166,7 +172,7 @@ def _on_images(subject: Subject, dtype: Any) -> Subject:
 
 
 def in_torch(task: Task, compiled: bool = False) -> Subject:
-  """The deploy form in PyTorch, channels last, as written or by torch.compile."""
+  """Returns the deploy form in PyTorch, channels last: eager, or compiled by torch.compile."""
   torch: Any = importlib.import_module("torch")
   device, dtype = twins.device(), getattr(torch, task.dtype)
   network = copy.deepcopy(task.twin).to(device, dtype).to(memory_format=torch.channels_last)
@@ -188,11 +194,12 @@ def in_torch(task: Task, compiled: bool = False) -> Subject:
 
 
 def _channels_first(images: np.ndarray) -> np.ndarray:
+  """Returns images (N, H, W, 3) as (N, 3, H, W)."""
   return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
 def in_onnxruntime(task: Task, own: bool = False) -> Subject:
-  """The deploy form in ONNX Runtime on the CPU, as PyTorch or as repjax exports it."""
+  """Returns the deploy form in ONNX Runtime on the CPU, exported by PyTorch or by repjax."""
   runtime: Any = importlib.import_module("onnxruntime")
   content = task.own_onnx if own else task.onnx
 
@@ -207,13 +214,13 @@ def in_onnxruntime(task: Task, own: bool = False) -> Subject:
 
 
 def openvino_alone() -> Any:
-  """OpenVINO without its part that reports to its makers, in a fork, that it was imported."""
+  """Imports OpenVINO without its telemetry, which would send a report from a forked process."""
   sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
   return importlib.import_module("openvino")
 
 
 def in_openvino(task: Task, own: bool = False) -> Subject:
-  """The deploy form in OpenVINO on the CPU, as PyTorch or as repjax exports it."""
+  """Returns the deploy form in OpenVINO on the CPU, exported by PyTorch or by repjax."""
   openvino = openvino_alone()
   content = task.own_onnx if own else task.onnx
   settings = {
@@ -234,7 +241,7 @@ def in_openvino(task: Task, own: bool = False) -> Subject:
 
 
 def openvino_dtypes() -> list[str]:
-  """Those of which OpenVINO says that this CPU has them."""
+  """Returns the dtypes that OpenVINO can compute in on this CPU."""
   core = openvino_alone().Core()
   able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
   names = {"FP32": "float32", "BF16": "bfloat16", "FP16": "float16"}

@@ -1,8 +1,6 @@
-"""What the benchmarks share: subjects that are timed in turns, and the file of their results.
+"""Timing of several subjects in turns, and the file of results, for all benchmarks.
 
-Subjects take turns in rounds, so that all meet the same noise; who begins moves on from round to
-round. A turn is one call that is not timed, which brings back the subject's own data into the
-caches and lets the threads of the one before fall asleep, then the timed ones, then waiting.
+`repjax.timing.time_in_turns` says how a turn is timed, and why the subjects take turns.
 """
 
 import functools
@@ -21,14 +19,15 @@ import numpy as np
 
 from repjax.deploy.xla import planned_bytes
 from repjax.errors import InputError
+from repjax.timing import Turn, cpus, time_in_turns
 
 
 class Running(NamedTuple):
-  """A subject that is ready.
+  """A subject that has started.
 
   Attributes:
-    run: takes an input and returns an output, which may be on its way yet.
-    memory: bytes that a call needs with all that it reads, where it can be told.
+    run: takes an input and returns an output, which may not be ready yet.
+    memory: returns the bytes that a call needs, inputs and weights included; None if unknown.
   """
 
   run: Callable[[Any], Any]
@@ -36,14 +35,14 @@ class Running(NamedTuple):
 
 
 class Subject(NamedTuple):
-  """Something to be timed.
+  """A program to time.
 
   Attributes:
-    start: takes a prepared input and makes ready for such; what compiles compiles here, or in the
-      first call.
-    prepare: an input in the subject's own layout and on its device, which is not timed.
-    wait: until an output is there.
-    read: an output as numbers to compare.
+    start: takes a prepared input and returns the running subject. Compilation happens here, or in
+      the first call.
+    prepare: returns an input in the subject's layout, on the subject's device; not timed.
+    wait: waits until an output is ready.
+    read: returns an output as a NumPy array, for comparison.
   """
 
   start: Callable[[Any], Running]
@@ -53,12 +52,12 @@ class Subject(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What was measured of a subject.
+  """The measurements of a subject.
 
   Attributes:
-    seconds: of a call, as [repeat][round].
-    compile_s: from the start to the first output, of each repeat.
-    memory: see `Running`.
+    seconds: seconds of a call, as [repeat][round].
+    compile_s: seconds from the start to the first output, for each repeat.
+    memory: bytes that a call needs, as in `Running`.
   """
 
   seconds: list[list[float]]
@@ -67,29 +66,29 @@ class Result(NamedTuple):
 
   @property
   def all_seconds(self) -> list[float]:
-    """Of all repeats."""
+    """The seconds of a call in all rounds of all repeats."""
     return [value for repeat in self.seconds for value in repeat]
 
   @property
   def median(self) -> float:
-    """Seconds of a call."""
+    """The median seconds of a call."""
     return statistics.median(self.all_seconds)
 
 
-Turn = Callable[[int, int], Any]
-"""Takes the round's number and a number of calls, makes these and waits until they are done."""
-
-
 def program(function: Callable[[Any, Any], Any], held: Any) -> Subject:
-  """`function(held, input)`, compiled by JAX.
+  """Returns the subject that computes `function(held, input)`, compiled by JAX.
 
-  Each start copies what is held, since speed depends on where it lies in memory.
+  Each start copies `held`, since speed depends on the place of arrays in memory.
+
+  Args:
+    function: takes `held` and an input, and returns an output.
+    held: tree of arrays, usually the variables of a model.
   """
 
   def start(x: Any) -> Running:
-    own = jax.tree.map(jnp.copy, held)
-    executable = jax.jit(function).lower(own, x).compile()
-    return Running(functools.partial(executable, own), lambda: planned_bytes(executable))
+    copied = jax.tree.map(jnp.copy, held)
+    executable = jax.jit(function).lower(copied, x).compile()
+    return Running(functools.partial(executable, copied), lambda: planned_bytes(executable))
 
   return Subject(start)
 
@@ -104,16 +103,18 @@ def race(
   clock: Callable[[], float] = time.perf_counter,
   check: Callable[[dict[str, np.ndarray]], Any] = lambda outputs: None,
 ) -> dict[str, Result]:
-  """Times subjects in turns.
+  """Times subjects in turns, and returns the measurements by name.
 
   Args:
-    subjects: by name.
-    inputs: rounds take one after another, from the first again behind the last.
-    rounds: of each repeat.
-    repeats: how often all subjects are started anew.
-    calls: in a turn before waiting. With 1 times are latencies; more keep a device busy.
-    clock: seconds since some moment.
-    check: sees what every subject makes of the first input before anything is timed.
+    subjects: name to subject.
+    inputs: inputs of the rounds, in cyclic order.
+    rounds: number of rounds in each repeat.
+    repeats: number of times that all subjects start again.
+    calls: calls in a turn before the wait. One call measures latency; more calls keep a device
+      busy and measure throughput.
+    clock: returns seconds since some moment.
+    check: takes the outputs of all subjects for the first input, before anything is timed, and
+      raises where they differ.
   """
   seconds, compile_s = ({name: [] for name in subjects} for _ in range(2))
   memory = {}
@@ -136,6 +137,8 @@ def race(
 
 
 def _turn(run: Callable[[Any], Any], wait: Callable[[Any], Any], inputs: Sequence[Any]) -> Turn:
+  """Returns the turn of a subject, whose input depends on the number of the round."""
+
   def turn(number: int, calls: int) -> None:
     x = inputs[number % len(inputs)]
     output = None
@@ -146,72 +149,46 @@ def _turn(run: Callable[[Any], Any], wait: Callable[[Any], Any], inputs: Sequenc
   return turn
 
 
-def time_in_turns(
-  turns: Mapping[str, Turn],
-  rounds: int,
-  calls: int = 1,
-  clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
-  """Seconds of a call of each in each round, after a warm-up."""
-  names = list(turns)
-  seconds = {name: [] for name in names}
-  for turn in turns.values():
-    turn(0, 2)
-  for number in range(rounds):
-    first = number % len(names)
-    for name in names[first:] + names[:first]:
-      turns[name](number, 1)
-      begin = clock()
-      turns[name](number, calls)
-      seconds[name].append((clock() - begin) / calls)
-  return seconds
-
-
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-  """The median of the rounds' ratios."""
+  """Returns the median over the rounds of numerator / denominator."""
   return statistics.median(a / b for a, b in zip(numerators, denominators))
 
 
 def relative_errors(
   outputs: Mapping[str, np.ndarray], expected: np.ndarray, tolerance: float
 ) -> dict[str, float]:
-  """max|a - b| / max|b| of each output a against b.
+  """Returns max|a - b| / max|b| of each output a against the expected b.
 
   Raises:
-    InputError: one is larger than the tolerance, or no number.
+    InputError: an error is larger than the tolerance, or is not a number.
   """
   scale = np.abs(expected).max()
   errors = {name: float(np.abs(y - expected).max() / scale) for name, y in outputs.items()}
   for name, error in errors.items():
     if not error <= tolerance:
       raise InputError(
-        f"{name} computes something else than repjax: the relative error is {error:.1e}, where at "
-        f"most {tolerance:.0e} is expected; its speed would mean nothing, so nothing was timed. "
-        "Leave it out to time the others"
+        f"{name} differs from repjax by a relative error of {error:.1e}, where at most "
+        f"{tolerance:.0e} is expected. Its speed would mean nothing, so nothing was timed. "
+        f"Leave out {name} to time the other subjects"
       )
   return errors
 
 
 def random_images(batch_size: int, image_size: int, count: int = 1) -> list[np.ndarray]:
-  """Noise (N, H, W, 3), several times."""
+  """Returns `count` batches of noise (N, H, W, 3)."""
   shape = (batch_size, image_size, image_size, 3)
   rng = np.random.default_rng(0)
   return [rng.standard_normal(shape, np.float32) for _ in range(count)]
 
 
 def cpu_time() -> float:
-  """Seconds of this process on CPUs, and of those that it has started, as compilers are."""
+  """Returns the CPU seconds of this process and of its finished child processes."""
   times = os.times()
   return time.process_time() + times.children_user + times.children_system
 
 
-def cpus() -> int:
-  """Those that this process may use, and how many threads every subject gets on a CPU."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine() -> dict[str, Any]:
-  """What results depend on besides the code; the load is that of the minute before."""
+  """Returns the facts about the machine that results depend on, and its load in the last minute."""
   return {
     "device": jax.devices()[0].device_kind,
     "devices": jax.device_count(),
@@ -223,6 +200,6 @@ def machine() -> dict[str, Any]:
 
 
 def write_json(path: Path, facts: dict[str, Any], **results: Any) -> None:
-  """Writes results, with the machine that gave them first."""
+  """Writes results as JSON, after the facts about the machine and the run."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps({**machine(), **facts, **results}, indent=2) + "\n")

@@ -1,8 +1,9 @@
-"""What `benchmark.py --training` times: a step on data that are on the device.
+"""The subjects of `benchmarks/inference.py --training`: a training step on data on the device.
 
-A step is that of main.py: normalise uint8 images, forward, backward, SGD with momentum, and the
-average over all devices. PyTorch's is for one device (on a GPU channels last, in half precision
-automatic mixed precision). All begin with the same parameters, and the first losses are compared.
+A step is the step of `repjax train`: normalise uint8 images, forward pass, backward pass, average
+over all devices, and SGD with momentum. The step in PyTorch runs on one device. On a GPU its layout
+is channels last, and half precision means automatic mixed precision. All subjects start from the
+same parameters, and their first losses are compared.
 """
 
 import copy
@@ -29,7 +30,7 @@ RATE, MOMENTUM, DECAY = 0.1, 0.9, 1e-4
 
 
 class TrainingTask(subjects.Task):
-  """The same for training; a global batch size."""
+  """A task for training. The batch size is the sum over all devices."""
 
   def __init__(self, name: str, batch_size: int, image_size: int, dtype: str):
     parallel.check_batch_size(batch_size)
@@ -37,6 +38,7 @@ class TrainingTask(subjects.Task):
 
   @functools.cached_property
   def inputs(self) -> list[Any]:
+    """Two batches of uint8 images (N, H, W, 3) with labels (N,)."""
     rng = np.random.default_rng(0)
     shape = (self.batch_size, self.image_size, self.image_size, 3)
     return [
@@ -49,19 +51,20 @@ class TrainingTask(subjects.Task):
 
   @functools.cached_property
   def twin(self) -> Any:
+    """The training form in PyTorch, in float32 on the CPU."""
     return twins.twin(self.name, self.model, self.variables)
 
   def expected(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The loss of the first subject's first step."""
+    """Returns the loss of the first step of the first subject."""
     return next(iter(outputs.values()))
 
   def flops(self, name: str) -> int:
-    """Of a step: the backward pass takes twice what the forward pass does."""
+    """Returns the FLOP of a step: the backward pass costs twice as much as the forward pass."""
     return 3 * super().flops(name)
 
 
 def in_jax(task: TrainingTask) -> Subject:
-  """The step of repjax on all devices."""
+  """Returns the training step of repjax on all devices."""
   sgd = optimizer.sgd(lambda step: RATE, momentum=MOMENTUM, nesterov=False, weight_decay=DECAY)
   preprocessing = Preprocessing(task.image_size, task.image_size, "bilinear", MEAN, STD)
   model = task.create(dtype=DTYPES[task.dtype])
@@ -84,7 +87,7 @@ def in_jax(task: TrainingTask) -> Subject:
 
 
 def in_torch(task: TrainingTask, compiled: bool = False) -> Subject:
-  """The same step in PyTorch on one device."""
+  """Returns the same training step in PyTorch on one device."""
   torch: Any = importlib.import_module("torch")
   device = twins.device()
   layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
@@ -119,7 +122,7 @@ def in_torch(task: TrainingTask, compiled: bool = False) -> Subject:
 KINDS: dict[str, Kind] = {
   "repjax-train-form": Kind(in_jax),
   "torch-eager": Kind(in_torch, ("torch",), one_device=True),
-  # On a CPU PyTorch 2.13 ended in a segmentation fault, which would end the benchmark.
+  # On a CPU, compiled training in PyTorch 2.13 ended the process with a segmentation fault.
   "torch-compile": Kind(
     functools.partial(in_torch, compiled=True), ("torch",), ("gpu",), one_device=True
   ),

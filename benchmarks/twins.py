@@ -1,7 +1,7 @@
-"""RepVGG and ResNet written in PyTorch, to be timed beside ours: same network, same weights.
+"""RepVGG and ResNet in PyTorch, with the same layers and weights as the models of repjax.
 
-Submodules are called as in the authors' code (for ResNet: torchvision's), so that what
-`repjax.weights.to_torch` writes can be loaded.
+Submodules have the names of the authors' code (for ResNet, of torchvision), so that the networks
+load the state dicts that `repjax.weights.to_torch` returns.
 """
 
 import functools
@@ -21,24 +21,26 @@ from repjax.models.resnet import ResNet
 
 
 def has_twin(model: Any) -> bool:
-  """Whether there is such a network for a model."""
+  """Returns whether a model can be built in PyTorch by `twin`."""
   if isinstance(model, RepVGG):
     return model.se is None and not model.aux_heads and model.act == "relu"
   return type(model) is ResNet and model.act == "relu"
 
 
 def twin(name: str, model: Any, variables: Mapping[str, Any]) -> Any:
-  """The PyTorch network of a model, in its form and with its variables, on the CPU.
+  """Returns the PyTorch network of a model, in the model's form and with its variables.
+
+  The network is on the CPU, in float32 and in evaluation mode.
 
   Args:
-    name: of the model, for the names of its weights.
-    model: one that `has_twin`, without dilation.
-    variables: of the model.
+    name: name of the model, which decides the names of its weights.
+    model: a model for which `has_twin` is true, without dilation.
+    variables: variables of the model.
   """
   torch: Any = importlib.import_module("torch")
   network = _repvgg(torch.nn, model) if isinstance(model, RepVGG) else _resnet(torch.nn, model)
   state = weights.to_torch(name, variables)
-  # Copied, since PyTorch warns of arrays that it may not write to.
+  # PyTorch warns about read-only arrays, so the arrays are copied.
   tensors = {key: torch.from_numpy(np.array(value, np.float32)) for key, value in state.items()}
   missing, unexpected = network.load_state_dict(tensors, strict=False)
   unknown = [key for key in missing if not key.endswith("num_batches_tracked")]
@@ -48,33 +50,35 @@ def twin(name: str, model: Any, variables: Mapping[str, Any]) -> Any:
 
 
 def device() -> Any:
-  """Where PyTorch computes: where JAX does."""
+  """Returns the PyTorch device of the same kind as the JAX device, and prepares it for timing."""
   torch: Any = importlib.import_module("torch")
   if jax.default_backend() == "cpu":
     torch.set_num_threads(timing.cpus())
     return torch.device("cpu")
   torch.backends.cudnn.benchmark = True
-  torch.backends.cuda.matmul.allow_tf32 = True  # as JAX does by default; convolutions do anyway
+  # JAX uses TF32 by default. PyTorch uses TF32 in convolutions by default, but not in products.
+  torch.backends.cuda.matmul.allow_tf32 = True
   torch.cuda.reset_peak_memory_stats()
   return torch.device("cuda")
 
 
 def memory() -> int | None:
-  """The most that PyTorch has held on a GPU since `device`."""
+  """Returns the largest number of bytes that PyTorch held on a GPU since `device`, or None."""
   torch: Any = importlib.import_module("torch")
   return torch.cuda.max_memory_allocated() if jax.default_backend() != "cpu" else None
 
 
 def wait(output: Any) -> None:
+  """Waits until a tensor has been computed."""
   if output.is_cuda:
     importlib.import_module("torch").cuda.synchronize()
 
 
 def compiled(network: Any) -> Any:
-  """The network by torch.compile, for inference at its best: weights as constants, CUDA graphs."""
+  """Returns a network compiled by torch.compile: CUDA graphs, and constant weights in inference."""
   torch: Any = importlib.import_module("torch")
   inductor: Any = importlib.import_module("torch._inductor.config")
-  inductor.force_disable_caches = True  # so that the time to compile is one
+  inductor.force_disable_caches = True  # so that every start really compiles
   inductor.freezing = not network.training
   torch.compiler.reset()
   gpu = next(network.parameters()).is_cuda
@@ -82,11 +86,13 @@ def compiled(network: Any) -> Any:
 
 
 def _conv_bn(nn: Any, inputs: int, outputs: int, size: int, stride: int, groups: int) -> Any:
+  """Returns a convolution followed by a batch norm."""
   conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
   return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs)))
 
 
 def _classifier(nn: Any, name: str, features: int, classes: int) -> dict[str, Any]:
+  """Returns the layers after the last stage, by name."""
   return {
     "pool": nn.AdaptiveAvgPool2d(1),
     "flatten": nn.Flatten(),
@@ -95,6 +101,8 @@ def _classifier(nn: Any, name: str, features: int, classes: int) -> dict[str, An
 
 
 def _repvgg(nn: Any, model: RepVGG) -> Any:
+  """Returns RepVGG in PyTorch, in the form of `model`."""
+
   class Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, groups: int):
       super().__init__()
@@ -107,7 +115,7 @@ def _repvgg(nn: Any, model: RepVGG) -> Any:
           self.rbr_identity = nn.BatchNorm2d(inputs)
 
     def forward(self, x: Any) -> Any:
-      # Not sum(), which would add a zero first.
+      # sum() would start from 0 and so compute one more addition.
       return functools.reduce(operator.add, [branch(x) for branch in self.children()]).relu_()
 
   features = min(64, int(64 * model.width_multipliers[0]))
@@ -126,8 +134,10 @@ def _repvgg(nn: Any, model: RepVGG) -> Any:
 
 
 def _resnet(nn: Any, model: ResNet) -> Any:
+  """Returns ResNet in PyTorch, in the form of `model`."""
+
   def layer(inputs: int, outputs: int, size: int, stride: int = 1) -> tuple[Any, Any]:
-    """A convolution and its norm; in deploy form it has a bias, and nothing follows."""
+    """Returns a convolution and its norm. In deploy form the convolution has a bias instead."""
     conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=model.deploy)
     return conv, nn.Identity() if model.deploy else nn.BatchNorm2d(outputs)
 

@@ -1,11 +1,18 @@
-"""Structural re-parameterization for JAX: train with branches, ship the plain network."""
+"""Structural re-parameterization for JAX: train with branches, ship the plain network.
+
+Every name loads on first use (PEP 562), so that `repjax --help` and the processes that read images
+start without JAX.
+"""
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from repjax.models import create_model, init, list_models
-from repjax.reparam import FOLDS, reparameterize
-from repjax.spec import ModelSpec, load
+if TYPE_CHECKING:
+  from repjax.models import create_model, init, list_models
+  from repjax.reparam import FOLDS, reparameterize
+  from repjax.spec import ModelSpec, load
+
+__version__ = "0.1.0"
 
 __all__ = [
   "FOLDS",
@@ -17,15 +24,29 @@ __all__ = [
   "reparameterize",
 ]
 
-_ROOMS = ("analysis", "data", "deploy", "onnx", "quantization", "training", "weights")
+_MODULE_OF = {
+  "FOLDS": "reparam",
+  "ModelSpec": "spec",
+  "create_model": "models",
+  "init": "models",
+  "list_models": "models",
+  "load": "spec",
+  "reparameterize": "reparam",
+}
+_MODULES = (
+  *("algebra", "analysis", "data", "deploy", "disk", "errors", "layers", "models", "onnx"),
+  *("quantization", "reparam", "report", "runs", "spec", "training", "weights"),
+)
 
 
-def __getattr__(name: str) -> ModuleType:
-  """Loads a room of the package on first use (PEP 562)."""
-  if name in _ROOMS:
+def __getattr__(name: str) -> Any:
+  """Returns a public name, or a module of the package, and loads what the name needs."""
+  if name in _MODULE_OF:
+    return getattr(importlib.import_module(f"repjax.{_MODULE_OF[name]}"), name)
+  if name in _MODULES:
     return importlib.import_module(f"repjax.{name}")
   raise AttributeError(f"module 'repjax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-  return [*__all__, *_ROOMS]
+  return [*__all__, *_MODULES]

@@ -1,4 +1,4 @@
-"""Runs a command: python -m repjax COMMAND."""
+"""The program behind `python -m repjax COMMAND`."""
 
 from repjax.cli import main
 

@@ -1,11 +1,13 @@
-"""Makes a small folder of images to try things out: photographs of scikit-image, or digits.
+"""Makes a small folder of example images: crops of scikit-image's photographs, or digits.
 
-python scripts/example_folder.py photographs --to pictures/photographs
-python scripts/example_folder.py digits --to pictures/digits --classes 0 1 2 3 4 --per-class 10
-repjax prepare-dataset --from-folder pictures/digits --name few_digits
+Each photograph is a class, and its images are crops. Crops for validation come from a part of the
+photograph that no training crop shows. For digits, the validation images are the test images of the
+digits data set.
 
-Photographs: a class is one photograph, its images are crops of it, those for validation from a part
-that no training image shows. Digits: the validation images are the test images of the digits set.
+Examples:
+  python scripts/example_folder.py photographs --to pictures/photographs
+  python scripts/example_folder.py digits --to pictures/digits --classes 0 1 2 3 4 --per-class 10
+  repjax prepare-dataset --from-folder pictures/digits --name few_digits
 """
 
 import argparse
@@ -19,8 +21,8 @@ from PIL import Image
 
 from repjax.errors import InputError, one_paragraph, unknown
 
-# What is inside scikit-image itself (its other photographs would be downloaded) and looks alike in
-# all its parts, if need be within a box of (left, top, right, bottom).
+# Photographs inside the scikit-image package; the rest would be downloaded. All parts of each
+# photograph look alike, where necessary only within a box of (left, top, right, bottom).
 PHOTOGRAPHS = {
   "brick": ("brick.png", None),
   "cat": ("chelsea.png", (40, 0, 390, 300)),
@@ -35,8 +37,8 @@ PHOTOGRAPHS = {
   "rocket": ("rocket.jpg", None),
   "tissue": ("ihc.png", None),
 }
-VALIDATION_SHARE = 0.3  # of a photograph's longer side
-SIZES = (96, 224)  # of a crop's sides before it is resized, where the photograph is large enough
+VALIDATION_SHARE = 0.3  # share of the longer side of a photograph
+SIZES = (96, 224)  # range of the sides of a crop in pixels, before the crop is resized
 
 
 def write_photographs(folder: Path, per_class: int, seed: int, classes: list[str]) -> None:
@@ -71,7 +73,7 @@ def halves(photograph: Image.Image) -> tuple[Image.Image, Image.Image]:
 
 
 def random_crop(part: Image.Image, rng: np.random.Generator) -> Image.Image:
-  """A random rectangle, enlarged or reduced to a shorter side of 160 pixels, sometimes mirrored."""
+  """Returns a random rectangle with a shorter side of 160 pixels, mirrored half of the time."""
   width, height = (
     int(rng.integers(min(SIZES[0], side), min(SIZES[1], side) + 1)) for side in part.size
   )
@@ -99,7 +101,11 @@ def write_digits(folder: Path, per_class: int | None, classes: list[str]) -> Non
 
 
 def package(module: str, name: str) -> Any:
-  """The folder of an installed package."""
+  """Returns the folder of an installed package.
+
+  Raises:
+    InputError: the package is not installed.
+  """
   try:
     return importlib.resources.files(module)
   except ModuleNotFoundError:
@@ -109,7 +115,11 @@ def package(module: str, name: str) -> Any:
 
 
 def check(arguments: argparse.Namespace) -> list[str]:
-  """The classes that were asked for."""
+  """Returns the classes that the flags ask for.
+
+  Raises:
+    InputError: the folder is not empty, or a flag's value cannot be used.
+  """
   folder = arguments.to
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f"{folder} is not an empty folder; give another path, or remove it first")
@@ -127,13 +137,15 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("kind", choices=("photographs", "digits"))
-  parser.add_argument("--to", required=True, type=Path, help="folder to be made")
-  parser.add_argument("--classes", nargs="+", help="some of them (default: all)")
+  parser.add_argument("kind", choices=("photographs", "digits"), help="kind of images")
+  parser.add_argument("--to", required=True, type=Path, help="folder to make")
+  parser.add_argument("--classes", nargs="+", help="classes to make (default: all)")
   parser.add_argument(
-    "--per-class", type=int, help="training images of each (default: 40 photographs, all digits)"
+    "--per-class",
+    type=int,
+    help="training images in a class (default: 40, or all digits)",
   )
-  parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
+  parser.add_argument("--seed", type=int, default=0, help="seed of the crops (default: 0)")
   arguments = parser.parse_args()
   with one_paragraph():
     classes = check(arguments)

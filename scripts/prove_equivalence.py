@@ -1,9 +1,11 @@
-"""Prints how far the training form and the deploy form of each model are apart, in float64.
+"""Compares the training form and the deploy form of every model in float64.
 
-Statistics, scales, biases and images are random, so that no error can hide behind fresh ones. The
-exit status is 1 where a relative error, max|a - b| / max|b| over the logits, exceeds 1e-12.
+The script prints the relative error, max|a - b| / max|b| over the logits. Statistics, scales,
+biases and images are random: with their initial values, a wrong fold could go unnoticed. The exit
+status is 1 where an error exceeds 1e-12.
 
-    python scripts/prove_equivalence.py --models repvgg_a0 repvgg_b1g4
+Example:
+  python scripts/prove_equivalence.py --models repvgg_a0 repvgg_b1g4
 """
 
 import argparse
@@ -23,7 +25,7 @@ IMAGE_SIZE = 96
 
 
 def randomise(path: tuple[Any, ...], leaf: jax.Array, rng: np.random.Generator) -> np.ndarray:
-  """A kernel as it is, anything else drawn anew: scales and variances positive, the rest not."""
+  """Returns a kernel unchanged, and random values for any other leaf, positive where required."""
   name = path[-1].key
   if name == "kernel":
     return np.asarray(leaf)
@@ -32,13 +34,13 @@ def randomise(path: tuple[Any, ...], leaf: jax.Array, rng: np.random.Generator) 
 
 
 def relative_error(name: str, image_size: int | None) -> float:
-  """Of the deploy form's logits against the training form's, on one random image."""
+  """Returns the relative error of the deploy form on one random image."""
   rng = np.random.default_rng(0)
-  settings: dict[str, Any] = {"dtype": jnp.float64, "param_dtype": jnp.float64}
-  train = repjax.create_model(name, **settings)
+  dtypes: dict[str, Any] = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+  train = repjax.create_model(name, **dtypes)
   if image_size is None:
     image_size = int(getattr(train, "image_size", IMAGE_SIZE))
-  deploy = repjax.create_model(name, deploy=True, **settings)
+  deploy = repjax.create_model(name, deploy=True, **dtypes)
   variables = jax.tree_util.tree_map_with_path(
     lambda path, leaf: randomise(path, leaf, rng), repjax.init(train, jax.random.key(0), image_size)
   )
@@ -53,8 +55,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--models", nargs="+", default=repjax.list_models())
-  parser.add_argument("--image-size", type=int, help="pixels (default: 96, or as the model asks)")
+  parser.add_argument("--models", nargs="+", default=repjax.list_models(), help="default: all")
+  parser.add_argument("--image-size", type=int, help="pixels (default: 96, or the model's size)")
   arguments = parser.parse_args()
   jax.config.update("jax_enable_x64", True)
   worst = 0.0

@@ -1,17 +1,20 @@
-"""Exports every model as ONNX with random parameters and compares the file's outputs with JAX's.
+"""Exports every model as ONNX with random parameters, and compares the outputs with those of JAX.
 
-    python scripts/prove_onnx.py
-    python scripts/prove_onnx.py --models repvgg_a0 parnet_s --image-size 224 --openvino
-    python scripts/prove_onnx.py --openvino --json benchmarks/results/onnx.json
+Each file first passes the ONNX checker with shape inference. A relative error is against JAX on the
+CPU in float32; the larger error of batch sizes 1 and 3 counts, and the limit is 1e-5. Networks that
+accept any image size see small images, since the size does not change the translated operators.
 
-Each file passes the ONNX checker with shape inference first. Relative errors are against JAX on the
-CPU in float32, the larger of those at batch sizes 1 and 3; the limit is 1e-5. Networks that do not
-depend on the image size see small images, since kernels are what can go wrong.
+Examples:
+  python scripts/prove_onnx.py
+  python scripts/prove_onnx.py --models repvgg_a0 parnet_s --image-size 224 --openvino
+  python scripts/prove_onnx.py --openvino --json benchmarks/results/onnx.json
 """
 
 import argparse
 import collections
 import functools
+import importlib
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import timing
-from subjects import openvino_alone
 
 import repjax
 from repjax.errors import InputError, one_paragraph
@@ -30,17 +31,20 @@ from repjax.onnx import of_function
 from repjax.onnx.check import TOLERANCES, checked
 from repjax.onnx.proto import OPSET
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # two helpers of the benchmarks
+timing, subjects = (importlib.import_module(name) for name in ("timing", "subjects"))
+
 SMALL = 64  # pixels, enough for a stride of 32
 
 
 def smallest(model: Any) -> int:
-  """The side in pixels of the images to take."""
+  """Returns the smallest usable side of images, in pixels."""
   tiled = hasattr(model, "tile") or hasattr(model, "tiles")
   return image_size_of(model) if tiled else min(SMALL, image_size_of(model))
 
 
 def random_variables(model: Any, size: int) -> Any:
-  """Of a deploy form; scales and biases are random, as those of a trained network are."""
+  """Returns variables of a deploy form, with random scales and biases as in a trained network."""
   rng = np.random.default_rng(0)
 
   def stir(path: Any, leaf: jax.Array) -> jax.Array:
@@ -52,17 +56,17 @@ def random_variables(model: Any, size: int) -> Any:
 
 
 def openvino_error(content: bytes, wanted: np.ndarray, images: np.ndarray) -> float:
-  """Relative error of OpenVINO's logits."""
-  openvino = openvino_alone()
+  """Returns the relative error of the logits in OpenVINO."""
+  openvino = subjects.openvino_alone()
   core = openvino.Core()
-  settings = {"INFERENCE_PRECISION_HINT": "f32"}
-  network = core.compile_model(core.read_model(content), "CPU", settings)
+  precision = {"INFERENCE_PRECISION_HINT": "f32"}
+  network = core.compile_model(core.read_model(content), "CPU", precision)
   got = network(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))[0]
   return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
 def prove(name: str, image_size: int | None, openvino: bool) -> dict[str, Any]:
-  """Prints a line about a model, and returns what it says."""
+  """Exports and compares a model; prints a line, and returns the facts in the line."""
   start = time.perf_counter()
   model = repjax.create_model(name, deploy=True)
   size = image_size or smallest(model)
@@ -78,7 +82,7 @@ def prove(name: str, image_size: int | None, openvino: bool) -> dict[str, Any]:
   content = proto.SerializeToString()
   found = checked(content, function, tree, size)
   if not found:
-    raise InputError("this compares with ONNX Runtime: pip install onnxruntime")
+    raise InputError("the comparison needs ONNX Runtime: pip install onnxruntime")
   errors, more = {"onnxruntime": found["relative_error"]}, ""
   if openvino:
     images = np.random.default_rng(2).standard_normal((2, size, size, 3), np.float32)
@@ -104,9 +108,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--models", nargs="+", default=repjax.models.list_models())
-  parser.add_argument("--image-size", type=int, help="pixels; default: small")
-  parser.add_argument("--openvino", action="store_true", help="compare OpenVINO's outputs too")
+  parser.add_argument("--models", nargs="+", default=repjax.list_models(), help="default: all")
+  parser.add_argument("--image-size", type=int, help="pixels (default: 64, or the model's)")
+  parser.add_argument("--openvino", action="store_true", help="also compare with OpenVINO")
   parser.add_argument("--json", type=Path, help="also write the results to this file")
   arguments = parser.parse_args()
   with one_paragraph():

@@ -1,13 +1,14 @@
-"""Kills a small training run again and again, and counts the bits in which it then ends otherwise.
+"""Kills a small training run again and again, and counts the bits that then differ at its end.
 
-A run on the digits is done once undisturbed. Then the same command is started, killed by SIGKILL at
-a random moment of a random phase, started again, and so on until it ends by itself; then the next
-run begins. Everything that runs leave is compared: all checkpoints (parameters, statistics, their
-averages, the optimizer's state), metrics.jsonl, re-estimated statistics and the deploy form. The
-exit status is 1 where a bit differs.
+First a run on the digits ends without a kill. Then the same command starts again and again. Each
+time SIGKILL ends the process at a random moment of a random phase, until the run reaches its end.
+Then the next run begins. All that runs write is compared: every checkpoint (parameters, statistics,
+their averages, the state of the optimizer), metrics.jsonl, re-estimated statistics and the deploy
+form. The exit status is 1 where a bit differs.
 
-python scripts/torture.py --kills 50
-python scripts/torture.py --kills 5 -- --config.nesterov=True
+Examples:
+  python scripts/torture.py --kills 50
+  python scripts/torture.py --kills 5 -- --config.nesterov=True
 """
 
 import argparse
@@ -31,7 +32,7 @@ import tqdm
 from repjax import runs
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = {
+CHANGES = {
   "model_overrides.stage_sizes": (1, 1, 1, 1),
   "model_overrides.width_multipliers": (0.125,) * 4,
   "batch_size": 32,
@@ -44,7 +45,7 @@ SETTINGS = {
   "ema_decay": 0.9,
   "mixup": 0.2,
 }
-# What a run does from the moment when it says so.
+# First word of a printed line, and the phase that starts with the line.
 PHASES = {
   "compiling": "compilation",
   "step": "steps",
@@ -57,11 +58,11 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--kills", type=int, default=50, help="how often to kill")
-  parser.add_argument("--seed", type=int, default=0, help="of the moments")
+  parser.add_argument("--kills", type=int, default=50, help="number of kills (default: 50)")
+  parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
   parser.add_argument("--folder", type=Path, help="where to run (default: a temporary folder)")
-  parser.add_argument("--json", type=Path, help="also write the result there")
-  parser.add_argument("rest", nargs="*", metavar="-- ARGUMENT", help="more arguments of main.py")
+  parser.add_argument("--json", type=Path, help="also write the result to this file")
+  parser.add_argument("rest", nargs="*", metavar="-- ARGUMENT", help="more arguments for main.py")
   arguments = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")
   with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
@@ -81,13 +82,19 @@ def main() -> None:
 
 
 def torture(folder: Path, kills: int, seed: int, more: list[str]) -> dict[str, Any]:
-  """Does what this script is for; the result as it is printed.
+  """Runs the reference and the killed runs, and returns the counts.
+
+  Args:
+    folder: folder for all runs.
+    kills: number of kills.
+    seed: seed of the moments.
+    more: more arguments for main.py.
 
   Raises:
     SystemExit: a run ended with an error.
   """
   start = time.perf_counter()
-  print("two runs undisturbed, of which the first compiles", flush=True)
+  print("two runs without kills; the first run compiles", flush=True)
   run_once(folder / "first", folder / "cache", more)
   seen, _ = run_once(folder / "reference", folder / "cache", more)
   expected = contents(folder / "reference")
@@ -123,7 +130,7 @@ def run_with_kills(
   kills: int,
   phases: collections.Counter[str],
 ) -> Iterator[str]:
-  """Starts a run until it ends by itself; yields the phase of each kill, `kills` in all."""
+  """Starts a run until the run reaches its end; yields the phase of each kill, at most `kills`."""
   times = list(seen.items())
   while True:
     moment = None
@@ -139,18 +146,18 @@ def run_with_kills(
 def run_once(
   workdir: Path, cache: Path, more: list[str], moment: tuple[str, float] | None = None
 ) -> tuple[dict[str, float], str | None]:
-  """Starts or continues a run, and kills it `moment[1]` seconds after it has begun a phase.
+  """Starts or continues a run; kills the run `moment[1]` seconds after phase `moment[0]` begins.
 
   Returns:
-    When each phase began, in seconds, and the last one's "end"; and the phase in which the run was
-    killed, None where it had ended before.
+    phase to the second when it began, "end" included; and the phase of the kill, or None if the
+    run ended before the kill.
 
   Raises:
-    SystemExit: it ended with an error.
+    SystemExit: the run ended with an error.
   """
   command = [sys.executable, "-u", str(ROOT / "main.py"), f"--workdir={workdir}"]
   command += [f"--config={ROOT}/configs/digits.py"]
-  command += [f"--config.{field}={value}" for field, value in SETTINGS.items()]
+  command += [f"--config.{field}={value}" for field, value in CHANGES.items()]
   environment = {
     **os.environ,
     "JAX_NUM_CPU_DEVICES": "2",
@@ -180,7 +187,11 @@ def run_once(
 def follow(
   process: subprocess.Popen[str], log: Path, moment: tuple[str, float] | None
 ) -> dict[str, float]:
-  """When each phase began; returns when a process has ended, or at the moment to kill it."""
+  """Waits for the end of a process, or for the moment of its kill.
+
+  Returns:
+    phase to the second when it began, "end" included.
+  """
   start, seen = time.perf_counter(), {"start-up": 0.0}
   while process.poll() is None:
     now = time.perf_counter() - start
@@ -195,17 +206,17 @@ def follow(
 
 
 def phase_of(workdir: Path, seen: dict[str, float]) -> str:
-  """What a killed run was doing."""
+  """Returns the phase of a killed run."""
   if list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")):
     return "a save"
   return [phase for phase in seen if phase != "end"][-1]
 
 
-_TIMED = {"timing.jsonl", "report.png", "tensorboard"}  # what tells how long a run took
+_TIMED = {"timing.jsonl", "report.png", "tensorboard"}  # files that depend on the time of a run
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
-  """All that a run leaves, arrays by their place and files by their name."""
+  """Returns all that a run wrote: the bytes of arrays by their path, and of files by their name."""
   found = {
     str(path.relative_to(workdir)): path.read_bytes()
     for path in workdir.rglob("*.json*")
@@ -227,7 +238,7 @@ def contents(workdir: Path) -> dict[str, bytes]:
 
 
 def count_differing(ours: dict[str, bytes], theirs: dict[str, bytes]) -> int:
-  """The bits in which two runs' contents differ; what one side lacks differs altogether."""
+  """Returns the number of bits in which two runs differ; missing bytes count with all bits."""
   count = 0
   for name in ours.keys() | theirs.keys():
     pair = [np.frombuffer(side.get(name, b""), np.uint8) for side in (ours, theirs)]

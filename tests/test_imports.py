@@ -1,4 +1,4 @@
-"""Who may import whom, and what `import repjax` costs."""
+"""Tests of which room may import which, and of the packages that `import repjax` loads."""
 
 import ast
 import json
@@ -8,15 +8,15 @@ import sys
 
 import pytest
 
+import repjax
+
 PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
-# A room is a file or a folder of the package. Anyone may import the leaves.
-LEAVES = {"cache", "disk", "errors", "runs"}
+# A room is a file or a folder of the package. Every room may import the leaves.
+LEAVES = {"cache", "disk", "errors", "runs", "timing"}
+# Each room, and the rooms besides the leaves that it may import.
 MAY_IMPORT = {
-  "cache": set(),
-  "errors": set(),
-  "disk": set(),
-  "runs": set(),
+  **{leaf: set() for leaf in LEAVES},
   "algebra": set(),
   "program": set(),
   "layers": {"algebra"},
@@ -38,14 +38,19 @@ MAY_IMPORT = {
   },
   "data": set(),
 }
-ANYTHING = {"__main__", "cli"}
-# Other people's packages that a room keeps to, or stays clear of.
-ONLY = {"algebra": {"jax"}, "errors": set()}
+ANYTHING = {"__main__", "cli"}  # may import every room
+# Packages outside the standard library: all that a room may import, and those that it may not.
+ONLY = {"algebra": {"jax"}, "errors": set(), "timing": set()}
 NEVER = {"data": {"jax", "jaxlib", "flax"}}
 
 
 def imported(source, module):
-  """Dotted names of everything a module ("repjax.data.__init__") imports, inside functions too."""
+  """Returns the dotted names of everything that a module imports, also inside functions.
+
+  Args:
+    source: source code of the module.
+    module: dotted name of the module, for example "repjax.data.__init__".
+  """
   names = set()
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import):
@@ -58,7 +63,10 @@ def imported(source, module):
 
 
 def rooms_and_packages(names):
-  """The names' rooms ("" for what the package itself offers), and other people's packages."""
+  """Returns the rooms of repjax and the packages outside the standard library, by dotted names.
+
+  The room "" stands for the names that repjax itself offers.
+  """
   rooms = {name.split(".")[1] if "." in name else "" for name in names if in_repjax(name)}
   packages = {name.split(".")[0] for name in names if not in_repjax(name)}
   known = MAY_IMPORT.keys() | ANYTHING
@@ -66,6 +74,7 @@ def rooms_and_packages(names):
 
 
 def in_repjax(name):
+  """Returns whether a dotted name belongs to repjax."""
   return name.split(".")[0] == "repjax"
 
 
@@ -74,13 +83,14 @@ FILES.remove(PACKAGE / "__init__.py")
 
 
 def room_of(path):
+  """Returns the room that a file belongs to."""
   return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def test_every_room_has_a_rule():
   rooms = {room_of(path) for path in FILES}
   assert {"algebra", "layers", "reparam", "models", "errors"} <= rooms
-  assert rooms - ANYTHING <= MAY_IMPORT.keys(), "a new room: say above what it may import"
+  assert rooms - ANYTHING <= MAY_IMPORT.keys(), "a new room: add to MAY_IMPORT what it may import"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -98,7 +108,7 @@ def test_imports_point_one_way(path):
   [
     ("import os, jax.numpy as jnp", set(), {"jax"}),
     ("from repjax.layers.linear import linear", {"layers"}, set()),
-    ("from repjax import layers, store", {"layers", "store"}, set()),
+    ("from repjax import layers, runs", {"layers", "runs"}, set()),
     ("from repjax import create_model", {""}, set()),
     ("import repjax", {""}, set()),
     ("import repjax.data.pipeline", {"data"}, set()),
@@ -113,19 +123,21 @@ def test_the_walk_sees_every_way_to_import(source, rooms, packages):
   assert rooms_and_packages(imported(source, "repjax.training.run")) == (rooms, packages)
 
 
-# Parts that load less come first.
+# Notes which modules are loaded after each step.
 PROGRAM = """
 import json, sys
-import jax, flax.linen
 
 loaded = {}
 
-def note(part):
-  loaded[part] = [*sys.modules]
+def note(step):
+  loaded[step] = [*sys.modules]
 
-note("jax and linen")
 import repjax
 note("repjax")
+import jax, flax.linen
+note("jax and linen")
+repjax.create_model, repjax.reparameterize, repjax.load
+note("names of repjax")
 # Once a backend runs, the number of devices can no longer be set.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 3)
@@ -141,7 +153,7 @@ print(json.dumps([loaded, devices]))
 
 @pytest.fixture(scope="module")
 def loaded():
-  """What a fresh interpreter has loaded behind each part, and how many devices it has."""
+  """Returns the modules that a new process has loaded after each step, and its device count."""
   return json.loads(
     subprocess.run(
       [sys.executable, "-c", PROGRAM],
@@ -153,8 +165,14 @@ def loaded():
   )
 
 
-def test_importing_repjax_loads_nothing_beyond_jax_and_linen(loaded):
-  names = {*loaded[0]["repjax"]} - {*loaded[0]["jax and linen"]}
+def test_importing_repjax_loads_no_other_package(loaded):
+  packages = {name.split(".")[0] for name in loaded[0]["repjax"]}
+  assert "repjax" in packages
+  assert not packages & {"jax", "numpy", "flax"}
+
+
+def test_the_names_of_repjax_load_nothing_beyond_jax_and_linen(loaded):
+  names = {*loaded[0]["names of repjax"]} - {*loaded[0]["jax and linen"]}
   assert "repjax.reparam" in names
   rooms = {name.split(".")[1] for name in names if name.startswith("repjax.")}
   assert not rooms & {"analysis", "data", "deploy", "training", "weights"}
@@ -172,7 +190,17 @@ def test_inference_does_not_import_onnx(loaded):
   assert "onnx" not in names
 
 
-def test_the_benchmark_loads_no_package_of_training(loaded):
+def test_the_benchmark_of_inference_loads_no_package_of_training(loaded):
   names = loaded[0]["benchmark"]
   assert "subjects" in names
   assert not {"optax", "grain", "orbax", "matplotlib"} & {*names}
+
+
+@pytest.mark.parametrize("name", dir(repjax))
+def test_every_name_that_repjax_lists_can_be_loaded(name):
+  assert getattr(repjax, name) is not None
+
+
+def test_a_name_that_repjax_lacks_is_an_attribute_error():
+  with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+    _ = repjax.no_such_name

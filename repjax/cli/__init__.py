@@ -4,33 +4,54 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import repjax
+from repjax.errors import one_paragraph, unknown
+
 COMMANDS = {
   "train": "trains a model from a config, or continues a run",
   "convert": "re-parameterizes a run's best checkpoint into its deploy form",
-  "evaluate": "evaluates a model on a whole split",
-  "predict": "classifies pictures",
-  "export": "writes StableHLO or ONNX files",
-  "quantize": "writes an ONNX file in 8 bits",
-  "import": "imports weights of others",
-  "export-weights": "writes weights in the names of others",
-  "prepare-dataset": "makes a data set from a folder, TFRecord files or TFDS",
-  "recalibrate": "re-estimates batch norms",
-  "summary": "counts parameters and multiplications of a model",
-  "report": "draws a run",
+  "evaluate": "measures a model's accuracy on a whole split",
+  "predict": "prints the most probable labels of images",
+  "export": "writes a model as StableHLO or ONNX",
+  "quantize": "writes a model as an ONNX file in 8 bits",
+  "import": "reads a published checkpoint into a new workdir",
+  "export-weights": "writes a model's weights under the names of published checkpoints",
+  "prepare-dataset": "makes a data set from a folder, from TFRecord files or with TFDS",
+  "recalibrate": "re-estimates the batch norm statistics of a run",
+  "summary": "prints the parameters, multiplications and depth of a model",
+  "report": "draws the curves and branches of a run",
 }
-_MODULES = {"import": "import_weights"}
+_MODULE_OF = {"import": "import_weights"}  # `import` cannot name a module
+
+_ROWS = "\n".join(f"  {name:<17}{text}" for name, text in COMMANDS.items())
+_HELP = f"""usage: repjax COMMAND ...
+
+Structural re-parameterization: train with branches, ship the plain network.
+
+commands:
+{_ROWS}
+
+repjax COMMAND --help describes a command and its flags.
+repjax --version prints the version."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs one command.
 
   Args:
-    argv: its name and its arguments; None: those of this process.
+    argv: the command's name and arguments. None takes them from `sys.argv`.
+
+  Raises:
+    SystemExit: the command failed, or no command has this name.
   """
-  argv = sys.argv[1:] if argv is None else argv
-  if not argv or argv[0] not in COMMANDS:
-    rows = "\n".join(f"  {name:<18}{text}" for name, text in COMMANDS.items())
-    sys.exit(f"usage: repjax COMMAND ...\n\n{rows}")
-  name, *rest = argv
-  module = _MODULES.get(name, name.replace("-", "_"))
-  importlib.import_module(f"repjax.cli.{module}").main(rest)
+  name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+  if name in ("-h", "--help"):
+    print(_HELP)
+  elif name == "--version":
+    print(f"repjax {repjax.__version__}")
+  else:
+    with one_paragraph():
+      if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    module = _MODULE_OF.get(name, name.replace("-", "_"))
+    importlib.import_module(f"repjax.cli.{module}").main(rest)

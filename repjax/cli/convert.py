@@ -1,45 +1,37 @@
 """Re-parameterizes a run's best checkpoint into its deploy folder, if both forms agree.
 
-Both forms run over the run's evaluation split, over noise for imported weights, or over --dataset.
+Both forms compute the logits of every image of the run's evaluation split. Imported weights are
+compared on noise unless --dataset names images. Where the logits differ by more than the
+tolerance, nothing is written.
 
-repjax convert --workdir runs/digits
+Examples:
+  repjax convert --workdir runs/digits
+  repjax convert --workdir runs/a0 --dataset imagenet2012 --split validation
 """
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from repjax import training
+from repjax.cli import flags
 from repjax.errors import one_paragraph
-from repjax.runs import lock
-from repjax.training.conversion import format_report
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(
-    prog="repjax convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  """Converts the run that the flags name."""
+  parser = flags.parser("convert", __doc__)
+  flags.add(parser, "--workdir", "--dataset", "--split", "--data-dir")
+  parser.add_argument(
+    "--tolerance",
+    type=float,
+    help="largest relative difference of the logits (default: the run's tolerance)",
   )
-  parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
-  parser.add_argument("--dataset", help="a TFDS name instead of the run's own, or synthetic")
-  parser.add_argument("--split", help="of the data set, instead of the run's own")
-  parser.add_argument("--data-dir", help="where TFDS keeps the data set")
-  parser.add_argument("--tolerance", type=float, help="largest relative difference of the logits")
   arguments = parser.parse_args(argv)
+  from repjax import training
+  from repjax.runs import lock
+  from repjax.training.conversion import format_report
+
   with one_paragraph():
-    config = training.read_config(
-      arguments.workdir,
-      dataset=arguments.dataset,
-      eval_split=arguments.split,
-      data_dir=arguments.data_dir,
-    )
-    if (
-      arguments.dataset is None
-      and arguments.split is None
-      and (arguments.workdir / "import.json").exists()
-    ):
-      config.dataset, config.eval_split = "synthetic", "sample"
-    if arguments.tolerance is not None:
-      config.tolerance = arguments.tolerance
+    config = flags.read_config(arguments, eval_split=arguments.split, tolerance=arguments.tolerance)
+    flags.use_noise_for_import(config, arguments, arguments.split)
     with lock.hold(arguments.workdir):
       report = training.convert(config, arguments.workdir)
   print(format_report(report) + f"\nsaved: {arguments.workdir}/deploy")

@@ -1,49 +1,40 @@
-"""Evaluates a run's model over the whole evaluation split, reloaded from its folder.
+"""Measures a model's accuracy and loss on every image of a split, reloaded from its folder.
 
-repjax evaluate --workdir runs/digits --form deploy
+Examples:
+  repjax evaluate --workdir runs/digits
+  repjax evaluate --workdir runs/digits --form deploy --ten-crop
+  repjax evaluate --workdir runs/a0 --dataset imagenet2012 --split validation
 """
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from repjax import runs, training
+from repjax.cli import flags
 from repjax.errors import one_paragraph
 
 FORMS = ("train", "deploy")
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(
-    prog="repjax evaluate",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+  """Evaluates the forms that the flags name, and prints a row for each form."""
+  parser = flags.parser("evaluate", __doc__)
+  flags.add(
+    parser, "--workdir", "--dataset", "--split", "--data-dir", "--batch-size", "--num-workers"
   )
-  parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
-  parser.add_argument("--dataset", help="a TFDS name instead of the run's own, or synthetic")
-  parser.add_argument("--split", help="of the data set, instead of the run's own")
-  parser.add_argument("--data-dir", help="where TFDS keeps the data set")
-  parser.add_argument("--batch-size", type=int, help="instead of the run's own")
-  parser.add_argument("--num-workers", type=int, help="processes that read images")
-  parser.add_argument("--ten-crop", action="store_true", help="average ten crops of each image")
   parser.add_argument(
-    "--form", choices=(*FORMS, "both"), help="which form (default: those in the folder)"
+    "--ten-crop", action="store_true", help="average the predictions for ten crops of each image"
+  )
+  parser.add_argument(
+    "--form", choices=(*FORMS, "both"), help="form to evaluate (default: every form in the folder)"
   )
   arguments = parser.parse_args(argv)
+  from repjax import runs, training
+
   with one_paragraph():
-    if arguments.form in FORMS:
-      forms = (arguments.form,)
-    else:
+    forms = (arguments.form,)
+    if arguments.form not in FORMS:
       has_training_form = arguments.form == "both" or runs.checkpoints(arguments.workdir)
       forms = FORMS if has_training_form else ("deploy",)
-    config = training.read_config(
-      arguments.workdir,
-      dataset=arguments.dataset,
-      eval_split=arguments.split,
-      data_dir=arguments.data_dir,
-      batch_size=arguments.batch_size,
-      num_workers=arguments.num_workers,
-    )
+    config = flags.read_config(arguments, eval_split=arguments.split)
     recalibrated = 0
     for form in forms:
       result = training.evaluate(
@@ -59,5 +50,5 @@ def main(argv: Sequence[str]) -> None:
     if recalibrated:
       print(f"training form with batch norms re-estimated over {recalibrated} batches")
     crops = ", ten crops each" if arguments.ten_crop else ""
-    what = ", which is noise" if config.dataset == "synthetic" else ", reloaded from disk"
-    print(f"on every image of {config.dataset}'s {config.eval_split} split{crops}{what}")
+    source = ", which is noise" if config.dataset == "synthetic" else ", reloaded from disk"
+    print(f"on every image of {config.dataset}'s {config.eval_split} split{crops}{source}")

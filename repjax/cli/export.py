@@ -1,37 +1,38 @@
-"""Writes a workdir's deploy form as StableHLO or ONNX, which other programs run without repjax.
+"""Writes a model's deploy form as StableHLO or ONNX, which other programs run without repjax.
 
-repjax export --workdir runs/a0 --to exported/a0
-repjax export --workdir runs/a0 --to exported/a0-onnx --format onnx
+Examples:
+  repjax export --workdir runs/a0 --to exported/a0
+  repjax export --workdir runs/a0 --to exported/a0-onnx --format onnx
 
-An ONNX file is checked, and where ONNX Runtime is installed its outputs are compared with JAX's.
+The ONNX checker tests an ONNX file. Where ONNX Runtime is installed, the outputs of the file are
+compared with those of JAX.
 """
 
-import argparse
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import repjax
-from repjax.deploy.export import FORMATS, PLATFORMS
+from repjax.cli import flags
 from repjax.errors import one_paragraph
-from repjax.inference import DTYPES
-from repjax.onnx.check import TOLERANCES
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(
-    prog="repjax export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  """Exports the model that the flags name."""
+  parser = flags.parser("export", __doc__)
+  flags.add(parser, "--workdir")
+  parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to make")
+  parser.add_argument(
+    "--format", default="stablehlo", help="stablehlo or onnx (default: stablehlo)"
   )
-  parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
-  parser.add_argument("--to", required=True, type=Path, help="the folder to be made")
-  parser.add_argument("--format", choices=FORMATS, default="stablehlo")
-  parser.add_argument("--dtype", choices=DTYPES, default="float32")
+  flags.add(parser, "--dtype")
   parser.add_argument(
     "--platforms",
     nargs="+",
-    choices=PLATFORMS,
     default=["cpu", "cuda"],
-    help="that StableHLO is for",
+    help="platforms that StableHLO is compiled for: cpu, cuda, rocm, tpu (default: cpu cuda)",
   )
   parser.add_argument(
     "--normalized", action="store_true", help="take normalized float images instead of uint8"
@@ -53,17 +54,22 @@ def main(argv: Sequence[str]) -> None:
       normalize=not arguments.normalized,
       probabilities=arguments.probabilities,
     )
-  print(described(spec, facts), f"saved: {arguments.to}", sep="\n")
+  print(describe(spec, facts), f"saved: {arguments.to}", sep="\n")
 
 
-def described(spec: repjax.ModelSpec, facts: Mapping[str, Any]) -> str:
-  """What was written and how far it may be trusted, in two lines."""
+def describe(spec: repjax.ModelSpec, facts: Mapping[str, Any]) -> str:
+  """Returns two lines: what was written, and how far to trust the file.
+
+  Args:
+    spec: describes the model.
+    facts: from `repjax.deploy.export`.
+  """
   size, classes = facts["image_size"], spec.num_classes
   result = f"{facts['output']} float32 (N, {classes})"
   if facts["format"] == "onnx":
     return (
       f"{spec.name}, {facts['dtype']}, ONNX opset {facts['opset']}: {facts['input']} "
-      f"(N, 3, {size}, {size}) -> {result}\n{compared(facts)}"
+      f"(N, 3, {size}, {size}) -> {result}\n{describe_check(facts)}"
     )
   return (
     f"{spec.name}, {facts['dtype']}, for {' and '.join(facts['platforms'])}: {facts['input']} "
@@ -71,8 +77,10 @@ def described(spec: repjax.ModelSpec, facts: Mapping[str, Any]) -> str:
   )
 
 
-def compared(facts: Mapping[str, Any]) -> str:
-  """How an ONNX file's outputs compare with JAX's."""
+def describe_check(facts: Mapping[str, Any]) -> str:
+  """Returns one line: how far the outputs of an ONNX file are from those of JAX."""
+  from repjax.onnx.check import TOLERANCES
+
   found, limit = facts["checked"], TOLERANCES[facts["dtype"]]
   if not found:
     return "well-formed; not compared with JAX, since onnxruntime is not installed"

@@ -1,36 +1,46 @@
-"""Writes a workdir's model as .safetensors in the names of the authors' code, timm or mmpretrain.
+"""Writes a model's weights as .safetensors, under the tensor names of published checkpoints.
 
-The official names of ResNet and VGG are torchvision's; resnet50 has those beside RepMLP, too.
+Examples:
+  repjax export-weights --workdir runs/a0 --to repvgg_a0.safetensors
+  repjax export-weights --workdir runs/a0 --to repvgg_a0.safetensors --naming timm
 
-repjax export-weights --workdir runs/a0 --to repvgg_a0.safetensors --naming timm
+"official" are the names in the authors' code; for ResNet and VGG the names in torchvision. resnet50
+also has the names in RepMLP's code, "repmlp".
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from repjax import weights
+from repjax.cli import flags
 from repjax.errors import one_paragraph
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(
-    prog="repjax export-weights",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
-  parser.add_argument("--to", required=True, type=Path, help="the .safetensors file to be made")
-  parser.add_argument("--naming", default="official", help="official, timm, mmpretrain or repmlp")
+  """Writes the weights that the flags name."""
+  parser = flags.parser("export-weights", __doc__)
+  flags.add(parser, "--workdir")
   parser.add_argument(
-    "--form", choices=("train", "deploy"), help="(default: train if there is one)"
+    "--to", required=True, type=Path, metavar="FILE", help=".safetensors file to make"
+  )
+  parser.add_argument(
+    "--naming",
+    default="official",
+    help="tensor names: official, timm, mmpretrain or repmlp (default: official)",
+  )
+  parser.add_argument(
+    "--form",
+    choices=("train", "deploy"),
+    help="form to write (default: train where the folder holds the training form)",
   )
   arguments = parser.parse_args(argv)
+  from repjax import weights
+
   with one_paragraph():
     state = weights.export_weights(
       arguments.workdir, arguments.to, naming=arguments.naming, form=arguments.form
     )
   size = arguments.to.stat().st_size
+  # Only the training form has batch norms, and so running variances.
   form = "train" if any(name.endswith("running_var") for name in state) else "deploy"
   print(
     f"{len(state)} tensors, {form} form, {arguments.naming} names, {size:,} bytes\n"

@@ -1,23 +1,27 @@
-"""Makes a workdir from somebody else's checkpoint: a file, or a repository of the Hugging Face hub.
+"""Makes a workdir from a published checkpoint: a file, or a repository on the Hugging Face hub.
 
-repjax import --from RepVGG-A0-train.pth --workdir runs/a0
-repjax import --from hf:timm/repvgg_a0.rvgg_in1k --workdir runs/a0
+Examples:
+  repjax import --from RepVGG-A0-train.pth --workdir runs/a0
+  repjax import --from hf:timm/repvgg_a0.rvgg_in1k --workdir runs/a0
 """
 
-import argparse
 import json
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from repjax import disk, weights
+from repjax.cli import flags
 from repjax.errors import InputError, one_paragraph
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
-  """The dictionary that --overrides spells."""
+  """Returns the model attributes that the JSON text of --overrides sets.
+
+  Raises:
+    InputError: the text is not a JSON object.
+  """
   try:
     value = json.loads(text)
   except ValueError:
@@ -28,25 +32,38 @@ def parse_overrides(text: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
+  """Imports the checkpoint that the flags name."""
   start = time.perf_counter()
-  parser = argparse.ArgumentParser(
-    prog="repjax import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  parser = flags.parser("import", __doc__)
+  parser.add_argument(
+    "--from",
+    dest="source",
+    required=True,
+    metavar="SOURCE",
+    help="a file, or hf:OWNER/NAME[@REVISION][:FILE]",
+  )
+  parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="folder to make")
+  parser.add_argument(
+    "--model", default="auto", help="name of the model (default: auto, recognized by tensor shapes)"
   )
   parser.add_argument(
-    "--from", dest="source", required=True, help="a file, or hf:OWNER/NAME[@REVISION][:FILE]"
+    "--num-classes", type=int, metavar="N", help="number of classes (default: as in the file)"
   )
-  parser.add_argument("--workdir", required=True, type=Path, help="folder to be made")
-  parser.add_argument("--model", default="auto", help="its name (default: auto, by the shapes)")
-  parser.add_argument("--num-classes", type=int, help="wanted (default: those in the file)")
   parser.add_argument(
-    "--drop-head", action="store_true", help="draw a new classifier, for other classes"
+    "--drop-head", action="store_true", help="initialize a new classifier instead of the file's"
   )
   parser.add_argument(
     "--allow-half", action="store_true", help="widen half-precision weights to float32"
   )
-  parser.add_argument("--entry", help="which of several state dicts, such as state_dict_ema")
-  parser.add_argument("--overrides", default="{}", help="of the model's attributes, as JSON")
+  parser.add_argument(
+    "--entry", help="state dict to read where a file holds several, such as state_dict_ema"
+  )
+  parser.add_argument(
+    "--overrides", default="{}", metavar="JSON", help="attributes of the model to change, as JSON"
+  )
   arguments = parser.parse_args(argv)
+  from repjax import disk, weights
+
   with one_paragraph():
     record = weights.import_weights(
       arguments.source,
@@ -59,6 +76,21 @@ def main(argv: Sequence[str]) -> None:
       overrides=parse_overrides(arguments.overrides),
     )
   preprocessing = disk.read_json(arguments.workdir / "model.json")["preprocessing"]
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # from KiB
+  print(
+    describe(record, preprocessing)
+    + f"saved: {arguments.workdir}, in {time.perf_counter() - start:.1f} s, with "
+    f"{peak / 1e6:.0f} MB of memory at most"
+  )
+
+
+def describe(record: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> str:
+  """Returns lines that say what was recognized, and from which file.
+
+  Args:
+    record: from `repjax.weights.import_weights`.
+    preprocessing: from model.json.
+  """
   entry = f"entry: {record['entry']}" if record["entry"] else ""
   if record["other_entries"]:
     entry += f" (--entry takes {' or '.join(record['other_entries'])} instead)"
@@ -68,8 +100,7 @@ def main(argv: Sequence[str]) -> None:
     for name, value in record["assumed"].items()
   )
   revision = f", revision {record['revision']}" if record["revision"] else ""
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  print(
+  return (
     f"recognized: {record['model']}, {record['naming']} names, {record['kind']} form, "
     f"{record['num_classes']} classes{' with a new classifier' if record['new_head'] else ''}\n"
     + (f"{entry}\n" if entry else "")
@@ -79,6 +110,4 @@ def main(argv: Sequence[str]) -> None:
     f"{preprocessing['interpolation']}, central {preprocessing['image_size']} px, "
     f"mean {preprocessing['mean']}, std {preprocessing['std']}\n"
     f"file: {record['bytes']:,} bytes, sha256 {record['sha256']}{revision}\n"
-    f"saved: {arguments.workdir}, in {time.perf_counter() - start:.1f} s, with "
-    f"{peak / 1e6:.0f} MB of memory at most"
   )

@@ -1,38 +1,81 @@
-"""Says what is in images: the most probable labels of a trained model.
+"""Prints the most probable labels of images.
 
-Images are files, folders of them, and lists: .txt files with a path in each line. What cannot be
-read is named and left out; the status is 1 if nothing could be read. From a thousand images on it
-is measured first, once, which convolutions are fastest.
+Examples:
+  repjax predict --workdir runs/a0 cat.jpg
+  repjax predict --workdir runs/a0 photographs/ --csv labels.csv
 
-repjax predict --workdir runs/a0 cat.jpg
-repjax predict --workdir runs/a0 photographs/ --csv labels.csv
+Images are files, folders of files, or .txt files with one path in each line. An image that cannot
+be read is named and left out. The exit status is 1 if no image could be read. For 1,000 images or
+more, repjax first measures once which algorithm is fastest for each convolution.
 """
 
-import argparse
+from __future__ import annotations
+
 import contextlib
 import csv
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from repjax.cli import flags
 from repjax.data.layout import ENDINGS
-from repjax.deploy import Predictor
-from repjax.deploy.compile import BATCH_SIZES
 from repjax.errors import InputError, one_paragraph
-from repjax.inference import DTYPES
+
+if TYPE_CHECKING:
+  from repjax.deploy import Predictor
 
 MANY = 1000
-"""Images from which measuring what is fastest pays."""
+"""Number of images from which measuring the fastest algorithms saves time."""
 
 
-def files_of(images: Sequence[Path]) -> list[Path]:
-  """The image files that are meant, in order.
+def main(argv: Sequence[str]) -> None:
+  """Labels the images that the flags name."""
+  parser = flags.parser("predict", __doc__)
+  parser.add_argument(
+    "images", nargs="+", type=Path, metavar="IMAGE", help="image file, folder, or .txt list"
+  )
+  flags.add(parser, "--workdir")
+  parser.add_argument(
+    "--top", type=int, default=5, metavar="K", help="labels for each image (default: 5)"
+  )
+  parser.add_argument(
+    "--csv", type=Path, metavar="FILE", help="write the labels to this file instead of printing"
+  )
+  flags.add(parser, "--dtype")
+  parser.add_argument(
+    "--batch-size",
+    type=int,
+    metavar="N",
+    help="images in a batch (default: 1, 8 or 32, by the number of images)",
+  )
+  arguments = parser.parse_args(argv)
+  from repjax.deploy import Predictor
+
+  with one_paragraph(), contextlib.ExitStack() as stack:
+    files = image_files(arguments.images)
+    predictor = Predictor(
+      arguments.workdir,
+      dtype=arguments.dtype,
+      batch_sizes=(arguments.batch_size or smallest_batch_size(len(files)),),
+      tune=len(files) >= MANY,
+    )
+    k = min(arguments.top, len(predictor.labels))
+    writer = stack.enter_context(open_csv(arguments.csv, k)) if arguments.csv else None
+    skipped = write(predictor, files, k, writer)
+    if skipped == len(files):
+      raise InputError(f"none of the {skipped} images could be read, see above")
+  if skipped:
+    print(f"{skipped} of {len(files)} images could not be read, see above", file=sys.stderr)
+  if arguments.csv:
+    print(f"{len(files) - skipped} images\nsaved: {arguments.csv}")
+
+
+def image_files(images: Sequence[Path]) -> list[Path]:
+  """Returns the files that the given files, folders and lists name, in order.
 
   Raises:
-    InputError: a folder or a list without images, or a list that cannot be read.
+    InputError: a folder or a list names no image, or a list cannot be read.
   """
   files = []
   for path in images:
@@ -49,6 +92,7 @@ def files_of(images: Sequence[Path]) -> list[Path]:
 
 
 def _lines(path: Path) -> list[str]:
+  """Returns the lines of a text file that are not blank."""
   try:
     return [line.strip() for line in path.read_text().splitlines() if line.strip()]
   except (OSError, UnicodeDecodeError) as error:
@@ -56,13 +100,20 @@ def _lines(path: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def opened_csv(path: Path, k: int) -> Iterator[Any]:
-  """A writer of rows; the file has its name when all are written, and `.part` behind it before."""
+def open_csv(path: Path, k: int) -> Iterator[Any]:
+  """Opens a CSV file for rows of `k` labels, and yields its writer.
+
+  The rows go to a file whose name ends in `.part`. The file is renamed after the last row, so that
+  a stopped command leaves no incomplete table under the final name.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
   part = path.with_name(f"{path.name}.part")
   try:
     with part.open("w", newline="", encoding="utf-8") as file:
       writer = csv.writer(file)
-      columns = (f"{what}{rank}" for rank in range(1, k + 1) for what in ("label", "probability"))
+      columns = (f"{kind}{rank}" for rank in range(1, k + 1) for kind in ("label", "probability"))
       writer.writerow(["image", *columns])
       yield writer
     part.replace(path)
@@ -73,47 +124,28 @@ def opened_csv(path: Path, k: int) -> Iterator[Any]:
     raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def batch_size_of(count: int) -> int:
-  """The one batch size to compile for, so that a few images are answered at once."""
+def smallest_batch_size(count: int) -> int:
+  """Returns the smallest batch size that holds `count` images, or the largest batch size.
+
+  Only one size is compiled, so that a few images are labelled at once.
+  """
+  from repjax.deploy.compile import BATCH_SIZES
+
   return next((size for size in BATCH_SIZES if size >= count), BATCH_SIZES[-1])
 
 
-def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(
-    prog="repjax predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("images", nargs="+", type=Path, help="files, folders, .txt lists")
-  parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
-  parser.add_argument("--top", type=int, default=5, metavar="K", help="labels for each image")
-  parser.add_argument("--csv", type=Path, help="write the labels to this file, print none")
-  parser.add_argument("--dtype", choices=DTYPES, default="float32")
-  parser.add_argument("--batch-size", type=int, help="(default: 1, 8 or 32, as there are images)")
-  arguments = parser.parse_args(argv)
-  with one_paragraph(), contextlib.ExitStack() as stack:
-    files = files_of(arguments.images)
-    size = arguments.batch_size or batch_size_of(len(files))
-    predictor = Predictor(
-      arguments.workdir,
-      dtype=arguments.dtype,
-      batch_sizes=(size,),
-      tune=len(files) >= MANY,
-    )
-    k = min(arguments.top, len(predictor.labels))
-    writer = stack.enter_context(opened_csv(arguments.csv, k)) if arguments.csv else None
-    skipped = write(predictor, files, k, writer)
-    if skipped == len(files):
-      raise InputError(f"none of the {skipped} images could be read, see above")
-  if skipped:
-    print(f"{skipped} of {len(files)} images could not be read, see above", file=sys.stderr)
-  if arguments.csv:
-    print(f"{len(files) - skipped} images\nsaved: {arguments.csv}")
-
-
 def write(predictor: Predictor, files: Sequence[Path], k: int, writer: Any) -> int:
-  """Prints a line, or writes a row, for each image that can be read; how many cannot."""
+  """Writes the labels of each image that can be read, and returns how many images cannot be read.
+
+  Args:
+    predictor: labels the images.
+    files: paths of the images.
+    k: number of labels for each image.
+    writer: from `open_csv`; None prints a line for each image.
+  """
   skipped = 0
   for file, result in progress(predictor.stream(files), len(files), shown=writer is not None):
-    if not isinstance(result, np.ndarray):
+    if not hasattr(result, "shape"):  # an error in place of an array of probabilities
       print(f"skipped: {result}", file=sys.stderr)
       skipped += 1
       continue
@@ -128,7 +160,7 @@ def write(predictor: Predictor, files: Sequence[Path], k: int, writer: Any) -> i
 
 
 def progress(results: Iterator[Any], count: int, *, shown: bool) -> Iterator[Any]:
-  """The same with a bar on a terminal, which printed lines take the place of."""
+  """Returns the results with a progress bar on a terminal, if the bar is to be shown."""
   if not shown:
     return results
   import tqdm

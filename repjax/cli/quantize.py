@@ -1,142 +1,218 @@
-"""Quantizes a workdir's deploy form to int8 for ONNX Runtime, and says what that costs and gives.
+"""Quantizes a model's deploy form to int8 for ONNX Runtime, and prints the loss and the gain.
 
-repjax quantize --workdir runs/digits --to exported/digits-int8
-repjax quantize --workdir runs/digits --to exported/digits-int8 --float-layers 2
-repjax quantize --workdir runs/digits --compare
-repjax quantize --workdir runs/digits --to exported/digits-small --weights-only
+Examples:
+  repjax quantize --workdir runs/digits --to exported/digits-int8
+  repjax quantize --workdir runs/digits --to exported/digits-int8 --float-layers 2
+  repjax quantize --workdir runs/digits --compare
+  repjax quantize --workdir runs/digits --to exported/digits-small --weights-only
 
-Ranges are calibrated, and layers ranked, on images of the training split; accuracy is that on the
-evaluation split. `--compare` measures each thing that can be done about a loss; without `--to` no
-folder is written. `--weights-only` ranks nothing, since a ranking is of full int8.
+Images of the training split calibrate the ranges, and rank the layers by the error that 8 bits
+cause. Accuracy is measured on the evaluation split. Without --to no folder is written.
 """
+
+from __future__ import annotations
 
 import argparse
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 import repjax
-from repjax.cli import int8_rows
-from repjax.cli.int8_rows import FLOAT, INT8, WEIGHTS
-from repjax.deploy.export import onnx_facts, write_folder
+from repjax.cli import flags
 from repjax.errors import InputError, one_paragraph
-from repjax.quantization import Sensitivity, processor, runtime
-from repjax.quantization.equalization import EQUALIZATIONS
+
+if TYPE_CHECKING:
+  import numpy as np
+
+  from repjax.cli.int8_table import Baseline, Row
+  from repjax.quantization import Sensitivity
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(
-    prog="repjax quantize",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
-  parser.add_argument("--to", type=Path, help="the folder to be made")
-  parser.add_argument("--dataset", help="a TFDS name instead of the run's own, or synthetic")
-  parser.add_argument("--split", help="for accuracy, instead of the run's own")
-  parser.add_argument("--calibration-split", help="instead of the run's training split")
-  parser.add_argument("--data-dir", help="where TFDS keeps the data set")
-  parser.add_argument("--num-workers", type=int, help="processes that read images")
-  parser.add_argument("--images", type=int, default=256, help="to calibrate with")
-  parser.add_argument("--weights-only", action="store_true", help="write int8 weights alone")
-  parser.add_argument("--calibration", choices=runtime.CALIBRATIONS, default="minmax")
+  """Quantizes the model that the flags name."""
+  with one_paragraph():
+    quantize(parse(argv))
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  """Returns the parsed flags."""
+  parser = flags.parser("quantize", __doc__)
+  flags.add(parser, "--workdir")
+  parser.add_argument("--to", type=Path, metavar="DIR", help="folder to make")
+  flags.add(parser, "--dataset", "--split", "--data-dir", "--num-workers")
   parser.add_argument(
-    "--activations", choices=runtime.ACTIVATIONS, default="uint8", help="int8 for TensorRT"
+    "--calibration-split",
+    metavar="SPLIT",
+    help="split to calibrate on (default: the run's training split)",
   )
-  parser.add_argument("--per-tensor", action="store_true", help="one scale for a whole kernel")
+  parser.add_argument(
+    "--images", type=int, default=256, metavar="N", help="calibration images (default: 256)"
+  )
+  parser.add_argument(
+    "--weights-only",
+    action="store_true",
+    help="store weights in 8 bits and compute in float32; no layer is ranked",
+  )
+  parser.add_argument(
+    "--calibration",
+    default="minmax",
+    help="how ranges follow from the calibration images: minmax, entropy or percentile "
+    "(default: minmax)",
+  )
+  parser.add_argument(
+    "--activations",
+    default="uint8",
+    help="type of activations: uint8, or int8 for TensorRT (default: uint8)",
+  )
+  parser.add_argument(
+    "--per-tensor",
+    action="store_true",
+    help="one scale for a whole kernel instead of one for each output channel",
+  )
   parser.add_argument(
     "--weight-bits",
     type=int,
     choices=(7, 8),
-    help="default: 7 with uint8 activations, where 8 is for CPUs with VNNI; 8 with int8",
+    help="bits of weights (default: 7 with uint8 activations, 8 with int8); 8 bits with uint8 "
+    "activations need a CPU with VNNI",
   )
-  parser.add_argument("--equalize", choices=EQUALIZATIONS, default="activations")
-  parser.add_argument("--no-bias-correction", action="store_true", help="leave biases alone")
-  parser.add_argument("--float-layers", type=int, default=0, metavar="N", help="the worst N")
-  parser.add_argument("--compare", action="store_true", help="a row for each measure")
-  parser.add_argument("--batch-size", type=int, default=1, help="images a call, for speed")
-  parser.add_argument("--rounds", type=int, default=30, help="of calls in turns, for speed")
-  with one_paragraph():
-    quantize(parser.parse_args(argv))
+  parser.add_argument(
+    "--equalize",
+    default="activations",
+    help="rescale channels between layers by the ranges of activations or weights, or none "
+    "(default: activations)",
+  )
+  parser.add_argument(
+    "--no-bias-correction", action="store_true", help="do not correct biases for rounded weights"
+  )
+  parser.add_argument(
+    "--float-layers",
+    type=int,
+    default=0,
+    metavar="N",
+    help="leave the N layers with the largest error in float32 (default: 0)",
+  )
+  parser.add_argument(
+    "--compare", action="store_true", help="add a row for each option that can reduce the loss"
+  )
+  parser.add_argument(
+    "--batch-size",
+    dest="timed_images",
+    type=int,
+    default=1,
+    metavar="N",
+    help="images in a timed call (default: 1)",
+  )
+  parser.add_argument(
+    "--rounds", type=int, default=30, metavar="N", help="rounds of timed calls (default: 30)"
+  )
+  return parser.parse_args(argv)
 
 
-def quantize(flags: argparse.Namespace) -> None:
-  """Does what the flags say, printing as it goes."""
-  if flags.to and flags.to.exists():
-    raise InputError(f"{flags.to} exists already; give another path, or remove it first")
-  if flags.float_layers < 0 or flags.rounds < 1 or flags.batch_size < 1:
-    raise InputError("--float-layers is at least 0, --rounds and --batch-size are at least 1")
-  if flags.weights_only and flags.float_layers:
-    raise InputError("--weights-only takes the weights of all layers; leave out --float-layers")
+def quantize(arguments: argparse.Namespace) -> None:
+  """Does what the flags ask for, and prints the table.
+
+  Raises:
+    InputError: a flag's value cannot be used, or the folder of --to exists.
+  """
+  check(arguments)
+  from repjax.cli import int8_table
+  from repjax.quantization import processor, runtime
+
   runtime.need_runtime()
-  workdir = int8_rows.open_workdir(
-    flags.workdir,
-    flags.images,
-    dataset=flags.dataset,
-    eval_split=flags.split,
-    train_split=flags.calibration_split,
-    data_dir=flags.data_dir,
-    num_workers=flags.num_workers,
+  baseline = int8_table.read_baseline(
+    arguments.workdir,
+    arguments.images,
+    eval_split=arguments.split,
+    train_split=arguments.calibration_split,
+    **flags.config_changes(arguments),
   )
-  proto, images = workdir.proto, workdir.images
-  chosen = settings_of(flags)
-  full = not flags.weights_only
-  eight = flags.compare or (full and chosen["weight_bits"] == 8)
-  if eight and chosen["activations"] == "uint8" and processor.saturates():
+  proto, images = baseline.proto, baseline.images
+  options = options_of(arguments)
+  full = not arguments.weights_only
+  eight_bits = arguments.compare or (full and options["weight_bits"] == 8)
+  if eight_bits and options["activations"] == "uint8" and processor.saturates():
     print(processor.SATURATES, "--weight-bits 7")
-  ranked = ranking(proto, images, flags.float_layers, chosen) if full else []
-  files = {WEIGHTS: repjax.quantization.quantize_weights(proto, images)}
+  ranked = rank(proto, images, arguments.float_layers, options) if full else []
+  files = {int8_table.WEIGHTS: repjax.quantization.quantize_weights(proto, images)}
   if full:
-    chosen["float_layers"] = [row.node for row in ranked[: flags.float_layers]]
-    files[INT8] = repjax.quantization.quantize(proto, images, **chosen)
-  for name, changes in measures(ranked, flags.float_layers).items() if flags.compare else ():
+    options["float_layers"] = [row.node for row in ranked[: arguments.float_layers]]
+    files[int8_table.INT8] = repjax.quantization.quantize(proto, images, **options)
+  for name, changes in (
+    alternatives(ranked, arguments.float_layers).items() if arguments.compare else ()
+  ):
     print(f"quantizing: {name}", flush=True)
-    files[name] = repjax.quantization.quantize(proto, images, **chosen | changes)
-  rows = int8_rows.measured(workdir, files, batch_size=flags.batch_size, rounds=flags.rounds)
+    files[name] = repjax.quantization.quantize(proto, images, **options | changes)
+  rows = int8_table.measure(
+    baseline, files, batch_size=arguments.timed_images, rounds=arguments.rounds
+  )
   print()
-  int8_rows.print_rows(rows, flags.batch_size)
-  config = workdir.config
+  int8_table.print_rows(rows, arguments.timed_images)
+  config = baseline.config
   print(
     f"accuracy on every image of {config.dataset}'s {config.eval_split} split, calibrated with "
     f"{len(images)} of its {config.train_split} split; error: of the logits against float32"
   )
-  if flags.compare:
-    print("int8: as the flags say; plain: so, but neither equalized nor with corrected biases")
-  if flags.to:
-    name = INT8 if full else WEIGHTS
-    write(flags.to, files[name], workdir, name, rows, ranked, chosen)
+  if arguments.compare:
+    print("int8: as the flags say; plain: the same without equalization and bias correction")
+  if arguments.to:
+    name = int8_table.INT8 if full else int8_table.WEIGHTS
+    write(arguments.to, files[name], baseline, name, rows, ranked, options)
 
 
-def ranking(
-  proto: Any, images: np.ndarray, left: int, chosen: Mapping[str, Any]
+def check(arguments: argparse.Namespace) -> None:
+  """Raises InputError for flags that no file can satisfy."""
+  if arguments.to and arguments.to.exists():
+    raise InputError(f"{arguments.to} exists already; give another path, or remove it first")
+  if arguments.float_layers < 0 or arguments.rounds < 1 or arguments.timed_images < 1:
+    raise InputError("--float-layers is at least 0, --rounds and --batch-size are at least 1")
+  if arguments.weights_only and arguments.float_layers:
+    raise InputError("--weights-only takes the weights of all layers; leave out --float-layers")
+
+
+def rank(
+  proto: Any, images: np.ndarray, count: int, options: Mapping[str, Any]
 ) -> list[Sensitivity]:
-  """The layers, the worst first, which are printed too; `left` of them stay in float."""
-  ranked = repjax.quantization.sensitivity(proto, images, **chosen)
-  if not 0 <= left < len(ranked):
-    raise InputError(f"--float-layers takes 0 to {len(ranked) - 1}, got {left}")
-  print_sensitivity(ranked, left)
+  """Returns the layers, largest error first, and prints them.
+
+  Args:
+    proto: the ONNX model in float32.
+    images: calibration images, uint8 (N, S, S, 3).
+    count: number of layers that stay in float32.
+    options: from `options_of`.
+
+  Raises:
+    InputError: no layer would be left in 8 bits.
+  """
+  ranked = repjax.quantization.sensitivity(proto, images, **options)
+  if not 0 <= count < len(ranked):
+    raise InputError(f"--float-layers takes 0 to {len(ranked) - 1}, got {count}")
+  print_sensitivity(ranked, count)
   return ranked
 
 
-def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
-  """What `repjax.quantization.quantize` and `sensitivity` take."""
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+  """Returns keyword arguments for `repjax.quantization.quantize` and `sensitivity`."""
   return {
-    "activations": flags.activations,
-    "calibration": flags.calibration,
-    "per_channel": not flags.per_tensor,
-    "weight_bits": flags.weight_bits or (8 if flags.activations == "int8" else 7),
-    "equalize": flags.equalize,
-    "correct_bias": not flags.no_bias_correction,
+    "activations": arguments.activations,
+    "calibration": arguments.calibration,
+    "per_channel": not arguments.per_tensor,
+    "weight_bits": arguments.weight_bits or (8 if arguments.activations == "int8" else 7),
+    "equalize": arguments.equalize,
+    "correct_bias": not arguments.no_bias_correction,
   }
 
 
-def measures(ranked: Sequence[Sensitivity], left: int) -> dict[str, dict[str, Any]]:
-  """What `--compare` tries, as changes to what was chosen, with `left` layers in float."""
+def alternatives(ranked: Sequence[Sensitivity], count: int) -> dict[str, dict[str, Any]]:
+  """Returns the rows that --compare adds: name to the changed options.
+
+  Args:
+    ranked: from `rank`.
+    count: number of layers that the flags leave in float32.
+  """
   worst = [row.node for row in ranked]
-  counts = [count for count in (1, 2, 4) if count < len(worst) and count != left]
+  counts = [each for each in (1, 2, 4) if each < len(worst) and each != count]
   plain = {"equalize": "none", "correct_bias": False}
   return {
     "plain": plain,
@@ -149,50 +225,70 @@ def measures(ranked: Sequence[Sensitivity], left: int) -> dict[str, dict[str, An
     "int8, entropy": {"calibration": "entropy"},
     "int8, percentile": {"calibration": "percentile"},
     "int8, symmetric, 8 bits": {"activations": "int8", "weight_bits": 8},
-    **{f"int8, {count} in float32": {"float_layers": worst[:count]} for count in counts},
+    **{f"int8, {each} in float32": {"float_layers": worst[:each]} for each in counts},
   }
 
 
-def print_sensitivity(ranked: Sequence[Sensitivity], left: int) -> None:
+def print_sensitivity(ranked: Sequence[Sensitivity], count: int) -> None:
+  """Prints a row for each layer; the first `count` layers stay in float32."""
   width = 2 + max(len(row.layer) for row in ranked)
   print(f"{'layer alone in int8':<{width}}{'error':>9}{'changed':>9}")
   for number, row in enumerate(ranked):
-    kept = "  left in float32" if number < left else ""
+    kept = "  left in float32" if number < count else ""
     print(f"{row.layer:<{width}}{row.error:>9.2%}{row.changed:>9.2%}{kept}")
-  print("on the images that calibrate: error of the logits, and images with another first class")
+  print(
+    "on the calibration images: error of the logits, and share of images with a different first "
+    "class"
+  )
 
 
 def write(
   folder: Path,
   proto: Any,
-  workdir: int8_rows.Workdir,
+  baseline: Baseline,
   name: str,
-  rows: Mapping[str, int8_rows.Row],
+  rows: Mapping[str, Row],
   ranked: Sequence[Sensitivity],
-  chosen: Mapping[str, Any],
+  options: Mapping[str, Any],
 ) -> None:
-  """Writes the folder: of full int8 with the ranking, in a picture too where matplotlib is."""
-  spec = workdir.spec
+  """Writes the folder of an int8 file.
+
+  A file in full int8 comes with the ranking of its layers, and with a picture of the ranking where
+  matplotlib is installed.
+
+  Args:
+    folder: folder to make.
+    proto: the `onnx.ModelProto` to write.
+    baseline: the float32 model.
+    name: row of the file in the table.
+    rows: the table.
+    ranked: from `rank`, or empty.
+    options: options that the file was quantized with.
+  """
+  from repjax.cli.int8_table import FLOAT, INT8
+  from repjax.deploy.export import onnx_facts, write_folder
+
+  spec = baseline.spec
   facts = onnx_facts(spec, name) | {
-    "calibration_images": len(workdir.images),
+    "calibration_images": len(baseline.images),
     "accuracy": {key: rows[key].accuracy for key in (FLOAT, name)},
     "error": rows[name].error,
   }
   files = {"model.onnx": proto.SerializeToString()}
   if name == INT8:
-    facts |= {"settings": chosen, "sensitivity": [row._asdict() for row in ranked]}
-    files |= pictures(f"{spec.name}: what int8 costs, layer by layer", ranked, chosen)
+    facts |= {"settings": options, "sensitivity": [row._asdict() for row in ranked]}
+    files |= draw(f"{spec.name}: what int8 costs, layer by layer", ranked, options["float_layers"])
   write_folder(folder, files, spec, facts)
   print(f"saved: {folder}")
 
 
-def pictures(
-  title: str, ranked: Sequence[Sensitivity], chosen: Mapping[str, Any]
+def draw(
+  title: str, ranked: Sequence[Sensitivity], float_layers: Sequence[str]
 ) -> dict[str, bytes]:
-  """The picture of a ranking, if matplotlib is installed, by the name of its file."""
+  """Returns the picture of a ranking as {name of the file: PNG}, or {} without matplotlib."""
   if not importlib.util.find_spec("matplotlib"):
     print("no picture, which needs matplotlib: pip install 'repjax[report]'")
     return {}
   from repjax.quantization.drawing import picture
 
-  return {"sensitivity.png": picture(ranked, chosen["float_layers"], title)}
+  return {"sensitivity.png": picture(ranked, float_layers, title)}

@@ -1,54 +1,49 @@
-"""Re-estimates the batch norms of a run's best checkpoint, and converts it again.
+"""Re-estimates the batch norm statistics of a run's best checkpoint, and converts the run again.
 
-The statistics of the first batches of the training split, under the trained weights, replace the
-moving averages of training in everything but a run that continues. The checkpoint stays as it is.
+The trained weights see the first batches of the training split. The mean and variance of these
+batches replace the moving averages of training in evaluation, conversion and export. A run that
+continues still uses the checkpoint, which stays as it is.
 
-repjax recalibrate --workdir runs/digits --batches 100
-repjax recalibrate --workdir runs/digits --undo
+Examples:
+  repjax recalibrate --workdir runs/digits --batches 100
+  repjax recalibrate --workdir runs/digits --undo
 """
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from repjax import runs, training
+from repjax.cli import flags
 from repjax.errors import one_paragraph
-from repjax.runs import lock
-from repjax.training.conversion import format_report
-from repjax.training.recalibration import format_recalibration
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(
-    prog="repjax recalibrate",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+  """Re-estimates the statistics of a run, or removes the estimates."""
+  parser = flags.parser("recalibrate", __doc__)
+  flags.add(parser, "--workdir")
+  action = parser.add_mutually_exclusive_group(required=True)
+  action.add_argument("--batches", type=int, metavar="N", help="number of training batches to use")
+  action.add_argument(
+    "--undo", action="store_true", help="remove the estimates and use the checkpoint's statistics"
   )
-  parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
-  what = parser.add_mutually_exclusive_group(required=True)
-  what.add_argument("--batches", type=int, help="how many training batches to look at")
-  what.add_argument("--undo", action="store_true", help="use the checkpoint's own again")
-  parser.add_argument("--dataset", help="a TFDS name instead of the run's own, or synthetic")
-  parser.add_argument("--split", help="to take statistics from, instead of the run's train_split")
-  parser.add_argument("--eval-split", help="to measure on, instead of the run's own")
-  parser.add_argument("--data-dir", help="where TFDS keeps the data set")
-  parser.add_argument("--batch-size", type=int, help="instead of the run's own")
+  flags.add(parser, "--dataset", "--data-dir", "--batch-size")
+  parser.add_argument("--split", help="split to estimate on (default: the run's training split)")
+  parser.add_argument(
+    "--eval-split", help="split to evaluate on (default: the run's evaluation split)"
+  )
   arguments = parser.parse_args(argv)
+  from repjax import runs, training
+  from repjax.runs import lock
+  from repjax.training.conversion import format_report
+  from repjax.training.recalibration import format_recalibration
+
   with one_paragraph():
-    config = training.read_config(
-      arguments.workdir,
-      dataset=arguments.dataset,
-      train_split=arguments.split,
-      eval_split=arguments.eval_split,
-      data_dir=arguments.data_dir,
-      batch_size=arguments.batch_size,
+    config = flags.read_config(
+      arguments, train_split=arguments.split, eval_split=arguments.eval_split
     )
     with lock.hold(arguments.workdir):
       if arguments.undo:
         runs.remove_recalibrated(arguments.workdir)
         print("the checkpoint's own statistics are in use again", flush=True)
-        if arguments.dataset is None and (arguments.workdir / "import.json").exists():
-          config.dataset, config.eval_split = "synthetic", "sample"
+        flags.use_noise_for_import(config, arguments, arguments.eval_split)
       else:
         record = training.recalibrate(config, arguments.workdir, num_batches=arguments.batches)
         print(format_recalibration(record), flush=True)

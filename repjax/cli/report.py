@@ -1,27 +1,35 @@
-"""Draws what a run did, and what its branches contribute, into report.png of its folder.
+"""Draws the curves of a run and the contributions of its branches into report.png of its folder.
 
-repjax report --workdir runs/digits
-repjax report --workdir runs/a0 --compare runs/a0-ema runs/a0-aug --output a0.png
+Examples:
+  repjax report --workdir runs/digits
+  repjax report --workdir runs/a0 --compare runs/a0-ema runs/a0-aug --output a0.png
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from repjax.cli import flags
 from repjax.errors import one_paragraph
-from repjax.report import write_report
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(
-    prog="repjax report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument("--workdir", required=True, type=Path, help="folder of a run or an import")
+  """Draws the run that the flags name."""
+  parser = flags.parser("report", __doc__)
+  flags.add(parser, "--workdir")
   parser.add_argument(
-    "--compare", nargs="+", default=[], type=Path, metavar="DIR", help="runs to lay over it"
+    "--compare",
+    nargs="+",
+    default=[],
+    type=Path,
+    metavar="DIR",
+    help="more runs to draw into the same axes",
   )
-  parser.add_argument("--output", type=Path, help="the .png (default: report.png in the workdir)")
+  parser.add_argument(
+    "--output", type=Path, metavar="FILE", help=".png to write (default: report.png in the workdir)"
+  )
   arguments = parser.parse_args(argv)
+  from repjax.report import write_report
+
   with one_paragraph():
     path, notes = write_report(
       arguments.workdir, compare=arguments.compare, output=arguments.output

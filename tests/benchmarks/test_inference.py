@@ -1,4 +1,4 @@
-"""The benchmarks: how subjects are timed in turns, what the table says, and a small run of each."""
+"""Tests of benchmarks/inference.py and its helpers, with a small run of every kind of subject."""
 
 import functools
 import importlib
@@ -18,18 +18,18 @@ from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
 pytestmark = pytest.mark.usefixtures("quick_programs")
-SCRIPTS = tiny.ROOT / "scripts"
+BENCHMARKS = tiny.ROOT / "benchmarks"
 
 
 @pytest.fixture
 def load(monkeypatch):
-  """A script as a module."""
-  monkeypatch.syspath_prepend(SCRIPTS)  # where Python looks when it runs one
+  """Imports a file of benchmarks/ by its name."""
+  monkeypatch.syspath_prepend(BENCHMARKS)  # as Python does when it runs a program
   return importlib.import_module
 
 
 class Clock:
-  """A clock that stands still unless somebody moves `now`."""
+  """A clock that stands still unless a test moves `now`."""
 
   now = 0.0
 
@@ -39,7 +39,7 @@ class Clock:
 
 @pytest.fixture
 def run(load, monkeypatch, run_script):
-  """Runs the benchmark, with a small model by the name of tiny."""
+  """Runs the benchmark, with a small model called tiny."""
   official = repjax.weights.sources.NAMINGS["repvgg_a0"]
   monkeypatch.setitem(repjax.models._MODELS, "tiny", (RepVGG, tiny.OVERRIDES))
   monkeypatch.setitem(repjax.weights.sources.NAMINGS, "tiny", official)
@@ -48,7 +48,7 @@ def run(load, monkeypatch, run_script):
 
 
 def stub(timing, clock, log, name, start=0.0, run=0.0, wait=0.0, output=0.0):
-  """A subject that takes so many seconds, and writes down what is called."""
+  """Returns a subject that takes the given seconds, and logs every call."""
 
   def spend(what, seconds, x=None):
     log.append((name, what, x))
@@ -104,7 +104,7 @@ def test_outputs_are_compared_before_anything_is_timed(load):
   def check(outputs):
     timing.relative_errors(outputs, np.asarray([-1.0, 1.0])[1:], 1e-4)
 
-  with pytest.raises(InputError, match=r"wrong computes something else .* is 1\.0e-03, where at"):
+  with pytest.raises(InputError, match=r"wrong differs .* 1\.0e-03, where at"):
     timing.race(subjects, ["x"], rounds=1, check=check)
   assert [what for name, what, _ in log if name == "wrong"] == ["prepare", "start", "run", "wait"]
 
@@ -112,12 +112,12 @@ def test_outputs_are_compared_before_anything_is_timed(load):
 def test_an_output_that_is_no_number_is_refused(load):
   check = load("timing").relative_errors
   assert check({"a": np.asarray([2.0, -4.5])}, np.asarray([2.0, -4.0]), 0.2) == {"a": 0.125}
-  with pytest.raises(InputError, match="a computes something else"):
+  with pytest.raises(InputError, match="a differs"):
     check({"a": np.asarray([np.nan])}, np.ones(1), 1.0)
 
 
 def test_the_table_compares_with_the_fastest_of_the_others(load):
-  benchmark, timing = load("benchmarks/inference.py"), load("timing")
+  benchmark, timing = load("inference"), load("timing")
   results = {
     "repjax-deploy": timing.Result([[0.1, 0.2], [0.2, 0.3]], [5.0, 1.0], 2**20),
     "torch-eager": timing.Result([[0.4, 0.4], [0.4, 0.4]], [1.0], None),
@@ -127,7 +127,7 @@ def test_the_table_compares_with_the_fastest_of_the_others(load):
   rows = benchmark.rows_of(results, batch_size=8, flops=flops, rate=100_000.0)
   ours, eager, best = rows
   assert {row["best_peer"] for row in rows} == {"openvino"}
-  # Of the rounds' ratios: 2, 1, 1 and 3; 0.5 thrice and 2.25; and 1.
+  # Medians of the ratios of the rounds: (2, 1, 1, 3), (0.5, 0.5, 0.5, 2.25), and 1.
   assert [row["to_best"] for row in rows] == [1.5, 0.5, 1.0]
   assert (ours["ms"], ours["images_per_s"], ours["start_s"]) == (200, 40, 5)
   assert (ours["memory_mib"], eager["memory_mib"]) == (1, None)
@@ -140,7 +140,7 @@ def test_the_table_compares_with_the_fastest_of_the_others(load):
 
 
 def test_without_others_there_is_no_ratio(load):
-  benchmark, timing = load("benchmarks/inference.py"), load("timing")
+  benchmark, timing = load("inference"), load("timing")
   results = {"repjax-deploy": timing.Result([[0.1]], [5.0], None)}
   (row,) = benchmark.rows_of(results, 1, {"repjax-deploy": 1}, 1.0)
   assert (row["best_peer"], row["to_best"]) == (None, None)
@@ -171,7 +171,7 @@ def test_a_small_run_of_our_forms(run, tmp_path):
   ("arguments", "message"),
   [
     (("--models", "repvgg_a9"), "error: unknown model 'repvgg_a9'; did you mean"),
-    (("--cpu-time",), "error: --cpu-time adds up what threads do side by side"),
+    (("--cpu-time",), "error: --cpu-time adds up the time of parallel threads"),
     (("--subjects", "torch"), "error: torch is no subject here; there are: repjax-train-form,"),
     (
       ("--training", "--batch-sizes", 6),
@@ -187,7 +187,7 @@ def test_a_mistake_is_one_paragraph(run, load, monkeypatch, arguments, message):
 
 
 def test_subjects_that_cannot_are_left_out_with_the_reason(load, monkeypatch, capsys):
-  benchmark, subjects = load("benchmarks/inference.py"), load("subjects")
+  benchmark, subjects = load("inference"), load("subjects")
   task = subjects.Task("repmlp_cifar", 1, 32, "float16")
   monkeypatch.setattr(
     subjects.importlib.util,
@@ -217,7 +217,7 @@ def test_subjects_that_cannot_are_left_out_with_the_reason(load, monkeypatch, ca
 
 
 def test_cpu_time_of_one_core(load):
-  check = load("benchmarks/inference.py").check_one_core
+  check = load("inference").check_one_core
   check({"cpus": 1, "device": "cpu"})
   with pytest.raises(InputError, match="these are 2 CPUs"):
     check({"cpus": 2, "device": "cpu"})
@@ -241,13 +241,13 @@ def test_published_accuracies_are_those_of_the_readme(load):
   text = (tiny.ROOT / "README.md").read_text()
   rows = re.findall(r"^\| `(\w+)` \| [\d,]+ \| [\d,]+ \| (\d\d\.\d\d)", text, re.MULTILINE)
   stated = {name: float(value) for name, value in rows}
-  published = load("benchmarks/plot.py").PUBLISHED
+  published = load("plot").PUBLISHED
   assert published == {name: stated[name] for name in published}
 
 
 def test_the_picture(load, tmp_path):
   pytest.importorskip("matplotlib")
-  plot = load("benchmarks/plot.py")
+  plot = load("plot")
   rows = [
     {"model": model, "batch_size": size, "dtype": "float32", "subject": name, "images_per_s": speed}
     for model, speed in (("repvgg_a0", 30.0), ("repvgg_b1", 4.0), ("of_no_paper", 1.0))

@@ -1,4 +1,4 @@
-"""The benchmark of the first answer, on an interpreter that only says what it was asked for."""
+"""Tests of benchmarks/predict.py, with an interpreter that only logs its arguments."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from tests.training import tiny
 pytest_plugins = ["tests.training.fixtures"]
 
 PYTHON = """#!/bin/sh
-test -e "$XDG_CACHE_HOME/warm" && echo "warm $2" >> {log} || echo "cold $1" >> {log}
+test -e "$XDG_CACHE_HOME/warm" && echo "warm $2" >> {log} || echo "cold $*" >> {log}
 touch "$XDG_CACHE_HOME/warm"
 echo answer
 exit {status}
@@ -21,7 +21,7 @@ exit {status}
 
 @pytest.fixture
 def benchmark(run_script, monkeypatch, tmp_path):
-  """Runs the script with an interpreter that ends with a status; what it printed."""
+  """Runs the benchmark with an interpreter that ends with a status; returns what it printed."""
   monkeypatch.setitem(repjax.models._MODELS, "tiny", (RepVGG, tiny.OVERRIDES))
 
   def run(status, *arguments):
@@ -37,9 +37,9 @@ def benchmark(run_script, monkeypatch, tmp_path):
 def test_the_first_answer_is_cold_and_the_others_are_warm_in_turns(benchmark, tmp_path):
   printed = benchmark(0, "--starts", 2, "--json", tmp_path / "below" / "file.json")
   first, *others = (tmp_path / "log").read_text().splitlines()
-  assert first == f"cold {tiny.ROOT / 'scripts' / 'predict.py'}"
+  assert first.startswith("cold -m repjax predict --workdir ")
   assert [line.split()[0] for line in others] == ["warm"] * 8
-  assert [line.split()[1] for line in others] == ["import", "import", "import", "--workdir"] * 2
+  assert [line.split()[1] for line in others] == ["import", "import", "import", "repjax"] * 2
   written = json.loads((tmp_path / "below" / "file.json").read_text())
   assert [each.keys() for each in written["warm"]] == [{"jax", "flax", "repjax", "answer"}] * 2
   assert [line.split()[0] for line in printed.splitlines()] == ["cold", "warm"]

@@ -1,4 +1,4 @@
-"""The benchmark of the start-up, on a program that prints what main.py prints."""
+"""Tests of benchmarks/startup.py, with a program that prints the lines of main.py."""
 
 import json
 import runpy
@@ -7,7 +7,7 @@ import pytest
 
 from tests.training import tiny
 
-SCRIPT = tiny.ROOT / "scripts" / "benchmark_startup.py"
+SCRIPT = tiny.ROOT / "benchmarks" / "startup.py"
 PROGRAM = """
 import os, pathlib, sys, time
 cache = pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "cache"
@@ -24,11 +24,11 @@ sys.exit({status})
 
 @pytest.fixture
 def benchmark(monkeypatch, capsys, tmp_path):
-  """Runs the script on a main.py that ends with a status; what it printed."""
+  """Runs the benchmark on a main.py that ends with a status; returns what it printed."""
 
   def run(status, *arguments):
-    (tmp_path / "scripts").mkdir()
-    script = tmp_path / "scripts" / SCRIPT.name
+    (tmp_path / "benchmarks").mkdir()
+    script = tmp_path / "benchmarks" / SCRIPT.name
     script.write_text(SCRIPT.read_text())
     (tmp_path / "main.py").write_text(PROGRAM.format(status=status))
     monkeypatch.setattr("sys.argv", [str(script), *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""The command lines over the package."""
+"""Tests of `repjax convert`, `evaluate`, `import` and `export-weights`."""
 
 import hashlib
 import json
@@ -9,11 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-import repjax.models
+import repjax
 from repjax import weights
-from repjax.models.parnet import ParNet
-from repjax.models.repmlp import RepMLPCifar
 from repjax.runs import lock
+from tests.cli.helpers import stop_of
 from tests.training import tiny
 from tests.weights import cases
 
@@ -23,13 +22,13 @@ pytestmark = pytest.mark.usefixtures("quick_programs")
 
 @pytest.fixture
 def workdir(finished, tmp_path):
-  """A copy of a finished run."""
+  """Returns a copy of a finished run."""
   return shutil.copytree(finished[0], tmp_path / "run")
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-  """The path of a state dict of a small network with 10 classes, in timm's names."""
+  """Writes the state dict of a small network with 10 classes in timm's names; returns its path."""
 
   def write(kind="train"):
     path = tmp_path / f"repvgg_a0-{kind}.npz"
@@ -40,38 +39,31 @@ def checkpoint(tmp_path):
 
 
 @pytest.fixture
-def import_weights(run_script, tmp_path):
-  """Imports a small network's checkpoint; the workdir and what was printed."""
+def import_weights(run_command, tmp_path):
+  """Imports the checkpoint of a small network; returns the workdir and what was printed."""
 
   def run(path, *arguments):
     workdir = tmp_path / "imported"
     overrides = ("--overrides", json.dumps(cases.TINY))
-    return workdir, run_script(
+    return workdir, run_command(
       "import", "--from", path, "--workdir", workdir, *overrides, *arguments
     )
 
   return run
 
 
-def stop_of(run, *arguments):
-  """The text that a script ended with."""
-  with pytest.raises(SystemExit) as stop:
-    run(*arguments)
-  return stop.value.code
-
-
-def test_reparameterize_makes_the_deploy_form_again(run_script, workdir, finished):
+def test_convert_makes_the_deploy_form_again(run_command, workdir, finished):
   shutil.rmtree(workdir / "deploy")
-  printed = run_script("convert", "--workdir", workdir)
+  printed = run_command("convert", "--workdir", workdir)
   assert json.loads((workdir / "deploy" / "report.json").read_text()) == finished[1]
   assert "360 of 360 images" in printed
   assert printed.endswith(f"saved: {workdir}/deploy\n")
 
 
-def test_reparameterize_overwrites_nothing_where_the_forms_differ(run_script, workdir):
+def test_convert_overwrites_nothing_where_the_forms_differ(run_command, workdir):
   before = tiny.contents(workdir)
   with pytest.raises(SystemExit) as stop:
-    run_script("convert", "--workdir", workdir, "--tolerance", "1e-12")
+    run_command("convert", "--workdir", workdir, "--tolerance", "1e-12")
   assert stop.value.code.startswith("error: the deploy form differs from the training form by")
   assert tiny.contents(workdir) == before
 
@@ -80,17 +72,17 @@ def test_reparameterize_overwrites_nothing_where_the_forms_differ(run_script, wo
   ("name", "arguments"),
   [("convert", ()), ("recalibrate", ("--undo",)), ("recalibrate", ("--batches", 1))],
 )
-def test_a_folder_in_use_is_not_written_to(run_script, workdir, name, arguments):
+def test_a_folder_in_use_is_not_written_to(run_command, workdir, name, arguments):
   with lock.hold(workdir):
     before = tiny.contents(workdir)
-    text = stop_of(run_script, name, "--workdir", workdir, *arguments)
+    text = stop_of(run_command, name, "--workdir", workdir, *arguments)
     assert f"error: {workdir} is in use by process {os.getpid()} on" in text
     assert tiny.contents(workdir) == before
 
 
-def test_evaluate_prints_a_row_for_each_form(run_script, finished):
+def test_evaluate_prints_a_row_for_each_form(run_command, finished):
   workdir, report, _ = finished
-  header, *rows, last = run_script("evaluate", "--workdir", workdir).splitlines()
+  header, *rows, last = run_command("evaluate", "--workdir", workdir).splitlines()
   assert header.split() == ["form", "parameters", "accuracy", "loss"]
   for row, form in zip(rows, ("train", "deploy"), strict=True):
     expected = [form, f"{report['parameters'][form]:,}", f"{report['accuracy'][form]:.2%}"]
@@ -98,71 +90,16 @@ def test_evaluate_prints_a_row_for_each_form(run_script, finished):
   assert last == "on every image of digits's test split, reloaded from disk"
 
 
-def test_evaluate_prints_one_form_on_request(run_script, finished):
-  printed = run_script("evaluate", "--workdir", finished[0], "--form", "deploy")
+def test_evaluate_prints_one_form_on_request(run_command, finished):
+  printed = run_command("evaluate", "--workdir", finished[0], "--form", "deploy")
   assert [line.split()[0] for line in printed.splitlines()] == ["form", "deploy", "on"]
 
 
-@pytest.mark.parametrize("name", ["reparameterize", "evaluate"])
-def test_a_folder_that_is_no_run_is_one_paragraph(run_script, tmp_path, name):
+@pytest.mark.parametrize("name", ["convert", "evaluate"])
+def test_a_folder_that_is_no_run_is_one_paragraph(run_command, tmp_path, name):
   with pytest.raises(SystemExit) as stop:
-    run_script(name, "--workdir", tmp_path)
+    run_command(name, "--workdir", tmp_path)
   assert stop.value.code.startswith(f"error: {tmp_path}/config.json does not exist; is")
-
-
-def test_benchmark_of_repmlp_times_forms_and_formulations(run_script, tmp_path, monkeypatch):
-  small = {"widths": (4, 4), "stage_sizes": (1, 1), "tile": 4, "local_kernels": (1,)}
-  monkeypatch.setitem(repjax.models._MODELS, "tiny", (RepMLPCifar, small))
-  path = tmp_path / "results" / "file.json"
-  few = ("--repeats", 1, "--rounds", 2, "--batch-sizes", 2)
-  printed = run_script(
-    "benchmarks/repmlp.py", "--models", "tiny", "--layers", "cifar stage 1", *few, "--json", path
-  )
-  assert "tiny, batch 2, 8 px: ratio" in printed
-  written = json.loads(path.read_text())
-  assert written["models"][0]["train"]["params"] > written["models"][0]["deploy"]["params"]
-  times = written["layers"][0]["ms"]
-  assert times.keys() == {"batched", "eight axes", "grouped", "dense"}
-  assert min(times.values()) > 0
-
-
-def test_benchmark_of_parnet_times_the_authors_fold_too(run_script, tmp_path, monkeypatch):
-  small = {"widths": (4, 6, 8, 10), "stage_sizes": (1, 1, 1), "strides": (1, 1)}
-  monkeypatch.setitem(repjax.models._MODELS, "tiny", (ParNet, small))
-  path = tmp_path / "results" / "file.json"
-  few = ("--repeats", 1, "--rounds", 2, "--batch-sizes", 2)
-  printed = run_script("benchmarks/parnet.py", "--models", "tiny", *few, "--json", path)
-  assert "tiny, batch 2, 32 px" in printed
-  (row,) = json.loads(path.read_text())["models"]
-  train, authors, deploy = (row[form] for form in ("train", "authors", "deploy"))
-  assert min(form["ms"] for form in (train, authors, deploy)) > 0
-  assert train["params"] > deploy["params"] > authors["params"]
-  # Of four norms of gates, one of them in front of all streams, and of four of fusion.
-  assert authors["statistics"] == 2 * (4 + 4 + 6 + 8 + 2 * 6 + 2 * 8)
-  assert (deploy["statistics"], len(authors["ratios"])) == (0, 1)
-  assert train["macs"] > authors["macs"] == deploy["macs"]
-
-
-def test_benchmark_of_streams_prints_both_latencies_and_what_bounds_them(
-  run_script, tmp_path, monkeypatch
-):
-  small = {"widths": (4, 6, 8, 10), "stage_sizes": (1, 1, 1), "strides": (1, 1)}
-  monkeypatch.setitem(repjax.models._MODELS, "tiny", (ParNet, small))
-  path = tmp_path / "results" / "file.json"
-  few = ("--models", "tiny", "--repeats", 1, "--rounds", 2, "--batch-sizes", 2)
-  printed = run_script("benchmarks/streams.py", *few, "--devices", 3, "--json", path)
-  assert "tiny, batch 2, 32 px, float32: one device" in printed
-  (row,) = json.loads(path.read_text())["models"]
-  for latency in (f"one device {row['single_ms']:.2f} ms", f"on 3 {row['streams_ms']:.2f} ms"):
-    assert latency in printed
-  assert f"critical path (*): {' > '.join(row['path'])}" in printed
-  assert f"most of it: {row['bound']}" in printed
-  model = repjax.create_model("parnet_s", **small)
-  macs = sum(piece["macs_per_image"] for piece in row["pieces"])
-  assert macs == repjax.analysis.summary(model, 32).deploy.macs
-  assert "3 streams run on 3 devices or a multiple, got 4" in stop_of(
-    run_script, "benchmarks/streams.py", *few
-  )
 
 
 @pytest.mark.parametrize("kind", ["train", "deploy"])
@@ -221,12 +158,12 @@ def test_import_weights_ends_with_one_paragraph_and_writes_nothing(
 @pytest.mark.parametrize("kind", ["train", "deploy"])
 @pytest.mark.parametrize("naming", ["official", "timm"])
 def test_export_weights_writes_what_import_weights_read(
-  run_script, import_weights, checkpoint, tmp_path, kind, naming
+  run_command, import_weights, checkpoint, tmp_path, kind, naming
 ):
   path, target = checkpoint(kind), tmp_path / "out.safetensors"
   workdir, _ = import_weights(path)
   to = ("--to", target, "--naming", naming, "--form", kind)
-  printed = run_script("export-weights", "--workdir", workdir, *to)
+  printed = run_command("export-weights", "--workdir", workdir, *to)
   state, expected = weights.read(target), weights.read(path)
   size = target.stat().st_size
   assert printed == (
@@ -240,28 +177,28 @@ def test_export_weights_writes_what_import_weights_read(
   )
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
   before = target.read_bytes()
-  text = stop_of(run_script, "export-weights", "--workdir", workdir, *to)
+  text = stop_of(run_command, "export-weights", "--workdir", workdir, *to)
   assert text == f"error: {target} exists already; give another path, or remove it first"
   assert target.read_bytes() == before
 
 
 @pytest.mark.parametrize("form", ["train", "deploy"])
-def test_export_weights_of_a_run(run_script, finished, tmp_path, form):
+def test_export_weights_of_a_run(run_command, finished, tmp_path, form):
   target = tmp_path / "out.safetensors"
-  run_script("export-weights", "--workdir", finished[0], "--to", target, "--form", form)
+  run_command("export-weights", "--workdir", finished[0], "--to", target, "--form", form)
   _, variables, spec = repjax.load(finished[0], deploy=form == "deploy")
   back = weights.from_torch(spec.name, weights.read(target), num_classes=10, **spec.overrides)
   jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
-def test_an_import_is_compared_on_noise_and_then_evaluated(run_script, import_weights, checkpoint):
+def test_an_import_is_compared_on_noise_and_then_evaluated(run_command, import_weights, checkpoint):
   workdir, _ = import_weights(checkpoint())
   before = tiny.contents(workdir)
-  text = stop_of(run_script, "convert", "--workdir", workdir, "--tolerance", "1e-12")
+  text = stop_of(run_command, "convert", "--workdir", workdir, "--tolerance", "1e-12")
   assert text.startswith("error: the deploy form differs from the training form by")
   assert "over 16 images" in text
   assert tiny.contents(workdir) == before
-  printed = run_script("convert", "--workdir", workdir)
+  printed = run_command("convert", "--workdir", workdir)
   assert "16 of 16 noise images" in printed
   assert "accuracy" not in printed
   report = json.loads((workdir / "deploy" / "report.json").read_text())
@@ -269,7 +206,7 @@ def test_an_import_is_compared_on_noise_and_then_evaluated(run_script, import_we
   assert 0 < report["logits_difference"] <= 1e-5
 
   noise = ("--dataset", "synthetic", "--split", "sample")
-  header, *rows, last = run_script("evaluate", "--workdir", workdir, *noise).splitlines()
+  header, *rows, last = run_command("evaluate", "--workdir", workdir, *noise).splitlines()
   assert header.split() == ["form", "parameters", "accuracy", "loss"]
   for row, form in zip(rows, ("train", "deploy"), strict=True):
     assert row.split()[:2] == [form, f"{report['parameters'][form]:,}"]
@@ -277,30 +214,30 @@ def test_an_import_is_compared_on_noise_and_then_evaluated(run_script, import_we
   assert last == "on every image of synthetic's sample split, which is noise"
 
 
-def test_an_import_is_compared_on_the_images_that_are_named(run_script, import_weights, checkpoint):
+def test_an_import_is_compared_on_named_images(run_command, import_weights, checkpoint):
   workdir, _ = import_weights(checkpoint())
   named = ("--dataset", "synthetic", "--split", "validation")
-  printed = run_script("convert", "--workdir", workdir, *named)
+  printed = run_command("convert", "--workdir", workdir, *named)
   assert "128 of 128 noise images" in printed
 
 
-def test_an_import_of_the_deploy_form_is_evaluated_as_such(run_script, import_weights, checkpoint):
+def test_an_import_of_the_deploy_form_is_evaluated_as_such(run_command, import_weights, checkpoint):
   workdir, _ = import_weights(checkpoint("deploy"))
   noise = ("--dataset", "synthetic", "--split", "sample")
-  printed = run_script("evaluate", "--workdir", workdir, *noise)
+  printed = run_command("evaluate", "--workdir", workdir, *noise)
   assert [line.split()[0] for line in printed.splitlines()] == ["form", "deploy", "on"]
   for form in ("both", "train"):
-    text = stop_of(run_script, "evaluate", "--workdir", workdir, *noise, "--form", form)
+    text = stop_of(run_command, "evaluate", "--workdir", workdir, *noise, "--form", form)
     assert text.startswith(f"error: {workdir} holds a deploy form only")
   before = tiny.contents(workdir)
-  text = stop_of(run_script, "convert", "--workdir", workdir)
+  text = stop_of(run_command, "convert", "--workdir", workdir)
   assert text.startswith(f"error: {workdir} holds a deploy form only")
   assert tiny.contents(workdir) == before
 
 
 def test_evaluate_asks_for_a_data_set_where_an_import_names_none(
-  run_script, import_weights, checkpoint
+  run_command, import_weights, checkpoint
 ):
   workdir, _ = import_weights(checkpoint("deploy"))
-  text = stop_of(run_script, "evaluate", "--workdir", workdir)
+  text = stop_of(run_command, "evaluate", "--workdir", workdir)
   assert text.startswith("error: no data set is named: pass --dataset NAME --split SPLIT")

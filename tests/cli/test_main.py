@@ -1,12 +1,10 @@
-"""main.py as people call it."""
+"""Tests of `repjax train` and main.py."""
 
 import json
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-import main
+from tests.cli.helpers import stop_of
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -16,7 +14,7 @@ A0 = f"--config={tiny.ROOT}/configs/repvgg_a0.py"
 
 @pytest.fixture
 def run_main(tmp_path, cache_home):
-  """Runs main.py in an empty folder, in a process of its own."""
+  """Runs main.py in an empty folder, in a new process."""
 
   def run(*arguments):
     return tiny.run_python(str(tiny.ROOT / "main.py"), *arguments, cwd=tmp_path, cache=cache_home)
@@ -25,39 +23,19 @@ def run_main(tmp_path, cache_home):
 
 
 @pytest.fixture
-def call_main(tmp_path, monkeypatch, quick_programs):
-  """Calls what main.py calls, in this process and an empty folder; the text that it ends with."""
+def train(run_command, tmp_path, monkeypatch, quick_programs):
+  """Runs `repjax train` in an empty folder, while sys.argv holds unrelated arguments."""
   del quick_programs
   monkeypatch.chdir(tmp_path)
-  held = flagsaver.save_flag_values()
-
-  def call(*arguments):
-    argv = ["main.py", *arguments]
-    monkeypatch.setattr("sys.argv", argv)  # where fields of a config are looked for
-    with pytest.raises(SystemExit) as stop:
-      main.main(main.parse_flags(argv))
-    return stop.value.code
-
-  yield call
-  flagsaver.restore_flag_values(held)
-  flags.FLAGS.unparse_flags()
+  monkeypatch.setattr("sys.argv", ["pytest", "--config.batch_size=7"])
+  return lambda *arguments: run_command("train", *arguments)
 
 
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  [
-    ([], "error: no --config given; the configs are in configs/, for example configs/digits.py"),
-    ([A0, "--resume=must"], "error: runs/repvgg_a0 holds no checkpoint to continue from; is it"),
-  ],
-  ids=["none", "resume"],
-)
-def test_a_mistake_is_named_without_a_traceback_and_nothing_is_written(
-  run_main, tmp_path, arguments, message
-):
-  ended = run_main(*arguments)
+def test_main_names_a_mistake_without_a_traceback_and_writes_nothing(run_main, tmp_path):
+  ended = run_main(A0, "--resume=must")
   assert ended.returncode == 1
   assert "Traceback" not in ended.stderr
-  assert message in ended.stderr
+  assert "error: runs/repvgg_a0 holds no checkpoint to continue from; is it" in ended.stderr
   assert list(tmp_path.iterdir()) == []
 
 
@@ -65,22 +43,35 @@ def test_a_mistake_is_named_without_a_traceback_and_nothing_is_written(
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
+    ([], "error: no --config given"),
     (["--config=configs/none.py"], "No such file or directory: 'configs/none.py"),
+    (["--config=repvgg_a9"], "error: unknown config 'repvgg_a9'; did you mean repvgg_a"),
     ([A0, "--config.bach_size=64"], 'Did you mean "batch_size" instead of "bach_size"?'),
+    ([A0, "--config.batch_size=many"], "error: flag --config.batch_size=many: invalid literal"),
+    ([A0, "--workdri=here"], "error: unknown flag '--workdri'; did you mean --workdir?"),
     ([A0, "stray"], "error: unexpected arguments ['stray']; fields are set as"),
     ([A0, "--config.dataset=imagnet2012"], "error: unknown data set 'imagnet2012'; did you mean"),
+    (["--config=repvgg_a0", "--config.dataset", "imagnet2012"], "error: unknown data set"),
   ],
-  ids=["file", "field", "stray", "value"],
+  ids=["none", "file", "name", "field", "kind", "flag", "stray", "value", "bare name"],
 )
-def test_other_mistakes_end_in_one_paragraph_too(call_main, tmp_path, arguments, message):
-  said = call_main(*arguments)
+def test_other_mistakes_end_in_one_paragraph_too(train, tmp_path, arguments, message):
+  said = stop_of(train, *arguments)
   assert message in said
   assert "\n" not in said
   assert list(tmp_path.iterdir()) == []
 
 
+def test_the_help_shows_four_flags_in_plain_words(train, capsys):
+  assert stop_of(train, "--help") == 0
+  text = capsys.readouterr().out
+  for flag in ("--config CONFIG", "--workdir DIR", "--resume {auto,must,never}", "--distributed"):
+    assert f"\n  {flag}" in text
+  assert "absl" not in text
+
+
 def test_a_run_goes_into_a_folder_called_like_its_config(run_main, finished, tmp_path, digits_dir):
-  # The finished run's programs, which its fixture has compiled.
+  # The `finished` fixture has compiled this run's programs.
   config = tmp_path / "small.py"
   config.write_text(
     "from tests.training import tiny\n"

@@ -1,4 +1,4 @@
-"""The command line that says what is in images."""
+"""Tests of `repjax predict`."""
 
 import csv
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_programs")
 
 @pytest.fixture
 def images(tmp_path):
-  """A folder with a folder in it, five images and a note."""
+  """Makes a folder that holds a folder, five images and a text file."""
   folder = tmp_path / "images"
   (folder / "more").mkdir(parents=True)
   rng = np.random.default_rng(0)
@@ -28,12 +28,13 @@ def images(tmp_path):
 
 @pytest.fixture
 def predict(run_command, small_folder):
+  """Runs `repjax predict` on a small model."""
   return lambda *arguments: run_command("predict", "--workdir", small_folder, *arguments)
 
 
 @pytest.fixture
 def best(small_folder):
-  """The most probable labels of a file, by the package."""
+  """Returns the most probable labels of a file, by `Predictor.top`."""
   predictor = repjax.deploy.Predictor(small_folder, batch_sizes=(1,), tune=False)
   return lambda path, k: predictor.top(path, k)[0]
 
@@ -77,7 +78,7 @@ def test_a_csv_holds_a_row_for_each_image(predict, images, best, tmp_path, size)
 def test_what_cannot_be_read_is_named_and_counted(run_command, small_folder, images, capsys):
   (images / "broken.png").write_bytes(b"no image")
   (images / "more" / "cut.jpg").write_bytes((images / "a.JPG").read_bytes()[:300])
-  # run_command returns what was printed, and so takes stderr with it.
+  # run_command reads the captured stderr together with stdout.
   with pytest.MonkeyPatch.context() as patch:
     said = []
     patch.setattr("sys.stderr.write", said.append)

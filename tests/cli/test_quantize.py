@@ -1,4 +1,4 @@
-"""repjax quantize: what it writes, prints and refuses."""
+"""Tests of `repjax quantize`."""
 
 import importlib
 import importlib.util
@@ -19,7 +19,7 @@ pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
 
 @pytest.fixture
 def workdir(tmp_path):
-  """A deploy folder with a config, as an import has it, of random variables."""
+  """Writes a deploy folder with random variables and a config, as an import makes it."""
   model = SPEC.create_model(deploy=True)
   params = random_variables(model, np.zeros((1, 16, 16, 3), np.float32))["params"]
   folder = tmp_path / "run"
@@ -31,12 +31,12 @@ def workdir(tmp_path):
 
 
 @needs_onnx
-def test_the_script_writes_a_folder_and_a_table(run_script, workdir, tmp_path, monkeypatch):
+def test_quantize_writes_a_folder_and_a_table(run_command, workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(processor, "saturates", lambda: True)
   target = tmp_path / "below" / "int8"
   few = ("--images", 16, "--rounds", 2, "--float-layers", 1)
-  printed = run_script("quantize", "--workdir", workdir, "--to", target, *few)
-  assert "no VNNI" not in printed  # of weights in 7 bits
+  printed = run_command("quantize", "--workdir", workdir, "--to", target, *few)
+  assert "no VNNI" not in printed  # weights in 7 bits need no warning
   lines = printed.splitlines()
   facts = json.loads((target / "export.json").read_text())
   assert lines[1].split()[0] == facts["sensitivity"][0]["layer"]
@@ -56,15 +56,15 @@ def test_the_script_writes_a_folder_and_a_table(run_script, workdir, tmp_path, m
   with pytest.raises(InputError, match="which ONNX Runtime, OpenVINO or TensorRT runs and JAX"):
     repjax.deploy.load_exported(target)
   with pytest.raises(SystemExit, match="already; give another path"):
-    run_script("quantize", "--workdir", workdir, "--to", target)
+    run_command("quantize", "--workdir", workdir, "--to", target)
 
 
 @needs_onnx
-def test_a_file_of_int8_weights_comes_without_a_ranking(run_script, workdir, tmp_path, monkeypatch):
-  monkeypatch.setattr("repjax.quantization.sensitivity", None)  # which must not be called
+def test_int8_weights_come_without_a_ranking(run_command, workdir, tmp_path, monkeypatch):
+  monkeypatch.setattr("repjax.quantization.sensitivity", None)  # a call would fail
   few = ("--images", 16, "--rounds", 2, "--weights-only", "--weight-bits", 8)
   monkeypatch.setattr(processor, "saturates", lambda: True)
-  printed = run_script("quantize", "--workdir", workdir, "--to", tmp_path / "small", *few)
+  printed = run_command("quantize", "--workdir", workdir, "--to", tmp_path / "small", *few)
   assert "no VNNI" not in printed
   assert "layer alone in int8" not in printed
   assert {path.name for path in (tmp_path / "small").iterdir()} == {
@@ -76,22 +76,20 @@ def test_a_file_of_int8_weights_comes_without_a_ranking(run_script, workdir, tmp
 
 
 @needs_onnx
-def test_symmetric_activations_take_weights_in_8_bits(run_script, workdir, tmp_path, monkeypatch):
+def test_symmetric_activations_take_weights_in_8_bits(run_command, workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(processor, "saturates", lambda: True)
   few = ("--images", 16, "--rounds", 2, "--activations", "int8", "--no-bias-correction")
-  printed = run_script("quantize", "--workdir", workdir, "--to", tmp_path / "int8", *few)
+  printed = run_command("quantize", "--workdir", workdir, "--to", tmp_path / "int8", *few)
   assert "no VNNI" not in printed  # sums of int8 and int8 do not overflow
   settings = json.loads((tmp_path / "int8" / "export.json").read_text())["settings"]
   assert (settings["activations"], settings["weight_bits"]) == ("int8", 8)
 
 
 @needs_onnx
-def test_mistakes_end_the_script_in_one_paragraph(
-  run_script, workdir, tmp_path, monkeypatch, capsys
-):
+def test_mistakes_end_in_one_paragraph(run_command, workdir, tmp_path, monkeypatch, capsys):
   def text(*arguments):
     with pytest.raises(SystemExit) as stop:
-      run_script("quantize", *arguments)
+      run_command("quantize", *arguments)
     return stop.value.code
 
   assert text("--workdir", tmp_path / "no").startswith(f"error: {tmp_path}/no/model.json does not")

@@ -1,4 +1,4 @@
-"""repjax recalibrate as people call it."""
+"""Tests of `repjax recalibrate`."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import pytest
 import repjax
 from repjax import weights
 from repjax.spec import Preprocessing
+from tests.cli.helpers import stop_of
 from tests.training import tiny
 from tests.weights import cases
 
@@ -17,20 +18,13 @@ pytest_plugins = ["tests.training.fixtures"]
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
 
-def stop_of(run, *arguments):
-  """The text that a script ended with."""
-  with pytest.raises(SystemExit) as stop:
-    run(*arguments)
-  return stop.value.code
-
-
 def report_of(workdir):
   return json.loads((workdir / "deploy" / "report.json").read_text())
 
 
-def test_it_re_estimates_converts_again_and_undoes_it(run_script, finished, tmp_path):
+def test_it_re_estimates_converts_again_and_undoes_it(run_command, finished, tmp_path):
   workdir = shutil.copytree(finished[0], tmp_path / "run")
-  printed = run_script("recalibrate", "--workdir", workdir, "--batches", 2, "--batch-size", 64)
+  printed = run_command("recalibrate", "--workdir", workdir, "--batches", 2, "--batch-size", 64)
   report = report_of(workdir)
   record, accuracy = report["recalibrated"], report["accuracy"]["train"]
   assert (record["batches"], record["images"]) == (2, 128)
@@ -43,33 +37,33 @@ def test_it_re_estimates_converts_again_and_undoes_it(run_script, finished, tmp_
   assert second.startswith(f"test accuracy {before:.2%} -> {accuracy:.2%}, loss ")
   assert table[-2:] == ["statistics re-estimated over 2 batches", f"saved: {workdir}/deploy"]
 
-  printed = run_script("evaluate", "--workdir", workdir)
+  printed = run_command("evaluate", "--workdir", workdir)
   header, trained, deployed, note, _ = printed.splitlines()
   assert header.split() == ["form", "parameters", "accuracy", "loss"]
   assert trained.split()[2] == deployed.split()[2] == f"{accuracy:.2%}"
   assert note == "training form with batch norms re-estimated over 2 batches"
 
-  printed = run_script("recalibrate", "--workdir", workdir, "--undo")
+  printed = run_command("recalibrate", "--workdir", workdir, "--undo")
   assert printed.startswith("the checkpoint's own statistics are in use again\n")
   assert report_of(workdir) == finished[1]
-  text = stop_of(run_script, "recalibrate", "--workdir", workdir, "--undo")
+  text = stop_of(run_command, "recalibrate", "--workdir", workdir, "--undo")
   assert text.startswith(f"error: {workdir} holds no re-estimated statistics")
 
 
-def test_an_import_is_recalibrated_on_what_is_named_and_undone_on_noise(run_script, tmp_path):
+def test_an_import_is_recalibrated_on_what_is_named_and_undone_on_noise(run_command, tmp_path):
   path, folder = tmp_path / "a0.npz", tmp_path / "imported"
   np.savez(path, **cases.random_state("repvgg_a0", "train", "timm", **cases.TINY))
   weights.import_weights(str(path), folder, overrides=cases.TINY)
-  small = Preprocessing(32, 32)  # which is quick
+  small = Preprocessing(32, 32)  # small images are quick
   dataclasses.replace(repjax.ModelSpec.read(folder), preprocessing=small).write(folder)
-  text = stop_of(run_script, "recalibrate", "--workdir", folder, "--batches", 1)
+  text = stop_of(run_command, "recalibrate", "--workdir", folder, "--batches", 1)
   assert text.startswith("error: no data set is named: pass --dataset NAME --split SPLIT")
   named = ("--dataset", "synthetic", "--split", "sample", "--eval-split", "sample")
   size = ("--batches", 2, "--batch-size", 8)
-  printed = run_script("recalibrate", "--workdir", folder, *named, *size)
+  printed = run_command("recalibrate", "--workdir", folder, *named, *size)
   assert "2 batches of 8 images of synthetic's sample split" in printed
   assert report_of(folder)["recalibrated"]["images"] == 16
-  printed = run_script("recalibrate", "--workdir", folder, "--undo")
+  printed = run_command("recalibrate", "--workdir", folder, "--undo")
   assert "16 of 16 noise images" in printed
   assert report_of(folder)["recalibrated"] is None
   assert repjax.load(folder)[0].deploy
@@ -85,15 +79,15 @@ def test_an_import_is_recalibrated_on_what_is_named_and_undone_on_noise(run_scri
   ids=str,
 )
 def test_a_mistake_is_one_paragraph_and_nothing_is_written(
-  run_script, finished, tmp_path, arguments, said
+  run_command, finished, tmp_path, arguments, said
 ):
   workdir = shutil.copytree(finished[0], tmp_path / "run")
   before = tiny.contents(workdir)
-  assert stop_of(run_script, "recalibrate", "--workdir", workdir, *arguments).startswith(said)
+  assert stop_of(run_command, "recalibrate", "--workdir", workdir, *arguments).startswith(said)
   assert tiny.contents(workdir) == before
 
 
 @pytest.mark.parametrize("arguments", [(), ("--batches", "1", "--undo")], ids=str)
-def test_it_is_told_one_thing_to_do(run_script, finished, arguments, capsys):
-  assert stop_of(run_script, "recalibrate", "--workdir", finished[0], *arguments) == 2
+def test_it_is_told_one_thing_to_do(run_command, finished, arguments, capsys):
+  assert stop_of(run_command, "recalibrate", "--workdir", finished[0], *arguments) == 2
   assert "--batches" in capsys.readouterr().err

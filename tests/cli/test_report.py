@@ -1,4 +1,4 @@
-"""`repjax report` over runs and imports."""
+"""Tests of `repjax report`."""
 
 import functools
 import importlib.util
@@ -18,9 +18,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
-def report(run_script):
-  """Runs the script in this process; what it printed."""
-  return functools.partial(run_script, "report")
+def report(run_command):
+  """Runs `repjax report` in this process, and returns what it printed."""
+  return functools.partial(run_command, "report")
 
 
 def test_a_run_gets_its_picture_again(report, finished, tmp_path):

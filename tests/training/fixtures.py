@@ -118,12 +118,12 @@ def overtrained(finished, tmp_path):
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-  """Runs a benchmark or a script in this process; what it printed."""
+  """Runs a program of benchmarks/ or scripts/ in this process, and returns what it printed."""
 
   def run(path, *arguments):
     path = tiny.ROOT / path
     monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments)])
-    monkeypatch.syspath_prepend(path.parent)  # where Python looks when it runs one
+    monkeypatch.syspath_prepend(path.parent)  # as Python does when it runs a program
     capsys.readouterr()
     runpy.run_path(str(path), run_name="__main__")
     return capsys.readouterr().out
@@ -132,14 +132,12 @@ def run_script(monkeypatch, capsys):
 
 
 @pytest.fixture
-def run_command(monkeypatch, capsys):
-  """Runs `repjax COMMAND` in this process; what it printed."""
+def run_command(capsys):
+  """Runs `repjax COMMAND` in this process, and returns what it printed."""
 
   def run(*arguments):
-    argv = [str(argument) for argument in arguments]
-    monkeypatch.setattr("sys.argv", ["repjax", *argv])
     capsys.readouterr()
-    cli.main(argv)
+    cli.main([str(argument) for argument in arguments])
     return capsys.readouterr().out
 
   return run

@@ -20,7 +20,7 @@ pytest_plugins = ["tests.training.fixtures"]
 STOPPED = """
 import os, runpy, signal, sys
 import jax
-from repjax.training import fitting
+from repjax.training import loop
 
 batches_of = fitting.train_batches
 

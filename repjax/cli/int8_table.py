@@ -1,7 +1,8 @@
-"""What scripts about 8 bits share: a workdir that is ready for them, and the table of its files.
+"""The table that compares ONNX files in 8 bits with the float32 file of the same model.
 
-A row is an ONNX file of any kind, or the deploy form in bfloat16 in JAX: accuracy on every image of
-the evaluation split, the error of its logits, its size, and how fast ONNX Runtime runs it.
+Each row is an ONNX file, or the deploy form computed in bfloat16 by JAX. A row holds the accuracy
+on every image of the evaluation split, the error of the logits, the size, and the time of a call in
+ONNX Runtime. `repjax quantize` and benchmarks/int8.py print the table.
 """
 
 import statistics
@@ -13,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import timing
 
 import repjax
-from repjax import training
+from repjax import timing, training
 from repjax.config import Config, check_evaluation
 from repjax.data import Source
 from repjax.inference import inference
@@ -31,17 +31,17 @@ Classifier = Callable[[np.ndarray], np.ndarray]
 """Takes uint8 images (B, S, S, 3) and returns logits (B, K)."""
 
 
-class Workdir(NamedTuple):
-  """A run or an import, with its deploy form as an ONNX file that takes uint8 images.
+class Baseline(NamedTuple):
+  """The float32 model that files in 8 bits are compared with, and the images for the comparison.
 
   Attributes:
-    config: names the splits.
-    spec: of the model.
+    config: config of the run; names the data set and its splits.
+    spec: describes the model.
     model: the deploy form.
-    variables: of the deploy form.
-    proto: the file, in float32.
-    images: to calibrate with, uint8 (N, S, S, 3).
-    evaluation: the split for accuracy.
+    variables: variables of the deploy form.
+    proto: the deploy form in float32, as an ONNX model that takes uint8 images.
+    images: calibration images, uint8 (N, S, S, 3).
+    evaluation: the split to measure accuracy on.
   """
 
   config: Config
@@ -54,14 +54,14 @@ class Workdir(NamedTuple):
 
 
 class Row(NamedTuple):
-  """A line of the table.
+  """A row of the table.
 
   Attributes:
-    accuracy: 0 ... 1.
+    accuracy: between 0 and 1.
     loss: mean cross-entropy.
-    error: of the logits against those of the file in float32, root mean square.
+    error: relative root mean square error of the logits against those of the float32 file.
     size: bytes of the file, or of the weights.
-    seconds: of a call in ONNX Runtime; None where the runtime is another.
+    seconds: seconds of a call in ONNX Runtime; None for the form that JAX computes.
   """
 
   accuracy: float
@@ -71,21 +71,22 @@ class Row(NamedTuple):
   seconds: float | None
 
 
-def open_workdir(folder: Path, count: int, **changes: Any) -> Workdir:
-  """Reads a workdir and images to calibrate with.
+def read_baseline(folder: Path, count: int, **changes: Any) -> Baseline:
+  """Reads the model of a workdir and the images to calibrate with.
 
   Args:
-    folder: of a run or an import.
-    count: of images to calibrate with, from the training split.
-    **changes: to fields of its config, where they are not None.
+    folder: folder of a run, or of imported weights.
+    count: number of calibration images, taken from the training split.
+    **changes: fields of the run's config and their values; None keeps the run's value.
 
   Raises:
-    InputError: no such folder, data set or split, one split for both, or too few images.
+    InputError: the folder, data set or split does not exist, the split for calibration is also the
+      one for evaluation, or the split has fewer images than `count`.
   """
   model, variables, spec = repjax.load(folder)
   config = training.read_config(folder, **changes)
   if "train_split" not in config:
-    config.train_split = "train"  # of an import
+    config.train_split = "train"  # the config of imported weights names no training split
   check_evaluation(config)
   calibration, held_out = (
     planning.open_split(config, split, spec) for split in (config.train_split, config.eval_split)
@@ -94,30 +95,28 @@ def open_workdir(folder: Path, count: int, **changes: Any) -> Workdir:
   images = calibration_images(calibration, count, spec.preprocessing)
   size = spec.preprocessing.image_size
   proto = repjax.onnx.to_onnx(model, variables, image_size=size, preprocessing=spec.preprocessing)
-  return Workdir(config, spec, model, variables, proto, images, held_out)
+  return Baseline(config, spec, model, variables, proto, images, held_out)
 
 
-def measured(
-  workdir: Workdir, files: Mapping[str, Any], *, batch_size: int, rounds: int
+def measure(
+  baseline: Baseline, files: Mapping[str, Any], *, batch_size: int, rounds: int
 ) -> dict[str, Row]:
-  """A row for the workdir's file in float32, one for bfloat16 in JAX, and one for each other file.
+  """Returns the rows: the float32 file, bfloat16 in JAX, then each of `files`.
 
   Args:
-    workdir: from `open_workdir`.
-    files: name to `onnx.ModelProto`, each with uint8 images for input and logits for output;
-      theirs is the order of the rows.
-    batch_size: images in a call, for speed.
-    rounds: of calls in turns, for speed.
+    baseline: from `read_baseline`.
+    files: name to `onnx.ModelProto`; each model takes uint8 images and returns logits.
+    batch_size: images in a timed call.
+    rounds: rounds of timed calls.
   """
-  files = {FLOAT: workdir.proto, **files}
+  files = {FLOAT: baseline.proto, **files}
   sessions = {name: session(proto) for name, proto in files.items()}
   classifiers = {name: _classifier(ready) for name, ready in sessions.items()}
   sizes = {name: proto.ByteSize() for name, proto in files.items()}
-  classifiers[HALF], sizes[HALF] = _in_jax(workdir)
-  logits, labels = _outputs(classifiers, workdir)
-  seconds = speeds(
-    sessions, np.resize(workdir.images, (batch_size, *workdir.images.shape[1:])), rounds
-  )
+  classifiers[HALF], sizes[HALF] = _in_jax(baseline)
+  logits, labels = _outputs(classifiers, baseline)
+  batch = np.resize(baseline.images, (batch_size, *baseline.images.shape[1:]))
+  seconds = speeds(sessions, batch, rounds)
   return {
     name: Row(
       float((logits[name].argmax(-1) == labels).mean()),
@@ -131,7 +130,7 @@ def measured(
 
 
 def print_rows(rows: Mapping[str, Row], batch_size: int) -> None:
-  """Prints the table; speeds are against the file in float32."""
+  """Prints the table. The last column is the speed relative to the float32 file."""
   print(
     f"{'':<30}{'accuracy':>9}{'loss':>9}{'error':>9}{'bytes':>13}{f'ms, batch {batch_size}':>14}"
   )
@@ -144,26 +143,29 @@ def print_rows(rows: Mapping[str, Row], batch_size: int) -> None:
 
 
 def _loss(logits: np.ndarray, labels: np.ndarray) -> float:
+  """Returns the mean cross-entropy."""
   return float(optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), labels).mean())
 
 
 def session(proto: Any) -> Any:
-  """A file that is ready to run on all cores, in the way that is fastest for it."""
-  # A file whose weights alone are int8 is as fast as before only with these unpacked at the start.
+  """Returns an ONNX Runtime session on all CPUs, with the faster of two ways to store weights."""
+  # Where only the weights are int8, ONNX Runtime would convert them to float in every call. With
+  # the weights unpacked at the start, the file is as fast as the float32 file.
   rounds_activations = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
   return runtime.session(proto, timing.cpus(), unpacked=not rounds_activations)
 
 
 def _classifier(ready: Any) -> Classifier:
+  """Returns a function that runs a session."""
   return lambda images: ready.run(None, runtime.fed(images))[0]
 
 
-def _in_jax(workdir: Workdir) -> tuple[Classifier, int]:
-  """The deploy form in bfloat16, and the bytes of its weights."""
-  preprocessing = workdir.spec.preprocessing
+def _in_jax(baseline: Baseline) -> tuple[Classifier, int]:
+  """Returns the deploy form in bfloat16, and the bytes of its weights."""
+  preprocessing = baseline.spec.preprocessing
   half = inference(
-    workdir.model,
-    workdir.variables,
+    baseline.model,
+    baseline.variables,
     image_size=preprocessing.image_size,
     preprocessing=preprocessing,
     dtype="bfloat16",
@@ -175,19 +177,23 @@ def _in_jax(workdir: Workdir) -> tuple[Classifier, int]:
 
 
 def _outputs(
-  classifiers: Mapping[str, Classifier], workdir: Workdir
+  classifiers: Mapping[str, Classifier], baseline: Baseline
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """The logits of each over the evaluation split, which is read once, and the labels."""
+  """Returns the logits of each classifier on the evaluation split, and the labels.
+
+  The split is read once for all classifiers.
+  """
   split = evaluation.host_batches(
-    workdir.evaluation,
-    workdir.spec.preprocessing,
-    batch_size=min(64, len(workdir.evaluation.examples)),
-    num_workers=workdir.config.num_workers,
+    baseline.evaluation,
+    baseline.spec.preprocessing,
+    batch_size=min(64, len(baseline.evaluation.examples)),
+    num_workers=baseline.config.num_workers,
   )
   found: dict[str, list[np.ndarray]] = {name: [] for name in classifiers}
   labels = []
   for batch in split:
     for name, classify in classifiers.items():
+      # The mask leaves out the images that fill up the last batch.
       found[name].append(classify(batch["image"])[batch["mask"]])
     labels.append(batch["label"][batch["mask"]])
   return {name: np.concatenate(parts) for name, parts in found.items()}, np.concatenate(labels)
@@ -196,7 +202,14 @@ def _outputs(
 def speeds(
   sessions: Mapping[str, Any], images: np.ndarray, rounds: int, calls: int = 10
 ) -> dict[str, float]:
-  """Seconds of a call with images (N, S, S, 3): the median of rounds in turns."""
+  """Returns the seconds of a call of each session: the median over the rounds.
+
+  Args:
+    sessions: name to session, from `session`.
+    images: uint8 images (N, S, S, 3) of a call.
+    rounds: number of rounds; every session has one turn in each round.
+    calls: timed calls in a turn.
+  """
   batch = runtime.fed(images)
 
   def turn(ready: Any) -> timing.Turn:

@@ -1,0 +1,96 @@
+"""The flags that several commands share: one help text each, and what they change in a config.
+
+JAX loads only after a command has parsed its flags, so that `repjax COMMAND --help` is fast.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+_SHARED: dict[str, dict[str, Any]] = {
+  "--workdir": {
+    "required": True,
+    "type": Path,
+    "metavar": "DIR",
+    "help": "folder of a run, or of imported weights",
+  },
+  "--dataset": {
+    "metavar": "NAME",
+    "help": "TFDS data set, or synthetic for noise (default: the run's data set)",
+  },
+  "--split": {"help": "split to evaluate on (default: the run's evaluation split)"},
+  "--data-dir": {
+    "metavar": "DIR",
+    "help": "folder where TFDS keeps data sets (default: the run's folder, or TFDS's default)",
+  },
+  "--batch-size": {
+    "type": int,
+    "metavar": "N",
+    "help": "images in a batch (default: the run's batch size)",
+  },
+  "--num-workers": {
+    "type": int,
+    "metavar": "N",
+    "help": "processes that read images; 0 reads in threads (default: the run's number)",
+  },
+  "--dtype": {
+    "default": "float32",
+    "help": "float32, bfloat16 or float16: the type to compute in (default: float32)",
+  },
+}
+_FIELDS = ("dataset", "data_dir", "batch_size", "num_workers")
+
+
+def parser(command: str, description: str | None) -> argparse.ArgumentParser:
+  """Returns the parser of a command, without flags.
+
+  Args:
+    command: name of the command.
+    description: text of the help, usually the docstring of the command's module.
+  """
+  return argparse.ArgumentParser(
+    prog=f"repjax {command}",
+    description=description,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+
+
+def add(parser: argparse.ArgumentParser, *names: str) -> None:
+  """Adds shared flags to a parser, by name."""
+  for name in names:
+    parser.add_argument(name, **_SHARED[name])
+
+
+def config_changes(arguments: argparse.Namespace) -> dict[str, Any]:
+  """Returns the config fields that shared flags change; None keeps the run's value."""
+  return {field: getattr(arguments, field, None) for field in _FIELDS}
+
+
+def read_config(arguments: argparse.Namespace, **changes: Any) -> Any:
+  """Returns the config of the run in --workdir, with the changes that the flags ask for.
+
+  Args:
+    arguments: parsed flags, among them `workdir`.
+    **changes: more fields and their values; None keeps the run's value.
+
+  Raises:
+    InputError: the folder holds no run.
+  """
+  from repjax import training
+
+  return training.read_config(arguments.workdir, **config_changes(arguments), **changes)
+
+
+def use_noise_for_import(config: Any, arguments: argparse.Namespace, split: str | None) -> None:
+  """Points the config of imported weights at synthetic noise, unless a flag names images.
+
+  Imported weights come without a data set. Noise is enough to compare the two forms of a model.
+
+  Args:
+    config: from `read_config`; changed in place.
+    arguments: parsed flags, among them `workdir` and `dataset`.
+    split: the evaluation split that a flag names.
+  """
+  is_import = (arguments.workdir / "import.json").exists()
+  if is_import and arguments.dataset is None and split is None:
+    config.dataset, config.eval_split = "synthetic", "sample"
