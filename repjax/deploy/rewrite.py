@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from repjax.deploy.convolutions import ALGORITHMS, Convolution
+from repjax.program import trace
 
 Function = Callable[[Any, Any], Any]
 Path = tuple[str, ...]
@@ -49,15 +50,15 @@ def convolutions_in(function: Function, tree: Any, inputs: Any) -> dict[Path, Co
       return function(tree, inputs)
 
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-  program = jax.make_jaxpr(noting)(shapes, inputs).jaxpr
+  program = trace(noting, shapes, inputs)
   readers = collections.Counter(
-    id(variable) for equation in program.eqns for variable in equation.invars
+    operand for equation in program.equations for operand in equation.inputs
   )
-  readers.update(id(variable) for variable in program.outvars)
+  readers.update(program.outputs)
   places = [
     tuple(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
   ]
-  read = {place: readers[id(variable)] for place, variable in zip(places, program.invars)}
+  read = {place: readers[variable] for place, variable in zip(places, program.inputs)}
   return {path: one for path, one in found.items() if one and read[_place(path)] == 1}
 
 

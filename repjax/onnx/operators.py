@@ -27,7 +27,7 @@ def _binary(op: str) -> Emitter:
 
 
 def _dtype(equation: Any) -> np.dtype:
-  return np.dtype(equation.outvars[0].aval.dtype)
+  return np.dtype(equation.outputs[0].aval.dtype)
 
 
 def _number(graph: Graph, equation: Any, x: Value, y: Value) -> float | None:
@@ -116,7 +116,7 @@ def _clamp(graph: Graph, equation: Any, low: Value, x: Value, high: Value) -> Va
 
 
 def _select(graph: Graph, equation: Any, which: Value, *cases: Value) -> Value:
-  if len(cases) != 2 or np.dtype(equation.invars[0].aval.dtype) != np.bool_:
+  if len(cases) != 2 or np.dtype(equation.inputs[0].aval.dtype) != np.bool_:
     raise InputError("a select_n among more than two has no place in the ONNX graph here")
   return elementwise(graph, "Where", which, cases[1], cases[0])
 
@@ -128,7 +128,7 @@ def _not_equal(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
 def _cast(graph: Graph, equation: Any, x: Value) -> Value:
   """Cast to ONNX's number of a dtype; nothing where it is the same."""
   dtype = _dtype(equation)
-  return x if dtype == equation.invars[0].aval.dtype else graph.derived("Cast", x, to=dtype.name)
+  return x if dtype == equation.inputs[0].aval.dtype else graph.derived("Cast", x, to=dtype.name)
 
 
 OPERATORS: dict[str, Emitter] = {

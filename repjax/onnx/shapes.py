@@ -14,7 +14,7 @@ from repjax.onnx.values import Value, new_axes
 
 def shape_of(equation: Any) -> tuple[Any, ...]:
   """The shape of what an equation gives."""
-  return equation.outvars[0].aval.shape
+  return equation.outputs[0].aval.shape
 
 
 def reshape(graph: Graph, equation: Any, x: Value) -> Value:
@@ -141,9 +141,9 @@ def reverse(graph: Graph, equation: Any, x: Value) -> Value:
 
 def split(graph: Graph, equation: Any, x: Value) -> list[Value]:
   axis, start, parts = equation.params["axis"], 0, []
-  for size, variable in zip(equation.params["sizes"], equation.outvars):
+  for size, output in zip(equation.params["sizes"], equation.outputs):
     starts, ends = {axis: start}, {axis: start + size}
-    shape = variable.aval.shape
+    shape = output.aval.shape
     parts.append(_cut(graph, x, starts, ends, {axis: 1}, shape) if size != x.shape[axis] else x)
     start += size
   return parts
