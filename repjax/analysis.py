@@ -1,4 +1,4 @@
-"""What a model costs: output shapes, parameters and multiplications by stage, and its depth.
+"""Costs of a model: output shapes, parameters and multiplications by stage, and depth.
 
 Every number is read off the traced program. No array is computed.
 """

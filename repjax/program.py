@@ -274,8 +274,8 @@ class _Inlining:
 def _called(source: Any) -> Jaxpr | None:
   """Returns the program that an equation runs once on its inputs, or None if there is none.
 
-  A call is recognised by what it holds, since names differ between versions of JAX: exactly one
-  program, with inputs and outputs of the same shapes and dtypes as the equation.
+  Names of calls differ between versions of JAX, so that a call is recognised by what it holds. It
+  holds exactly one program, whose inputs and outputs have the shapes and dtypes of the equation's.
   """
   jaxprs = list(_jaxprs(source.params))
   if len(jaxprs) != 1 or source.primitive.name in _NOT_CALLS:

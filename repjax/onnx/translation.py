@@ -3,10 +3,10 @@
 The function is traced with a symbol for the batch size, and its calls are inlined
 (`repjax.program`). The equations are then met in order. An equation whose inputs are all known is
 computed at once. Any other equation is handed to its emitter in `OPERATORS`, which adds nodes to
-the graph. What became of each equation is noted as a `Step`, so that a simulation of 8 bits can
-find the equation that belongs to a tensor of the file.
+the graph. The tensors of each equation are noted as `EquationTensors`, so that a simulation of 8
+bits can find the equation that belongs to a tensor of the file.
 
-  a = mul x 2.0    becomes the node  Mul(images, constant)  and  Step("mul", ("t1",))
+  a = mul x 2.0    becomes  t1 = Mul(images, constant)  and  EquationTensors("mul", ("t1",))
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +22,13 @@ from repjax.onnx.values import Value, known, new_axes
 from repjax.program import Constant, Equation, Program, interpret, trace
 
 BATCH, IMAGES = "batch", "images"
-PRODUCTS = {"conv_general_dilated", "dot_general"}
+_PRODUCTS = {"conv_general_dilated", "dot_general"}
 _SUMS = {"add": "Add", "add_any": "Add", "concatenate": "Concat"}
 _BATCH_ERRORS = (TypeError, jax.errors.InconclusiveDimensionOperation)
 
 
-class Step(NamedTuple):
-  """The tensors that an equation of a traced program became.
+class EquationTensors(NamedTuple):
+  """The tensors of a graph that an equation of a traced program reads and makes.
 
   Attributes:
     primitive: name of the equation's operation.
@@ -44,13 +44,13 @@ class Step(NamedTuple):
   kernel: int | None = None
   layer: tuple[str | None, ...] = ()
 
-  def named(self, names: Mapping[str, str]) -> "Step":
-    """Returns the step with new names for its tensors, None where `names` has none."""
+  def named(self, names: Mapping[str, str]) -> "EquationTensors":
+    """Returns the same tensors with new names, None where `names` has none."""
     results, reads, layer = (
       tuple(names.get(tensor or "") for tensor in tensors)
       for tensors in (self.results, self.reads, self.layer)
     )
-    return Step(self.primitive, results, reads, self.kernel, layer)
+    return EquationTensors(self.primitive, results, reads, self.kernel, layer)
 
 
 class Translation(NamedTuple):
@@ -60,13 +60,13 @@ class Translation(NamedTuple):
     graph: the nodes, those that no output needs included.
     outputs: the function's results by path. The path is joined by "/", and empty for a lone array.
     shapes: shape and dtype of each result, in the same order.
-    steps: one step for each equation of the function's flat program.
+    tensors: one entry for each equation of the function's flat program.
   """
 
   graph: Graph
   outputs: dict[str, Value]
   shapes: list[Any]
-  steps: tuple[Step, ...]
+  tensors: tuple[EquationTensors, ...]
 
 
 def translated(
@@ -87,7 +87,7 @@ def translated(
 
   shape = export.symbolic_shape(f"{BATCH}, {size[0]}, {size[1]}, 3")
   program = _traced(function, tree, jax.ShapeDtypeStruct(shape, dtype))
-  graph, steps = Graph(), []
+  graph, tensors = Graph(), []
   axes = new_axes(shape)
   # ONNX's images are channels first. The function still sees (N, H, W, 3).
   stored = tuple(axes[axis] for axis in (0, 3, 1, 2))
@@ -96,14 +96,14 @@ def translated(
   def translate(equation: Equation, operands: list[Value]) -> Sequence[Value]:
     graph.scope = equation.scope
     results = _results(graph, equation, operands)
-    steps.append(_step(graph, equation, operands, results))
+    tensors.append(_tensors_of(graph, equation, operands, results))
     return results
 
   outputs = interpret(program, inputs, translate, _constant)
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(program.results)]
   names = ["/".join(map(_key, path)) for path in paths]
   shapes = jax.tree.leaves(program.results)
-  return Translation(graph, dict(zip(names, outputs)), shapes, tuple(steps))
+  return Translation(graph, dict(zip(names, outputs)), shapes, tuple(tensors))
 
 
 def _traced(function: Callable[[Any, jax.Array], Any], tree: Any, images: Any) -> Program:
@@ -130,27 +130,27 @@ def _key(entry: Any) -> str:
   return str(getattr(entry, "key", getattr(entry, "idx", entry)))
 
 
-def _step(
+def _tensors_of(
   graph: Graph, equation: Equation, operands: Sequence[Value], results: Sequence[Value]
-) -> Step:
-  """Describes what an equation became, and for layers and sums what their node reads."""
-  tensors = tuple(value.tensor if isinstance(value.tensor, str) else None for value in results)
-  step = Step(equation.primitive, tensors)
-  node = graph.nodes.get(tensors[0] or "") if len(tensors) == 1 else None
+) -> EquationTensors:
+  """Returns the tensors of an equation's results, and for layers and sums what their node reads."""
+  made = tuple(value.tensor if isinstance(value.tensor, str) else None for value in results)
+  tensors = EquationTensors(equation.primitive, made)
+  node = graph.nodes.get(made[0] or "") if len(made) == 1 else None
   fixed = [place for place, value in enumerate(operands) if value.is_constant]
-  if node and step.primitive in PRODUCTS and len(fixed) == 1:
+  if node and tensors.primitive in _PRODUCTS and len(fixed) == 1:
     # The node reads the weights second, wherever the equation has them.
     source, weight = node.inputs[:2]
     reads = (weight, source) if fixed[0] == 0 else (source, weight)
-    return step._replace(reads=reads, kernel=fixed[0])
-  if node and _SUMS.get(step.primitive) == node.op and len(node.inputs) == len(operands):
-    return step._replace(reads=node.inputs)
+    return tensors._replace(reads=reads, kernel=fixed[0])
+  if node and _SUMS.get(tensors.primitive) == node.op and len(node.inputs) == len(operands):
+    return tensors._replace(reads=node.inputs)
   if node and node.op in ("Conv", "Gemm") and len(node.inputs) == 3 and len(fixed) == 1:
     # An addition that became the bias of the layer before it.
     *layer, bias = node.inputs
     reads = (bias, None) if fixed[0] == 0 else (None, bias)
-    return step._replace(reads=reads, layer=tuple(layer))
-  return step
+    return tensors._replace(reads=reads, layer=tuple(layer))
+  return tensors
 
 
 def _results(graph: Graph, equation: Equation, operands: list[Value]) -> Sequence[Value]:

@@ -1,9 +1,9 @@
 """Cross-layer equalization: rescales the channels between two layers so that 8 bits suit them.
 
-A ReLU, a pool and a mean pass a positive factor on: f(s x) = s f(x). So the first layer's weights
-for a channel may be divided by s, and the second layer's weights for the channel multiplied by s,
-and the two layers compute the same. Rounding does not: with one scale for a whole tensor, a channel
-of small values is rounded coarsely. The best s gives a channel the same range on both sides.
+A ReLU, a pool and a mean pass a positive factor on: f(s x) = s f(x). If the first layer's weights
+for a channel are divided by s, and the second layer's multiplied by s, the two layers compute the
+same. Their rounding changes: with one scale for a whole tensor, a channel of small values is
+rounded coarsely. The best s gives a channel the same range on both sides.
 
   channel ranges 8 and 0.5 before; with s = (4, 0.25) both ranges are 2
 
@@ -20,9 +20,8 @@ import numpy as np
 
 from repjax.algebra import ConvParams, wide_dtype
 from repjax.errors import unknown
-from repjax.quantization.finite import check_finite
-from repjax.quantization.graph import Layer, constants, layers_of, with_constants
-from repjax.quantization.runtime import observed
+from repjax.quantization.graph import GraphLayer, constants, layers_of, with_constants
+from repjax.quantization.runtime import check_finite, observed
 
 _BETWEEN = ("Relu", "MaxPool", "AveragePool", "GlobalAveragePool")
 """Operators f with s f(x) = f(s x) for s > 0 in each channel. Flatten is one after a mean."""
@@ -44,8 +43,8 @@ class Pair(NamedTuple):
     between: the tensor that the second layer reads.
   """
 
-  first: Layer
-  second: Layer
+  first: GraphLayer
+  second: GraphLayer
   between: str
 
 
@@ -132,7 +131,7 @@ def pairs_of(proto: Any) -> list[Pair]:
   readers.update(output.name for output in proto.graph.output)
   makers = {node.output[0]: node for node in proto.graph.node}
 
-  def origin(tensor: str) -> Layer | None:
+  def origin(tensor: str) -> GraphLayer | None:
     """Returns the layer whose channels a tensor holds, if nothing else reads them on the way."""
     if readers[tensor] != 1:
       return None
@@ -231,7 +230,7 @@ def _largest(proto: Any, tensors: list[str], images: np.ndarray) -> dict[str, np
   return {tensor: np.maximum(seen, floor * seen.max()) for tensor, seen in found.items()}
 
 
-def _conv(arrays: dict[str, Any], layer: Layer) -> ConvParams:
+def _conv(arrays: dict[str, Any], layer: GraphLayer) -> ConvParams:
   """Returns a layer's weights and bias in the layout of the algebra."""
   weight = arrays[layer.weight]
   kernel = weight.transpose(2, 3, 1, 0) if layer.op == "Conv" else weight[None, None]
@@ -239,7 +238,7 @@ def _conv(arrays: dict[str, Any], layer: Layer) -> ConvParams:
   return ConvParams(kernel, bias)
 
 
-def _arrays(layer: Layer, conv: ConvParams) -> dict[str, np.ndarray]:
+def _arrays(layer: GraphLayer, conv: ConvParams) -> dict[str, np.ndarray]:
   """Returns a layer's weights and bias in the layout of the graph, by name."""
   kernel = np.asarray(conv.kernel)
   weight = kernel.transpose(3, 2, 0, 1) if layer.op == "Conv" else kernel[0, 0]

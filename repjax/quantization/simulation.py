@@ -23,8 +23,8 @@ from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.inference import inference
-from repjax.onnx import with_steps
-from repjax.onnx.translation import IMAGES, Step
+from repjax.onnx import with_tensors
+from repjax.onnx.translation import IMAGES, EquationTensors
 from repjax.program import Equation, Program, Rule, interpret, trace
 from repjax.quantization.roundings import Roundings, missing_in
 from repjax.quantization.weights import quantized
@@ -68,7 +68,7 @@ def simulated(
     preprocessing=None,
     probabilities=False,
   )
-  proto, steps = with_steps(function, tree, image_size, np.dtype(np.float32), False)
+  proto, tensors = with_tensors(function, tree, image_size, np.dtype(np.float32), False)
   if missing := missing_in(proto, (*roundings.tensors, *roundings.weights)):
     raise InputError(
       f"these roundings are of another network: {type(model).__name__} has no {missing[0]}. Take "
@@ -77,7 +77,7 @@ def simulated(
 
   def run(tree: Any, images: jax.Array) -> Any:
     program = trace(function, tree, images)
-    rounder = _Rounder(roundings, program, steps)
+    rounder = _Rounder(roundings, program, tensors)
     inputs = [*jax.tree.leaves(tree), rounder.round_tensor(IMAGES, images)]
     outputs = interpret(
       program,
@@ -97,26 +97,26 @@ class _Rounder:
   Args:
     roundings: which tensors are rounded, and how.
     program: the traced function.
-    steps: from the translation of the same function, one step for each equation.
+    tensors: from the translation of the same function, one entry for each equation.
 
   Raises:
     InputError: the program has different equations than the translated function.
   """
 
-  def __init__(self, roundings: Roundings, program: Program, steps: Sequence[Step]):
+  def __init__(self, roundings: Roundings, program: Program, tensors: Sequence[EquationTensors]):
     # The translation traced a symbolic batch, and this program was traced for images of one shape.
-    if [e.primitive for e in program.equations] != [step.primitive for step in steps]:
+    if [e.primitive for e in program.equations] != [each.primitive for each in tensors]:
       raise InputError(
         "this model computes in another way for these images than for those of its ONNX file. Let "
         "it ask for shapes only in ways that hold for all"
       )
     self._how = roundings
     self._program = program
-    self._steps = dict(zip(program.equations, steps))
+    self._tensors = dict(zip(program.equations, tensors))
     self._names = {
       output: name
-      for equation, step in self._steps.items()
-      for output, name in zip(equation.outputs, step.results)
+      for equation, own in self._tensors.items()
+      for output, name in zip(equation.outputs, own.results)
     }
     self._weight_scales: dict[str, jax.Array] = {}
     # By id of an array: the array, which keeps its id from being used again, and its rounding.
@@ -129,35 +129,35 @@ class _Rounder:
     be rounded, since they are rounded after the call.
     """
     inside = self._program.equations[rule.start : rule.stop]
-    steps = [self._steps[equation] for equation in inside]
-    touched = {name for step in steps for name in (*step.reads, *step.results)}
+    tensors = [self._tensors[equation] for equation in inside]
+    touched = {name for own in tensors for name in (*own.reads, *own.results)}
     touched -= {self._names[output] for output in rule.call.outputs}
     return not touched & {*self._how.tensors, *self._how.weights, *self._how.biases}
 
   def compute(self, equation: Equation, operands: Sequence[Any]) -> Sequence[Any]:
     """Computes the results of an equation, with operands and results rounded as the file does."""
-    step = self._steps.get(equation)
-    if step is not None:
-      operands = self._round_operands(equation, operands, step)
+    tensors = self._tensors.get(equation)
+    if tensors is not None:
+      operands = self._round_operands(equation, operands, tensors)
     results = equation.run(*operands)
     if equation.primitive in _MOVING:
       self._note_moved(operands, results)
-    # A call that keeps its rule has no step, and its results have names all the same.
+    # A call that keeps its rule is no equation of the translation. Its results have names.
     names = [self._names[output] for output in equation.outputs]
     return [self.round_tensor(name, x) for name, x in zip(names, results)]
 
   def _round_operands(
-    self, equation: Equation, operands: Sequence[jax.Array], step: Step
+    self, equation: Equation, operands: Sequence[jax.Array], tensors: EquationTensors
   ) -> Sequence[jax.Array]:
     """Rounds what a product or a sum reads. Other equations read values as they are."""
-    if not step.reads:
+    if not tensors.reads:
       return operands
     made = []
-    for place, (name, x) in enumerate(zip(step.reads, operands)):
+    for place, (name, x) in enumerate(zip(tensors.reads, operands)):
       if name in self._how.weights:
         made.append(self._round_weights(name, x, _summed_axes(equation)[place]))
       elif name in self._how.biases:
-        made.append(self._round_bias(step.layer, x))
+        made.append(self._round_bias(tensors.layer, x))
       else:
         made.append(self.round_tensor(name, x))
     return made
