@@ -25,7 +25,7 @@ def of(name):
   return summary(create_model(name), 224)
 
 
-# Of models that differ only in width, one is tested here. Names of all are in tests/weights.
+# One of the models that differ only in width. Names and shapes of all are in tests/weights.
 KINDS = ["repvgg_a0", "repvgg_b1", "repvgg_b1g2", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse"]
 
 
