@@ -45,8 +45,8 @@ class Node:
 
 
 @dataclasses.dataclass(frozen=True)
-class Constant:
-  """Known numbers.
+class Initializer:
+  """Known numbers in the file, by ONNX's word for them.
 
   Attributes:
     array: the numbers.
@@ -63,16 +63,16 @@ class Graph:
   """Nodes in the order in which they compute.
 
   Attributes:
-    nodes: the tensor that a node makes to the node.
-    constants: a tensor to its known numbers.
-    means: the tensor of a sum to the tensor of the same numbers' mean, which is stored in the same
-      way, and to their count.
+    nodes: every node, by the tensor that the node makes.
+    constants: all known numbers, by tensor.
+    means: for the tensor of a sum, the tensor of the mean of the same numbers, stored in the same
+      way, and the count of these numbers.
     scope: name stack of the nodes that are added next.
   """
 
   def __init__(self):
     self.nodes: dict[str, Node] = {}
-    self.constants: dict[str, Constant] = {}
+    self.constants: dict[str, Initializer] = {}
     self.means: dict[str, tuple[str, int]] = {}
     self.scope = ""
     self._same: dict[Any, str] = {}  # by content, so that equal nodes are added once
@@ -101,7 +101,7 @@ class Graph:
     key = (array.dtype, array.shape, hashlib.sha256(array.tobytes()).digest(), whose)
     if key not in self._same:
       self._same[key] = tensor = f"t{len(self._same)}"
-      self.constants[tensor] = Constant(array, self.scope, role)
+      self.constants[tensor] = Initializer(array, self.scope, role)
     return self._same[key]
 
   def tensor(self, value: Value) -> str:

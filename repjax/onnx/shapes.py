@@ -97,6 +97,7 @@ def _from_end(number: Any, size: Any) -> int:
   """
   if isinstance(number, int):
     return number
+  # Counted from the end, the end itself would be 0, which means the start. A huge number means it.
   return int(number - size) or np.iinfo(np.int64).max
 
 

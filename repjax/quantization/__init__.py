@@ -7,8 +7,8 @@ reads which, and its names are Flax's scopes. Three functions take the graph:
   quantize           int8 throughout, by ONNX Runtime's quantizer, from calibration images
   sensitivity        the error of each layer alone, to choose layers that stay in float
 
-Before quantizing, channels are rescaled between layers (`equalization`) and biases are moved
-(`correction`); both keep the function and make its rounding finer. For training with 8 bits,
+Before quantizing, channels are rescaled between layers, so that rounding is finer (`equalization`),
+and biases make up for what the rounding of weights moves (`correction`). For training with 8 bits,
 `roundings_of` chooses scales, `simulated` computes the int8 file in JAX with gradients, and
 `quantize_by` writes the file with what was learned. `round_weights` rounds a tree of parameters.
 """
