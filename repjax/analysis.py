@@ -1,6 +1,6 @@
-"""What a model costs: shapes, parameters and multiplications by stage, and its depth.
+"""Costs of a model: output shapes, parameters and multiplications by stage, and depth.
 
-Everything is read off the traced program; nothing is computed.
+Every number is read off the traced program. No array is computed.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import inspect
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -17,14 +17,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.models import image_size_of
+from repjax.program import Equation, Program, flat, inner_programs, interpret, trace
 
 
 class Cost(NamedTuple):
-  """Of one form of a stage or a model, for one image.
+  """The cost of a model or of one of its stages, in one form and for one image.
 
   Attributes:
-    params: trainable numbers.
-    macs: multiply-accumulates of convolutions and matrix products; biases, norms, pooling and the
+    params: number of trainable values.
+    macs: multiply-accumulates of convolutions and matrix products. Biases, norms, pooling and the
       products of gates are not counted.
     winograd: multiplications where a 3x3 convolution at stride 1 counts 4/9, as F(2x2, 3x3) needs.
   """
@@ -34,15 +35,17 @@ class Cost(NamedTuple):
   winograd: int = 0
 
 
-class Stage(NamedTuple):
-  """One top-level scope of a model.
+class StageCost(NamedTuple):
+  """The cost of one top-level scope of a model.
 
   Attributes:
-    name: of the scope.
-    output_shape: of what it returns for one image, without the batch axis; None where it returns
-      something else than an array.
-    train: cost in training form, or in the only form; None where only the deploy form has it.
-    deploy: cost in deploy form; None where the form has no such scope, or the model no such form.
+    name: name of the scope.
+    output_shape: shape of what the scope returns for one image, without the batch axis. None if the
+      scope does not return one array.
+    train: cost in the training form, or in the only form. None if only the deploy form has the
+      scope.
+    deploy: cost in the deploy form. None if the deploy form lacks the scope, or the model has only
+      one form.
   """
 
   name: str
@@ -52,29 +55,29 @@ class Stage(NamedTuple):
 
 
 class Summary(NamedTuple):
-  """A model's stages in the order in which they run, and its totals.
+  """The costs of a model's stages in the order in which they run, and their totals.
 
   Attributes:
-    stages: one for each top-level scope that computes or has parameters.
-    train: total of the form that was passed, or of the training form.
-    deploy: total of the deploy form; None where the model has only one.
+    stages: one entry for each top-level scope that computes or has parameters.
+    train: total of the training form, or of the only form.
+    deploy: total of the deploy form. None if the model has only one form.
   """
 
-  stages: tuple[Stage, ...]
+  stages: tuple[StageCost, ...]
   train: Cost
   deploy: Cost | None
 
 
 def summary(model: nn.Module, image_size: int | tuple[int, int]) -> Summary:
-  """Counts what a model's evaluation costs by stage, in both forms where it has two.
+  """Counts what a model's evaluation costs by stage, in both forms where the model has two.
 
-  Everything is read off the traced program, so that any Linen module works that maps images
-  (N, H, W, 3), and perhaps train=False, to something. Nothing is computed. In the training form
-  auxiliary heads count, as they are part of it. A scan counts as often as it runs; of a `cond` all
-  branches count, of a `while_loop` one pass.
+  Any Linen module works that maps images (N, H, W, 3), and perhaps train=False, to something. Every
+  number is read off the traced program. Auxiliary heads count in the training form, since they are
+  part of it. The body of a scan counts as often as it runs. All branches of a `cond` count, and one
+  pass of a `while_loop`.
 
   Args:
-    model: with an attribute `deploy`, as the models of repjax have, both forms are counted.
+    model: both forms are counted if the model has an attribute `deploy`, as repjax's models have.
     image_size: pixels, one number or (height, width).
 
   Raises:
@@ -83,7 +86,7 @@ def summary(model: nn.Module, image_size: int | tuple[int, int]) -> Summary:
   References:
     Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, for 4/9.
       https://arxiv.org/abs/1509.09308
-    Ding et al., RepVGG, CVPR 2021, Table 4, for which convolutions it is counted.
+    Ding et al., RepVGG, CVPR 2021, Table 4, for which convolutions count 4/9.
       https://arxiv.org/abs/2101.03697
   """
   has_forms = hasattr(model, "deploy") and dataclasses.is_dataclass(model)
@@ -93,22 +96,23 @@ def summary(model: nn.Module, image_size: int | tuple[int, int]) -> Summary:
     deploy, deploy_shapes = _costs(_in_form(model, True), image_size)
     shapes = deploy_shapes | shapes
   stages = tuple(
-    Stage(name, shapes.get(name), train.get(name), deploy.get(name) if deploy else None)
+    StageCost(name, shapes.get(name), train.get(name), deploy.get(name) if deploy else None)
     for name in dict.fromkeys([*train, *(deploy or ())])
   )
   return Summary(stages, _total(train), _total(deploy) if deploy else None)
 
 
 def depth(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> int:
-  """How many layers lie on the longest path from the images to an output, in evaluation.
+  """Counts the layers on the longest path from the images to an output, in evaluation.
 
-  A layer is a convolution or a matrix product that reads something made of the images. What runs
-  side by side counts once: branches, streams, and a gate beside the convolution that it scales. A
-  scan counts as often as it runs, of a `cond` the longest branch, of a `while_loop` one pass.
+  A layer is a convolution or a matrix product that reads something computed from the images. Paths
+  side by side count once: branches, streams, and a gate beside the convolution that the gate
+  scales. The body of a scan counts as often as it runs, a `cond` as its longest branch, and a
+  `while_loop` as one pass.
 
   Args:
     model: as for `summary`, in the form to be counted.
-    image_size: pixels, one number or (height, width); None: the size that the model is made for.
+    image_size: pixels, one number or (height, width). None: the size that the model is made for.
 
   Raises:
     ValueError: the model does not take images of that size.
@@ -123,22 +127,24 @@ def depth(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> 
   """
   size = image_size_of(model) if image_size is None else image_size
   variables, images, form = _arguments(model, size)
-  program = jax.make_jaxpr(lambda *given: model.apply(*given, **form))(variables, images)
-  before = [*[_NOT_AT_ALL] * len(jax.tree.leaves(variables)), 0]
-  return int(max(0, *_layers_before(program.jaxpr, before)))
+  program = trace(lambda *given: model.apply(*given, **form), variables, images)
+  # Variables are no images: a product of parameters alone is no layer.
+  inputs = [*[_UNREACHED] * len(jax.tree.leaves(variables)), 0]
+  return int(max(0, *_layers_before(program, inputs)))
 
 
 def format_summary(found: Summary) -> str:
-  """The summary as a table for people."""
+  """Formats a summary as a table for people."""
   forms = ("training form", "deploy form") if found.deploy else ("",)
   table = [["stage", "output", *("parameters", "MACs", "Winograd") * len(forms)]]
-  for stage in (*found.stages, Stage("total", None, found.train, found.deploy)):
+  for stage in (*found.stages, StageCost("total", None, found.train, found.deploy)):
     shape = "x".join(map(str, stage.output_shape)) if stage.output_shape else ""
     row = [stage.name, shape]
     for cost in (stage.train, stage.deploy)[: len(forms)]:
       row += [f"{number:,}" for number in cost] if cost else ["", "", ""]
     table.append(row)
   widths = [max(map(len, column)) + 2 for column in zip(*table)]
+  # The name of a form ends where the last of its three columns ends.
   headline = "".join(
     f"{form:>{sum(widths[2 + 3 * index : 5 + 3 * index])}}" for index, form in enumerate(forms)
   )
@@ -152,7 +158,7 @@ def format_summary(found: Summary) -> str:
 def _costs(
   model: nn.Module, image_size: int | tuple[int, int]
 ) -> tuple[dict[str, Cost], dict[str, tuple[int, ...]]]:
-  """The cost of each top-level scope in the order of the program, and what it returns."""
+  """Returns the cost and the output shape of each top-level scope, in the order of the program."""
   variables, images, form = _arguments(model, image_size)
   called = []  # in the order of the program, norms and other layers without products included
 
@@ -168,19 +174,19 @@ def _costs(
     )
     return state.get("intermediates", {})
 
-  program, outputs = jax.make_jaxpr(run, return_shape=True)(variables, images)
+  program = trace(run, variables, images)
   own = type(model).__name__
   params = defaultdict(int)
   for name, tree in variables.get("params", {}).items():
     params[name if isinstance(tree, Mapping) else own] += sum(x.size for x in jax.tree.leaves(tree))
   macs, winograd = defaultdict(int), defaultdict(Fraction)
-  for scope, count, is_winograd in _products(program.jaxpr, (), 1):
+  for scope, count, is_winograd in _products(program, 1):
     stage = _stage_name(scope, {*params, *called}, own)
     macs[stage] += count
     winograd[stage] += count * (Fraction(4, 9) if is_winograd else 1)
   shapes = {
     name: value["__call__"][0].shape[1:]
-    for name, value in outputs.items()
+    for name, value in program.results.items()
     if hasattr(value.get("__call__", (None,))[0], "shape")
   }
   costs = {
@@ -194,7 +200,7 @@ def _costs(
 def _arguments(
   model: nn.Module, image_size: int | tuple[int, int]
 ) -> tuple[Any, jax.ShapeDtypeStruct, dict[str, Any]]:
-  """What a model is traced on: variables and one image as shapes, and `train` where it takes it."""
+  """Returns what to trace a model on: variables, one image, and train=False where it is taken."""
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -202,13 +208,13 @@ def _arguments(
   return variables, images, {"train": False} if takes_train else {}
 
 
-def _stage_name(scope: tuple[str, ...], stages: Collection[str], model: str) -> str:
-  """The top-level scope that a name stack such as RepVGG/stage1/block0/... belongs to.
+def _stage_name(scope: str, stages: Collection[str], model: str) -> str:
+  """Returns the top-level scope that a name stack such as "RepVGG/stage1/block0" belongs to.
 
-  Transformations show as vmap(stage1), methods as stage1.method. What a model computes in no scope
-  is its own, under the name of its class.
+  Transformations show as vmap(stage1), and methods as stage1.method. Operations in no scope belong
+  to the model, under the name of its class.
   """
-  for name in scope:
+  for name in scope.split("/"):
     while match := re.fullmatch(r"\w+\((.*)\)", name):
       name = match[1]
     if name.partition(".")[0] in stages:
@@ -217,98 +223,85 @@ def _stage_name(scope: tuple[str, ...], stages: Collection[str], model: str) -> 
 
 
 def _in_form(model: nn.Module, deploy: bool) -> nn.Module:
-  settings: Any = {"deploy": deploy}
-  return model.clone(**settings)
+  fields: Any = {"deploy": deploy}
+  return model.clone(**fields)
 
 
 def _total(costs: dict[str, Cost]) -> Cost:
   return Cost(*(sum(column) for column in zip(*costs.values()))) if costs else Cost()
 
 
-def _products(
-  jaxpr: Any, outer: tuple[str, ...], times: int
-) -> Iterator[tuple[tuple[str, ...], int, bool]]:
-  """Scope, multiply-accumulates, and whether Winograd's algorithm does it, of each product."""
-  for equation in jaxpr.eqns:
-    scope = (*outer, *filter(None, str(equation.source_info.name_stack).split("/")))
-    name, params = equation.primitive.name, equation.params
-    if name == "conv_general_dilated":
-      yield scope, times * _convolution(equation), _is_winograd(equation)
-    elif name == "dot_general":
-      yield scope, times * _matrix_product(equation), False
-    inner_times = times * (params["length"] if name == "scan" else 1)
-    for inner in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr):
-      if _is_jaxpr(inner):
-        yield from _products(getattr(inner, "jaxpr", inner), scope, inner_times)
+def _products(program: Program, times: int) -> Iterator[tuple[str, int, bool]]:
+  """Yields each product's scope, multiply-accumulates, and whether Winograd's algorithm applies."""
+  for equation in program.equations:
+    if equation.primitive == "conv_general_dilated":
+      yield equation.scope, times * _convolution(equation), _is_winograd(equation)
+    elif equation.primitive == "dot_general":
+      yield equation.scope, times * _matrix_product(equation), False
+    passes = equation.params["length"] if equation.primitive == "scan" else 1
+    for inner in inner_programs(equation):
+      yield from _products(inner, times * passes)
 
 
-_NOT_AT_ALL = -math.inf  # layers before what does not depend on the images
+_UNREACHED = -math.inf  # the number of layers before a value that does not depend on the images
 
 
-def _layers_before(jaxpr: Any, inputs: Sequence[float]) -> list[float]:
-  """Layers on the longest path to each output of a program, from those to each of its inputs."""
-  before = dict(zip(jaxpr.invars, inputs))
-
-  def of(variables: Sequence[Any]) -> list[float]:
-    # Literals have no hash, and constants are no inputs.
-    return [
-      _NOT_AT_ALL if hasattr(variable, "val") else before.get(variable, _NOT_AT_ALL)
-      for variable in variables
-    ]
-
-  for equation in jaxpr.eqns:
-    before.update(zip(equation.outvars, _layers_behind(equation, of(equation.invars))))
-  return of(jaxpr.outvars)
+def _layers_before(program: Program, inputs: list[float]) -> list[float]:
+  """Counts the layers on the longest path to each output, given those before each input."""
+  return interpret(program, inputs, _layers_after, lambda constant: _UNREACHED)
 
 
-def _layers_behind(equation: Any, given: list[float]) -> list[float]:
-  """The same for the outputs of one equation."""
-  name, params = equation.primitive.name, equation.params
-
-  def through(program: Any, given: Sequence[float]) -> list[float]:
-    return _layers_before(getattr(program, "jaxpr", program), given)
-
+def _layers_after(equation: Equation, given: list[float]) -> list[float]:
+  """Counts the layers before each output of one equation, given those before each input."""
+  name, params = equation.primitive, equation.params
   if name == "cond":
-    branches = [through(branch, given[1:]) for branch in params["branches"]]
+    branches = [_layers_before(flat(branch), given[1:]) for branch in params["branches"]]
     return [max(given[0], *column) for column in zip(*branches)]
   if name == "while":
     consts = params["cond_nconsts"]
     carry = given[consts + params["body_nconsts"] :]
-    return [max(pair) for pair in zip(carry, through(params["body_jaxpr"], given[consts:]))]
+    one_pass = _layers_before(flat(params["body_jaxpr"]), given[consts:])
+    # The loop may run no pass at all: then its inputs are its outputs.
+    return [max(pair) for pair in zip(carry, one_pass)]
   if name == "scan":
-    held, moving = params["num_consts"], params["num_carry"]
-    consts, carry, rows = given[:held], given[held : held + moving], given[held + moving :]
-    stacked = [_NOT_AT_ALL] * (len(equation.outvars) - moving)
-    for _ in range(params["length"]):
-      outputs = through(params["jaxpr"], [*consts, *carry, *rows])
-      carry, stacked = outputs[:moving], [max(pair) for pair in zip(stacked, outputs[moving:])]
-    return [*carry, *stacked]
-  for inner in params.values():
-    if _is_jaxpr(inner) and len(getattr(inner, "jaxpr", inner).invars) == len(given):
-      return through(inner, given)
+    return _layers_after_scan(equation, given)
+  for inner in inner_programs(equation):
+    if len(inner.inputs) == len(given):
+      return _layers_before(inner, given)
   is_layer = name in ("conv_general_dilated", "dot_general")
-  return [max(given, default=_NOT_AT_ALL) + is_layer] * len(equation.outvars)
+  return [max(given, default=_UNREACHED) + is_layer] * len(equation.outputs)
 
 
-def _is_jaxpr(value: Any) -> bool:
-  return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+def _layers_after_scan(equation: Equation, given: list[float]) -> list[float]:
+  """Counts the layers before each output of a scan, by running its body on counts."""
+  params, body = equation.params, flat(equation.params["jaxpr"])
+  held, moving = params["num_consts"], params["num_carry"]
+  consts, carry, rows = given[:held], given[held : held + moving], given[held + moving :]
+  stacked = [_UNREACHED] * (len(equation.outputs) - moving)
+  for _ in range(params["length"]):
+    outputs = _layers_before(body, [*consts, *carry, *rows])
+    carry, stacked = outputs[:moving], [max(pair) for pair in zip(stacked, outputs[moving:])]
+  return [*carry, *stacked]
 
 
-def _convolution(equation: Any) -> int:
-  kernel = equation.invars[1].aval
+def _convolution(equation: Equation) -> int:
+  """Counts multiply-accumulates: each output is a sum over one output channel's kernel."""
+  kernel = equation.inputs[1].aval
   outputs = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-  return math.prod(equation.outvars[0].aval.shape) * kernel.size // outputs
+  return math.prod(equation.outputs[0].aval.shape) * kernel.size // outputs
 
 
-def _is_winograd(equation: Any) -> bool:
+def _is_winograd(equation: Equation) -> bool:
+  """Checks whether a convolution is 3x3 at stride 1 without dilation."""
   params = equation.params
   spatial = params["dimension_numbers"].rhs_spec[2:]
-  size = tuple(equation.invars[1].aval.shape[axis] for axis in spatial)
+  size = tuple(equation.inputs[1].aval.shape[axis] for axis in spatial)
   plain = (*params["window_strides"], *params["lhs_dilation"], *params["rhs_dilation"])
   return size == (3, 3) and set(plain) == {1}
 
 
-def _matrix_product(equation: Any) -> int:
+def _matrix_product(equation: Equation) -> int:
+  """Counts multiply-accumulates: each output is a sum over the contracted axes."""
   (contracted, _), _ = equation.params["dimension_numbers"]
-  left = equation.invars[0].aval.shape
-  return math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+  left = equation.inputs[0].aval.shape
+  return math.prod(equation.outputs[0].aval.shape) * math.prod(left[axis] for axis in contracted)

@@ -1,8 +1,6 @@
-"""What a model costs: totals of the papers, and counts by hand for modules of any kind."""
+"""Costs of models: totals of the papers, and counts by hand for modules of any kind."""
 
 import functools
-import runpy
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +9,23 @@ from flax import linen as nn
 
 import repjax.models
 from repjax import analysis, create_model
-from repjax.analysis import Cost, Stage, Summary, depth, format_summary, summary
+from repjax.analysis import Cost, StageCost, Summary, depth, format_summary, summary
 from repjax.models.repvgg import RepVGG
-from repjax.spec import ModelSpec, Preprocessing
 from tests import helpers
 from tests.training import tiny
 
-ROOT = helpers.GOLDENS.parents[1]
+pytest_plugins = ["tests.training.fixtures"]
+
 A0_SHAPES = [(112, 112, 48), (56, 56, 48), (28, 28, 96), (14, 14, 192), (7, 7, 1280), (1000,)]
 
 
 @functools.cache
 def of(name):
-  """The summary of a model as it is, for an image of 224 px."""
+  """Returns the summary of a model for an image of 224 px."""
   return summary(create_model(name), 224)
 
 
-# Of those that differ in width only, one: names and shapes of all are in tests/weights.
+# One of the models that differ only in width. Names and shapes of all are in tests/weights.
 KINDS = ["repvgg_a0", "repvgg_b1", "repvgg_b1g2", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse"]
 
 
@@ -46,7 +44,7 @@ def test_totals_are_the_golden_ones(name):
 
 
 def costs(module, image_size=8):
-  """Stage name to (params, macs, winograd) in the form that was passed."""
+  """Returns (params, macs, winograd) by stage name, in the form that was passed."""
   return {stage.name: tuple(stage.train) for stage in summary(module, image_size).stages}
 
 
@@ -58,7 +56,7 @@ def test_stages_come_in_order_with_the_shapes_that_they_return():
 
 
 def small(**attributes):
-  """A small RepVGG."""
+  """Builds a small RepVGG."""
   return RepVGG(**tiny.OVERRIDES, num_classes=10, **attributes)
 
 
@@ -264,9 +262,9 @@ def test_scopes_of_one_form_only_have_rows_of_their_own():
   one = Cost(12, 576, 576)
   assert found == Summary(
     (
-      Stage("first", (8, 8, 3), one, None),
-      Stage("second", (8, 8, 3), one, None),
-      Stage("folded", (8, 8, 3), None, one),
+      StageCost("first", (8, 8, 3), one, None),
+      StageCost("second", (8, 8, 3), one, None),
+      StageCost("folded", (8, 8, 3), None, one),
     ),
     Cost(24, 1152, 1152),
     one,
@@ -337,8 +335,8 @@ def test_the_table_of_one_form_has_its_columns_once():
 def test_long_names_and_long_shapes_stay_apart():
   found = Summary(
     (
-      Stage("a_rather_long_name", (1000, 1000, 10000, 100), Cost(10**9, 10**12, 10**12), None),
-      Stage("b", None, Cost(1, 2, 3), None),
+      StageCost("a_rather_long_name", (1000, 1000, 10000, 100), Cost(10**9, 10**12, 10**12), None),
+      StageCost("b", None, Cost(1, 2, 3), None),
     ),
     Cost(10**9 + 1, 10**12 + 2, 10**12 + 3),
     None,
@@ -410,26 +408,14 @@ class TestDepth:
       depth(small(), 4)
 
 
-class TestScript:
+class TestCommand:
   @pytest.fixture(autouse=True)
   def _tiny(self, monkeypatch):
-    """A model called tiny, which is traced sooner."""
+    """Adds a model called tiny, which is traced sooner."""
     monkeypatch.setitem(repjax.models._MODELS, "tiny", (RepVGG, tiny.OVERRIDES))
 
-  @pytest.fixture
-  def run(self, monkeypatch, capsys):
-    """Runs the script with arguments; what it printed."""
-
-    def run(*arguments):
-      path = str(ROOT / "scripts" / "summary.py")
-      monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
-      runpy.run_path(path, run_name="__main__")
-      return capsys.readouterr().out
-
-    return run
-
-  def test_it_prints_the_table(self, run):
-    printed = run("--model", "tiny", "--num-classes", 10, "--image-size", 64)
+  def test_it_prints_the_table(self, run_command):
+    printed = run_command("summary", "--model", "tiny", "--num-classes", 10, "--image-size", 64)
     first, rest = printed.split("\n", 1)
     assert first == "tiny, 10 classes, one image of 64 px"
     model = create_model("tiny", num_classes=10)
@@ -437,33 +423,6 @@ class TestScript:
     assert table == analysis.format_summary(summary(model, 64))
     assert end.startswith(f"depth {depth(model, 64)}: ")
 
-  def test_it_takes_the_size_of_the_model_by_default(self, run):
-    assert run("--model", "tiny").startswith("tiny, 1000 classes, one image of 224 px")
-
-  def test_it_reads_a_folder(self, run, tmp_path):
-    ModelSpec("tiny", 7, preprocessing=Preprocessing(image_size=96)).write(tmp_path)
-    assert run("--workdir", tmp_path).startswith("tiny, 7 classes, one image of 96 px")
-
-  @pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-      (("--model", "repvgg_a9"), "error: unknown model 'repvgg_a9'; did you mean repvgg_a"),
-      (("--workdir", "nowhere"), "error: nowhere/model.json does not exist"),
-      (("--model", "repvgg_a0", "--image-size", 0), "error: "),
-      (("--model", "repvgg_a0", "--image-size", -4), "error: "),
-      (("--model", "repvgg_a0", "--num-classes", -4), "error: "),
-    ],
-  )
-  def test_a_mistake_is_one_paragraph(self, run, arguments, text):
-    with pytest.raises(SystemExit) as stop:
-      run(*arguments)
-    assert str(stop.value.code).startswith(text)
-
-  @pytest.mark.parametrize(
-    "arguments", [(), ("--model", "repvgg_a0", "--workdir", "x"), ("--image-size", "x")]
-  )
-  def test_a_mistake_in_the_flags_shows_how_to_call_it(self, run, capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-      run(*arguments)
-    assert stop.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+  def test_it_takes_the_size_of_the_model_by_default(self, run_command):
+    printed = run_command("summary", "--model", "tiny")
+    assert printed.startswith("tiny, 1000 classes, one image of 224 px")

@@ -20,6 +20,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from repjax.deploy.convolutions import ALGORITHMS, Convolution
+from repjax.program import trace
 
 Function = Callable[[Any, Any], Any]
 """A pure function of a tree of parameters and of inputs."""
@@ -68,17 +69,17 @@ def convolutions_in(function: Function, tree: Any, inputs: Any) -> dict[ScopePat
       return function(tree, inputs)
 
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-  program = jax.make_jaxpr(noting)(shapes, inputs).jaxpr
+  program = trace(noting, shapes, inputs)
   # Counts the readers of each variable: equations that take it, and results that are the variable.
-  # A jaxpr's first input variables are the leaves of the tree, in the order of flattening.
+  # A program's first inputs are the leaves of the tree, in the order of flattening.
   readers = collections.Counter(
-    id(variable) for equation in program.eqns for variable in equation.invars
+    operand for equation in program.equations for operand in equation.inputs
   )
-  readers.update(id(variable) for variable in program.outvars)
+  readers.update(program.outputs)
   places = [
     tuple(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
   ]
-  read = {place: readers[id(variable)] for place, variable in zip(places, program.invars)}
+  read = {place: readers[variable] for place, variable in zip(places, program.inputs)}
   return {path: conv for path, conv in found.items() if conv and read[_kernel_path(path)] == 1}
 
 

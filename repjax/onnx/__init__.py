@@ -1,23 +1,29 @@
-"""ONNX: a deploy form as other people's runtimes like it best, and a check that it is the same.
+"""ONNX: translates a deploy form into a file for other runtimes, and checks that both agree.
 
-How it is made, and why so. Three ways were weighed:
+The translation reads the traced program, a list of primitives over logical arrays (N, H, W, C), and
+adds ONNX nodes one by one. Its idea is in `values`: what an axis means is kept apart from where its
+numbers lie. So images are (N, C, H, W) throughout, and reshapes and transpositions cost nothing. An
+order of channels that differs ends in the rows of the next kernel, which are known numbers.
 
-- jax2onnx (0.17): covers JAX widely, and asks for Transposes around what is written for images
-  (N, H, W, C), Max, ReduceSum and Div where runtimes look for Relu and GlobalAveragePool, dozens of
-  Reshapes and Transposes in ParNet, and opset 23; all of that would have to be found and undone;
-- an emitter for each layer of ours: short, but blind to what a user writes between the layers;
-- a translation of the traced program, which this is.
+  x.reshape(N, H, W, 2, C/2).swapaxes(3, 4).reshape(N, H, W, C)    adds no node
+  the 1x1 convolution that reads it                                gets permuted weights
 
-A traced program is 30-odd primitives over logical arrays (N, H, W, C). `values` keeps apart what an
-axis means and where its numbers lie: axes are products of atoms, and a tensor stores the atoms in
-an order of its own. So reshapes and transpositions cost nothing, images are (N, C, H, W) throughout
-with nobody turning them, and an order of channels or of flattened pixels that differs ends in the
-rows of the next kernel. `graph` moves numbers where an operator needs another order: a Gather
-within channels (ParNet's shuffles), a Transpose elsewhere (RepMLP's tiles). `operators` is the
-table from primitives to operators, with `products` and `reductions` for the large ones; they find
-biases, means, GELU and softmax again. `program` walks a trace, and `proto` names and writes.
+Files, in the order in which a model passes them:
+  translation   traces a function and meets its equations in order
+  operators     the table from primitives to emitters, which add nodes
+  elementwise, shapes, reductions, products    emitters, by kind
+  graph         nodes under construction; moves numbers where an operator needs a certain order
+  values        axes, and how a tensor stores them
+  proto         names the tensors and writes protocol buffers
+  check         compares a file with JAX in ONNX Runtime
 
-The batch is a symbol while JAX traces, so that what a shape owes to it is known.
+Emitters find idioms again, since runtimes are fast on these: Relu, GELU, softmax, means, biases.
+Where numbers have to move, it is a Gather within channels (ParNet's shuffles), or a Transpose
+(RepMLP's tiles). The batch is a symbol while JAX traces, so that a file takes batches of any size.
+
+Two other ways were weighed. jax2onnx (0.17) covers JAX widely, but puts Transposes around images,
+and Max, ReduceSum and Div where runtimes look for Relu and GlobalAveragePool. An emitter for each
+layer of repjax would be short, but blind to what a user writes between the layers.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +37,7 @@ from flax import linen as nn
 from repjax.errors import InputError
 from repjax.inference import checked_dtype, inference
 from repjax.onnx.proto import model_proto, need_onnx
-from repjax.onnx.translation import IMAGES, Step, translated
+from repjax.onnx.translation import IMAGES, EquationTensors, translated
 from repjax.spec import Preprocessing
 
 __all__ = ["to_onnx"]
@@ -46,26 +52,27 @@ def to_onnx(
   preprocessing: Preprocessing | None = None,
   probabilities: bool = False,
 ) -> Any:
-  """A model's deploy form as an `onnx.ModelProto` of opset 17.
+  """Returns a model's deploy form as an `onnx.ModelProto` of opset 17.
 
-  Its input is `images` (batch, 3, H, W), its output `logits` (batch, K) or `probabilities`, or with
-  `features_only` the maps (batch, C, h, w) by their stages' names; outputs are float32.
+  The input is `images` (batch, 3, H, W). The output is `logits` (batch, K) or `probabilities`. With
+  `features_only` the outputs are the maps (batch, C, h, w) by their stages' names. All outputs are
+  float32.
 
   Args:
-    model: in either form; a training form is re-parameterized first.
-    variables: of the model.
+    model: in either form. A training form is re-parameterized first.
+    variables: variables of the model.
     image_size: pixels, one number or (height, width).
-    dtype: "float32" or "float16": of parameters, computation and images.
-    preprocessing: of the model's ModelSpec, to take uint8 images; their normalization is in the
-      graph. None: images are normalized and of `dtype`.
+    dtype: dtype of parameters, computation and images, "float32" or "float16".
+    preprocessing: from the model's ModelSpec, to take uint8 images and normalize them in the graph.
+      None: images are normalized and of `dtype`.
     probabilities: return a softmax of the logits.
 
   Returns:
-    What `onnx.save` takes.
+    A model that `onnx.save` takes.
 
   Raises:
-    InputError: the package onnx is missing, another dtype, the model contains what ONNX or the
-      translation has not, or as in `repjax.deploy.compile`.
+    InputError: the package onnx is not installed, the dtype is not supported, the model contains an
+      operation that the translation lacks, or as in `repjax.deploy.compile`.
 
   Example:
     onnx.save(repjax.onnx.to_onnx(model, variables, image_size=224), "a0.onnx")
@@ -83,23 +90,23 @@ def to_onnx(
 
 
 def written_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
-  """A dtype that ONNX files are written in.
+  """Checks that ONNX files are written in a dtype, and returns it as NumPy's.
 
   Raises:
-    InputError: another one, or the package onnx is missing.
+    InputError: the dtype is not supported, or the package onnx is not installed.
   """
   need_onnx()
   dtype = checked_dtype(dtype)
   if dtype == jnp.bfloat16:
     raise InputError(
       "ONNX files are written in float32 or float16: few runtimes read bfloat16 weights. Write "
-      "float32, and let the runtime compute in bfloat16 where it can (OpenVINO and TensorRT do)"
+      "float32, and let the runtime compute in bfloat16, as OpenVINO and TensorRT can"
     )
   return dtype
 
 
 def images_dtype(dtype: np.dtype, preprocessing: Preprocessing | None) -> np.dtype:
-  """Of a graph's input."""
+  """Returns the dtype of a graph's input."""
   return np.dtype(np.uint8) if preprocessing else dtype
 
 
@@ -110,28 +117,40 @@ def of_function(
   dtype: np.dtype,
   probabilities: bool,
 ) -> Any:
-  """What `repjax.inference.inference` returns as an `onnx.ModelProto`; `dtype` of images."""
-  return with_steps(function, tree, image_size, dtype, probabilities)[0]
+  """Returns a function as an `onnx.ModelProto`.
+
+  Args:
+    function: takes the tree and images (N, H, W, 3), as `repjax.inference.inference` returns it.
+    tree: parameters, which become constants.
+    image_size: pixels, one number or (height, width).
+    dtype: dtype of the images.
+    probabilities: the name of a lone output is "probabilities" instead of "logits".
+  """
+  return with_tensors(function, tree, image_size, dtype, probabilities)[0]
 
 
-def with_steps(
+def with_tensors(
   function: Callable[[Any, jax.Array], Any],
   tree: Any,
   image_size: int | tuple[int, int],
   dtype: np.dtype,
   probabilities: bool,
-) -> tuple[Any, tuple[Step, ...]]:
-  """The same, with what became of each equation of the traced function, in the file's names."""
+) -> tuple[Any, tuple[EquationTensors, ...]]:
+  """Returns a function as in `of_function`, and the tensors of each of its equations.
+
+  Tensors have the names that they have in the file.
+  """
   size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
-  graph, values, facts, steps = translated(function, tree, size, dtype)
+  graph, values, shapes, tensors = translated(function, tree, size, dtype)
   outputs = {}
-  for (path, value), fact in zip(values.items(), facts):
+  for (path, value), result in zip(values.items(), shapes):
     name = path or ("probabilities" if probabilities else "logits")
     if name == IMAGES:
-      raise InputError(f"a result is called {name!r} like the input; give it another name")
+      raise InputError(f"a result is called {name!r} like the input. Give it a different name")
+    # Maps leave the graph with channels first, as images enter it.
     order = (0, 3, 1, 2) if len(value.axes) == 4 else range(len(value.axes))
     stored = tuple(value.axes[axis] for axis in order)
-    shape = tuple(fact.shape[axis] for axis in order)
-    outputs[name] = graph.tensor(graph.arrange(value, stored)), shape, np.dtype(fact.dtype)
+    shape = tuple(result.shape[axis] for axis in order)
+    outputs[name] = graph.tensor(graph.arrange(value, stored)), shape, np.dtype(result.dtype)
   proto, names = model_proto(graph, ((3, *size), dtype), outputs)
-  return proto, tuple(step.named(names) for step in steps)
+  return proto, tuple(each.named(names) for each in tensors)

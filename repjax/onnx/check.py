@@ -1,4 +1,4 @@
-"""Whether a file is what it should be: by the ONNX checker, and by ONNX Runtime against JAX."""
+"""Checks an ONNX file: by the ONNX checker, and in ONNX Runtime against JAX."""
 
 import importlib
 import importlib.metadata
@@ -14,28 +14,29 @@ from repjax.onnx.proto import need_onnx
 
 BATCH_SIZES = (1, 3)
 TOLERANCES = {"float32": 1e-5, "float16": 5e-3}
-"""Relative errors against JAX in the same dtype."""
+"""Dtype to the largest relative error against JAX in the same dtype that is expected."""
 
 WRONG = 0.1
-"""A relative error that is no rounding."""
+"""A relative error that rounding cannot explain."""
 
 
 def checked(
   content: bytes, function: Callable[[Any, jax.Array], Any], tree: Any, size: int
 ) -> dict[str, Any]:
-  """Checks a file's content.
+  """Checks a file's content against the function that the file was made of.
 
   Args:
-    content: of the file.
-    function: of the tree and images (N, H, W, 3), which the file was made of.
-    tree: of the parameters.
-    size: of the images in pixels.
+    content: bytes of the file.
+    function: takes the tree and images (N, H, W, 3).
+    tree: parameters.
+    size: height and width of the images in pixels.
 
   Returns:
-    ONNX Runtime's version and the largest relative error at BATCH_SIZES, or {} without it.
+    ONNX Runtime's version and the largest relative error at BATCH_SIZES, or {} if ONNX Runtime is
+    not installed.
 
   Raises:
-    InputError: an error above WRONG, or outputs that are no numbers.
+    InputError: the error is above WRONG, or outputs are not finite.
   """
   onnx = need_onnx()
   onnx.checker.check_model(content, full_check=True)
@@ -55,11 +56,11 @@ def checked(
       session.run(None, {"images": channels_first[:count]}), jax.tree.leaves(wanted)
     )
   ]
-  if not max(errors) <= WRONG:
+  if not max(errors) <= WRONG:  # so that NaN is refused too
     raise InputError(
       "ONNX Runtime computes something else than JAX: the relative error is "
-      f"{max(errors):.1e}. Are all parameters finite numbers, and small enough for float16 if that "
-      "was asked for? Otherwise this is a mistake of repjax"
+      f"{max(errors):.1e}. Are all parameters finite, and small enough for the dtype? Otherwise "
+      "this is a mistake of repjax"
     )
   return {
     "onnxruntime": importlib.metadata.version("onnxruntime"),
@@ -69,7 +70,7 @@ def checked(
 
 
 def _noise(count: int, size: int, kind: str) -> np.ndarray:
-  """Images of one of ONNX Runtime's types."""
+  """Draws random images of one of ONNX Runtime's types."""
   rng = np.random.default_rng(0)
   if kind == "tensor(uint8)":
     return rng.integers(0, 256, (count, size, size, 3), np.uint8)
@@ -78,6 +79,6 @@ def _noise(count: int, size: int, kind: str) -> np.ndarray:
 
 
 def _error(got: np.ndarray, wanted: np.ndarray) -> float:
-  """max|a - b| / max|b|."""
+  """Returns max|a - b| / max|b|, for maps with channels first and last."""
   wanted = wanted.transpose(0, 3, 1, 2) if wanted.ndim == 4 else wanted
   return float(np.abs(got - wanted).max() / (np.abs(wanted).max() or 1.0))

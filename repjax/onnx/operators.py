@@ -1,4 +1,12 @@
-"""What each primitive of a traced program becomes: one table, `OPERATORS`."""
+"""The table from primitives of JAX to emitters, `OPERATORS`.
+
+An emitter gets the graph, an equation and the values of its inputs. It adds nodes and returns the
+values of the outputs. Most primitives are one ONNX operator. Some look back at the nodes that made
+their inputs, to find the operators that runtimes are fast on:
+
+  add after Conv or Gemm      the layer's bias         max with 0           Relu
+  div of a sum by its count   GlobalAveragePool        exp / sum of exp     Softmax
+"""
 
 import dataclasses
 import functools
@@ -13,34 +21,38 @@ from repjax.onnx import products, reductions, shapes
 from repjax.onnx.elementwise import elementwise, unified
 from repjax.onnx.graph import Graph
 from repjax.onnx.values import Value, flat
+from repjax.program import Equation
 
 Emitter = Callable[..., Any]
-"""Called as emitter(graph, equation, *values); returns a Value, or several where there are."""
+"""A function emitter(graph, equation, *values) that returns a Value, or a list of several."""
 
 
 def _unary(op: str) -> Emitter:
+  """Returns an emitter of an operator on one value."""
   return lambda graph, equation, x: graph.derived(op, x)
 
 
 def _binary(op: str) -> Emitter:
+  """Returns an emitter of an elementwise operator on several values."""
   return lambda graph, equation, *values: elementwise(graph, op, *values)
 
 
-def _dtype(equation: Any) -> np.dtype:
-  return np.dtype(equation.outvars[0].aval.dtype)
+def _dtype(equation: Equation) -> np.dtype:
+  return np.dtype(equation.outputs[0].aval.dtype)
 
 
-def _number(graph: Graph, equation: Any, x: Value, y: Value) -> float | None:
-  """The one number that y holds, where the result is of x's shape."""
+def _number(graph: Graph, equation: Equation, x: Value, y: Value) -> float | None:
+  """Returns the number in y if y holds one number and the result has x's shape."""
   return graph.scalar(y.tensor) if x.shape == shapes.shape_of(equation) else None
 
 
-def _scaled(graph: Graph, op: str, x: Value, number: float, equation: Any) -> Value:
+def _scaled(graph: Graph, op: str, x: Value, number: float, equation: Equation) -> Value:
+  """Emits an operator on a value and one number."""
   return graph.derived(op, x, np.array(number, _dtype(equation)))
 
 
-def _add(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
-  """Add, or the bias of the convolution or the matrix product in front of it."""
+def _add(graph: Graph, equation: Equation, x: Value, y: Value) -> Value:
+  """Emits Add, or a bias of the convolution or matrix product that made an operand."""
   if x.is_constant:
     x, y = y, x
   node = graph.producer(x.tensor, "Conv") or graph.producer(x.tensor, "Gemm")
@@ -48,14 +60,14 @@ def _add(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
     rows, bias = unified(graph, (x, y))
     if rows.is_full and set(flat(bias.stored)) <= set(rows.stored[1]):
       vector = graph.arrange(bias, (rows.stored[1],)).tensor
-      # The node without the bias is computed no more, unless something else reads it.
+      # The node without bias stays in the graph, and is left out of the file if nothing reads it.
       tensor = graph.add(node.op, [*node.inputs, vector], **node.attributes)
       return dataclasses.replace(rows, tensor=tensor)
   return elementwise(graph, "Add", x, y)
 
 
-def _div(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
-  """Div, or the mean whose sum is divided, or the softmax whose exponentials are."""
+def _div(graph: Graph, equation: Equation, x: Value, y: Value) -> Value:
+  """Emits Div, or uses the mean of a divided sum, or emits Softmax for divided exponentials."""
   mean = graph.means.get(x.tensor) if isinstance(x.tensor, str) else None
   divisor = _number(graph, equation, x, y)
   if divisor == 1:
@@ -66,21 +78,25 @@ def _div(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
 
 
 def _softmax(graph: Graph, x: Value, y: Value) -> Value | None:
-  """exp(x - max) / sum(exp(x - max)) over one stored axis."""
+  """Emits Softmax for exp(x - max(x)) / sum(exp(x - max(x))) over one stored axis, else None.
+
+  The four nodes are traced back from the quotient: Exp over Sub over ReduceMax, and ReduceSum.
+  """
   exp, sum_ = graph.producer(x.tensor, "Exp"), graph.producer(y.tensor, "ReduceSum")
   difference = graph.producer(exp.inputs[0], "Sub") if exp else None
   greatest = graph.producer(difference.inputs[1], "ReduceMax") if difference else None
   if difference is None or greatest is None or sum_ is None or sum_.inputs[0] != x.tensor:
     return None
   axes = graph.constants[sum_.inputs[1]].array.tolist()
+  # The maximum must be over the same numbers and the same axes as the sum.
   same = greatest.inputs == difference.inputs[:1] and greatest.attributes["axes"] == axes
   if not same or len(axes) > 1:
     return None
   return dataclasses.replace(x, tensor=graph.add("Softmax", greatest.inputs, axis=axes[0]))
 
 
-def _max(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
-  """Max, or Relu; what it is of the least number is itself."""
+def _max(graph: Graph, equation: Equation, x: Value, y: Value) -> Value:
+  """Emits Max, or Relu for the maximum with 0. The maximum with -inf is the operand itself."""
   x, y = (y, x) if x.is_constant else (x, y)
   least = _number(graph, equation, x, y)
   if least == 0:
@@ -88,8 +104,11 @@ def _max(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
   return x if least == -math.inf else elementwise(graph, "Max", x, y)
 
 
-def _erfc(graph: Graph, equation: Any, x: Value) -> Value:
-  """1 - Erf(x), as 1 + Erf(y) where x is -y times a number: the form of GELU that is fused."""
+def _erfc(graph: Graph, equation: Equation, x: Value) -> Value:
+  """Emits 1 - Erf(x), or 1 + Erf(y) where x is -y times a number.
+
+  JAX writes GELU with erfc(-y / sqrt(2)). Runtimes fuse the form with 1 + Erf(y / sqrt(2)).
+  """
   times = graph.producer(x.tensor, "Mul")
   minus = times and graph.producer(times.inputs[0], "Neg")
   one = np.array(1, _dtype(equation))
@@ -100,35 +119,35 @@ def _erfc(graph: Graph, equation: Any, x: Value) -> Value:
   return dataclasses.replace(x, tensor=tensor)
 
 
-def _power(graph: Graph, equation: Any, x: Value) -> Value:
+def _power(graph: Graph, equation: Equation, x: Value) -> Value:
   exponent = equation.params.get("y", 2)  # a square has none
   if exponent == 2:
     return graph.derived("Mul", x, x.tensor)
   return _scaled(graph, "Pow", x, exponent, equation)
 
 
-def _rsqrt(graph: Graph, equation: Any, x: Value) -> Value:
+def _rsqrt(graph: Graph, equation: Equation, x: Value) -> Value:
   return graph.derived("Reciprocal", graph.derived("Sqrt", x))
 
 
-def _clamp(graph: Graph, equation: Any, low: Value, x: Value, high: Value) -> Value:
+def _clamp(graph: Graph, equation: Equation, low: Value, x: Value, high: Value) -> Value:
   return elementwise(graph, "Min", elementwise(graph, "Max", x, low), high)
 
 
-def _select(graph: Graph, equation: Any, which: Value, *cases: Value) -> Value:
-  if len(cases) != 2 or np.dtype(equation.invars[0].aval.dtype) != np.bool_:
-    raise InputError("a select_n among more than two has no place in the ONNX graph here")
+def _select(graph: Graph, equation: Equation, which: Value, *cases: Value) -> Value:
+  if len(cases) != 2 or np.dtype(equation.inputs[0].aval.dtype) != np.bool_:
+    raise InputError("a select_n among more than two cases has no operator in the ONNX graph")
   return elementwise(graph, "Where", which, cases[1], cases[0])
 
 
-def _not_equal(graph: Graph, equation: Any, x: Value, y: Value) -> Value:
+def _not_equal(graph: Graph, equation: Equation, x: Value, y: Value) -> Value:
   return graph.derived("Not", elementwise(graph, "Equal", x, y))
 
 
-def _cast(graph: Graph, equation: Any, x: Value) -> Value:
-  """Cast to ONNX's number of a dtype; nothing where it is the same."""
+def _cast(graph: Graph, equation: Equation, x: Value) -> Value:
+  """Emits Cast, or nothing if the dtype is the same."""
   dtype = _dtype(equation)
-  return x if dtype == equation.invars[0].aval.dtype else graph.derived("Cast", x, to=dtype.name)
+  return x if dtype == equation.inputs[0].aval.dtype else graph.derived("Cast", x, to=dtype.name)
 
 
 OPERATORS: dict[str, Emitter] = {
@@ -174,7 +193,7 @@ OPERATORS: dict[str, Emitter] = {
   "stop_gradient": lambda graph, equation, x: x,
   "transpose": shapes.transpose,
 }
-"""Primitive to emitter."""
+"""Name of a primitive to its emitter."""
 
 OPERATORS |= {
   name: _unary(op)
@@ -224,4 +243,4 @@ OPERATORS |= {
 }
 
 VIEWS = ("broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze", "transpose")
-"""Primitives that move no numbers here, known ones neither."""
+"""Primitives that only change axes. They are not computed even if their input is known."""

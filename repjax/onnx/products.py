@@ -1,4 +1,9 @@
-"""Convolutions and matrix products, as the operators that runtimes know for them."""
+"""Emitters of convolutions and matrix products.
+
+A product sums over atoms that both operands share, in any order. So the operand that is computed
+keeps the order in which it is stored. The weights are known numbers, and are rearranged to the same
+order when the file is made. Shuffled channels and flattened maps end here without any node.
+"""
 
 import dataclasses
 from typing import Any
@@ -10,29 +15,34 @@ from repjax.onnx.graph import Graph
 from repjax.onnx.values import Axes, Axis, Value, aligned, extent, flat, new_axes, renewed
 
 SMALL = 2**20
-"""Numbers in the matrices of a product in groups that is written as a convolution: few enough to
-stay in a cache, since a convolution reads them once for each image."""
+"""The most numbers in the weights of a grouped product that is written as a convolution. So many
+stay in a cache, which matters since a convolution reads them once for each image."""
 
 
 def convolution(graph: Graph, x: Value, kernel: Value, params: dict[str, Any], shape: Any) -> Value:
-  """`conv_general_dilated` as Conv; channels of its input lie as they did before.
+  """Emits Conv for `conv_general_dilated`.
 
   Args:
-    graph: to add to.
-    x: of any layout.
-    kernel: likewise; known or not.
-    params: of the primitive.
-    shape: logical, of the result.
+    graph: graph to add to.
+    x: images or maps, stored in any order.
+    kernel: weights, stored in any order, known or not.
+    params: parameters of the primitive.
+    shape: logical shape of the result.
+
+  Raises:
+    InputError: the convolution is transposed or has batch groups.
   """
   if params["batch_group_count"] != 1 or set(params["lhs_dilation"]) != {1}:
     raise InputError(
       "a convolution with lhs_dilation (a transposed one, nn.ConvTranspose) or batch groups has no "
-      "place in the ONNX graph here"
+      "operator in the ONNX graph"
     )
   numbers, groups = params["dimension_numbers"], params["feature_group_count"]
   (batch, channel, *space), (out, into, *taps) = numbers.lhs_spec, numbers.rhs_spec
   if groups == 1:
     x, kernel = _shared(graph, x, kernel, [(channel, into)])
+  # Channels stay in the order in which they are stored, and the kernel follows. With groups their
+  # order says which group reads them, so that it has to be the logical one.
   inputs = in_order(x, x.axes[channel]) if groups == 1 else x.axes[channel]
   pads = params["padding"]
   x = graph.arrange(x, (x.axes[batch], inputs, *(x.axes[axis] for axis in space)))
@@ -55,7 +65,7 @@ def convolution(graph: Graph, x: Value, kernel: Value, params: dict[str, Any], s
 
 
 def cropped(graph: Graph, x: Value, pads: Any) -> Value:
-  """Maps without the pixels that negative padding takes away."""
+  """Removes the pixels that negative padding takes away, by a Pad, since Conv has no such pads."""
   if min(min(pair) for pair in pads) >= 0:
     return x
   sides = [[0, 0, *(min(pair[side], 0) for pair in pads)] for side in (0, 1)]
@@ -67,16 +77,17 @@ def cropped(graph: Graph, x: Value, pads: Any) -> Value:
 
 
 def product(graph: Graph, x: Value, y: Value, numbers: Any) -> Value:
-  """`dot_general` as Gemm, as a 1x1 Conv where channels are not last, or else as MatMul.
+  """Emits a 1x1 Conv, a Gemm or a MatMul for `dot_general`, the first of these that can do it.
 
   Args:
-    graph: to add to.
+    graph: graph to add to.
     x: (..., K, ...).
     y: (..., K, ...).
     numbers: `dimension_numbers` of the primitive.
   """
   (contracted, other_contracted), (batched, other_batched) = numbers
   pairs = [*zip(contracted, other_contracted), *zip(batched, other_batched)]
+  # Renewed atoms keep the free axes of x @ x.T apart. Shared axes then get the same atoms again.
   x, y = _shared(graph, x, renewed(y), pairs)
   k, b = (flat(x.axes[axis] for axis in axes) for axes in (contracted, batched))
   free, other_free = (
@@ -84,7 +95,7 @@ def product(graph: Graph, x: Value, y: Value, numbers: Any) -> Value:
     for value, taken in ((x, (*contracted, *batched)), (y, (*other_contracted, *other_batched)))
   )
   axes = (*(x.axes[axis] for axis in batched), *free, *other_free)
-  if x.is_constant:  # a kernel, which is the second here
+  if x.is_constant:  # weights come second below, whichever side they are on
     x, y, other_free = y, x, free
   if not x.is_full:
     x = graph.arrange(x, x.axes)
@@ -97,10 +108,15 @@ def product(graph: Graph, x: Value, y: Value, numbers: Any) -> Value:
 
 
 _Stored = tuple[str, Axes]
+"""A tensor, and the axes that it stores."""
 
 
 def _pointwise(graph: Graph, x: Value, y: Value, b: Axis, k: Axis, outputs: Axis) -> _Stored | None:
-  """A 1x1 convolution: over channels of maps, or in groups of few numbers."""
+  """Emits a 1x1 convolution over channels of maps, or over groups of few numbers, else None.
+
+  The summed atoms k, with the batched atoms b before them, must be neighbours in the tensor: these
+  are its channels. All atoms after them are taken as pixels.
+  """
   have = flat(x.stored)
   channels = in_order(x, (*b, *k)) if not b else (*b, *k)
   places = sorted(have.index(atom) for atom in channels)
@@ -125,7 +141,7 @@ def _pointwise(graph: Graph, x: Value, y: Value, b: Axis, k: Axis, outputs: Axis
 
 
 def _gemm(graph: Graph, x: Value, y: Value, b: Axis, k: Axis, outputs: Axis) -> _Stored | None:
-  """A matrix times a matrix."""
+  """Emits a Gemm if there is one matrix on each side, else None."""
   if b or not y.is_full:
     return None
   k = in_order(x, k)
@@ -135,7 +151,7 @@ def _gemm(graph: Graph, x: Value, y: Value, b: Axis, k: Axis, outputs: Axis) -> 
 
 
 def _matmul(graph: Graph, x: Value, y: Value, b: Axis, k: Axis, outputs: Axis) -> _Stored:
-  """Matrices times matrices."""
+  """Emits a MatMul of batches of matrices."""
   k = in_order(x, k)
   rows = tuple(atom for atom in flat(x.stored) if atom not in (*b, *k))
   x, y = graph.arrange(x, (b, rows, k)), graph.arrange(y, (b, k, outputs))
@@ -143,13 +159,13 @@ def _matmul(graph: Graph, x: Value, y: Value, b: Axis, k: Axis, outputs: Axis) -
 
 
 def in_order(x: Value, atoms: Axis) -> Axis:
-  """Atoms in the order in which they are stored."""
+  """Returns atoms in the order in which a value stores them, atoms that it lacks last."""
   have = flat(x.stored)
   return tuple(sorted(atoms, key=lambda a: have.index(a) if a in have else len(have)))
 
 
 def _shared(graph: Graph, x: Value, y: Value, pairs: Any) -> list[Value]:
-  """Two values with the same atoms on axes that are one."""
+  """Returns two values with the same atoms on the axes that belong together."""
   found = aligned([x, y], pairs) or aligned([graph.plain(x), graph.plain(y)], pairs)
-  assert found is not None  # axes of one atom each, of one length
+  assert found is not None  # plain values have one atom for each axis, of the same length
   return found

@@ -1,4 +1,8 @@
-"""From a graph to a file's content: what is needed, named, in protocol buffers."""
+"""Writes a graph as protocol buffers: takes the nodes that outputs need, and names their tensors.
+
+A tensor is named by the scope of its layer and its operator, "RepVGG/stem/RepConv_0/conv/Conv". Its
+weights are ".../conv/weight" and ".../conv/bias". An output has the name that the caller gives.
+"""
 
 import importlib
 import importlib.util
@@ -13,16 +17,17 @@ from repjax.onnx.graph import Graph, Node
 from repjax.onnx.translation import BATCH, IMAGES
 
 OPSET, IR_VERSION = 17, 8
-"""Of 2022, when ONNX Runtime 1.12, OpenVINO 2022.3 and TensorRT 8.5 began to read them."""
+"""Versions of 2022, first read by ONNX Runtime 1.12, OpenVINO 2022.3 and TensorRT 8.5."""
 
-LIMIT = 2**31 - 1  # bytes of a protocol buffer
+LIMIT = 2**31 - 1
+"""The most bytes that a protocol buffer holds."""
 
 
 def need_onnx() -> Any:
-  """The package onnx.
+  """Returns the package onnx.
 
   Raises:
-    InputError: it is missing.
+    InputError: the package is not installed.
   """
   if importlib.util.find_spec("onnx") is None:
     raise InputError(
@@ -36,15 +41,18 @@ def model_proto(
   images: tuple[tuple[int, ...], np.dtype],
   outputs: Mapping[str, tuple[str, Sequence[Any], np.dtype]],
 ) -> tuple[Any, dict[str, str]]:
-  """The model of a graph, and what its tensors are called there.
+  """Returns the `onnx.ModelProto` of a graph, and the names of its tensors.
 
   Args:
-    graph: of which only what outputs need is taken.
-    images: (3, H, W) and the dtype.
-    outputs: by their name the tensor, the shape and the dtype of each.
+    graph: nodes that no output needs are left out.
+    images: shape (3, H, W) and dtype of the input.
+    outputs: name of an output to its tensor, shape and dtype.
+
+  Returns:
+    The model, and for each tensor of the graph its name in the model.
 
   Raises:
-    InputError: the package onnx is missing, or the model does not fit into a file.
+    InputError: the package onnx is not installed, or the model does not fit into a file.
   """
   onnx = need_onnx()
   nodes = _needed(graph, [tensor for tensor, _, _ in outputs.values()])
@@ -54,7 +62,7 @@ def model_proto(
   size = sum(constant.array.nbytes for constant in constants.values())
   if size > LIMIT:
     raise InputError(
-      f"this model has {size / 1e9:.1f} GB of parameters, and an ONNX file holds 2 GB: export it "
+      f"this model has {size / 1e9:.1f} GB of parameters, and an ONNX file holds 2 GB. Export it "
       'with dtype="float16", or as StableHLO'
     )
   made = [
@@ -67,6 +75,7 @@ def model_proto(
     )
     for tensor, node in nodes.items()
   ]
+  # A tensor has one name. Further outputs of the same tensor are copies.
   made += [onnx.helper.make_node("Identity", [names[t]], [name]) for name, t in extra.items()]
   shape, dtype = images
   body = onnx.helper.make_graph(
@@ -86,7 +95,7 @@ def model_proto(
 
 
 def _needed(graph: Graph, tensors: Sequence[str]) -> dict[str, Node]:
-  """The nodes that some tensors follow from, in their order."""
+  """Returns the nodes that some tensors are computed from, in order."""
   waiting, found = list(tensors), set()
   while waiting:
     tensor = waiting.pop()
@@ -99,7 +108,12 @@ def _needed(graph: Graph, tensors: Sequence[str]) -> dict[str, Node]:
 def _names(
   graph: Graph, nodes: Mapping[str, Node], outputs: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-  """A name for each tensor, by scope; and the tensors of outputs whose tensor has another name."""
+  """Chooses a name for each tensor.
+
+  Returns:
+    The names by tensor, and the outputs that cannot name their tensor, with that tensor: the input
+    as it is, a constant, or a tensor that an earlier output has named.
+  """
   names, taken, extra = {IMAGES: IMAGES}, Counter([IMAGES, *outputs]), {}
   for name, tensor in outputs.items():
     if tensor in nodes and tensor not in names:
@@ -121,6 +135,7 @@ def _names(
 
 
 def _attribute(onnx: Any, key: str, value: Any) -> Any:
+  """Returns an attribute as ONNX has it: the dtype of a Cast as a number."""
   return _type(onnx, np.dtype(value)) if key == "to" else value
 
 
@@ -129,6 +144,6 @@ def _type(onnx: Any, dtype: np.dtype) -> int:
 
 
 def _info(onnx: Any, name: str, shape: Sequence[Any], dtype: np.dtype) -> Any:
-  """What is said of an input or an output."""
+  """Describes an input or an output: name, dtype and shape."""
   sizes = [size if isinstance(size, int) else str(size) for size in shape]
   return onnx.helper.make_tensor_value_info(name, _type(onnx, dtype), sizes)

@@ -1,4 +1,11 @@
-"""Sums, means, maxima and pools."""
+"""Emitters of sums, means, maxima and pools.
+
+JAX has no primitive for a mean: it sums and divides. So a sum is emitted together with the mean of
+the same numbers, and a division by their count then uses the mean (`operators`). What nothing reads
+is left out of the file.
+
+  sum over h, w; / 49    ->    GlobalAveragePool
+"""
 
 import dataclasses
 import math
@@ -13,7 +20,7 @@ from repjax.onnx.values import Atom, Axes, Value, extent, flat, new_axes
 
 
 def total(graph: Graph, x: Value, axes: tuple[int, ...], dtype: np.dtype) -> Value:
-  """`reduce_sum`; the mean is kept beside it, since a division usually follows."""
+  """Emits the sum and the mean over some axes, and returns the sum."""
   gone, left = _parted(x, axes)
   if not gone <= set(flat(x.stored)):
     x = graph.arrange(x, x.axes)
@@ -21,6 +28,7 @@ def total(graph: Graph, x: Value, axes: tuple[int, ...], dtype: np.dtype) -> Val
   pooled = _pooled(graph, x, gone)
   if pooled is not None:
     mean, stored = pooled
+    # Where a pool gives the mean, the sum is a multiple of it.
     tensor = graph.add("Mul", [mean, np.array(count, dtype)])
   else:
     x, places, stored = _cut(graph, x, gone)
@@ -33,8 +41,9 @@ def total(graph: Graph, x: Value, axes: tuple[int, ...], dtype: np.dtype) -> Val
 
 
 def extreme(graph: Graph, op: str, x: Value, axes: tuple[int, ...]) -> Value:
-  """`reduce_max` and its like, by an operator whose axes are an attribute."""
+  """Emits ReduceMax, ReduceMin or ReduceProd, whose axes are an attribute."""
   gone, left = _parted(x, axes)
+  # A maximum of repeated numbers is the number, and need not repeat them. A product has to.
   if op == "ReduceProd" and not gone <= set(flat(x.stored)):
     x = graph.arrange(x, x.axes)
   x, places, stored = _cut(graph, x, gone)
@@ -43,20 +52,27 @@ def extreme(graph: Graph, op: str, x: Value, axes: tuple[int, ...]) -> Value:
 
 
 def _parted(x: Value, axes: tuple[int, ...]) -> tuple[set[Atom], Axes]:
-  """The atoms of some axes, and the other axes."""
+  """Returns the atoms of the axes that are reduced, and the axes that are left."""
   left = tuple(axis for place, axis in enumerate(x.axes) if place not in axes)
   return set(flat(x.axes[axis] for axis in axes)), left
 
 
 def _cut(graph: Graph, x: Value, gone: set[Atom]) -> tuple[Value, list[int], Axes]:
-  """A value whose stored axes go as a whole or stay, which go, and what is stored then."""
+  """Cuts stored axes so that each is reduced as a whole or stays.
+
+  Returns:
+    The value, the places of the reduced axes, and the stored axes of the result.
+  """
   x = graph.arrange(x, split(x.stored, gone.__contains__))
   places = [place for place, axis in enumerate(x.stored) if set(axis) & gone]
   return x, places, tuple(() if set(axis) & gone else axis for axis in x.stored)
 
 
 def _pooled(graph: Graph, x: Value, gone: set[Atom]) -> tuple[str, Axes] | None:
-  """The mean over maps, or over tiles of maps, which lie behind batch and channels."""
+  """Emits a pool for the mean over maps or over tiles of maps, else returns None.
+
+  Maps are stored after batch and channels. Tiles are the last atoms of the maps' axes.
+  """
   maps = x.stored[2:]
   if len(x.stored) != 4 or not gone or not gone <= set(flat(maps)):
     return None
@@ -71,14 +87,17 @@ def _pooled(graph: Graph, x: Value, gone: set[Atom]) -> tuple[str, Axes] | None:
 
 
 def window(graph: Graph, x: Value, params: dict[str, Any], shape: Any, dtype: Any = None) -> Value:
-  """`reduce_window_max` as MaxPool; `reduce_window_sum`, with a dtype, as AveragePool times size.
+  """Emits MaxPool for `reduce_window_max`, or AveragePool and Mul for `reduce_window_sum`.
 
   Args:
-    graph: to add to.
-    x: of any layout.
-    params: of the primitive.
-    shape: logical, of the result.
-    dtype: of the result of a sum.
+    graph: graph to add to.
+    x: a value, stored in any order.
+    params: parameters of the primitive.
+    shape: logical shape of the result.
+    dtype: dtype of the result of a sum. None for a maximum.
+
+  Raises:
+    InputError: the pool has a dilation that ONNX lacks, or reaches over the batch.
   """
   sizes, strides, pads = (
     params[name] for name in ("window_dimensions", "window_strides", "padding")
@@ -86,12 +105,13 @@ def window(graph: Graph, x: Value, params: dict[str, Any], shape: Any, dtype: An
   dilations = params["window_dilation"]
   moving = [axis for axis, row in enumerate(zip(sizes, strides, pads)) if row != (1, 1, (0, 0))]
   if set(params["base_dilation"]) != {1} or (dtype is not None and set(dilations) != {1}):
-    raise InputError("a pool with dilation has no place in the ONNX graph here")
+    raise InputError("a pool with dilation has no operator in the ONNX graph")
+  # Maps are pooled as maps, even if the window moves along one side only.
   if len(x.axes) == 4 and set(moving) <= {1, 2}:
     moving = [1, 2]
   still = [axis for axis in range(len(x.axes)) if axis not in moving]
   if not still:
-    raise InputError("a pool over the batch has no place in the ONNX graph here")
+    raise InputError("a pool over the batch has no operator in the ONNX graph")
   batch, channels = x.axes[still[0]], in_order(x, flat(x.axes[axis] for axis in still[1:]))
   x = graph.arrange(x, (batch, channels, *(x.axes[axis] for axis in moving)))
   x = cropped(graph, x, [pads[axis] for axis in moving])

@@ -1,4 +1,13 @@
-"""From a function that JAX traces to a graph of ONNX nodes."""
+"""Translates a traced function into a graph of ONNX nodes.
+
+The function is traced with a symbol for the batch size, and its calls are inlined
+(`repjax.program`). The equations are then met in order. An equation whose inputs are all known is
+computed at once. Any other equation is handed to its emitter in `OPERATORS`, which adds nodes to
+the graph. The tensors of each equation are noted as `EquationTensors`, so that a simulation of 8
+bits can find the equation that belongs to a tensor of the file.
+
+  a = mul x 2.0    becomes  t1 = Mul(images, constant)  and  EquationTensors("mul", ("t1",))
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,80 +19,100 @@ from repjax.errors import InputError
 from repjax.onnx.graph import Graph
 from repjax.onnx.operators import OPERATORS, VIEWS
 from repjax.onnx.values import Value, known, new_axes
+from repjax.program import Constant, Equation, Program, interpret, trace
 
 BATCH, IMAGES = "batch", "images"
-PRODUCTS = {"conv_general_dilated", "dot_general"}
+_PRODUCTS = {"conv_general_dilated", "dot_general"}
 _SUMS = {"add": "Add", "add_any": "Add", "concatenate": "Concat"}
 _BATCH_ERRORS = (TypeError, jax.errors.InconclusiveDimensionOperation)
-_CALLS = {
-  "checkpoint",
-  "closed_call",
-  "core_call",
-  "custom_jvp_call",
-  "custom_vjp_call",
-  "custom_vjp_call_jaxpr",
-  "jit",
-  "pjit",
-  "remat",
-  "remat2",
-}
 
 
-class Step(NamedTuple):
-  """What became of an equation of a traced program.
+class EquationTensors(NamedTuple):
+  """The tensors of a graph that an equation of a traced program reads and makes.
 
   Attributes:
-    primitive: its name.
-    results: the tensor of each result, None where there is none.
-    inner: the steps of the program that it runs.
-    reads: of products and sums the tensor of each operand, as their operator reads it.
-    kernel: of a product the place of the weights among its operands, None where there are none.
-    layer: where a layer's bias is added, what that layer reads and its weights.
+    primitive: name of the equation's operation.
+    results: name of the tensor of each result, None for a result that has no tensor.
+    reads: for products and sums, the tensor of each operand, as the node reads it.
+    kernel: for a product, the place of the weights among its operands. None if none are known.
+    layer: where a layer's bias is added, the layer's input and its weights.
   """
 
   primitive: str
   results: tuple[str | None, ...]
-  inner: tuple["Step", ...] = ()
   reads: tuple[str | None, ...] = ()
   kernel: int | None = None
   layer: tuple[str | None, ...] = ()
 
-  def named(self, names: Mapping[str, str]) -> "Step":
-    """With other names for the tensors, None for those that have none."""
+  def named(self, names: Mapping[str, str]) -> "EquationTensors":
+    """Returns the same tensors with new names, None where `names` has none."""
     results, reads, layer = (
       tuple(names.get(tensor or "") for tensor in tensors)
       for tensors in (self.results, self.reads, self.layer)
     )
-    inner = tuple(step.named(names) for step in self.inner)
-    return Step(self.primitive, results, inner, reads, self.kernel, layer)
+    return EquationTensors(self.primitive, results, reads, self.kernel, layer)
+
+
+class Translation(NamedTuple):
+  """A function as a graph.
+
+  Attributes:
+    graph: the nodes, those that no output needs included.
+    outputs: the function's results by path. The path is joined by "/", and empty for a lone array.
+    shapes: shape and dtype of each result, in the same order.
+    tensors: one entry for each equation of the function's flat program.
+  """
+
+  graph: Graph
+  outputs: dict[str, Value]
+  shapes: list[Any]
+  tensors: tuple[EquationTensors, ...]
 
 
 def translated(
   function: Callable[[Any, jax.Array], Any], tree: Any, size: tuple[int, int], dtype: np.dtype
-) -> tuple[Graph, dict[str, Value], Any, tuple[Step, ...]]:
-  """A function as a graph.
+) -> Translation:
+  """Translates a function into a graph.
 
   Args:
-    function: of the tree and images (N, H, W, 3).
-    tree: of known numbers.
+    function: takes the tree and images (N, H, W, 3).
+    tree: known arrays, which become constants of the graph.
     size: H and W.
-    dtype: of the images.
-
-  Returns:
-    The graph, the values of the function's result by their path, joined by "/" and empty for an
-    array alone, their shapes and dtypes in the same order, and what became of each equation.
+    dtype: dtype of the images.
 
   Raises:
-    InputError: the function contains what is not in `OPERATORS`, or asks for the batch size.
+    InputError: a primitive of the function is not in `OPERATORS`, or the batch size is asked for.
   """
   from jax import export
 
   shape = export.symbolic_shape(f"{BATCH}, {size[0]}, {size[1]}, 3")
-  images = jax.ShapeDtypeStruct(shape, dtype)
+  program = _traced(function, tree, jax.ShapeDtypeStruct(shape, dtype))
+  graph, tensors = Graph(), []
+  axes = new_axes(shape)
+  # ONNX's images are channels first. The function still sees (N, H, W, 3).
+  stored = tuple(axes[axis] for axis in (0, 3, 1, 2))
+  inputs = [*map(known, jax.tree.leaves(tree)), Value(IMAGES, axes, stored)]
+
+  def translate(equation: Equation, operands: list[Value]) -> Sequence[Value]:
+    graph.scope = equation.scope
+    results = _results(graph, equation, operands)
+    tensors.append(_tensors_of(graph, equation, operands, results))
+    return results
+
+  outputs = interpret(program, inputs, translate, _constant)
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(program.results)]
+  names = ["/".join(map(_key, path)) for path in paths]
+  shapes = jax.tree.leaves(program.results)
+  return Translation(graph, dict(zip(names, outputs)), shapes, tuple(tensors))
+
+
+def _traced(function: Callable[[Any, jax.Array], Any], tree: Any, images: Any) -> Program:
+  """Traces a function on a symbolic batch, and explains what the batch may not be used for."""
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
   try:
-    program, results = jax.make_jaxpr(function, return_shape=True)(shapes, images)
+    return trace(function, shapes, images)
   except _BATCH_ERRORS as error:
+    # A TypeError may be the model's own mistake, which is not to be hidden.
     if isinstance(error, TypeError) and "_DimExpr" not in str(error):
       raise
     first = str(error).partition("\n")[0]
@@ -91,124 +120,82 @@ def translated(
       f"this model cannot be traced for batches of any size: {first} Let it ask for shapes only in "
       "ways that hold for all, such as x.reshape(x.shape[0], -1)"
     ) from error
-  graph = Graph()
-  axes = new_axes(shape)
-  stored = tuple(axes[axis] for axis in (0, 3, 1, 2))
-  inputs = [*map(known, jax.tree.leaves(tree)), Value(IMAGES, axes, stored)]
-  outputs, steps = _run(graph, program.jaxpr, program.consts, inputs, "")
-  names = ["/".join(map(_key, path)) for path, _ in jax.tree_util.tree_leaves_with_path(results)]
-  return graph, dict(zip(names, outputs)), jax.tree.leaves(results), steps
 
 
-def called(equation: Any) -> tuple[Any, Sequence[Any]] | None:
-  """The program that an equation runs once, as it is, and its constants; None: it runs none."""
-  if equation.primitive.name not in _CALLS:
-    return None
-  for value in equation.params.values():
-    program = getattr(value, "jaxpr", value)
-    if hasattr(program, "eqns"):
-      return program, getattr(value, "consts", ())
-  return None
+def _constant(constant: Constant) -> Value:
+  return known(np.asarray(constant.array, constant.aval.dtype))
 
 
 def _key(entry: Any) -> str:
   return str(getattr(entry, "key", getattr(entry, "idx", entry)))
 
 
-def _run(
-  graph: Graph, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], scope: str
-) -> tuple[list[Value], tuple[Step, ...]]:
-  """The values that a traced program returns, and what became of its equations."""
-  known_by_name = dict(zip(jaxpr.constvars, map(known, consts)))
-  values: dict[Any, Value] = known_by_name | dict(zip(jaxpr.invars, inputs))
-
-  def read(variable: Any) -> Value:
-    if hasattr(variable, "val"):
-      return known(np.asarray(variable.val, variable.aval.dtype))
-    return values[variable]
-
-  steps = []
-  for equation in jaxpr.eqns:
-    stack = str(equation.source_info.name_stack)
-    graph.scope = "/".join(filter(None, (scope, stack)))
-    inputs, inner = [read(variable) for variable in equation.invars], called(equation)
-    if inner is None:
-      results, own = _results(graph, equation, inputs), ()
-    else:
-      results, own = _run(graph, *inner, inputs, graph.scope)
-    steps.append(_step(graph, equation, inputs, results, own))
-    values.update(zip(equation.outvars, results))
-  return [read(variable) for variable in jaxpr.outvars], tuple(steps)
-
-
-def _step(
-  graph: Graph,
-  equation: Any,
-  inputs: Sequence[Value],
-  results: Sequence[Value],
-  inner: tuple[Step, ...],
-) -> Step:
-  """What became of an equation."""
-  tensors = tuple(value.tensor if isinstance(value.tensor, str) else None for value in results)
-  step = Step(equation.primitive.name, tensors, inner)
-  node = graph.nodes.get(tensors[0] or "") if len(tensors) == 1 else None
-  fixed = [place for place, value in enumerate(inputs) if value.is_constant]
-  if node and step.primitive in PRODUCTS and len(fixed) == 1:
+def _tensors_of(
+  graph: Graph, equation: Equation, operands: Sequence[Value], results: Sequence[Value]
+) -> EquationTensors:
+  """Returns the tensors of an equation's results, and for layers and sums what their node reads."""
+  made = tuple(value.tensor if isinstance(value.tensor, str) else None for value in results)
+  tensors = EquationTensors(equation.primitive, made)
+  node = graph.nodes.get(made[0] or "") if len(made) == 1 else None
+  fixed = [place for place, value in enumerate(operands) if value.is_constant]
+  if node and tensors.primitive in _PRODUCTS and len(fixed) == 1:
+    # The node reads the weights second, wherever the equation has them.
     source, weight = node.inputs[:2]
     reads = (weight, source) if fixed[0] == 0 else (source, weight)
-    return step._replace(reads=reads, kernel=fixed[0])
-  if node and _SUMS.get(step.primitive) == node.op and len(node.inputs) == len(inputs):
-    return step._replace(reads=node.inputs)
+    return tensors._replace(reads=reads, kernel=fixed[0])
+  if node and _SUMS.get(tensors.primitive) == node.op and len(node.inputs) == len(operands):
+    return tensors._replace(reads=node.inputs)
   if node and node.op in ("Conv", "Gemm") and len(node.inputs) == 3 and len(fixed) == 1:
+    # An addition that became the bias of the layer before it.
     *layer, bias = node.inputs
     reads = (bias, None) if fixed[0] == 0 else (None, bias)
-    return step._replace(reads=reads, layer=tuple(layer))
-  return step
+    return tensors._replace(reads=reads, layer=tuple(layer))
+  return tensors
 
 
-def _results(graph: Graph, equation: Any, inputs: list[Value]) -> Sequence[Value]:
-  """What one equation makes of its values."""
-  name = equation.primitive.name
-  if all(0 in variable.aval.shape for variable in equation.outvars):
-    return [_empty(variable.aval.shape) for variable in equation.outvars]
+def _results(graph: Graph, equation: Equation, operands: list[Value]) -> Sequence[Value]:
+  """Returns the values of an equation's outputs, and adds the nodes that compute them."""
+  name = equation.primitive
+  if all(0 in output.aval.shape for output in equation.outputs):
+    return [_empty(output.aval.shape) for output in equation.outputs]
   foldable = name not in (*VIEWS, "dim_as_value") and _is_static(equation)
-  if foldable and all(value.is_constant for value in inputs):
-    return list(map(known, _folded(graph, equation, inputs)))
+  if foldable and all(value.is_constant for value in operands):
+    return list(map(known, _folded(graph, equation, operands)))
   if name == "dim_as_value":
+    where = f" in the scope {graph.scope}" if graph.scope else ""
     raise InputError(
-      "this model computes with the number of images, which an ONNX graph for batches of any size "
-      f"does not know{f' (in the scope {graph.scope})' if graph.scope else ''}; leave it out, or "
-      'export the model as StableHLO (format="stablehlo")'
+      f"this model computes with the number of images{where}, which a graph for batches of any "
+      'size does not know. Leave it out, or export the model with format="stablehlo"'
     )
   if name not in OPERATORS:
     where = f"in the scope {graph.scope}" if graph.scope else "outside all scopes"
     raise InputError(
-      f"the ONNX graph here has no operator for JAX's primitive {name!r}, which this model uses "
-      f"{where}; it has: {', '.join(sorted(OPERATORS))}. Write that part with these, or export the "
-      'model as StableHLO (format="stablehlo"), which takes all of them'
+      f"the ONNX graph has no operator for JAX's primitive {name!r} {where}; it has: "
+      f"{', '.join(sorted(OPERATORS))}. Write that part with these, or export the model with "
+      'format="stablehlo"'
     )
   try:
-    result = OPERATORS[name](graph, equation, *inputs)
+    result = OPERATORS[name](graph, equation, *operands)
   except InputError as error:
     raise InputError(f"{error} (the primitive {name!r} in the scope {graph.scope!r})") from None
   return result if isinstance(result, list) else [result]
 
 
 def _empty(shape: Sequence[Any]) -> Value:
-  """What has an axis of no length, such as what padding adds to an axis that is not padded."""
+  """Returns an array with an axis of length 0, such as the padding of an axis by nothing."""
   axes = new_axes(shape)
   return Value(np.zeros(0), axes, tuple(axis for axis in axes if axis and axis[0].size == 0)[:1])
 
 
-def _is_static(equation: Any) -> bool:
-  sizes = (size for variable in equation.outvars for size in variable.aval.shape)
+def _is_static(equation: Equation) -> bool:
+  """Checks that no output's shape depends on the batch size."""
+  sizes = (size for output in equation.outputs for size in output.aval.shape)
   return all(isinstance(size, int) for size in sizes)
 
 
-def _folded(graph: Graph, equation: Any, inputs: list[Value]) -> list[np.ndarray]:
-  """The results of an equation whose inputs are known."""
-  arrays = [graph.arrange(value, value.axes).tensor for value in inputs]
+def _folded(graph: Graph, equation: Equation, operands: list[Value]) -> list[np.ndarray]:
+  """Computes the outputs of an equation whose inputs are known."""
+  arrays = [graph.arrange(value, value.axes).tensor for value in operands]
   with jax.default_device(jax.local_devices(backend="cpu")[0]):
-    results = equation.primitive.bind(*map(jax.numpy.asarray, arrays), **equation.params)
-  results = results if equation.primitive.multiple_results else [results]
+    results = equation.run(*map(jax.numpy.asarray, arrays))
   return [np.asarray(result) for result in results]

@@ -1,12 +1,16 @@
-"""8 bits: post-training quantization of a deploy form, as an ONNX file.
+"""8 bits: quantization of a deploy form, after training and in training.
 
-`quantize_weights` keeps weights in int8 and computes in float32; `quantize` has ONNX Runtime's own
-quantizer put QuantizeLinear and DequantizeLinear around all layers. Both take what `to_onnx` made
-in float32: that graph says which layer reads which, and its names are Flax's scopes.
+A deploy form becomes an ONNX graph in float32 (`repjax.onnx.to_onnx`). The graph says which layer
+reads which, and its names are Flax's scopes. Three functions take the graph:
 
-What is ours: weights in 8 bits as a pure function (`weights`), rescaling channels between layers
-(`equalization`, with the laws in `repjax.algebra`), moving biases (`correction`), which layers it
-hurts (`sensitivity`), and the same in JAX with gradients (`roundings`, `simulation`).
+  quantize_weights   int8 weights, computation in float32: a quarter of the size
+  quantize           int8 throughout, by ONNX Runtime's quantizer, from calibration images
+  sensitivity        the error of each layer alone, to choose layers that stay in float
+
+Before quantizing, channels are rescaled between layers, so that rounding is finer (`equalization`),
+and biases make up for what the rounding of weights moves (`correction`). For training with 8 bits,
+`roundings_of` chooses scales, `simulated` computes the int8 file in JAX with gradients, and
+`quantize_by` writes the file with what was learned. `round_weights` rounds a tree of parameters.
 """
 
 from collections.abc import Sequence
@@ -19,8 +23,9 @@ from repjax.onnx.proto import need_onnx
 from repjax.quantization.correction import corrected
 from repjax.quantization.equalization import equalized_by
 from repjax.quantization.graph import check_float, constants, copied, layers_of
+from repjax.quantization.qdq import check_choices, in_qdq_form
 from repjax.quantization.roundings import Roundings, quantize_by, roundings_of
-from repjax.quantization.runtime import check_images, check_settings, in_qdq_form
+from repjax.quantization.runtime import check_images
 from repjax.quantization.sensitivity import Sensitivity, sensitivity
 from repjax.quantization.simulation import simulated
 from repjax.quantization.weights import quantized, round_weights
@@ -50,31 +55,32 @@ def quantize(
   correct_bias: bool = True,
   float_layers: Sequence[str] = (),
 ) -> Any:
-  """A model in full int8, in QDQ form, by ONNX Runtime's quantizer.
+  """Returns a model in int8, in QDQ form, made by ONNX Runtime's quantizer.
 
   Args:
     proto: from `repjax.onnx.to_onnx` in float32.
-    images: to calibrate with, (N, H, W, 3): uint8, or what the graph takes. Some hundred of the
-      training split, as evaluation prepares them.
-    activations: "uint8", with a zero point, for CPUs: all 256 levels are used behind a ReLU. Or
-      "int8", symmetric, for TensorRT: only what layers read is rounded, biases stay in float.
-    calibration: how ranges follow from the values seen: "minmax", "entropy" or "percentile" (the
-      0.01 % that are farthest out are cut off).
+    images: images to calibrate with, (N, H, W, 3), in the dtype that the graph takes. Use some
+      hundred images of the training split, prepared as for evaluation.
+    activations: "uint8" has a zero point, and is for CPUs: all 256 levels are used after a ReLU.
+      "int8" is symmetric, and is for TensorRT: only what layers read is rounded, and biases stay in
+      float.
+    calibration: how ranges follow from the values seen: "minmax", "entropy" or "percentile", which
+      cuts off the 0.01 % that are farthest out.
     per_channel: one scale for each output channel of a kernel, instead of one for all.
     weight_bits: 7 or 8. x86 CPUs without VNNI add two products of uint8 and int8 in 16 bits, where
-      those of 8 bits do not fit: ONNX Runtime then computes wrong sums, and no error says so. 8
-      is for CPUs that have it (from 2019 and later servers on), and for GPUs.
-    equalize: rescale channels between layers first: by the ranges of "weights" (cross-layer
-      equalization), of "activations" (SmoothQuant), or "none".
+      products of 8-bit weights do not fit. ONNX Runtime then computes wrong sums, and no error says
+      so. 8 is for CPUs with VNNI (servers from 2019 on), and for GPUs.
+    equalize: how channels are rescaled between layers first: by the ranges of "weights"
+      (cross-layer equalization), by those of "activations" (SmoothQuant), or "none".
     correct_bias: move biases so that rounded weights change no mean.
-    float_layers: scopes or nodes of layers, as `sensitivity` gives them, that stay in float32.
+    float_layers: scopes or nodes of layers that stay in float32, as `sensitivity` names them.
 
   Returns:
     An `onnx.ModelProto` with the same input and output.
 
   Raises:
-    InputError: onnx or onnxruntime is missing, the graph is not in float32, images that it does
-      not take or none, or an unknown setting or node.
+    InputError: onnx or onnxruntime is not installed, the graph is not in float32, the graph does
+      not take the images, or a choice or a layer is unknown.
 
   References:
     Nagel et al., Data-Free Quantization, ICCV 2019. https://arxiv.org/abs/1906.04721
@@ -85,7 +91,7 @@ def quantize(
   """
   check_float(proto)
   check_images(proto, images)
-  check_settings(activations, calibration, weight_bits)
+  check_choices(activations, calibration, weight_bits)
   float_layers = _nodes(proto, float_layers)
   proto = equalized_by(equalize, proto, images)
   if correct_bias:
@@ -103,7 +109,7 @@ def quantize(
 
 
 def _nodes(proto: Any, float_layers: Sequence[str]) -> list[str]:
-  """The nodes of layers that are given by their scopes or nodes."""
+  """Returns the nodes of layers that are given by their scopes or nodes."""
   layers = layers_of(proto)
   nodes = {key: layer.name for layer in layers for key in (layer.name, layer.title)}
   for name in float_layers:
@@ -111,27 +117,27 @@ def _nodes(proto: Any, float_layers: Sequence[str]) -> list[str]:
       raise unknown("layer", name, [layer.title for layer in layers])
   found = list(dict.fromkeys(nodes[name] for name in float_layers))
   if len(found) == len(layers):
-    raise InputError(f"all {len(layers)} layers are to stay in float; leave fewer of them")
+    raise InputError(f"all {len(layers)} layers are to stay in float. Leave fewer of them")
   return found
 
 
 def quantize_weights(proto: Any, images: np.ndarray | None = None) -> Any:
-  """A model whose weights are int8 with a scale for each output channel, computing in float32.
+  """Returns a model with int8 weights, one scale for each output channel, computing in float32.
 
-  A DequantizeLinear stands in front of each layer. The file is a quarter as large and no faster: in
-  ONNX Runtime as fast as before with the session's "session.disable_quant_qdq" set to "1", without
-  which it unpacks the weights in every call and computes a Gemm of them in 8 bits.
+  A DequantizeLinear stands in front of each layer. The file is a quarter as large, and no faster.
+  Set the session's "session.disable_quant_qdq" to "1" in ONNX Runtime, and it is as fast as before.
+  Otherwise ONNX Runtime unpacks the weights in every call, and computes a Gemm of them in 8 bits.
 
   Args:
     proto: from `repjax.onnx.to_onnx` in float32.
-    images: to correct biases with, as in `quantize`; None: they stay what they are.
+    images: images to correct biases with, as in `quantize`. None: biases stay as they are.
 
   Returns:
     An `onnx.ModelProto` with the same input and output.
 
   Raises:
-    InputError: onnx is missing, or with images onnxruntime, the graph is not in float32, or images
-      that it does not take.
+    InputError: onnx, or with images onnxruntime, is not installed, the graph is not in float32, or
+      the graph does not take the images.
   """
   onnx = need_onnx()
   check_float(proto)
@@ -142,6 +148,7 @@ def quantize_weights(proto: Any, images: np.ndarray | None = None) -> Any:
   axes = {layer.weight: layer for layer in layers_of(proto)}
   kept = [tensor for tensor in made.graph.initializer if tensor.name not in axes]
   nodes = list(made.graph.node)
+  # The DequantizeLinear nodes come first, since a file's nodes stand in the order of computation.
   del made.graph.initializer[:], made.graph.node[:]
   made.graph.initializer.extend(kept)
   for name, layer in axes.items():

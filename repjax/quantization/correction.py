@@ -1,4 +1,10 @@
-"""Bias correction: rounded weights move the mean of what a layer gives; its bias moves it back.
+"""Bias correction: moves biases so that rounded weights change no channel's mean.
+
+Rounding the weights of a layer moves its outputs, and on average over images not to zero. The shift
+of each channel's mean is measured, and added to the channel's bias with the opposite sign. So what
+is left of the error has mean zero.
+
+  mean of a channel 1.30 before rounding and 1.25 after: its bias grows by 0.05
 
 References:
   Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction, ICCV 2019,
@@ -10,22 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from repjax.quantization.finite import check_finite
-from repjax.quantization.graph import Layer, constants, layers_of, with_constants
-from repjax.quantization.runtime import observed
+from repjax.quantization.graph import GraphLayer, constants, layers_of, with_constants
+from repjax.quantization.runtime import check_finite, observed
 from repjax.quantization.weights import rounded
 
 TOLERANCE = 1e-4
-"""How far means may be off, relative to the largest of their layer, before the last correction."""
+"""Largest error of a mean, relative to the layer's largest mean, that needs no more correction."""
 
 
 def with_rounded_weights(
   proto: Any, bits: int = 8, *, per_channel: bool = True, but: Sequence[str] = ()
 ) -> Any:
-  """A model whose weights went through so few bits; everything else is as it was.
+  """Returns a model whose weights were rounded to a number of bits, with all else unchanged.
 
   Args:
-    proto: in float32.
+    proto: a graph in float32.
     bits: 8 or 7.
     per_channel: one scale for each output channel, instead of one for all.
     but: names of nodes whose weights stay.
@@ -42,20 +47,20 @@ def with_rounded_weights(
 
 
 def corrected(proto: Any, images: np.ndarray, bits: int = 8, **rounding: Any) -> Any:
-  """A model with other biases, under which rounded weights give each channel the mean it had.
+  """Returns a model whose biases make up for the rounding of its weights.
 
   b[c] += E[y[c]] - E[y'[c]], the means of a layer's outputs before and after rounding, over images
-  and pixels, borders included. What moves one layer's bias moves the means behind it, so that all
-  layers are corrected at once, again and again, until no mean is off.
+  and pixels, borders included. A bias that moves also moves the means of all later layers. So all
+  layers are corrected at once, and again, until no mean is off.
 
   Args:
-    proto: in float32.
-    images: (N, H, W, 3), as the graph takes them.
-    bits: of the weights.
+    proto: a graph in float32.
+    images: (N, H, W, 3), in the dtype that the graph takes.
+    bits: bits of the weights.
     **rounding: as in `with_rounded_weights`.
 
   Returns:
-    A model in float32 with the weights as they were, to be quantized.
+    A model in float32 with new biases and the weights as they were, ready to be quantized.
 
   Raises:
     InputError: a layer gives values that are not finite.
@@ -65,7 +70,8 @@ def corrected(proto: Any, images: np.ndarray, bits: int = 8, **rounding: Any) ->
   wanted = _means(proto, layers, images)
   coarse = with_rounded_weights(proto, bits, **rounding)
   biases = {layer.bias: constants(proto)[layer.bias] for layer in layers if layer.bias}
-  for _ in layers:  # the last layer's mean is right after as many rounds as there are before it
+  # A layer's mean is final once all layers before it are right: at most one round for each layer.
+  for _ in layers:
     moved = _means(with_constants(coarse, biases), layers, images)
     off = {tensor: mean - moved[tensor] for tensor, mean in wanted.items()}
     biases |= {layer.bias: biases[layer.bias] + off[layer.result] for layer in layers if layer.bias}
@@ -75,13 +81,13 @@ def corrected(proto: Any, images: np.ndarray, bits: int = 8, **rounding: Any) ->
   return with_constants(proto, biases)
 
 
-def _means(proto: Any, layers: list[Layer], images: np.ndarray) -> dict[str, np.ndarray]:
-  """The mean of each channel of what layers give."""
+def _means(proto: Any, layers: list[GraphLayer], images: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns the mean of each channel of the layers' outputs, by tensor."""
   tensors = [layer.result for layer in layers]
   sums = {tensor: np.zeros(()) for tensor in tensors}
   for batch in observed(proto, tensors, images):
     for tensor, maps in zip(tensors, batch):
-      rows = np.moveaxis(maps, 1, -1).reshape(len(maps), -1, maps.shape[1])
+      rows = np.moveaxis(maps, 1, -1).reshape(len(maps), -1, maps.shape[1])  # (N, pixels, C)
       sums[tensor] = sums[tensor] + rows.mean(1, dtype=np.float64).sum(0)
   check_finite(proto, images, sums.values())
   return {tensor: total / len(images) for tensor, total in sums.items()}

@@ -1,4 +1,4 @@
-"""The picture of a sensitivity report. Needs matplotlib."""
+"""A picture of the sensitivity of layers. Needs matplotlib."""
 
 import io
 from collections.abc import Sequence
@@ -7,18 +7,18 @@ from matplotlib.figure import Figure
 
 from repjax.quantization.sensitivity import Sensitivity
 
-_FLOAT, _INT8 = "#D55E00", "#0072B2"  # of Okabe and Ito, as in the other pictures
+_FLOAT, _INT8 = "#D55E00", "#0072B2"  # two colors of Okabe and Ito, as in all pictures
 
 
 def picture(
   rows: Sequence[Sensitivity], left_in_float: Sequence[str] = (), title: str = ""
 ) -> bytes:
-  """A bar for each layer, as PNG.
+  """Draws a bar for each layer, as PNG.
 
   Args:
-    rows: in the order in which they are to be drawn, from the top.
-    left_in_float: nodes that stay in float, which have another colour.
-    title: of the figure.
+    rows: layers in the order in which they are drawn, from the top.
+    left_in_float: nodes that stay in float, which are drawn in a different color.
+    title: title of the figure.
   """
   figure = Figure((9, 1.3 + 0.28 * len(rows)), dpi=100, layout="constrained")
   axes = figure.subplots()

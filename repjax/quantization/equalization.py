@@ -1,6 +1,14 @@
-"""Cross-layer equalization: channels between two layers rescaled so that 8 bits suit them.
+"""Cross-layer equalization: rescales the channels between two layers so that 8 bits suit them.
 
-It works on the ONNX graph, which says who reads whom; a tree of parameters does not.
+A ReLU, a pool and a mean pass a positive factor on: f(s x) = s f(x). If the first layer's weights
+for a channel are divided by s, and the second layer's multiplied by s, the two layers compute the
+same. Their rounding changes: with one scale for a whole tensor, a channel of small values is
+rounded coarsely. The best s gives a channel the same range on both sides.
+
+  channel ranges 8 and 0.5 before; with s = (4, 0.25) both ranges are 2
+
+The work is done on the ONNX graph, which says which layer reads which. A tree of parameters does
+not say so.
 """
 
 from collections import Counter
@@ -10,53 +18,128 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repjax.algebra import ConvParams, equalizing_scale, rescale_between
+from repjax.algebra import ConvParams, wide_dtype
 from repjax.errors import unknown
-from repjax.quantization.finite import check_finite
-from repjax.quantization.graph import Layer, constants, layers_of, with_constants
-from repjax.quantization.runtime import observed
+from repjax.quantization.graph import GraphLayer, constants, layers_of, with_constants
+from repjax.quantization.runtime import check_finite, observed
 
 _BETWEEN = ("Relu", "MaxPool", "AveragePool", "GlobalAveragePool")
-"""What gives s f(x) for s x where s > 0, channel by channel. Flatten does, behind a mean."""
+"""Operators f with s f(x) = f(s x) for s > 0 in each channel. Flatten is one after a mean."""
 
 EQUALIZATIONS = ("none", "weights", "activations")
 ROUNDS = 20
 ENOUGH = 32
-"""Of N images: ranges are at least ENOUGH / N of their tensor's largest value. On few images a
-channel that is seen seldom looks small; blown up to the whole range it would be cut off on others.
+"""On N images, ranges are at least ENOUGH / N of their tensor's largest value. A channel that is
+seldom active looks small on few images. Scaled up to the whole range, it would be cut off on more.
 """
 
 
 class Pair(NamedTuple):
-  """Two layers of which the second reads the first, channel by channel.
+  """Two layers, the second of which reads the first, channel by channel.
 
   Attributes:
-    first: a layer.
-    second: a layer.
-    between: the tensor that the second reads.
+    first: the layer whose outputs are rescaled.
+    second: the layer whose inputs are rescaled.
+    between: the tensor that the second layer reads.
   """
 
-  first: Layer
-  second: Layer
+  first: GraphLayer
+  second: GraphLayer
   between: str
 
 
+def rescale_between(
+  first: ConvParams, second: ConvParams, scale: jax.Array
+) -> tuple[ConvParams, ConvParams]:
+  """Rescales the channels between two convolutions, and leaves unchanged what the two compute.
+
+  K1'[..., c] = K1[..., c] / scale[c];  b1'[c] = b1[c] / scale[c];  K2'[..., c, :] = scale[c] K2.
+  Exact where the function f in between has f(s x) = s f(x) for s > 0 in each channel: none, ReLU,
+  pooling, padding with zeros.
+
+  Args:
+    first: kernel (H, W, I/g, C), bias (C,).
+    second: kernel (H, W, C/g, O), bias (O,).
+    scale: (C,), above 0.
+
+  Returns:
+    Both convolutions, in the widest dtype involved, at least float32.
+
+  Raises:
+    ValueError: the channels between the two do not match.
+
+  References:
+    Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction, ICCV 2019,
+      section 4.1. https://arxiv.org/abs/1906.04721
+  """
+  dtype = wide_dtype(*(jnp.asarray(array).dtype for array in (*first, *second, scale)))
+  k1, b1, k2, b2, scale = (jnp.asarray(array, dtype) for array in (*first, *second, scale))
+  scales = _by_group(scale, k2)  # (g, C/g)
+  grouped = k2.reshape(*k2.shape[:3], len(scales), -1)  # (H, W, C/g, g, O/g)
+  grouped = grouped * scales.T[None, None, :, :, None]
+  k1 = k1 / scale[None, None, None, :]
+  return ConvParams(k1, b1 / scale), ConvParams(grouped.reshape(k2.shape), b2)
+
+
+def equalizing_scale(ranges: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Returns the scale with which `rescale_between` gives a channel one range on both of its sides.
+
+  scale[c] = sqrt(ranges[c] / max|K2[..., c, :]|), and 1 where either is 0: a dead channel.
+
+  Args:
+    ranges: (C,), at least 0: max|K1[..., c]| of the first kernel, or the largest value that the
+      channel was seen to take.
+    kernel: (H, W, C/g, O) of the second convolution.
+
+  Returns:
+    (C,), in the widest dtype involved, at least float32.
+
+  Raises:
+    ValueError: the channels do not match.
+
+  References:
+    Nagel et al., ICCV 2019, equation 11, for weights. https://arxiv.org/abs/1906.04721
+    Xiao et al., SmoothQuant, ICML 2023, equation 4, for activations. https://arxiv.org/abs/2211.10438
+  """
+  dtype = wide_dtype(jnp.asarray(ranges).dtype, jnp.asarray(kernel).dtype)
+  ranges, kernel = jnp.asarray(ranges, dtype), jnp.asarray(kernel, dtype)
+  groups = _by_group(ranges, kernel).shape[0]
+  grouped = kernel.reshape(*kernel.shape[:3], groups, -1)  # (H, W, C/g, g, O/g)
+  inputs = jnp.abs(grouped).max((0, 1, 4)).T.reshape(ranges.shape)
+  alive = (ranges > 0) & (inputs > 0)
+  return jnp.sqrt(jnp.where(alive, ranges, 1) / jnp.where(alive, inputs, 1))
+
+
+def _by_group(channels: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Reshapes (C,) to (g, C/g), the channels that each group of a kernel (H, W, C/g, O) reads."""
+  count, width, outputs = channels.shape[0], *kernel.shape[2:]
+  if not width or count % width or outputs % (count // width):
+    raise ValueError(
+      f"a kernel {kernel.shape} cannot follow {count} channels: it reads {width} of them a group"
+    )
+  return channels.reshape(-1, width)
+
+
 def pairs_of(proto: Any) -> list[Pair]:
-  """Pairs of layers whose channels may be rescaled: nobody else reads what lies between them."""
+  """Returns the pairs of layers whose channels may be rescaled.
+
+  Nothing else may read the tensors between the two layers, and nothing else may use their weights.
+  """
   layers = {layer.result: layer for layer in layers_of(proto)}
-  shared = Counter(name for layer in layers.values() for name in (layer.weight, layer.bias))
+  uses = Counter(name for layer in layers.values() for name in (layer.weight, layer.bias))
   readers = Counter(tensor for node in proto.graph.node for tensor in node.input)
   readers.update(output.name for output in proto.graph.output)
   makers = {node.output[0]: node for node in proto.graph.node}
 
-  def origin(tensor: str) -> Layer | None:
-    """The layer whose channels a tensor holds, if nobody else reads them on the way."""
+  def origin(tensor: str) -> GraphLayer | None:
+    """Returns the layer whose channels a tensor holds, if nothing else reads them on the way."""
     if readers[tensor] != 1:
       return None
     node = makers.get(tensor)
     if tensor in layers or node is None:
       return layers.get(tensor)
     above = makers.get(node.input[0])
+    # Flatten keeps channels apart only where each has one pixel left.
     is_mean = above is not None and above.op_type == "GlobalAveragePool"
     passes = node.op_type in _BETWEEN or (node.op_type == "Flatten" and is_mean)
     return origin(node.input[0]) if passes else None
@@ -68,16 +151,17 @@ def pairs_of(proto: Any) -> list[Pair]:
     pair
     for pair in found
     if pair.first.bias
+    # A MatMul has batched matrices, which are not one matrix from channels to channels.
     and "MatMul" not in (pair.first.op, pair.second.op)
-    and all(shared[n] == 1 for n in (pair.first.weight, pair.first.bias, pair.second.weight))
+    and all(uses[n] == 1 for n in (pair.first.weight, pair.first.bias, pair.second.weight))
   ]
 
 
 def equalized_by(how: str, proto: Any, images: np.ndarray) -> Any:
-  """A model equalized in one of the ways in EQUALIZATIONS.
+  """Returns a model equalized in one of the ways in EQUALIZATIONS.
 
   Raises:
-    InputError: there is no such way, or values that are not finite.
+    InputError: `how` is unknown, or a layer gives values that are not finite.
   """
   if how not in EQUALIZATIONS:
     raise unknown("equalization", how, EQUALIZATIONS)
@@ -87,17 +171,17 @@ def equalized_by(how: str, proto: Any, images: np.ndarray) -> Any:
 
 
 def equalized(proto: Any, images: np.ndarray | None = None) -> Any:
-  """A model that computes the same, with channels between layers rescaled.
+  """Returns a model that computes the same, with channels between layers rescaled.
 
   Args:
-    proto: in float32.
-    images: (N, H, W, 3), to give channels the ranges that they take on these, against those of the
-      weights that read them (SmoothQuant); those of few are not trusted, see ENOUGH. None: those of
-      the weights on both sides, again and again until nothing changes (Nagel et al.), which needs
-      no data.
+    proto: a graph in float32.
+    images: (N, H, W, 3). A channel's range is then the largest value that it takes on these images,
+      against the range of the weights that read it (SmoothQuant). Ranges on few images are not
+      trusted, see ENOUGH. None: the ranges of the weights on both sides, repeated until nothing
+      changes (Nagel et al.), which needs no data.
 
   Returns:
-    A model with other weights and biases in the same nodes.
+    A model with the same nodes, and new weights and biases.
 
   Raises:
     InputError: a layer gives values that are not finite.
@@ -105,6 +189,7 @@ def equalized(proto: Any, images: np.ndarray | None = None) -> Any:
   pairs = pairs_of(proto)
   arrays = constants(proto)
   seen = _largest(proto, [pair.between for pair in pairs], images) if images is not None else {}
+  # Rescaling one pair changes the weights of the next pair, so that weights take several rounds.
   for _ in range(1 if seen else ROUNDS):
     change = 0.0
     for pair in pairs:
@@ -118,11 +203,11 @@ def equalized(proto: Any, images: np.ndarray | None = None) -> Any:
   return with_constants(proto, arrays)
 
 
-@jax.jit  # else each of its operations would be compiled for each shape
+@jax.jit  # without jit, each of its operations would be compiled for each shape
 def _exchanged(
   first: ConvParams, second: ConvParams, ranges: Any
 ) -> tuple[ConvParams, ConvParams, jax.Array]:
-  """Two convolutions with the channels between them rescaled, and the largest |log(scale)|.
+  """Equalizes the channels between two convolutions, and returns the largest |log(scale)| too.
 
   Args:
     first: kernel (H, W, I/g, C), bias (C,).
@@ -134,7 +219,7 @@ def _exchanged(
 
 
 def _largest(proto: Any, tensors: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
-  """The largest absolute value of each channel of some tensors, with a floor, see ENOUGH."""
+  """Returns the largest absolute value of each channel of tensors, with a floor, see ENOUGH."""
   found: dict[str, np.ndarray] = {}
   for batch in observed(proto, tensors, images):
     for tensor, maps in zip(tensors, batch):
@@ -145,16 +230,16 @@ def _largest(proto: Any, tensors: list[str], images: np.ndarray) -> dict[str, np
   return {tensor: np.maximum(seen, floor * seen.max()) for tensor, seen in found.items()}
 
 
-def _conv(arrays: dict[str, Any], layer: Layer) -> ConvParams:
-  """A layer's numbers as the algebra has them."""
+def _conv(arrays: dict[str, Any], layer: GraphLayer) -> ConvParams:
+  """Returns a layer's weights and bias in the layout of the algebra."""
   weight = arrays[layer.weight]
   kernel = weight.transpose(2, 3, 1, 0) if layer.op == "Conv" else weight[None, None]
   bias: Any = arrays[layer.bias] if layer.bias else np.zeros(kernel.shape[-1:], kernel.dtype)
   return ConvParams(kernel, bias)
 
 
-def _arrays(layer: Layer, conv: ConvParams) -> dict[str, np.ndarray]:
-  """The way back."""
+def _arrays(layer: GraphLayer, conv: ConvParams) -> dict[str, np.ndarray]:
+  """Returns a layer's weights and bias in the layout of the graph, by name."""
   kernel = np.asarray(conv.kernel)
   weight = kernel.transpose(3, 2, 0, 1) if layer.op == "Conv" else kernel[0, 0]
   return {layer.weight: weight} | ({layer.bias: np.asarray(conv.bias)} if layer.bias else {})

@@ -1,4 +1,4 @@
-"""Layers with weights in an ONNX file: what they are called, read and write, and their numbers."""
+"""Layers with weights in an ONNX file: their names, the tensors around them, and their numbers."""
 
 from typing import Any, NamedTuple
 
@@ -10,16 +10,16 @@ from repjax.onnx.proto import need_onnx
 LAYERS = ("Conv", "Gemm", "MatMul")
 
 
-class Layer(NamedTuple):
+class GraphLayer(NamedTuple):
   """A node with weights.
 
   Attributes:
-    name: of the node.
+    name: name of the node.
     op: Conv, Gemm or MatMul.
-    source: the tensor that it reads.
-    result: the tensor that it makes.
-    weight: the name of its weights.
-    bias: the name of its bias, or None.
+    source: tensor that the node reads.
+    result: tensor that the node makes.
+    weight: name of the weights.
+    bias: name of the bias, or None.
   """
 
   name: str
@@ -37,24 +37,24 @@ class Layer(NamedTuple):
 
   @property
   def axis(self) -> int:
-    """The axis of its weights that is the output's."""
+    """The axis of the weights that counts outputs."""
     return 0 if self.op == "Conv" else -1
 
   def inputs(self, rank: int) -> tuple[int, ...]:
-    """The axes of its weights that share a scale: those that an output is a sum over.
+    """Returns the axes of the weights that share a scale: an output is a sum over these axes.
 
-    Matrices of a batch have one scale together, since ONNX Runtime multiplies them no other way.
+    Matrices of a batch have one scale together, since ONNX Runtime multiplies them in no other way.
     """
     if self.op == "Conv":
       return tuple(range(1, rank))
     return (0,) if rank == 2 else tuple(range(rank))
 
 
-def layers_of(proto: Any) -> list[Layer]:
-  """The layers of an `onnx.ModelProto` in the order in which they compute."""
+def layers_of(proto: Any) -> list[GraphLayer]:
+  """Returns the layers of an `onnx.ModelProto` in the order in which they compute."""
   known = {tensor.name for tensor in proto.graph.initializer}
   return [
-    Layer(node.name, node.op_type, node.input[0], node.output[0], node.input[1], bias)
+    GraphLayer(node.name, node.op_type, node.input[0], node.output[0], node.input[1], bias)
     for node in proto.graph.node
     if node.op_type in LAYERS and node.input[1] in known and node.input[0] not in known
     for bias in [node.input[2] if len(node.input) > 2 and node.input[2] in known else None]
@@ -62,20 +62,20 @@ def layers_of(proto: Any) -> list[Layer]:
 
 
 def copied(proto: Any) -> Any:
-  """Another with the same content."""
+  """Returns a deep copy of a model."""
   copy = type(proto)()
   copy.CopyFrom(proto)
   return copy
 
 
 def constants(proto: Any) -> dict[str, np.ndarray]:
-  """The known numbers of a model by name."""
+  """Returns the known numbers of a model, its weights among them, by name."""
   numpy_helper = need_onnx().numpy_helper
   return {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
 
 
 def with_constants(proto: Any, arrays: dict[str, np.ndarray]) -> Any:
-  """A copy of a model with other numbers, in the dtypes of those before."""
+  """Returns a copy of a model with new numbers, in the dtypes that they had."""
   numpy_helper = need_onnx().numpy_helper
   copy = copied(proto)
   for tensor in copy.graph.initializer:
@@ -87,13 +87,13 @@ def with_constants(proto: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def check_float(proto: Any) -> None:
-  """Raises InputError for a model that is not in float32, or has no layer."""
+  """Raises InputError for a model whose weights are not in float32, or that has no layer."""
   layers = layers_of(proto)
   arrays = constants(proto)
   dtypes = {arrays[layer.weight].dtype.name for layer in layers}
   if dtypes != {"float32"}:
     found = " and ".join(sorted(dtypes)) or "no Conv, Gemm or MatMul with known weights"
     raise InputError(
-      f"8 bits are made of a graph with weights in float32, and this one has {found}; make one "
+      f"8 bits are made of a graph with weights in float32, and this one has {found}. Make one "
       'with repjax.onnx.to_onnx(..., dtype="float32")'
     )

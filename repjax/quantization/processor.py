@@ -1,4 +1,4 @@
-"""Whether this machine's CPU adds products of 8 bits as it should."""
+"""CPUs on which ONNX Runtime computes wrong sums of products in 8 bits."""
 
 from pathlib import Path
 
@@ -8,19 +8,20 @@ SATURATES = (
   "and GPUs; weights of 7 bits are right on all:"
 )
 _ENOUGH = {"avx512_vnni", "avx_vnni", "amx_int8"}
+"""Flags of x86 CPUs with an instruction that adds such products in 32 bits."""
 
 
 def saturates(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-  """Whether ONNX Runtime computes wrong sums of weights in 8 bits here.
+  """Checks whether ONNX Runtime computes wrong sums of 8-bit weights on this machine.
 
-  On x86 without VNNI it takes an instruction that adds two products of uint8 and int8 in 16 bits:
-  up to 2 * 255 * 127, where 32767 is the most that fits, or 2 * 255 * 64 with weights in 7 bits.
+  x86 without VNNI has an instruction that adds two products of uint8 and int8 in 16 bits. The sum
+  may be 2 * 255 * 127, and 32767 is the most that fits. With 7-bit weights, 2 * 255 * 64 fits.
 
   Args:
-    cpuinfo: what Linux says of its CPUs.
+    cpuinfo: file in which Linux describes the CPUs.
 
   Returns:
-    False too where it cannot be told: other systems, and CPUs that are no x86.
+    True on such a CPU. False on other systems and other CPUs, where the file does not tell.
 
   References:
     ONNX Runtime, Quantize ONNX models, "When and why do I need to try U8U8?".

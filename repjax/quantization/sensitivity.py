@@ -1,4 +1,4 @@
-"""Which layers 8 bits hurt: each quantized alone, and the model's outputs compared."""
+"""Sensitivity: quantizes one layer at a time, and compares the model's outputs."""
 
 import tempfile
 from pathlib import Path
@@ -10,17 +10,18 @@ import tqdm
 from repjax.quantization.correction import corrected
 from repjax.quantization.equalization import equalized_by
 from repjax.quantization.graph import check_float, layers_of
-from repjax.quantization.runtime import check_images, in_qdq_form, logits_of
+from repjax.quantization.qdq import in_qdq_form
+from repjax.quantization.runtime import check_images, logits_of
 
 
 class Sensitivity(NamedTuple):
-  """What 8 bits in one layer alone do to the model.
+  """The effect on a model of 8 bits in one layer alone.
 
   Attributes:
-    layer: its scope.
-    node: the name of its node.
-    error: of the outputs, root mean square, relative to that of the outputs in float32.
-    changed: share of the images whose first class becomes another.
+    layer: scope of the layer.
+    node: name of the layer's node.
+    error: root mean square error of the outputs, relative to the outputs in float32.
+    changed: share of the images whose predicted class changes.
   """
 
   layer: str
@@ -40,14 +41,14 @@ def sensitivity(
   equalize: str = "activations",
   correct_bias: bool = True,
 ) -> list[Sensitivity]:
-  """Quantizes the weights and the input of one layer at a time, all others in float32.
+  """Quantizes the weights and the input of one layer at a time, with all other layers in float32.
 
-  No labels are needed, and images must not be those that accuracy is reported on.
+  No labels are needed. Do not use the images that accuracy is reported on.
 
   Args: as in `repjax.quantization.quantize`.
 
   Returns:
-    All layers with weights, the worst first.
+    All layers with weights, the most sensitive layer first.
 
   Raises:
     InputError: as in `repjax.quantization.quantize`.
@@ -70,6 +71,7 @@ def sensitivity(
         weight_bits=weight_bits,
         only=[layer.name],
         inputs_only=True,
+        # The ranges in float32 are measured once for all layers.
         cache=Path(folder) / "ranges.json",
       )
       got = logits_of(alone, images)
@@ -78,6 +80,6 @@ def sensitivity(
 
 
 def compared(got: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-  """Relative error, root mean square, of logits (N, K), and the share of other first classes."""
+  """Returns the relative root mean square error of logits (N, K), and the share of new classes."""
   error = np.sqrt(np.square(got - wanted).mean() / np.square(wanted).mean())
   return float(error), float((got.argmax(-1) != wanted.argmax(-1)).mean())

@@ -1,4 +1,4 @@
-"""Weights in 8 bits: a whole number and one scale an output channel, symmetric around zero."""
+"""Weights in 8 bits: whole numbers with one scale for each output channel, symmetric around 0."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -7,29 +7,29 @@ import jax
 import jax.numpy as jnp
 
 Array: TypeAlias = Any
-"""Of NumPy, which compiles nothing for each shape, or of JAX."""
+"""An array of NumPy, which compiles nothing for each shape, or of JAX."""
 
 LEVELS = {8: 127, 7: 64}
-"""The largest whole number by bits, of both signs, as ONNX Runtime's quantizer has it."""
+"""Bits to the largest whole number, of both signs, as in ONNX Runtime's quantizer."""
 
 _INPUTS = {2: (0,), 4: (0, 1, 2), 7: (1, 2, 3)}
 """Rank of a kernel in a deploy tree to the axes that an output is a sum over."""
 
 
 def quantized(kernel: Array, inputs: tuple[int, ...], bits: int = 8) -> tuple[Array, Array]:
-  """A kernel as whole numbers times a scale for each output.
+  """Splits a kernel into whole numbers and a scale for each output.
 
   q = round(K / scale), scale = max|K| / L over the inputs, where L is 127, or 64 with 7 bits;
   |q scale - K| <= scale / 2.
 
   Args:
     kernel: of any rank, floating, of NumPy or JAX.
-    inputs: the axes that an output is a sum over.
+    inputs: axes that an output is a sum over.
     bits: 8 or 7.
 
   Returns:
-    int8 of the kernel's shape, and the scales in its dtype, of size 1 along `inputs`; 1 for a
-    kernel of zeros.
+    int8 of the kernel's shape, and the scales in the kernel's dtype, of size 1 along `inputs`. The
+    scale of zeros is 1.
   """
   xp, levels = kernel.__array_namespace__(), LEVELS[bits]
   largest = xp.abs(kernel).max(inputs, keepdims=True)
@@ -38,18 +38,18 @@ def quantized(kernel: Array, inputs: tuple[int, ...], bits: int = 8) -> tuple[Ar
 
 
 def rounded(kernel: Array, inputs: tuple[int, ...], bits: int = 8) -> Array:
-  """A kernel as it is once it went through so few bits, in its own dtype."""
+  """Rounds a kernel to the numbers that 8 or 7 bits can store, in the kernel's dtype."""
   whole, scale = quantized(kernel, inputs, bits)
   return whole.astype(kernel.dtype) * scale
 
 
 def round_weights(params: Mapping[str, Any]) -> dict[str, Any]:
-  """A deploy tree whose kernels went through 8 bits each; all else as it was.
+  """Returns a deploy tree whose kernels are rounded to 8 bits, with all else unchanged.
 
-  Pure, and the same structure, shapes and dtypes: it shows in JAX what weights in 8 bits cost.
+  Pure, and with the same structure, shapes and dtypes. It shows in JAX what int8 weights cost.
 
   Args:
-    params: of a deploy form.
+    params: parameters of a deploy form.
 
   Example:
     logits = model.apply({"params": repjax.quantization.round_weights(params)}, images)

@@ -9,7 +9,6 @@ import pytest
 
 import repjax
 from repjax import disk
-from repjax.algebra import rescale_between
 from repjax.quantization import equalization, runtime
 from repjax.quantization.graph import constants, layers_of, with_constants
 from tests.deploy.tiny import SPEC
@@ -81,7 +80,7 @@ def uneven(small_proto):
   convs = [equalization._conv(arrays, layer) for layer in (first, second)]
   rng = np.random.default_rng(0)
   scale = jnp.exp(jnp.asarray(3 * rng.standard_normal(convs[0].bias.size), jnp.float32))
-  convs = rescale_between(*convs, scale)
+  convs = equalization.rescale_between(*convs, scale)
   for layer, conv in zip((first, second), convs):
     arrays |= equalization._arrays(layer, conv)
   return with_constants(small_proto, arrays)

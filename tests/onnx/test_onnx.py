@@ -1,4 +1,4 @@
-"""ONNX files give what the models give in ONNX Runtime, of the operators that runtimes fuse."""
+"""ONNX files compute in ONNX Runtime what the models compute, with operators that runtimes fuse."""
 
 import functools
 import importlib
@@ -29,7 +29,7 @@ needs_onnx = pytest.mark.skipif(
 
 
 def results(proto, images):
-  """What ONNX Runtime makes of images (N, H, W, 3), channels last where they are maps."""
+  """Returns ONNX Runtime's outputs for images (N, H, W, 3), with channels last for maps."""
   runtime: Any = importlib.import_module("onnxruntime")
   options = runtime.SessionOptions()
   options.intra_op_num_threads = 1
@@ -123,7 +123,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, set[str]]] = {
 
 @functools.cache
 def family(title, **overrides):
-  """A small model, its deploy form's variables, and the image size."""
+  """Builds a small model, its deploy form's variables, and the image size."""
   name, small, size, _ = FAMILIES[title]
   model = repjax.create_model(name, num_classes=5, deploy=True, **small, **overrides)
   return model, random_variables(model, noise(1, size)), size
@@ -340,7 +340,7 @@ def test_half_precision_and_images_that_are_not_square():
 
 
 @needs_onnx
-def test_the_script_writes_a_folder_and_compares(run_command, small_folder, small, tmp_path):
+def test_the_command_writes_a_folder_and_compares(run_command, small_folder, small, tmp_path):
   printed = run_command(
     "export",
     "--workdir",
@@ -413,7 +413,7 @@ def test_numbers_that_are_none_are_refused_before_anything_is_written(small, tmp
 
 
 class Sorted(nn.Module):
-  """What ONNX has another operator for, in a scope."""
+  """A model that sorts, which the translation has no operator for."""
 
   deploy: bool = False
 

@@ -1,4 +1,4 @@
-"""What is known of a tensor whose logical axes and stored axes differ."""
+"""Values whose logical axes and stored axes differ, against NumPy."""
 
 import jax
 import numpy as np
@@ -13,12 +13,12 @@ X = np.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
 
 
 def numbers(value):
-  """A constant's numbers as its logical axes say."""
+  """Returns a constant's numbers in the order of its logical axes."""
   return Graph().arrange(value, value.axes).array.reshape(value.shape)
 
 
 def stored_in(array, *order):
-  """A value of known numbers that is stored in another order of axes."""
+  """Builds a value of known numbers that is stored in a given order of axes."""
   value = values.known(array)
   return Graph().arrange(value, tuple(value.axes[axis] for axis in order))
 

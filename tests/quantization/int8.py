@@ -1,4 +1,4 @@
-"""What tests of 8 bits share: small models as ONNX files, images, and what is int8 in a file."""
+"""Helpers of the tests of 8 bits: small models as ONNX files, images, and int8 weights by scope."""
 
 import importlib.util
 
@@ -27,14 +27,14 @@ SCOPES = ["stem", *(f"stage{stage}/block0" for stage in (1, 2, 3, 4)), "head"]
 
 
 def made(name, overrides, size=16, preprocessing=None):
-  """A model in deploy form with random variables, as an ONNX file."""
+  """Builds a model in deploy form with random variables, as an ONNX file."""
   model = repjax.create_model(name, num_classes=10, deploy=True, **overrides)
   variables = random_variables(model, np.zeros((1, size, size, 3), np.float32))
   return repjax.onnx.to_onnx(model, variables, image_size=size, preprocessing=preprocessing)
 
 
 def int8_weights(proto):
-  """The scopes whose weights are int8."""
+  """Returns the scopes whose weights are int8."""
   names = [
     name.split("/", 1)[1]
     for name, array in constants(proto).items()

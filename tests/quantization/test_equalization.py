@@ -2,15 +2,17 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import repjax
+from repjax.algebra import ConvParams
 from repjax.errors import InputError
 from repjax.quantization import correction, equalization, runtime
 from repjax.quantization.graph import constants, layers_of, with_constants
 from repjax.quantization.sensitivity import compared
-from tests.helpers import relative_error
+from tests.helpers import convolve, random_input, relative_error
 from tests.quantization.int8 import IMAGES, SCOPES, made, needs_onnx
 
 pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
@@ -31,13 +33,13 @@ def resnet(quickly):
   """A small ResNet that takes floats, which no test may change."""
   del quickly
   overrides = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 8, 8), "stem_features": 8}
-  return made("resnet18", overrides, size=64)  # at 32 px no mean would lie behind the last sum
+  return made("resnet18", overrides, size=64)  # at 32 px no mean would follow the last sum
 
 
 @needs_onnx
 @pytest.mark.parametrize("by", ["weights", "activations"])
 def test_additions_end_a_pair(resnet, by):
-  # To rescale one of the two would change the sum.
+  # Rescaling one operand of an addition would change the sum.
   images = RNG.standard_normal((4, 64, 64, 3)).astype(np.float32)
   new = equalization.equalized_by(by, resnet, images)
   assert relative_error(runtime.logits_of(new, images), runtime.logits_of(resnet, images)) <= 1e-5
@@ -130,3 +132,59 @@ def test_the_first_layer_that_is_not_finite_is_named(small_proto, scope, value):
   for call in (correction.corrected, equalization.equalized):
     with pytest.raises(InputError, match=f"the layer {layer.title} gives NaN or infinite values"):
       call(broken, IMAGES)
+
+
+def random_conv(height, width, inputs, outputs, seed=0):
+  return ConvParams(
+    jnp.asarray(random_input(height, width, inputs, outputs, seed=seed)),
+    jnp.asarray(random_input(outputs, seed=seed + 100)),
+  )
+
+
+class TestRescaleBetween:
+  """Two convolutions with a ReLU in between, rescaled by any scale or by `equalizing_scale`."""
+
+  pytestmark = pytest.mark.usefixtures("x64")
+
+  @pytest.mark.parametrize(("groups", "size"), [(1, 3), (2, 3), (6, 1)])
+  def test_what_two_layers_compute_is_unchanged(self, groups, size):
+    first = random_conv(3, 3, 4, 6)
+    second = random_conv(size, size, 6 // groups, 12, seed=1)
+    scale = jnp.exp(jnp.asarray(random_input(6)))
+    rescaled = equalization.rescale_between(first, second, scale)
+    x = random_input(2, 5, 5, 4)
+
+    def run(first, second):
+      y = np.maximum(convolve(x, *first, padding=(1, 1)), 0)
+      return convolve(y, *second, padding=(size // 2,) * 2, groups=groups)
+
+    assert relative_error(run(*rescaled), run(first, second)) <= 1e-12
+    assert relative_error(rescaled[0].bias, first.bias) > 0.1
+
+  @pytest.mark.parametrize("groups", [1, 2])
+  def test_weights_of_a_channel_get_one_range_on_both_sides(self, groups):
+    first, second = random_conv(3, 3, 4, 6), random_conv(1, 1, 6 // groups, 8, seed=1)
+    ranges = jnp.abs(first.kernel).max((0, 1, 2))
+    scale = equalization.equalizing_scale(ranges, second.kernel)
+    first, second = equalization.rescale_between(first, second, scale)
+    outputs = np.abs(np.asarray(first.kernel)).max((0, 1, 2))
+    inputs = np.abs(np.asarray(second.kernel)).reshape(6 // groups, groups, -1).max(2).T.ravel()
+    assert relative_error(outputs, inputs) <= 1e-12
+    again = equalization.equalizing_scale(jnp.asarray(outputs), second.kernel)
+    assert relative_error(again, np.ones(6)) <= 1e-12
+
+  def test_dead_channels_stay_as_they_are(self):
+    first, second = random_conv(1, 1, 2, 4), random_conv(1, 1, 4, 3, seed=1)
+    ranges = jnp.abs(first.kernel).max((0, 1, 2)).at[1].set(0)
+    scale = equalization.equalizing_scale(ranges, second.kernel.at[:, :, 2].set(0))
+    assert scale[1] == scale[2] == 1
+    assert np.isfinite(scale).all()
+
+  @pytest.mark.parametrize("outputs", [5, 9])
+  def test_channels_that_do_not_match_are_refused(self, outputs):
+    second = random_conv(3, 3, 4, 6)
+    with pytest.raises(ValueError, match=f"cannot follow {outputs} channels"):
+      equalization.equalizing_scale(jnp.ones(outputs), second.kernel)
+    first = random_conv(3, 3, 2, outputs)
+    with pytest.raises(ValueError, match=f"cannot follow {outputs} channels"):
+      equalization.rescale_between(first, second, jnp.ones(outputs))

@@ -1,4 +1,4 @@
-"""Which CPUs add products of 8 bits in 16."""
+"""Recognition of CPUs that add products of 8 bits in 16."""
 
 import pytest
 

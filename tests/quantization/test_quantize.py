@@ -1,4 +1,4 @@
-"""Files in ONNX Runtime's QDQ form, layers left out of them, and which layers they hurt."""
+"""Files in ONNX Runtime's QDQ form, layers that stay in float, and the sensitivity of layers."""
 
 import importlib
 import importlib.util

@@ -41,7 +41,7 @@ class Mixed(nn.Module):
 
 
 def as_it_says(file, images):
-  """What a file computes, each node by itself."""
+  """Returns what a file computes, each node by itself."""
   ort = importlib.import_module("onnxruntime")
   options = ort.SessionOptions()
   options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -51,7 +51,7 @@ def as_it_says(file, images):
 
 @pytest.fixture(scope="module")
 def mixed(quickly):
-  """That network, its variables, and its graph."""
+  """Builds the network `Mixed`, its variables, and its graph."""
   del quickly
   variables = random_variables(Mixed(), np.zeros((1, 8, 8, 3), np.float32))
   return Mixed(), variables, repjax.onnx.to_onnx(Mixed(), variables, image_size=8)
@@ -91,7 +91,7 @@ def test_all_that_has_a_part_in_it_learns(mixed):
 
 
 class Two(nn.Module):
-  """Two layers, the second in a program of its own and behind a ReLU."""
+  """Two layers, the second in a program of its own, after a ReLU."""
 
   @nn.compact
   def __call__(self, x):
@@ -108,7 +108,7 @@ TWO = Roundings(
 
 
 def by_hand(x, kernel, scale, zero, together):
-  """Rounded inputs and weights, and which inputs lie in their range."""
+  """Returns rounded inputs and weights, and which inputs lie in their range."""
   steps = np.abs(kernel).max(None if together else 0) / 64
   inside = (x / scale >= -zero) & (x / scale <= 255 - zero)
   whole = np.clip(np.round(x / scale) + zero, 0, 255) - zero
@@ -161,9 +161,9 @@ def test_equal_parameters_of_two_layers_stay_two():
 @needs_onnx
 def test_what_does_not_fit_is_refused(mixed):
   model, variables, proto = mixed
-  with pytest.raises(InputError, match="not of this graph, which has no Two/Relu: take those"):
+  with pytest.raises(InputError, match="not of this graph, which has no Two/Relu"):
     quantize_by(proto, TWO)
-  with pytest.raises(InputError, match="of another network: Mixed has no Two/Relu; take those"):
+  with pytest.raises(InputError, match="of another network: Mixed has no Two/Relu"):
     simulated(model, variables, TWO, image_size=8)
   x = np.zeros((1, 8, 8, 3), np.float32)
   with pytest.raises(InputError, match="unknown kind of activations 'int4'"):

@@ -1,0 +1,302 @@
+"""The walker of traced programs: a function as one flat list of equations.
+
+JAX traces a function into a program, a jaxpr, whose equations read and make variables. In a jaxpr,
+calls nest: `jax.jit`, `nn.remat` and functions with a derivative rule are single equations, each
+with an inner program that has its own variables. `trace` inlines all such calls, so that a reader
+sees operations only, in order, with one set of variables. Loops and branches (scan, while, cond)
+stay equations, and `flat` or `inner_programs` opens what they hold. `interpret` runs a program on
+values of any kind: arrays, nodes of a graph, or numbers that count something.
+
+Example:
+  >>> program = trace(lambda x: jax.nn.relu(jnp.sin(x)), jnp.ones(3))
+  >>> [equation.primitive for equation in program.equations]
+  ['sin', 'max']
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import jax
+
+Jaxpr: TypeAlias = Any
+"""A jaxpr of JAX, with its constants or without; newer versions have one class for both."""
+
+T = TypeVar("T")
+
+_RULES = ("custom_jvp_call", "custom_vjp_call")
+_NOT_CALLS = ("scan", "reduce", "shard_map")
+"""Primitives whose inner program may fit their inputs although it does not run once on them."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Variable:
+  """A value that a program takes or computes. Two variables are the same only if identical.
+
+  JAX's own variables cannot serve: a function that is called twice is traced once, so both calls
+  share the variables of its program.
+
+  Attributes:
+    aval: the shape and dtype, as JAX's abstract value.
+  """
+
+  aval: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+  """A value that was known when the function was traced: a literal, or an array closed over.
+
+  Attributes:
+    array: the number or array, as the traced program holds it.
+    aval: the shape and dtype, as JAX's abstract value.
+  """
+
+  array: Any
+  aval: Any
+
+
+Operand: TypeAlias = Variable | Constant
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equation:
+  """One operation of a program.
+
+  Attributes:
+    source: JAX's equation, whose variables are those of the program that held it.
+    inputs: what the operation reads.
+    outputs: what the operation makes, results that nobody reads included.
+    scope: the name stack, such as "RepVGG/stage1/block0", the scopes of inlined calls included.
+  """
+
+  source: Any
+  inputs: tuple[Operand, ...]
+  outputs: tuple[Variable, ...]
+  scope: str
+
+  @property
+  def primitive(self) -> str:
+    """The name of the operation."""
+    return self.source.primitive.name
+
+  @property
+  def params(self) -> Mapping[str, Any]:
+    """The parameters of the operation, such as strides or an inner program."""
+    return self.source.params
+
+  def run(self, *values: Any) -> Sequence[Any]:
+    """Computes the outputs from one array for each input, with the operation's own derivatives."""
+    primitive = self.source.primitive
+    # A call with a derivative rule stores its functions in another form than `bind` takes.
+    params = primitive.get_bind_params(self.source.params)
+    with self.source.ctx.manager:
+      results = primitive.bind(*values, **params)
+    return results if primitive.multiple_results else [results]
+
+
+class Rule(NamedTuple):
+  """A call of a function with a derivative rule (custom_jvp, custom_vjp), which was inlined.
+
+  Attributes:
+    call: the call as one equation, which `Equation.run` computes with the rule.
+    start: the place of the first equation that the call became.
+    stop: the place after the last of these equations.
+  """
+
+  call: Equation
+  start: int
+  stop: int
+
+
+class Program(NamedTuple):
+  """A flat program.
+
+  Attributes:
+    inputs: one variable for each array that the function takes.
+    equations: operations in an order in which they can be computed.
+    outputs: what the function returns; an input or a constant may be among them.
+    rules: the inlined calls with derivative rules, an outer call before those inside it.
+    results: the shapes and dtypes of the outputs, as the tree that the function returns.
+  """
+
+  inputs: tuple[Variable, ...]
+  equations: tuple[Equation, ...]
+  outputs: tuple[Operand, ...]
+  rules: tuple[Rule, ...]
+  results: Any
+
+  def with_rules(self, keep: Callable[[Rule], bool]) -> Iterator[Equation]:
+    """Yields the equations, with each call whose rule is to be kept as one equation."""
+    kept: dict[int, Rule] = {}
+    for rule in self.rules:
+      if keep(rule):
+        kept.setdefault(rule.start, rule)  # the outermost comes first
+    place = 0
+    while place < len(self.equations):
+      rule = kept.get(place)
+      yield rule.call if rule else self.equations[place]
+      place = rule.stop if rule else place + 1
+
+
+def trace(function: Callable[..., Any], *args: Any) -> Program:
+  """Traces a function and returns its flat program.
+
+  Args:
+    function: any function that JAX can trace.
+    *args: trees of arrays, or of shapes and dtypes. Nothing is computed.
+
+  Returns:
+    A program whose inputs are the leaves of all arguments, in order.
+  """
+  jaxpr, results = jax.make_jaxpr(function, return_shape=True)(*args)
+  return flat(jaxpr)._replace(results=results)
+
+
+def flat(jaxpr: Jaxpr, scope: str = "") -> Program:
+  """Inlines the calls of a jaxpr, such as the body of a loop.
+
+  Args:
+    jaxpr: with its constants, if it has any.
+    scope: the name stack around the jaxpr.
+  """
+  body = getattr(jaxpr, "jaxpr", jaxpr)
+  inputs = tuple(Variable(variable.aval) for variable in body.invars)
+  inlining = _Inlining()
+  outputs = tuple(inlining.add(jaxpr, inputs, scope))
+  results = tuple(output.aval for output in outputs)
+  return Program(inputs, tuple(inlining.equations), outputs, tuple(inlining.rules), results)
+
+
+def inner_programs(equation: Equation) -> list[Program]:
+  """Opens every program that an equation holds, such as all branches of a cond."""
+  return [flat(jaxpr, equation.scope) for jaxpr in _jaxprs(equation.params)]
+
+
+def interpret(
+  program: Program,
+  inputs: Sequence[T],
+  apply: Callable[[Equation, list[T]], Sequence[T]],
+  constant: Callable[[Constant], T],
+  keep: Callable[[Rule], bool] = lambda rule: False,
+) -> list[T]:
+  """Runs a program on values of any kind.
+
+  Args:
+    program: to be run.
+    inputs: one value for each input of the program.
+    apply: computes the values of an equation's outputs from the values of its inputs.
+    constant: makes a value of a constant.
+    keep: selects calls with derivative rules that `apply` takes as one equation.
+
+  Returns:
+    One value for each output of the program.
+
+  Example:
+    >>> program = trace(jnp.sin, 0.0)
+    >>> interpret(program, [0.0], lambda equation, x: equation.run(*x), lambda c: c.array)
+    [Array(0., dtype=float32, weak_type=True)]
+  """
+  values = dict(zip(program.inputs, inputs))
+
+  def read(operand: Operand) -> T:
+    return constant(operand) if isinstance(operand, Constant) else values[operand]
+
+  for equation in program.with_rules(keep):
+    results = apply(equation, [read(operand) for operand in equation.inputs])
+    values.update(zip(equation.outputs, results))
+  return [read(operand) for operand in program.outputs]
+
+
+class _Inlining:
+  """A flat program under construction."""
+
+  def __init__(self):
+    self.equations: list[Equation] = []
+    self.rules: list[Rule] = []
+
+  def add(self, jaxpr: Jaxpr, inputs: Sequence[Operand], scope: str) -> list[Operand]:
+    """Appends the equations of a jaxpr that reads these inputs, and returns its outputs."""
+    body, constants = getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+    # Fresh variables for each call, since JAX shares a program among calls of one function.
+    here: dict[Any, Operand] = {
+      variable: Constant(array, variable.aval) for variable, array in zip(body.constvars, constants)
+    }
+    here.update(zip(body.invars, inputs))
+
+    def read(atom: Any) -> Operand:
+      # A literal holds its number, and cannot be the key of a dict.
+      return Constant(atom.val, atom.aval) if hasattr(atom, "val") else here[atom]
+
+    for source in body.eqns:
+      inner = "/".join(filter(None, (scope, str(source.source_info.name_stack))))
+      operands = tuple(read(atom) for atom in source.invars)
+      outputs = self._add(source, operands, inner)
+      here.update(zip(source.outvars, outputs))
+    return [read(atom) for atom in body.outvars]
+
+  def _add(self, source: Any, operands: tuple[Operand, ...], scope: str) -> Sequence[Operand]:
+    """Appends an equation, or what its call becomes, and returns the outputs."""
+    called = _called(source)
+    if called is None:
+      outputs = tuple(Variable(variable.aval) for variable in source.outvars)
+      self.equations.append(Equation(source, operands, outputs, scope))
+      return outputs
+    if not source.primitive.name.startswith(_RULES):
+      return self.add(called, operands, scope)
+    start, place = len(self.equations), len(self.rules)
+    outputs = self._named(self.add(called, operands, scope), start, scope)
+    call = Equation(source, operands, outputs, scope)
+    # Inner rules were appended meanwhile, and the outer rule stands before them.
+    self.rules.insert(place, Rule(call, start, len(self.equations)))
+    return outputs
+
+  def _named(self, outputs: Sequence[Operand], start: int, scope: str) -> tuple[Variable, ...]:
+    """Copies outputs of a call that are not variables made by the call, each once.
+
+    Such a call may be the identity with a derivative rule. Its result needs a variable apart from
+    the variable that was passed, since only the result has the rule's derivative.
+    """
+    made = {variable for equation in self.equations[start:] for variable in equation.outputs}
+    named = []
+    for output in outputs:
+      if isinstance(output, Constant) or output not in made:
+        shape = jax.ShapeDtypeStruct(output.aval.shape, output.aval.dtype)
+        (source,) = jax.make_jaxpr(jax.lax.copy_p.bind)(shape).jaxpr.eqns
+        named.append(Variable(output.aval))
+        self.equations.append(Equation(source, (output,), (named[-1],), scope))
+      else:
+        named.append(output)
+        made.remove(output)  # a second result that is the same value is copied
+    return tuple(named)
+
+
+def _called(source: Any) -> Jaxpr | None:
+  """Returns the program that an equation runs once on its inputs, or None if there is none.
+
+  Names of calls differ between versions of JAX, so that a call is recognised by what it holds. It
+  holds exactly one program, whose inputs and outputs have the shapes and dtypes of the equation's.
+  """
+  jaxprs = list(_jaxprs(source.params))
+  if len(jaxprs) != 1 or source.primitive.name in _NOT_CALLS:
+    return None
+  body = getattr(jaxprs[0], "jaxpr", jaxprs[0])
+  fits = _forms(body.invars) == _forms(source.invars)
+  return jaxprs[0] if fits and _forms(body.outvars) == _forms(source.outvars) else None
+
+
+def _forms(atoms: Sequence[Any]) -> list[tuple[Any, Any]]:
+  """Returns shapes and dtypes; tokens and the like have neither."""
+  avals = [atom.aval for atom in atoms]
+  return [(getattr(aval, "shape", None), getattr(aval, "dtype", None)) for aval in avals]
+
+
+def _jaxprs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+  """Yields the programs in the parameters of an equation."""
+  for value in jax.tree.leaves(list(params.values()), is_leaf=_is_jaxpr):
+    if _is_jaxpr(value):
+      yield value
+
+
+def _is_jaxpr(value: Any) -> bool:
+  return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
