@@ -1,0 +1,175 @@
+"""Python in the README and in docs runs as written; links, commands and tables there are right."""
+
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import pytest
+from PIL import Image
+
+import repjax
+import repjax.models
+from repjax import cli
+from repjax.configs import common
+from tests import helpers
+from tests.models import repmlp_cases, test_parnet, test_resnet
+
+pytest_plugins = ["tests.training.fixtures"]
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+
+def blocks(page, language):
+  """Returns the code blocks of a page in one language."""
+  return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+EXAMPLES = {
+  f"{page.stem}-{number}": block
+  for page in PAGES
+  for number, block in enumerate(blocks(page, "python"))
+}
+
+
+def test_there_are_python_examples():
+  assert len(EXAMPLES) >= 10
+
+
+@pytest.mark.usefixtures("quick_programs")
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_python_examples_run(example, finished, tmp_path, monkeypatch):
+  block = EXAMPLES[example]
+  if "jax.jit(model.apply)" in block:  # a shallow network under the same name compiles faster
+    family, row = repjax.models._MODELS["repvgg_a0"]
+    shallow = (family, {**row, "stage_sizes": (1, 1, 2, 1)})
+    monkeypatch.setitem(repjax.models._MODELS, "repvgg_a0", shallow)
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "digits").symlink_to(finished[0])
+  monkeypatch.chdir(tmp_path)
+  Image.new("L", (8, 8)).save("picture.png")
+  exec(compile(block, example, "exec"), {})
+
+
+def test_the_readme_is_short():
+  assert len(README.read_text().split()) < 1500
+  assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 60
+
+
+def anchors(page):
+  """Returns the anchors that GitHub gives to the headings of a page."""
+  prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+  headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+  return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.stem)
+def test_relative_links_lead_somewhere(page):
+  for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+    if target.startswith("https://"):
+      continue
+    path, _, anchor = target.partition("#")
+    linked = (page.parent / path).resolve() if path else page
+    assert linked.exists(), target
+    assert not anchor or anchor in anchors(linked), target
+
+
+def test_the_index_lists_every_page():
+  index = (ROOT / "docs" / "README.md").read_text()
+  for page in PAGES[1:]:
+    assert page.name == "README.md" or f"]({page.name})" in index, page.name
+
+
+def commands():
+  """Yields the words of every command in the shell blocks, without the environment in front."""
+  for page in PAGES:
+    for line in "".join(blocks(page, "sh")).splitlines():
+      words = shlex.split(line, comments=True)
+      while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+      if words:
+        yield words
+
+
+def test_the_first_commands_are_the_demo_and_the_tests():
+  assert list(commands())[:2] == [["make", "demo"], ["make", "test"]]
+
+
+def test_commands_and_their_flags_exist():
+  fields, checked = common.get_config(), 0
+  for words in commands():
+    line, wrappers = " ".join(words), {"srun": 1, "taskset": 3}
+    words = words[wrappers.get(words[0], 0) :]
+    if words[0] == "repjax":
+      assert words[1] in cli.COMMANDS, line
+      sources = ROOT / "repjax" / "cli"
+    elif words[0] == "python" and words[1].endswith(".py"):
+      assert (ROOT / words[1]).exists(), line
+      sources = ROOT / ("repjax/cli" if words[1] == "main.py" else Path(words[1]).parent)
+    else:
+      continue
+    text = "".join(path.read_text() for path in sources.glob("*.py"))
+    for flag in (word.split("=")[0] for word in words if word.startswith("--")):
+      if flag.startswith("--config."):
+        assert flag.removeprefix("--config.").split(".")[0] in fields, line
+      else:
+        assert f'"{flag}"' in text or f'"{flag.removeprefix("--")}"' in text, line
+    if "--config" in words:
+      name = words[words.index("--config") + 1]
+      assert (ROOT / (name if name.endswith(".py") else f"configs/{name}.py")).exists(), line
+    checked += 1
+  assert checked > 40
+
+
+def counts(name):
+  """Returns the parameters of a model in both forms.
+
+  They are golden numbers, which different tests compare with the models, or are counted here.
+  """
+  golden = helpers.counts() | repmlp_cases.counts()
+  golden |= helpers.repmlpnet_goldens()["counts"] | helpers.parnet_goldens()["counts"]
+  if name in golden:
+    train, deploy = (golden[name][f"{form}_params"] for form in ("train", "deploy"))
+    if name.startswith("repmlpnet"):
+      deploy -= helpers.folded_beyond_the_authors(repjax.create_model(name))
+    if name.startswith("parnet"):
+      deploy += test_parnet.folded_beyond_the_authors(repjax.create_model(name))
+    return train, deploy
+  if name in test_resnet.PARAMETERS:
+    train = test_resnet.PARAMETERS[name]
+    return train, train - test_resnet.NORMALISED[name]
+  spec = repjax.ModelSpec.usual(name, num_classes=10 if "cifar" in name else 1000)
+  shapes = (spec.variable_shapes(deploy=deploy) for deploy in (False, True))
+  return tuple(sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) for tree in shapes)
+
+
+def listed():
+  """Returns the table of docs/models.md: name to (training, deploy) parameters as written."""
+  text = (ROOT / "docs" / "models.md").read_text()
+  rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \|", text, re.MULTILINE)
+  return {name: (train, deploy) for name, train, deploy in rows}
+
+
+def test_every_model_is_listed_with_its_parameters():
+  assert sorted(listed()) == repjax.list_models()
+  for name, written in listed().items():
+    assert written == tuple(f"{count:,}" for count in counts(name)), name
+
+
+def test_families_have_the_parameters_of_their_models():
+  section = README.read_text().split("## Models\n")[1].split("\n## ")[0]
+  rows = re.findall(r"^\| \[.+?\) \| (.+?) \| (.+?) \| (.+?) \|", section, re.MULTILINE)
+  found = set()
+  for names, *written in rows:
+    patterns = [pattern.replace("*", ".*") for pattern in re.findall(r"`([^`]+)`", names)]
+    models = {name for name in listed() for each in patterns if re.fullmatch(each, name)}
+    assert not models & found
+    found |= models
+    for form, text in enumerate(written):
+      sizes = [int(listed()[name][form].replace(",", "")) / 1e6 for name in models]
+      bounds = sorted({f"{bound:.1f} M" for bound in (min(sizes), max(sizes))}, key=len)
+      assert sorted(text.split(" to "), key=len) == bounds, (names, text)
+  assert found == set(listed())
