@@ -5,13 +5,17 @@ import shlex
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 import repjax
 import repjax.models
-from repjax import cli
+from repjax import cli, layers
+from repjax.algebra import bn_affine
 from repjax.configs import common
+from repjax.weights.naming import Row
 from tests import helpers
 from tests.models import repmlp_cases, test_parnet, test_resnet
 
@@ -52,6 +56,23 @@ def test_python_examples_run(example, finished, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   Image.new("L", (8, 8)).save("picture.png")
   exec(compile(block, example, "exec"), {})
+
+
+def test_the_worked_example_runs():
+  (block,) = blocks(ROOT / "CONTRIBUTING.md", "python")
+  scope = {"VARIANTS": {}, "NAMINGS": {}, "Row": Row, "common": common, "nn": nn}
+  scope |= {"RepLayer": layers.RepLayer, "refuse_training": layers.base.refuse_training}
+  scope |= {"bn_affine": bn_affine, "linear": layers.linear}
+  exec(compile(block, "CONTRIBUTING.md", "exec"), scope)
+  assert scope["get_config"]().model in scope["VARIANTS"]
+  assert scope["NAMINGS"].keys() == scope["VARIANTS"].keys()
+
+  layer = scope["NormedDense"](features=5)
+  x = jax.random.normal(jax.random.key(0), (4, 3))
+  variables = helpers.randomise(layer.init(jax.random.key(1), x))
+  folded = scope["fold_normed_dense"](variables["params"], variables["batch_stats"], 1e-5)
+  same = scope["NormedDense"](features=5, deploy=True).apply({"params": folded}, x)
+  np.testing.assert_allclose(same, layer.apply(variables, x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_readme_is_short():
