@@ -1,5 +1,6 @@
 """Python in the README and in docs runs as written; links, commands and tables there are right."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -191,6 +192,31 @@ def test_families_have_the_parameters_of_their_models():
     found |= models
     for form, text in enumerate(written):
       sizes = [int(listed()[name][form].replace(",", "")) / 1e6 for name in models]
-      bounds = sorted({f"{bound:.1f} M" for bound in (min(sizes), max(sizes))}, key=len)
-      assert sorted(text.split(" to "), key=len) == bounds, (names, text)
+      bounds = dict.fromkeys(f"{bound:.1f} M" for bound in (min(sizes), max(sizes)))
+      assert text.split(" to ") == list(bounds), names
   assert found == set(listed())
+
+
+def test_overrides_are_those_of_the_classes():
+  models = {
+    "RepVGG": "repvgg_a0",
+    "ResNet": "resnet18",
+    "`repmlp_resnet50_*`": "repmlp_resnet50_light",
+    "`repmlp_cifar`": "repmlp_cifar",
+    "RepMLPNet": "repmlpnet_t224",
+    "ParNet": "parnet_s",
+    "VGG": "vgg16",
+  }
+  fields = {
+    row: {field.name for field in dataclasses.fields(repjax.create_model(name))}
+    for row, name in models.items()
+  }
+  shared = set.intersection(*fields.values())
+  section = (ROOT / "docs" / "models.md").read_text().split("## Overrides\n")[1]
+  found = {
+    row: set(re.findall(r"`(\w+)`", text))
+    for row, text in re.findall(r"^\| (\S+) \| (.+) \|$", section, re.MULTILINE)
+    if row in models
+  }
+  found["`repmlp_resnet50_*`"] |= found["ResNet"]
+  assert found == {row: names - shared for row, names in fields.items()}
