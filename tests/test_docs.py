@@ -99,8 +99,9 @@ def test_relative_links_lead_somewhere(page):
     assert not anchor or anchor in anchors(linked), target
 
 
-def test_the_index_lists_every_page():
+def test_the_index_lists_every_page_and_command():
   index = (ROOT / "docs" / "README.md").read_text()
+  assert re.findall(r"^\| `repjax ([\w-]+)`", index, re.MULTILINE) == list(cli.COMMANDS)
   for page in PAGES[1:]:
     assert page.name == "README.md" or f"]({page.name})" in index, page.name
 
