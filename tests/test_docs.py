@@ -25,7 +25,7 @@ pytest_plugins = ["tests.training.fixtures"]
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+DOCUMENTS = sorted({*PAGES, *ROOT.glob("*.md"), *ROOT.glob("*/README.md")})
 
 
 def blocks(page, language):
@@ -88,7 +88,7 @@ def anchors(page):
   return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(page):
   for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
     if target.startswith("https://"):
