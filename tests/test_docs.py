@@ -34,7 +34,7 @@ def blocks(page, language):
 
 
 EXAMPLES = {
-  f"{page.stem}-{number}": block
+  f"{page.relative_to(ROOT)}-{number}": block
   for page in PAGES
   for number, block in enumerate(blocks(page, "python"))
 }
