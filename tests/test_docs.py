@@ -1,0 +1,231 @@
+"""Python in the README and in docs runs as written; links, commands and tables there are right."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from PIL import Image
+
+import repjax
+import repjax.models
+from repjax import cli, layers
+from repjax.algebra import bn_affine
+from repjax.configs import common
+from repjax.weights.naming import Row
+from tests import helpers
+from tests.models import repmlp_cases, test_parnet, test_resnet
+
+pytest_plugins = ["tests.training.fixtures"]
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = sorted({*PAGES, *ROOT.glob("*.md"), *ROOT.glob("*/README.md")})
+
+
+def blocks(page, language):
+  """Returns the code blocks of a page in one language."""
+  return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+EXAMPLES = {
+  f"{page.relative_to(ROOT)}-{number}": block
+  for page in PAGES
+  for number, block in enumerate(blocks(page, "python"))
+}
+
+
+def test_there_are_python_examples():
+  assert len(EXAMPLES) >= 10
+
+
+@pytest.mark.usefixtures("quick_programs")
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_python_examples_run(example, finished, tmp_path, monkeypatch):
+  block = EXAMPLES[example]
+  if "jax.jit(model.apply)" in block:  # a shallow network under the same name compiles faster
+    family, row = repjax.models._MODELS["repvgg_a0"]
+    shallow = (family, {**row, "stage_sizes": (1, 1, 2, 1)})
+    monkeypatch.setitem(repjax.models._MODELS, "repvgg_a0", shallow)
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "digits").symlink_to(finished[0])
+  monkeypatch.chdir(tmp_path)
+  Image.new("L", (8, 8)).save("picture.png")
+  exec(compile(block, example, "exec"), {})
+
+
+def test_the_worked_example_runs():
+  (block,) = blocks(ROOT / "CONTRIBUTING.md", "python")
+  scope = {"VARIANTS": {}, "NAMINGS": {}, "Row": Row, "common": common, "nn": nn}
+  scope |= {"RepLayer": layers.RepLayer, "refuse_training": layers.base.refuse_training}
+  scope |= {"bn_affine": bn_affine, "linear": layers.linear}
+  exec(compile(block, "CONTRIBUTING.md", "exec"), scope)
+  assert scope["get_config"]().model in scope["VARIANTS"]
+  assert scope["NAMINGS"].keys() == scope["VARIANTS"].keys()
+
+  layer = scope["NormedDense"](features=5)
+  x = jax.random.normal(jax.random.key(0), (4, 3))
+  variables = helpers.randomise(layer.init(jax.random.key(1), x))
+  folded = scope["fold_normed_dense"](variables["params"], variables["batch_stats"], 1e-5)
+  same = scope["NormedDense"](features=5, deploy=True).apply({"params": folded}, x)
+  np.testing.assert_allclose(same, layer.apply(variables, x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_readme_is_short():
+  assert len(README.read_text().split()) < 1500
+  assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 60
+
+
+def anchors(page):
+  """Returns the anchors that GitHub gives to the headings of a page."""
+  prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+  headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+  return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page):
+  for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+    if target.startswith("https://"):
+      continue
+    path, _, anchor = target.partition("#")
+    linked = (page.parent / path).resolve() if path else page
+    assert linked.exists(), target
+    assert not anchor or anchor in anchors(linked), target
+
+
+def test_the_index_lists_every_page_and_command():
+  index = (ROOT / "docs" / "README.md").read_text()
+  assert re.findall(r"^\| `repjax ([\w-]+)`", index, re.MULTILINE) == list(cli.COMMANDS)
+  for page in PAGES[1:]:
+    assert page.name == "README.md" or f"]({page.name})" in index, page.name
+
+
+def commands():
+  """Yields the words of every command in the shell blocks, without the environment in front."""
+  for page in PAGES:
+    for line in "".join(blocks(page, "sh")).splitlines():
+      words = shlex.split(line, comments=True)
+      while words and re.match(r"[A-Z_]+=", words[0]):
+        words = words[1:]
+      if words:
+        yield words
+
+
+def test_the_first_commands_are_the_demo_and_the_tests():
+  assert list(commands())[:2] == [["make", "demo"], ["make", "test"]]
+
+
+def known_flags(words, capsys):
+  """Returns the text that holds every flag of a command: its help, or the source of its folder."""
+  if words[0] == "python" or words[1] == "train":
+    folder = "repjax/cli" if words[1] in ("main.py", "train") else Path(words[1]).parent
+    return "".join(path.read_text() for path in (ROOT / folder).glob("*.py"))
+  with pytest.raises(SystemExit):
+    cli.main([words[1], "--help"])
+  return capsys.readouterr().out
+
+
+def test_commands_and_their_flags_exist(capsys):
+  fields, checked = common.get_config(), 0
+  for words in commands():
+    line, wrappers = " ".join(words), {"srun": 1, "taskset": 3}
+    words = words[wrappers.get(words[0], 0) :]
+    if words[0] == "repjax":
+      assert words[1] in cli.COMMANDS, line
+    elif words[0] == "python" and words[1].endswith(".py"):
+      assert (ROOT / words[1]).exists(), line
+    else:
+      continue
+    known = re.findall(r"[\w-]+", known_flags(words, capsys))
+    for flag in (word.split("=")[0] for word in words if word.startswith("--")):
+      if flag.startswith("--config."):
+        assert flag.removeprefix("--config.").split(".")[0] in fields, line
+      else:
+        assert flag in known or flag.removeprefix("--") in known, line
+    if "--config" in words:
+      name = words[words.index("--config") + 1]
+      assert (ROOT / (name if name.endswith(".py") else f"configs/{name}.py")).exists(), line
+    checked += 1
+  assert checked > 40
+
+
+def counts(name):
+  """Returns the parameters of a model in both forms.
+
+  They are golden numbers, which different tests compare with the models, or are counted here.
+  """
+  golden = helpers.counts() | repmlp_cases.counts()
+  golden |= helpers.repmlpnet_goldens()["counts"] | helpers.parnet_goldens()["counts"]
+  if name in golden:
+    train, deploy = (golden[name][f"{form}_params"] for form in ("train", "deploy"))
+    if name.startswith("repmlpnet"):
+      deploy -= helpers.folded_beyond_the_authors(repjax.create_model(name))
+    if name.startswith("parnet"):
+      deploy += test_parnet.folded_beyond_the_authors(repjax.create_model(name))
+    return train, deploy
+  if name in test_resnet.PARAMETERS:
+    train = test_resnet.PARAMETERS[name]
+    return train, train - test_resnet.NORMALISED[name]
+  spec = repjax.ModelSpec.usual(name, num_classes=10 if "cifar" in name else 1000)
+  shapes = (spec.variable_shapes(deploy=deploy) for deploy in (False, True))
+  return tuple(sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) for tree in shapes)
+
+
+def listed():
+  """Returns the table of docs/models.md: name to (training, deploy) parameters as written."""
+  text = (ROOT / "docs" / "models.md").read_text()
+  rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \|", text, re.MULTILINE)
+  return {name: (train, deploy) for name, train, deploy in rows}
+
+
+def test_every_model_is_listed_with_its_parameters():
+  assert sorted(listed()) == repjax.list_models()
+  for name, written in listed().items():
+    assert written == tuple(f"{count:,}" for count in counts(name)), name
+
+
+def test_families_have_the_parameters_of_their_models():
+  section = README.read_text().split("## Models\n")[1].split("\n## ")[0]
+  rows = re.findall(r"^\| \[.+?\) \| (.+?) \| (.+?) \| (.+?) \|", section, re.MULTILINE)
+  found = set()
+  for names, *written in rows:
+    patterns = [pattern.replace("*", ".*") for pattern in re.findall(r"`([^`]+)`", names)]
+    models = {name for name in listed() for each in patterns if re.fullmatch(each, name)}
+    assert not models & found
+    found |= models
+    for form, text in enumerate(written):
+      sizes = [int(listed()[name][form].replace(",", "")) / 1e6 for name in models]
+      bounds = dict.fromkeys(f"{bound:.1f} M" for bound in (min(sizes), max(sizes)))
+      assert text.split(" to ") == list(bounds), names
+  assert found == set(listed())
+
+
+def test_overrides_are_those_of_the_classes():
+  models = {
+    "RepVGG": "repvgg_a0",
+    "ResNet": "resnet18",
+    "`repmlp_resnet50_*`": "repmlp_resnet50_light",
+    "`repmlp_cifar`": "repmlp_cifar",
+    "RepMLPNet": "repmlpnet_t224",
+    "ParNet": "parnet_s",
+    "VGG": "vgg16",
+  }
+  fields = {
+    row: {field.name for field in dataclasses.fields(repjax.create_model(name))}
+    for row, name in models.items()
+  }
+  shared = set.intersection(*fields.values())
+  section = (ROOT / "docs" / "models.md").read_text().split("## Overrides\n")[1]
+  found = {
+    row: set(re.findall(r"`(\w+)`", text))
+    for row, text in re.findall(r"^\| (\S+) \| (.+) \|$", section, re.MULTILINE)
+    if row in models
+  }
+  found["`repmlp_resnet50_*`"] |= found["ResNet"]
+  assert found == {row: names - shared for row, names in fields.items()}
