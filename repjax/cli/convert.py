@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from repjax import training
+from repjax import runs, training
 from repjax.errors import one_paragraph
 from repjax.runs import lock
 from repjax.training.conversion import format_report
@@ -35,11 +35,11 @@ def main(argv: Sequence[str]) -> None:
     if (
       arguments.dataset is None
       and arguments.split is None
-      and (arguments.workdir / "import.json").exists()
+      and runs.import_file(arguments.workdir).exists()
     ):
       config.dataset, config.eval_split = "synthetic", "sample"
     if arguments.tolerance is not None:
       config.tolerance = arguments.tolerance
     with lock.hold(arguments.workdir):
       report = training.convert(config, arguments.workdir)
-  print(format_report(report) + f"\nsaved: {arguments.workdir}/deploy")
+  print(format_report(report) + f"\nsaved: {runs.deploy_folder(arguments.workdir)}")

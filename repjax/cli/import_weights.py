@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from repjax import disk, weights
+from repjax import disk, runs, weights
 from repjax.errors import InputError, one_paragraph
 
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
       entry=arguments.entry,
       overrides=parse_overrides(arguments.overrides),
     )
-  preprocessing = disk.read_json(arguments.workdir / "model.json")["preprocessing"]
+  preprocessing = disk.read_json(runs.model_file(arguments.workdir))["preprocessing"]
   entry = f"entry: {record['entry']}" if record["entry"] else ""
   if record["other_entries"]:
     entry += f" (--entry takes {' or '.join(record['other_entries'])} instead)"

@@ -47,10 +47,10 @@ def main(argv: Sequence[str]) -> None:
       if arguments.undo:
         runs.remove_recalibrated(arguments.workdir)
         print("the checkpoint's own statistics are in use again", flush=True)
-        if arguments.dataset is None and (arguments.workdir / "import.json").exists():
+        if arguments.dataset is None and runs.import_file(arguments.workdir).exists():
           config.dataset, config.eval_split = "synthetic", "sample"
       else:
         record = training.recalibrate(config, arguments.workdir, num_batches=arguments.batches)
         print(format_recalibration(record), flush=True)
       report = training.convert(config, arguments.workdir)
-  print(format_report(report) + f"\nsaved: {arguments.workdir / 'deploy'}")
+  print(format_report(report) + f"\nsaved: {runs.deploy_folder(arguments.workdir)}")

@@ -26,7 +26,12 @@ FREE = {
 
 RESUME = ("auto", "must", "never")
 _OF_A_RUN = (
-  *("config.json", "model.json", "import.json", "metrics.jsonl", "checkpoints", "deploy"),
+  runs.config_file,
+  runs.model_file,
+  runs.import_file,
+  runs.metrics_file,
+  runs.checkpoints_folder,
+  runs.deploy_folder,
 )
 _BEFORE = {
   "backbone_rate": 1.0,
@@ -45,7 +50,7 @@ def check_data(workdir: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> 
     workdir: of the run.
     fingerprints: "train" and "eval" to the `Source.fingerprint` of that split.
   """
-  path = workdir / "data.json"
+  path = runs.data_file(workdir)
   if not runs.checkpoints(workdir) or not path.exists():
     return
   held = disk.read_json(path)
@@ -78,17 +83,17 @@ def check_data(workdir: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> 
 
 def check_workdir(workdir: Path, spec: ModelSpec) -> None:
   """Raises InputError where a workdir holds, or may hold, a run of another model, or an import."""
-  if (workdir / "import.json").exists():
+  if runs.import_file(workdir).exists():
     raise InputError(
       f"{workdir} holds imported weights, not a run; give another --workdir, "
       f"with --config.init_from={workdir} to start from them"
     )
-  if runs.checkpoints(workdir) and not (workdir / "model.json").exists():
+  if runs.checkpoints(workdir) and not runs.model_file(workdir).exists():
     raise InputError(
       f"{workdir} has checkpoints but no model.json that says of which model; restore that file, "
       "or give another --workdir"
     )
-  if (workdir / "model.json").exists():
+  if runs.model_file(workdir).exists():
     held = ModelSpec.read(workdir)
     ours, theirs = ({**s.to_json(), "class_names": ()} for s in (spec, held))
     # Through JSON, so that tuples and lists compare equal.
@@ -113,7 +118,7 @@ def check_resume(workdir: Path, resume: str) -> None:
       f"{workdir} holds no checkpoint to continue from; is it the right folder? --resume=auto "
       "begins a run where there is none"
     )
-  held = [name for name in _OF_A_RUN if (workdir / name).exists()]
+  held = [path(workdir).name for path in _OF_A_RUN if path(workdir).exists()]
   if resume == "never" and held:
     raise InputError(
       f"{workdir} already holds {', '.join(held)}, of a run that --resume=never must not touch; "
@@ -127,7 +132,7 @@ def check_continuing(workdir: Path, config: Config) -> None:
   Fields of FREE may change. One that the run's config.json does not know is newer than that run,
   and is taken for what it was before it could be set.
   """
-  path = workdir / "config.json"
+  path = runs.config_file(workdir)
   if not runs.checkpoints(workdir) or not path.exists():
     return
   held = plain({**_BEFORE, **read_config(workdir).to_dict()})
@@ -148,12 +153,12 @@ def claim_workdir(
 ) -> None:
   """Writes config.json, model.json and data.json, and says which config fields have changed."""
   new = config.to_dict()
-  if (workdir / "config.json").exists():
-    changed = difference(disk.read_json(workdir / "config.json"), plain(new))
+  if runs.config_file(workdir).exists():
+    changed = difference(disk.read_json(runs.config_file(workdir)), plain(new))
     if changed:
       print(f"config changed since this run began: {changed}", flush=True)
-  disk.write_json(workdir / "config.json", new)
-  disk.write_json(workdir / "data.json", plain(fingerprints))
+  disk.write_json(runs.config_file(workdir), new)
+  disk.write_json(runs.data_file(workdir), plain(fingerprints))
   spec.write(workdir)
 
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 import ml_collections
 
-from repjax import disk
+from repjax import disk, runs
 from repjax.data import Source, open_source, parse_augmentation
 from repjax.data.transforms import INTERPOLATIONS
 from repjax.errors import InputError, unknown
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.training import parallel, recipe, watch
+from repjax.training import metrics, parallel, recipe
 
 Config: TypeAlias = Any
 """An ml_collections.ConfigDict with the fields of configs/common.py; their types are its own."""
@@ -133,7 +133,7 @@ def check(config: Config) -> None:
       raise unknown(f"value of config.{field}", config[field], choices)
   parse_augmentation(config.augment)
   if config.tensorboard:
-    watch.check_tensorboard()
+    metrics.check_tensorboard()
   for field in (
     *("image_size", "eval_image_size", "num_classes", "log_every_steps", "accumulate_steps"),
   ):
@@ -230,7 +230,7 @@ def read_config(workdir: str | Path, **changes: Any) -> Config:
   Raises:
     InputError: the folder holds no run, or its config.json is damaged.
   """
-  path = Path(workdir) / "config.json"
+  path = runs.config_file(Path(workdir))
   value = disk.read_json(path)
   if not isinstance(value, dict):
     raise InputError(f"{path} is damaged: it does not hold a config")

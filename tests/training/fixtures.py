@@ -15,8 +15,9 @@ import pytest
 import repjax
 from repjax import cli, training
 from repjax.data import open_source
+from repjax.runs import CheckpointWriter
 from repjax.training import optimizer
-from repjax.training.checkpoint import CheckpointWriter
+from repjax.training.state import to_items
 from repjax.training.step import create_state
 from tests.helpers import randomise
 from tests.training import tiny
@@ -111,7 +112,8 @@ def overtrained(finished, tmp_path):
   variables = randomise(repjax.ModelSpec.read(workdir).variable_shapes())
   sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4)
   writer = CheckpointWriter(workdir)
-  writer.save(create_state(variables, sgd).replace(step=jnp.asarray(20)), accuracy=0.0)
+  state = create_state(variables, sgd).replace(step=jnp.asarray(20))
+  writer.save(20, to_items(state), accuracy=0.0)
   writer.close()
   return workdir
 

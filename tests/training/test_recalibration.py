@@ -17,7 +17,7 @@ from repjax.data import open_source, train_batches
 from repjax.errors import InputError
 from repjax.layers import rep_norm
 from repjax.training import evaluation, finetune, optimizer, planning, recalibration
-from repjax.training.checkpoint import restore_newest
+from repjax.training.state import restore_newest
 from repjax.training.step import create_state
 from tests.helpers import assert_close, leaves, randomise, relative_error, shapes
 from tests.training import tiny
@@ -313,7 +313,7 @@ def replace_checkpoint(workdir, step, accuracy=1.0):
   folder = workdir / "checkpoints" / str(step)
   shutil.rmtree(folder, ignore_errors=True)
   disk.write_tree(folder / "variables", variables)
-  disk.write_json(runs.metrics_file(workdir, step), {"accuracy": accuracy})
+  disk.write_json(runs.accuracy_file(workdir, step), {"accuracy": accuracy})
   return variables
 
 

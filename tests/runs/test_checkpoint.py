@@ -9,8 +9,9 @@ import pytest
 
 from repjax import disk, runs
 from repjax.errors import InputError
+from repjax.runs import CheckpointWriter, read_bookmark
 from repjax.training import optimizer, parallel
-from repjax.training.checkpoint import CheckpointWriter, read_bookmark, restore_newest, to_items
+from repjax.training.state import restore_newest, to_items
 from repjax.training.step import create_state
 from tests.training import tiny
 
@@ -38,7 +39,7 @@ def make_state(step):
 def save(workdir, accuracies):
   writer = CheckpointWriter(workdir)
   for step, accuracy in accuracies.items():
-    writer.save(parallel.place(make_state(step)), accuracy)
+    writer.save(step, to_items(parallel.place(make_state(step))), accuracy)
   writer.close()
 
 
@@ -79,6 +80,17 @@ def saved(tmp_path_factory):
 def workdir(saved, tmp_path):
   """A copy of it."""
   return shutil.copytree(saved, tmp_path / "run")
+
+
+def test_only_numbered_folders_are_checkpoints(tmp_path):
+  for name in ("3", "20", "20.orbax-checkpoint-tmp-5", "notes"):
+    (tmp_path / "checkpoints" / name / "metrics").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "3" / "metrics" / "metrics").write_text('{"accuracy": 0.5}')
+  assert runs.checkpoints(tmp_path) == {3: 0.5, 20: -1.0}
+
+
+def test_a_workdir_without_checkpoints_has_none(tmp_path):
+  assert runs.checkpoints(tmp_path) == {}
 
 
 def test_the_newest_and_the_best_are_kept_and_no_others(workdir):
@@ -122,7 +134,7 @@ def test_variables_can_be_read_alone(workdir):
 def test_a_saved_state_may_be_donated_at_once(tmp_path):
   writer = CheckpointWriter(tmp_path)
   state = parallel.place(make_state(2))
-  writer.save(state, 0.5)
+  writer.save(2, to_items(state), 0.5)
   jax.tree.map(lambda x: x.delete(), state)
   writer.close()
   assert_same(restore_newest(tmp_path, make_state(0)), make_state(2))
@@ -220,8 +232,8 @@ def test_a_state_that_is_not_finite_is_not_saved_without_an_evaluation(tmp_path)
   state = make_state(3)
   spoiled = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
   writer = CheckpointWriter(tmp_path)
-  with pytest.raises(InputError, match="not finite behind step 3, which was therefore not saved"):
-    writer.save(spoiled, None)
+  with pytest.raises(InputError, match="not finite after step 3, which was therefore not saved"):
+    writer.save(3, to_items(spoiled), None)
   writer.close()
   assert runs.checkpoints(tmp_path) == {}
 
@@ -239,8 +251,8 @@ def test_one_without_an_evaluation_is_never_the_best_beside_one_with(tmp_path):
 def test_a_bookmark_comes_back_exactly(tmp_path):
   rows = [{"loss": 1 / 3, "accuracy": 0.1}, {"loss": 1e-300, "accuracy": 1.0}]
   writer = CheckpointWriter(tmp_path)
-  writer.save(make_state(4), 0.5, records=9)
-  writer.save(make_state(6), None, records=11, pending=rows)
+  writer.save(4, to_items(make_state(4)), 0.5, records=9)
+  writer.save(6, to_items(make_state(6)), None, records=11, pending=rows)
   writer.close()
   assert read_bookmark(tmp_path, 4) == (9, [], True, 4)
   assert read_bookmark(tmp_path, 6) == (11, rows, False, 4)
