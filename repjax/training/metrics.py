@@ -1,4 +1,4 @@
-"""What people watch while a run trains: the live line, `timing.jsonl`, and TensorBoard."""
+"""Displays of a run in progress: the live line, `timing.jsonl`, and TensorBoard."""
 
 import importlib.util
 import sys

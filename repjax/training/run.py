@@ -80,7 +80,7 @@ def _prepare(config: Config, workdir: Path, resume: str, held: contextlib.ExitSt
   was.
 
   Args:
-    config: config as given, the same or not in the other processes.
+    config: config as given; that of the first process counts.
     workdir: folder of the run.
     resume: see `train`.
     held: stack that releases the workdir's lock at the end.
@@ -113,10 +113,13 @@ def _begin(
   workdir: Path,
   fingerprints: Mapping[str, Mapping[str, Any]],
 ) -> tuple[TrainState, runs.Bookmark, Roundings | None]:
-  """Checks the workdir, returns what the run starts from, and writes the config; in the first.
+  """Checks the workdir, reads what the run starts from, and writes the config; in the first process.
 
-  The files are written only after a state was read, because only then it is certain that the
-  config fits the run in the workdir.
+  The files are written only after a state was read. Only then is it certain that the config fits
+  the run in the workdir.
+
+  Returns:
+    The state, the position of the loop, and, for quantization-aware training, the roundings.
   """
   continuing.check_data(workdir, fingerprints)
   continuing.check_workdir(workdir, plan.spec)

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, the newest and the best, and what happens when files are damaged."""
+"""Checkpoints come back exactly, the newest and the best are kept, and damage is survived."""
 
 import shutil
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 def make_state(step):
-  """A state in which every number depends on the step."""
+  """Returns a state in which every number depends on the step."""
   rng = np.random.default_rng(step)
 
   def draw(*shape):
@@ -63,7 +63,7 @@ def garble(path):
 
 
 def largest_file(folder):
-  """The one with the numbers in it."""
+  """Returns the largest file below a folder, which holds numbers."""
   files = [path for path in folder.rglob("*") if path.is_file()]
   return max(files, key=lambda path: path.stat().st_size)
 
@@ -78,7 +78,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def workdir(saved, tmp_path):
-  """A copy of it."""
+  """A copy of `saved`, which a test may change."""
   return shutil.copytree(saved, tmp_path / "run")
 
 

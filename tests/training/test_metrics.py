@@ -1,4 +1,4 @@
-"""What people watch: the live line, `timing.jsonl`, and files as TensorBoard reads them."""
+"""The live line, `timing.jsonl`, and event files as TensorBoard reads them."""
 
 import importlib.util
 import io
@@ -19,7 +19,7 @@ pytest_plugins = ["tests.training.fixtures"]
 
 
 class Terminal(io.StringIO):
-  """What a person sees on a terminal: a carriage return goes back, and text overwrites."""
+  """A terminal: a carriage return goes back to the start of a line, and text overwrites."""
 
   def isatty(self):
     return True
@@ -135,7 +135,7 @@ def test_an_update_returns_the_pace_since_the_one_before(clock):
 
 
 def finished(clock, waited, out=None):
-  """The last lines of a run of 85 s after its first step, which waited for 7 s."""
+  """Returns the last lines of a run of 85 s after its first step, which waited for 7 s."""
   out = out or io.StringIO()
   progress = Progress(0, 100, 10, out)
   progress.update(1, 1.0, 0.0, 7.0)
