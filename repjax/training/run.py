@@ -113,7 +113,7 @@ def _begin(
   workdir: Path,
   fingerprints: Mapping[str, Mapping[str, Any]],
 ) -> tuple[TrainState, runs.Bookmark, Roundings | None]:
-  """Checks the workdir, reads what the run starts from, and writes the config; in the first process.
+  """Checks the workdir, reads the first state, and writes the config; in the first process.
 
   The files are written only after a state was read. Only then is it certain that the config fits
   the run in the workdir.
