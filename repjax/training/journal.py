@@ -56,7 +56,7 @@ class Journal:
       stack.callback(self._watch.close)
       self._files = stack.pop_all()
 
-  def steps(self, rows: Sequence[Row]) -> None:
+  def add(self, rows: Sequence[Row]) -> None:
     """Adds the metrics of steps that are done; raises InputError if a save in progress failed."""
     self._rows += rows
     self._checkpoints.poll()

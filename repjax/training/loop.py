@@ -80,7 +80,7 @@ def fit(
   ):
     if run.plan.evaluates(first_step) and not run.bookmark.evaluated:
       # The run was stopped after it had saved this step and before it had evaluated it.
-      accuracy = _evaluate(evaluate, state, interruption, journal)
+      accuracy = _evaluate_and_record(evaluate, state, interruption, journal)
       if accuracy is not None:
         journal.rate(first_step, accuracy)
     if not is_to_stop(interruption) and first_step < run.plan.total_steps:
@@ -129,7 +129,7 @@ def _take_steps(
     saves = evaluates or stops or journal.is_overdue(config.save_every_minutes)
     if saves or logs or step == first_step:
       rows, pending = _fetch(pending, step), []
-      journal.steps(rows)
+      journal.add(rows)
       if step == first_step:
         # Shown and not recorded: records may not depend on where a run was interrupted.
         journal.show(step, rows[0], batches.waited)
@@ -138,7 +138,7 @@ def _take_steps(
     if saves:
       accuracy = None
       if evaluates and not stops:
-        accuracy = _evaluate(evaluate, state, interruption, journal)
+        accuracy = _evaluate_and_record(evaluate, state, interruption, journal)
         stops = is_to_stop(interruption)
       journal.save(state, accuracy)
     if stops:
@@ -162,7 +162,7 @@ def is_to_stop(interruption: Interruption, *, ask: bool = True) -> bool:
   return interruption.agreed
 
 
-def _evaluate(
+def _evaluate_and_record(
   evaluate: Evaluate, state: TrainState, interruption: Interruption, journal: Journal
 ) -> float | None:
   """Evaluates and records a state; returns the accuracy, None where the run has to stop."""
