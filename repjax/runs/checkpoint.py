@@ -72,7 +72,7 @@ def read_checkpoint(
   found = checkpoints(workdir)
   deploy = disk.current_folder(paths.deploy_folder(workdir))
   if not found and paths.params_folder(deploy).exists():
-    raise InputError(f"{workdir} holds a deploy form only; the training form cannot be had from it")
+    raise InputError(f"{workdir} holds a deploy form only; no training form can be made from it")
   order = sorted(found, key=lambda step: (found[step] if best else 0, step), reverse=True)
   problems = []
   for step in order:
@@ -81,7 +81,7 @@ def read_checkpoint(
       return step, {item: disk.read_tree(folder / item, like) for item, like in items.items()}
     except InputError as error:
       problems.append(str(error))
-      print(f"checkpoint of step {step} is damaged, trying another: {error}", flush=True)
+      print(f"checkpoint of step {step} is damaged, trying the next one: {error}", flush=True)
   raise InputError(
     f"{paths.checkpoints_folder(workdir)} holds no whole checkpoint"
     + (f": {'; '.join(problems)}" if problems else "; has this run saved one yet?")

@@ -55,7 +55,9 @@ def _make(workdir: Path) -> list[Path]:
   except (FileExistsError, NotADirectoryError):
     raise InputError(f"{workdir} cannot be a folder: there is a file of that name") from None
   except OSError as error:
-    raise InputError(f"{workdir} cannot be made: {error.strerror}; give another") from error
+    raise InputError(
+      f"{workdir} cannot be made: {error.strerror}; give a different folder"
+    ) from error
   return missing
 
 
@@ -79,8 +81,8 @@ def _take(path: Path) -> int | None:
     except BlockingIOError:
       os.close(file)
       raise InputError(
-        f"{path.parent} is in use by {_holder(path)}; wait for it or stop it, or give another "
-        "folder"
+        f"{path.parent} is in use by {_holder(path)}. Wait for that process, stop it, or give a "
+        "different folder"
       ) from None
     except OSError as error:
       os.close(file)

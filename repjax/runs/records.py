@@ -32,7 +32,7 @@ class RecordsFile:
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     kept = [line for line in lines if _step_of(line) <= first_step][:count]
     if count is not None and len(kept) < count:
-      print(f"{path} lacks {count - len(kept)} records; the run goes on without them", flush=True)
+      print(f"{path} lacks {count - len(kept)} records; the run continues without them", flush=True)
     draft = path.with_suffix(".draft")
     with disk.writing(path):
       draft.write_text("".join(f"{line}\n" for line in kept))

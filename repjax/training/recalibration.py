@@ -164,9 +164,9 @@ def _with_defaults(config: Config, workdir: Path, is_import: bool) -> Config:
   """Returns the config with the fields that an import lacks; raises InputError for a bad one."""
   if config.get("qat") or runs.rounding_file(workdir).exists():
     raise InputError(
-      f"{workdir} was trained in 8 bits (config.qat), under statistics that stayed what they were: "
-      "with others neither its ranges nor its int8/ would belong to it; recalibrate the run that "
-      "config.init_from names, and train in 8 bits from there"
+      f"{workdir} was trained in 8 bits (config.qat) with fixed statistics, to which its ranges "
+      "and its int8/ belong. Recalibrate the run that config.init_from names, and train in 8 bits from "
+      "there"
     )
   if is_import:
     config = type(config)({**_IMPORTED, **config.to_dict()})
@@ -191,7 +191,7 @@ def _open_splits(config: Config, is_import: bool, spec: ModelSpec) -> tuple[Sour
   if comparable and spec.class_names and train.class_names != spec.class_names:
     raise InputError(
       f"{config.dataset} has other classes than the model: {', '.join(train.class_names[:3])}, ... "
-      f"where it knows {', '.join(spec.class_names[:3])}, ...; name the set that it was trained on"
+      f"instead of {', '.join(spec.class_names[:3])}, ...; name the data set of its training"
     )
   planning.check_batch_fits(config, train)
   return train, held_out

@@ -165,8 +165,8 @@ def _say_continuing(config: Config, workdir: Path, step: int) -> runs.Bookmark:
   bookmark = runs.read_bookmark(workdir, step)
   if bookmark.devices not in (None, jax.device_count()):
     print(
-      f"it was trained on {bookmark.devices} devices and goes on with {jax.device_count()}, so "
-      "it ends otherwise than it would there: batch norms see other parts of a batch",
+      f"the run had {bookmark.devices} devices so far and now has {jax.device_count()}. Batch "
+      "norms see different parts of a batch, so it ends differently than it would on the same devices",
       flush=True,
     )
   return bookmark

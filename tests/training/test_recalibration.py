@@ -424,7 +424,7 @@ def named(*names):
   ("names", "said"),
   [
     (("a", "b"), "digits has 2 classes, the model has 10"),
-    (tuple("abcdefghij"), "other classes than the model: a, b, c, ... where it knows 0, 1, 2, ..."),
+    (tuple("abcdefghij"), "other classes than the model: a, b, c, ... instead of 0, 1, 2, ..."),
   ],
   ids=["number", "names"],
 )

@@ -168,7 +168,7 @@ def test_a_finished_run_started_again_trains_no_further(
   assert training.train(tiny.config(digits_dir), workdir) == finished[1]
   printed = capsys.readouterr().out
   assert "all 12 steps were done already" in printed
-  assert "goes on with" not in printed
+  assert "devices so far" not in printed
   assert files() == before
 
 
@@ -177,7 +177,7 @@ def test_a_run_that_continues_on_other_devices_says_so(finished, digits_dir, tmp
   path = workdir / "checkpoints" / "12" / "bookmark" / "metadata"
   disk.write_json(path, {**disk.read_json(path), "devices": 8})
   training.train(tiny.config(digits_dir), workdir)
-  assert "it was trained on 8 devices and goes on with 4, so it ends" in capsys.readouterr().out
+  assert "had 8 devices so far and now has 4" in capsys.readouterr().out
 
 
 # After step 8 comes an evaluation, which notices before any step does.
