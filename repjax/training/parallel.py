@@ -109,6 +109,6 @@ def check_batch_size(batch_size: int, *, parts: int = 1, mixing: bool = False) -
     )
   if mixing and batch_size < 2 * unit:
     raise InputError(
-      "config.mixup and config.cutmix mix the images that one device has at a time. A batch_size "
-      f"of {batch_size} over {cut} leaves it one image; use at least {2 * unit}, or set both to 0"
+      "config.mixup and config.cutmix mix the images that one device has at a time, and "
+      f"batch_size {batch_size} over {cut} leaves it one; use at least {2 * unit}, or set both to 0"
     )

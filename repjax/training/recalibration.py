@@ -165,8 +165,8 @@ def _with_defaults(config: Config, workdir: Path, is_import: bool) -> Config:
   if config.get("qat") or runs.rounding_file(workdir).exists():
     raise InputError(
       f"{workdir} was trained in 8 bits (config.qat) with fixed statistics, to which its ranges "
-      "and its int8/ belong. Recalibrate the run that config.init_from names, and train in 8 bits from "
-      "there"
+      "and its int8/ belong. Recalibrate the run that config.init_from names, and train in 8 bits "
+      "from there"
     )
   if is_import:
     config = type(config)({**_IMPORTED, **config.to_dict()})

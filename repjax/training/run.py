@@ -166,7 +166,7 @@ def _say_continuing(config: Config, workdir: Path, step: int) -> runs.Bookmark:
   if bookmark.devices not in (None, jax.device_count()):
     print(
       f"the run had {bookmark.devices} devices so far and now has {jax.device_count()}. Batch "
-      "norms see different parts of a batch, so it ends differently than it would on the same devices",
+      "norms see different parts of a batch, so the result differs from that of the same devices",
       flush=True,
     )
   return bookmark
