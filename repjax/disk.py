@@ -1,4 +1,8 @@
-"""Files on disk: JSON and trees of arrays, written whole or not at all, with clear errors."""
+"""Files on disk: JSON files and trees of arrays, written completely or not at all.
+
+Everything is first written under a draft's name, then flushed to the disk, then renamed. A rename
+is atomic, so a reader sees the old file or the new one. After a power cut, so does the next run.
+"""
 
 import contextlib
 import errno
@@ -22,10 +26,10 @@ from repjax.errors import InputError
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes a JSON file that is never seen half-written.
+  """Writes a JSON file that nobody ever sees half-written, and makes its folder.
 
   Raises:
-    InputError: it cannot be written; what was there before is intact.
+    InputError: the file cannot be written; an earlier file of that name is intact.
   """
   text = json.dumps(value, indent=2) + "\n"
   try:
@@ -40,17 +44,19 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-  """Says what could not be written when anything fails, such as a disk that is full.
+  """Turns an error while `path` is written, such as a full disk, into an InputError.
+
+  The caller writes to a draft, since the message promises that earlier files are intact.
 
   Raises:
-    InputError: in place of the error; its text promises that what was there before is intact.
+    InputError: anything was raised inside; the text names the path and the reason.
   """
   try:
     yield
   except InputError:
     raise
-  except Exception as error:  # TensorStore's are of many kinds
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # how it tells the system's
+  except Exception as error:  # TensorStore raises many kinds, with the errno in their text
+    code = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(code[1]) if code else getattr(error, "errno", None)
     reason = os.strerror(number) if number else str(error).partition("\n")[0][:300]
     raise InputError(
@@ -60,29 +66,34 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def put(draft: Path, path: Path) -> None:
-  """Gives a finished file or folder its name; a power cut leaves it whole or not there at all."""
+  """Gives a finished file or folder its name, durably.
+
+  The content reaches the disk before the name does. So a power cut leaves the new content under
+  `path` or the old one, never a part.
+  """
   sync(draft)
   draft.replace(path)
   sync_entries(path.parent)
 
 
 def sync(path: Path) -> None:
-  """Waits until a file, or a folder with all that is below it, is on the disk itself."""
+  """Waits until a file, or a folder with everything below it, is on the disk itself."""
   for each in (path, *(path.rglob("*") if path.is_dir() else ())):
     _sync_one(each)
 
 
 def sync_entries(folder: Path) -> None:
-  """Waits until a folder's entries, not what is in them, are on the disk itself."""
+  """Waits until the names in a folder are on the disk itself, without their contents."""
   _sync_one(folder)
 
 
 def _sync_one(path: Path) -> None:
+  """Flushes one file, or the list of names in one folder, to the disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
   except OSError as error:
-    # Some network file systems know no such thing for folders.
+    # Some network file systems cannot flush folders, which then are as safe as they can be.
     if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
       raise
   finally:
@@ -93,7 +104,7 @@ def read_json(path: Path) -> Any:
   """Reads a JSON file.
 
   Raises:
-    InputError: there is none, or it is damaged.
+    InputError: the file is missing or damaged.
   """
   if not path.exists():
     raise InputError(f"{path} does not exist; is {path.parent} the right folder?")
@@ -104,7 +115,10 @@ def read_json(path: Path) -> Any:
 
 
 def by_itself() -> Any:
-  """Options by which Orbax does not wait for the other processes of a run; one reads and writes."""
+  """Returns options with which Orbax does not wait for the other processes of a run.
+
+  Only one process reads and writes files, so a barrier would never be passed.
+  """
   import orbax.checkpoint as ocp
 
   own = jax.process_index()
@@ -112,11 +126,15 @@ def by_itself() -> Any:
 
 
 def write_tree(path: Path, tree: Any) -> None:
-  """Writes a tree of arrays into the new folder `path`."""
+  """Writes a tree of arrays into the new folder `path`, one file for each array.
+
+  Raises:
+    InputError: the folder cannot be written.
+  """
   import orbax.checkpoint as ocp
 
   arrays = jax.tree.map(lambda leaf: np.asarray(leaf).view(_Constant), jax.device_get(tree))
-  # A file for each array: Orbax's one database would hold another copy of everything in memory.
+  # With one database for all arrays (OCDBT), Orbax would hold a second copy of them in memory.
   handler = ocp.PyTreeCheckpointHandler(
     use_ocdbt=False, use_compression=False, multiprocessing_options=by_itself()
   )
@@ -127,7 +145,7 @@ def write_tree(path: Path, tree: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet_absl() -> Iterator[None]:
-  """Holds back warnings, of which Orbax has one for every tree that is in no database."""
+  """Silences warnings of absl: Orbax warns about every tree that is written without OCDBT."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   try:
@@ -137,17 +155,21 @@ def _quiet_absl() -> Iterator[None]:
 
 
 class _Constant(np.ndarray):
-  """An array that nobody changes while Orbax writes it, so that it need not copy it first."""
+  """An array that stays unchanged while Orbax writes it, so that Orbax need not copy it first."""
 
   def __deepcopy__(self, memo: Any) -> np.ndarray:
     return self
 
 
 def read_tree(path: Path, like: Any) -> Any:
-  """Reads a tree of arrays with the structure, shapes and dtypes of `like`.
+  """Reads a tree of arrays onto this process's first device.
+
+  Args:
+    path: folder of the tree, from `write_tree` or a checkpoint.
+    like: tree with the expected structure, shapes and dtypes.
 
   Raises:
-    InputError: there is none, it is damaged, or it is of another model.
+    InputError: the folder is missing or damaged, or the tree differs from `like`.
   """
   if not path.exists():
     raise InputError(f"{path} does not exist; is {path.parent} the right folder?")
@@ -160,17 +182,20 @@ def read_tree(path: Path, like: Any) -> Any:
   with _held_back_stderr() as problems, alone as checkpointer:
     try:
       return checkpointer.restore(path.absolute(), _on_default_device(like))
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+    except Exception as error:  # Orbax and TensorStore raise many kinds when a file is damaged
       first_sentence = str(error).partition("\n")[0].partition(". ")[0]
       problems.append(f"{type(error).__name__}: {first_sentence}"[:300])
   raise InputError(f"{path} cannot be read: {problems[0]}")
 
 
 def _read_plain(path: Path, like: Any) -> Any:
-  """The same for what `write_tree` has written, without importing Orbax, which takes long.
+  """Reads a tree from `write_tree` without importing Orbax, which would take a second.
+
+  Such a tree is a folder of Zarr arrays. Each array is one chunk of raw numbers and a file
+  `.zarray` that describes it.
 
   Returns:
-    The tree; None where anything is not as expected, for Orbax to read it or say what is wrong.
+    The tree; None where anything is unexpected, so that Orbax reads it or says what is wrong.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
   names = [".".join(str(getattr(entry, "key", "")) for entry in keys) for keys, _ in leaves]
@@ -178,12 +203,12 @@ def _read_plain(path: Path, like: Any) -> Any:
     return None
   arrays = []
   for name, (_, leaf) in zip(names, leaves):
-    # One chunk of raw numbers.
     wanted = {"zarr_format": 2, "dtype": np.dtype(leaf.dtype).str, "order": "C"}
     wanted |= {"shape": list(leaf.shape), "chunks": list(leaf.shape)}
     wanted |= {"compressor": None, "filters": None}
     try:
       found = json.loads((path / name / ".zarray").read_text())
+      # The chunk's name is its index: "0.0.0.0" for an array of four axes.
       data = (path / name / (".".join("0" * leaf.ndim) or "0")).read_bytes()
     except (OSError, ValueError):
       return None
@@ -194,11 +219,15 @@ def _read_plain(path: Path, like: Any) -> Any:
 
 
 def replace_folder(draft: Path, path: Path) -> None:
-  """Puts the finished folder `draft` in the place of `path`, which may exist.
+  """Replaces the folder `path`, which may be missing, by the finished folder `draft`.
 
-  Between two renames the old one is called `<path>.old`; see `current_folder`.
+  A folder cannot be replaced by one rename, as a file can. Between the two renames the old folder
+  is called `<path>.old`, and `current_folder` finds it there if the process is killed.
+
+  Raises:
+    InputError: a rename or the flush to the disk failed; the old folder is intact.
   """
-  old = path.with_name(f"{path.name}.old")
+  old = old_folder(path)
   with writing(path):
     sync(draft)
     if path.exists():
@@ -209,37 +238,51 @@ def replace_folder(draft: Path, path: Path) -> None:
 
 
 def current_folder(path: Path) -> Path:
-  """`path`, or what `replace_folder` was about to replace when it was killed."""
-  old = path.with_name(f"{path.name}.old")
+  """Returns the folder to read: `path`, or the old one if `replace_folder` was killed midway."""
+  old = old_folder(path)
   return old if old.exists() and not path.exists() else path
 
 
+def old_folder(path: Path) -> Path:
+  """Returns the name that a folder has while `replace_folder` replaces it."""
+  return path.with_name(f"{path.name}.old")
+
+
+def draft_folder(path: Path) -> Path:
+  """Returns the name that a folder has until it is finished, and while it is removed."""
+  return path.with_name(f"{path.name}.draft")
+
+
 def remove_folder(path: Path) -> None:
-  """Removes a folder, of which nobody sees a part."""
-  draft = path.with_name(f"{path.name}.draft")
+  """Removes a folder so that nobody ever sees a part of it under its name."""
+  draft = draft_folder(path)
   shutil.rmtree(draft, ignore_errors=True)
   path.replace(draft)
   shutil.rmtree(draft)
 
 
 def _on_default_device(like: Any) -> Any:
-  """The same shapes and dtypes, to be put on this process's first device."""
+  """Returns shapes and dtypes of a tree that Orbax shall put on this process's first device."""
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
 
 
 @contextlib.contextmanager
 def _held_back_stderr() -> Iterator[list[str]]:
-  """Yields a list for problems; what is written to stderr meanwhile is shown if it stays empty.
+  """Holds back stderr, and shows it at the end unless the caller has noted a problem.
 
-  Where one array of many cannot be read, Orbax abandons the other reads, and each of them prints a
-  traceback from a thread of its own.
+  If one array of many cannot be read, Orbax abandons the other reads. Each abandoned read prints a
+  traceback from its thread, which would bury the one error that matters.
+
+  Yields:
+    A list to which the caller appends problems.
   """
   problems, text = [], io.StringIO()
   with contextlib.redirect_stderr(text):
     yield problems
     if problems:
-      gc.collect()  # abandoned reads complain when they are collected
+      # Abandoned reads print when they are collected, and their threads need a moment for it.
+      gc.collect()
       time.sleep(0.2)
   if not problems:
     sys.stderr.write(text.getvalue())

@@ -118,7 +118,7 @@ class ModelSpec:
 
   def write(self, folder: Path) -> None:
     """Writes model.json into a folder."""
-    disk.write_json(folder / "model.json", self.to_json())
+    disk.write_json(runs.model_file(folder), self.to_json())
 
   @classmethod
   def read(cls, folder: Path) -> "ModelSpec":
@@ -127,7 +127,7 @@ class ModelSpec:
     Raises:
       InputError: there is none, or it is damaged.
     """
-    return cls.from_json(disk.read_json(folder / "model.json"))
+    return cls.from_json(disk.read_json(runs.model_file(folder)))
 
 
 @functools.lru_cache(maxsize=128)
@@ -167,10 +167,11 @@ def load(
   spec = ModelSpec.read(folder)
   model = spec.create_model(deploy=deploy)
   shapes = spec.variable_shapes(deploy=deploy)
-  deploy_folder = disk.current_folder(folder if (folder / "params").exists() else folder / "deploy")
-  if deploy and (deploy_folder / "params").exists():
-    return model, {"params": disk.read_tree(deploy_folder / "params", shapes["params"])}, spec
-  if (folder / "model.onnx").exists():
+  deploy_folder = runs.find_deploy(folder)
+  if deploy and deploy_folder is not None:
+    params = disk.read_tree(runs.params_folder(deploy_folder), shapes["params"])
+    return model, {"params": params}, spec
+  if runs.onnx_file(folder).exists():
     raise InputError(
       f"{folder} holds a network as an ONNX file alone; its parameters in JAX are in the folder of "
       "the run or import that it was made of"

@@ -1,10 +1,8 @@
 """JSON files and trees on disk: whole or not at all, and clear errors for what is damaged."""
 
 import errno
-import itertools
 import json
 import os
-import shutil
 import sys
 
 import jax
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repjax import disk, runs
+from repjax import disk
 from repjax.errors import InputError
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -172,54 +170,6 @@ def test_a_replacement_killed_half_way_leaves_the_old_folder_to_be_found(tmp_pat
   disk.replace_folder(draft, path)
   assert (disk.current_folder(path) / "file").read_text() == "new"
   assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
-
-
-def test_only_numbered_folders_are_checkpoints(tmp_path):
-  for name in ("3", "20", "20.orbax-checkpoint-tmp-5", "notes"):
-    (tmp_path / "checkpoints" / name / "metrics").mkdir(parents=True)
-  (tmp_path / "checkpoints" / "3" / "metrics" / "metrics").write_text('{"accuracy": 0.5}')
-  assert runs.checkpoints(tmp_path) == {3: 0.5, 20: -1.0}
-
-
-def test_a_workdir_without_checkpoints_has_none(tmp_path):
-  assert runs.checkpoints(tmp_path) == {}
-
-
-def test_what_writers_that_were_killed_left_is_swept_and_nothing_else(tmp_path):
-  kept = [
-    *("config.json", "notes.draft", "my.json.draft", "deploy/params", "recalibrated.old/file"),
-    *("checkpoints/4/metrics/metrics", "checkpoints/notes", "damaged/4-x/file"),
-  ]
-  left = [
-    *("config.json.17.draft", "metrics.draft", "deploy.draft/params", "recalibrated.draft/file"),
-    *("deploy.old/params", "checkpoints/2.draft/variables/d"),
-    *("checkpoints/8.orbax-checkpoint-tmp/variables/d", "checkpoints/4/metrics/metrics.9.draft"),
-  ]
-  for name in (*kept, *left):
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).touch()
-  runs.sweep(tmp_path)
-  files = [path for path in tmp_path.rglob("*") if path.is_file()]
-  assert sorted(str(path.relative_to(tmp_path)) for path in files) == sorted(kept)
-  folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
-  assert folders == {"deploy", "recalibrated.old", "checkpoints", "damaged"}
-  runs.sweep(tmp_path / "none")
-
-
-def test_what_a_save_that_failed_still_writes_to_is_swept_when_it_has_ended(tmp_path, monkeypatch):
-  folder = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp"
-  folder.mkdir(parents=True)
-  rmtree, late = shutil.rmtree, iter(["first", "second"])
-
-  def beside_a_writer(path, **settings):
-    for name in itertools.islice(late, 1):
-      (folder / name).touch()
-      return
-    rmtree(path, **settings)
-
-  monkeypatch.setattr(runs.shutil, "rmtree", beside_a_writer)
-  runs.sweep(tmp_path)
-  assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_what_cannot_be_written_is_named_with_the_reason(tmp_path):

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     help="largest relative difference of the logits (default: the run's tolerance)",
   )
   arguments = parser.parse_args(argv)
-  from repjax import training
+  from repjax import runs, training
   from repjax.runs import lock
   from repjax.training.conversion import format_report
 
@@ -34,4 +34,4 @@ def main(argv: Sequence[str]) -> None:
     flags.use_noise_for_import(config, arguments, arguments.split)
     with lock.hold(arguments.workdir):
       report = training.convert(config, arguments.workdir)
-  print(format_report(report) + f"\nsaved: {arguments.workdir}/deploy")
+  print(format_report(report) + f"\nsaved: {runs.deploy_folder(arguments.workdir)}")

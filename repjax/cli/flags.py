@@ -91,6 +91,8 @@ def use_noise_for_import(config: Any, arguments: argparse.Namespace, split: str 
     arguments: parsed flags, among them `workdir` and `dataset`.
     split: the evaluation split that a flag names.
   """
-  is_import = (arguments.workdir / "import.json").exists()
+  from repjax import runs
+
+  is_import = runs.import_file(arguments.workdir).exists()
   if is_import and arguments.dataset is None and split is None:
     config.dataset, config.eval_split = "synthetic", "sample"

@@ -48,4 +48,4 @@ def main(argv: Sequence[str]) -> None:
         record = training.recalibrate(config, arguments.workdir, num_batches=arguments.batches)
         print(format_recalibration(record), flush=True)
       report = training.convert(config, arguments.workdir)
-  print(format_report(report) + f"\nsaved: {arguments.workdir / 'deploy'}")
+  print(format_report(report) + f"\nsaved: {runs.deploy_folder(arguments.workdir)}")

@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repjax import disk
-
-FILES = ("metrics.jsonl", "timing.jsonl")
+from repjax import disk, runs
 
 
 class Curve(NamedTuple):
@@ -51,18 +49,20 @@ def read_history(workdir: Path, name: str | None = None) -> History:
     name: name of the run; None: the name of its folder.
   """
   notes, curves = [], {}
-  for file in FILES:
-    rows, damaged = _read_lines(workdir / file)
+  metrics = runs.metrics_file(workdir)
+  for file in (metrics, runs.timing_file(workdir)):
+    rows, damaged = _read_lines(file)
     if damaged:
-      notes.append(f"{workdir / file}: {damaged} damaged line{'s' * (damaged > 1)} left out")
-    curves |= _curves(rows if file == FILES[0] else [_speed(row) for row in rows])
+      notes.append(f"{file}: {damaged} damaged line{'s' * (damaged > 1)} left out")
+    curves |= _curves(rows if file == metrics else [_speed(row) for row in rows])
   best = None
   # As in the choice of the best checkpoint, the average decides in a run that has one.
   judged = "eval_ema_accuracy" if "eval_ema_accuracy" in curves else "eval_accuracy"
   if judged in curves:
     steps, values = curves[judged]
     best = int(steps[values == values.max()].max())
-  config = disk.read_json(workdir / "config.json") if (workdir / "config.json").exists() else {}
+  path = runs.config_file(workdir)
+  config = disk.read_json(path) if path.exists() else {}
   return History(
     workdir.absolute().name if name is None else name,
     f"{config['model']} on {config['dataset']}" if config.get("dataset") and curves else "",

@@ -10,8 +10,6 @@ from repjax.errors import InputError
 from repjax.report.branches import Kernels, read_kernels
 from repjax.report.history import History, distinct_names, read_history
 
-NAME = "report.png"
-
 
 def write_report(
   workdir: str | Path, *, compare: Sequence[str | Path] = (), output: str | Path | None = None
@@ -33,7 +31,7 @@ def write_report(
   if importlib.util.find_spec("matplotlib") is None:
     raise InputError("the picture needs matplotlib: pip install matplotlib (or 'repjax[report]')")
   workdir = Path(workdir)
-  target = Path(output) if output else workdir / NAME
+  target = Path(output) if output else runs.picture_file(workdir)
   if target.suffix.lower() != ".png":
     raise InputError(f"{target} is written as PNG; call it {target.stem}.png")
   histories = read_histories([workdir, *map(Path, compare)])
@@ -63,8 +61,8 @@ def read_histories(workdirs: Sequence[Path]) -> list[History]:
     InputError: a folder holds no run or is given twice, or one to compare with has no curves.
   """
   for number, workdir in enumerate(workdirs):
-    if not (workdir / "model.json").exists():
-      disk.read_json(workdir / "model.json")  # Raises the error for a missing file.
+    if not runs.model_file(workdir).exists():
+      disk.read_json(runs.model_file(workdir))  # Raises the error for a missing file.
     if workdir.resolve() in [other.resolve() for other in workdirs[:number]]:
       raise InputError(f"{workdir} is given twice; compare it with another run")
   histories = [
@@ -89,8 +87,7 @@ def draw_at_end(workdir: Path) -> None:
 
 def _kernels_or_note(workdir: Path) -> tuple[Kernels | None, str | None]:
   """Returns the kernels of a folder, or a note that says why there are none."""
-  deploy = workdir if (workdir / "params").exists() else workdir / "deploy"
-  if not runs.checkpoints(workdir) and not (disk.current_folder(deploy) / "params").exists():
+  if not runs.checkpoints(workdir) and runs.find_deploy(workdir) is None:
     return None, f"{workdir} holds no checkpoint yet, so no kernels are shown"
   try:
     return read_kernels(workdir), None

@@ -1,4 +1,4 @@
-"""Training, evaluation and the conversion that ends a run."""
+"""Training, evaluation, and the conversion at the end of a run."""
 
 from repjax.training.conversion import convert
 from repjax.training.evaluation import evaluate

@@ -13,8 +13,9 @@ from repjax.spec import ModelSpec
 from repjax.training.planning import read_config
 
 RESUME = ("auto", "must", "never")
-_FILES_OF_A_RUN = (
-  *("config.json", "model.json", "import.json", "metrics.jsonl", "checkpoints", "deploy"),
+_PATHS_OF_A_RUN = (
+  *(runs.config_file, runs.model_file, runs.import_file, runs.metrics_file),
+  *(runs.checkpoints_folder, runs.deploy_folder),
 )
 
 
@@ -32,7 +33,7 @@ def check_resume(workdir: Path, resume: str) -> None:
       f"{workdir} holds no checkpoint to continue from; is it the right folder? --resume=auto "
       "begins a run where there is none"
     )
-  held = [name for name in _FILES_OF_A_RUN if (workdir / name).exists()]
+  held = [path(workdir).name for path in _PATHS_OF_A_RUN if path(workdir).exists()]
   if resume == "never" and held:
     raise InputError(
       f"{workdir} already holds {', '.join(held)} of a run that --resume=never must not touch; "
@@ -50,7 +51,7 @@ def check_data(workdir: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> 
     workdir: folder of the run.
     fingerprints: "train" and "eval" to the `Source.fingerprint` of each split.
   """
-  path = workdir / "data.json"
+  path = runs.data_file(workdir)
   if not runs.checkpoints(workdir) or not path.exists():
     return
   held = disk.read_json(path)
@@ -90,12 +91,12 @@ def check_workdir(workdir: Path, spec: ModelSpec) -> None:
 
   Checkpoints without model.json are refused too, since their model is unknown.
   """
-  if (workdir / "import.json").exists():
+  if runs.import_file(workdir).exists():
     raise InputError(
       f"{workdir} holds imported weights, not a run; give another --workdir, "
       f"with --config.init_from={workdir} to start from them"
     )
-  if not (workdir / "model.json").exists():
+  if not runs.model_file(workdir).exists():
     if runs.checkpoints(workdir):
       raise InputError(
         f"{workdir} has checkpoints but no model.json that names their model; restore that file, "
@@ -119,7 +120,7 @@ def check_continuing(workdir: Path, config: Config) -> None:
   the run. It must have its value in `repjax.config.BEFORE`, or may have any value if it is not
   there.
   """
-  path = workdir / "config.json"
+  path = runs.config_file(workdir)
   if not runs.checkpoints(workdir) or not path.exists():
     return
   held = plain({**BEFORE, **read_config(workdir).to_dict()})
@@ -140,12 +141,12 @@ def claim_workdir(
 ) -> None:
   """Writes config.json, model.json and data.json, and prints which config fields have changed."""
   new = config.to_dict()
-  if (workdir / "config.json").exists():
-    changed = difference(disk.read_json(workdir / "config.json"), plain(new))
+  if runs.config_file(workdir).exists():
+    changed = difference(disk.read_json(runs.config_file(workdir)), plain(new))
     if changed:
       print(f"config changed since this run began: {changed}", flush=True)
-  disk.write_json(workdir / "config.json", new)
-  disk.write_json(workdir / "data.json", plain(fingerprints))
+  disk.write_json(runs.config_file(workdir), new)
+  disk.write_json(runs.data_file(workdir), plain(fingerprints))
   spec.write(workdir)
 
 

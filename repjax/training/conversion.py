@@ -1,6 +1,5 @@
-"""The end of a run: best checkpoint to plain parameters, checked on every evaluation image."""
+"""Conversion of the best checkpoint into the deploy form, checked on every evaluation image."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repjax import disk, runs
+from repjax import runs
 from repjax.cache import use_compilation_cache
 from repjax.config import Config, check_evaluation
+from repjax.data import Source
 from repjax.errors import InputError
 from repjax.reparam import layer_name, reparameterize
 from repjax.spec import ModelSpec
@@ -21,46 +21,37 @@ from repjax.training import evaluation, parallel, planning, processes
 def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
   """Re-parameterizes a workdir's best checkpoint into `workdir/deploy`, if both forms agree.
 
-  Both forms run over the whole evaluation split at the highest matrix-product precision. The
-  folder, with `params`, `model.json` and `report.json`, is replaced only when the logits' largest
-  relative difference is within `config.tolerance`.
+  Both forms run over the whole evaluation split at the highest precision of matrix products. The
+  deploy folder is replaced only if the logits agree within `config.tolerance`:
+
+    max |deploy - train| / max |train| <= tolerance,  over all images and classes.
 
   Args:
-    config: names the data set and the tolerance.
-    workdir: of a run.
+    config: config that names the data set and the tolerance.
+    workdir: folder of a run or an import.
 
   Returns:
-    The report: `step`, `recalibrated` (None, or how its statistics were re-estimated), `ema_decay`
-    (of the average that was converted; 0: none), `dataset`, `images`, `accuracy` of both forms,
-    `agreement` of their predictions, `logits_difference`, `layers` (scope to largest relative
-    difference of its output), and `parameters` of both forms.
+    The report, which report.json holds too:
+    `step`: step of the checkpoint.
+    `recalibrated`: how its statistics were re-estimated; None: they were not.
+    `ema_decay`: decay of the average that was converted; 0: there is no average.
+    `dataset`, `images`: what both forms ran on.
+    `accuracy`, `parameters`: of the forms `train` and `deploy`.
+    `agreement`: share of images to which both forms give the same class.
+    `logits_difference`, `tolerance`: as above.
+    `layers`: scope of each layer to the largest relative difference of its output.
 
   Raises:
-    InputError: the forms differ by more than the tolerance (nothing is overwritten), or there is no
-      whole checkpoint.
+    InputError: the forms differ by more than the tolerance (nothing is overwritten), or no
+      checkpoint is whole.
   """
-  config = processes.first(lambda: config)
-  check_evaluation(config)
   use_compilation_cache()
   workdir = Path(workdir)
-  spec = processes.first(ModelSpec.read, workdir)
+  config, spec, step, variables, recalibrated = processes.first(_read, config, workdir)
   source = processes.together(planning.open_split, config, config.eval_split, spec)
-  step, variables, recalibrated = processes.first(runs.read_best, workdir, spec.variable_shapes())
   with jax.default_matmul_precision("highest"):
     params = jax.jit(reparameterize)(variables["params"], variables["batch_stats"])
-    compare = parallel.data_parallel(_make_compare_step(spec))
-    placed = parallel.place((variables, {"params": params}))
-    sums, largest = {}, {}
-    for batch in evaluation.batches(config, source, spec.preprocessing):
-      new_sums, new_largest = jax.device_get(compare(placed, batch))
-      sums = {name: sums.get(name, 0) + int(value) for name, value in new_sums.items()}
-      largest = {
-        name: np.maximum(largest.get(name, 0.0), pair) for name, pair in new_largest.items()
-      }
-  relative = {
-    name: float(difference / size) if difference else 0.0
-    for name, (difference, size) in largest.items()
-  }
+    sums, relative = _compare(config, source, spec, variables, params)
   images = sums["count"]
   report = {
     "step": step,
@@ -83,14 +74,51 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
     raise InputError(
       f"the deploy form differs from the training form by {report['logits_difference']:.1e} of the "
       f"largest logit over {images} images, more than the tolerance of {config.tolerance:.1e}; "
-      f"{workdir / 'deploy'} was left as it was. {_worst_layer(relative)}"
+      f"{runs.deploy_folder(workdir)} was left as it was. {_worst_layer(relative)}"
     )
-  processes.first(_write, workdir, spec, params, report)
+  processes.first(runs.write_deploy, workdir, params, spec.to_json(), report)
   return report
 
 
+def _read(
+  config: Config, workdir: Path
+) -> tuple[Config, ModelSpec, int, Any, dict[str, Any] | None]:
+  """Checks a config, and reads the spec and the best checkpoint; in the first process.
+
+  Returns:
+    The config, the spec, and the step, variables and record from `runs.read_best`.
+  """
+  check_evaluation(config)
+  spec = ModelSpec.read(workdir)
+  return config, spec, *runs.read_best(workdir, spec.variable_shapes())
+
+
+def _compare(
+  config: Config, source: Source, spec: ModelSpec, variables: Any, params: Any
+) -> tuple[dict[str, int], dict[str, float]]:
+  """Runs both forms over a split.
+
+  Returns:
+    The number of images with each flag of `_make_compare_step`, and the largest relative
+    difference of the logits and of each layer's output.
+  """
+  compare = parallel.data_parallel(_make_compare_step(spec))
+  placed = parallel.place((variables, {"params": params}))
+  sums, largest = {}, {}
+  for batch in evaluation.batches(config, source, spec.preprocessing):
+    new_sums, new_largest = jax.device_get(compare(placed, batch))
+    sums = {name: sums.get(name, 0) + int(value) for name, value in new_sums.items()}
+    largest = {name: np.maximum(largest.get(name, 0.0), pair) for name, pair in new_largest.items()}
+  # Two outputs that are zero everywhere are equal, though 0 / 0 is no number.
+  relative = {
+    name: float(difference / size) if difference else 0.0
+    for name, (difference, size) in largest.items()
+  }
+  return sums, relative
+
+
 def format_report(report: dict[str, Any]) -> str:
-  """The report as a short table for people."""
+  """Returns the report as a short table for people."""
   accuracy, parameters = report["accuracy"], report["parameters"]
   images = "noise images" if report["dataset"] == "synthetic" else "images"
   agreeing = round(report["agreement"] * report["images"])
@@ -121,6 +149,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 
 def _worst_layer(layers: dict[str, float]) -> str:
+  """Returns a line that names the layer whose outputs differ most."""
   if not layers:
     return "no layer to compare"
   worst = max(layers, key=lambda name: layers[name])
@@ -128,7 +157,13 @@ def _worst_layer(layers: dict[str, float]) -> str:
 
 
 def _make_compare_step(spec: ModelSpec) -> Callable[[Any, Any], Any]:
-  """Builds a step that runs both forms on a batch and compares outputs, layer by layer."""
+  """Builds a step that runs both forms on a batch and compares their outputs layer by layer.
+
+  Returns:
+    A function of the variables of both forms and a batch, for `parallel.data_parallel`. It returns
+    the number of unmasked images with each flag, and for each output the pair of max |train -
+    deploy| and max |train|.
+  """
   forms = spec.create_model(), spec.create_model(deploy=True)
 
   def is_folded(module: Any, method: str) -> bool:
@@ -150,10 +185,10 @@ def _make_compare_step(spec: ModelSpec) -> Callable[[Any, Any], Any]:
 
     def largest(x: jax.Array) -> jax.Array:
       unmasked = jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), jnp.abs(x), 0.0)
-      # Unlike pmax, this keeps a NaN.
+      # Unlike pmax, max over a gathered array keeps a NaN, so that a NaN fails the comparison.
       return jax.lax.all_gather(unmasked.max(), parallel.AXIS).max()
 
-    # Auxiliary heads have no counterpart in the deploy form.
+    # Names are those of the deploy form, where auxiliary heads have no counterpart.
     differences = {
       name: (largest(trained[name] - deployed[name]), largest(trained[name])) for name in deployed
     }
@@ -168,14 +203,3 @@ def _make_compare_step(spec: ModelSpec) -> Callable[[Any, Any], Any]:
     return jax.lax.psum(sums, parallel.AXIS), differences
 
   return compare
-
-
-def _write(workdir: Path, spec: ModelSpec, params: Any, report: dict[str, Any]) -> None:
-  """Writes the deploy folder beside the old one and puts it in its place when it is whole."""
-  draft = workdir / "deploy.draft"
-  shutil.rmtree(draft, ignore_errors=True)
-  draft.mkdir(parents=True)
-  disk.write_tree(draft / "params", params)
-  spec.write(draft)
-  disk.write_json(draft / "report.json", report)
-  disk.replace_folder(draft, workdir / "deploy")

@@ -1,4 +1,7 @@
-"""Evaluation: every example of the split exactly once, on any number of devices."""
+"""Evaluation, which sees every example of a split exactly once on any number of devices.
+
+The last batch is filled up with copies, and a mask says which examples count.
+"""
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator
@@ -17,13 +20,21 @@ from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.training import parallel, planning, processes
 from repjax.training.step import make_eval_step
 
+# Starting processes takes as long as reading some thousand images.
 _WORTH_PROCESSES = 10_000  # images
 
 
 def batches(
   config: Config, source: Source, preprocessing: Preprocessing, *, ten_crop: bool = False
 ) -> Generator[dict[str, jax.Array]]:
-  """The split as masked batches on this process's devices, with a bar on a terminal."""
+  """Yields a split as masked batches on this process's devices, with a bar on a terminal.
+
+  Args:
+    config: config with `batch_size`, over all devices and processes, and `num_workers`.
+    source: the split.
+    preprocessing: preprocessing of the model.
+    ten_crop: yield ten crops of each image, see `repjax.data.transforms.ten_crop`.
+  """
   batch_size = parallel.fitting_batch_size(config.batch_size)
   whole = host_batches(
     source,
@@ -47,14 +58,14 @@ def host_batches(
   num_workers: int = 0,
   **rest: Any,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """The split as masked batches in the host's memory; `eval_batches` says what they hold.
+  """Returns a split as masked batches in host memory, as `eval_batches` describes them.
 
   Args:
     source: the split.
-    preprocessing: of the model.
-    batch_size: images in each, padding included.
-    num_workers: processes that read a large split.
-    **rest: as in `eval_batches`.
+    preprocessing: preprocessing of the model.
+    batch_size: images in a batch, padding included.
+    num_workers: processes that read a large split; a small one is read in this process.
+    **rest: further arguments of `eval_batches`.
   """
   return eval_batches(
     source.examples,
@@ -62,7 +73,6 @@ def host_batches(
     image_size=preprocessing.image_size,
     resize_size=preprocessing.resize_size,
     interpolation=preprocessing.interpolation,
-    # Starting processes takes as long as reading some thousand images.
     num_workers=num_workers if len(source.examples) >= _WORTH_PROCESSES else 0,
     **rest,
   )
@@ -71,15 +81,15 @@ def host_batches(
 def run(
   eval_step: Callable[[Any, Any], dict[str, jax.Array]], variables: Any, split: Iterator[Any]
 ) -> dict[str, float]:
-  """Accuracy and mean loss over a split.
+  """Returns accuracy and mean loss over a split.
 
   Args:
-    eval_step: made data-parallel.
-    variables: placed on the devices.
-    split: from `batches`.
+    eval_step: data-parallel step from `make_eval_step`.
+    variables: variables on the devices, from `parallel.place`.
+    split: batches from `batches`.
 
   Returns:
-    `accuracy` in 0 ... 1, `loss` and `count`.
+    `accuracy` in 0 ... 1, `loss`, and `count`, the number of examples.
   """
   sums = {"correct": 0.0, "loss": 0.0, "count": 0.0}
   for batch in split:
@@ -98,32 +108,24 @@ def evaluate(
   """Evaluates one form of a workdir's model over the whole evaluation split.
 
   Args:
-    config: names the data set; the model and its preprocessing are read from the workdir.
-    workdir: of a run.
-    deploy: the plain form, otherwise the training form of the best checkpoint: where the run
-      averages its parameters and statistics, of the average.
+    config: config that names the data set; the model and its preprocessing are read from the
+      workdir.
+    workdir: folder of a run or an import.
+    deploy: evaluate the deploy form instead of the training form. The training form is that of the
+      best checkpoint, and there the average, if the run averages parameters and statistics.
     ten_crop: average ten crops of each image, see `repjax.data.transforms.ten_crop`.
 
   Returns:
-    `accuracy` in 0 ... 1, mean `loss`, `count` of images, `parameters` and, where the statistics
-    are re-estimated ones, `recalibrated`: over how many batches.
+    `accuracy` in 0 ... 1, mean `loss`, `count` of images, and `parameters`. If the training form
+    has re-estimated statistics, also `recalibrated`, the number of batches that they come from.
 
   Raises:
     InputError: the workdir does not hold that form, or the data set cannot be opened.
   """
-  config = processes.first(lambda: config)
-  check_evaluation(config)
   use_compilation_cache()
-  recalibrated = None
-  if deploy:
-    model, variables, spec = processes.first(load, workdir)
-  else:
-    spec = processes.first(ModelSpec.read, Path(workdir))
-    model = spec.create_model()
-    _, variables, recalibrated = processes.first(
-      runs.read_best, Path(workdir), spec.variable_shapes()
-    )
+  config, spec, variables, recalibrated = processes.first(_read, config, Path(workdir), deploy)
   source = processes.together(planning.open_split, config, config.eval_split, spec)
+  model = spec.create_model(deploy=deploy)
   eval_step = parallel.data_parallel(
     make_eval_step(model.apply, spec.preprocessing, axis_name=parallel.AXIS)
   )
@@ -133,6 +135,23 @@ def evaluate(
   return result | ({"recalibrated": recalibrated["batches"]} if recalibrated else {})
 
 
+def _read(
+  config: Config, workdir: Path, deploy: bool
+) -> tuple[Config, ModelSpec, Any, dict[str, Any] | None]:
+  """Checks a config, and reads what is evaluated; in the first process.
+
+  Returns:
+    The config, the model's spec and variables, and how the statistics were re-estimated, or None.
+  """
+  check_evaluation(config)
+  if deploy:
+    _, variables, spec = load(workdir)
+    return config, spec, variables, None
+  spec = ModelSpec.read(workdir)
+  _, variables, recalibrated = runs.read_best(workdir, spec.variable_shapes())
+  return config, spec, variables, recalibrated
+
+
 def count_parameters(params: Any) -> int:
-  """How many numbers a tree holds."""
+  """Returns the number of numbers in a tree of arrays."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from repjax import disk, runs
+from repjax import runs
 from repjax.config import Config, check_fields
 from repjax.data import open_source
 from repjax.errors import InputError
@@ -76,7 +76,7 @@ def _held_spec(config: Config, workdir: str | Path | None) -> ModelSpec | None:
         f"config.init_from names the workdir itself, {own}; leave it out to continue that run, or "
         "give another --workdir for a new run that starts from it"
       )
-    if runs.checkpoints(own) and (own / "model.json").exists():
+    if runs.checkpoints(own) and runs.model_file(own).exists():
       return ModelSpec.read(own)
   return source_spec(config.init_from) if config.init_from else None
 
@@ -127,15 +127,14 @@ def source_spec(folder: str | Path) -> ModelSpec:
     )
   if not path.exists():
     raise InputError(f"config.init_from: {path} does not exist; give the folder of a run or import")
-  if not (path / "model.json").exists():
+  if not runs.model_file(path).exists():
     raise InputError(
       f"config.init_from: {path} has no model.json, so it is not the folder of a run or an import; "
       "is it the right folder?"
     )
   if not runs.checkpoints(path):
-    deploy = (path / "params").exists() or disk.current_folder(path / "deploy").exists()
     what = "has no checkpoint"
-    if deploy:
+    if runs.find_deploy(path) is not None:
       what = "holds a deploy form only, whose branches and batch norms are gone"
     raise InputError(
       f"config.init_from: {path} {what}; give the folder of a run, or of an import of weights in "

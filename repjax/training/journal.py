@@ -1,4 +1,4 @@
-"""What a run leaves while it trains: records, checkpoints, and what people watch."""
+"""The journal of a run while it trains: records, checkpoints, and what people watch."""
 
 import contextlib
 import time
@@ -7,69 +7,70 @@ from pathlib import Path
 
 import numpy as np
 
-from repjax.training.checkpoint import Bookmark, CheckpointWriter
-from repjax.training.metrics import MetricsFile, Progress
+from repjax import runs
+from repjax.training.metrics import Progress, Watch
+from repjax.training.state import to_items
 from repjax.training.step import TrainState
-from repjax.training.watch import Watch
 
 Row = Mapping[str, float]
 """`loss` and `accuracy` of one step."""
 
 
 class Journal:
-  """Writes and shows what becomes of a run.
+  """Writes and shows the course of a run.
 
-  What is written depends on the steps since the last record, wherever the run was interrupted
-  between them: a checkpoint carries those of them that were done.
+  A training record is the mean over the steps since the last record. So that an interruption
+  between two records changes nothing, a checkpoint carries the metrics of the steps in between.
   """
 
   def __init__(
     self,
     workdir: Path,
     first_step: int,
-    bookmark: Bookmark,
+    bookmark: runs.Bookmark,
     *,
     total_steps: int,
     batch_size: int,
     tensorboard: bool,
   ):
-    """Opens the files of a run that continues behind `first_step`.
+    """Opens the files of a run that continues after `first_step`.
 
     Args:
-      workdir: of the run.
-      first_step: of the checkpoint from which it continues, or 0.
-      bookmark: of that checkpoint.
-      total_steps: of the whole run.
-      batch_size: images a step.
+      workdir: folder of the run.
+      first_step: step of the checkpoint from which the run continues; 0: the run begins.
+      bookmark: bookmark of that checkpoint.
+      total_steps: number of steps of the whole run.
+      batch_size: images in a step, over all devices.
       tensorboard: also write for TensorBoard.
     """
-    self._rows: list[Row] = list(bookmark.pending)
+    self._rows: list[Row] = list(bookmark.pending)  # of the steps since the last record
     self._total, self._saved_at = total_steps, time.monotonic()
     self._progress = Progress(first_step, total_steps, batch_size)
+    # Closes what is open already if a later file cannot be opened.
     with contextlib.ExitStack() as stack:
-      self._checkpoints = CheckpointWriter(workdir)
+      self._checkpoints = runs.CheckpointWriter(workdir)
       stack.callback(self._checkpoints.close)
-      self._records = MetricsFile(workdir / "metrics.jsonl", first_step, bookmark.records)
+      self._records = runs.RecordsFile(runs.metrics_file(workdir), first_step, bookmark.records)
       stack.callback(self._records.close)
       self._watch = Watch(workdir, first_step, tensorboard=tensorboard)
       stack.callback(self._watch.close)
       self._files = stack.pop_all()
 
-  def steps(self, rows: Sequence[Row]) -> None:
-    """Takes note of steps that are done; raises InputError if a save in the background failed."""
+  def add(self, rows: Sequence[Row]) -> None:
+    """Adds the metrics of steps that are done; raises InputError if a save in progress failed."""
     self._rows += rows
     self._checkpoints.poll()
 
   def show(self, step: int, row: Row, waited: float) -> None:
-    """Shows one step alone, of which nothing is written."""
+    """Shows the metrics of one step and writes nothing."""
     self._progress.update(step, row["loss"], row["accuracy"], waited)
 
   def log(self, step: int, learning_rate: float, waited: float) -> None:
     """Records the means over the steps since the last record.
 
     Args:
-      step: that was done last.
-      learning_rate: that it was done with.
+      step: the last step that was done.
+      learning_rate: learning rate of that step.
       waited: seconds since the run began in which the devices had nothing to do for lack of data.
     """
     loss, accuracy = (
@@ -85,9 +86,10 @@ class Journal:
     """Records an evaluation.
 
     Args:
-      step: behind which it was done.
-      results: "eval", and "eval_ema" where there is an average, to `accuracy`, `loss`, `count`.
-      seconds: that it took.
+      step: the last step before the evaluation.
+      results: `accuracy`, `loss` and `count` under "eval", and of the averaged variables, where
+        the run averages, under "eval_ema".
+      seconds: duration of the evaluation.
     """
     values, texts = {}, []
     for name, found in results.items():
@@ -100,23 +102,30 @@ class Journal:
     self._progress.note(f"step {step}/{self._total}  evaluation: {text}", seconds=seconds)
 
   def is_overdue(self, minutes: float) -> bool:
-    """Whether the last save, or the beginning, lies `minutes` back; 0: never."""
+    """Checks whether the last save, or the start, is `minutes` ago; 0 means never."""
     return 0 < minutes <= (time.monotonic() - self._saved_at) / 60
 
   def save(self, state: TrainState, accuracy: float | None) -> None:
-    """Starts saving a state, with the accuracy of its evaluation if there was one."""
-    self._records.sync()  # before the checkpoint that counts them
-    self._checkpoints.save(state, accuracy, records=self._records.count, pending=self._rows)
+    """Starts saving a state, with the accuracy of its evaluation; None: not evaluated."""
+    # The checkpoint says how many records there are, so they must be on the disk before it is.
+    self._records.sync()
+    self._checkpoints.save(
+      int(state.step),
+      to_items(state),
+      accuracy,
+      records=self._records.count,
+      pending=self._rows,
+    )
     self._saved_at = time.monotonic()
 
   def rate(self, step: int, accuracy: float) -> None:
-    """Gives the checkpoint of a step that was saved without one its accuracy."""
+    """Gives its accuracy to a checkpoint that was saved before its evaluation."""
     self._checkpoints.rate(step, accuracy)
 
   def finish(self) -> None:
-    """Says for how long steps have waited for data."""
+    """Shows how long steps have waited for data."""
     self._progress.finish()
 
   def close(self) -> None:
-    """Waits until all is on disk, and closes the files."""
+    """Waits until everything is on the disk, and closes the files."""
     self._files.close()

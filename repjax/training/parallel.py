@@ -1,7 +1,7 @@
-"""How devices are used: data parallelism by `jax.pmap`. What else knows, knows how many there are.
+"""Data parallelism by `jax.pmap`. No other file decides how devices are used.
 
-Device d of D has examples d * B / D ... (d + 1) * B / D - 1 of a batch of B, however many processes
-the devices belong to: each process reads the part that its devices need, and cuts it for them.
+A batch of B examples is cut into D consecutive parts of B / D, one for each device of the run.
+The devices may belong to several processes. Each process reads only the part of its own devices.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,18 +15,19 @@ from repjax.errors import InputError
 from repjax.training.prefetch import ReadAhead
 
 AXIS = "batch"
-"""The pmapped axis: gradients, statistics and metrics are averaged over it."""
+"""Name of the axis of devices, over which gradients, statistics and metrics are averaged."""
 
 
 def data_parallel(step: Callable[..., Any], donate: bool = False) -> Callable[..., Any]:
   """Runs `step(state, batch)` on all devices, each on its part of the batch.
 
   Args:
-    step: reduces everything it returns over AXIS, so that all devices return the same.
+    step: function that reduces everything it returns over AXIS, so that all devices return the
+      same.
     donate: reuse the memory of the state, which the caller must not read again.
 
   Returns:
-    A function of a state from `place` and a batch from `split` or `prefetch`; its results carry no
+    A function of a state from `place` and a batch from `split` or `prefetch`. Its results have no
     device axis.
   """
   return jax.pmap(
@@ -39,16 +40,16 @@ def data_parallel(step: Callable[..., Any], donate: bool = False) -> Callable[..
 
 
 def place(tree: Any) -> Any:
-  """Copies a tree onto every device of this process, whole; the same tree in all processes.
+  """Copies a whole tree onto every device of this process.
 
-  A pmapped function takes arrays that lie so without another copy, which is what makes it safe to
-  donate them where there are several processes.
+  All processes must place the same tree. A pmapped function takes arrays that are placed like this
+  without copying them again. So with several processes, too, donation is safe.
   """
   return jax.device_put(tree, NamedSharding(_own_mesh(), PartitionSpec()))
 
 
 def split(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Cuts this process's batch for its devices: (B, ...) to (devices, B / devices, ...)."""
+  """Cuts this process's batch for its devices, (B, ...) to (devices, B / devices, ...)."""
   devices = jax.local_device_count()
   return {name: value.reshape(devices, -1, *value.shape[1:]) for name, value in batch.items()}
 
@@ -57,34 +58,34 @@ def prefetch(batches: Iterable[dict[str, np.ndarray]], size: int = 2) -> ReadAhe
   """Reads, cuts and copies batches to this process's devices ahead of time, in a thread.
 
   Args:
-    batches: this process's, uncut. They must not be written to once they are yielded: on a CPU,
-      arrays may share memory with what they were made from.
-    size: batches that are on the devices before anyone has taken them.
+    batches: batches of this process, uncut. Their arrays must not change after they are yielded,
+      because on a CPU a JAX array may share memory with the NumPy array that it was made from.
+    size: number of batches that are on the devices before the consumer has taken them.
 
   Returns:
-    An iterator of batches for a `data_parallel` function, to be closed; see `ReadAhead`.
+    An iterator of batches for a `data_parallel` function; the caller closes it.
   """
   sharding = NamedSharding(_own_mesh(), PartitionSpec(AXIS))
 
   def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    # Waits for the copies, so that a batch which can be taken is there.
+    # Waits for the copies here, in the thread, so that the consumer never waits for them.
     return jax.block_until_ready(jax.device_put(split(batch), sharding))
 
   return ReadAhead(batches, put, size)
 
 
 def _own_mesh() -> Mesh:
-  """This process's devices, in the order in which a pmapped function uses them."""
+  """Returns a mesh of this process's devices, in the order in which `jax.pmap` uses them."""
   return Mesh(np.array(jax.local_devices()), (AXIS,))
 
 
 def shard() -> tuple[int, int]:
-  """(index, count) of this process among those that read data."""
+  """Returns (index, count) of this process among the processes that read data."""
   return jax.process_index(), jax.process_count()
 
 
 def fitting_batch_size(batch_size: int) -> int:
-  """The smallest batch size from `batch_size` on that divides over the devices."""
+  """Returns the smallest batch size, at least `batch_size`, that divides over the devices."""
   return batch_size + -batch_size % jax.device_count()
 
 
@@ -92,9 +93,9 @@ def check_batch_size(batch_size: int, *, parts: int = 1, mixing: bool = False) -
   """Raises InputError where a batch does not divide over the devices.
 
   Args:
-    batch_size: images over all devices.
-    parts: into which each device cuts what it has of them.
-    mixing: each part must have two images to mix.
+    batch_size: images in a batch, over all devices.
+    parts: number of parts into which each device cuts its images.
+    mixing: images are mixed, so each part needs two of them.
   """
   devices = jax.device_count()
   unit, cut = devices * parts, f"{devices} devices"
@@ -108,6 +109,6 @@ def check_batch_size(batch_size: int, *, parts: int = 1, mixing: bool = False) -
     )
   if mixing and batch_size < 2 * unit:
     raise InputError(
-      "config.mixup and config.cutmix mix the images that one device has at a time, and batch_size "
-      f"{batch_size} over {cut} leaves it one; use at least {2 * unit}, or set both to 0"
+      "config.mixup and config.cutmix mix the images that one device has at a time, and "
+      f"batch_size {batch_size} over {cut} leaves it one; use at least {2 * unit}, or set both to 0"
     )

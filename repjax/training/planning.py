@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from repjax import disk
+from repjax import disk, runs
 from repjax.config import Config, check_config
 from repjax.data import Source, open_source, parse_augmentation
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.training import optimizer, parallel, schedules, watch
+from repjax.training import metrics, optimizer, parallel, schedules
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Values of `config.dtype` to types of the computation."""
@@ -59,7 +59,7 @@ def read_config(workdir: str | Path, **changes: Any) -> Config:
   Raises:
     InputError: the folder holds no run, or its config.json is damaged.
   """
-  path = Path(workdir) / "config.json"
+  path = runs.config_file(Path(workdir))
   value = disk.read_json(path)
   if not isinstance(value, dict):
     raise InputError(f"{path} is damaged: it does not hold a config")
@@ -112,7 +112,7 @@ def check(config: Config) -> None:
   check_config(config)
   parse_augmentation(config.augment)
   if config.tensorboard:
-    watch.check_tensorboard()
+    metrics.check_tensorboard()
 
 
 def preprocessing(config: Config) -> Preprocessing:

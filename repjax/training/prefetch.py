@@ -1,4 +1,8 @@
-"""Reading ahead: a thread makes the next batches while the devices compute."""
+"""Reading ahead: a thread makes the next batches while the devices compute.
+
+The thread and the consumer share two objects. A queue carries what the thread has made, in order. A
+semaphore counts the items that the thread may still make before the consumer takes one.
+"""
 
 import queue
 import threading
@@ -13,48 +17,55 @@ _LOOK_SECONDS = 0.002  # between two looks at whether the devices are done
 
 
 class ReadAhead(Iterator[Any]):
-  """Iterates over what a thread makes of a source's items, in their order.
+  """An iterator over items that a thread makes of a source's items, in the same order.
 
   The thread alone uses the source, from the first item to closing it, because a generator cannot be
-  closed while another thread is inside it. What the source raises comes out behind the items before
-  it, as it is. A thread ends with its source, by `close`, or when nobody holds its ReadAhead.
+  closed while a different thread is inside it. An error of the source is raised to the consumer
+  unchanged, after the items before it.
+
+  The thread ends when the source ends, when `close` is called, or when the ReadAhead is garbage.
 
   Attributes:
-    waited: seconds for which `take` had nothing to give although nothing was running any more.
+    waited: seconds in which `take` waited for an item while the devices had nothing to do.
   """
 
   def __init__(self, source: Iterable[Any], make: Callable[[Any], Any], size: int):
     """Starts the thread.
 
     Args:
-      source: closed at the end, if it has a `close`.
-      make: what to make of an item.
-      size: items that may be made and not yet taken.
+      source: items to make something of; it is closed at the end if it has a `close` method.
+      make: function of an item of the source.
+      size: number of items that may be made and not yet taken, at least 1.
     """
     self.waited = 0.0
+    # The thread makes an item first and asks for room for the next one afterwards, so that an
+    # initial value of size - 1 allows `size` items.
     self._made, self._room = queue.SimpleQueue(), threading.Semaphore(size - 1)
     self._over = threading.Event()
+    # The thread gets no reference to this object. With one, the object would never be garbage, and
+    # the finalizer below would never stop the thread.
     self._thread = threading.Thread(
       target=_make_all,
       args=(source, make, self._made, self._room, self._over),
       name="read-ahead",
-      daemon=True,
+      daemon=True,  # so that a source which hangs cannot keep the program alive
     )
     self._thread.start()
     self._stop = weakref.finalize(self, _stop, self._over, self._room)
 
   def __next__(self) -> Any:
+    """Returns the next item."""
     return self.take()
 
   def take(self, running: Any = ()) -> Any:
-    """The next item.
+    """Returns the next item.
 
     Args:
-      running: arrays that are being computed. Time without an item counts as waiting only from the
-        moment when they are done.
+      running: tree of arrays that are being computed. Time without an item counts as waiting only
+        once all of them are done, since before that the devices are busy.
 
     Raises:
-      StopIteration: there are no more items, or this is closed.
+      StopIteration: there are no more items, or this object is closed.
     """
     if self._over.is_set():
       raise StopIteration
@@ -66,17 +77,18 @@ class ReadAhead(Iterator[Any]):
     return item
 
   def close(self) -> None:
-    """Stops the thread, at the latest behind the item that it is about to make."""
+    """Stops the thread, at the latest after the item that it is making, and waits for its end."""
     self._stop()
     self._thread.join()
 
   def _next_made(self, running: list[Any]) -> tuple[Any, BaseException | None]:
-    """What the thread has made next; waiting for it is timed from when `running` is done."""
-    idle_since = None
+    """Waits for the next (item, error) from the thread, and adds to `waited`."""
+    idle_since = None  # when the devices had nothing more to do
     while True:
       if idle_since is None and all(array.is_ready() for array in running):
         idle_since = time.perf_counter()
       try:
+        # While the devices are busy, the wait is cut into short pieces to look at them in between.
         made = self._made.get(timeout=_LOOK_SECONDS if idle_since is None else None)
       except queue.Empty:
         continue
@@ -92,7 +104,15 @@ def _make_all(
   room: threading.Semaphore,
   over: threading.Event,
 ) -> None:
-  """The thread. It holds no ReadAhead, so that one which nobody holds any more can stop it."""
+  """Makes every item in the thread, and closes the source.
+
+  Args:
+    source: items to make something of.
+    make: function of an item of the source.
+    made: receives (item, None) for each item, and (None, error) at the end.
+    room: acquired before each item but the first.
+    over: set when nothing more is wanted.
+  """
   end: BaseException = StopIteration()
   try:
     try:
@@ -103,11 +123,12 @@ def _make_all(
           break
     finally:
       getattr(source, "close", lambda: None)()
-  except BaseException as error:  # for the consumer to raise
+  except BaseException as error:  # the consumer raises it
     end = error
   made.put((None, end))
 
 
 def _stop(over: threading.Event, room: threading.Semaphore) -> None:
-  over.set()
+  """Tells the thread to end, and wakes it if it waits for room."""
+  over.set()  # before the release, or the thread could go on with the next item
   room.release()

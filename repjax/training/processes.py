@@ -1,8 +1,12 @@
-"""Several processes as one run: how they find one another, who decides, writes and prints.
+"""Several processes as one run: how they join, and which of them decides, writes and prints.
 
-All run the same program on data that each has for itself. The first alone reads and writes the
-workdir and sends the others what it read, so that the folder need not be shared, and so that no
-two processes can continue from different steps.
+All processes run the same program, each on its copy of the data. The first process alone reads and
+writes the workdir, and sends the others what it read. So the folder need not be shared, and two
+processes can never continue from different steps.
+
+An exchange (`first`, `together`, `check_equal`, `anywhere`) ends only when every process has made
+the same one. So all processes must make the same exchanges in the same order. An error in one
+process would leave the others waiting, which is why exchanges pass errors on.
 """
 
 import contextlib
@@ -22,10 +26,10 @@ from repjax.errors import InputError
 from repjax.training.interruption import Stopped, status_of
 
 WAIT_SECONDS = 300
-"""How long processes wait for the last of them to start."""
+"""Seconds that processes wait for the last of them to start."""
 
 LOST_SECONDS = 60
-"""How long nothing is heard of a process before it counts as lost."""
+"""Seconds without a sign of life after which a process counts as lost."""
 
 _CHUNK = 1 << 24  # bytes that are sent at once
 _ERROR_BYTES = 4096
@@ -36,28 +40,28 @@ _EXAMPLE = (
 
 
 class SharedError(InputError):
-  """An InputError that every process raises, so that all of them can end in good order."""
+  """An InputError that all processes raise together, so that each can end on its own."""
 
 
 def initialize(
   coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-  """Joins the other processes of a run; to be called before anything touches a device.
+  """Joins the other processes of a run. The caller must not have used a device before.
 
-  What is not given comes from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, and
-  otherwise from the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU), as jax.distributed reads it.
+  A value that is None is read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES or JAX_PROCESS_ID.
+  Without these, jax.distributed asks the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU).
 
-  A process that is lost takes the others with it: JAX ends them, saying so, at once where it was
-  the first process, and otherwise when nothing was heard of it for LOST_SECONDS.
+  If a process is lost, JAX ends the others with a message. It does so at once for the first
+  process, and after LOST_SECONDS for any other.
 
   Args:
-    coordinator: "host:port", of the first process, at a port that is free there.
-    num_processes: how many.
-    process_id: which this is, from 0.
+    coordinator: "host:port" of the first process; the port is free there.
+    num_processes: number of processes.
+    process_id: index of this process, from 0.
 
   Raises:
-    InputError: neither the arguments nor a cluster say all three, they cannot be, or the processes
-      have different numbers of devices. JAX ends the program where others do not come in time.
+    InputError: a value is unknown or impossible, or the processes have different numbers of
+      devices. If a process does not come in time, JAX ends the program.
   """
   coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
   count = _number("JAX_NUM_PROCESSES", num_processes)
@@ -89,13 +93,13 @@ def initialize(
       f"the processes have different numbers of devices: process {jax.process_index()} has {ours} "
       f"of {devices}; start as many on each (CUDA_VISIBLE_DEVICES says which a process may use)"
     )
-  # They connect at the first exchange and then wait for one another for long; until then they do
-  # not, and what follows may take some of them longer.
+  # Processes connect at their first exchange. The connection has a short time limit, exchanges have
+  # a long one. So they connect now, before anything takes some of them longer than others.
   multihost_utils.sync_global_devices("joined")
 
 
 def _number(variable: str, value: int | None) -> int | None:
-  """A number that was given, or else that of the environment."""
+  """Returns a number that was given, or else the value of an environment variable, or None."""
   text = os.environ.get(variable)
   if value is not None or text is None:
     return value
@@ -107,7 +111,7 @@ def _number(variable: str, value: int | None) -> int | None:
 def _why_not(
   coordinator: str | None, count: int | None, index: int | None, error: Exception
 ) -> str:
-  """What keeps this process from the others, and the way out."""
+  """Returns why this process could not join the others, and what to do."""
   given = {
     "JAX_COORDINATOR_ADDRESS": coordinator,
     "JAX_NUM_PROCESSES": count,
@@ -125,21 +129,26 @@ def _why_not(
 
 
 def is_first() -> bool:
-  """Whether this process is the one that decides, writes and prints; where there is one, it is."""
+  """Checks whether this process decides, writes and prints; a single process always does."""
   return jax.process_index() == 0
 
 
 def first(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-  """What `function` returns, or the InputError it raises, in the first process, for all processes.
+  """Calls `function` in the first process, and returns its result in all processes.
 
   Args:
-    function: called in the first process only; what it returns can be pickled.
-    *args: of the function.
-    **kwargs: of the function.
+    function: function whose result can be pickled.
+    *args: arguments of the function.
+    **kwargs: arguments of the function.
+
+  Raises:
+    InputError: the function raised an InputError; all processes raise it. Any other error is
+      raised in the first process only, which then ends, see `leave_at_once`.
   """
   if jax.process_count() == 1:
     return function(*args, **kwargs)
   result, problem = None, None
+  # Only InputErrors are passed on. They are expected, and end a run in good order.
   if is_first():
     try:
       result = function(*args, **kwargs)
@@ -152,15 +161,15 @@ def first(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def together(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-  """Calls `function` in every process; an InputError of one of them is raised by all.
+  """Calls `function` in every process, and returns its result in this process.
 
   Args:
-    function: which may fail in some processes only.
-    *args: of the function.
-    **kwargs: of the function.
+    function: function that may fail in some processes only.
+    *args: arguments of the function.
+    **kwargs: arguments of the function.
 
-  Returns:
-    What it has returned in this process.
+  Raises:
+    InputError: the function raised an InputError in some process; all processes raise it.
   """
   if jax.process_count() == 1:
     return function(*args, **kwargs)
@@ -174,17 +183,18 @@ def together(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
   if not failed:
     return result
   where = ""
+  # An error that all processes share needs no list of processes.
   if len(set(texts)) > 1:
     where = f"process {', '.join(map(str, failed))} of {len(texts)}: "
   raise SharedError(where + texts[failed[0]])
 
 
 def check_equal(what: str, value: Any) -> None:
-  """Raises InputError in every process where they hold different values.
+  """Raises InputError in every process if a value is not the same in all of them.
 
   Args:
-    what: the value's name in the error's text.
-    value: with a `repr` that tells different values apart.
+    what: name of the value in the error's text.
+    value: value whose `repr` is equal only for equal values.
   """
   if jax.process_count() == 1:
     return
@@ -202,54 +212,56 @@ def check_equal(what: str, value: Any) -> None:
 
 
 def anywhere(flag: bool) -> bool:
-  """Whether a flag is set in any process, such as that a signal came; all have to ask at once."""
+  """Checks whether a flag is set in any process. All processes must ask at the same point."""
   return flag if jax.process_count() == 1 else any(_gather(b"1" if flag else b""))
 
 
 def _broadcast(message: bytes) -> bytes:
-  """The first process's message, in all processes."""
-  length = np.asarray(divmod(len(message), 1 << 31), np.uint32)  # which may be more than 4 GiB
+  """Returns the message of the first process in all processes; the others pass any message."""
+  # JAX has no 64-bit integers by default, and a message can exceed 4 GiB: two numbers of 31 bits.
+  length = np.asarray(divmod(len(message), 1 << 31), np.uint32)
   high, low = map(int, multihost_utils.broadcast_one_to_all(length))
   size = (high << 31) + low
-  # Powers of two, so that few programs are compiled; never much at once beside a model.
+  # JAX compiles a program for each chunk size, so sizes are powers of two and programs are few.
+  # Chunks are small, because they take device memory beside the model.
   chunk = min(_CHUNK, max(1024, 1 << (size - 1).bit_length()))
   padded = np.zeros(-(-size // chunk) * chunk, np.uint8)
   padded[: len(message)] = np.frombuffer(message, np.uint8)
   for start in range(0, len(padded), chunk):
     part = slice(start, start + chunk)
-    # As bytes: floats are summed with zeros, which makes a negative zero positive.
+    # JAX broadcasts by adding zeros. With floats, that would turn -0.0 into 0.0; bytes are exact.
     padded[part] = multihost_utils.broadcast_one_to_all(padded[part])
   return padded[:size].tobytes()
 
 
 def _gather(message: bytes) -> list[str]:
-  """Every process's message of at most _ERROR_BYTES bytes."""
+  """Returns the messages of all processes, of at most _ERROR_BYTES bytes each."""
   padded = np.frombuffer(message.ljust(_ERROR_BYTES, b"\0"), np.uint8)
   rows = np.asarray(multihost_utils.process_allgather(padded))  # (processes, _ERROR_BYTES)
   return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
 class _Nothing:
-  """Takes every call, does nothing and returns None."""
+  """An object whose methods all do nothing and return None."""
 
   def __getattr__(self, name: str) -> Callable[..., None]:
     return lambda *args, **kwargs: None
 
 
 def writer(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-  """`make(...)` in the first process; in the others something whose methods do nothing.
+  """Makes a writer of files in the first process, and in the others an object that does nothing.
 
   Args:
-    make: makes what writes files, and whose methods' results may be None.
-    *args: of `make`.
-    **kwargs: of `make`.
+    make: function that makes the writer, whose methods' results may be None.
+    *args: arguments of `make`.
+    **kwargs: arguments of `make`.
   """
   return make(*args, **kwargs) if is_first() else _Nothing()
 
 
 @contextlib.contextmanager
 def first_prints() -> Iterator[None]:
-  """Drops what is printed in all processes but the first."""
+  """Suppresses what is printed in all processes but the first."""
   with contextlib.ExitStack() as stack:
     if not is_first():
       stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -258,7 +270,7 @@ def first_prints() -> Iterator[None]:
 
 @contextlib.contextmanager
 def joined(distributed: bool) -> Iterator[None]:
-  """Is one of several processes where that is asked for, see `initialize` and `leave_at_once`."""
+  """Joins the other processes if `distributed` is set, and leaves them as `leave_at_once` does."""
   if distributed:
     initialize()
   with leave_at_once():
@@ -267,10 +279,11 @@ def joined(distributed: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leave_at_once() -> Iterator[None]:
-  """Ends a process that fails alone without waiting for the others, who then learn that it is gone.
+  """Ends a process that fails alone at once, so that the others learn that it is gone.
 
-  Otherwise it would wait for them at its end, and they for it in the middle of a step. What all
-  raise together is raised here too, and so is everything where there is one process.
+  Without this there would be a deadlock. The failed process would wait for the others when Python
+  exits, and the others would wait for it in the middle of a step. Errors that all processes raise
+  together pass unchanged, and so do all errors of a single process.
   """
   try:
     yield
@@ -288,6 +301,7 @@ def leave_at_once() -> Iterator[None]:
     else:
       print(f"{where} ends:", file=sys.stderr)
       traceback.print_exc()
+    # os._exit skips everything that Python does at exit, so the output is flushed here.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

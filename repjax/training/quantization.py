@@ -50,7 +50,7 @@ def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Round
       is damaged.
   """
   runtime.need_runtime()
-  path = workdir / "rounding.json"
+  path = runs.rounding_file(workdir)
   if runs.checkpoints(workdir):
     return _read(path)
   if processor.saturates() and (config.qat_activations, config.qat_weight_bits) == ("uint8", 8):
@@ -120,14 +120,14 @@ def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) 
     {"simulated": simulation, "int8": lambda images: ready.run(None, runtime.fed(images))[0]},
     split,
   )
-  # The conversion has measured the deploy form on the same images.
-  plain = disk.read_json(workdir / "deploy" / "report.json")["accuracy"]["deploy"]
+  plain = disk.read_json(runs.conversion_file(runs.deploy_folder(workdir)))["accuracy"]["deploy"]
   facts = onnx_facts(spec, "int8") | {
     "settings": {name: config[name] for name in ("qat_activations", "qat_weight_bits")},
     "accuracy": {"float32": plain, **measured},
     "bytes": made.ByteSize(),
   }
-  write_folder(workdir / "int8", {"model.onnx": made.SerializeToString()}, spec, facts)
+  folder = runs.int8_folder(workdir)
+  write_folder(folder, {runs.onnx_file(folder).name: made.SerializeToString()}, spec, facts)
   return facts
 
 

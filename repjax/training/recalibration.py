@@ -1,12 +1,14 @@
 """Re-estimating batch-norm statistics for parameters that no longer change ("precise batch norm").
 
-Running statistics are a moving average over parameters that were moving too. Those of many batches
-under the final parameters, weighted alike, describe the network that is shipped.
+Running statistics are a moving average over steps in which the parameters changed too. Statistics
+of many batches under the final parameters, each batch with the same weight, describe the network
+that is shipped.
 
 References:
   Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3. https://arxiv.org/abs/2105.07576
   Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization, UAI 2018,
-    section 3.2: averaged weights have no statistics at all before this. https://arxiv.org/abs/1803.05407
+    section 3.2: re-estimation for averaged weights, to which no running statistics belong.
+    https://arxiv.org/abs/1803.05407
 """
 
 import contextlib
@@ -31,7 +33,7 @@ from repjax.training import evaluation, parallel, planning, processes
 from repjax.training.step import make_eval_step
 
 _FIELDS = (*EVALUATION_FIELDS, "train_split", "augment", "seed", "sync_batch_norm")
-# What the config of an import does not say: ImageNet's training pipeline, as in the papers.
+# The config of an import describes no training. These fields are those of ImageNet in the papers.
 _IMPORTED = {
   "train_split": "train",
   "augment": "random_resized_crop | flip",
@@ -43,39 +45,35 @@ _IMPORTED = {
 def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dict[str, Any]:
   """Re-estimates the running statistics of a workdir's best checkpoint from training batches.
 
-  The first batches of the training pipeline, augmented and normalised as in training, run through
-  the training form in train mode with fixed parameters and without dropout. For the statistics
-  (m_i, v_i) of each batch on each device, all of one size,
+  The first batches of the training pipeline run through the training form in training mode, with
+  fixed parameters and without dropout. Let (m_i, v_i) be the mean and variance of each batch on
+  each device, all of equally many activations. Then
 
-    mean = avg m_i;  var = avg (v_i + m_i^2) - mean^2,
+    mean = avg m_i;  var = avg (v_i + m_i^2) - mean^2
 
-  which are mean and variance over all activations seen, whatever the momentum. They are written to
-  `workdir/recalibrated`; the checkpoint stays as it is, and a run that continues does not see them.
+  are mean and variance over all activations seen, for any momentum. They are written to
+  `workdir/recalibrated`. The checkpoint stays as it is, and a run that continues ignores them.
 
   Args:
-    config: of the run, or of an import; names the data sets of both splits.
-    workdir: of a run or an import.
-    num_batches: how many batches of `config.batch_size`, at least 1.
+    config: config of the run or import, which names the data sets of both splits.
+    workdir: folder of a run or an import.
+    num_batches: number of batches of `config.batch_size` images, at least 1.
 
   Returns:
-    What recalibration.json says: `step`, `batches`, `batch_size`, `images`, `dataset`, `split`,
-    `eval_split`, and `accuracy` and `loss` on the evaluation split, each `before` and `after`.
+    The content of recalibration.json: `step`, `batches`, `batch_size`, `images`, `dataset`,
+    `split`, `eval_split`, and `accuracy` and `loss` on the evaluation split, each `before` and
+    `after`.
 
   Raises:
-    InputError: no batches, a run with `qat`, a data set of other classes, no whole checkpoint in
-      training form, or statistics that are not finite; nothing is written.
+    InputError: no batches, a run with `qat`, a data set of different classes, no whole checkpoint
+      in training form, or statistics that are not finite; nothing is written.
   """
   workdir = Path(workdir)
   if num_batches < 1:
     raise InputError(f"statistics need at least 1 batch, got {num_batches}")
-  config = processes.first(_with_defaults, config, workdir)
   use_compilation_cache()
-  spec = processes.first(ModelSpec.read, workdir)
-  step, items = processes.first(
-    runs.read_checkpoint, workdir, {"variables": spec.variable_shapes()}, best=True
-  )
-  variables = items["variables"]
-  train, held_out = processes.together(_open_splits, config, workdir, spec)
+  config, is_import, spec, step, variables = processes.first(_read, config, workdir)
+  train, held_out = processes.together(_open_splits, config, is_import, spec)
   model = spec.create_model(
     dropout=0.0, axis_name=parallel.AXIS if config.sync_batch_norm else None
   )
@@ -110,11 +108,13 @@ def pooled_statistics(
   preprocessing: Preprocessing,
   batches: Iterable[dict[str, np.ndarray]],
 ) -> Any:
-  """Statistics over all activations of some batches, each device's part normalised by itself.
+  """Returns statistics over all activations of some batches.
+
+  Each device normalises its part of a batch with the statistics of this part, as in training.
 
   Args:
-    model: in training form, without dropout.
-    variables: its parameters, and statistics whose values are not read.
+    model: model in training form, without dropout.
+    variables: parameters of the model, and statistics whose values are not read.
     preprocessing: how uint8 images become inputs.
     batches: at least one {"image": uint8 (B, S, S, 3), ...}, all of one size B.
 
@@ -135,7 +135,7 @@ def pooled_statistics(
 
 
 def format_recalibration(record: Mapping[str, Any]) -> str:
-  """What was done, and what it changed, in a few lines for people."""
+  """Returns two lines for people: what was re-estimated, and what it changed."""
   accuracy, loss = record["accuracy"], record["loss"]
   return (
     f"batch norms of step {record['step']} re-estimated over {record['batches']:,} batches of "
@@ -145,15 +145,30 @@ def format_recalibration(record: Mapping[str, Any]) -> str:
   )
 
 
-def _with_defaults(config: Config, workdir: Path) -> Config:
-  """The config, checked, with what that of an import lacks."""
-  if config.get("qat") or (workdir / "rounding.json").exists():
+def _read(config: Config, workdir: Path) -> tuple[Config, bool, ModelSpec, int, dict[str, Any]]:
+  """Checks a config, and reads the best checkpoint; in the first process.
+
+  Returns:
+    The config with every field, whether the workdir is that of an import, the spec, and step and
+    variables of the checkpoint.
+  """
+  is_import = runs.import_file(workdir).exists()
+  config = _with_defaults(config, workdir, is_import)
+  spec = ModelSpec.read(workdir)
+  like = {"variables": spec.variable_shapes()}
+  step, items = runs.read_checkpoint(workdir, like, best=True)
+  return config, is_import, spec, step, items["variables"]
+
+
+def _with_defaults(config: Config, workdir: Path, is_import: bool) -> Config:
+  """Returns the config with the fields that an import lacks; raises InputError for a bad one."""
+  if config.get("qat") or runs.rounding_file(workdir).exists():
     raise InputError(
-      f"{workdir} was trained in 8 bits (config.qat), under statistics that stayed what they were: "
-      "with others neither its ranges nor its int8/ would belong to it; recalibrate the run that "
-      "config.init_from names, and train in 8 bits from there"
+      f"{workdir} was trained in 8 bits (config.qat) with fixed statistics, to which its ranges "
+      "and its int8/ belong. Recalibrate the run that config.init_from names, and train in 8 bits "
+      "from there"
     )
-  if (workdir / "import.json").exists():
+  if is_import:
     config = type(config)({**_IMPORTED, **config.to_dict()})
   check_fields(config, _FIELDS)
   check_evaluation(config)
@@ -161,27 +176,29 @@ def _with_defaults(config: Config, workdir: Path) -> Config:
   return config
 
 
-def _open_splits(config: Config, workdir: Path, spec: ModelSpec) -> tuple[Source, Source]:
-  """Both splits.
+def _open_splits(config: Config, is_import: bool, spec: ModelSpec) -> tuple[Source, Source]:
+  """Opens the training and the evaluation split.
 
   Raises:
-    InputError: they have other classes than the model, or less than a batch to train on.
+    InputError: their classes are not those of the model, or the training split is smaller than a
+      batch.
   """
   train, held_out = (
     planning.open_split(config, split, spec) for split in (config.train_split, config.eval_split)
   )
-  # Imports name their classes in other ways than data sets do.
-  ours = not (workdir / "import.json").exists() and config.dataset != "synthetic"
-  if ours and spec.class_names and train.class_names != spec.class_names:
+  # Imports and TFDS name the same classes differently, so only names from a run are compared.
+  comparable = not is_import and config.dataset != "synthetic"
+  if comparable and spec.class_names and train.class_names != spec.class_names:
     raise InputError(
       f"{config.dataset} has other classes than the model: {', '.join(train.class_names[:3])}, ... "
-      f"where it knows {', '.join(spec.class_names[:3])}, ...; name the set that it was trained on"
+      f"instead of {', '.join(spec.class_names[:3])}, ...; name the data set of its training"
     )
   planning.check_batch_fits(config, train)
   return train, held_out
 
 
 def _training_batches(config: Config, source: Source, preprocessing: Preprocessing) -> Any:
+  """Returns the batches of the training pipeline from step 0 on, this process's part of them."""
   return train_batches(
     source.examples,
     batch_size=config.batch_size,
@@ -195,14 +212,14 @@ def _training_batches(config: Config, source: Source, preprocessing: Preprocessi
 
 
 def _training_size(config: Config, preprocessing: Preprocessing) -> int:
-  """Which may be another than in evaluation; the config of an import does not say it."""
+  """Returns the image size of training; for an import, whose config lacks it, of evaluation."""
   return config.get("image_size") or preprocessing.image_size
 
 
 def _evaluate(
   config: Config, source: Source, spec: ModelSpec, trees: Mapping[str, Any]
 ) -> dict[str, dict[str, float]]:
-  """Accuracy and loss of a model with each of some variables."""
+  """Returns accuracy and loss of a model for each of several trees of variables."""
   eval_step = parallel.data_parallel(
     make_eval_step(spec.create_model().apply, spec.preprocessing, axis_name=parallel.AXIS)
   )
@@ -219,7 +236,14 @@ def _evaluate(
 def _make_statistics_step(
   model: nn.Module, preprocessing: Preprocessing
 ) -> Callable[[Any, Any], Any]:
-  """Builds a step that returns what a batch adds to statistics of zero, a row for each device."""
+  """Builds a step that returns what a batch adds to running statistics of zero.
+
+  A batch norm updates a running statistic r to (1 - share) r + share s, with s the statistic of the
+  batch. From r = 0, the update is share s.
+
+  Returns:
+    A function for `parallel.data_parallel`, whose statistics have one row for each device.
+  """
 
   def statistics_step(variables: Any, batch: Any) -> Any:
     zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
@@ -237,8 +261,13 @@ def _make_statistics_step(
 def _shares(
   model: nn.Module, variables: Mapping[str, Any], image_size: int
 ) -> dict[tuple[str, ...], float]:
-  """Path of each norm to the share that a batch has in its new statistics, as float32 holds it."""
+  """Returns the share that a batch has in the new statistics of each norm, by the norm's path.
+
+  The share is 1 - momentum, rounded to float32, because the step multiplies in float32.
+  """
   shares = {}
+
+  # Momentum is an attribute of a module and not in the tree, so the modules are met in a trace.
 
   def note(method: Any, arguments: Any, keywords: Any, context: Any) -> Any:
     if isinstance(context.module, nn.BatchNorm):
@@ -252,24 +281,30 @@ def _shares(
 
 
 def _map_norms(function: Callable[..., Any], tree: Any, path: tuple[str, ...] = ()) -> Any:
-  """`function(path, statistics)` for each norm, which is a dictionary that holds arrays."""
+  """Calls `function(path, statistics)` for each norm of a tree, and returns the tree of results.
+
+  A norm is a dictionary that holds arrays rather than dictionaries.
+  """
   if any(isinstance(value, Mapping) for value in tree.values()):
     return {name: _map_norms(function, value, (*path, name)) for name, value in tree.items()}
   return function(path, tree)
 
 
 def _sum_of_moments(rows: dict[str, np.ndarray], share: float) -> dict[str, np.ndarray]:
-  """Sums over devices, in float64, of the batches' means and second moments."""
+  """Returns sums over devices, in float64, of the means and second moments of a batch."""
   mean, var = (np.asarray(rows[name], np.float64) / share for name in ("mean", "var"))  # (D, C)
   return {"mean": mean.sum(0), "second": (var + mean**2).sum(0)}
 
 
 def _from_moments(sums: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+  """Returns mean and variance from sums over `count` parts."""
   mean = sums["mean"] / count
+  # Rounding can make the variance of a constant channel slightly negative.
   return {"mean": mean, "var": np.maximum(sums["second"] / count - mean**2, 0.0)}
 
 
 def _check_finite(batch_stats: Any, step: int) -> None:
+  """Raises InputError where a statistic is not finite."""
   if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(batch_stats)):
     raise InputError(
       f"the re-estimated statistics of step {step} are not finite, so nothing was written; has "

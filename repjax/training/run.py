@@ -1,96 +1,205 @@
-"""A run from its config to its deploy form."""
+"""A run from its config to its deploy form, in three acts: prepare, fit, finish.
+
+Where several processes make one run, only the first one reads and writes the workdir. It does
+everything that concerns the workdir in a few blocks, and sends each block's result to the others.
+"""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 
 from repjax import runs
 from repjax.cache import use_compilation_cache
 from repjax.config import Config
 from repjax.errors import InputError
 from repjax.models import init
+from repjax.quantization.roundings import Roundings
 from repjax.report import draw_at_end
 from repjax.runs import lock
 from repjax.training import (
   continuing,
   finetune,
   loop,
-  parallel,
   planning,
   processes,
   quantization,
   schedules,
 )
-from repjax.training.checkpoint import Bookmark, read_bookmark, restore_newest
 from repjax.training.conversion import convert, format_report
 from repjax.training.interruption import Interruption
+from repjax.training.loop import Prepared
+from repjax.training.planning import Plan
 from repjax.training.recalibration import format_recalibration, recalibrate
+from repjax.training.state import restore_newest
 from repjax.training.step import TrainState, create_state
 
 
 @processes.first_prints()
 def train(config: Config, workdir: str | Path, *, resume: str = "auto") -> dict[str, Any]:
-  """Trains a model from a config, or continues where the workdir's run stopped, and converts it.
+  """Trains a model from a config, or continues the run in the workdir, and converts it.
 
-  In the main thread, SIGTERM and Ctrl-C end a run behind the step in hand, which is saved. Where
-  `processes.initialize` has joined several processes, all call this with the same arguments: config
-  and workdir are those of the first, each reads the data set, and a signal to one of them ends all
-  at the next step that is logged.
+  In the main thread, SIGTERM and Ctrl-C end a run after the step in hand, which is saved.
+
+  Where `processes.initialize` has joined several processes, every process calls this function with
+  the same arguments. The config and the workdir are those of the first process. Each process reads
+  the data set. A signal to one process ends all of them at the next step that is logged.
 
   Args:
-    config: with the fields of `repjax.config`.
+    config: config with the fields of `repjax.config`.
     workdir: folder of the run, see `repjax.runs`.
-    resume: "auto" continues what there is, "must" insists on it, "never" on a new run.
+    resume: "auto" continues a run if there is one, "must" requires a run, "never" refuses one.
 
   Returns:
     The report of `convert`.
 
   Raises:
-    InputError: a config that cannot be run, a workdir of another model, way to learn or other
-      images, or in use by another process, a folder that cannot be started from or is not what
-      `resume` says, a loss that is not finite or a file that cannot be written (checkpoints stay
-      intact), or forms that differ by more than the tolerance.
-    Preempted: SIGTERM came; the same call continues.
-    KeyboardInterrupt: Ctrl-C, likewise.
+    InputError: the config cannot be run; the workdir belongs to a different model, config or data
+      set, is in use by another process, or is not what `resume` says; `config.init_from` cannot be
+      started from; a loss is not finite or a file cannot be written (checkpoints stay intact); or
+      the two forms differ by more than the tolerance.
+    Preempted: SIGTERM came; the same call continues the run.
+    KeyboardInterrupt: Ctrl-C was pressed; the same call continues the run.
   """
   workdir = Path(workdir)
   print(f"workdir: {workdir}", flush=True)
-  with Interruption() as interruption, contextlib.ExitStack() as held:
-    processes.first(held.enter_context, lock.hold(workdir))
-    processes.first(continuing.check_resume, workdir, resume)
-    processes.first(runs.sweep, workdir)
-    return _run(config, workdir, interruption)
-
-
-def _run(config: Config, workdir: Path, interruption: Interruption) -> dict[str, Any]:
-  """Does the whole of a run, or what is left of it."""
   use_compilation_cache()
-  config = processes.first(finetune.resolve, config, workdir)
+  with Interruption() as interruption, contextlib.ExitStack() as held:
+    run = _prepare(config, workdir, resume, held)
+    _fit(run, workdir, interruption)
+    return _finish(run, workdir)
+
+
+def _prepare(config: Config, workdir: Path, resume: str, held: contextlib.ExitStack) -> Prepared:
+  """Reads and checks everything, and then writes what the run was started with.
+
+  Nothing is written before everything has been checked, so that a mistake leaves a workdir as it
+  was.
+
+  Args:
+    config: config as given; that of the first process counts.
+    workdir: folder of the run.
+    resume: see `train`.
+    held: stack that releases the workdir's lock at the end.
+  """
+  config = processes.first(_claim, config, workdir, resume, held)
   plan = processes.together(planning.make_plan, config)
   fingerprints = {"train": plan.train.fingerprint, "eval": plan.eval.fingerprint}
   processes.check_equal("the data set", fingerprints)
-  processes.first(continuing.check_data, workdir, fingerprints)
-  processes.first(continuing.check_workdir, workdir, plan.spec)
-  processes.first(continuing.check_continuing, workdir, config)
   schedule = planning.make_schedule(config, plan)
-  sgd = planning.make_optimizer(config, schedule)
-  state, bookmark = processes.first(_first_state, config, plan, sgd, workdir)
-  rounding = None
-  if config.qat:
-    rounding = processes.first(quantization.begin, config, plan, state, workdir)
-  # Only now that a state that fits was read.
-  processes.first(continuing.claim_workdir, workdir, config, plan.spec, fingerprints)
+  optimizer = planning.make_optimizer(config, schedule)
+  state, bookmark, roundings = processes.first(
+    _begin, config, plan, optimizer, workdir, fingerprints
+  )
   print(_headline(config, plan), flush=True)
-  if int(state.step) < plan.total_steps or not bookmark.evaluated:
-    start = parallel.place(state)
-    network = None
-    if rounding:
-      network = quantization.network(plan.spec, state.variables, rounding)
-    loop.fit(config, plan, schedule, sgd, start, workdir, bookmark, interruption, network)
-  else:
-    print(f"all {plan.total_steps} steps were done already", flush=True)
+  return Prepared(config, plan, schedule, optimizer, state, bookmark, roundings)
+
+
+def _claim(config: Config, workdir: Path, resume: str, held: contextlib.ExitStack) -> Config:
+  """Locks and sweeps the workdir, and returns the complete config; in the first process."""
+  held.enter_context(lock.hold(workdir))
+  continuing.check_resume(workdir, resume)
+  runs.sweep(workdir)
+  return finetune.resolve(config, workdir)
+
+
+def _begin(
+  config: Config,
+  plan: Plan,
+  optimizer: optax.GradientTransformation,
+  workdir: Path,
+  fingerprints: Mapping[str, Mapping[str, Any]],
+) -> tuple[TrainState, runs.Bookmark, Roundings | None]:
+  """Checks the workdir, reads the first state, and writes the config; in the first process.
+
+  The files are written only after a state was read. Only then is it certain that the config fits
+  the run in the workdir.
+
+  Returns:
+    The state, the position of the loop, and, for quantization-aware training, the roundings.
+  """
+  continuing.check_data(workdir, fingerprints)
+  continuing.check_workdir(workdir, plan.spec)
+  continuing.check_continuing(workdir, config)
+  state, bookmark = _first_state(config, plan, optimizer, workdir)
+  roundings = quantization.begin(config, plan, state, workdir) if config.qat else None
+  continuing.claim_workdir(workdir, config, plan.spec, fingerprints)
+  return state, bookmark, roundings
+
+
+def _first_state(
+  config: Config, plan: Plan, optimizer: optax.GradientTransformation, workdir: Path
+) -> tuple[TrainState, runs.Bookmark]:
+  """Returns the state to start from, and the position of the loop.
+
+  The state is the newest checkpoint of the workdir. Before there is one, it is taken from
+  `config.init_from`, and without such a folder it is initialised at random.
+
+  Raises:
+    InputError: no checkpoint is whole, the folder cannot be started from, or the config needs a
+      folder to start from and names none.
+  """
+  variables = init(
+    plan.spec.create_model(), jax.random.key(config.seed), plan.spec.preprocessing.image_size
+  )
+  fresh = create_state(variables, optimizer, ema=config.ema_decay > 0)
+  restored = restore_newest(workdir, fresh)
+  if restored is not None:
+    return restored, _say_continuing(config, workdir, int(restored.step))
+  start = runs.Bookmark(0, [], True)
+  if not config.init_from:
+    _check_needs_no_start(config)
+    return fresh, start
+  variables, text = finetune.first_variables(config.init_from, plan.spec, variables)
+  print(text, flush=True)
+  return create_state(variables, optimizer, ema=config.ema_decay > 0), start
+
+
+def _say_continuing(config: Config, workdir: Path, step: int) -> runs.Bookmark:
+  """Prints from where the run continues, and returns the position of the loop."""
+  unread = "; config.init_from is not read again" if config.init_from else ""
+  print(f"continuing from the checkpoint of step {step}{unread}", flush=True)
+  bookmark = runs.read_bookmark(workdir, step)
+  if bookmark.devices not in (None, jax.device_count()):
+    print(
+      f"the run had {bookmark.devices} devices so far and now has {jax.device_count()}. Batch "
+      "norms see different parts of a batch, so the result differs from that of the same devices",
+      flush=True,
+    )
+  return bookmark
+
+
+def _check_needs_no_start(config: Config) -> None:
+  """Raises InputError where a config makes sense for trained weights only."""
+  if config.backbone_rate == 0:
+    raise InputError(
+      "config.backbone_rate = 0 would freeze weights that nothing has trained; name a folder to "
+      "start from, --config.init_from=FOLDER, or set another rate"
+    )
+  if config.qat:
+    raise InputError(
+      "config.qat fine-tunes a network that was trained in float; name its folder, "
+      "--config.init_from=FOLDER"
+    )
+
+
+def _fit(run: Prepared, workdir: Path, interruption: Interruption) -> None:
+  """Trains until the last step; nothing is left to do where all steps were done before."""
+  if int(run.state.step) >= run.plan.total_steps and run.bookmark.evaluated:
+    print(f"all {run.plan.total_steps} steps were done already", flush=True)
+    return
+  network = None
+  if run.roundings is not None:
+    network = quantization.network(run.plan.spec, run.state.variables, run.roundings)
+  loop.fit(run, workdir, interruption, network)
+
+
+def _finish(run: Prepared, workdir: Path) -> dict[str, Any]:
+  """Makes everything that follows from the best checkpoint; returns the report of `convert`."""
+  config = run.config
   if config.recalibrate_batches and (config.backbone_rate == 0 or config.qat):
     kept = "the frozen backbone" if config.backbone_rate == 0 else "the network in 8 bits"
     print(f"{kept} keeps its statistics; they are not re-estimated", flush=True)
@@ -100,55 +209,22 @@ def _run(config: Config, workdir: Path, interruption: Interruption) -> dict[str,
     print(format_recalibration(record), flush=True)
   print("re-parameterizing the best checkpoint and comparing both forms", flush=True)
   report = convert(config, workdir)
-  print(format_report(report) + f"\nsaved: {workdir / 'deploy'}", flush=True)
-  if rounding:
-    print("writing the network in 8 bits and running it in ONNX Runtime", flush=True)
-    facts = processes.first(quantization.write_int8, config, plan, rounding, workdir)
-    print(quantization.format_int8(facts) + f"\nsaved: {workdir / 'int8'}", flush=True)
-  processes.first(draw_at_end, workdir)
+  print(format_report(report) + f"\nsaved: {runs.deploy_folder(workdir)}", flush=True)
+  processes.first(_finish_alone, run, workdir)
   return report
 
 
-def _first_state(
-  config: Config, plan: planning.Plan, sgd: Any, workdir: Path
-) -> tuple[TrainState, Bookmark]:
-  """Of the newest checkpoint, else from `config.init_from`, else drawn; and where the loop was."""
-  variables = init(
-    plan.spec.create_model(), jax.random.key(config.seed), plan.spec.preprocessing.image_size
-  )
-  fresh = create_state(variables, sgd, ema=config.ema_decay > 0)
-  restored = restore_newest(workdir, fresh)
-  if restored is not None:
-    own = "; config.init_from is not read again" if config.init_from else ""
-    print(f"continuing from the checkpoint of step {int(restored.step)}{own}", flush=True)
-    bookmark = read_bookmark(workdir, int(restored.step))
-    if bookmark.devices not in (None, jax.device_count()):
-      print(
-        f"it was trained on {bookmark.devices} devices and goes on with {jax.device_count()}, so "
-        "it ends otherwise than it would there: batch norms see other parts of a batch",
-        flush=True,
-      )
-    return restored, bookmark
-  start = Bookmark(0, [], True)
-  if not config.init_from and config.backbone_rate == 0:
-    raise InputError(
-      "config.backbone_rate = 0 would freeze weights that nothing has trained; name a folder to "
-      "start from, --config.init_from=FOLDER, or set another rate"
-    )
-  if not config.init_from and config.qat:
-    raise InputError(
-      "config.qat fine-tunes a network that was trained in float; name its folder, "
-      "--config.init_from=FOLDER"
-    )
-  if not config.init_from:
-    return fresh, start
-  variables, text = finetune.first_variables(config.init_from, plan.spec, variables)
-  print(text, flush=True)
-  return create_state(variables, sgd, ema=config.ema_decay > 0), start
+def _finish_alone(run: Prepared, workdir: Path) -> None:
+  """Writes the ONNX file in 8 bits, where the run rounds, and the picture; in the first process."""
+  if run.roundings is not None:
+    print("writing the network in 8 bits and running it in ONNX Runtime", flush=True)
+    facts = quantization.write_int8(run.config, run.plan, run.roundings, workdir)
+    print(quantization.format_int8(facts) + f"\nsaved: {runs.int8_folder(workdir)}", flush=True)
+  draw_at_end(workdir)
 
 
-def _headline(config: Config, plan: planning.Plan) -> str:
-  """What is about to be trained, and at what rate."""
+def _headline(config: Config, plan: Plan) -> str:
+  """Returns two lines that say what is trained, on what, and at which learning rate."""
   peak = config.learning_rate * config.batch_size / schedules.BASE_BATCH_SIZE
   backbone = ""
   if config.backbone_rate != 1:

@@ -202,13 +202,13 @@ def _write(workdir: Path, spec: ModelSpec, variables: Any, record: dict[str, Any
   draft = Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", dir=workdir.parent))
   try:
     if record["kind"] == KINDS[0]:
-      disk.write_tree(draft / "checkpoints" / "0" / "variables", variables)
+      disk.write_tree(runs.variables_folder(draft, 0), variables)
     else:
-      disk.write_tree(draft / "deploy" / "params", variables["params"])
-      spec.write(draft / "deploy")
+      disk.write_tree(runs.params_folder(runs.deploy_folder(draft)), variables["params"])
+      spec.write(runs.deploy_folder(draft))
     spec.write(draft)
-    disk.write_json(draft / "import.json", record)
-    disk.write_json(draft / "config.json", _evaluation_config(spec))
+    disk.write_json(runs.import_file(draft), record)
+    disk.write_json(runs.config_file(draft), _evaluation_config(spec))
     draft.chmod(0o777 & ~_umask())
     if workdir.exists():
       workdir.rmdir()

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from repjax.errors import InputError
-from repjax.runs import lock
+from repjax.runs import lock, lock_file
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -23,10 +23,10 @@ def other(tmp_path):
   program = (
     "import signal, sys, types\n"
     # The packages without what they import, which takes a second and has no part in locks.
-    "for name in ('repjax', 'repjax.training'):\n"
+    "for name in ('repjax', 'repjax.runs'):\n"
     "  sys.modules[name] = types.ModuleType(name)\n"
     f"  sys.modules[name].__path__ = [{str(tiny.ROOT)!r} + '/' + name.replace('.', '/')]\n"
-    "from repjax.training import lock\n"
+    "from repjax.runs import lock\n"
     f"with lock.hold({str(tmp_path / 'run')!r}): print('held', flush=True); signal.pause()"
   )
   process = subprocess.Popen(
@@ -45,7 +45,7 @@ def test_a_second_process_is_refused_and_told_of_the_first(other, tmp_path):
     lock.hold(tmp_path / "run"),
   ):
     pytest.fail("held twice")
-  assert json.loads((tmp_path / "run" / lock.FILE).read_text())["pid"] == other.pid
+  assert json.loads(lock_file(tmp_path / "run").read_text())["pid"] == other.pid
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -55,7 +55,7 @@ def test_a_lock_ends_with_its_process(other, tmp_path, number):
   (tmp_path / "run").mkdir(exist_ok=True)  # a process that could clean up has removed it
   (tmp_path / "run" / "kept").touch()
   with lock.hold(tmp_path / "run"):
-    held = json.loads((tmp_path / "run" / lock.FILE).read_text())
+    held = json.loads(lock_file(tmp_path / "run").read_text())
     assert held["pid"] == os.getpid()
   assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
 
@@ -75,14 +75,14 @@ def test_a_lock_that_was_removed_while_it_was_opened_is_not_taken_for_held(tmp_p
 
   def removed_before(file, operation):
     if not opened:
-      (tmp_path / lock.FILE).unlink()
+      lock_file(tmp_path).unlink()
     opened.append(file)
     flock(file, operation)
 
   monkeypatch.setattr(lock.fcntl, "flock", removed_before)
   with lock.hold(tmp_path):
     assert len(opened) == 2
-    assert json.loads((tmp_path / lock.FILE).read_text())["pid"] == os.getpid()
+    assert json.loads(lock_file(tmp_path).read_text())["pid"] == os.getpid()
 
 
 def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
@@ -97,11 +97,11 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("content", ["", "[]", '{"pid": 1'])
 def test_a_holder_that_has_not_said_who_it_is_holds_all_the_same(tmp_path, content):
-  (tmp_path / lock.FILE).write_text(content)
-  with (tmp_path / lock.FILE).open() as file:
+  lock_file(tmp_path).write_text(content)
+  with lock_file(tmp_path).open() as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     with (
-      pytest.raises(InputError, match="is in use by another process; wait for it"),
+      pytest.raises(InputError, match="is in use by another process"),
       lock.hold(tmp_path),
     ):
       pytest.fail("held twice")

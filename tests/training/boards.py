@@ -6,7 +6,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 
 def events(folder):
-  """Every event of a folder's files, in the order of their names, as TensorBoard reads them."""
+  """Yields every event in the files of a folder, in the order of their names."""
   for path in sorted(folder.iterdir()):
     data = path.read_bytes()
     while data:
@@ -16,7 +16,10 @@ def events(folder):
 
 
 def shown(folder):
-  """Tag to (step, value) pairs: a session's start drops what is recorded for its step and later."""
+  """Returns the (step, value) pairs that TensorBoard shows for each tag.
+
+  The start of a session at a step drops earlier records of this step and later ones.
+  """
   scalars = {}
   for event in events(folder):
     if event.session_log.status == SessionLog.START:

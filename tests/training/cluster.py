@@ -12,7 +12,7 @@ SECONDS = 120
 
 
 class Ended(NamedTuple):
-  """How one of the processes ended."""
+  """The end of a process: its exit status and its output."""
 
   returncode: int
   stdout: str

@@ -1,4 +1,4 @@
-"""What is made once a session: the digits on disk, compiled programs and a finished run."""
+"""Fixtures made once a session: the digits on disk, compiled programs, finished runs."""
 
 import contextlib
 import fcntl
@@ -15,8 +15,9 @@ import pytest
 import repjax
 from repjax import cli, training
 from repjax.data import open_source
+from repjax.runs import CheckpointWriter
 from repjax.training import optimizer
-from repjax.training.checkpoint import CheckpointWriter
+from repjax.training.state import to_items
 from repjax.training.step import create_state
 from tests.helpers import randomise
 from tests.training import tiny
@@ -24,7 +25,7 @@ from tests.training import tiny
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory):
-  """A folder of the session's that all of xdist's workers share."""
+  """A folder of the session that all workers of xdist share."""
   base = tmp_path_factory.getbasetemp()
   folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
   folder.mkdir(exist_ok=True)
@@ -33,7 +34,7 @@ def shared_folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def made_once(folder):
-  """Holds a folder that is to be made; True for the first who comes, others wait for them."""
+  """Yields True to the first worker, which makes a folder; the others wait and get False."""
   made = folder.with_suffix(".made")
   with open(f"{folder}.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -53,7 +54,7 @@ def digits_dir(shared_folder):
 
 @pytest.fixture(scope="session")
 def cache_home(shared_folder):
-  """What XDG_CACHE_HOME is for programs that tests start."""
+  """The value of XDG_CACHE_HOME for programs that tests start."""
   home = shared_folder / "cache"
   home.mkdir(exist_ok=True)
   return home
@@ -61,7 +62,7 @@ def cache_home(shared_folder):
 
 @pytest.fixture
 def quick_programs(cache_home):
-  """See `tiny.quick_programs`."""
+  """Compiles fast rather than well, see `tiny.quick_programs`."""
   with tiny.quick_programs(cache_home / "repjax" / "xla"):
     yield
 
@@ -75,7 +76,7 @@ def no_leftovers():
 
 
 def run_once(config, workdir, cache_home):
-  """Trains in a workdir unless another worker has; its report and what it printed."""
+  """Trains in a workdir unless a worker has; returns the report and the printed text."""
   kept = workdir.with_suffix(".json")
   with made_once(workdir) as is_first:
     if is_first:
@@ -92,26 +93,27 @@ def run_once(config, workdir, cache_home):
 
 @pytest.fixture(scope="session")
 def finished(digits_dir, cache_home, shared_folder):
-  """The workdir of a finished run, which no test may change, with what it returned and printed."""
+  """The workdir of a finished run, which no test may change, its report and its printed text."""
   workdir = shared_folder / "finished"
   return workdir, *run_once(tiny.config(digits_dir), workdir, cache_home)
 
 
 @pytest.fixture(scope="session")
 def averaged(digits_dir, cache_home, shared_folder):
-  """The workdir of a finished run that averages its variables, and its report; not to change."""
+  """The workdir of a finished run that averages its variables, and its report; do not change it."""
   workdir = shared_folder / "averaged"
   return workdir, run_once(tiny.averaging(digits_dir), workdir, cache_home)[0]
 
 
 @pytest.fixture
 def overtrained(finished, tmp_path):
-  """A copy of the finished run, with a checkpoint of step 20 that is newer, worse and other."""
+  """A copy of the finished run, with a newer and worse checkpoint of step 20."""
   workdir = shutil.copytree(finished[0], tmp_path / "overtrained")
   variables = randomise(repjax.ModelSpec.read(workdir).variable_shapes())
   sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4)
   writer = CheckpointWriter(workdir)
-  writer.save(create_state(variables, sgd).replace(step=jnp.asarray(20)), accuracy=0.0)
+  state = create_state(variables, sgd).replace(step=jnp.asarray(20))
+  writer.save(20, to_items(state), accuracy=0.0)
   writer.close()
   return workdir
 

@@ -25,13 +25,13 @@ def workdir(finished, tmp_path):
 
 
 def deployed(workdir):
-  """The files of the deploy folder; nothing that looks like one is beside it."""
+  """Returns the files of the deploy folder, and checks that no draft or old folder is left."""
   assert [path.name for path in workdir.iterdir() if "deploy" in path.name] == ["deploy"]
   return tiny.contents(workdir / "deploy")
 
 
 def spoiled(kernel_of, by):
-  """A `reparameterize` that gets one kernel wrong."""
+  """Returns the result of `reparameterize` with one wrong kernel."""
 
   def reparameterize(params, batch_stats):
     def spoil(path, leaf):

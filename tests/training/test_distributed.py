@@ -9,7 +9,7 @@ import pytest
 from repjax import disk, runs
 from repjax.spec import ModelSpec
 from repjax.training import optimizer
-from repjax.training.checkpoint import restore_newest
+from repjax.training.state import restore_newest
 from repjax.training.step import create_state
 from tests.helpers import random_variables, relative_error
 from tests.training import cluster, tiny
@@ -22,7 +22,7 @@ import os, runpy, signal, sys
 import jax
 from repjax.training import loop
 
-batches_of = fitting.train_batches
+batches_of = loop.train_batches
 
 def stopping(*arguments, **settings):
   for number, batch in enumerate(batches_of(*arguments, **settings)):
@@ -30,7 +30,7 @@ def stopping(*arguments, **settings):
       os.kill(os.getpid(), signal.SIGTERM)
     yield batch
 
-fitting.train_batches = stopping
+loop.train_batches = stopping
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -12,7 +12,7 @@ import repjax
 from repjax import runs, training
 from repjax.errors import InputError
 from repjax.training import evaluation, parallel
-from repjax.training.checkpoint import from_items, restore_newest, to_items
+from repjax.training.state import from_items, restore_newest, to_items
 from repjax.training.step import create_state, make_train_step
 from tests.helpers import leaves
 from tests.training import tiny

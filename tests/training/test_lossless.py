@@ -14,10 +14,9 @@ import pytest
 
 from repjax import runs, training
 from repjax.errors import InputError
+from repjax.runs import CheckpointWriter, RecordsFile, read_bookmark
 from repjax.training import evaluation, loop, run
-from repjax.training.checkpoint import CheckpointWriter, read_bookmark
 from repjax.training.interruption import Preempted, Stopped
-from repjax.training.metrics import MetricsFile
 from scripts import torture
 from tests.training import tiny
 
@@ -115,17 +114,17 @@ def test_a_second_ctrl_c_during_a_save_stops_at_once_and_spoils_nothing(
   assert_as_undisturbed(tmp_path)
 
 
-def test_an_evaluation_that_was_put_off_twice_behind_the_last_step_is_made_up_for(
+def test_an_evaluation_after_the_last_step_that_was_put_off_twice_is_made_up_for(
   digits_dir, tmp_path, monkeypatch, assert_as_undisturbed
 ):
   config = tiny.config(digits_dir)
-  run, evaluations = evaluation.run, []
+  evaluate_split, evaluations = evaluation.run, []
 
   def interrupted(*arguments):
     evaluations.append(arguments)
     if len(evaluations) in (3, 4):
       os.kill(os.getpid(), signal.SIGTERM)
-    return run(*arguments)
+    return evaluate_split(*arguments)
 
   with monkeypatch.context() as patch:
     patch.setattr(evaluation, "run", interrupted)
@@ -134,7 +133,7 @@ def test_an_evaluation_that_was_put_off_twice_behind_the_last_step_is_made_up_fo
         training.train(config, tmp_path)
       assert not read_bookmark(tmp_path, tiny.STEPS).evaluated
       assert runs.checkpoints(tmp_path)[tiny.STEPS] == -1
-    patch.setattr(loop, "convert", None)  # recorded and then stopped: not recorded twice
+    patch.setattr(run, "convert", None)  # recorded and then stopped: not recorded twice
     with pytest.raises(TypeError):
       training.train(config, tmp_path)
   training.train(config, tmp_path)
@@ -159,10 +158,10 @@ def test_a_save_that_fails_ends_the_run_soon_and_leaves_the_one_before(
   config = tiny.config(digits_dir)
   save = CheckpointWriter.save
 
-  def save_to_a_full_disk(self, state, accuracy, **more):
-    with files_of_at_most(10_000) if state.step > 4 else contextlib.nullcontext():
-      save(self, state, accuracy, **more)
-      if state.step > 4:
+  def save_to_a_full_disk(self, step, items, accuracy, **more):
+    with files_of_at_most(10_000) if step > 4 else contextlib.nullcontext():
+      save(self, step, items, accuracy, **more)
+      if step > 4:
         while self._manager.is_saving_in_progress():
           time.sleep(0.01)
 
@@ -180,7 +179,7 @@ def test_metrics_that_cannot_be_written_end_a_run_that_saves_at_every_step(
   digits_dir, tmp_path, monkeypatch, assert_as_undisturbed
 ):
   config = tiny.config(digits_dir, save_every_minutes=1e-9)
-  write, save, savers = MetricsFile.write, CheckpointWriter.save, []
+  write, save, savers = RecordsFile.write, CheckpointWriter.save, []
 
   def save_and_tell(self, *arguments, **more):
     savers.append(self)
@@ -194,7 +193,7 @@ def test_metrics_that_cannot_be_written_end_a_run_that_saves_at_every_step(
 
   with monkeypatch.context() as patch:
     patch.setattr(CheckpointWriter, "save", save_and_tell)
-    patch.setattr(MetricsFile, "write", write_to_a_full_disk)
+    patch.setattr(RecordsFile, "write", write_to_a_full_disk)
     with pytest.raises(InputError, match=r"metrics\.jsonl could not be written: "):
       training.train(config, tmp_path)
   assert 250 - len((tmp_path / "metrics.jsonl").read_text()) == 0  # the last line is cut
@@ -233,7 +232,7 @@ def test_an_image_that_cannot_be_read_ends_the_run_at_once_and_is_named(
   digits_dir, tmp_path, monkeypatch, assert_as_undisturbed
 ):
   config = tiny.config(digits_dir, num_workers=1)
-  batches_of = run.train_batches
+  batches_of = loop.train_batches
   seventh = int(grain.MapDataset.source(range(1437)).seed(config.seed).shuffle()[32 * 6])
 
   def damaged(examples, **settings):

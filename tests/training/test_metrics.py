@@ -1,5 +1,6 @@
-"""`metrics.jsonl` and the live line."""
+"""The live line, `timing.jsonl`, and event files as TensorBoard reads them."""
 
+import importlib.util
 import io
 import json
 import re
@@ -7,81 +8,18 @@ import types
 
 import pytest
 
+from repjax import training
+from repjax.errors import InputError
 from repjax.training import metrics
-from repjax.training.metrics import MetricsFile, Progress
+from repjax.training.metrics import Pace, Progress, Watch
+from tests.training import tiny
+from tests.training.boards import shown
 
 pytest_plugins = ["tests.training.fixtures"]
 
 
-def write(path, first_step, *steps):
-  records = MetricsFile(path, first_step)
-  for step in steps:
-    records.write(step=step, loss=step / 2)
-  records.close()
-
-
-def steps_in(path):
-  return [json.loads(line)["step"] for line in path.read_text().splitlines()]
-
-
-def test_a_record_is_a_line_of_json(tmp_path):
-  path = tmp_path / "metrics.jsonl"
-  write(path, 0, 1, 2)
-  assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 1.0}\n'
-
-
-def test_a_record_is_on_disk_as_soon_as_it_is_written(tmp_path):
-  records = MetricsFile(tmp_path / "metrics.jsonl", 0)
-  records.write(step=1)
-  assert steps_in(tmp_path / "metrics.jsonl") == [1]
-  records.close()
-
-
-def test_a_run_that_continues_drops_what_lies_behind_its_step(tmp_path):
-  path = tmp_path / "metrics.jsonl"
-  write(path, 0, 2, 4, 4, 5, 8)
-  write(path, 4, 6)
-  assert steps_in(path) == [2, 4, 4, 6]
-
-
-def test_a_run_that_begins_again_drops_everything(tmp_path):
-  path = tmp_path / "metrics.jsonl"
-  write(path, 0, 2, 4)
-  write(path, 0)
-  assert path.read_text() == ""
-
-
-@pytest.mark.parametrize("cut", ['{"step": 4, "lo', '{"step"', "4", "{}", "\x00\x00"])
-def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path, cut):
-  path = tmp_path / "metrics.jsonl"
-  write(path, 0, 2, 4)
-  path.write_text(path.read_text() + cut)
-  write(path, 4, 6)
-  assert steps_in(path) == [2, 4, 6]
-
-
-def test_of_one_step_as_many_records_are_kept_as_were_there(tmp_path, capsys):
-  path = tmp_path / "metrics.jsonl"
-  write(path, 0, 2, 4, 4)
-  records = MetricsFile(path, 4, 2)
-  assert records.count == 2
-  records.write(step=4)
-  assert records.count == 3
-  records.close()
-  assert steps_in(path) == [2, 4, 4]
-  assert capsys.readouterr().out == ""
-  MetricsFile(path, 4, 5).close()
-  assert f"{path} lacks 2 records; the run goes on without them" in capsys.readouterr().out
-
-
-def test_no_other_file_is_left(tmp_path):
-  write(tmp_path / "metrics.jsonl", 0, 1)
-  write(tmp_path / "metrics.jsonl", 1, 2)
-  assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
 class Terminal(io.StringIO):
-  """What a person sees on a terminal: a carriage return goes back, and text overwrites."""
+  """A terminal: a carriage return goes back to the start of a line, and text overwrites."""
 
   def isatty(self):
     return True
@@ -197,7 +135,7 @@ def test_an_update_returns_the_pace_since_the_one_before(clock):
 
 
 def finished(clock, waited, out=None):
-  """The last lines of a run of 85 s after its first step, which waited for 7 s."""
+  """Returns the last lines of a run of 85 s after its first step, which waited for 7 s."""
   out = out or io.StringIO()
   progress = Progress(0, 100, 10, out)
   progress.update(1, 1.0, 0.0, 7.0)
@@ -239,3 +177,68 @@ def test_a_run_of_one_step_has_nothing_to_say_about_waiting(clock, updates):
     clock.now += 1
   progress.finish()
   assert "waited" not in out.getvalue()
+
+
+def lines(workdir):
+  return [json.loads(line) for line in (workdir / "timing.jsonl").read_text().splitlines()]
+
+
+def test_the_pace_is_a_line_and_values_are_not(tmp_path):
+  watch = Watch(tmp_path, 0, tensorboard=False)
+  watch.write(10, {"loss": 2.0}, Pace(640, 2.5, 0.5))
+  watch.write(10, {"eval_loss": 1.0})
+  watch.write(20, {"loss": 2.0}, Pace(640, 2.0, 0.25))
+  assert lines(tmp_path) == [
+    {"step": 10, "images": 640, "seconds": 2.5, "waited": 0.5},
+    {"step": 20, "images": 640, "seconds": 2.0, "waited": 0.25},
+  ]
+  watch.close()
+  assert [path.name for path in tmp_path.iterdir()] == ["timing.jsonl"]
+
+
+def test_timing_after_the_step_at_which_a_run_continues_is_dropped(tmp_path):
+  for first, steps in ((0, (5, 10, 15)), (10, (20,))):
+    watch = Watch(tmp_path, first, tensorboard=False)
+    for step in steps:
+      watch.write(step, {}, Pace(64, 1.0, 0.0))
+    watch.close()
+  assert [row["step"] for row in lines(tmp_path)] == [5, 10, 20]
+
+
+def test_scalars_have_clear_tags(tmp_path):
+  watch = Watch(tmp_path, 0, tensorboard=True)
+  watch.write(10, {"loss": 2.0, "learning_rate": 0.5}, Pace(640, 2.5, 0.5))
+  watch.write(10, {"eval_accuracy": 0.25, "eval_ema_accuracy": 0.75})
+  # On disk as soon as it is written, not when the run ends.
+  assert shown(tmp_path / "tensorboard") == {
+    "train/loss": [(10, 2.0)],
+    "train/learning_rate": [(10, 0.5)],
+    "speed/images_per_second": [(10, 256.0)],
+    "speed/share_waiting_for_data": [(10, pytest.approx(0.2))],
+    "eval/accuracy": [(10, 0.25)],
+    "eval/ema_accuracy": [(10, 0.75)],
+  }
+  watch.close()
+
+
+@pytest.mark.parametrize("first_step", [0, 4])
+def test_a_run_that_continues_shows_no_step_twice(tmp_path, first_step):
+  for first, steps, loss in ((0, (2, 4, 6, 8), 2.0), (first_step, (6, 8, 10), 1.0)):
+    watch = Watch(tmp_path, first, tensorboard=True)
+    for step in steps:
+      watch.write(step, {"loss": loss})
+    watch.close()
+  kept = [(step, 2.0) for step in (2, 4) if step <= first_step]
+  expected = [*kept, (6, 1.0), (8, 1.0), (10, 1.0)]
+  assert shown(tmp_path / "tensorboard") == {"train/loss": expected}
+  assert len(list((tmp_path / "tensorboard").iterdir())) in (1, 2)
+
+
+def test_a_missing_package_is_said_before_anything_begins(digits_dir, tmp_path, monkeypatch):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    "importlib.util.find_spec", lambda name: None if name == "tensorboardX" else find(name)
+  )
+  with pytest.raises(InputError, match="pip install tensorboardX"):
+    training.train(tiny.config(digits_dir, tensorboard=True), tmp_path / "run")
+  assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""How devices are used."""
+"""Data parallelism on four fake devices."""
 
 import contextlib
 

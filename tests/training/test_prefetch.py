@@ -1,4 +1,4 @@
-"""What a thread reads ahead is what its source yields, and the thread always ends."""
+"""A thread that reads ahead yields the items of its source, and always ends."""
 
 import contextlib
 import gc
@@ -51,7 +51,7 @@ class Running:
 
 
 def settled(source):
-  """How many items were pulled, once that no longer changes."""
+  """Returns how many items were pulled, once the number no longer changes."""
   count = -1
   while count != source.pulled:
     count = source.pulled
@@ -102,7 +102,7 @@ def test_an_item_that_is_there_does_not_wait_for_the_next_one():
 
 @pytest.mark.parametrize("error", [InputError("no such image"), KeyboardInterrupt(), OSError(5)])
 @pytest.mark.parametrize("inside", ["source", "make"])
-def test_an_error_comes_out_as_it_is_behind_the_items_before_it(error, inside):
+def test_an_error_comes_out_unchanged_after_the_items_before_it(error, inside):
   def fail(number):
     if number == 3:
       raise error

@@ -1,4 +1,4 @@
-"""What processes of one run tell one another."""
+"""Exchanges between the processes of a run."""
 
 import json
 import shutil
@@ -94,7 +94,7 @@ with processes.leave_at_once():
 
 @pytest.fixture(scope="module")
 def two(digits_dir, cache_home, finished, tmp_path_factory):
-  """What two processes have said, and how they ended."""
+  """The values that two processes have written, how they ended, their folders and the workdir."""
   home = tmp_path_factory.mktemp("talk")
   folders = [home / "first", home / "second"]
   for folder in folders:

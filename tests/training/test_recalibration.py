@@ -17,7 +17,7 @@ from repjax.data import open_source, train_batches
 from repjax.errors import InputError
 from repjax.layers import rep_norm
 from repjax.training import evaluation, finetune, optimizer, planning, recalibration
-from repjax.training.checkpoint import restore_newest
+from repjax.training.state import restore_newest
 from repjax.training.step import create_state
 from tests.helpers import assert_close, leaves, randomise, relative_error, shapes
 from tests.training import tiny
@@ -44,7 +44,7 @@ def recalibrated(finished, digits_dir, cache_home, tmp_path_factory):
 
 
 def own_variables(workdir):
-  """The best checkpoint, whatever lies beside it."""
+  """Returns the variables of the best checkpoint, without re-estimated statistics."""
   like = {"variables": repjax.ModelSpec.read(workdir).variable_shapes()}
   return runs.read_checkpoint(workdir, like, best=True)[1]["variables"]
 
@@ -62,7 +62,7 @@ def training_batches(digits_dir, count):
 
 
 def inputs_of_norms(spec, params):
-  """A function from images to {path: what each batch norm in train mode has to normalise}."""
+  """Builds a function of images that returns the input of each batch norm in training mode."""
   model, stats = spec.create_model(remat=False), spec.variable_shapes()["batch_stats"]
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stats)
 
@@ -87,7 +87,7 @@ def inputs_of_norms(spec, params):
 
 
 def expected_statistics(spec, params, batches, parts):
-  """Mean and variance, in float64, over all activations of all batches in that many parts each."""
+  """Returns mean and variance, in float64, over all activations of batches cut into parts."""
   inputs, rows = inputs_of_norms(spec, params), {}
   for batch in batches:
     for images in np.split(batch["image"], parts):
@@ -308,12 +308,12 @@ def test_fine_tuning_starts_from_them(recalibrated):
 
 
 def replace_checkpoint(workdir, step, accuracy=1.0):
-  """A checkpoint with other statistics, better than all."""
+  """Adds a checkpoint with different statistics that is better than all others."""
   variables = randomise(repjax.ModelSpec.read(workdir).variable_shapes(), seed=9)
   folder = workdir / "checkpoints" / str(step)
   shutil.rmtree(folder, ignore_errors=True)
   disk.write_tree(folder / "variables", variables)
-  disk.write_json(runs.metrics_file(workdir, step), {"accuracy": accuracy})
+  disk.write_json(runs.accuracy_file(workdir, step), {"accuracy": accuracy})
   return variables
 
 
@@ -412,7 +412,7 @@ def test_what_cannot_be_recalibrated_is_named_and_nothing_is_written(
 
 
 def named(*names):
-  """An `open_source` whose classes are called otherwise."""
+  """Opens a source whose classes have different names."""
 
   def open_renamed(*arguments, **settings):
     return open_source(*arguments, **settings)._replace(class_names=names)
@@ -424,7 +424,7 @@ def named(*names):
   ("names", "said"),
   [
     (("a", "b"), "digits has 2 classes, the model has 10"),
-    (tuple("abcdefghij"), "other classes than the model: a, b, c, ... where it knows 0, 1, 2, ..."),
+    (tuple("abcdefghij"), "other classes than the model: a, b, c, ... instead of 0, 1, 2, ..."),
   ],
   ids=["number", "names"],
 )

@@ -26,7 +26,7 @@ pytest_plugins = ["tests.training.fixtures"]
 
 
 def newest(workdir):
-  """Step and every array of a run's newest checkpoint."""
+  """Returns step and every array of a run's newest checkpoint."""
   spec = planning.ModelSpec.read(workdir)
   sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4)
   shapes = jax.eval_shape(lambda variables: create_state(variables, sgd), spec.variable_shapes())
@@ -43,7 +43,7 @@ def records(workdir):
 
 @pytest.fixture(scope="module")
 def continued(digits_dir, cache_home, tmp_path_factory):
-  """The tiny run, interrupted two steps behind its first checkpoint and started again."""
+  """The tiny run, interrupted two steps after its first checkpoint and started again."""
   workdir = tmp_path_factory.mktemp("runs") / "continued"
   config = tiny.config(digits_dir, tensorboard=True)
   batches_of = loop.train_batches
@@ -168,7 +168,7 @@ def test_a_finished_run_started_again_trains_no_further(
   assert training.train(tiny.config(digits_dir), workdir) == finished[1]
   printed = capsys.readouterr().out
   assert "all 12 steps were done already" in printed
-  assert "goes on with" not in printed
+  assert "devices so far" not in printed
   assert files() == before
 
 
@@ -177,10 +177,10 @@ def test_a_run_that_continues_on_other_devices_says_so(finished, digits_dir, tmp
   path = workdir / "checkpoints" / "12" / "bookmark" / "metadata"
   disk.write_json(path, {**disk.read_json(path), "devices": 8})
   training.train(tiny.config(digits_dir), workdir)
-  assert "it was trained on 8 devices and goes on with 4, so it ends" in capsys.readouterr().out
+  assert "had 8 devices so far and now has 4" in capsys.readouterr().out
 
 
-# Behind step 8 comes an evaluation, before any step that would notice.
+# After step 8 comes an evaluation, which notices before any step does.
 @pytest.mark.parametrize(("spoiled", "noticed"), [(6, "7"), (8, "[89]")])
 def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
   digits_dir, tmp_path, monkeypatch, spoiled, noticed

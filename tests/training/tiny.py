@@ -37,7 +37,7 @@ WITH_GATES_AND_HEADS = {
 
 
 def config(data_dir, **changes):
-  """A config of 12 steps with an evaluation every 4, and with `changes` to its fields."""
+  """Returns a config of 12 steps with an evaluation every 4, and with `changes` to its fields."""
   result = digits.get_config()
   result.model_overrides.update(OVERRIDES)
   result.data_dir = str(data_dir)
@@ -52,12 +52,12 @@ def config(data_dir, **changes):
 
 
 def averaging(data_dir, **changes):
-  """The same with an average of the variables beside them."""
+  """Returns the config of a run that also averages its variables."""
   return config(data_dir, ema_decay=0.8, **changes)
 
 
 def one_step_with_everything(shard):
-  """What a step with dropout, mixing and shared statistics gives: its metrics, and a few sums.
+  """Returns metrics and sums of parameters after a step with dropout, mixing and shared statistics.
 
   Args:
     shard: (index, count) of the processes that take the step together, of four devices in all.
@@ -108,7 +108,7 @@ def quick_collection():
 
 
 def contents(folder):
-  """Every file below a folder with its bytes."""
+  """Returns the bytes of every file below a folder, by path."""
   paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
   return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, the newest and the best, and what happens when files are damaged."""
+"""Checkpoints come back exactly, the newest and the best are kept, and damage is survived."""
 
 import shutil
 
@@ -9,8 +9,9 @@ import pytest
 
 from repjax import disk, runs
 from repjax.errors import InputError
+from repjax.runs import CheckpointWriter, read_bookmark
 from repjax.training import optimizer, parallel
-from repjax.training.checkpoint import CheckpointWriter, read_bookmark, restore_newest, to_items
+from repjax.training.state import restore_newest, to_items
 from repjax.training.step import create_state
 from tests.training import tiny
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 def make_state(step):
-  """A state in which every number depends on the step."""
+  """Returns a state in which every number depends on the step."""
   rng = np.random.default_rng(step)
 
   def draw(*shape):
@@ -38,7 +39,7 @@ def make_state(step):
 def save(workdir, accuracies):
   writer = CheckpointWriter(workdir)
   for step, accuracy in accuracies.items():
-    writer.save(parallel.place(make_state(step)), accuracy)
+    writer.save(step, to_items(parallel.place(make_state(step))), accuracy)
   writer.close()
 
 
@@ -62,7 +63,7 @@ def garble(path):
 
 
 def largest_file(folder):
-  """The one with the numbers in it."""
+  """Returns the largest file below a folder, which holds numbers."""
   files = [path for path in folder.rglob("*") if path.is_file()]
   return max(files, key=lambda path: path.stat().st_size)
 
@@ -77,8 +78,19 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def workdir(saved, tmp_path):
-  """A copy of it."""
+  """A copy of `saved`, which a test may change."""
   return shutil.copytree(saved, tmp_path / "run")
+
+
+def test_only_numbered_folders_are_checkpoints(tmp_path):
+  for name in ("3", "20", "20.orbax-checkpoint-tmp-5", "notes"):
+    (tmp_path / "checkpoints" / name / "metrics").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "3" / "metrics" / "metrics").write_text('{"accuracy": 0.5}')
+  assert runs.checkpoints(tmp_path) == {3: 0.5, 20: -1.0}
+
+
+def test_a_workdir_without_checkpoints_has_none(tmp_path):
+  assert runs.checkpoints(tmp_path) == {}
 
 
 def test_the_newest_and_the_best_are_kept_and_no_others(workdir):
@@ -122,7 +134,7 @@ def test_variables_can_be_read_alone(workdir):
 def test_a_saved_state_may_be_donated_at_once(tmp_path):
   writer = CheckpointWriter(tmp_path)
   state = parallel.place(make_state(2))
-  writer.save(state, 0.5)
+  writer.save(2, to_items(state), 0.5)
   jax.tree.map(lambda x: x.delete(), state)
   writer.close()
   assert_same(restore_newest(tmp_path, make_state(0)), make_state(2))
@@ -146,7 +158,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before(workdir, capsys, item, dam
   assert tiny.contents(moved) == held
   assert runs.checkpoints(workdir) == {4: 0.9}
   printed = capsys.readouterr().out
-  assert f"checkpoint of step 8 is damaged, trying another: {newest / item} cannot be" in printed
+  assert f"checkpoint of step 8 is damaged, trying the next one: {newest / item} " in printed
   assert f"the damaged checkpoint of step 8 is now in {moved}\n" in printed
 
 
@@ -157,7 +169,7 @@ def test_a_damaged_best_gives_way_to_the_newest_and_stays_where_it_is(workdir, c
   step, items = runs.read_checkpoint(workdir, to_items(make_state(0)), best=True)
   assert step == 8
   assert_same(items, to_items(make_state(8)))
-  assert "checkpoint of step 4 is damaged, trying another" in capsys.readouterr().out
+  assert "checkpoint of step 4 is damaged" in capsys.readouterr().out
   assert tiny.contents(workdir) == before
 
 
@@ -220,8 +232,8 @@ def test_a_state_that_is_not_finite_is_not_saved_without_an_evaluation(tmp_path)
   state = make_state(3)
   spoiled = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
   writer = CheckpointWriter(tmp_path)
-  with pytest.raises(InputError, match="not finite behind step 3, which was therefore not saved"):
-    writer.save(spoiled, None)
+  with pytest.raises(InputError, match="not finite after step 3, which was therefore not saved"):
+    writer.save(3, to_items(spoiled), None)
   writer.close()
   assert runs.checkpoints(tmp_path) == {}
 
@@ -239,8 +251,8 @@ def test_one_without_an_evaluation_is_never_the_best_beside_one_with(tmp_path):
 def test_a_bookmark_comes_back_exactly(tmp_path):
   rows = [{"loss": 1 / 3, "accuracy": 0.1}, {"loss": 1e-300, "accuracy": 1.0}]
   writer = CheckpointWriter(tmp_path)
-  writer.save(make_state(4), 0.5, records=9)
-  writer.save(make_state(6), None, records=11, pending=rows)
+  writer.save(4, to_items(make_state(4)), 0.5, records=9)
+  writer.save(6, to_items(make_state(6)), None, records=11, pending=rows)
   writer.close()
   assert read_bookmark(tmp_path, 4) == (9, [], True, 4)
   assert read_bookmark(tmp_path, 6) == (11, rows, False, 4)

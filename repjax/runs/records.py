@@ -1,0 +1,73 @@
+"""Files of records, one JSON object a line: `metrics.jsonl` and `timing.jsonl`."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from repjax import disk
+
+
+class RecordsFile:
+  """A file to which records are appended, one JSON object a line, each with its `step`.
+
+  Attributes:
+    count: number of lines in the file.
+  """
+
+  def __init__(self, path: Path, first_step: int, count: int | None = None):
+    """Opens the file for a run that continues after `first_step`.
+
+    Records of steps that the run will do again are dropped, so that no record appears twice.
+
+    Args:
+      path: path of the file; a missing file is made.
+      first_step: records of later steps are dropped.
+      count: number of lines to keep; None: every line up to `first_step`.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    kept = [line for line in lines if _step_of(line) <= first_step][:count]
+    if count is not None and len(kept) < count:
+      print(f"{path} lacks {count - len(kept)} records; the run continues without them", flush=True)
+    draft = path.with_suffix(".draft")
+    with disk.writing(path):
+      draft.write_text("".join(f"{line}\n" for line in kept))
+      disk.put(draft, path)
+      # Without a buffer, a record is in the file when `write` returns, even if the process is
+      # killed right after.
+      self._file = path.open("ab", buffering=0)
+    self._path, self.count = path, len(kept)
+
+  def write(self, **values: Any) -> None:
+    """Appends one record.
+
+    Raises:
+      InputError: the record cannot be written.
+    """
+    line = f"{json.dumps(values)}\n".encode()
+    with disk.writing(self._path):
+      # A file without a buffer may write a part of the line and raise nothing: the disk is full.
+      if self._file.write(line) != len(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    self.count += 1
+
+  def sync(self) -> None:
+    """Waits until every record would survive a power cut."""
+    with disk.writing(self._path):
+      os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+
+def _step_of(line: str) -> float:
+  """Returns the step of a record; infinity for a line that a crash cut short."""
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, KeyError, TypeError):
+    return float("inf")
