@@ -36,7 +36,7 @@ from flax import linen as nn
 
 from repjax.errors import InputError, unknown
 from repjax.layers import GlobalGate, RepConv, RepNorm, SkipSqueezeExcite, activation, linear
-from repjax.layers.rep_norm import refuse_training
+from repjax.layers.base import refuse_training
 from repjax.models.base import Part, Settings
 from repjax.models.checks import check_classifier, check_images, check_whole
 

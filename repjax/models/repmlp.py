@@ -21,7 +21,7 @@ from flax.core import FrozenDict
 from repjax.errors import InputError
 from repjax.layers import GlobalPerceptron, RepConv, RepDense, activation, linear
 from repjax.layers.rep_conv import pair
-from repjax.layers.rep_norm import refuse_training
+from repjax.layers.base import refuse_training
 from repjax.models.base import Settings
 from repjax.models.checks import (
   check_classifier,

@@ -30,7 +30,7 @@ from flax import linen as nn
 from repjax.errors import InputError
 from repjax.layers import RepConv, RepDense, RepFFN, RepHead, RepNorm, SqueezeExcite
 from repjax.layers.rep_conv import pair
-from repjax.layers.rep_norm import refuse_training
+from repjax.layers.base import refuse_training
 from repjax.models.base import Settings
 from repjax.models.checks import (
   check_classifier,

@@ -24,7 +24,7 @@ from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.layers import AuxHead, RepConv, SqueezeExcite, activation, linear
-from repjax.layers.rep_norm import refuse_training
+from repjax.layers.base import refuse_training
 from repjax.models.base import Step, dilate
 from repjax.models.checks import check_classifier, is_whole
 

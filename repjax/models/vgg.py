@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from repjax.layers import RepConv, activation, linear
 from repjax.layers.linear import bias_init, kernel_init
-from repjax.layers.rep_norm import refuse_training
+from repjax.layers.base import refuse_training
 from repjax.models.base import Settings
 from repjax.models.checks import check_classifier, check_images, check_number, check_whole
 
