@@ -30,7 +30,7 @@ from repjax.deploy.rewrite import Function
 from repjax.deploy.tuning import tuner
 from repjax.deploy.xla import compiled, planned_bytes
 from repjax.errors import InputError
-from repjax.models.base import Part
+from repjax.models.base import StreamScope as Part
 
 _AXIS = "batch"
 

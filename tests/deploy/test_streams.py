@@ -14,7 +14,7 @@ from flax import linen as nn
 import repjax
 from repjax.deploy.streams import cut
 from repjax.errors import InputError
-from repjax.models.base import Part
+from repjax.models.base import StreamScope as Part
 from repjax.spec import Preprocessing
 from tests.helpers import assert_close, quick_jit, random_variables
 
