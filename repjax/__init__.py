@@ -17,11 +17,11 @@ __all__ = [
   "reparameterize",
 ]
 
-_ROOMS = ("analysis", "data", "deploy", "onnx", "quantization", "training", "weights")
+_ROOMS = ("analysis", "data", "deploy", "onnx", "quantization", "report", "training", "weights")
 
 
 def __getattr__(name: str) -> ModuleType:
-  """Loads a room of the package on first use (PEP 562)."""
+  """Imports a subpackage on first use (PEP 562), so that `import repjax` stays fast."""
   if name in _ROOMS:
     return importlib.import_module(f"repjax.{name}")
   raise AttributeError(f"module 'repjax' has no attribute {name!r}")
