@@ -100,7 +100,7 @@ def _orthogonal(rng: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> jax.Arr
     q = scipy.linalg.solve_triangular(lower, normal.T, lower=True, check_finite=False).T
   else:
     q, r = np.linalg.qr(normal)
-    # QR leaves the signs of R's diagonal open. With positive signs Q is a uniformly random rotation.
+    # QR leaves the signs of R's diagonal open. With positive signs, Q is a uniform random rotation.
     q *= np.where(np.diag(r) < 0, -1, 1).astype(dtype)
   matrix = q if shape[0] >= shape[1] else q.T
   return jnp.asarray(from_orthogonal(matrix, leaf.shape), leaf.dtype)
