@@ -1,7 +1,7 @@
 """RepConv: a sum of convolution branches that folds into one convolution.
 
 RepConv is the linear layer of which all networks are made. The name of a branch says what the
-branch is made of. The forward pass and the fold read the same name.
+branch is made of. The forward pass and the fold read the same name. The table lists the names.
 
 | name             | branch                                              |
 |------------------|-----------------------------------------------------|

@@ -1,25 +1,25 @@
 """ParNet, twelve layers deep: three streams of blocks side by side, fused at the end.
 
 In training form, z = BN(x) and g is a sigmoid of one fully connected layer over the means of all
-channels. There are three kinds of blocks:
+channels. There are three kinds of blocks.
 
-- a stream block is act(BN(conv3x3(x)) + BN(conv1x1(x)) + z * g(z));
-- a down-sampling block is act([BN(conv3x3(x)) + BN(conv1x1(pool(x)))] * 2 g(x)), at stride 2;
-- a fusion block is a down-sampling block over two maps. Each map passes through a norm. The
+- A stream block is act(BN(conv3x3(x)) + BN(conv1x1(x)) + z * g(z)).
+- A down-sampling block is act([BN(conv3x3(x)) + BN(conv1x1(pool(x)))] * 2 g(x)), at stride 2.
+- A fusion block is a down-sampling block over two maps. Each map passes through a norm. The
   channels of the two are read in turn. Convolutions and gate have two groups, and a shuffle of
   channels ends the block.
 
-The deploy form computes exactly the same:
+The deploy form computes exactly the same.
 
-- a stream block is act(conv3x3(x) + affine(x) * g(x)): one convolution with bias, a scale and a
-  shift for each channel, and the gate's fully connected layer, which now has a bias;
-- a down-sampling block is act(conv3x3(x) * 2 g(x)): one convolution with bias at stride 2, which
-  holds the pool, and the gate's layer unchanged;
-- a fusion block is the same over affine(a) and affine(b), a scale and a shift for each channel of
-  both maps. The order of channels stays.
+- A stream block is act(conv3x3(x) + affine(x) * g(x)). It holds one convolution with bias, a scale
+  and a shift for each channel, and the fully connected layer of the gate, which now has a bias.
+- A down-sampling block is act(conv3x3(x) * 2 g(x)). It holds one convolution with bias at stride 2,
+  into which the pool is folded, and the layer of the gate unchanged.
+- A fusion block is a down-sampling block over affine(a) and affine(b): a scale and a shift for each
+  channel of both maps.
 
-No norm and no statistics remain. (The conversion of the authors keeps the norms of gates and of
-fusion.) Three things stay because they are not affine, or not worth folding:
+No norm and no statistics remain. The conversion of the authors keeps the norms of gates and of
+fusion. Three things stay because they are not affine, or not worth folding.
 
 - Gates multiply by numbers computed from the image.
 - The affine maps of fusion come before a convolution that pads with zeros. With the shift in the
@@ -155,28 +155,31 @@ LAST_BLOCKS: dict[str, type[Block]] = {"downsample": Downsample, "conv1x1": Poin
 class ParNet(Classifier, kw_only=True):
   """Three streams at three resolutions, fused from the largest map to the smallest.
 
-  `maps` is the forward pass, from top to bottom. Each line runs one scope:
+  `maps` is the forward pass, from top to bottom. Each line runs one scope.
 
-  - `downsample0`, `downsample1`, and `stem` if it has blocks, come before all streams;
-  - `downsample2` and `downsample3` each halve the map;
-  - `stream1`, `stream2` and `stream3`, with `block0`, `block1`, ..., read the three maps;
+  - `downsample0`, `downsample1`, and `stem` if it has blocks, come before all streams.
+  - `downsample2` and `downsample3` each halve the map.
+  - `stream1`, `stream2` and `stream3`, with `block0`, `block1`, ..., read the three maps.
   - `fusion1` takes stream 1 to the size of stream 2, `fusion2` takes both to the size of stream 3,
-    and `fusion3` joins all three;
+    and `fusion3` joins all three.
   - `downsample4` and `head` end the network.
 
-  Images are at least `total_stride` pixels high and wide; odd sizes are rounded up. (The training
-  form of the authors takes multiples of the total stride alone.) With `features_only` the maps are
-  "stage1" (N, H/4, W/4, C1) and "stage2" (N, H/8, W/8, C2), the outputs of the first two streams;
-  "stage3" (N, H/16, W/16, C3), the output of the last fusion, which has seen all streams; and
-  "stage4" (N, H/32, W/32, C4), which the classifier reads. With smaller `strides` maps are larger.
+  Images are at least `total_stride` pixels high and wide; odd sizes are rounded up. The training
+  form of the authors takes multiples of the total stride alone. With `features_only` there are four
+  maps, which are larger with smaller `strides`.
+
+  - "stage1" (N, H/4, W/4, C1) and "stage2" (N, H/8, W/8, C2) are the outputs of the first two
+    streams.
+  - "stage3" (N, H/16, W/16, C3) is the output of the last fusion, which has seen all streams.
+  - "stage4" (N, H/32, W/32, C4) is the map that the classifier reads.
 
   There is no code of the authors for CIFAR. In issue 11 of their repository an author describes the
   changes. The first two down-sampling blocks become stream blocks. The last one becomes a narrower
   1x1 convolution. Each stream loses a block, and one block is added at depth 3. Images have 32
-  pixels, and widths differ. The variants `parnet_cifar_*` follow this description. Three choices
-  are ours, so that no number of the paper is claimed for these variants:
+  pixels, and widths differ. The variants `parnet_cifar_*` follow this description. No number of the
+  paper is claimed for them, because three choices are ours.
 
-  - `downsample0` widens the image and cannot have a shortcut: it is a gated block at stride 1.
+  - `downsample0` widens the image and cannot have a shortcut, so it is a gated block at stride 1.
   - The block at depth 3 is a stream block before all streams (`stem`). The depth stays 12.
   - The widths are (p, 2 p, 4 p, 8 p) with p = 48, 96 and 160.
 

@@ -38,6 +38,7 @@ def without_head(whole, like):
   return {half: {scope: whole[half][scope] for scope in like[half]} for half in like}
 
 
+@pytest.mark.usefixtures("x64")
 @every_family
 def test_features_have_their_names_and_shapes_also_from_a_classifiers_variables(name):
   classifier, stages = small(name, **F64), FAMILIES[name].stages
