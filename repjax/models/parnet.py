@@ -231,7 +231,7 @@ class ParNet(Classifier, kw_only=True):
 
   @nn.nowrap
   def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
-    """Runs all scopes but the classifier, and returns the maps named in the class docstring."""
+    """Runs all scopes but the classifier, and returns the four maps of the class docstring."""
 
     def run(scope: str, *inputs: jax.Array) -> jax.Array:
       return self.build(scope, inputs[0].shape[-1])(*inputs, train)
@@ -240,12 +240,12 @@ class ParNet(Classifier, kw_only=True):
     x = run("downsample1", x)
     if self.stem_blocks:
       x = run("stem", x)
-    # The three streams do not depend on each other; on several devices they run side by side.
+    half = run("downsample2", x)
+    quarter = run("downsample3", half)
+    # The three streams do not depend on each other. On several devices they run side by side.
     stream1 = run("stream1", x)  # (N, H/4, W/4, C1)
-    x = run("downsample2", x)
-    stream2 = run("stream2", x)  # (N, H/8, W/8, C2)
-    x = run("downsample3", x)
-    stream3 = run("stream3", x)  # (N, H/16, W/16, C3)
+    stream2 = run("stream2", half)  # (N, H/8, W/8, C2)
+    stream3 = run("stream3", quarter)  # (N, H/16, W/16, C3)
     fused = run("fusion1", stream1)  # (N, H/8, W/8, C2)
     fused = run("fusion2", stream2, fused)  # (N, H/16, W/16, C3)
     fused = run("fusion3", stream3, fused)  # (N, H/16, W/16, C3)
@@ -254,7 +254,12 @@ class ParNet(Classifier, kw_only=True):
 
   @nn.nowrap
   def build(self, scope: str, channels: int) -> nn.Module:
-    """Builds the module of a scope, which reads maps of so many channels; for compact methods."""
+    """Builds the module of a scope; for compact methods.
+
+    Args:
+      scope: any scope but the classifier.
+      channels: number of channels of the first map that the scope reads.
+    """
     first, second, third, last = self.widths
     narrow = min(64, first) if self.strides[1] == 2 else first
     streams = dict(zip(("stream1", "stream2", "stream3"), self.stage_sizes))

@@ -173,7 +173,7 @@ def test_both_forms_agree_where_every_map_is_odd():
   # The authors' training form refuses such maps. Blocks of CIFAR's networks are in it too.
   blocks = {"stage_sizes": (1, 1, 1), "stem_blocks": 1, "last_block": "conv1x1"}
   model = tiny(strides=(2, 1), act="gelu", **blocks, **F64)
-  x = random_input(2, 33, 17, 3)  # 17x9, 9x5, 5x3 behind it
+  x = random_input(2, 33, 17, 3)  # maps of 17x9, 9x5 and 5x3 follow
   assert helpers.forms_differ_by(model, x) <= 1e-12
 
 

@@ -35,7 +35,7 @@ NORMALISED = {
   "resnet101": 52_672,
   "resnet152": 75_712,
 }
-# Millions in deploy form as Table 4 of the RepVGG paper has them, cut off behind two digits.
+# Millions in deploy form as in Table 4 of the RepVGG paper, cut off after two digits.
 DEPLOYED = {
   "resnet18": 11.68,
   "resnet34": 21.78,
@@ -186,7 +186,7 @@ class TestFeatures:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("output_stride", [16, 8])
 def test_a_dilated_network_has_every_pixel_of_the_strided_one(output_stride):
-  # Depth 2: blocks behind a stage's first dilate otherwise than it does. One width: the shortcut
+  # Depth 2: the first block of a stage dilates unlike the blocks after it. One width: the shortcut
   # of a first block has its convolution for the stride alone, and keeps it.
   sizes = {"stage_sizes": (1, 1, 2, 2) if output_stride == 8 else (1, 1, 1, 2), "widths": (8,) * 4}
   build = functools.partial(tiny, **sizes, features_only=True, **F64)
