@@ -46,7 +46,8 @@ FAMILIES: dict[str, Family] = {
 
 def small(name: str, **overrides: Any) -> Any:
   """Builds the small network of a family with three classes, in float32."""
-  return repjax.create_model(name, **{"num_classes": 3} | FAMILIES[name].overrides | overrides)
+  attributes: dict[str, Any] = {"num_classes": 3} | FAMILIES[name].overrides | overrides
+  return repjax.create_model(name, **attributes)
 
 
 def backbone(name: str, deploy: bool = False, **overrides: Any) -> Any:
