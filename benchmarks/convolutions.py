@@ -31,7 +31,7 @@ from timing import Subject
 import repjax
 from repjax.deploy import rewrite
 from repjax.deploy.convolutions import ALGORITHMS, Algorithm, Convolution
-from repjax.deploy.xla import compiled
+from repjax.deploy.xla import compile_lowered
 from repjax.errors import InputError, one_paragraph
 from repjax.spec import shapes_of
 
@@ -93,7 +93,7 @@ def subject(algorithm: Algorithm, wanted: Convolution, kernel: np.ndarray) -> Su
     return jax.nn.relu(algorithm.compute(x, kernel, wanted) + bias)
 
   def start(x: jax.Array) -> timing.Running:
-    run = compiled(jax.jit(layer).lower(x, held, bias), device)
+    run = compile_lowered(jax.jit(layer).lower(x, held, bias), device)
     return timing.Running(lambda x: run(x, held, bias))
 
   return Subject(start)

@@ -22,9 +22,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from repjax.data import augment, train_batches
+from repjax.data import augmentation, train_batches
+from repjax.data.augmentation.crops import random_box
 from repjax.data.decode import Picture
-from repjax.data.transforms import random_box
 from repjax.errors import InputError, one_paragraph
 
 WIDTH, HEIGHT = 500, 375
@@ -87,7 +87,7 @@ def seconds_in_turns(
   times = {name: [] for name in lines}
   for number in range(rounds + 1):
     for name, line in lines.items():
-      transform, rng = augment.parse(line), np.random.default_rng(number)
+      transform, rng = augmentation.parse(line), np.random.default_rng(number)
       start = time.process_time()
       for file in files:
         transform(Picture(file), size, "bilinear", rng)
@@ -172,7 +172,7 @@ def main() -> None:
   parser.add_argument("--output", type=Path, help="a JSON file for the results")
   arguments = parser.parse_args()
   cv2.setNumThreads(1)
-  augment.CROPS["pillow"] = lambda: crop_with_pillow
+  augmentation.CROPS["pillow"] = lambda: crop_with_pillow
   with one_paragraph():
     results = []
     workers = "".join(f"{n:>4} workers" for n in arguments.workers)

@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.interpolation = "bilinear"
   config.mean = (0.485, 0.456, 0.406)
   config.std = (0.229, 0.224, 0.225)
-  config.augment = "random_resized_crop | flip"  # steps, see repjax/data/augment.py
+  config.augment = "random_resized_crop | flip"  # steps, see repjax/data/augmentation
   config.num_workers = 0  # worker processes; 0: threads
 
   # Training length.

@@ -1,4 +1,4 @@
-"""The folder in which compiled programs and measurements are kept between runs."""
+"""Keeps compiled programs and measurements between runs, in the user's cache folder."""
 
 import contextlib
 import hashlib
@@ -15,20 +15,23 @@ from repjax.errors import InputError
 
 
 def cache_folder() -> Path:
-  """Where repjax keeps what it can make again, in the user's cache folder."""
+  """Returns the folder of everything that repjax can make again, in the user's cache folder."""
   home = os.environ.get("XDG_CACHE_HOME")
   return (Path(home) if home else Path.home() / ".cache") / "repjax"
 
 
 def use_compilation_cache() -> None:
-  """Keeps compiled programs on disk between runs, unless the user has set a folder already."""
+  """Keeps compiled programs on disk between runs; a folder that the user has set stays."""
   held: Any = jax.config
   if held.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
 
 
 def recall(question: str) -> Any:
-  """What `remember` has kept of a question; None if nothing, or if it cannot be read."""
+  """Returns the answer that `remember` has kept for a question.
+
+  None if there is no answer, or if its file cannot be read.
+  """
   try:
     held = json.loads(_file(question).read_text())
   except (OSError, ValueError):
@@ -37,19 +40,24 @@ def recall(question: str) -> Any:
 
 
 def remember(question: str, answer: Any) -> None:
-  """Keeps a measurement in a file of its own, whoever else writes; not where that cannot be."""
+  """Keeps the answer to a question, such as a measurement.
+
+  Each answer has its own file, so that several processes can write at once. If the file cannot be
+  written, the answer is not kept, and nothing is raised: it can be measured again.
+  """
   with contextlib.suppress(InputError, OSError):
     disk.write_json(_file(question), {"question": question, "answer": answer})
 
 
 def _file(question: str) -> Path:
+  """Returns the file of a question, whose name is a hash since questions are long."""
   name = hashlib.sha256(question.encode()).hexdigest()[:32]
   return cache_folder() / "measured" / f"{name}.json"
 
 
 @contextlib.contextmanager
 def keep_every_program() -> Iterator[None]:
-  """Keeps also what compiles in no time: JAX leaves out what takes less than a second."""
+  """Keeps every program that is compiled inside, where JAX would skip those of under a second."""
   use_compilation_cache()
   name = "jax_persistent_cache_min_compile_time_secs"
   held = jax.config.values[name]

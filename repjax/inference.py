@@ -1,4 +1,4 @@
-"""What is compiled or exported: a model's deploy form with its variables, cast, as one function."""
+"""Turns a model in either form into one pure function of its deploy form, ready to be compiled."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,14 +16,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Inference(NamedTuple):
-  """What is compiled or exported: pure functions of a tree, and the tree.
+  """A model in deploy form as pure functions of a tree, and the tree.
 
   Attributes:
-    function: of the tree and images; returns float32.
-    tree: of the deploy form, cast.
-    run: of the tree, maps by scope and scopes, as `run` of a network in streams. It takes "images"
-      as `function` does, and what it returns of the only output is what `function` returns.
-    network: the deploy form.
+    function: a function of the tree and of images; returns float32.
+    tree: variables of the deploy form, cast to the dtype of the computation.
+    run: for a network in streams: a function of the tree, of maps by scope, and of the scopes to
+      run, like the network's method `run`. Images are normalized and cast as by `function`. The
+      map of the last scope, if the network's output is this one map, is the result of `function`.
+    network: the deploy form as a module.
   """
 
   function: Callable[[Any, jax.Array], Any]
@@ -41,7 +42,20 @@ def inference(
   preprocessing: Preprocessing | None,
   probabilities: bool,
 ) -> Inference:
-  """What is compiled or exported; Args and Raises as in `compile`."""
+  """Folds a model into its deploy form and returns functions that are ready to be compiled.
+
+  Args:
+    model: the model in either form.
+    variables: variables of the model.
+    image_size: pixels, one number or (height, width).
+    dtype: "float32", "bfloat16" or "float16": dtype of parameters and of the computation.
+    preprocessing: normalizes uint8 images inside the functions; None takes normalized images.
+    probabilities: returns a softmax of the logits.
+
+  Raises:
+    InputError: an argument cannot be used, the variables do not fit the model, or the model has no
+      deploy form.
+  """
   _check_image_size(image_size)
   dtype = checked_dtype(dtype)
   plain, tree = _deploy_form(model, variables, image_size)
@@ -49,19 +63,21 @@ def inference(
     plain = plain.clone(dtype=dtype)
   elif dtype != jnp.float32:
     raise InputError(
-      f"{type(model).__name__} has no attribute `dtype`, so that it cannot compute in {dtype}; "
-      "give it one and hand it to its layers, or compile it in float32"
+      f"{type(model).__name__} has no attribute `dtype`, so it cannot compute in {dtype}. Give the "
+      "module one and pass it to its layers, or compile the model in float32."
     )
   if probabilities and getattr(model, "features_only", False):
-    raise InputError("a model with features_only=True has no classifier, and so no probabilities")
+    raise InputError(
+      "a model with features_only=True has no classifier; leave probabilities out, or features_only"
+    )
   tree = jax.tree.map(lambda leaf: _cast(leaf, dtype), tree)
 
-  def ready(images: jax.Array) -> jax.Array:
+  def ready(images: jax.Array) -> jax.Array:  # before the network
     if preprocessing is not None:
       images = preprocessing.normalize(images, dtype)
     return images.astype(dtype)
 
-  def finished(outputs: Any) -> Any:
+  def finished(outputs: Any) -> Any:  # after the network
     outputs = jax.tree.map(lambda rows: rows.astype(jnp.float32), outputs)
     return jax.nn.softmax(outputs) if probabilities else outputs
 
@@ -72,6 +88,8 @@ def inference(
     if "images" in maps:
       maps = maps | {"images": ready(maps["images"])}
     made: Any = plain.apply(tree, maps, scopes, method="run")
+    # A classifier's output is one scope. A network that returns feature maps has several outputs,
+    # which the caller casts to float32 on the host.
     last = plain.outputs
     return made | {last: finished(made[last])} if last in tuple(scopes) else made
 
@@ -82,15 +100,15 @@ def _check_image_size(size: Any) -> None:
   sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
   if not all(type(side) is int and side > 0 for side in sides):
     raise InputError(
-      f"image_size is a whole number of pixels or a tuple (height, width), got {size!r}"
+      f"image_size must be a whole number of pixels or a tuple (height, width), got {size!r}"
     )
 
 
 def checked_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
-  """One of DTYPES as NumPy's.
+  """Returns a dtype as NumPy's.
 
   Raises:
-    InputError: another one.
+    InputError: the dtype is not among DTYPES.
   """
   try:
     name = jnp.dtype(dtype).name
@@ -109,27 +127,33 @@ def _cast(leaf: Any, dtype: np.dtype) -> jax.Array:
 def _deploy_form(
   model: nn.Module, variables: Mapping[str, Any], image_size: int | tuple[int, int]
 ) -> tuple[nn.Module, dict[str, Any]]:
-  """The deploy form of a model and its variables, whatever form they have."""
+  """Returns the deploy form of a model and of its variables, each of which may be in either form.
+
+  Raises:
+    InputError: the variables do not fit the model in any form.
+  """
   if "params" not in variables:
     raise InputError(
-      'variables are what `repjax.load` or `repjax.init` return, {"params": ...} and in training '
-      f'form "batch_stats", got {sorted(variables)}; wrap a deploy tree as {{"params": tree}}'
+      'variables must be {"params": ...}, in training form with "batch_stats", as `repjax.load` '
+      f"and `repjax.init` return them, got {sorted(variables)}. Wrap a deploy tree as "
+      '{"params": tree}.'
     )
   plain: Any = model
   if not getattr(model, "deploy", True):
     plain = model.clone(deploy=True)
   wanted = shapes_of(plain, image_size)
   tree = dict(variables)
-  # A deploy form's own statistics, of a norm that is no layer of repjax, stay.
+  # Statistics mark the training form, unless the deploy form has statistics too: somebody's module
+  # may contain a batch norm that is no layer of repjax and is never folded.
   if tree.get("batch_stats") and "batch_stats" not in wanted:
     statistics = tree.pop("batch_stats")
     try:
       tree["params"] = jax.jit(reparameterize)(tree["params"], statistics)
     except InputError:
       raise
-    except ValueError as error:
+    except ValueError as error:  # Commands show an InputError as one paragraph.
       raise InputError(str(error)) from error
-  tree = {name: value for name, value in tree.items() if value}
+  tree = {name: value for name, value in tree.items() if value}  # without empty collections
   if getattr(plain, "features_only", False):
     tree = _without_head(tree, wanted)
   _check_fit(type(model).__name__, tree, wanted)
@@ -137,7 +161,10 @@ def _deploy_form(
 
 
 def _without_head(tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-  """Leaves out top-level scopes that a model which returns feature maps does not read."""
+  """Leaves out top-level scopes that the model does not have, which are its classifier.
+
+  A model that returns feature maps can thus take the variables of a whole classifier.
+  """
   return {
     name: {scope: value for scope, value in below.items() if scope in wanted.get(name, {})}
     for name, below in tree.items()
@@ -145,24 +172,25 @@ def _without_head(tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[st
 
 
 def _check_fit(name: str, tree: Any, wanted: Any) -> None:
-  """Raises InputError where a tree is not that of the model."""
-  ours, theirs = _shapes(tree), _shapes(wanted)
-  problems = [f"{path} is missing" for path in theirs if path not in ours]
-  problems += [f"{path} is unknown" for path in ours if path not in theirs]
+  """Raises InputError if the paths and shapes of a tree are not those of the model."""
+  given, expected = _shapes(tree), _shapes(wanted)
+  problems = [f"{path} is missing" for path in expected if path not in given]
+  problems += [f"{path} is unknown" for path in given if path not in expected]
   problems += [
-    f"{path} is {ours[path]} where the model has {theirs[path]}"
-    for path in ours.keys() & theirs.keys()
-    if ours[path] != theirs[path]
+    f"{path} is {given[path]} where the model has {expected[path]}"
+    for path in given.keys() & expected.keys()
+    if given[path] != expected[path]
   ]
   if problems:
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise InputError(
       f"these variables do not fit {name} in its deploy form: {'; '.join(problems[:3])}{more}. "
-      "They must be those of the same model with the same classes, overrides and image size, in "
-      'deploy form, or in training form with their "batch_stats"'
+      "Pass variables of the same model with the same classes, overrides and image size. They may "
+      'be in deploy form, or in training form with their "batch_stats".'
     )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of a tree's leaves by path."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {"/".join(str(entry.key) for entry in path): jnp.shape(leaf) for path, leaf in flat}

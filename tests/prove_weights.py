@@ -1,10 +1,10 @@
-"""Every published key list through import and export, filled by the golden rule in float64.
+"""Imports and exports every published key list, filled by the golden rule in float64.
 
-For each model, source and kind: `from_torch` must recognize the state dict and turn every tensor
-as it should, and `to_torch` must give it back bit by bit; what it folds on the way in, norms in
-deploy files of RepMLPNet and ParNet, must have the deploy form's shapes. For each golden RepVGG the
-authors' outputs must come out, in both forms. Takes many minutes and a few GB; the test suite does
-the same with cheaper numbers.
+For each model, source and form, `from_torch` must recognize the state dict and reorder every
+tensor rightly, and `to_torch` must give the state dict back bit by bit. Norms in deploy files of
+RepMLPNet and ParNet are folded by the import and must get the shapes of the deploy form. Each
+golden RepVGG must compute the authors' outputs, in both forms. This takes many minutes and a few
+GB; the test suite does the same with cheaper numbers.
 
 python -m tests.prove_weights --models repvgg_a0 repvgg_b1g4
 """
@@ -43,7 +43,7 @@ Lists = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
 
 @functools.cache
 def key_lists() -> Lists:
-  """Model to source to kind to name to shape."""
+  """Returns all published lists: model to source to kind to name to shape."""
   found: Lists = collections.defaultdict(dict)
   for source, lists in helpers.key_lists().items():
     for model, kinds in lists.items():
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def proofs(models: list[str]) -> Iterator[tuple]:
-  """Name, function and arguments of each case."""
+  """Yields name, function and arguments of each case."""
   for model in models:
     for source, kinds in key_lists()[model].items():
       for kind in kinds:
@@ -114,7 +114,7 @@ def proofs(models: list[str]) -> Iterator[tuple]:
 
 
 def check_checkpoint(model: str, source: str, kind: str) -> str:
-  """One key list, there and back."""
+  """Imports and exports one key list."""
   lists = key_lists()[model][source]
   state = helpers.fill_state_dict(lists[kind])
   found = weights.recognize(state, model)
@@ -142,7 +142,7 @@ def check_checkpoint(model: str, source: str, kind: str) -> str:
 
 
 def check_values(variables: dict, state: dict[str, np.ndarray]) -> None:
-  """Every leaf is some tensor of the state dict, turned as its kind asks for."""
+  """Checks that every leaf is a tensor of the state dict, with its axes reordered."""
   left = collections.defaultdict(list)  # names of one seed have the same numbers
   for value in state.values():
     left[facts(value)].append(value)
@@ -153,7 +153,7 @@ def check_values(variables: dict, state: dict[str, np.ndarray]) -> None:
 
 
 def turned(path: str, leaf: np.ndarray) -> Iterator[np.ndarray]:
-  """What a leaf may be in a state dict."""
+  """Yields the tensors that a leaf may be in a state dict."""
   if leaf.ndim == 7:  # (g, h, w, C/g, h, w, O/g): tiles lie channel by channel there
     _, height, width, inputs, *_ = leaf.shape
     rows = np.einsum("ghwcvuo->govuchw", leaf)
@@ -169,12 +169,12 @@ def turned(path: str, leaf: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def facts(array: np.ndarray) -> tuple:
-  """Enough to tell filled tensors apart."""
+  """Returns facts that differ between any two filled tensors."""
   return array.shape, tuple(array.flat[:4]), float(array.flat[-1])
 
 
 def check_golden(case: dict) -> str:
-  """The authors' outputs from a state dict, in both forms."""
+  """Checks a golden network's outputs from a state dict, in both forms."""
   cases.check_golden(case)
   return "as the authors'"
 

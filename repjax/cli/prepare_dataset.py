@@ -18,10 +18,10 @@ from pathlib import Path
 
 from absl import logging
 
-from repjax.data.download import download_set
+from repjax.data.builders import download_set
 from repjax.data.folder import SKIPPED, Prepared, prepare_folder
 from repjax.data.layout import ENDINGS
-from repjax.data.tfrecords import convert_tfrecord
+from repjax.data.tfrecords import prepare_tfrecord
 from repjax.errors import InputError, one_paragraph
 
 
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
     text = describe(made, arguments.name, arguments.data_dir)
     print(text.encode(errors="backslashreplace").decode())  # a file's name need not be UTF-8
   elif arguments.from_tfrecord:
-    path = convert_tfrecord(
+    path = prepare_tfrecord(
       arguments.from_tfrecord,
       data_dir=arguments.data_dir,
       to=arguments.to,

@@ -1,14 +1,14 @@
 """Image classification data: TFDS as the source, Grain as the pipeline, uint8 batches.
 
-Nothing here imports jax, so worker processes never touch an accelerator. What is offered is loaded
-on first use: decoding an image needs neither TFDS nor Grain, which take a second.
+No file here imports jax, so worker processes never touch an accelerator. Public names load on first
+use, since TFDS and Grain take a second to import and decoding an image needs neither.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from repjax.data.augment import parse as parse_augmentation
+  from repjax.data.augmentation import parse as parse_augmentation
   from repjax.data.pipeline import eval_batches, train_batches
   from repjax.data.sources import Source, open_source
   from repjax.data.transforms import read_image
@@ -26,14 +26,14 @@ _HOMES = {
   "Source": ("sources", "Source"),
   "eval_batches": ("pipeline", "eval_batches"),
   "open_source": ("sources", "open_source"),
-  "parse_augmentation": ("augment", "parse"),
+  "parse_augmentation": ("augmentation", "parse"),
   "read_image": ("transforms", "read_image"),
   "train_batches": ("pipeline", "train_batches"),
 }
 
 
 def __getattr__(name: str) -> Any:
-  """Loads what is offered (PEP 562)."""
+  """Loads a public name on first use (PEP 562)."""
   if name not in _HOMES:
     raise AttributeError(f"module 'repjax.data' has no attribute {name!r}")
   module, attribute = _HOMES[name]

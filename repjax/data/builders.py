@@ -1,56 +1,66 @@
-"""TFDS's builders of sets: those that it knows, those that are on disk, and the digits."""
+"""Finds the TFDS builder of a data set, and has TFDS download and prepare sets."""
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import shlex
+from pathlib import Path
 
 import tensorflow_datasets as tfds
 from google.protobuf import json_format
 
-from repjax.data import records
+from repjax.data import storage
 from repjax.data.digits import Digits
 from repjax.errors import InputError, unknown
 
 PREPARE = "repjax prepare-dataset"
+LARGE_SETS = (
+  "TFDS makes sets above 1 GB with TensorFlow only: either install it for this one step, or unpack "
+  "the images into folders, one per class, and use --from-folder, which needs no TensorFlow"
+)
 
 
 def find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-  """TFDS's builder of a set that is on disk and can be read here.
+  """Returns the TFDS builder of a set that is on disk as array_record.
 
   Raises:
-    InputError: nobody knows the set, it is not on disk, or in another format.
+    InputError: the set is unknown, not on disk, or stored in a different format.
   """
   builder = builder_of(name, data_dir)
   if not builder.data_path.exists():
     raise InputError(
-      f"{name} is not in {builder.data_path}; prepare it once with: "
+      f"{name} is not in {builder.data_path}. Prepare it once with: "
       f"{command('--tfds', name, data_dir)}"
     )
   formats = file_formats(builder)
   if "array_record" not in formats:
     stored = formats[0]
     way_out = (
-      f"make an array_record copy of it once with: {command('--from-tfrecord', name, data_dir)}"
+      f"Make an array_record copy of it once with: {command('--from-tfrecord', name, data_dir)}"
       if stored == "tfrecord"
-      else f"prepare it once more, in another folder: {command('--tfds', name, 'FOLDER')}"
+      else f"Prepare it again, in a different folder: {command('--tfds', name, 'FOLDER')}"
     )
     raise InputError(
       f"{name} in {builder.data_path} is stored as {stored}, which allows no random access "
-      f"without TensorFlow; {way_out}"
+      f"without TensorFlow. {way_out}"
     )
   return builder
 
 
 def builder_of(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-  """TFDS's builder of a set that it knows, or that is in `data_dir`, prepared or not."""
+  """Returns the TFDS builder of a set, prepared or not.
+
+  Raises:
+    InputError: TFDS neither knows the set nor finds it in `data_dir`, or cannot open it.
+  """
   known = tfds.list_builders(with_community_datasets=False)
   own = stored_sets(data_dir)
   if name.split("/")[0].split(":")[0] not in {*known, *own}:
     raise InputError(
-      f"{unknown('data set', name, [*known, *own, 'digits', 'synthetic'])} (a set of your own is "
-      f"made from a folder of images by {PREPARE} --from-folder FOLDER --name NAME, and looked for "
-      f"in {records.sets_folder(data_dir)})"
+      f"{unknown('data set', name, [*known, *own, 'digits', 'synthetic'])} (sets of your own are "
+      f"looked for in {storage.sets_folder(data_dir)}; make one from a folder of images with: "
+      f"{PREPARE} --from-folder FOLDER --name NAME)"
     )
   try:
     return tfds.builder(name, data_dir=data_dir)
@@ -60,8 +70,8 @@ def builder_of(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 
 def stored_sets(data_dir: str | None) -> set[str]:
-  """The names of the sets that are in `data_dir`, whoever made them."""
-  folder = records.sets_folder(data_dir)
+  """Returns the names of the sets in `data_dir`, made by TFDS or by repjax."""
+  folder = storage.sets_folder(data_dir)
   files = itertools.chain.from_iterable(  # name/version, or name/variant/version
     folder.glob(f"{pattern}/dataset_info.json") for pattern in ("*/*", "*/*/*")
   )
@@ -69,19 +79,25 @@ def stored_sets(data_dir: str | None) -> set[str]:
 
 
 def command(mode: str, name: str, data_dir: str | None) -> str:
-  """A command line that makes a set usable."""
+  """Returns the command line that prepares a set; `mode` is --tfds or --from-tfrecord."""
   where = f" --data-dir {shlex.quote(str(data_dir))}" if data_dir else ""
   return f"{PREPARE} {mode} {name}{where}"
 
 
 def file_formats(builder: tfds.core.DatasetBuilder) -> list[str]:
-  """The formats in which a prepared set is on disk."""
+  """Returns the formats in which a prepared set is on disk, the main format first.
+
+  Old metadata names no format. TFDS then had TFRecord only.
+  """
   info = builder.info.as_proto
   return [info.file_format or "tfrecord", *info.alternative_file_formats]
 
 
 def digits_builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
-  """Opens the digits set; writes it first, with one line in place of TFDS's bars."""
+  """Returns the builder of the digits set, and prepares the set on first use.
+
+  A printed line says where the set goes. TFDS's progress bars are not shown.
+  """
   builder = Digits(data_dir=data_dir, file_format="array_record")
   if builder.data_path.exists():
     return builder
@@ -90,6 +106,55 @@ def digits_builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
       builder.download_and_prepare()
   except FileExistsError:
-    if not builder.data_path.exists():  # otherwise another process was faster
+    if not builder.data_path.exists():  # where the set is there now, a second process made it
       raise
   return builder
+
+
+def download_set(name: str, *, data_dir: str | None = None) -> Path:
+  """Has TFDS download and prepare a set as array_record; a set that is there is left alone.
+
+  Args:
+    name: TFDS's name of the set, with a variant where the set has several.
+    data_dir: the folder in which TFDS keeps its sets; None is TFDS's default.
+
+  Returns:
+    The folder of the set's files.
+
+  Raises:
+    InputError: TFDS does not know the set, cannot download it, misses files that have to be
+      downloaded by hand, or needs TensorFlow; or the set is there in a different format.
+  """
+  builder = builder_of(name, data_dir)
+  folder = Path(builder.data_path)
+  if not folder.exists():
+    try:
+      builder.download_and_prepare(file_format="array_record")
+    except InputError:
+      raise
+    except Exception as error:  # TFDS has hundreds of builders, each with errors of its own
+      raise InputError(f"TFDS cannot prepare {name}: {_explained(error)}") from error
+  if "array_record" not in (formats := file_formats(builder)):
+    raise InputError(
+      f"{name} is in {folder} already, stored as {formats[0]}. Make an array_record copy of it "
+      f"with: {command('--from-tfrecord', name, data_dir)}"
+    )
+  return folder
+
+
+def _explained(error: Exception) -> str:
+  """Returns what went wrong in TFDS and what to do about it."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  # Classes are compared by name, since their packages need not be installed.
+  names = {each.__name__ for each in type(error).__mro__}
+  if isinstance(error, ImportError):
+    return f"it needs a package that is not installed ({text}). {LARGE_SETS}"
+  if names & {"ConnectionError", "DownloadError", "Timeout", "HTTPError", "URLError"}:
+    return (
+      f"the download failed ({text}). Look at the network and run the same command again. Or "
+      "prepare the set on a different machine and copy its folder here"
+    )
+  if isinstance(error, AssertionError):  # files to be downloaded by hand are missing
+    here = importlib.util.find_spec("tensorflow")
+    return f"{text} Then run the same command again. {'' if here else LARGE_SETS}".rstrip()
+  return f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""TFDS builder `digits`: the handwritten digits that scikit-learn ships, prepared offline."""
+"""The data set `digits`: handwritten digits that scikit-learn ships, prepared offline by TFDS."""
 
 import io
 from typing import Any
@@ -21,6 +21,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version("1.0.0")
 
   def _info(self) -> tfds.core.DatasetInfo:
+    """Describes the set to TFDS."""
     return tfds.core.DatasetInfo(
       builder=self,
       description="The 8x8 handwritten digits of scikit-learn, as PNG.",
@@ -34,16 +35,17 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager):
+    """Returns the generator of each split's examples, which TFDS runs."""
     del dl_manager  # nothing is downloaded
     try:
       from sklearn.datasets import load_digits
     except ModuleNotFoundError:
       raise InputError(
-        "the digits data set is made from the images inside scikit-learn, which is not installed; "
-        "run `pip install scikit-learn`"
+        "the digits data set is made from images inside scikit-learn, which is not installed. Run "
+        "`pip install scikit-learn`"
       ) from None
     digits: Any = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # grey levels 0 ... 16
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # grey levels are 0 ... 16
     test = np.arange(len(images)) % 5 == 0
     return {
       "train": self._examples(images, digits.target, np.flatnonzero(~test)),
@@ -55,6 +57,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
   @staticmethod
   def _examples(images, labels, indices):
+    """Yields (key, example) of some images, each as a PNG file."""
     for index in indices:
       png = io.BytesIO()
       Image.fromarray(images[index]).save(png, "PNG")

@@ -1,4 +1,4 @@
-"""Folders of images become TFDS sets: `<class>/*.jpg`, or `{train,val}/<class>/*.jpg`."""
+"""Makes TFDS sets of folders of images: `<class>/*.jpg`, or `{train,val}/<class>/*.jpg`."""
 
 import hashlib
 import os
@@ -12,25 +12,25 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, naming
 from tqdm import tqdm
 
-from repjax.data import layout, records
+from repjax.data import layout, storage
 from repjax.data.layout import Classes
-from repjax.data.reading import ImageFile, in_order, read_image
+from repjax.data.reading import ImageFile, in_order, read_image_file
 from repjax.errors import InputError
 
-VERSION = "1.0.0"  # of every set made here; what differs is the checksum
-SKIPPED = "skipped.txt"
+VERSION = "1.0.0"  # the same for every set made here; the checksum tells sets apart
+SKIPPED = "skipped.txt"  # the list of files that were left out
 
 
 class Prepared(NamedTuple):
   """A set that was made from a folder.
 
   Attributes:
-    path: the folder with its files.
-    class_names: in the order of the labels.
-    counts: images of each class, by split.
+    path: the folder with the set's files.
+    class_names: the names of the classes, in the order of the labels.
+    counts: the number of images of each class, by split.
     skipped: images that cannot be read and were left out, each with the reason.
-    others: files that are no images by their endings, left out too.
-    repeated: images outside the validation split that are in it too, byte for byte.
+    others: files that were left out because their endings are not those of images.
+    repeated: images outside the validation split that equal a validation image byte for byte.
   """
 
   path: Path
@@ -54,41 +54,41 @@ def prepare_folder(
 ) -> Prepared:
   """Makes a TFDS set of a folder of images, which `open_source(name, ...)` then opens.
 
-  The files' bytes are stored as they are. Every file is decoded once; those that cannot be are left
-  out and listed in `skipped.txt` beside the set's files, as are files with other endings. The same
-  folder gives the same files.
+  The bytes of the files are stored as they are. Every file is decoded once as a check. Files that
+  cannot be decoded, and files whose endings are not those of images, are left out and listed in
+  `skipped.txt` beside the set's files. The same folder gives the same examples in the same order.
 
   Args:
-    folder: one folder a class, either directly in it or in its folders for training and validation.
-      Class folders may hold further folders. Labels follow the sorted names of the classes.
-    name: of the set: lower-case letters, digits and underscores.
-    data_dir: where TFDS keeps its sets; None is TFDS's own default.
+    folder: a folder with one folder per class, or with such folders in its folders for training and
+      validation. Class folders may hold further folders. Labels follow the sorted class names.
+    name: the name of the set: lower-case letters, digits and underscores.
+    data_dir: the folder in which TFDS keeps its sets; None is TFDS's default.
     validation_ratio: share of each class that becomes the validation split, where the folder has no
-      split of its own; at least one image, and one remains. Default: 0.2 where the classes are
-      directly in `folder`.
-    seed: of that choice, and of the order in which images are stored.
+      validation split. At least one image of a class is taken, and at least one remains. The
+      default is 0.2 where the classes are directly in `folder`.
+    seed: fixes this choice, and the order in which images are stored.
     strict: makes unreadable files an error.
-    replace: whether a set of this name may give way.
-    num_workers: threads that read and decode; None: one for each core.
+    replace: allows a set of this name to be replaced.
+    num_workers: the number of threads that read and decode; None is one per core.
 
   Raises:
-    InputError: the folder, the name or the disk cannot be used; lists everything that was found.
+    InputError: the folder, the name or the disk cannot be used. The text lists all problems.
   """
-  target = records.sets_folder(data_dir) / name / VERSION
+  target = storage.sets_folder(data_dir) / name / VERSION
   try:
     found = layout.find_images(Path(folder), validation_ratio, seed)
   except OSError as error:
     raise InputError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
   problems = [*name_problems(name), *found.problems]
-  with records.disk_errors(target):
-    problems += records.existing_problems(target, replace=replace)
+  with storage.disk_errors(target):
+    problems += storage.existing_problems(target, replace=replace)
   if problems:
     raise InputError("\n".join(problems))
   workers = num_workers or os.cpu_count() or 1
   with (
-    records.disk_errors(target),
-    records.whole_set(target, replace=replace) as draft,
-    warnings.catch_warnings(action="ignore"),  # Pillow's, about odd but readable files
+    storage.disk_errors(target),
+    storage.whole_set(target, replace=replace) as draft,
+    warnings.catch_warnings(action="ignore"),  # Pillow warns about odd files that it can read
   ):
     counts, skipped, repeated = _write(draft, Path(folder), found, name, seed, workers)
     if strict and skipped:
@@ -102,33 +102,33 @@ def prepare_folder(
 
 
 def name_problems(name: str) -> list[str]:
-  """Why a set cannot be called so, with a name that would do."""
+  """Returns the reason why a set cannot have this name, with a possible name, or an empty list."""
   plain = re.sub(r"[^a-z0-9]+", "_", naming.camelcase_to_snakecase(name.strip())).strip("_")
   proposed = plain if re.match("[a-z]", plain) else f"set_{plain}".rstrip("_")
   taken = {*tfds.list_builders(with_community_datasets=False), "digits", "synthetic"}
   if proposed in taken:
     proposed = f"my_{proposed}"
   if name in taken:
-    return [f"the name {name} belongs to another data set already; take {proposed}, for example"]
+    return [f"the name {name} belongs to a data set already; take {proposed}, for example"]
   if not re.fullmatch("[a-z][a-z0-9_]*", name) or naming.camelcase_to_snakecase(name) != name:
     return [
-      f"{name!r} cannot be a set's name, which consists of lower-case letters, digits and "
-      f"underscores and starts with a letter; take {proposed}, for example"
+      f"{name!r} cannot be the name of a set. A name consists of lower-case letters, digits and "
+      f"underscores, and starts with a letter; take {proposed}, for example"
     ]
   return []
 
 
 def _write(
-  draft: Path, folder: Path, found: layout.Found, name: str, seed: int, num_workers: int
+  draft: Path, folder: Path, found: layout.FolderLayout, name: str, seed: int, num_workers: int
 ) -> tuple[dict[str, list[int]], dict[str, str], list[str]]:
-  """Writes the whole set; the images of each class by split, what was skipped and repeated."""
+  """Writes the whole set; returns `counts`, `skipped` and `repeated` as in `Prepared`."""
   splits = found.splits
   class_names = tuple(splits["train"])
   writers = {split: _SplitWriter(draft, name, split, class_names) for split in splits}
   skipped, repeated = _write_images(writers, folder, splits, name, seed, num_workers)
   counts = {split: writer.counts for split, writer in writers.items()}
   _refuse_lost_classes(splits, counts, skipped)
-  records.write_info(
+  storage.write_info(
     draft,
     name,
     VERSION,
@@ -156,13 +156,15 @@ def _write_images(
   seed: int,
   num_workers: int,
 ) -> tuple[dict[str, str], list[str]]:
+  """Writes the images of all splits; returns `skipped` and `repeated` as in `Prepared`."""
   skipped: dict[str, str] = {}
   validation, repeated = set(), []
   total = sum(len(paths) for classes in splits.values() for paths in classes.values())
   with tqdm(total=total, desc=name, unit=" images", disable=None) as bar:
-    # Validation comes first, so that other images that are in it too are seen at once.
+    # The validation split comes first, so that its digests are known when the other splits follow.
     for split in sorted(splits, key=lambda split: split != "validation"):
-      for image in in_order(read_image, _stored_order(folder, splits[split], seed), num_workers):
+      files = _stored_order(folder, splits[split], seed)
+      for image in in_order(read_image_file, files, num_workers):
         bar.update()
         if image.fault:
           skipped[image.name] = image.fault
@@ -176,7 +178,7 @@ def _write_images(
 
 
 def _stored_order(folder: Path, classes: Classes, seed: int) -> Iterator[tuple[Path, str, int]]:
-  """The images of a split, mixed, so that any part of the split holds all classes."""
+  """Yields (path, name, label) of a split's images, shuffled so that classes mix."""
   pairs = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
   for path, label in sorted(pairs, key=lambda pair: layout.rank(seed, pair[0])):
     yield folder / path, path, label
@@ -185,6 +187,7 @@ def _stored_order(folder: Path, classes: Classes, seed: int) -> Iterator[tuple[P
 def _refuse_lost_classes(
   splits: dict[str, Classes], counts: dict[str, list[int]], skipped: dict[str, str]
 ) -> None:
+  """Raises where none of a class's images in a split could be read."""
   lost = []
   for split, classes in splits.items():
     for (name, paths), count in zip(classes.items(), counts[split]):
@@ -193,16 +196,19 @@ def _refuse_lost_classes(
         lost.append(f"{name} in {split} ({len(paths)} of {len(paths)}: {first}: {skipped[first]})")
   if lost:
     raise InputError(
-      f"no image could be read of {'; '.join(lost)}. Every class needs images in every split: "
-      "replace these files, or remove them and, where nothing else is in it, the class's folder"
+      f"no image could be read of {'; '.join(lost)}. Every class needs images in every split. "
+      "Replace these files, or remove the class"
     )
 
 
 class _SplitWriter:
-  """Writes examples; counts each class and folds names and contents into one checksum."""
+  """Writes the examples of a split, counts each class, and computes the split's checksum.
+
+  The checksum is the SHA-256 over the name, a zero byte and the SHA-256 of each image in turn.
+  """
 
   def __init__(self, draft: Path, name: str, split: str, class_names: tuple[str, ...]):
-    self._shards = records.ShardWriter(draft, name, split)
+    self._shards = storage.ShardWriter(draft, name, split)
     self._features = _features(class_names)
     specs: Any = self._features.get_serialized_info()
     self._serializer = example_serializer.ExampleSerializer(specs)
@@ -217,8 +223,8 @@ class _SplitWriter:
     self.checksum.update(name + b"\0" + image.digest)
     self.counts[image.label] += 1
 
-  def finish(self) -> records.SplitFiles:
-    """Ends the files; what TFDS notes of them."""
+  def finish(self) -> storage.SplitFiles:
+    """Closes the files, and returns the facts about them that TFDS keeps."""
     return self._shards.finish()
 
 

@@ -1,4 +1,4 @@
-"""What a folder of images holds: splits, classes, files, and everything that is wrong with it."""
+"""Finds the splits, classes and files in a folder of images, and all that is wrong with it."""
 
 import collections
 import hashlib
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 Classes = dict[str, list[str]]
-"""A class's name to the paths of its images, below the folder that was given."""
+"""The name of a class to the paths of its images, relative to the folder that was given."""
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-ROLES = {
+# The name of a folder to the split that it holds.
+SPLITS = {
   **dict.fromkeys(("train", "training"), "train"),
   **dict.fromkeys(("val", "valid", "validation"), "validation"),
   **dict.fromkeys(("test", "testing"), "test"),
@@ -20,13 +21,13 @@ _TWO_SPLITS = {"train", "validation"}
 DEFAULT_RATIO = 0.2
 
 
-class Found(NamedTuple):
-  """The images of a folder by split and class, or why it cannot be used.
+class FolderLayout(NamedTuple):
+  """The images of a folder by split and class, or the reasons why the folder cannot be used.
 
   Attributes:
-    splits: name to its classes.
-    problems: all that is wrong; without any, the folder can be used.
-    others: files in the classes' folders whose ending is not one of ENDINGS.
+    splits: the name of each split to its classes.
+    problems: everything that is wrong; a folder without problems can be used.
+    others: files in class folders whose ending is not one of ENDINGS.
   """
 
   splits: dict[str, Classes]
@@ -34,84 +35,93 @@ class Found(NamedTuple):
   others: list[str]
 
 
-def find_images(folder: Path, validation_ratio: float | None, seed: int) -> Found:
-  """Looks through a folder without opening any image.
+def find_images(folder: Path, validation_ratio: float | None, seed: int) -> FolderLayout:
+  """Finds the images of a folder, without opening any of them.
 
   Args: as in `prepare_folder`.
 
   Returns:
-    splits in the order train, validation, test, each with the same classes, sorted; or problems.
+    The splits in the order train, validation, test, each with the same sorted classes; or problems.
   """
+  # The functions below append to these two lists, so that one error names every problem.
   problems, others = _ratio_problems(validation_ratio), []
   if not folder.is_dir():
     what = "is a file" if folder.exists() else "does not exist"
-    wanted = f"{folder} {what}; a folder with one folder a class is wanted"
-    return Found({}, [*problems, wanted], [])
-  parts = _split_folders(folder, problems)
-  splits = {role: _classes(path, folder, problems, others) for role, path in parts.items()}
+    wanted = f"{folder} {what}; give a folder with one folder per class"
+    return FolderLayout({}, [*problems, wanted], [])
+  folders = _split_folders(folder, problems)
+  splits = {split: _classes(path, folder, problems, others) for split, path in folders.items()}
   ratio = DEFAULT_RATIO if validation_ratio is None or problems else validation_ratio
-  if not splits:
+  if not splits:  # classes lie directly in the folder
     splits = _divide(_classes(folder, folder, problems, others), ratio, seed)
   elif set(splits) == {"train"} and validation_ratio is not None:
     splits = _divide(splits["train"], ratio, seed)
   elif validation_ratio is not None:
-    problems.append(f"{folder} has a validation split of its own; leave --validation-ratio out")
+    problems.append(f"{folder} has a validation split already; leave --validation-ratio out")
   problems += _class_problems(folder, splits)
-  if not problems:
+  if not problems:  # with problems, a class may seem small for a reason that is named already
     problems += _single_images(splits)
-  return Found(splits, list(dict.fromkeys(problems)), others)
+  return FolderLayout(splits, list(dict.fromkeys(problems)), others)
 
 
 def rank(seed: int, path: str) -> bytes:
-  """A place in an order that looks random and, for two paths, does not depend on any other."""
+  """Returns a sort key that shuffles paths.
+
+  The key of a path does not depend on other paths. Therefore the order of two paths stays the same
+  when files are added or removed.
+  """
   return hashlib.sha256(f"{seed}\0{path}".encode("utf-8", "surrogateescape")).digest()
 
 
 def _ratio_problems(ratio: float | None) -> list[str]:
+  """Returns the reason why a ratio cannot be used, or an empty list."""
   if ratio is None or 0 < ratio < 1:
     return []
   return [f"--validation-ratio is a share between 0 and 1, such as 0.2; got {ratio}"]
 
 
 def _split_folders(folder: Path, problems: list[str]) -> dict[str, Path]:
-  """The folders of the splits; none where the folder holds classes."""
+  """Returns the folder of each split, or an empty mapping where the folder holds classes."""
   inner = _subfolders(folder, problems)
-  named = [path for path in inner if path.name.lower() in ROLES]
+  named = [path for path in inner if path.name.lower() in SPLITS]
   others = [path for path in inner if path not in named]
   if others and not any(_subfolders(path, problems) for path in named):
-    return {}  # a class may be called "train", too
-  parts: dict[str, Path] = {}
+    return {}  # a class may be called "train"; such a folder holds images, not classes
+  folders: dict[str, Path] = {}
   for path in named:
-    role = ROLES[path.name.lower()]
-    if role in parts:
-      problems.append(f"{parts[role]} and {path} would both be the {role} split; keep one of them")
-    parts[role] = path
+    split = SPLITS[path.name.lower()]
+    if split in folders:
+      problems.append(
+        f"{folders[split]} and {path} would both be the {split} split; keep one of the two"
+      )
+    folders[split] = path
   if named and others:
     problems.append(
       f"{folder} holds folders of splits ({_listed(path.name for path in named)}) and others "
-      f"({_listed(path.name for path in others)}); move one kind somewhere else"
+      f"({_listed(path.name for path in others)}); move one kind to a different place"
     )
-  if "test" in parts and "validation" not in parts:
-    parts["validation"] = parts.pop("test")
-  if parts and "train" not in parts:
+  # A test split without a validation split serves as the validation split.
+  if "test" in folders and "validation" not in folders:
+    folders["validation"] = folders.pop("test")
+  if folders and "train" not in folders:
     problems.append(f"{folder} has no folder called train beside {_listed(p.name for p in named)}")
-  return {role: parts[role] for role in ("train", "validation", "test") if role in parts}
+  return {split: folders[split] for split in ("train", "validation", "test") if split in folders}
 
 
-def _classes(part: Path, folder: Path, problems: list[str], others: list[str]) -> Classes:
-  """The classes of one split, in order of their names."""
-  direct = [p.name for p in _entries(part, problems) if _is_image(p.name) and p.is_file()]
+def _classes(split: Path, folder: Path, problems: list[str], others: list[str]) -> Classes:
+  """Returns the classes in the folder of a split, sorted by name; appends to the two lists."""
+  direct = [p.name for p in _entries(split, problems) if _is_image(p.name) and p.is_file()]
   if direct:
     problems.append(
-      f"{len(direct)} image{'s lie' if len(direct) > 1 else ' lies'} directly in {part} ("
-      f"{_listed(direct)}); every class needs a folder of its own, whose name is the class's"
+      f"{len(direct)} image{'s lie' if len(direct) > 1 else ' lies'} directly in {split} ("
+      f"{_listed(direct)}); put the images of each class into a folder with the name of the class"
     )
   classes, empty = {}, []
-  for path in _subfolders(part, problems):
+  for path in _subfolders(split, problems):
     inside = path.relative_to(folder)
-    if {ROLES.get(inner.name.lower()) for inner in _subfolders(path, problems)} >= _TWO_SPLITS:
+    if {SPLITS.get(inner.name.lower()) for inner in _subfolders(path, problems)} >= _TWO_SPLITS:
       problems.append(
-        f"{path} holds folders for training and validation, so it is no class: did you mean "
+        f"{path} holds folders for training and validation, so it is no class; did you mean "
         f"--from-folder {path}?"
       )
     files = _files(path, problems)
@@ -124,17 +134,18 @@ def _classes(part: Path, folder: Path, problems: list[str], others: list[str]) -
   if empty:
     problems.append(
       f"class folders in {folder} without any {', '.join(ENDINGS)}: {'; '.join(empty)}. Remove "
-      "them, or convert their images"
+      "them, or save their images in one of these formats"
     )
   return classes
 
 
 def _class_problems(folder: Path, splits: dict[str, Classes]) -> list[str]:
+  """Returns all that is wrong with the classes and the splits."""
   problems = []
   names = sorted(set().union(*splits.values()))
   if len(names) < 2:
     have = f"only one, {names[0]}" if names else "none"
-    problems.append(f"{folder} has too few classes: two folders with images are wanted, got {have}")
+    problems.append(f"{folder} has too few classes: at least two are needed, got {have}")
   for split, classes in splits.items():
     if missing := [name for name in names if name not in classes]:
       others = _listed(other for other in splits if other != split)
@@ -145,28 +156,34 @@ def _class_problems(folder: Path, splits: dict[str, Classes]) -> list[str]:
   # TFDS keeps the names in a text file, one a line, and strips them.
   if odd := [name for name in names if name != name.strip() or not name.isprintable()]:
     problems.append(
-      "class names with surrounding blanks or unprintable characters, whose folders need other "
-      f"names: {', '.join(map(repr, odd))}"
+      "class names with surrounding blanks or unprintable characters: "
+      f"{', '.join(map(repr, odd))}. Rename their folders"
     )
   if "train" in splits and "validation" not in splits:
     problems.append(
-      f"{folder} has no validation images: add a folder called val, or say with "
-      f"--validation-ratio {DEFAULT_RATIO} which share of the training images to set aside"
+      f"{folder} has no validation images. Add a folder called val, or set a share of the training "
+      f"images aside with --validation-ratio {DEFAULT_RATIO}"
     )
   return problems
 
 
 def _divide(classes: Classes, ratio: float, seed: int) -> dict[str, Classes]:
-  """Sets a share of every class aside; adding a file moves hardly any other to the other split."""
+  """Sets a share of every class aside as the validation split.
+
+  The images with the lowest ranks are taken, so that adding a file moves hardly any file from one
+  split to the other.
+  """
   train, validation = {}, {}
   for name, paths in classes.items():
     ordered = sorted(paths, key=lambda path: rank(seed, path))
+    # At least one image is set aside, and at least one stays. A single image stays.
     count = min(max(round(len(paths) * ratio), 1), max(len(paths) - 1, 0))
     validation[name], train[name] = ordered[:count], ordered[count:]
   return {"train": train, "validation": validation}
 
 
 def _single_images(splits: dict[str, Classes]) -> list[str]:
+  """Returns the problem of classes that are too small to be divided, or an empty list."""
   alone = [name for name, paths in splits.get("validation", {}).items() if not paths]
   return (
     [f"classes with a single image, which cannot be in both splits: {', '.join(alone)}"]
@@ -176,7 +193,7 @@ def _single_images(splits: dict[str, Classes]) -> list[str]:
 
 
 def _entries(folder: Path, problems: list[str]) -> list[Path]:
-  """What is in a folder, without the hidden files that file managers leave."""
+  """Returns the paths in a folder, without the hidden files that file managers leave."""
   try:
     return sorted(path for path in folder.iterdir() if not _is_hidden(path.name))
   except OSError as error:
@@ -189,7 +206,10 @@ def _subfolders(folder: Path, problems: list[str]) -> list[Path]:
 
 
 def _files(folder: Path, problems: list[str]) -> list[str]:
-  """The paths of all files below a folder, through links too, but never twice."""
+  """Returns the relative paths of all files below a folder.
+
+  Links to folders are followed. No folder is visited twice, so links in a circle do no harm.
+  """
   found, seen = [], set()
 
   def fail(error: OSError) -> None:
@@ -201,7 +221,7 @@ def _files(folder: Path, problems: list[str]) -> list[str]:
       inner.clear()
       continue
     seen.add(real)
-    inner[:] = sorted(name for name in inner if not _is_hidden(name))
+    inner[:] = sorted(name for name in inner if not _is_hidden(name))  # os.walk enters these
     above = os.path.relpath(path, folder)
     found += [os.path.normpath(os.path.join(above, name)) for name in names if not _is_hidden(name)]
   return found
@@ -216,6 +236,6 @@ def _is_image(name: str) -> bool:
 
 
 def _listed(names: Iterable[str]) -> str:
-  """The first three of some names."""
+  """Returns the first three of some names as text, and how many more there are."""
   names = list(names)
   return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

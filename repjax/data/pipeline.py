@@ -1,4 +1,8 @@
-"""Batches, by Grain. The step number is the whole state of the training pipeline."""
+"""Batches, made by Grain. The step number is the whole state of the training pipeline.
+
+Grain's operations are pure functions of an index: batch n of a pipeline is computed, not reached by
+reading the batches before it. Therefore a run continues at any step, on any number of workers.
+"""
 
 import functools
 import math
@@ -13,11 +17,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from repjax.data import augment as augmentations
+from repjax.data import augmentation, transforms
 from repjax.data.decode import Picture
 from repjax.data.sources import Examples
-from repjax.data.transforms import resize_and_crop
-from repjax.data.transforms import ten_crop as ten_crops
 
 Batch = dict[str, np.ndarray]
 
@@ -34,30 +36,31 @@ def train_batches(
   shard: tuple[int, int] = (0, 1),
   num_workers: int = 0,
 ) -> Generator[Batch]:
-  """Endless shuffled, augmented batches from step `start_step` on.
+  """Yields shuffled, augmented batches without end, from step `start_step` on.
 
-  Each epoch shows every example once, in an order of its own. The epochs follow one another without
-  a gap: where a batch size does not divide their length, a batch holds the last examples of one
-  epoch and then the first of the next, which may be the same images in another augmentation.
-  (seed, step) alone fix the examples of a batch and how they are augmented: neither the number of
-  workers nor where a run was interrupted changes them.
+  Each epoch shows every example once, in an order of its own. Epochs follow each other without a
+  gap. Where the batch size does not divide the number of examples, a batch holds the last examples
+  of an epoch and the first of the next. It may then hold an image twice, augmented differently.
+
+  Seed and step alone fix the examples of a batch and how they are augmented. Neither the number of
+  workers nor an interruption of the run changes them.
 
   Args:
-    examples: of the split.
-    batch_size: images a step, over all shards.
+    examples: the examples of the split.
+    batch_size: images per step, over all shards.
     image_size: side of the images in pixels.
-    augment: a line that `augment.parse` reads.
+    augment: a line that `augmentation.parse` reads.
     interpolation: a key of INTERPOLATIONS.
-    seed: of the order and the augmentations.
+    seed: fixes the order and the augmentations.
     start_step: the step that the first batch is for.
-    shard: (index, count): which part of each batch this process reads; neighbours stay together.
+    shard: (index, count): the share of each batch that this process reads. Shards are contiguous.
     num_workers: worker processes; 0 reads in threads of this process.
 
   Yields:
     {"image": uint8 (B, S, S, 3), "label": int32 (B,)}, B = batch_size / count.
 
   Raises:
-    InputError: an image that cannot be decoded; the text names it.
+    InputError: an image cannot be decoded; the text names the image.
   """
   index, count = shard
   transform = functools.partial(_augmented, augment, image_size, interpolation)
@@ -67,6 +70,7 @@ def train_batches(
     .shuffle()
     .repeat()
     .random_map(transform)
+    # Small batches in a row make up a batch over all shards: shard i takes every count-th from i.
     .batch(batch_size // count)[index::count][start_step:]
   )
   return _iterate(batches, num_workers)
@@ -83,35 +87,35 @@ def eval_batches(
   shard: tuple[int, int] = (0, 1),
   num_workers: int = 0,
 ) -> Iterator[Batch]:
-  """Every example exactly once, in order, in batches of one size with a mask over the padding.
+  """Yields every example exactly once, in order, in batches of one size with a mask.
 
-  All shards yield the same number of batches, the last ones padded with black images where the
-  examples do not divide.
+  All shards yield the same number of batches. Where the examples do not divide, the last batches
+  are padded with black images, which the mask marks as False.
 
   Args: as in `train_batches`, and
     resize_size: length of the shorter side before the central crop, in pixels.
-    ten_crop: ten crops of each image in place of the central one.
+    ten_crop: yields ten crops of each image in place of the central crop.
 
   Yields:
-    {"image": uint8 (B, S, S, 3), "label": int32 (B,), "mask": bool (B,)}, B = batch_size / count;
-    with `ten_crop`, images are (B, 10, S, S, 3).
+    {"image": uint8 (B, S, S, 3), "label": int32 (B,), "mask": bool (B,)}, B = batch_size / count.
+    With `ten_crop`, images are (B, 10, S, S, 3).
 
   Raises:
-    InputError: an image that cannot be decoded; the text names it.
+    InputError: an image cannot be decoded; the text names the image.
   """
   index, count = shard
   size = batch_size // count
-  crop = ten_crops if ten_crop else resize_and_crop
+  crop = transforms.ten_crop if ten_crop else transforms.resize_and_crop
   transform = functools.partial(_resized, crop, image_size, resize_size, interpolation)
   batches = _iterate(
     grain.MapDataset.source(examples).map(transform).batch(size)[index::count], num_workers
   )
-  nothing = {
+  empty = {
     "image": np.zeros((0, *[10] * ten_crop, image_size, image_size, 3), np.uint8),
     "label": np.zeros((0,), np.int32),
   }
-  for _ in range(-(-len(examples) // (size * count))):
-    batch = next(batches, nothing)
+  for _ in range(math.ceil(len(examples) / (size * count))):
+    batch = next(batches, empty)  # a shard may run out a batch before the other shards do
     missing = size - len(batch["label"])
     padded = {
       name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1))
@@ -123,13 +127,19 @@ def eval_batches(
 def _augmented(
   augment: str, size: int, interpolation: str, example: dict[str, Any], rng: np.random.Generator
 ) -> Batch:
-  augmentation = augmentations.parse(augment)  # which parses once a process
-  return _example(augmentation(_picture(example), size, interpolation, rng), example)
+  """Makes a training example.
+
+  `augment` is the line, not what `parse` returns: crops are closures, which cannot be pickled for
+  worker processes.
+  """
+  augmented = augmentation.parse(augment)  # reads a line once per process; the rest is cached
+  return _example(augmented(_picture(example), size, interpolation, rng), example)
 
 
 def _resized(
   crop: Any, size: int, resize_size: int, interpolation: str, example: dict[str, Any]
 ) -> Batch:
+  """Makes an evaluation example."""
   return _example(crop(_picture(example), size, resize_size, interpolation), example)
 
 
@@ -142,10 +152,11 @@ def _example(pixels: np.ndarray, example: dict[str, Any]) -> Batch:
 
 
 def _iterate(batches: grain.MapDataset, num_workers: int) -> Generator[Batch]:
+  """Yields batches that threads or worker processes make ahead of time."""
   if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # Grain reads its flags, which only an absl program has parsed
-  # More threads than cores only wait for one another. The buffer counts whole batches, and every
-  # worker process has one.
+    flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only an absl program has parsed
+  # More threads than cores would only wait. The buffer counts whole batches, and every worker
+  # process has a buffer of its own.
   threads = min(16, math.ceil(_cores() / max(1, num_workers)))
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   iterable = batches.to_iter_dataset(options)
@@ -157,28 +168,31 @@ def _iterate(batches: grain.MapDataset, num_workers: int) -> Generator[Batch]:
   try:
     yield from iterator
   finally:
-    iterator.close()  # stops threads and worker processes
+    iterator.close()  # stops the threads and the worker processes
 
 
 def _cores() -> int:
-  """How many this process may use."""
+  """Returns the number of processor cores that this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _one_thread_each() -> None:
-  """Keeps OpenCV to one thread a call: images are what is worked on in parallel."""
+  """Limits OpenCV to one thread per call, because whole images are already handled in parallel."""
   cv2.setNumThreads(1)
 
 
 def _prepare_worker(*worker: int) -> None:
-  """What a worker process does first: it also ends with the process that started it."""
+  """Prepares a worker process: limits its threads, and ends it together with its parent."""
   del worker
   _one_thread_each()
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-  """A parent that was killed can stop nobody, and its workers would wait for ever."""
+  """Waits for the parent process to end, then ends this process.
+
+  A parent that was killed cannot stop its workers, which would wait for ever.
+  """
   parent = multiprocessing.parent_process()
   if parent is not None:
     parent.join()

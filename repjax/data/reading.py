@@ -1,4 +1,4 @@
-"""Image files are read and decoded once, by several threads."""
+"""Reads image files in several threads, and checks that each file is a whole image."""
 
 import collections
 import hashlib
@@ -15,7 +15,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # of the contents, whatever a file's e
 
 
 class ImageFile(NamedTuple):
-  """A file that was read; `fault` is why it is no image."""
+  """A file that was read.
+
+  Attributes:
+    name: the file's path below the folder that was given.
+    label: the number of its class.
+    data: the bytes of the file.
+    digest: the SHA-256 of the bytes.
+    fault: why the file is no image; None where it is one.
+  """
 
   name: str
   label: int
@@ -24,29 +32,30 @@ class ImageFile(NamedTuple):
   fault: str | None
 
 
-def read_image(path: Path, name: str, label: int) -> ImageFile:
-  """Reads a file and looks whether it is an image."""
+def read_image_file(path: Path, name: str, label: int) -> ImageFile:
+  """Reads a file and checks whether it is an image; a problem becomes the result's `fault`."""
   data, digest = b"", b""
   try:
     data = path.read_bytes()
     digest = hashlib.sha256(data).digest()
-    fault = fault_of(data)
+    fault = find_fault(data)
   except OSError as error:
     fault = error.strerror or str(error)
   return ImageFile(name, label, data, digest, fault)
 
 
-def fault_of(data: bytes) -> str | None:
-  """Why these bytes are not a whole image; None where they are."""
+def find_fault(data: bytes) -> str | None:
+  """Returns why these bytes are not a whole image, or None where they are one."""
   if not data:
     return "empty file"
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-      image.draft(None, (1, 1))  # a JPEG at an eighth of its size: all of it is read, in less time
+      # A JPEG is decoded at an eighth of its size. All of its bytes are read, in less time.
+      image.draft(None, (1, 1))
       image.load()
   except UnidentifiedImageError:
     return f"not an image of a known kind ({', '.join(FORMATS)})"
-  except Exception as error:  # Pillow has many kinds for damaged files
+  except Exception as error:  # Pillow raises many classes for damaged files
     return " ".join(str(error).split()) or type(error).__name__
   return None
 
@@ -54,7 +63,10 @@ def fault_of(data: bytes) -> str | None:
 def in_order(
   function: Callable[..., ImageFile], arguments: Iterable[tuple], num_workers: int
 ) -> Iterator[ImageFile]:
-  """Results of threads, in order, with few of them in memory at a time."""
+  """Calls a function in several threads, and yields the results in the order of the arguments.
+
+  At most four results per thread are in memory at a time, so a large folder needs little.
+  """
   arguments, pending = iter(arguments), collections.deque()
   with ThreadPoolExecutor(num_workers) as pool:
     while True:
@@ -62,4 +74,4 @@ def in_order(
         pending.append(pool.submit(function, *each))
       if not pending:
         return
-      yield pending.popleft().result()
+      yield pending.popleft().result()  # waits for the oldest; the others go on meanwhile

@@ -1,4 +1,4 @@
-"""Where examples come from: any TFDS classification set stored as array_record, or noise."""
+"""Opens data sets: any TFDS classification set that is stored as array_record, or noise."""
 
 import hashlib
 import operator
@@ -15,14 +15,15 @@ from repjax.data.builders import digits_builder, find_builder
 from repjax.errors import InputError, unknown
 
 _EXAMPLE = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
-FILE_NAMES = ("file_name", "image/filename", "filename")  # TFDS sets differ
+# The feature that holds the names of the original files; its name differs between TFDS sets.
+FILE_NAMES = ("file_name", "image/filename", "filename")
 
 
 class Examples(Protocol):
   """Random access to {"image": encoded bytes or uint8 (H, W, 3), "label": int, "index": int}.
 
-  Where the set holds the names of its files, an example has its "file_name" too, and where the
-  image is encoded a "name", by which errors call it.
+  An example whose image is encoded also has a "name", which errors use. Where the set holds the
+  names of its files, an example has a "file_name".
   """
 
   def __len__(self) -> int: ...
@@ -30,13 +31,14 @@ class Examples(Protocol):
 
 
 class Source(NamedTuple):
-  """A split.
+  """A split of a data set.
 
   Attributes:
     examples: random access to the images as they are stored.
-    class_names: in the order of the labels.
-    fingerprint: a few values, fit for JSON, that are equal exactly if the split is the same one. A
-      set made from a folder has a checksum over all its images, others only their number and size.
+    class_names: the names of the classes, in the order of the labels.
+    fingerprint: a few values, fit for JSON, that identify the split. The fingerprint of a set made
+      from a folder holds a checksum over all its images. For all other sets, the number of images
+      and their total size stand for the content.
   """
 
   examples: Examples
@@ -44,8 +46,8 @@ class Source(NamedTuple):
   fingerprint: dict[str, Any]
 
 
-class Synthetic:
-  """Noise images with labels: a source without files, for smoke runs and benchmarks."""
+class SyntheticExamples:
+  """Noise images with random labels: examples without files, for smoke runs and benchmarks."""
 
   def __init__(self, length: int, num_classes: int, image_size: int, seed: int):
     self._length, self._num_classes = length, num_classes
@@ -55,14 +57,14 @@ class Synthetic:
     return self._length
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    rng = np.random.default_rng([self._seed, index])
+    rng = np.random.default_rng([self._seed, index])  # an example depends on its index alone
     size = self._image_size
     image = rng.integers(0, 256, (size, size, 3), np.uint8)
     return {"image": image, "label": int(rng.integers(self._num_classes)), "index": int(index)}
 
 
-class Records:
-  """The examples of a TFDS split; an error says which of them cannot be read."""
+class StoredExamples:
+  """The examples of a TFDS split on disk; an error names the example that cannot be read."""
 
   def __init__(self, stored: Any, name: str, split: str, file_name: str | None, num_classes: int):
     self._stored, self._name, self._split, self._file_name = stored, name, split, file_name
@@ -77,7 +79,7 @@ class Records:
       raise IndexError(f"index {index} of {len(self)} images")
     whole_name = f"image {index} of the {self._split} split of {self._name}"
     try:
-      # TFDS's own way takes five times as long, and would read the features that nobody asks for.
+      # TFDS's own decoding takes five times as long, and reads features that are not needed here.
       found = _EXAMPLE.FromString(self._stored[index]).features.feature
       example = {
         "image": found["image"].bytes_list.value[0],
@@ -85,15 +87,16 @@ class Records:
         "index": index,
         "name": whole_name,
       }
-    except Exception as error:  # array_record, protobuf and missing files have a kind each
+    except Exception as error:  # array_record and protobuf raise classes of their own
       raise InputError(
-        f"{whole_name} cannot be read: the set's files are damaged or incomplete "
-        f"({' '.join(str(error).split())}); prepare the set once more"
+        f"{whole_name} cannot be read ({' '.join(str(error).split())}). The files of the set are "
+        "damaged or incomplete. Prepare the set again"
       ) from error
     if not 0 <= example["label"] < self._num_classes:
       raise InputError(
-        f"{whole_name} has the label {example['label']}, where 0 to {self._num_classes - 1} are "
-        "wanted: this split is for submissions and says no classes; take another"
+        f"{whole_name} has the label {example['label']}; labels must be 0 to "
+        f"{self._num_classes - 1}. Such a split is for submissions to a contest and names no "
+        "classes. Choose a different split"
       )
     if self._file_name:
       file_name = found[self._file_name].bytes_list.value[0].decode("utf-8", "replace")
@@ -114,45 +117,50 @@ def open_source(
   Args:
     name: a set made with repjax prepare-dataset, a TFDS name ("imagenet2012", "cifar10",
       "imagenette/320px", ...), "digits", which is prepared on first use, or "synthetic".
-    split: "train", "validation", "test", or whatever the set has; "sample" of the synthetic set
-      has 16 images.
-    data_dir: where TFDS keeps its sets; None is TFDS's own default.
-    num_classes: of the synthetic set.
-    image_size: pixels of the synthetic set's images.
+    split: "train", "validation", "test", or a different split that the set has. The split "sample"
+      of the synthetic set has 16 images.
+    data_dir: the folder in which TFDS keeps its sets; None is TFDS's default.
+    num_classes: the number of classes of the synthetic set.
+    image_size: side of the synthetic set's images in pixels.
 
   Raises:
-    InputError: nobody knows the set, it is not on disk or not complete, it is stored in a format
-      that needs TensorFlow, it has no such split, or it is not for classification.
+    InputError: the set is unknown, not on disk, not complete, not for classification, or stored in
+      a format that needs TensorFlow; or it has no such split.
   """
   if name == "synthetic":
     return _synthetic(split, num_classes, image_size)
   builder = digits_builder(data_dir) if name == "digits" else find_builder(name, data_dir)
   if split not in builder.info.splits:
     raise InputError(
-      f"{unknown(f'split of {name}', split, builder.info.splits)}; config.train_split and "
-      "config.eval_split name them, or a script's --split"
+      f"{unknown(f'split of {name}', split, builder.info.splits)} "
+      "(config.train_split and config.eval_split choose the splits, or --split of a command)"
     )
   features: Any = builder.info.features
   if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
-    raise InputError(f"{name} is not an image classification set: it has {sorted(features)}")
+    raise InputError(
+      f"{name} is not an image classification set: its features are {sorted(features)}. An image "
+      "and a label with class names are needed"
+    )
   class_names = tuple(features["label"].names)
   file_name = next((key for key in FILE_NAMES if key in features), None)
-  examples = Records(
+  examples = StoredExamples(
     _stored_records(name, builder, split), name, split, file_name, len(class_names)
   )
   return Source(examples, class_names, _fingerprint(builder, split, class_names))
 
 
 def _stored_records(name: str, builder: tfds.core.DatasetBuilder, split: str) -> Any:
+  """Returns random access to the serialized examples of a split, after checking its files."""
   info: Any = builder.info.splits[split]
+  # The set may be stored in two formats; its metadata then gives the file names of the first one.
   template = info.filename_template.replace(filetype_suffix="array_record")
   files = info.replace(filename_template=template)
   missing = [path.name for path in files.filepaths if not path.exists()]
   if missing:
     raise InputError(
       f"{name} in {builder.data_path} is incomplete: {len(missing)} of its "
-      f"{len(files.filepaths)} {split} files are missing, {missing[0]} for one; copy the set once "
-      "more, or remove it and prepare it again"
+      f"{len(files.filepaths)} {split} files are missing, such as {missing[0]}. Copy the set "
+      "again, or remove it and prepare it again"
     )
   return ArrayRecordDataSource(files.file_instructions)
 
@@ -160,6 +168,7 @@ def _stored_records(name: str, builder: tfds.core.DatasetBuilder, split: str) ->
 def _fingerprint(
   builder: tfds.core.DatasetBuilder, split: str, class_names: tuple[str, ...]
 ) -> dict[str, Any]:
+  """Returns the values that identify a split. Runs store and compare them: they must not change."""
   variant = f"/{builder.builder_config.name}" if builder.builder_config else ""
   info = builder.info.splits[split]
   values = {
@@ -177,10 +186,12 @@ def _fingerprint(
 
 
 def _hash(names: Sequence[str]) -> str:
+  """Returns 16 hexadecimal digits that identify the names and their order."""
   return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 def _synthetic(split: str, num_classes: int, image_size: int) -> Source:
+  """Returns a split of the synthetic set; the split's name seeds its noise."""
   length = {"train": 1024, "sample": 16}.get(split, 128)
   class_names = tuple(str(label) for label in range(num_classes))
   fingerprint = {
@@ -191,5 +202,5 @@ def _synthetic(split: str, num_classes: int, image_size: int) -> Source:
     "bytes": length * image_size * image_size * 3,
     "classes": _hash(class_names),
   }
-  examples = Synthetic(length, num_classes, image_size, seed=zlib.crc32(split.encode()))
+  examples = SyntheticExamples(length, num_classes, image_size, seed=zlib.crc32(split.encode()))
   return Source(examples, class_names, fingerprint)

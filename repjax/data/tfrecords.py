@@ -1,4 +1,8 @@
-"""TFDS sets stored as TFRecord get array_record copies of their files, without TensorFlow."""
+"""Copies TFDS sets from TFRecord files into array_record files, without TensorFlow.
+
+A TFRecord file can only be read from beginning to end. An array_record file has an index, so that
+training can read its records in any order.
+"""
 
 import json
 import os
@@ -9,67 +13,67 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import google_crc32c
 from tqdm import tqdm
 
-from repjax.data import records
+from repjax.data import storage
 from repjax.data.builders import builder_of, file_formats
-from repjax.data.crc32c import masked_crc32c
 from repjax.errors import InputError
 
 INFO = "dataset_info.json"
 
 
 class _Shard(NamedTuple):
+  """A TFRecord file, the name of its array_record copy, and the number of its records."""
+
   source: Path
   copy: str
   images: int
 
 
-def convert_tfrecord(
+def prepare_tfrecord(
   name: str,
   *,
   data_dir: str | None = None,
   to: str | os.PathLike[str] | None = None,
   num_workers: int = 4,
 ) -> Path:
-  """Copies the records of a set's TFRecord files, which stay as they are, into array_record files.
+  """Copies a set's records into array_record files; its TFRecord files stay as they are.
 
-  Both formats hold the same records, so that these are copied, after their checksums and their
-  number were compared.
+  Records are the same bytes in both formats. Every checksum and the number of records in every file
+  are compared on the way.
 
   Args:
-    name: of the set, with its variant or version where it has several.
-    data_dir: where TFDS keeps its sets; None is TFDS's own default.
-    to: another such folder, for a set that is array_record only. None writes the files beside the
-      TFRecord files and adds array_record to the formats in the set's metadata.
-    num_workers: files that are copied at a time.
+    name: the set's name, with a variant or version where the set has several.
+    data_dir: the folder in which TFDS keeps its sets; None is TFDS's default.
+    to: a different folder of sets, for a copy that is array_record only. None writes the new files
+      beside the TFRecord files, and adds array_record to the formats in the set's metadata.
+    num_workers: the number of files that are copied at a time.
 
   Returns:
     The folder of the new files.
 
   Raises:
-    InputError: nobody knows the set, it is not stored as TFRecord or has an array_record copy, a
-      file is missing, cut off or damaged, or the disk cannot be written.
+    InputError: the set is unknown, not stored as TFRecord, or has an array_record copy already; a
+      file is missing, cut off or damaged; or the disk cannot be written.
   """
   builder = builder_of(name, data_dir)
   folder = Path(builder.data_path)
   formats = file_formats(builder) if folder.exists() else []
   if "array_record" in formats and to is None:
-    raise InputError(
-      f"{name} in {folder} is there as array_record already; it can be used as it is"
-    )
+    raise InputError(f"{name} in {folder} is stored as array_record already. Use it as it is")
   if "tfrecord" not in formats:
-    have = f"is stored as {formats[0]}" if formats else "does not exist"
-    raise InputError(f"there is no TFRecord set to convert: {folder} {have}")
+    found = f"is stored as {formats[0]}" if formats else "does not exist"
+    raise InputError(f"there is no TFRecord set to copy: {folder} {found}")
   shards = _shards(builder)
   if missing := [shard.source.name for shard in shards if not shard.source.exists()]:
     raise InputError(
       f"{name} in {folder} is incomplete: {len(missing)} of its {len(shards)} files are missing, "
-      f"{missing[0]} for one; copy the set once more"
+      f"such as {missing[0]}. Copy the set to this place again"
     )
   variant = builder.builder_config.name if builder.builder_config else ""
-  target = records.sets_folder(to) / builder.name / variant / str(builder.version) if to else folder
-  with records.disk_errors(target):
+  target = storage.sets_folder(to) / builder.name / variant / str(builder.version) if to else folder
+  with storage.disk_errors(target):
     if to is None:
       _copy_beside(shards, folder, name, num_workers)
     else:
@@ -78,19 +82,24 @@ def convert_tfrecord(
 
 
 def _copy_beside(shards: list[_Shard], folder: Path, name: str, num_workers: int) -> None:
-  with records.draft_folder(folder / ".array_record.incomplete") as draft:
+  """Adds array_record files to a set's folder, and then to its metadata.
+
+  The metadata is replaced last, in one rename. Until then the set is a TFRecord set as before.
+  """
+  with storage.draft_folder(folder / ".array_record.incomplete") as draft:
     _copy_all(shards, draft, name, num_workers)
     for shard in shards:
       (draft / shard.copy).rename(folder / shard.copy)
     info = _read_info(folder)
     info["alternativeFileFormats"] = [*info.get("alternativeFileFormats", ()), "array_record"]
-    _write_info(draft, info).replace(folder / INFO)  # the set has the new format from here on
+    _write_info(draft, info).replace(folder / INFO)
 
 
 def _copy_to(target: Path, shards: list[_Shard], folder: Path, name: str, num_workers: int) -> None:
-  with records.whole_set(target, replace=False) as draft:
+  """Makes a set at `target` that is stored as array_record only."""
+  with storage.whole_set(target, replace=False) as draft:
     _copy_all(shards, draft, name, num_workers)
-    for path in folder.iterdir():
+    for path in folder.iterdir():  # metadata besides dataset_info.json: features, names of classes
       if path.suffix in (".json", ".txt") and path.name != INFO:
         shutil.copyfile(path, draft / path.name)
     info = _read_info(folder) | {"fileFormat": "array_record"}
@@ -103,13 +112,21 @@ def _read_info(folder: Path) -> dict[str, Any]:
 
 
 def _write_info(folder: Path, info: dict[str, Any]) -> Path:
+  """Writes dataset_info.json into a folder, and returns its path."""
   path = folder / INFO
   path.write_text(json.dumps(info, indent=2))
   return path
 
 
 def read_tfrecord(path: Path) -> Iterator[bytes]:
-  """The records of a file: each is its length, a checksum of that, the bytes, a checksum of them.
+  """Yields the records of a TFRecord file, and compares all checksums.
+
+  A record in the file is, with all numbers little-endian:
+
+    length       8 bytes
+    checksum     4 bytes, of the length
+    content      `length` bytes
+    checksum     4 bytes, of the content
 
   Raises:
     InputError: the file is cut off or damaged.
@@ -118,19 +135,34 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
     index = 0
     while header := file.read(12):
       whole = len(header) == 12
+      # The length is checked before anything of that length is read, since a damaged length could
+      # ask for any amount of memory.
       if whole and masked_crc32c(header[:8]) != struct.unpack("<I", header[8:])[0]:
-        raise InputError(f"{path} is damaged at record {index}; copy this file once more")
+        raise InputError(f"{path} is damaged at record {index}. Copy this file again")
       length = struct.unpack("<Q", header[:8])[0] if whole else 0
       data, end = file.read(length), file.read(4)
       if not whole or len(data) < length or len(end) < 4:
-        raise InputError(f"{path} is cut off in record {index}; copy this file once more")
+        raise InputError(f"{path} is cut off in record {index}. Copy this file again")
       if masked_crc32c(data) != struct.unpack("<I", end)[0]:
-        raise InputError(f"{path} is damaged in record {index}; copy this file once more")
+        raise InputError(f"{path} is damaged in record {index}. Copy this file again")
       yield data
       index += 1
 
 
+def masked_crc32c(data: bytes) -> int:
+  """Returns the CRC-32C of some bytes in the form that TFRecord files store.
+
+  The checksum is rotated right by 15 bits and a constant is added, modulo 2^32.
+
+  References:
+    The TFRecord format. https://www.tensorflow.org/tutorials/load_data/tfrecord
+  """
+  crc = google_crc32c.value(data)
+  return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
 def _shards(builder: Any) -> list[_Shard]:
+  """Returns all files of a set, over all its splits."""
   shards = []
   for split in builder.info.splits.values():
     names = [
@@ -146,15 +178,17 @@ def _shards(builder: Any) -> list[_Shard]:
 
 
 def _check_room(folder: Path, wanted: int) -> None:
+  """Raises unless the disk has room for `wanted` bytes."""
   free = shutil.disk_usage(folder).free
   if free < wanted:
     raise InputError(
-      f"the disk of {folder.parent} needs {wanted / 1e9:.1f} GB for an array_record copy and has "
-      f"{free / 1e9:.1f} GB; make room, or write it to another disk with --to"
+      f"an array_record copy needs {wanted / 1e9:.1f} GB, and the disk of {folder.parent} has "
+      f"{free / 1e9:.1f} GB free. Make room, or write to a different disk with --to"
     )
 
 
 def _copy_all(shards: list[_Shard], draft: Path, name: str, num_workers: int) -> None:
+  """Copies all files into the draft folder, several at a time, and shows a progress bar."""
   _check_room(draft, sum(shard.source.stat().st_size for shard in shards))
   total = sum(shard.images for shard in shards)
   with (
@@ -163,15 +197,16 @@ def _copy_all(shards: list[_Shard], draft: Path, name: str, num_workers: int) ->
   ):
     try:
       for _ in pool.map(lambda shard: _copy(shard, draft, bar), shards):
-        pass
+        pass  # raises the first error
     finally:
-      pool.shutdown(cancel_futures=True)
+      pool.shutdown(cancel_futures=True)  # after an error, files that wait are not begun
 
 
 def _copy(shard: _Shard, draft: Path, bar: tqdm) -> None:
+  """Copies the records of one file, and compares their number with the metadata."""
   copied = 0
-  writer = records.open_writer(draft / shard.copy)
-  with records.writer_errors(draft / shard.copy):
+  writer = storage.open_writer(draft / shard.copy)
+  with storage.writer_errors(draft / shard.copy):
     for record in read_tfrecord(shard.source):
       writer.write(record)
       copied += 1
@@ -179,6 +214,6 @@ def _copy(shard: _Shard, draft: Path, bar: tqdm) -> None:
     writer.close()
   if copied != shard.images:
     raise InputError(
-      f"{shard.source} holds {copied} records, {shard.images} by the set's metadata; copy the set "
-      "once more"
+      f"{shard.source} holds {copied} records, and the set's metadata says {shard.images}. Copy "
+      "the set to this place again"
     )

@@ -1,4 +1,4 @@
-"""`compile`: a model compiled ahead of time for batches of any size."""
+"""`compile`: compiles a model ahead of time, for batches of any size."""
 
 import collections
 import functools
@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from repjax.cache import keep_every_program
-from repjax.deploy.devices import Placed
+from repjax.deploy.devices import PlacedTree
 from repjax.deploy.streams import PlacedStreams, check_streams
 from repjax.errors import InputError, unknown
 from repjax.inference import inference
@@ -18,20 +18,20 @@ from repjax.spec import Preprocessing
 
 BATCH_SIZES = (1, 8, 32)
 PARALLEL = ("data", "streams")
-_IN_FLIGHT = 2  # batches, so that devices need not wait for the host
+_IN_FLIGHT = 2  # While the host collects one batch, the devices already compute the next one.
 
 
 class CompiledModel:
-  """A function of images, compiled for some batch sizes; `compile` makes it.
+  """A function of images that is compiled for some batch sizes; `compile` makes it.
 
-  A batch runs as the next larger batch size, padded; the padding is cut off again. A batch beyond
-  the largest size runs in pieces of that size. Nothing is compiled in a call.
+  A batch is padded to the next larger compiled size, and the padded rows are cut off the result. A
+  batch above the largest size is cut into batches of that size. A call never compiles anything.
 
   Attributes:
-    batch_sizes: that are compiled, ascending.
+    batch_sizes: the compiled batch sizes, ascending.
     image_size: (height, width) in pixels.
-    input_dtype: of the images.
-    plans: batch size to `Plan`: how it runs, and what was measured.
+    input_dtype: dtype of the images.
+    plans: batch size to `BatchPlan`, which says how the batch runs and what was measured.
   """
 
   def __init__(
@@ -43,9 +43,19 @@ class CompiledModel:
     input_dtype: jax.typing.DTypeLike,
     batch_sizes: Iterable[int] = BATCH_SIZES,
     devices: Sequence[Any] | None = None,
-    place: Callable[[Any, Sequence[Any] | None], Any] = Placed,
+    place: Callable[[Any, Sequence[Any] | None], Any] = PlacedTree,
   ):
-    """Compiles `function(tree, images)`, or what `place` takes, for every batch size."""
+    """Compiles the function for every batch size.
+
+    Args:
+      function: `function(tree, images)`, or the function that the programs of `place` take.
+      tree: the arrays that the function reads.
+      image_size: (height, width) in pixels.
+      input_dtype: dtype of the images.
+      batch_sizes: batch sizes to compile for.
+      devices: devices of this process; None takes all.
+      place: copies a tree to devices; `PlacedTree`, or `PlacedStreams` for a network in streams.
+    """
     self.batch_sizes = _checked_batch_sizes(batch_sizes)
     self.image_size, self.input_dtype = image_size, np.dtype(input_dtype)
     self.plans, self._programs = {}, {}
@@ -56,54 +66,63 @@ class CompiledModel:
         self._programs[size], self.plans[size] = placed.program(function, batch)
 
   def __call__(self, images: np.ndarray | jax.Array) -> Any:
-    """Computes.
+    """Computes the model's result for a batch of images.
 
     Args:
-      images: (N, H, W, 3) with any N, H and W as in `image_size`, of `input_dtype`.
+      images: (N, H, W, 3) of dtype `input_dtype`, with any N, and (H, W) equal to `image_size`.
 
     Returns:
       float32 arrays on the host with N rows: (N, K) for a classifier of K classes, maps by name for
       a model with `features_only`.
 
     Raises:
-      InputError: images of another rank, size or dtype.
+      InputError: the images have a different rank, size or dtype.
     """
     self._check(images)
     largest, count = self.batch_sizes[-1], len(images)
     if count not in self.batch_sizes:
-      images = np.asarray(images)  # cutting and padding on a device would compile
-    running, parts = collections.deque(), []
+      # JAX would compile a program to cut or pad a device array; NumPy needs none.
+      images = np.asarray(images)
+    unfinished, results = collections.deque(), []
+    # `start` returns before the devices are done, and `finish` waits for them. Starting a batch
+    # before the one before it is finished keeps the devices busy while the host copies results.
     for start in range(0, max(count, 1), largest):
-      piece = images[start : start + largest] if count > largest else images
-      program = self._programs[next(size for size in self.batch_sizes if size >= len(piece))]
-      running.append(functools.partial(program.finish, program.start(piece), len(piece)))
-      if len(running) == _IN_FLIGHT:
-        parts.append(running.popleft()())
-    parts.extend(finish() for finish in running)
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+      batch = images[start : start + largest] if count > largest else images
+      program = self._programs[next(size for size in self.batch_sizes if size >= len(batch))]
+      unfinished.append(functools.partial(program.finish, program.start(batch), len(batch)))
+      if len(unfinished) == _IN_FLIGHT:
+        results.append(unfinished.popleft()())
+    results.extend(finish() for finish in unfinished)
+    if len(results) == 1:
+      return results[0]
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *results)
 
   def _check(self, images: Any) -> None:
+    """Raises InputError if images have the wrong type, shape or dtype."""
     height, width = self.image_size
     if not isinstance(images, np.ndarray | jax.Array):
-      raise InputError(f"images are one array (N, {height}, {width}, 3), got {type(images)}")
+      raise InputError(f"images must be one array (N, {height}, {width}, 3), got {type(images)}")
     if images.ndim != 4 or images.shape[1:] != (height, width, 3):
-      hint = "; for one image pass images[None]" if images.ndim == 3 else ""
+      way_out = (
+        "Pass one image as images[None]."
+        if images.ndim == 3
+        else "Resize the images, or compile the model with their image_size."
+      )
       raise InputError(
-        f"this model is compiled for images (N, {height}, {width}, 3), got {images.shape}{hint}; "
-        "resize them, or compile with another image_size"
+        f"this model is compiled for images (N, {height}, {width}, 3), got {images.shape}. "
+        + way_out
       )
     if images.dtype != self.input_dtype:
-      raise InputError(
-        f"images are {self.input_dtype} here, got {images.dtype}; "
-        + (
-          "pass the pixels as they are: normalization is compiled in"
-          if self.input_dtype == np.uint8
-          else "normalize uint8 images by spec.preprocessing.normalize, or compile with "
-          "preprocessing=spec.preprocessing, and they are taken as they are"
-          if images.dtype == np.uint8
-          else f"images.astype({str(self.input_dtype)!r}) is what to pass"
+      if self.input_dtype == np.uint8:
+        way_out = "Pass the pixels without normalizing them: normalization is compiled in."
+      elif images.dtype == np.uint8:
+        way_out = (
+          "Normalize them by spec.preprocessing.normalize, or compile the model with "
+          "preprocessing=spec.preprocessing."
         )
-      )
+      else:
+        way_out = f"Pass images.astype({str(self.input_dtype)!r})."
+      raise InputError(f"images must be {self.input_dtype}, got {images.dtype}. {way_out}")
 
 
 def compile(  # noqa: A001
@@ -119,40 +138,41 @@ def compile(  # noqa: A001
   tune: bool = True,
   parallel: str = "data",
 ) -> CompiledModel:
-  """Compiles a model's deploy form ahead of time; from then on nothing is compiled.
+  """Compiles a model's deploy form ahead of time; calls of the result compile nothing.
 
-  Programs are kept on disk (`jax_compilation_cache_dir`, by default in the user's cache folder), so
-  that another process with the same model has them at once. With `parallel="data"` whether a batch
-  runs on one device or on all is measured here for each batch size, see `CompiledModel.plans`.
+  Compiled programs are kept on disk, so that the next process with the same model loads them. The
+  folder is `jax_compilation_cache_dir`, by default in the user's cache folder. With
+  `parallel="data"`, each batch size is timed on one device and on all devices, and the faster way
+  is taken; `CompiledModel.plans` says which.
 
   Args:
-    model: in either form; a training form is re-parameterized first.
-    variables: of the model.
+    model: the model in either form; a training form is re-parameterized first.
+    variables: variables of the model.
     image_size: pixels, one number or (height, width).
-    dtype: "float32", "bfloat16" or "float16": of parameters, cast once behind the folding, and of
-      the computation. Results are float32.
-    batch_sizes: to compile for; a batch of another size is padded, see `CompiledModel`.
-    devices: of this process; None: all.
-    preprocessing: of the model's ModelSpec, to take uint8 images; their normalization is compiled
-      in. None: images are normalized and float32.
-    probabilities: return a softmax of the logits.
-    tune: on a CPU, measure for each convolution which way to compute it is fastest, and for large
-      batches whether a few images after another are; see `CompiledModel.plans`. This takes ten
-      seconds to a minute for a new network, once: what was measured is kept on disk. Results then
-      differ by rounding, of which a layer has at most about twice as much, and the parameters of
-      3x3 convolutions may take four times the memory, or twice that where batch sizes differ in
-      what is fastest. False: XLA's own convolutions.
-    parallel: "data": one device, or all with a part of the batch each. "streams", for ParNet: a
-      device for each stream; of k times as many devices each group has a part of the batch, which
-      is padded to a multiple of k. `critical_path` says what bounds it.
+    dtype: "float32", "bfloat16" or "float16", the dtype of the computation. Parameters are cast
+      once, after they are folded. Results are float32.
+    batch_sizes: batch sizes to compile for. Batches of other sizes are padded, see `CompiledModel`.
+    devices: devices of this process; None takes all.
+    preprocessing: preprocessing of the model's ModelSpec, to take uint8 images and to compile their
+      normalization in. None: images are float32 and already normalized.
+    probabilities: returns a softmax of the logits.
+    tune: on a CPU, times several algorithms for each convolution and takes the fastest one. Also
+      times whether a large batch is faster in chunks of a few images. For a new network this
+      takes ten seconds to a minute, once: measurements are kept on disk. Results then differ by
+      rounding; each layer has at most about twice the rounding error. The parameters of 3x3
+      convolutions may take four times the memory, and twice that if batch sizes differ in what is
+      fastest. False: every convolution is XLA's.
+    parallel: "data": a batch runs on one device, or is split over all of them. "streams", for
+      ParNet: every stream has its own device. With k times as many devices as streams, the batch is
+      split over k groups and padded to a multiple of k. `critical_path` says what bounds the speed.
 
   Returns:
     A function of images (N, H, W, 3).
 
   Raises:
-    InputError: a dtype, batch size or device that cannot be, variables that do not fit the model,
-      or a model without a deploy form; with "streams" a model without them, or a number of devices
-      that is no multiple of theirs.
+    InputError: a dtype, batch size or device cannot be used; the variables do not fit the model; or
+      the model has no deploy form. With "streams": the model has no streams, or the number of
+      devices is not a multiple of the number of streams.
 
   Example:
     model, variables, spec = repjax.load("runs/a0")
@@ -175,7 +195,7 @@ def compile(  # noqa: A001
       preprocessing=preprocessing,
       probabilities=probabilities,
     )
-  place = functools.partial(PlacedStreams, found.network) if in_streams else Placed
+  place = functools.partial(PlacedStreams, found.network) if in_streams else PlacedTree
   return CompiledModel(
     found.run if in_streams else found.function,
     found.tree,
@@ -188,7 +208,8 @@ def compile(  # noqa: A001
 
 
 def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
+  """Returns batch sizes in ascending order, each once; raises InputError if one is not positive."""
   sizes = (batch_sizes,) if isinstance(batch_sizes, int) else tuple(batch_sizes)
   if not sizes or not all(type(size) is int and size > 0 for size in sizes):
-    raise InputError(f"batch_sizes are whole numbers above 0, for example (1, 8, 32), got {sizes}")
+    raise InputError(f"batch_sizes must be whole numbers above 0 like (1, 8, 32), got {sizes}")
   return tuple(sorted(set(sizes)))

@@ -1,15 +1,14 @@
-"""Ways to compute a convolution.
+"""Algorithms that compute a convolution.
 
-| name        | for                      |                                                        |
+| name        | usable for               |                                                        |
 |-------------|--------------------------|--------------------------------------------------------|
-| `direct`    | all                      | XLA's convolution                                      |
+| `direct`    | every convolution        | XLA's convolution                                      |
 | `matmul`    | no dilation              | the pixels under a kernel in a row, times the kernel   |
 | `winograd2` | 3x3 at stride 1, float32 | F(2x2, 3x3), as exact as `direct`                      |
 | `winograd4` | 3x3 at stride 1, float32 | F(4x4, 3x3), with twice the rounding error             |
 
-What was tried and is not here, since it was slower or no faster where it could be used: the stem's
-input as blocks of 2x2 pixels in the place of channels (space to depth), and a sum of nine matrix
-products. `benchmarks/convolutions.py` times all of them.
+Two more algorithms were tried and were never faster: blocks of 2x2 pixels as channels of the stem
+(space to depth), and a sum of nine matrix products. `benchmarks/convolutions.py` times all six.
 """
 
 import math
@@ -22,21 +21,21 @@ import numpy as np
 
 from repjax.deploy import winograd
 
-_MOST_SEEN = 2**27
-"""Numbers in all rows of pixels, 512 MiB in float32: with more `matmul` needs too much memory."""
+_MOST_ROW_NUMBERS = 2**27
+"""The most numbers that `matmul` may gather, 512 MiB in float32: more need too much memory."""
 
 
 class Convolution(NamedTuple):
-  """What is to be computed.
+  """The shapes and options of one convolution, without its numbers.
 
   Attributes:
-    images: shape (N, H, W, C).
-    kernel: shape (h, w, C / groups, O).
-    strides: (vertical, horizontal), as `dilation`.
-    padding: of zeros, ((above, below), (left, right)).
-    dilation: of the kernel.
-    groups: of channels.
-    dtype: of all.
+    images: shape (N, H, W, C) of the input.
+    kernel: shape (h, w, C / groups, O) of the kernel.
+    strides: (vertical, horizontal).
+    padding: rows and columns of zeros, ((above, below), (left, right)).
+    dilation: dilation of the kernel, (vertical, horizontal).
+    groups: number of channel groups.
+    dtype: dtype of the input, the kernel and the result.
   """
 
   images: tuple[int, ...]
@@ -49,12 +48,12 @@ class Convolution(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-  """A way to compute.
+  """A way to compute a convolution.
 
   Attributes:
-    suits: whether it can compute a Convolution.
-    prepare: makes what `compute` takes of a kernel, once.
-    compute: of images (N, H, W, C) and a prepared kernel: (N, H', W', O), without bias.
+    suits: tells whether the algorithm can compute a Convolution.
+    prepare: turns a kernel into the form that `compute` takes; done once, ahead of time.
+    compute: maps images (N, H, W, C) and a prepared kernel to (N, H', W', O), without the bias.
   """
 
   suits: Callable[[Convolution], bool]
@@ -62,83 +61,94 @@ class Algorithm(NamedTuple):
   compute: Callable[[jax.Array, jax.Array, Convolution], jax.Array]
 
 
-def _direct(x: jax.Array, kernel: jax.Array, wanted: Convolution) -> jax.Array:
+def _direct(x: jax.Array, kernel: jax.Array, conv: Convolution) -> jax.Array:
   return jax.lax.conv_general_dilated(
     x,
     kernel,
-    wanted.strides,
-    wanted.padding,
-    rhs_dilation=wanted.dilation,
-    feature_group_count=wanted.groups,
+    conv.strides,
+    conv.padding,
+    rhs_dilation=conv.dilation,
+    feature_group_count=conv.groups,
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
   )
 
 
-def _grouped(kernel: np.ndarray, groups: int) -> np.ndarray:
-  """(h, w, C/g, O) as (h, w, g, C/g, O/g)."""
+def _group_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
+  """Reshapes a kernel (h, w, C/g, O) to (h, w, g, C/g, O/g)."""
   return np.moveaxis(kernel.reshape(*kernel.shape[:3], groups, -1), 3, 2)
 
 
-def _apart(x: jax.Array, groups: int) -> jax.Array:
-  """(N, H, W, C) as (g, N, H, W, C/g)."""
+def _split_channels(x: jax.Array, groups: int) -> jax.Array:
+  """Splits the channels of maps (N, H, W, C) into groups: (g, N, H, W, C/g)."""
   return jnp.moveaxis(x.reshape(*x.shape[:3], groups, -1), 3, 0)
 
 
-def _together(y: jax.Array) -> jax.Array:
-  """(g, N, H, W, O/g) as (N, H, W, O)."""
+def _join_channels(y: jax.Array) -> jax.Array:
+  """Joins the channels of grouped maps (g, N, H, W, O/g): (N, H, W, O)."""
   return jnp.moveaxis(y, 0, 3).reshape(*y.shape[1:4], -1)
 
 
-def _prepare_matmul(kernel: np.ndarray, wanted: Convolution) -> np.ndarray:
-  grouped = np.moveaxis(_grouped(kernel, wanted.groups), 2, 0)
-  return grouped.reshape(wanted.groups, -1, grouped.shape[-1])  # (g, h w C/g, O/g)
+def _prepare_matmul(kernel: np.ndarray, conv: Convolution) -> np.ndarray:
+  grouped = np.moveaxis(_group_kernel(kernel, conv.groups), 2, 0)
+  return grouped.reshape(conv.groups, -1, grouped.shape[-1])  # (g, h w C/g, O/g)
 
 
-def _matmul(x: jax.Array, kernel: jax.Array, wanted: Convolution) -> jax.Array:
-  height, width = wanted.kernel[:2]
-  x = _apart(jnp.pad(x, ((0, 0), *wanted.padding, (0, 0))), wanted.groups)
-  down, across = wanted.strides
+def _matmul(x: jax.Array, kernel: jax.Array, conv: Convolution) -> jax.Array:
+  """Computes a convolution as one matrix product for each group (im2col)."""
+  height, width = conv.kernel[:2]
+  x = _split_channels(jnp.pad(x, ((0, 0), *conv.padding, (0, 0))), conv.groups)
+  down, across = conv.strides
   rows, columns = x.shape[2] - height + 1, x.shape[3] - width + 1
-  seen = [
+  # A slice for each place (i, j) of the kernel: the pixels that this place meets at every output.
+  # Side by side in the last axis, the slices hold the whole window of an output in one row.
+  slices = [
     x[:, :, i : i + rows : down, j : j + columns : across]
     for i in range(height)
     for j in range(width)
   ]
-  x = jnp.concatenate(seen, -1)  # (g, N, H', W', h w C/g)
-  y = jnp.matmul(x.reshape(wanted.groups, -1, x.shape[-1]), kernel)
-  return _together(y.reshape(*x.shape[:-1], -1))
+  x = jnp.concatenate(slices, -1)  # (g, N, H', W', h w C/g)
+  y = jnp.matmul(x.reshape(conv.groups, -1, x.shape[-1]), kernel)
+  return _join_channels(y.reshape(*x.shape[:-1], -1))
 
 
-def _suits_matmul(wanted: Convolution) -> bool:
-  pixels = math.prod(wanted.images[:3]) // math.prod(wanted.strides)
-  seen = pixels * wanted.images[3] * math.prod(wanted.kernel[:2])
-  return wanted.dilation == (1, 1) and seen <= _MOST_SEEN
+def _suits_matmul(conv: Convolution) -> bool:
+  outputs = math.prod(conv.images[:3]) // math.prod(conv.strides)
+  gathered = outputs * conv.images[3] * math.prod(conv.kernel[:2])
+  return conv.dilation == (1, 1) and gathered <= _MOST_ROW_NUMBERS
 
 
-def _suits_winograd(wanted: Convolution) -> bool:
-  plain = wanted.strides == wanted.dilation == (1, 1) and wanted.dtype == "float32"
-  return plain and wanted.kernel[:2] == (3, 3) and wanted.kernel[2] >= 8
+def _suits_winograd(conv: Convolution) -> bool:
+  """Returns True for a float32 3x3 convolution at stride 1 with enough input channels.
+
+  With half precision the transforms would lose too many digits. With fewer than 8 input channels
+  the transforms cost more than the multiplications that they save.
+  """
+  plain = conv.strides == conv.dilation == (1, 1) and conv.dtype == "float32"
+  return plain and conv.kernel[:2] == (3, 3) and conv.kernel[2] >= 8
 
 
 def _winograd(tile: int) -> Algorithm:
-  def prepare(kernel: np.ndarray, wanted: Convolution) -> np.ndarray:
-    return _grouped(winograd.transform_kernel(kernel, tile), wanted.groups)
+  """Returns Winograd's algorithm F(tile x tile, 3x3)."""
 
-  def compute(x: jax.Array, kernel: jax.Array, wanted: Convolution) -> jax.Array:
-    return _together(winograd.convolve(_apart(x, wanted.groups), kernel, wanted.padding, tile))
+  def prepare(kernel: np.ndarray, conv: Convolution) -> np.ndarray:
+    return _group_kernel(winograd.transform_kernel(kernel, tile), conv.groups)
+
+  def compute(x: jax.Array, kernel: jax.Array, conv: Convolution) -> jax.Array:
+    groups = _split_channels(x, conv.groups)
+    return _join_channels(winograd.convolve(groups, kernel, conv.padding, tile))
 
   return Algorithm(_suits_winograd, prepare, compute)
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-  "direct": Algorithm(lambda wanted: True, lambda kernel, wanted: kernel, _direct),
+  "direct": Algorithm(lambda conv: True, lambda kernel, conv: kernel, _direct),
   "matmul": Algorithm(_suits_matmul, _prepare_matmul, _matmul),
   "winograd2": _winograd(2),
   "winograd4": _winograd(4),
 }
-"""Name to way to compute, the one that is always right first."""
+"""Algorithm by name; "direct" comes first, since it can compute every convolution."""
 
 
-def suitable(wanted: Convolution) -> list[str]:
-  """Names of what can compute a convolution."""
-  return [name for name, algorithm in ALGORITHMS.items() if algorithm.suits(wanted)]
+def suitable(conv: Convolution) -> list[str]:
+  """Returns the names of the algorithms that can compute a convolution."""
+  return [name for name, algorithm in ALGORITHMS.items() if algorithm.suits(conv)]

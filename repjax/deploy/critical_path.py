@@ -1,4 +1,4 @@
-"""`critical_path`: what each piece of a network in streams costs, and which of them bound it."""
+"""`critical_path`: times the pieces of a network in streams and finds the longest chain of them."""
 
 import functools
 import statistics
@@ -13,16 +13,16 @@ from repjax.deploy.compile import CompiledModel
 from repjax.deploy.streams import Piece, StreamsProgram
 from repjax.errors import InputError
 
-_OFF = ("moves", "host")  # of shares: what is no computing
+_TRANSFERS = ("moves", "host")  # Shares of the time in which nothing is computed.
 
 
-class Cost(NamedTuple):
-  """What was measured of a piece while nothing else ran.
+class PieceCost(NamedTuple):
+  """The time of one piece, measured while nothing else ran.
 
   Attributes:
-    piece: its scopes, its stream, and what it reads.
-    seconds: of computing, from maps that are there.
-    moves: seconds in which each map comes to its devices, for those of other streams, and images.
+    piece: the piece: its scopes, its stream, and what it reads.
+    seconds: seconds of computing, once all maps are on the piece's devices.
+    moves: name to seconds in which a map, or the images, comes to the piece's devices.
   """
 
   piece: Piece
@@ -31,40 +31,40 @@ class Cost(NamedTuple):
 
 
 class CriticalPath(NamedTuple):
-  """The chain of pieces that takes longest, each measured alone; `print` it.
+  """The chain of pieces that takes longest, each piece measured alone; `print` shows a table.
 
   Attributes:
-    batch_size: that was measured.
-    devices: how many took part.
-    costs: of all pieces, in an order in which they can run.
+    batch_size: the batch size that was measured.
+    devices: number of devices that took part.
+    costs: costs of all pieces, in an order in which the pieces can run.
     path: names of the pieces on the longest chain.
-    seconds: of that chain, with its moves, from images on the host to results on the host: no run
-      takes less while a piece takes as long as it does alone.
-    shares: what these seconds are made of, which add up: "serial", pieces beside which nothing can
-      run; "stream 1", ...: others on the path, by their stream; "moves", of maps from one stream's
-      devices to another's; "host", of images to devices and of results from there.
+    seconds: seconds of the longest chain, from images on the host to results on the host. No run is
+      faster, as long as every piece takes as long as it does alone.
+    shares: parts of `seconds`, which add up to it. "serial" are the pieces beside which nothing can
+      run; "stream 1", "stream 2", ... are the other pieces on the path, by stream; "moves" are maps
+      between the devices of two streams; "host" are images to devices and results to the host.
   """
 
   batch_size: int
   devices: int
-  costs: tuple[Cost, ...]
+  costs: tuple[PieceCost, ...]
   path: tuple[str, ...]
   seconds: float
   shares: dict[str, float]
 
   @property
   def streams(self) -> dict[int, float]:
-    """Seconds of computing by stream, all its pieces together."""
+    """Seconds of computing by stream, all pieces of a stream together."""
     return _sums((cost.piece.stream, cost.seconds) for cost in self.costs)
 
   @property
   def one_by_one(self) -> float:
-    """Seconds of all pieces one after another, with images and results, but no moves."""
+    """Seconds of all pieces one after the other on one device, images and results included."""
     return self.shares["host"] + sum(cost.seconds for cost in self.costs)
 
   @property
   def bound(self) -> str:
-    """The largest of the shares."""
+    """The name of the largest share."""
     return max(self.shares, key=self.shares.__getitem__)
 
   def __str__(self) -> str:
@@ -90,15 +90,19 @@ class CriticalPath(NamedTuple):
 def critical_path(
   compiled: CompiledModel, batch_size: int | None = None, *, rounds: int = 10
 ) -> CriticalPath:
-  """Measures each piece of a network in streams alone, and finds the longest chain of them.
+  """Measures every piece of a network in streams alone, and finds the longest chain of pieces.
 
   Args:
-    compiled: by `compile` with `parallel="streams"`.
-    batch_size: that it is compiled for; None: the smallest.
-    rounds: of which medians are taken.
+    compiled: a model compiled by `compile` with `parallel="streams"`.
+    batch_size: a batch size that the model is compiled for; None takes the smallest.
+    rounds: number of measurements; medians are taken.
+
+  Returns:
+    The longest chain, and the cost of every piece.
 
   Raises:
-    InputError: a model that is not compiled in streams or not for this batch size, or no rounds.
+    InputError: the model is not compiled in streams, or not for this batch size, or `rounds` is
+      below 1.
 
   Example:
     in_streams = repjax.deploy.compile(model, variables, image_size=224, parallel="streams")
@@ -111,36 +115,37 @@ def critical_path(
   size = compiled.batch_sizes[0] if batch_size is None else batch_size
   if size not in compiled.batch_sizes:
     raise InputError(
-      f"this model is compiled for batch sizes {compiled.batch_sizes}, got {size!r}; choose one of "
-      "these, or compile it with others"
+      f"this model is compiled for batch sizes {compiled.batch_sizes}, got {size!r}. Choose one of "
+      "these, or compile the model with this batch size."
     )
   if rounds < 1:
-    raise InputError(f"rounds are 1 or more, got {rounds}")
+    raise InputError(f"rounds must be 1 or more, got {rounds}")
   program = compiled._programs[size]
   if not isinstance(program, StreamsProgram):
     raise InputError(
-      "only a model in streams is made of pieces with a critical path; compile it with "
-      'parallel="streams"'
+      'this model is not compiled in streams and has no pieces; compile it with parallel="streams"'
     )
-  costs, to_host = measure(program, rounds)
-  return longest(costs, to_host, size, program.devices)
+  costs, to_host = measure_pieces(program, rounds)
+  return longest_chain(costs, to_host, size, program.devices)
 
 
-def measure(program: StreamsProgram, rounds: int) -> tuple[list[Cost], float]:
-  """The cost of each piece, and the seconds in which results come to the host."""
+def measure_pieces(program: StreamsProgram, rounds: int) -> tuple[list[PieceCost], float]:
+  """Returns the cost of each piece, and the seconds in which the results come to the host."""
   noise = np.random.default_rng(0).integers(0, 256, program.batch.shape)
   images = noise.astype(program.batch.dtype)
   maps, costs = {"images": images}, []
-  for running in program.pieces:
-    piece, moves = running.piece, {}
+  for compiled in program.pieces:
+    piece, moves = compiled.piece, {}
     for name in piece.moves:
-      move = functools.partial(jax.device_put, maps[name], running.sharding)
+      move = functools.partial(jax.device_put, maps[name], compiled.sharding)
       moves[name] = _median(move, rounds)
-    reads = jax.block_until_ready(running.moved(maps))
-    compute = functools.partial(running.compiled, running.tree, reads)
-    costs.append(Cost(piece, _median(compute, rounds), moves))
+    # Moves are over before the piece is timed, and the piece is over before the next one starts.
+    inputs = jax.block_until_ready(compiled.move_inputs(maps))
+    compute = functools.partial(compiled.executable, compiled.tree, inputs)
+    costs.append(PieceCost(piece, _median(compute, rounds), moves))
     maps |= jax.block_until_ready(compute())
-  # An array keeps what it has brought to the host once, so that each round makes results anew.
+  # JAX caches the host's copy of an array. A second copy of the same results would take no time,
+  # so every round computes new results.
   seconds = []
   for _ in range(1 + rounds):
     results = jax.block_until_ready(program.start(images))
@@ -150,56 +155,64 @@ def measure(program: StreamsProgram, rounds: int) -> tuple[list[Cost], float]:
   return costs, statistics.median(seconds[1:])
 
 
-def longest(costs: Sequence[Cost], to_host: float, batch_size: int, devices: int) -> CriticalPath:
-  """The chain of pieces that is done last.
+def longest_chain(
+  costs: Sequence[PieceCost], to_host: float, batch_size: int, devices: int
+) -> CriticalPath:
+  """Returns the chain of pieces that ends last.
+
+  A piece can start once all its inputs are there: the end of the piece that makes an input, plus
+  the time of the move. The input that comes last decides, so following the last inputs from the
+  piece that ends last back to the images gives the longest chain.
 
   Args:
-    costs: in an order in which the pieces can run.
-    to_host: seconds in which results come to the host.
-    batch_size: that was measured.
-    devices: how many took part.
+    costs: costs of the pieces, in an order in which the pieces can run.
+    to_host: seconds in which the results come to the host.
+    batch_size: the batch size that was measured.
+    devices: number of devices that took part.
   """
   maker = {scope: cost.piece.name for cost in costs for scope in cost.piece.makes}
-  done: dict[str, float] = {}
-  ahead: dict[str, str] = {}  # the map that a piece waits for longest
+  ends: dict[str, float] = {}  # when each piece ends, in seconds
+  last_input: dict[str, str] = {}  # the map that each piece waits for longest
   for cost in costs:
-    there = {
-      name: done.get(maker.get(name, ""), 0.0) + cost.moves.get(name, 0.0)
+    # Images have no maker and are there at 0 seconds; maps of the same stream need no move.
+    arrivals = {
+      name: ends.get(maker.get(name, ""), 0.0) + cost.moves.get(name, 0.0)
       for name in cost.piece.reads
     }
-    ahead[cost.piece.name] = last = max(there, key=there.__getitem__)
-    done[cost.piece.name] = there[last] + cost.seconds
+    last_input[cost.piece.name] = latest = max(arrivals, key=arrivals.__getitem__)
+    ends[cost.piece.name] = arrivals[latest] + cost.seconds
   by_name = {cost.piece.name: cost for cost in costs}
-  path = [max(done, key=done.__getitem__)]
-  while (name := ahead[path[0]]) in maker:
+  path = [max(ends, key=ends.__getitem__)]
+  while (name := last_input[path[0]]) in maker:
     path.insert(0, maker[name])
-  alone = _alone(costs, maker)
+  serial = _serial(costs, maker)
   shares = _sums(
-    ("serial" if name in alone else f"stream {by_name[name].piece.stream}", by_name[name].seconds)
+    ("serial" if name in serial else f"stream {by_name[name].piece.stream}", by_name[name].seconds)
     for name in path
   )
-  shares |= dict.fromkeys(_OFF, 0.0)
+  shares |= dict.fromkeys(_TRANSFERS, 0.0)
   for name in path:
-    moved = by_name[name].moves.get(ahead[name], 0.0)
-    shares["host" if ahead[name] == "images" else "moves"] += moved
+    moved = by_name[name].moves.get(last_input[name], 0.0)
+    shares["host" if last_input[name] == "images" else "moves"] += moved
   shares["host"] += to_host
   return CriticalPath(batch_size, devices, tuple(costs), tuple(path), sum(shares.values()), shares)
 
 
-def _alone(costs: Sequence[Cost], maker: Mapping[str, str]) -> set[str]:
-  """Pieces that come before or behind every other, so that nothing can run beside them."""
-  before: dict[str, set[str]] = {}
+def _serial(costs: Sequence[PieceCost], maker: Mapping[str, str]) -> set[str]:
+  """Returns the pieces that are before or after every other piece, so that nothing runs beside."""
+  before: dict[str, set[str]] = {}  # all pieces that must end before a piece can start
   for cost in costs:
-    near = {maker[name] for name in cost.piece.reads if name in maker}
-    before[cost.piece.name] = near.union(*(before[name] for name in near))
+    inputs = {maker[name] for name in cost.piece.reads if name in maker}
+    before[cost.piece.name] = inputs.union(*(before[name] for name in inputs))
   return {
     name
     for name, earlier in before.items()
-    if all(name in before[other] for other in before.keys() - earlier - {name})
+    if all(name in before[later] for later in before.keys() - earlier - {name})
   }
 
 
 def _sums(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
+  """Adds up the values of each key."""
   sums: dict[Any, float] = {}
   for key, value in pairs:
     sums[key] = sums.get(key, 0.0) + value
@@ -207,7 +220,7 @@ def _sums(pairs: Iterable[tuple[Any, float]]) -> dict[Any, float]:
 
 
 def _median(run: Callable[[], Any], rounds: int) -> float:
-  """Seconds of a call until its arrays are there, behind one that is not timed."""
+  """Returns the median seconds of a call until its arrays are ready, after one call of warm-up."""
   seconds = []
   for _ in range(1 + rounds):
     start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""How devices are used in inference: one of them, or all by `jax.pmap`; see also `streams`.
+"""Runs batches on one device, or on all devices by `jax.pmap`; see also `streams`.
 
-A batch that runs on D devices is padded to a multiple of D. Whether that or one device is faster is
-measured when a batch size is compiled, also where nothing has to be padded: passing work around can
-cost more than it saves. So is whether a CPU computes a large batch at once or PIECE images after
-another, whose maps stay in its caches.
+A batch that runs on D devices is padded to a multiple of D. Several devices are not always faster:
+distributing images and collecting results can cost more than the devices save. Each batch size is
+therefore timed on one device and on all. On a CPU a large batch is also timed in chunks of CHUNK
+images, one chunk after the other: the maps of a few images stay in the processor's caches.
 """
 
 import functools
@@ -18,76 +18,85 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from repjax.cache import recall, remember
 from repjax.deploy.rewrite import Function
-from repjax.deploy.tuning import PIECE, machine, tuner
-from repjax.deploy.xla import compiled, planned_bytes
+from repjax.deploy.tuning import CHUNK, machine, make_tuner
+from repjax.deploy.xla import compile_lowered, planned_bytes
 from repjax.errors import InputError
 
 _AXIS = "batch"
 _ROUNDS = 3
 
 
-class Way(NamedTuple):
-  """How a batch may run.
+class Arrangement(NamedTuple):
+  """A way to distribute a batch over devices and time.
 
   Attributes:
-    devices: how many take part.
-    piece: images that a device computes at once; one piece follows another in the same program.
+    devices: number of devices that take part.
+    chunk: number of images that a device computes at once; chunks follow each other in one program.
   """
 
   devices: int
-  piece: int
+  chunk: int
 
 
-class Plan(NamedTuple):
-  """How batches of one size run.
+class BatchPlan(NamedTuple):
+  """A record of how batches of one size run, and of what was measured to decide it.
 
   Attributes:
-    devices: as in `Way`, like `piece`.
-    images: how many run: the batch size, rounded up to a multiple of `devices` and `piece`.
-    seconds: of a batch, from images on the host to results on the host, by what was tried; empty
-      where there was nothing to choose, or where what was chosen once was known.
-    compile_seconds: for all that was tried; little where the programs were on the disk.
-    memory: bytes that XLA plans for a device, with the parameters; None where it does not say.
-    convolutions: how each is computed that is not left to XLA, by its scope's path, see
-      `repjax.deploy.convolutions`.
+    devices: number of devices that take part.
+    chunk: number of images that a device computes at once.
+    images: number of images that run: the batch size, rounded up to a multiple of `devices` and
+      `chunk`.
+    seconds: seconds of a batch, from images on the host to results on the host, by `Arrangement`.
+      Empty if there was only one, or if the fastest was known from an earlier measurement.
+    compile_seconds: seconds to compile all arrangements; little if the programs were on disk.
+    memory: bytes that XLA plans for a device, parameters included; None if XLA does not say.
+    convolutions: scope's path to name of the algorithm, for convolutions that XLA does not compute;
+      see `repjax.deploy.convolutions`.
   """
 
   devices: int
-  piece: int
+  chunk: int
   images: int
-  seconds: Mapping[Way, float]
+  seconds: Mapping[Arrangement, float]
   compile_seconds: float
   memory: int | None
   convolutions: Mapping[str, str]
 
 
 class Program:
-  """A function compiled for batches of one size on some devices."""
+  """A function compiled for batches of one size in one arrangement.
+
+  Attributes:
+    arrangement: how many devices take part, and how many images each computes at once.
+    images: number of images that run; smaller batches are padded.
+    convolutions: scope's path to name of the algorithm, where it is not XLA's convolution.
+    memory: bytes that XLA plans for a device; None if XLA does not say.
+  """
 
   def __init__(
     self,
     function: Function,
-    placed: "Placed",
-    way: Way,
+    placed: "PlacedTree",
+    arrangement: Arrangement,
     batch: jax.ShapeDtypeStruct,
   ):
-    """Compiles.
+    """Compiles the function.
 
     Args:
-      function: of the tree that was placed, and of images.
+      function: a function of the placed tree and of images.
       placed: the tree on devices.
-      way: that the batch runs, on 1 device or on all.
+      arrangement: how the batch runs, on 1 device or on all of them.
       batch: shape (N, H, W, 3) and dtype of the images.
     """
-    count, piece = self.way = way
-    self.images = batch.shape[0] + -batch.shape[0] % (count * piece)
+    count, chunk = self.arrangement = arrangement
+    self.images = batch.shape[0] + -batch.shape[0] % (count * chunk)
     tree, self.convolutions = placed.tree, {}
     if placed.tuner is not None:
-      at_once = jax.ShapeDtypeStruct((piece, *batch.shape[1:]), batch.dtype)
+      at_once = jax.ShapeDtypeStruct((chunk, *batch.shape[1:]), batch.dtype)
       function, tree, self.convolutions = placed.tuner(function, at_once)
-    function = _in_pieces(function, piece)
+    function = _in_chunks(function, chunk)
     if count == 1:
-      self._tree, self._sharding = placed.on_one(tree), placed.one
+      self._tree, self._sharding = placed.on_first(tree), placed.one
       self._shape = (self.images, *batch.shape[1:])
       mapped = jax.jit(function)
     else:
@@ -95,117 +104,148 @@ class Program:
       self._shape = (count, self.images // count, *batch.shape[1:])
       mapped = jax.pmap(function, _AXIS, in_axes=(None, 0), devices=placed.devices)
     shape = jax.ShapeDtypeStruct(self._shape, batch.dtype, sharding=self._sharding)
-    self._compiled = compiled(mapped.lower(self._tree, shape), placed.devices[0])
-    self.memory = planned_bytes(self._compiled)
+    self._executable = compile_lowered(mapped.lower(self._tree, shape), placed.devices[0])
+    self.memory = planned_bytes(self._executable)
 
   def start(self, images: Any) -> Any:
-    """Starts to compute what `finish` takes, of at most as many images as this is made for."""
-    images = padded(images, self.images)
+    """Starts the computation and returns before it is done; `finish` takes the result.
+
+    Args:
+      images: (n, H, W, 3) with n at most the program's number of images.
+    """
+    images = pad_images(images, self.images)
     if images.shape != self._shape:
       images = np.asarray(images).reshape(self._shape)  # (D, N / D, H, W, 3)
-    return self._compiled(self._tree, jax.device_put(images, self._sharding))
+    return self._executable(self._tree, jax.device_put(images, self._sharding))
 
   def finish(self, results: Any, count: int) -> Any:
-    """Waits for results; the first `count` rows of each, on the host."""
-    return jax.tree.map(lambda rows: self._joined(np.asarray(rows))[:count], results)
+    """Waits for results and returns the first `count` rows of each, on the host."""
+    return jax.tree.map(lambda rows: self._join_devices(np.asarray(rows))[:count], results)
 
-  def _joined(self, rows: np.ndarray) -> np.ndarray:
-    return rows if self.way.devices == 1 else rows.reshape(-1, *rows.shape[2:])
+  def _join_devices(self, rows: np.ndarray) -> np.ndarray:
+    """Joins the rows of all devices (D, N / D, ...) to (N, ...)."""
+    return rows if self.arrangement.devices == 1 else rows.reshape(-1, *rows.shape[2:])
 
 
-class Placed:
-  """A tree of arrays, whole on each of some devices.
+class PlacedTree:
+  """A tree of arrays, copied whole to each of some devices.
 
   Attributes:
-    devices: of this process.
-    tree: on all of them.
-    tuner: chooses how convolutions are computed; None leaves that to XLA.
+    devices: devices of this process.
+    one: sharding of arrays on the first device.
+    split: sharding of arrays whose first axis is split over all devices.
+    tree: the tree on all devices.
+    tuner: chooses how convolutions are computed; None leaves every convolution to XLA.
   """
 
   def __init__(self, tree: Any, devices: Sequence[Any] | None = None, tune: bool = False):
     """Copies the tree.
 
+    Args:
+      tree: the arrays.
+      devices: devices of this process; None takes all.
+      tune: chooses the fastest algorithm for each convolution.
+
     Raises:
-      InputError: no devices, one of them twice, of several kinds, or of another process.
+      InputError: there are no devices, or a device is given twice, or the devices are of several
+        kinds or of a different process.
     """
-    self.devices = check(devices)
+    self.devices = checked_devices(devices)
     mesh = Mesh(np.array(self.devices), (_AXIS,))
     self.one = SingleDeviceSharding(self.devices[0])
     self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
-    whole = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
-    self.tree = whole(tree)
-    self.tuner = tuner(self.tree, self.devices[0], whole, tune)
+    copy_to_all = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
+    self.tree = copy_to_all(tree)
+    self.tuner = make_tuner(self.tree, self.devices[0], copy_to_all, tune)
 
-  def on_one(self, tree: Any) -> Any:
-    """What is on all devices, on the first."""
+  def on_first(self, tree: Any) -> Any:
+    """Returns the first device's copy of a tree that is on all devices, without copying it."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
-  def program(self, function: Function, batch: jax.ShapeDtypeStruct) -> tuple[Program, Plan]:
-    """The function for one batch size in the way that is fastest."""
+  def program(self, function: Function, batch: jax.ShapeDtypeStruct) -> tuple[Program, BatchPlan]:
+    """Compiles the function for one batch size in every arrangement and returns the fastest.
+
+    Args:
+      function: a function of the tree and of images.
+      batch: shape (N, H, W, 3) and dtype of the images.
+    """
     start = time.perf_counter()
-    ways, question = self._ways(batch.shape[0]), self._question(batch)
-    if self.tuner is not None and len(ways) > 1:
-      held = recall(question)
-      ways = [way for way in ways if [*way] == held] or ways
-    programs = [Program(function, self, way, batch) for way in ways]
+    arrangements, question = self._arrangements(batch.shape[0]), self._question(batch)
+    if self.tuner is not None and len(arrangements) > 1:
+      # An earlier process may have measured the same; then the other arrangements are not compiled.
+      known = recall(question)
+      arrangements = [each for each in arrangements if [*each] == known] or arrangements
+    programs = [Program(function, self, each, batch) for each in arrangements]
     compile_seconds = time.perf_counter() - start
-    seconds = measure(programs, batch) if len(programs) > 1 else {}
-    fastest = min(programs, key=lambda program: seconds.get(program.way, 0))
+    seconds = time_programs(programs, batch) if len(programs) > 1 else {}
+    fastest = min(programs, key=lambda program: seconds.get(program.arrangement, 0))
     if self.tuner is not None and seconds:
-      remember(question, [*fastest.way])
-    names = readable(fastest.convolutions)
-    return fastest, Plan(
-      *fastest.way, fastest.images, seconds, compile_seconds, fastest.memory, names
+      remember(question, [*fastest.arrangement])
+    algorithms = by_joined_path(fastest.convolutions)
+    return fastest, BatchPlan(
+      *fastest.arrangement, fastest.images, seconds, compile_seconds, fastest.memory, algorithms
     )
 
   def _question(self, batch: jax.ShapeDtypeStruct) -> str:
-    """What decides how fast each way is, with the program as its parameters tell it."""
+    """Returns a text with everything that decides which arrangement is fastest.
+
+    The names, shapes and dtypes of the parameters stand for the program.
+    """
     paths = jax.tree_util.tree_leaves_with_path(self.tree)
     leaves = [f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}" for path, leaf in paths]
     where = f"{len(self.devices)} of {machine(self.devices[0])}"
     return f"the fastest way for {batch.shape} {batch.dtype} on {where} with {'; '.join(leaves)}"
 
-  def _ways(self, size: int) -> list[Way]:
-    # One image on one device of several takes as long as it takes there, and a little more.
+  def _arrangements(self, size: int) -> list[Arrangement]:
+    """Returns the arrangements worth trying for a batch of `size` images."""
+    # One image padded to all devices would take as long on each of them as alone on one.
     counts = {1, len(self.devices)} if size > 1 else {1}
-    ways = [Way(count, -(-size // count)) for count in sorted(counts)]
-    if self.tuner is not None:
-      ways += [Way(count, PIECE) for count, piece in ways if piece > PIECE]
-    return ways
+    whole = [Arrangement(count, -(-size // count)) for count in sorted(counts)]
+    if self.tuner is None:
+      return whole
+    return whole + [Arrangement(count, CHUNK) for count, chunk in whole if chunk > CHUNK]
 
 
-def _in_pieces(function: Function, piece: int) -> Function:
-  """The same function of more images, `piece` of them after another."""
+def _in_chunks(function: Function, chunk: int) -> Function:
+  """Returns the same function for more images, which computes `chunk` images at a time."""
 
+  # The name is that of the compiled program in the cache folder.
   def inference(tree: Any, images: jax.Array) -> Any:
-    if len(images) == piece:
+    if len(images) == chunk:
       return function(tree, images)
-    pieces = images.reshape(-1, piece, *images.shape[1:])
-    results = jax.lax.map(lambda images: function(tree, images), pieces)
+    chunks = images.reshape(-1, chunk, *images.shape[1:])
+    # `lax.map` is a loop on the device: one chunk's maps are dropped before the next one's exist.
+    results = jax.lax.map(lambda images: function(tree, images), chunks)
     return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), results)
 
   return inference
 
 
-def measure(programs: Sequence[Program], batch: jax.ShapeDtypeStruct) -> dict[Way, float]:
-  """Median seconds of a batch in each way, over rounds in which each runs once."""
+def time_programs(
+  programs: Sequence[Program], batch: jax.ShapeDtypeStruct
+) -> dict[Arrangement, float]:
+  """Returns the median seconds of a batch in each arrangement.
+
+  Every round runs each program once, so that a disturbance of the machine slows all of them. The
+  first round is warm-up and does not count.
+  """
   noise = np.random.default_rng(0).integers(0, 256, batch.shape).astype(batch.dtype)
-  times = {program.way: [] for program in programs}
+  times = {program.arrangement: [] for program in programs}
   for _ in range(1 + _ROUNDS):
     for program in programs:
       start = time.perf_counter()
       program.finish(program.start(noise), len(noise))
-      times[program.way].append(time.perf_counter() - start)
-  return {way: statistics.median(row[1:]) for way, row in times.items()}
+      times[program.arrangement].append(time.perf_counter() - start)
+  return {arrangement: statistics.median(row[1:]) for arrangement, row in times.items()}
 
 
-def readable(choices: Mapping[tuple[str, ...], str]) -> dict[str, str]:
-  """The same by paths as strings."""
+def by_joined_path(choices: Mapping[tuple[str, ...], str]) -> dict[str, str]:
+  """Returns the same dictionary with each path joined to one string by "/"."""
   return {"/".join(path): name for path, name in choices.items()}
 
 
-def padded(images: Any, count: int) -> Any:
-  """Images followed by as many of zeros as make `count` of them."""
+def pad_images(images: Any, count: int) -> Any:
+  """Appends images of zeros until there are `count` images."""
   if len(images) == count:
     return images
   result = np.zeros((count, *images.shape[1:]), images.dtype)
@@ -213,20 +253,23 @@ def padded(images: Any, count: int) -> Any:
   return result
 
 
-def check(given: Sequence[Any] | None) -> tuple[Any, ...]:
-  """Devices of this process, all if None are given.
+def checked_devices(given: Sequence[Any] | None) -> tuple[Any, ...]:
+  """Returns the given devices, or all devices of this process if None are given.
 
   Raises:
-    InputError: no devices, one of them twice, of several kinds, or of another process.
+    InputError: there are no devices, or a device is given twice, or the devices are of several
+      kinds or of a different process.
   """
   if isinstance(given, jax.Device):
     given = (given,)
   devices = tuple(jax.local_devices() if given is None else given)
   kinds = {getattr(device, "platform", None) for device in devices}
-  own = set(jax.local_devices(backend=kinds.pop())) if len(kinds) == 1 and None not in kinds else ()
-  if not own or len(set(devices)) != len(devices) or not set(own).issuperset(devices):
+  local = set()
+  if len(kinds) == 1 and None not in kinds:
+    local = set(jax.local_devices(backend=kinds.pop()))
+  if not local or len(set(devices)) != len(devices) or not local.issuperset(devices):
     raise InputError(
-      f"devices are different ones of this process and of one kind, got {list(devices)}; choose "
-      "among jax.local_devices(), or leave them out for all"
+      f"devices must be different devices of one kind, all of this process, got {list(devices)}. "
+      "Choose among jax.local_devices(), or leave the argument out for all of them."
     )
   return devices

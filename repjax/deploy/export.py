@@ -1,15 +1,17 @@
-"""A deploy form written for other programs: as StableHLO by `jax.export`, or as ONNX.
+"""Writes a deploy form for other programs, as StableHLO or as ONNX, and reads StableHLO back.
 
-exported/a0/
-model.stablehlo   the program, for any batch size and several platforms, without its parameters
-model.onnx        or this, for any batch size, with its parameters
-params/           these, in the program's dtype
-model.json        the ModelSpec: `repjax.load` and `repjax.deploy.Predictor` take the folder too
-export.json       what the program takes and returns, and how long it can be read or how it compares
+An exported folder:
+
+  exported/a0/
+    model.stablehlo   the program without its parameters, for any batch size and several platforms
+    model.onnx        or this: the program with its parameters, for any batch size
+    params/           the parameters, in the program's dtype
+    model.json        the ModelSpec; `repjax.load` and `repjax.deploy.Predictor` take the folder too
+    export.json       what the program takes and returns, and for how long it can be read
+                      (StableHLO) or how it compares with JAX (ONNX)
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +24,13 @@ from flax import linen as nn
 
 from repjax import disk
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
+from repjax.deploy.stablehlo import (
+  PLATFORMS,
+  PROMISE,
+  deserialize,
+  need_flatbuffers,
+  serialize,
+)
 from repjax.errors import InputError, unknown
 from repjax.inference import checked_dtype, inference
 from repjax.onnx import of_function, written_dtype
@@ -30,12 +39,6 @@ from repjax.onnx.proto import OPSET
 from repjax.spec import ModelSpec
 
 FORMATS = ("stablehlo", "onnx")
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-PROMISE = (
-  "JAX promises that versions up to six months younger than the one that wrote this program read "
-  "it, and versions up to three weeks older; later, write it again from params and model.json, "
-  "which do not expire"
-)
 
 
 def export(
@@ -53,28 +56,29 @@ def export(
   """Writes a model's deploy form as StableHLO or ONNX, with its parameters beside it.
 
   StableHLO takes the tree {"params": ...} and images (N, S, S, 3) with any N, and returns float32
-  (N, K). Any program that reads `jax.export`'s format can run it, without repjax and Flax.
-  ONNX is as `repjax.onnx.to_onnx` makes it, images (N, 3, S, S); the ONNX checker and, where it
-  is installed, ONNX Runtime try it before it is written.
+  (N, K). Any program that reads the format of `jax.export` can run it, without repjax and Flax.
+  ONNX is made by `repjax.onnx.to_onnx` and takes images (N, 3, S, S). Before the file is written,
+  the ONNX checker tests it, and ONNX Runtime too if it is installed.
 
   Args:
-    model: in either form, as `repjax.load` returns it; a training form is re-parameterized first.
-    variables: of the model.
-    spec: of the model.
-    folder: to be made.
+    model: the model in either form, as `repjax.load` returns it; a training form is
+      re-parameterized first.
+    variables: variables of the model.
+    spec: ModelSpec of the model.
+    folder: the folder to write, which must not exist yet.
     format: "stablehlo" or "onnx".
     dtype: as in `repjax.deploy.compile`, or in `repjax.onnx.to_onnx`.
-    platforms: that StableHLO is for, among PLATFORMS.
-    normalize: take uint8 images and normalize them inside; otherwise they are normalized, float32,
-      or for ONNX of `dtype`.
-    probabilities: return a softmax of the logits.
+    platforms: platforms that StableHLO is lowered for, among PLATFORMS.
+    normalize: takes uint8 images and normalizes them inside. False: images are normalized already
+      and float32, or for ONNX of `dtype`.
+    probabilities: returns a softmax of the logits.
 
   Returns:
-    What export.json says.
+    The content of export.json.
 
   Raises:
-    InputError: the folder exists, the package flatbuffers or onnx is missing, or as in `compile`
-      and `to_onnx`.
+    InputError: the folder exists, the package flatbuffers or onnx is missing, or an argument is
+      refused as in `compile` and `to_onnx`.
 
   Example:
     repjax.deploy.export(*repjax.load("runs/a0"), "exported/a0", dtype="bfloat16")
@@ -110,23 +114,24 @@ def export(
     program = of_function(function, tree, size, input_dtype, probabilities).SerializeToString()
     facts |= {"opset": OPSET, "checked": checked(program, function, tree, size)}
   else:
-    program = _serialized(function, tree, size, input_dtype, platforms)
+    program = serialize(function, tree, size, input_dtype, platforms)
     facts |= {"platforms": list(platforms), "note": PROMISE}
   write_folder(path, {f"model.{format}": program}, spec, facts, tree["params"])
   return facts
 
 
 def _output(model: nn.Module, probabilities: bool) -> str:
+  """Names what the program returns."""
   if getattr(model, "features_only", False):
     return "feature maps"
   return "probabilities" if probabilities else "logits"
 
 
 def _written_dtype(format: str, dtype: jax.typing.DTypeLike) -> np.dtype:  # noqa: A002
-  """The dtype, where what the format needs is here."""
+  """Returns the dtype; raises InputError if the format cannot hold it or its package is missing."""
   if format == "onnx":
     return written_dtype(dtype)
-  _need_flatbuffers()
+  need_flatbuffers()
   return checked_dtype(dtype)
 
 
@@ -136,14 +141,15 @@ def load_exported(
   batch_sizes: Iterable[int] = BATCH_SIZES,
   devices: Sequence[Any] | None = None,
 ) -> CompiledModel:
-  """Reads what `export` wrote and compiles it; builds no model.
+  """Reads a StableHLO program that `export` wrote, and compiles it without building a model.
 
-  It is compiled as it stands: convolutions are XLA's, see `tune` in `repjax.deploy.compile`.
+  The program is compiled as it is. Its convolutions are XLA's: `tune` in `repjax.deploy.compile`
+  has no counterpart here.
 
-  A file like this is a program: read only those that you trust.
+  The file is a program. Read only files that you trust.
 
   Args:
-    folder: that `export` made.
+    folder: a folder that `export` made.
     batch_sizes: as in `repjax.deploy.compile`.
     devices: as in `repjax.deploy.compile`.
 
@@ -151,22 +157,24 @@ def load_exported(
     A function of images (N, S, S, 3), uint8 or normalized float32, as export.json says.
 
   Raises:
-    InputError: the folder is none of these, is damaged, has expired, or is for other platforms.
+    InputError: the folder is not an exported one, is damaged, has expired, or is for different
+      platforms.
   """
   path = Path(folder)
   facts = disk.read_json(path / "export.json")
   if facts.get("format") == "onnx":
     way_out = f"repjax.deploy.compile(*repjax.load({str(path)!r})[:2], ...)"
     raise InputError(
-      f"{path} holds an ONNX file, which ONNX Runtime, OpenVINO or TensorRT runs and JAX does not"
-      + (f"; to run its parameters here: {way_out}" if (path / "params").exists() else "")
+      f"{path} holds an ONNX file, which ONNX Runtime, OpenVINO or TensorRT runs and JAX does not."
+      + (f" Run its parameters in JAX by {way_out}." if (path / "params").exists() else "")
     )
-  program = _deserialized(path)
-  own = {"gpu": "cuda"}.get(platform := (devices or jax.local_devices())[0].platform, platform)
-  if own not in program.platforms:
+  program = deserialize(path / "model.stablehlo", path)
+  platform = (devices or jax.local_devices())[0].platform
+  platform = {"gpu": "cuda"}.get(platform, platform)  # The two names that JAX has for NVIDIA.
+  if platform not in program.platforms:
     raise InputError(
-      f"{path} is for {' and '.join(program.platforms)}, and the devices here are {own}; export it "
-      f"with --platforms {' '.join(program.platforms)} {own}"
+      f"{path} is for {' and '.join(program.platforms)}, and the devices here are {platform}. "
+      f"Export the model with --platforms {' '.join(program.platforms)} {platform}."
     )
   (shapes, images), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
   params = disk.read_tree(path / "params", shapes["params"])
@@ -180,45 +188,8 @@ def load_exported(
   )
 
 
-def _serialized(
-  function: Any, tree: Any, size: int, input_dtype: np.dtype, platforms: Sequence[str]
-) -> bytes:
-  from jax import export as jax_export
-
-  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-  symbols = jax_export.symbolic_shape(f"batch, {size}, {size}, 3")
-  images = jax.ShapeDtypeStruct(symbols, input_dtype)
-  exported = jax_export.export(jax.jit(function), platforms=platforms)(shapes, images)
-  return bytes(exported.serialize())
-
-
-def _deserialized(path: Path) -> Any:
-  from jax import export as jax_export
-
-  _need_flatbuffers()
-  file = path / "model.stablehlo"
-  try:
-    return jax_export.deserialize(bytearray(file.read_bytes()))
-  except OSError as error:
-    raise InputError(f"{file} cannot be read: {error.strerror}") from error
-  except Exception as error:  # JAX, flatbuffers and MLIR have many kinds
-    first = str(error).partition("\n")[0][:300]
-    raise InputError(
-      f"{file} cannot be read by jax {jax.__version__}: {first}. It is damaged or has expired; "
-      f"write it again: repjax export --workdir {path} --to NEW_FOLDER"
-    ) from error
-
-
-def _need_flatbuffers() -> None:
-  if importlib.util.find_spec("flatbuffers") is None:
-    raise InputError(
-      "StableHLO files need the package flatbuffers: pip install 'repjax[export]', or "
-      "pip install flatbuffers"
-    )
-
-
 def onnx_facts(spec: ModelSpec, dtype: str) -> dict[str, Any]:
-  """What export.json says first of a file that ONNX Runtime's quantizer made."""
+  """Returns the first entries of export.json for a file that ONNX Runtime's quantizer made."""
   return {
     "format": "onnx",
     "dtype": dtype,
@@ -237,7 +208,20 @@ def write_folder(
   facts: Mapping[str, Any],
   params: Any = None,
 ) -> None:
-  """Writes the whole folder beside its place, then moves it there."""
+  """Writes an exported folder, whole or not at all.
+
+  The files are written into a draft folder next to the final place, which is then moved there.
+
+  Args:
+    path: the folder to write.
+    files: name to content of the program's files.
+    spec: ModelSpec of the model.
+    facts: content of export.json.
+    params: the parameters; None writes no params folder.
+
+  Raises:
+    InputError: the folder cannot be written.
+  """
   draft = path.with_name(f"{path.name}.draft")
   shutil.rmtree(draft, ignore_errors=True)
   try:

@@ -1,4 +1,4 @@
-"""`Predictor`: from image files or pixels to class probabilities."""
+"""`Predictor`: computes class probabilities of image files or pixels."""
 
 import itertools
 import os
@@ -19,15 +19,15 @@ Image = str | os.PathLike[str] | bytes | np.ndarray
 
 
 class Predictor:
-  """The classifier of a folder, in deploy form, with the preprocessing that is stored with it.
+  """A classifier in deploy form, loaded from a folder together with its preprocessing.
 
-  Images are decoded, resized and cut on the host, in threads, to the pixel as in evaluation; they
+  Images are decoded, resized and cropped on the host, in threads, exactly as in evaluation. They
   are normalized on the device.
 
   Attributes:
-    spec: of the model.
-    labels: a name for each class; its number where the folder has no names.
-    program: the `CompiledModel`, from uint8 (N, S, S, 3) to probabilities (N, K).
+    spec: ModelSpec of the model.
+    labels: the name of each class, or its number if the folder has no names.
+    program: the `CompiledModel`, a function of uint8 images (N, S, S, 3) to probabilities (N, K).
 
   Example:
     predictor = repjax.deploy.Predictor("runs/a0", dtype="bfloat16")
@@ -44,19 +44,19 @@ class Predictor:
     devices: Sequence[Any] | None = None,
     tune: bool = True,
   ):
-    """Loads and compiles.
+    """Loads the model and compiles it.
 
     Args:
-      workdir: of a run, an import or an export, or a deploy folder.
-      dtype: of the computation, as in `compile`.
-      batch_sizes: to compile for, as in `compile`.
+      workdir: the folder of a run, an import or an export, or a deploy folder.
+      dtype: dtype of the computation, as in `compile`.
+      batch_sizes: batch sizes to compile for, as in `compile`.
       devices: as in `compile`.
       tune: as in `compile`.
 
     Raises:
-      InputError: the folder holds no model, or as in `compile`.
+      InputError: the folder holds no model, or `compile` refuses an argument.
     """
-    with keep_every_program():  # where there is no deploy folder yet, it is made here
+    with keep_every_program():  # `load` folds a run without a deploy folder, which compiles too.
       model, variables, self.spec = load(workdir)
     self.program = compile(
       model,
@@ -73,16 +73,16 @@ class Predictor:
     self.labels = tuple(names)
 
   def __call__(self, images: Image | Iterable[Image]) -> np.ndarray:
-    """Probabilities.
+    """Computes the class probabilities of images.
 
     Args:
-      images: any number of them, of any sizes; a lone one counts as one of one.
+      images: any number of images of any sizes, or one image.
 
     Returns:
-      float32 (N, K); a row adds up to 1.
+      float32 (N, K); each row adds up to 1. One image gives one row.
 
     Raises:
-      InputError: a file that is no image, or pixels that are not uint8 (H, W, 3).
+      InputError: a file is not an image, or pixels are not uint8 (H, W, 3).
     """
     with ThreadPoolExecutor(_threads()) as threads:
       squares = list(threads.map(self.read, _several(images)))
@@ -90,69 +90,78 @@ class Predictor:
     return self.program(np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8))
 
   def top(self, images: Image | Iterable[Image], k: int = 5) -> list[list[tuple[str, float]]]:
-    """For each image its k most probable labels, the first first, with their probabilities."""
+    """Returns the k most probable labels of each image with their probabilities, best first."""
     return [self.best(row, k) for row in self(images)]
 
   def best(self, row: np.ndarray, k: int = 5) -> list[tuple[str, float]]:
-    """The k most probable labels of one image, the first first.
+    """Returns the k most probable labels of one image with their probabilities, best first.
 
     Args:
-      row: of its probabilities (K,).
-      k: at most as many as there are classes.
+      row: probabilities of the image (K,).
+      k: number of labels; all K if k is larger.
 
     Raises:
-      InputError: no k of 1 or more.
+      InputError: k is below 1.
     """
     if k < 1:
-      raise InputError(f"the number of labels is 1 or more, got {k}")
+      raise InputError(f"the number of labels must be 1 or more, got {k}")
     order = np.argsort(-row, kind="stable")[:k]
     return [(self.labels[index], float(row[index])) for index in order]
 
   def stream(self, images: Iterable[Image]) -> Iterator[tuple[Image, np.ndarray | InputError]]:
-    """As many images as there are, in their order, while the next are being decoded.
+    """Yields the probabilities of any number of images, in order.
+
+    While one batch is on the device, threads decode the next batch and no more than that. An image
+    that cannot be read does not stop the stream.
 
     Args:
-      images: taken as they are needed.
+      images: images, taken from the iterable as they are needed.
 
     Yields:
-      The image as it was given, and its probabilities (K,) or, where it cannot be read, the error.
+      The image as it was given, and its probabilities (K,), or the error if it cannot be read.
     """
     size = self.program.batch_sizes[-1]
     with ThreadPoolExecutor(_threads()) as threads:
+      # A generator: each `next` submits one batch to the threads and does not wait for them.
       batches = (
         [(image, threads.submit(self._read_or_error, image)) for image in batch]
         for batch in _batched(images, size)
       )
       waiting = next(batches, None)
       while waiting is not None:
-        batch, waiting = waiting, next(batches, None)  # whose decoding starts here
+        # The next batch begins to be decoded before the results of this one are waited for.
+        batch, waiting = waiting, next(batches, None)
         yield from self._probabilities([(image, future.result()) for image, future in batch])
 
   def read(self, image: Image) -> np.ndarray:
-    """An image as the model sees it, uint8 (S, S, 3).
+    """Returns an image as the model takes it, decoded, resized and cropped to uint8 (S, S, 3).
 
     Raises:
-      InputError: it cannot be read, or is not what it should be.
+      InputError: the image cannot be read, or pixels are not uint8 (H, W, 3).
     """
-    # OpenCV and Pillow, which programs that make their squares themselves do not need.
+    # Imported late: these modules need OpenCV and Pillow, which a program that resizes its images
+    # itself need not install.
     from repjax.data import transforms
     from repjax.data.decode import Picture
 
     if not isinstance(image, np.ndarray):
       if not isinstance(image, str | os.PathLike | bytes):
-        raise InputError(f"an image is a path, bytes or a uint8 array, got {type(image).__name__}")
+        raise InputError(
+          f"an image must be a path, bytes or a uint8 array, got {type(image).__name__}"
+        )
       return transforms.read_image(image, self.spec.preprocessing)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
       raise InputError(
-        f"an image's pixels are uint8 (H, W, 3), red first, got {image.dtype} {image.shape}; a "
-        "grey image is np.repeat(grey[..., None], 3, 2)"
+        f"an image's pixels must be uint8 (H, W, 3), red first, got {image.dtype} {image.shape}. "
+        "Make a grey image (H, W) fit with np.repeat(grey[..., None], 3, 2)."
       )
-    wanted = self.spec.preprocessing
+    how = self.spec.preprocessing
     return transforms.resize_and_crop(
-      Picture(image), wanted.image_size, wanted.resize_size, wanted.interpolation
+      Picture(image), how.image_size, how.resize_size, how.interpolation
     )
 
   def _read_or_error(self, image: Image) -> np.ndarray | InputError:
+    """Returns the image as in `read`, or the error, since a thread cannot skip an image."""
     try:
       return self.read(image)
     except InputError as error:
@@ -161,6 +170,7 @@ class Predictor:
   def _probabilities(
     self, batch: Sequence[tuple[Image, np.ndarray | InputError]]
   ) -> Iterator[tuple[Image, np.ndarray | InputError]]:
+    """Yields each image of a batch with its probabilities, or with the error that it has."""
     squares = [square for _, square in batch if isinstance(square, np.ndarray)]
     rows = iter(self.program(np.stack(squares)) if squares else ())
     for image, square in batch:
@@ -168,12 +178,13 @@ class Predictor:
 
 
 def _several(images: Any) -> Iterable[Image]:
-  """Images, of which there may be one that is not in a list."""
-  lone = isinstance(images, str | os.PathLike | bytes)
-  return [images] if lone or (isinstance(images, np.ndarray) and images.ndim < 4) else images
+  """Returns an iterable of images; a single image is put in a list."""
+  single = isinstance(images, str | os.PathLike | bytes)
+  return [images] if single or (isinstance(images, np.ndarray) and images.ndim < 4) else images
 
 
 def _batched(images: Iterable[Image], size: int) -> Iterator[list[Image]]:
+  """Yields lists of `size` images; the last list may be shorter."""
   rest = iter(images)
   while batch := list(itertools.islice(rest, size)):
     yield batch

@@ -1,7 +1,12 @@
-"""Programs in which some convolutions are computed in other ways than XLA's own.
+"""Rewrites a program so that some of its convolutions are computed by chosen algorithms.
 
-The model stays as it is: calls of its `flax.linen.Conv`s are met by their scopes' paths, and the
-kernels of those that are computed otherwise are transformed once, in the tree.
+The model's code stays as it is. Flax can intercept every call of a module: while a program is
+traced, calls of `flax.linen.Conv` are recognized by their scope's path and replaced. The kernels of
+replaced convolutions are prepared once, in the tree of parameters. Three steps:
+
+  convolutions_in   finds the convolutions that can be replaced
+  with_kernels      puts prepared kernels into the tree
+  computed_by       replaces the calls
 """
 
 import collections
@@ -17,22 +22,32 @@ from flax import traverse_util
 from repjax.deploy.convolutions import ALGORITHMS, Convolution
 
 Function = Callable[[Any, Any], Any]
-Path = tuple[str, ...]
+"""A pure function of a tree of parameters and of inputs."""
+
+ScopePath = tuple[str, ...]
+"""The names of the scopes from the network down to a module."""
 
 
-def convolutions_in(function: Function, tree: Any, inputs: Any) -> dict[Path, Convolution]:
-  """The convolutions of a program by their scopes' paths; it is traced, not run.
+def convolutions_in(function: Function, tree: Any, inputs: Any) -> dict[ScopePath, Convolution]:
+  """Finds the convolutions of a program that can be replaced, by path of their scope.
 
-  Only those that can be replaced: a `flax.linen.Conv` over two axes, padded with zeros, that reads
-  a leaf of `tree` as its kernel, unchanged and in the dtype of the computation, where nothing else
-  reads it. So a normalized kernel, or one in the body of a scan, is left alone.
+  The program is traced and not run. A convolution can be replaced if all of this holds:
+
+  - It is a `flax.linen.Conv` over two axes, padded with zeros.
+  - Its kernel is a leaf of `tree`, unchanged and in the dtype of the computation. A normalized
+    kernel, or a kernel in the body of a scan, is not.
+  - Nothing else reads this leaf, since the leaf will hold a prepared kernel.
 
   Args:
-    function: of a tree {"params": ...} and inputs.
-    tree: arrays, or their shapes.
+    function: a function of a tree {"params": ...} and of inputs.
+    tree: arrays, or their shapes and dtypes.
     inputs: images or maps, or their shapes and dtypes.
+
+  Returns:
+    Path of the scope to the convolution that its module computes.
   """
-  found: dict[Path, Convolution | None] = {}
+  # A path with None is a convolution that was seen and cannot be replaced.
+  found: dict[ScopePath, Convolution | None] = {}
 
   def noting(tree: Any, inputs: Any) -> Any:
     leaves: Any = traverse_util.flatten_dict(tree)
@@ -41,8 +56,12 @@ def convolutions_in(function: Function, tree: Any, inputs: Any) -> dict[Path, Co
       module = context.module
       if _is_conv(context):
         kernel: Any = module.variables.get("params", {}).get("kernel")
-        own = kernel is leaves.get(_place(module.path), ())
-        found[module.path] = _described(module, _input(args, kwargs), kernel) if own else None
+        # During tracing, leaves are tracers. If the module holds the tree's own tracer, nothing has
+        # changed the kernel on the way. A module that is called twice is refused below, since its
+        # kernel then has two readers.
+        unchanged = kernel is leaves.get(_kernel_path(module.path), ())
+        described = _described(module, _input(args, kwargs), kernel) if unchanged else None
+        found[module.path] = described
       return next_call(*args, **kwargs)
 
     with nn.intercept_methods(note):
@@ -50,6 +69,8 @@ def convolutions_in(function: Function, tree: Any, inputs: Any) -> dict[Path, Co
 
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
   program = jax.make_jaxpr(noting)(shapes, inputs).jaxpr
+  # Counts the readers of each variable: equations that take it, and results that are the variable.
+  # A jaxpr's first input variables are the leaves of the tree, in the order of flattening.
   readers = collections.Counter(
     id(variable) for equation in program.eqns for variable in equation.invars
   )
@@ -58,47 +79,49 @@ def convolutions_in(function: Function, tree: Any, inputs: Any) -> dict[Path, Co
     tuple(entry.key for entry in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
   ]
   read = {place: readers[id(variable)] for place, variable in zip(places, program.invars)}
-  return {path: one for path, one in found.items() if one and read[_place(path)] == 1}
+  return {path: conv for path, conv in found.items() if conv and read[_kernel_path(path)] == 1}
 
 
-def prepared(kernel: jax.Array, name: str, wanted: Convolution) -> np.ndarray:
-  """A kernel as an algorithm takes it, in its own dtype."""
-  return ALGORITHMS[name].prepare(np.asarray(kernel), wanted).astype(kernel.dtype)
+def prepare_kernel(kernel: jax.Array, name: str, conv: Convolution) -> np.ndarray:
+  """Returns a kernel in the form that an algorithm takes, in the kernel's dtype."""
+  return ALGORITHMS[name].prepare(np.asarray(kernel), conv).astype(kernel.dtype)
 
 
-def with_kernels(tree: Any, kernels: Mapping[Path, Any]) -> Any:
-  """The tree with other kernels in the scopes with these paths."""
+def with_kernels(tree: Any, kernels: Mapping[ScopePath, Any]) -> Any:
+  """Returns the tree with new kernels in the scopes at the given paths."""
   flat = traverse_util.flatten_dict(tree)
   return traverse_util.unflatten_dict(
-    flat | {_place(path): kernel for path, kernel in kernels.items()}
+    flat | {_kernel_path(path): kernel for path, kernel in kernels.items()}
   )
 
 
-def kernel_of(tree: Any, path: Path) -> Any:
-  """The kernel in the scope with this path."""
-  return traverse_util.flatten_dict(tree)[_place(path)]
+def kernel_of(tree: Any, path: ScopePath) -> Any:
+  """Returns the kernel in the scope at a path."""
+  return traverse_util.flatten_dict(tree)[_kernel_path(path)]
 
 
 def computed_by(
-  function: Function, choices: Mapping[Path, str], found: Mapping[Path, Convolution]
+  function: Function, choices: Mapping[ScopePath, str], found: Mapping[ScopePath, Convolution]
 ) -> Function:
-  """The same function, with convolutions computed by the algorithms of these names.
+  """Returns the same function with convolutions computed by the chosen algorithms.
 
   Args:
-    function: of a tree and images.
-    choices: path to name, among ALGORITHMS; the tree holds `prepared` kernels at these paths.
-    found: what `convolutions_in` found.
+    function: a function of a tree and of inputs.
+    choices: path of a scope to name of an algorithm in ALGORITHMS. The tree must hold kernels of
+      `prepare_kernel` at these paths.
+    found: the result of `convolutions_in` for this function.
   """
 
   def compute(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     path = context.module.path
     if not _is_conv(context) or path not in choices:
       return next_call(*args, **kwargs)
-    params, wanted = context.module.variables["params"], found[path]
-    x = _input(args, kwargs).astype(wanted.dtype)
-    y = ALGORITHMS[choices[path]].compute(x, params["kernel"], wanted)
+    # `next_call` is left out: Flax would compare the prepared kernel's shape with the declared one.
+    params, conv = context.module.variables["params"], found[path]
+    x = _input(args, kwargs).astype(conv.dtype)
+    y = ALGORITHMS[choices[path]].compute(x, params["kernel"], conv)
     if "bias" in params:
-      y = y + params["bias"].astype(wanted.dtype).reshape(1, 1, 1, -1)
+      y = y + params["bias"].astype(conv.dtype).reshape(1, 1, 1, -1)
     return y
 
   def rewritten(tree: Any, images: jax.Array) -> Any:
@@ -108,21 +131,26 @@ def computed_by(
   return rewritten
 
 
-def _place(path: Path) -> tuple[str, ...]:
+def _kernel_path(path: ScopePath) -> tuple[str, ...]:
   return ("params", *path, "kernel")
 
 
 def _is_conv(context: Any) -> bool:
+  """Returns True for a call of exactly `nn.Conv`; a subclass may compute something else."""
   return type(context.module) is nn.Conv and context.method_name == "__call__"
 
 
 def _input(args: Any, kwargs: Any) -> Any:
-  """What a convolution is called with, by place or by name."""
+  """Returns the input of a convolution's call, which may be positional or named."""
   return args[0] if args else kwargs["inputs"]
 
 
 def _described(module: nn.Conv, x: jax.Array, kernel: jax.Array) -> Convolution | None:
-  """What a module computes, or None where it is more than a convolution over two axes."""
+  """Describes the convolution that a module computes on x, or returns None.
+
+  None means that the module does more than a `Convolution` can say. It has a mask or a different
+  convolution function, converts its kernel, does not pad with zeros, or dilates x.
+  """
   special = (module.mask, module.conv_general_dilated, module.conv_general_dilated_cls)
   if x.ndim != 4 or len(_tuple(module.kernel_size)) != 2 or any(s is not None for s in special):
     return None
@@ -133,9 +161,9 @@ def _described(module: nn.Conv, x: jax.Array, kernel: jax.Array) -> Convolution 
   dilation = _pair(module.kernel_dilation)
   padding: Any = module.padding
   if isinstance(padding, str):
-    if padding not in ("SAME", "VALID"):
+    if padding not in ("SAME", "VALID"):  # "CIRCULAR", "REFLECT" and "CAUSAL" are not zeros around
       return None
-    reach = [d * (taps - 1) + 1 for d, taps in zip(dilation, size)]
+    reach = [d * (taps - 1) + 1 for d, taps in zip(dilation, size)]  # size of the dilated kernel
     padding = jax.lax.padtype_to_pads(x.shape[1:3], reach, strides, padding)
   elif isinstance(padding, int):
     padding = (padding, padding)
@@ -159,6 +187,6 @@ def _tuple(value: Any) -> tuple[int, ...]:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-  """(vertical, horizontal) of one number for both, of two, or of None, which is 1."""
+  """Returns (vertical, horizontal) of two numbers, of one number for both, or of None for 1."""
   first, second = (1, 1) if value is None else (value, value) if isinstance(value, int) else value
   return int(first), int(second)

@@ -1,18 +1,22 @@
-"""A network in streams on several devices: one for each stream, or several groups of as many.
+"""A network in streams on several devices: each stream of the network has its own device.
 
-A stream's device holds the stream's scopes, and no other device holds them. They are compiled in
-pieces, as long as can be, and started in an order in which they can run; JAX's calls return before
-the device is done, so that pieces of different streams run at once. What a piece reads of another
-stream is moved between devices, which nobody waits for either. For ParNet these are four maps.
+Terms. A network in streams is a graph of scopes (its top-level modules), and each scope belongs to
+a stream. A piece is a run of scopes of one stream that is compiled as one program. A group is a set
+of devices with one device for each stream; k groups split a batch into k equal shares.
 
-With k groups, a stream has a mesh of k devices, over which batches are split, and a piece is one
-program for all of them.
+How streams run at once. A device holds the parameters of its stream's scopes and no other ones.
+`StreamsProgram.start` calls the compiled pieces in an order in which each finds its inputs. A call
+in JAX returns before the device has done the work: the device queues it until the inputs are there.
+So the host runs ahead through all pieces, and pieces on different devices compute at the same time.
+A map that a piece reads from a different stream is moved between devices, and these moves are
+queued in the same way; nothing here waits or locks. ParNet moves four maps.
 
-One program for all streams, a `shard_map` with a `switch` over devices, would have to pad maps and
-parameters of all streams to one shape, and would move at fixed places. Computing the first layers
-on every device, instead of moving maps, would spare two moves; it would be a tenth more work in
-ParNet-S, for which devices that share cores, as those of one CPU do, have no time, and images would
-go to all devices.
+With k groups, a stream's k devices form a mesh, and a piece is one program for all of them.
+
+Two designs were left out. One program for all streams, a `shard_map` with a `switch` over devices,
+would have to pad the maps and parameters of all streams to one shape. Computing the first layers on
+every device would save two moves, but adds a tenth of work to ParNet-S. Devices that share cores,
+like those of one CPU, have no time for this work, and images would have to go to all devices.
 """
 
 import functools
@@ -25,10 +29,10 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from repjax.deploy.devices import Plan, check, padded, readable
+from repjax.deploy.devices import BatchPlan, by_joined_path, checked_devices, pad_images
 from repjax.deploy.rewrite import Function
-from repjax.deploy.tuning import tuner
-from repjax.deploy.xla import compiled, planned_bytes
+from repjax.deploy.tuning import Tuner, make_tuner
+from repjax.deploy.xla import compile_lowered, planned_bytes
 from repjax.errors import InputError
 from repjax.models.base import StreamScope as Part
 
@@ -36,14 +40,15 @@ _AXIS = "batch"
 
 
 class Piece(NamedTuple):
-  """Scopes of one stream that run one behind another, as one program.
+  """Scopes of one stream that run one after the other, as one program.
 
   Attributes:
-    stream: from 1.
-    scopes: in their order.
-    reads: what comes from other pieces: scopes, or "images".
-    moves: of these, what is elsewhere: on another stream's devices, or on the host.
-    makes: scopes whose maps others read, or that are results.
+    stream: number of the stream, from 1.
+    scopes: names of the scopes, in the order in which they run.
+    reads: inputs of the first scope: names of scopes in other pieces, or "images".
+    moves: inputs in `reads` that are elsewhere: on devices of a different stream, or on the host.
+    makes: scopes whose maps leave the piece, since a different piece reads them or the network
+      returns them.
   """
 
   stream: int
@@ -54,23 +59,31 @@ class Piece(NamedTuple):
 
   @property
   def name(self) -> str:
-    """The scopes, joined."""
+    """The names of the scopes, joined by "+"."""
     return "+".join(self.scopes)
 
 
-def cut(parts: Mapping[str, Part], results: Sequence[str]) -> tuple[Piece, ...]:
-  """The longest pieces that wait for nothing but what their first scope reads.
+def cut_into_pieces(parts: Mapping[str, Part], results: Sequence[str]) -> tuple[Piece, ...]:
+  """Cuts a network in streams into the fewest pieces that never wait in their middle.
+
+  A scope extends the piece that makes its input if three things hold: this is its only input, no
+  other scope reads this input, and both are of one stream. Otherwise the scope begins a new piece.
+  If a scope with several readers were in the middle of a piece, its readers on other devices would
+  wait for the end of the whole piece.
 
   Args:
-    parts: of a network in streams.
-    results: scopes whose maps are returned.
+    parts: the network's scopes, in an order in which they can run.
+    results: names of the scopes whose maps the network returns.
+
+  Returns:
+    Pieces in an order in which they can run.
   """
   readers = {name: [scope for scope in parts if name in parts[scope].reads] for name in parts}
   chains: list[list[str]] = []
   for scope, (stream, reads) in parts.items():
-    ahead = next((chain for chain in chains if (chain[-1],) == reads), None)
-    if ahead and readers[ahead[-1]] == [scope] and parts[ahead[-1]].stream == stream:
-      ahead.append(scope)
+    before = next((chain for chain in chains if (chain[-1],) == reads), None)
+    if before and readers[before[-1]] == [scope] and parts[before[-1]].stream == stream:
+      before.append(scope)
     else:
       chains.append([scope])
   return tuple(_piece(parts, readers, results, chain) for chain in chains)
@@ -82,6 +95,7 @@ def _piece(
   results: Sequence[str],
   chain: Sequence[str],
 ) -> Piece:
+  """Describes a chain of scopes as a Piece."""
   stream, reads = parts[chain[0]]
   return Piece(
     stream,
@@ -92,23 +106,39 @@ def _piece(
   )
 
 
-class Running(NamedTuple):
-  """A piece that is compiled.
+class PlacedPiece(NamedTuple):
+  """A piece with its parameters on its devices, not yet compiled.
 
   Attributes:
-    piece: what it is.
-    sharding: of its maps, over the devices of its stream.
-    tree: its parameters on these.
-    compiled: of the tree and maps by name; returns maps by name.
+    piece: the piece.
+    sharding: sharding of the piece's maps, split over the devices of its stream.
+    tree: variables of the piece's scopes, whole on each of these devices.
+    tuner: chooses how convolutions are computed; None leaves every convolution to XLA.
   """
 
   piece: Piece
   sharding: NamedSharding
   tree: Any
-  compiled: Any
+  tuner: Tuner | None
 
-  def moved(self, maps: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """What the piece reads, on its devices."""
+
+class CompiledPiece(NamedTuple):
+  """A piece that is compiled for one batch size.
+
+  Attributes:
+    piece: the piece.
+    sharding: sharding of the piece's maps, split over the devices of its stream.
+    tree: variables that the executable takes, on these devices.
+    executable: a compiled function of the tree and of maps by name; returns maps by name.
+  """
+
+  piece: Piece
+  sharding: NamedSharding
+  tree: Any
+  executable: Any
+
+  def move_inputs(self, maps: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Returns the piece's inputs on its devices; starts the moves and does not wait for them."""
     return {
       name: jax.device_put(maps[name], self.sharding) if name in self.piece.moves else maps[name]
       for name in self.piece.reads
@@ -119,59 +149,75 @@ class StreamsProgram:
   """A network in streams, compiled for batches of one size.
 
   Attributes:
-    devices: how many take part.
-    images: how many run.
-    batch: shape (N, H, W, 3) with as many, and dtype of the images.
-    pieces: in an order in which they can run.
-    convolutions: as those of a `Program`.
+    devices: number of devices that take part.
+    images: number of images that run; smaller batches are padded.
+    batch: shape (N, H, W, 3) and dtype of the padded batch.
+    pieces: compiled pieces, in an order in which they can run.
+    convolutions: scope's path to name of the algorithm, where it is not XLA's convolution.
   """
 
   def __init__(self, run: Callable[..., Any], placed: "PlacedStreams", batch: Any):
-    """Compiles; `run` is that of `Inference`."""
+    """Compiles the pieces.
+
+    Args:
+      run: the function `run` of an `Inference`.
+      placed: the network's variables on devices.
+      batch: shape (N, H, W, 3) and dtype of the images.
+    """
     groups = len(placed.groups)
     self.devices, self.images = placed.groups.size, batch.shape[0] + -batch.shape[0] % groups
     self.batch = jax.ShapeDtypeStruct((self.images, *batch.shape[1:]), batch.dtype)
     self._outputs, self._splits = placed.outputs, groups > 1
-    self.pieces: list[Running] = []
-    maps = {"images": self.batch}
+    self.pieces: list[CompiledPiece] = []
     self.convolutions: dict[tuple[str, ...], str] = {}
-    for piece, sharding, tree, chooser in placed.pieces:
-      reads = {
+    # The shapes of all maps by name. They grow piece by piece: tracing a piece gives the shapes of
+    # its outputs, which the pieces after it take.
+    maps = {"images": self.batch}
+    for piece, sharding, tree, tuner in placed.pieces:
+      inputs = {
         name: jax.ShapeDtypeStruct(maps[name].shape, maps[name].dtype, sharding=sharding)
         for name in piece.reads
       }
-      function = _function(run, piece)
-      if chooser is not None:
-        each = {name: _part(one, groups) for name, one in reads.items()}
-        function, tree, choices = chooser(function, each)
+      function = _piece_function(run, piece)
+      if tuner is not None:
+        # One device computes the share of one group, and algorithms are chosen for this size.
+        shares = {name: _share(shape, groups) for name, shape in inputs.items()}
+        function, tree, choices = tuner(function, shares)
         self.convolutions |= choices
-      traced = _split(function, sharding).trace(tree, reads)
+      traced = _split_over_groups(function, sharding).trace(tree, inputs)
       maps |= traced.out_info
-      executable = compiled(traced.lower(), placed.groups[0, 0])
-      self.pieces.append(Running(piece, sharding, tree, executable))
+      executable = compile_lowered(traced.lower(), placed.groups[0, 0])
+      self.pieces.append(CompiledPiece(piece, sharding, tree, executable))
 
   @property
   def memory(self) -> int | None:
-    """Bytes that XLA plans for the device that needs most."""
+    """Bytes that XLA plans for the device that needs most; None if XLA does not say."""
     streams: dict[int, int] = {}
-    for running in self.pieces:
-      stream, planned = running.piece.stream, planned_bytes(running.compiled)
+    for compiled in self.pieces:
+      stream, planned = compiled.piece.stream, planned_bytes(compiled.executable)
       if planned is None:
         return None
       streams[stream] = streams.get(stream, 0) + planned
     return max(streams.values())
 
   def start(self, images: Any) -> Any:
-    """Starts to compute what `finish` takes, of at most as many images as this is made for."""
+    """Starts all pieces and returns before they are done; `finish` takes the result.
+
+    Args:
+      images: (n, H, W, 3) with n at most the program's number of images.
+    """
     if self._splits:
-      images = np.asarray(images)  # splitting on a device would compile
-    maps = {"images": padded(images, self.images)}
-    for running in self.pieces:
-      maps |= running.compiled(running.tree, running.moved(maps))
+      # Splitting an array of one device over several would make JAX compile a program.
+      images = np.asarray(images)
+    maps = {"images": pad_images(images, self.images)}
+    # Neither the moves nor the calls block, so this loop ends long before the devices do. The maps
+    # in the dictionary are promises of arrays; a device waits for them where a piece reads them.
+    for compiled in self.pieces:
+      maps |= compiled.executable(compiled.tree, compiled.move_inputs(maps))
     return jax.tree.map(lambda scope: maps[scope], self._outputs)
 
   def finish(self, results: Any, count: int) -> Any:
-    """Waits for results; the first `count` rows of each, float32 on the host."""
+    """Waits for results and returns the first `count` rows of each, in float32 on the host."""
     return jax.tree.map(lambda rows: np.asarray(rows)[:count].astype(np.float32), results)
 
 
@@ -179,74 +225,91 @@ class PlacedStreams:
   """The scopes of a network in streams, each on the devices of its stream.
 
   Attributes:
-    groups: array (k, S) of devices, k groups with one for each of S streams.
-    outputs: those of the network.
-    pieces: each with the sharding of its maps, its parameters on its devices, and their tuner.
+    groups: array (k, S) of devices: k groups, and in each a device for every one of S streams.
+    outputs: outputs of the network: a tree with names of scopes in the place of their maps.
+    pieces: pieces with their variables on devices, in an order in which they can run.
   """
 
   def __init__(
     self, network: Any, tree: Any, devices: Sequence[Any] | None = None, tune: bool = False
   ):
-    """Copies each piece's part of the tree; errors as in `check_streams`."""
-    parts, self.outputs = network.streams, network.outputs
+    """Cuts the network into pieces and copies the variables of each to its devices.
+
+    Args:
+      network: the network in streams, in deploy form.
+      tree: variables of the network.
+      devices: devices of this process; None takes all.
+      tune: chooses the fastest algorithm for each convolution.
+
+    Raises:
+      InputError: as in `check_streams`.
+    """
+    self.outputs = network.outputs
     self.groups = check_streams(network, devices)
     self.pieces = []
-    for piece in cut(parts, jax.tree.leaves(self.outputs)):
+    for piece in cut_into_pieces(network.streams, jax.tree.leaves(self.outputs)):
+      # A column of the array: the devices that one stream has in all groups.
       mesh = Mesh(self.groups[:, piece.stream - 1], (_AXIS,))
-      own = {
+      variables = {
         collection: {scope: held[scope] for scope in piece.scopes if scope in held}
         for collection, held in tree.items()
       }
-      whole = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
-      placed = whole(own)
-      chooser = tuner(placed, self.groups[0, 0], whole, tune)
-      self.pieces.append((piece, NamedSharding(mesh, PartitionSpec(_AXIS)), placed, chooser))
+      copy_to_all = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
+      placed = copy_to_all(variables)
+      tuner = make_tuner(placed, self.groups[0, 0], copy_to_all, tune)
+      sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
+      self.pieces.append(PlacedPiece(piece, sharding, placed, tuner))
 
   def program(
     self, run: Callable[..., Any], batch: jax.ShapeDtypeStruct
-  ) -> tuple[StreamsProgram, Plan]:
-    """The network for one batch size; `run` is that of `Inference`."""
+  ) -> tuple[StreamsProgram, BatchPlan]:
+    """Compiles the network for one batch size.
+
+    Args:
+      run: the function `run` of an `Inference`.
+      batch: shape (N, H, W, 3) and dtype of the images.
+    """
     start = time.perf_counter()
     program = StreamsProgram(run, self, batch)
-    return program, Plan(
-      program.devices,
-      program.images // len(self.groups),
-      program.images,
-      {},
-      time.perf_counter() - start,
-      program.memory,
-      readable(program.convolutions),
+    return program, BatchPlan(
+      devices=program.devices,
+      chunk=program.images // len(self.groups),
+      images=program.images,
+      seconds={},
+      compile_seconds=time.perf_counter() - start,
+      memory=program.memory,
+      convolutions=by_joined_path(program.convolutions),
     )
 
 
 def check_streams(model: nn.Module, devices: Sequence[Any] | None) -> np.ndarray:
-  """Devices in groups (k, S) with one for each of a model's S streams.
+  """Returns an array (k, S) of devices: k groups, and in each a device for every stream.
 
   Raises:
-    InputError: a model without streams, or devices that do not make groups.
+    InputError: the model has no streams, or the number of devices is not a multiple of S.
   """
   parts: Mapping[str, Part] | None = getattr(model, "streams", None)
   if parts is None:
     raise InputError(
-      f'parallel="streams" is for networks in streams, as ParNet is, and {type(model).__name__} is '
-      'none; parallel="data", which is the default, uses all devices too'
+      f'parallel="streams" needs a network in streams like ParNet, got {type(model).__name__}. '
+      'The default, parallel="data", uses all devices too.'
     )
-  given = check(devices)
+  given = checked_devices(devices)
   streams = max(part.stream for part in parts.values())
   if len(given) % streams:
     on_cpu = (
-      f", or start with XLA_FLAGS=--xla_force_host_platform_device_count={streams} for as many"
+      f" Or start with XLA_FLAGS=--xla_force_host_platform_device_count={streams}, which divides "
+      "the CPU's cores."
     )
     raise InputError(
-      f"{streams} streams run on {streams} devices or a multiple, got {len(given)}; choose as many "
-      "by devices=jax.local_devices()[:N]"
-      + (f"{on_cpu} that share the CPU's cores" if given[0].platform == "cpu" else "")
+      f"{streams} streams run on {streams} devices or a multiple, got {len(given)}. Choose devices "
+      "by devices=jax.local_devices()[:N]." + (on_cpu if given[0].platform == "cpu" else "")
     )
   return np.array(given).reshape(-1, streams)
 
 
-def _function(run: Callable[..., Any], piece: Piece) -> Function:
-  """A piece as a function of its parameters and of the maps that it reads."""
+def _piece_function(run: Callable[..., Any], piece: Piece) -> Function:
+  """Returns a piece as a function of its variables and of its inputs by name."""
 
   def function(tree: Any, maps: dict[str, jax.Array]) -> dict[str, jax.Array]:
     made = run(tree, maps, piece.scopes)
@@ -255,19 +318,23 @@ def _function(run: Callable[..., Any], piece: Piece) -> Function:
   return function
 
 
-def _part(maps: jax.ShapeDtypeStruct, groups: int) -> jax.ShapeDtypeStruct:
-  """What one of several groups has of a map."""
+def _share(maps: jax.ShapeDtypeStruct, groups: int) -> jax.ShapeDtypeStruct:
+  """Returns the shape of the part of a batch of maps that one of several groups has."""
   return jax.ShapeDtypeStruct((maps.shape[0] // groups, *maps.shape[1:]), maps.dtype)
 
 
-def _split(function: Function, sharding: NamedSharding) -> Any:
-  """A function of whole parameters and maps that are split over the devices of their stream."""
+def _split_over_groups(function: Function, sharding: NamedSharding) -> Any:
+  """Returns a jitted function that runs on every device of a stream, each with its group's share.
+
+  Variables are whole on each device. Maps are split along the batch, on the way in and out.
+  """
   split = PartitionSpec(_AXIS)
   each = jax.shard_map(
     function,
     mesh=sharding.mesh,
     in_specs=(PartitionSpec(), split),
     out_specs=split,
-    check_vma=False,  # a scan may begin with zeros, which are the same on all devices
+    # The check would refuse a scan that begins with zeros, which are the same on all devices.
+    check_vma=False,
   )
   return jax.jit(each, out_shardings=sharding)

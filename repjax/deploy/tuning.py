@@ -1,8 +1,8 @@
-"""Which algorithm computes each convolution: measured once on each kind of machine.
+"""Chooses the fastest algorithm for each convolution, by measuring once on each kind of machine.
 
-What was measured is kept in `repjax/measured` in the user's cache folder, so that another process,
-or another model with layers of the same shapes, has it at once. Choices also decide how results are
-rounded: on one machine they stay the same as long as that folder does.
+Measurements are kept in `repjax/measured` in the user's cache folder. A different process, or a
+different model with layers of the same shapes, finds them there. The chosen algorithms also decide
+how results are rounded: results on one machine stay the same for as long as this folder exists.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,95 +22,103 @@ from repjax.cache import recall, remember
 from repjax.deploy.convolutions import ALGORITHMS, Convolution, suitable
 from repjax.deploy.rewrite import (
   Function,
-  Path,
+  ScopePath,
   computed_by,
   convolutions_in,
   kernel_of,
-  prepared,
+  prepare_kernel,
   with_kernels,
 )
-from repjax.deploy.xla import compiled
+from repjax.deploy.xla import compile_lowered
 
-PIECE = 4
-"""Images for which is measured: what is fastest for these is so for more, and seen sooner."""
+CHUNK = 4
+"""The largest number of images to measure with. What is fastest for these is so for more images."""
 
-_VERSION = 1  # of the algorithms and of how they are compiled: with another, all is measured anew
+_VERSION = 1  # Raise it when an algorithm or its compilation changes, and all is measured anew.
 _ROUNDS = 3
-_GAIN = 0.95  # of the time of `direct`, below which another algorithm is worth it
+_WORTHWHILE = 0.95  # An algorithm replaces `direct` if it takes less than this share of the time.
 
 
 class Tuned(NamedTuple):
-  """A function whose convolutions are computed in the fastest way.
+  """A function whose convolutions are computed by the fastest algorithms.
 
   Attributes:
-    function: of the tree and inputs.
-    tree: with the kernels that it takes.
-    choices: names of algorithms by path, where it is not "direct".
+    function: a function of `tree` and of inputs.
+    tree: parameters, with kernels prepared for the algorithms.
+    choices: path of a scope to name of an algorithm, where it is not "direct".
   """
 
   function: Function
   tree: Any
-  choices: Mapping[Path, str]
+  choices: Mapping[ScopePath, str]
 
 
 class Tuner:
-  """Makes functions of one tree `Tuned`; kernels that several take are made and placed once."""
+  """Makes functions of one tree `Tuned`.
+
+  Functions for several batch sizes share the tree. A prepared kernel that several of them need is
+  made and copied to the devices once.
+  """
 
   def __init__(self, tree: Any, device: Any, place: Callable[[np.ndarray], jax.Array]):
-    """Measures nothing yet.
+    """Keeps the arguments and measures nothing yet.
 
     Args:
-      tree: of arrays on devices.
-      device: one like those, to measure on.
-      place: puts an array on all of them.
+      tree: arrays on devices.
+      device: the device to measure on, of the same kind as the tree's devices.
+      place: copies an array to all of the tree's devices.
     """
     self._tree, self._device, self._place = tree, device, place
-    self._kernels: dict[tuple[Path, str], jax.Array] = {}
+    self._kernels: dict[tuple[ScopePath, str], jax.Array] = {}
 
   def __call__(self, function: Function, inputs: Any) -> Tuned:
-    """A function for one batch size.
+    """Chooses an algorithm for each convolution of a function, for one batch size.
 
     Args:
-      function: of the tree and inputs.
-      inputs: their shapes, with the images first, and dtypes.
+      function: a function of the tree and of inputs.
+      inputs: shapes and dtypes of the inputs; the first axis is the batch.
     """
     few = jax.tree.map(
-      lambda one: jax.ShapeDtypeStruct((min(one.shape[0], PIECE), *one.shape[1:]), one.dtype),
+      lambda one: jax.ShapeDtypeStruct((min(one.shape[0], CHUNK), *one.shape[1:]), one.dtype),
       inputs,
     )
     found = convolutions_in(function, self._tree, few)
     names = fastest(found.values(), self._device)
-    choices = {path: names[one] for path, one in found.items() if names[one] != "direct"}
+    choices = {path: names[conv] for path, conv in found.items() if names[conv] != "direct"}
     for path, name in choices.items():
       if (path, name) not in self._kernels:
-        kernel = prepared(kernel_of(self._tree, path), name, found[path])
+        kernel = prepare_kernel(kernel_of(self._tree, path), name, found[path])
         self._kernels[path, name] = self._place(kernel)
     kernels = {path: self._kernels[path, name] for path, name in choices.items()}
     tree = with_kernels(self._tree, kernels)
     return Tuned(computed_by(function, choices, found), tree, choices)
 
 
-def tuner(
+def make_tuner(
   tree: Any, device: Any, place: Callable[[np.ndarray], jax.Array], tune: bool
 ) -> Tuner | None:
-  """A Tuner if there is something to choose; on a GPU there is not, since cuDNN chooses itself."""
+  """Returns a Tuner, or None if nothing is to be chosen: on GPUs, cuDNN chooses by itself."""
   return Tuner(tree, device, place) if tune and device.platform == "cpu" else None
 
 
 def fastest(convolutions: Iterable[Convolution], device: Any) -> dict[Convolution, str]:
-  """The name of the fastest algorithm for each, as it was measured on this kind of machine."""
+  """Returns the name of the fastest algorithm for each convolution on this kind of machine.
+
+  What is not known from earlier measurements is measured now and remembered.
+  """
   wanted = set(convolutions)
-  questions = {one: _question(one, device) for one in wanted}
-  names = {one: recall(questions[one]) for one in wanted}
-  new = [one for one, name in names.items() if name not in suitable(one)]
-  for one in _with_progress(new):
-    names[one] = _measured(one, device)
-    remember(questions[one], names[one])  # at once: who interrupts need not begin again
+  questions = {conv: _question(conv, device) for conv in wanted}
+  names = {conv: recall(questions[conv]) for conv in wanted}
+  # The file of a measurement may be damaged and hold anything; then the convolution is new too.
+  new = [conv for conv, name in names.items() if name not in suitable(conv)]
+  for conv in _with_progress(new):
+    names[conv] = _measure_fastest(conv, device)
+    remember(questions[conv], names[conv])  # At once, so that an interrupted run loses nothing.
   return names
 
 
 def _with_progress(convolutions: Sequence[Convolution]) -> Iterable[Convolution]:
-  """The same with a bar on a terminal."""
+  """Returns the convolutions with a progress bar, which shows on terminals only."""
   if not convolutions:
     return ()
   import tqdm
@@ -119,18 +127,30 @@ def _with_progress(convolutions: Sequence[Convolution]) -> Iterable[Convolution]
   return tqdm.tqdm(convolutions, title, leave=False, disable=None)
 
 
-def seconds(wanted: Convolution, names: Iterable[str], device: Any) -> dict[str, list[float]]:
-  """Seconds of each algorithm with bias and ReLU behind it, in rounds in which each runs once."""
+def time_algorithms(conv: Convolution, names: Iterable[str], device: Any) -> dict[str, list[float]]:
+  """Times a layer computed by each algorithm: the convolution, its bias, and a ReLU.
+
+  Every round runs each algorithm once, so that a disturbance of the machine slows all of them. The
+  first round is warm-up and does not count.
+
+  Args:
+    conv: the convolution.
+    names: names of algorithms that suit the convolution.
+    device: the device to run on.
+
+  Returns:
+    Name to seconds in each round.
+  """
   rng = np.random.default_rng(0)
-  x = jax.device_put(rng.standard_normal(wanted.images).astype(wanted.dtype), device)
-  bias = jnp.zeros(wanted.kernel[-1:], wanted.dtype, device=device)
-  kernel = rng.standard_normal(wanted.kernel)
+  x = jax.device_put(rng.standard_normal(conv.images).astype(conv.dtype), device)
+  bias = jnp.zeros(conv.kernel[-1:], conv.dtype, device=device)
+  kernel = rng.standard_normal(conv.kernel)
   runs = {}
   for name in names:
     algorithm = ALGORITHMS[name]
-    held = jax.device_put(algorithm.prepare(kernel, wanted).astype(wanted.dtype), device)
-    run = compiled(jax.jit(functools.partial(_layer, name, wanted)).lower(x, held, bias), device)
-    runs[name] = functools.partial(run, x, held, bias)
+    held = jax.device_put(algorithm.prepare(kernel, conv).astype(conv.dtype), device)
+    lowered = jax.jit(functools.partial(_layer, name, conv)).lower(x, held, bias)
+    runs[name] = functools.partial(compile_lowered(lowered, device), x, held, bias)
   times = {name: [] for name in runs}
   for _ in range(1 + _ROUNDS):
     for name, run in runs.items():
@@ -140,35 +160,40 @@ def seconds(wanted: Convolution, names: Iterable[str], device: Any) -> dict[str,
   return {name: row[1:] for name, row in times.items()}
 
 
-def _layer(name: str, wanted: Convolution, x: Any, kernel: Any, bias: Any) -> jax.Array:
-  return jax.nn.relu(ALGORITHMS[name].compute(x, kernel, wanted) + bias.reshape(1, 1, 1, -1))
+def _layer(name: str, conv: Convolution, x: Any, kernel: Any, bias: Any) -> jax.Array:
+  """Computes a layer as a network has it: XLA merges bias and ReLU into some algorithms only."""
+  return jax.nn.relu(ALGORITHMS[name].compute(x, kernel, conv) + bias.reshape(1, 1, 1, -1))
 
 
-def _measured(wanted: Convolution, device: Any) -> str:
-  names = suitable(wanted)
+def _measure_fastest(conv: Convolution, device: Any) -> str:
+  """Measures the suitable algorithms; one that is hardly faster than "direct" is not taken."""
+  names = suitable(conv)
   if len(names) == 1:
     return names[0]
-  # Others' work only adds to a time, so the least is the best estimate.
-  times = {name: min(row) for name, row in seconds(wanted, names, device).items()}
+  # Other work on the machine only adds to a time, so the least time is the best estimate.
+  times = {name: min(row) for name, row in time_algorithms(conv, names, device).items()}
   name = min(times, key=lambda name: times[name])
-  return name if times[name] < _GAIN * times["direct"] else "direct"
+  return name if times[name] < _WORTHWHILE * times["direct"] else "direct"
 
 
-def _question(wanted: Convolution, device: Any) -> str:
-  return f"the fastest of {suitable(wanted)} for {tuple(wanted)} on {machine(device)}"
+def _question(conv: Convolution, device: Any) -> str:
+  """Returns a text with everything that decides which algorithm is fastest."""
+  return f"the fastest of {suitable(conv)} for {tuple(conv)} on {machine(device)}"
 
 
 def machine(device: Any) -> str:
-  """What speed depends on besides the program."""
+  """Describes everything besides the program that decides how fast a program is."""
   devices = len(device.client.devices())
   return f"{_processor()}, {devices} devices, jax {jax.__version__}, algorithms {_VERSION}"
 
 
 @functools.cache
 def _processor() -> str:
+  """Describes the processor: its model, and the number of CPUs that this process may use."""
   model = platform.processor() or platform.machine()
+  # On Linux, `platform` says only "x86_64"; the model's name is in this file.
   with contextlib.suppress(OSError, StopIteration):
-    lines = File("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
   cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   return f"{model}, {cpus} CPUs"

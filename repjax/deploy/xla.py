@@ -1,32 +1,38 @@
-"""How XLA is asked to compile for inference."""
+"""Compiles programs by XLA with the options that suit inference."""
 
 from typing import Any
 
 import jax
 
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
-"""YNNPACK for convolutions, where by default it takes small ones only; and not for matrix products,
-since it packs their constant side anew in every call, which Winograd's many small ones feel most.
+"""Options for CPUs: YNNPACK computes all convolutions, where by default it takes only small ones.
+
+YNNPACK is not asked to compute matrix products. It would pack their constant side anew in every
+call, which costs most in the many small products of Winograd's convolution.
 """
 
 
-def compiled(lowered: Any, device: Any) -> Any:
-  """What `lowered.compile()` gives, with the options that are good for a device.
+def compile_lowered(lowered: Any, device: Any) -> Any:
+  """Compiles a lowered program with the options that suit a device.
 
-  An XLA that does not know an option any more compiles without.
+  A version of XLA that does not know an option compiles without all of them.
   """
   if device.platform != "cpu":
     return lowered.compile()
   try:
     return lowered.compile(compiler_options=CPU_OPTIONS)
   except (jax.errors.JaxRuntimeError, ValueError) as error:
+    # Only an error about an option is forgiven; any other error of the compiler stays an error.
     if not any(name in str(error) for name in CPU_OPTIONS):
       raise
     return lowered.compile()
 
 
 def planned_bytes(executable: Any) -> int | None:
-  """What XLA plans for a compiled program: arguments, results and what lies in between."""
+  """Returns the bytes that a compiled program needs: arguments, results and intermediate values.
+
+  None if XLA does not say. Memory that a result shares with an argument counts once.
+  """
   plan = executable.memory_analysis()
   if plan is None:
     return None

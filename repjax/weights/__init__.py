@@ -1,4 +1,4 @@
-"""Other people's checkpoints: read, converted to our trees, and written in their names."""
+"""Checkpoints of different projects: reads them, maps them to repjax's trees, and writes them."""
 
 from repjax.weights.files import read
 from repjax.weights.recognition import Recognition, recognize

@@ -1,4 +1,4 @@
-"""`read`: a checkpoint file of any of the usual formats as a flat dictionary of arrays."""
+"""`read`: reads a checkpoint file of any usual format into a flat dictionary of arrays."""
 
 import os
 import zipfile
@@ -12,24 +12,25 @@ from repjax.errors import InputError
 from repjax.weights import torch_files
 from repjax.weights.naming import plain_name
 
-_WRAPPERS = ("state_dict", "model", "state_dict_ema")
+_USUAL_ENTRIES = ("state_dict", "model", "state_dict_ema")
 
 
 def read(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str, np.ndarray]:
   """Reads the state dict in a checkpoint file, without torch and without running code from it.
 
   Args:
-    path: a .safetensors, .pth, .pth.tar, .pt, .bin or .npz file; its content decides.
-    entry: which of several state dicts in it, for example "state_dict_ema"; None takes the only
-      one, or the first of "state_dict", "model" and "state_dict_ema".
+    path: a .safetensors, .pth, .pth.tar, .pt, .bin or .npz file. The content decides how the file
+      is read, not its name.
+    entry: name of the state dict to take if the file holds several, for example "state_dict_ema".
+      None takes the only one, or the first of "state_dict", "model" and "state_dict_ema".
 
   Returns:
-    Name to array, in the file's own dtypes, without the prefix that data-parallel training adds.
+    Name to array, in the dtypes of the file, without the prefix that data-parallel training adds.
     Arrays from .pth files are read-only views of the mapped file, so nothing is held twice.
 
   Raises:
-    InputError: there is no such file, it is truncated or damaged, it asks for code to be run, or it
-      holds no state dict.
+    InputError: the file does not exist, is truncated or damaged, asks for code to be run, or holds
+      no state dict.
   """
   return read_entry(Path(path), entry)[2]
 
@@ -37,7 +38,12 @@ def read(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str,
 def read_entry(
   path: Path, entry: str | None = None
 ) -> tuple[str, list[str], dict[str, np.ndarray]]:
-  """As `read`, with the name of the entry that was taken ("" without one), and of the others."""
+  """Reads a file like `read`, and tells which state dict was taken.
+
+  Returns:
+    The name of the entry that was taken ("" if the file itself is the state dict), the names of the
+    entries that were left, and the state dict.
+  """
   if not path.is_file():
     what = "is a folder" if path.is_dir() else "does not exist"
     raise InputError(f"{path} {what}; give the path of a checkpoint file")
@@ -48,6 +54,7 @@ def read_entry(
     raise InputError(f"{path} cannot be opened: {error.strerror}") from error
   if len(head) < 9:
     raise InputError(f"{path} has {len(head)} bytes; fetch it again")
+  # A .safetensors file begins with the length of its JSON header in 8 bytes, then the header.
   if head[8:] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
     value = _read_safetensors(path)
   elif _is_npz(path):
@@ -67,11 +74,11 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
       f"{path} needs the safetensors package: pip install 'repjax[weights]'"
     ) from None
   try:
-    # Reading instead of mapping: the mapped pages would count beside the copies.
+    # "pread" reads and does not map the file: mapped pages would need memory beside the arrays.
     with safe_open(path, framework="numpy", backend="pread") as file:
       return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-  except (AttributeError, TypeError, ValueError) as error:  # of a kind that NumPy lacks
-    raise InputError(f"{path} holds tensors of a kind that NumPy lacks: {error}") from error
+  except (AttributeError, TypeError, ValueError) as error:
+    raise InputError(f"{path} holds tensors of a dtype that NumPy lacks: {error}") from error
   except SafetensorError as error:
     raise InputError(
       f"{path} cannot be read: it is truncated or damaged ({error}). Compare its size with the "
@@ -80,10 +87,11 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _is_npz(path: Path) -> bool:
+  """Returns True for a zip archive with .npy files; files of `torch.save` are zip archives too."""
   try:
     with zipfile.ZipFile(path) as archive:
       return any(name.endswith(".npy") for name in archive.namelist())
-  except Exception:  # of any damaged archive; whoever reads it next says what is wrong
+  except Exception:  # A damaged archive raises anything. Reading it as torch's says what is wrong.
     return False
 
 
@@ -93,9 +101,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
       arrays = dict(file)
     for name, array in arrays.items():
       if array.dtype.kind == "V":
-        raise ValueError(f"{name} is of no dtype that .npz can hold; store it as float32")
+        raise ValueError(f"{name} has a dtype that .npz cannot hold; store it as float32")
     return arrays
-  except Exception as error:  # a damaged archive or header can raise nearly anything
+  except Exception as error:  # A damaged archive or header can raise nearly anything.
     raise InputError(
       f"{path} cannot be read: it is damaged, or holds something else than plain arrays "
       f"({type(error).__name__}: {str(error)[:200]})"
@@ -103,13 +111,18 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _choose(path: Path, value: Any, found: Mapping[str, Any], entry: str | None) -> str:
-  """The name of the state dict to take."""
+  """Returns the name of the state dict to take among those that were found.
+
+  Raises:
+    InputError: the file holds no state dict, or several and none of a usual name, or none called
+      `entry`.
+  """
   if entry is not None:
     if entry not in found:
       names = _shown(name or "(the file itself)" for name in found) or "none"
       raise InputError(f"{path} has no state dict called {entry!r}; it has: {names}")
     return entry
-  for name in ("", *_WRAPPERS):
+  for name in ("", *_USUAL_ENTRIES):
     if name in found:
       return name
   if len(found) == 1:
@@ -122,20 +135,23 @@ def _choose(path: Path, value: Any, found: Mapping[str, Any], entry: str | None)
   if isinstance(value, Mapping):
     held = f"a dictionary of {_shown(value)}" if value else "an empty dictionary"
   raise InputError(
-    f"{path} holds no state dict, a dictionary of tensors by name: it is {held[:400]}. Save one "
-    "with torch.save(model.state_dict(), FILE)"
+    f"{path} holds no state dict, which is a dictionary of tensors by name: it is {held[:400]}. "
+    "Save one with torch.save(model.state_dict(), FILE)"
   )
 
 
 def _shown(names: Iterable[Any]) -> str:
-  """Some names for an error; nothing that a terminal would obey, nothing long."""
+  """Joins the first names for an error message, without long ones and without control bytes.
+
+  Names come from the file, and a terminal would obey control bytes in them.
+  """
   plain = (str(name) for name in names if isinstance(name, str) or type(name) is int)
   texts = [ascii(name[:60])[1:-1] for name in plain]
   return ", ".join(texts[:12]) + (", ..." if len(texts) > 12 else "")
 
 
 def state_dicts(value: Any) -> dict[str, Mapping[str, Any]]:
-  """The state dicts in a checkpoint by the name of their entry; "" is the checkpoint itself."""
+  """Finds the state dicts in a checkpoint, by name of their entry; "" is the checkpoint itself."""
   if not isinstance(value, Mapping):
     return {}
   if _is_state_dict(value):
@@ -148,6 +164,7 @@ def state_dicts(value: Any) -> dict[str, Mapping[str, Any]]:
 
 
 def _is_state_dict(value: Any) -> bool:
+  """Returns True for a dictionary of at least one array, with nothing but arrays by name."""
   return (
     isinstance(value, Mapping)
     and len(value) > 0
@@ -156,7 +173,11 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _flat(path: Path, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Without the prefixes of wrapped modules."""
+  """Removes the prefixes of wrapped modules from the names.
+
+  Raises:
+    InputError: two names are the same without their prefixes.
+  """
   plain = {}
   for key, value in state.items():
     name = plain_name(key)

@@ -1,4 +1,4 @@
-"""Weights from the Hugging Face hub, with the preprocessing that their repository states."""
+"""Fetches weights from the Hugging Face hub, with the preprocessing that the repository states."""
 
 import json
 import math
@@ -13,13 +13,13 @@ _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class HubFile(NamedTuple):
-  """A weight file of the hub, on this machine's disk.
+  """A weight file of the hub that is in the local cache.
 
   Attributes:
-    path: of the file in the local cache.
-    repository: owner and name.
+    path: path of the file in the local cache.
+    repository: owner and name of the repository.
     revision: the commit, in full.
-    config: what the repository's config.json holds; empty where there is none.
+    config: content of the repository's config.json; empty if there is none.
   """
 
   path: Path
@@ -32,12 +32,12 @@ def fetch(reference: str) -> HubFile:
   """Fetches a repository's weight file and config.json, or finds them in the local cache.
 
   Args:
-    reference: "hf:OWNER/NAME", "hf:OWNER/NAME@REVISION", and ":FILE" behind either for a file that
-      is not called model.safetensors or pytorch_model.bin.
+    reference: "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION". Either may end in ":FILE", for a file
+      that is not called model.safetensors or pytorch_model.bin.
 
   Raises:
-    InputError: the hub cannot be reached and the cache does not hold the file, or there is no such
-      repository, revision or file.
+    InputError: the repository, revision or file does not exist, or the hub cannot be reached and
+      the cache does not hold the file.
   """
   try:
     import huggingface_hub
@@ -50,19 +50,20 @@ def fetch(reference: str) -> HubFile:
   repository, _, revision = repository.partition("@")
   unreachable = None
   try:
-    # Asked first because it answers at once where there is no network.
+    # This question fails at once without a network, where a download would try for long.
     huggingface_hub.HfApi().model_info(repository, revision=revision or None, timeout=20)
   except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
     raise InputError(
-      f"the hub has no public repository {repository} with revision {revision or 'main'}; gated "
-      "and private ones need `hf auth login` first"
+      f"the hub has no public repository {repository} with revision {revision or 'main'}. Gated "
+      "and private repositories need `hf auth login` first."
     ) from error
   except errors.HFValidationError as error:
     raise InputError(f"{reference} is not hf:OWNER/NAME[@REVISION][:FILE]: {error}") from error
-  except Exception as error:  # the kinds of its HTTP library change from version to version
+  except Exception as error:  # The classes of its HTTP library change from version to version.
     unreachable = error
 
   def download(name: str) -> Path | None:
+    """Returns the path of a file in the cache, or None if the repository or cache lacks it."""
     try:
       return Path(
         huggingface_hub.hf_hub_download(
@@ -82,7 +83,7 @@ def fetch(reference: str) -> HubFile:
       raise InputError(
         f"{repository} is gated: accept its terms on its page, then log in with `hf auth login`"
       ) from error
-    except Exception as error:  # the HTTP library's kinds again
+    except Exception as error:  # The classes of the HTTP library again.
       raise InputError(f"{name} of {repository} could not be fetched: {error}") from error
 
   names = (file,) if file else _FILES
@@ -90,8 +91,8 @@ def fetch(reference: str) -> HubFile:
   if path is None and unreachable is not None:
     raise InputError(
       f"the Hugging Face hub cannot be reached ({unreachable}), and the local cache does not hold "
-      f"{' or '.join(names)} of {repository}. Connect, or fetch the file elsewhere with "
-      f"`hf download {repository}` and bring the cache, or pass --from FILE"
+      f"{' or '.join(names)} of {repository}. Connect, or run `hf download {repository}` elsewhere "
+      "and copy the cache, or pass --from FILE."
     )
   if path is None:
     raise InputError(
@@ -101,25 +102,25 @@ def fetch(reference: str) -> HubFile:
   if config_path is None and unreachable is not None:
     raise InputError(
       f"the local cache holds {path.name} of {repository} but not its config.json, which says how "
-      f"images are prepared, and the hub cannot be reached ({unreachable}); run `hf download "
-      f"{repository}` where it can"
+      f"images are prepared, and the hub cannot be reached ({unreachable}). Run `hf download "
+      f"{repository}` where it can be reached."
     )
   try:
     config = json.loads(config_path.read_text()) if config_path else {}
   except ValueError as error:
     raise InputError(f"{config_path} is damaged ({error}); delete it and try again") from error
-  # The cache's layout: .../snapshots/<commit>/<file>.
+  # The path in the cache is .../snapshots/<commit>/<file>, and a file may be in folders.
   folders = path.parts[: -len(Path(names[0]).parts)]
   return HubFile(path, repository, folders[-1], config)
 
 
 def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
-  """What timm's config.json says about images; None where it says nothing.
+  """Returns the preprocessing in timm's config.json, or None if the file states none.
 
   The shorter side is resized to floor(size / crop_pct), as timm evaluates.
 
   Raises:
-    InputError: a crop or interpolation that `Preprocessing` cannot express.
+    InputError: the file asks for a crop or interpolation that `Preprocessing` cannot express.
   """
   stated = config.get("pretrained_cfg") or {}
   if "input_size" not in stated:

@@ -1,4 +1,4 @@
-"""What is wrong with a state dict that does not fit: a line for each tensor, and what it may be."""
+"""Explains why a state dict does not fit: a line for each tensor, and guesses about the cause."""
 
 import difflib
 import json
@@ -16,7 +16,7 @@ from repjax.weights.sources import KINDS, expected
 
 
 def misfits(state: Mapping[str, np.ndarray], wanted: Mapping[str, Entry]) -> list[str]:
-  """What is missing, not wanted, or of another shape: a line each."""
+  """Lists tensors that are missing, that are unexpected, or whose shape is wrong: a line each."""
   missing = {name: entry.shape for name, entry in wanted.items() if name not in state}
   unexpected = {name: value.shape for name, value in state.items() if name not in wanted}
   known = {name: entry.shape for name, entry in wanted.items()}
@@ -38,8 +38,8 @@ def misfits(state: Mapping[str, np.ndarray], wanted: Mapping[str, Entry]) -> lis
 
 
 def _closest(name: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, ...]]) -> str:
-  """The most similar names among those of the same shape."""
-  same_shape = [other for other, its in others.items() if its == shape]
+  """Returns a hint with the most similar names among tensors of the same shape, or ""."""
+  same_shape = [other for other, other_shape in others.items() if other_shape == shape]
   close = difflib.get_close_matches(name, same_shape, n=2, cutoff=0.5)
   return f", closest: {' or '.join(close)}" if close else ""
 
@@ -47,7 +47,7 @@ def _closest(name: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, 
 def bad_values(
   state: Mapping[str, np.ndarray], wanted: Mapping[str, Entry], dtype: np.dtype
 ) -> list[str]:
-  """Tensors whose numbers cannot be used: a line each."""
+  """Lists tensors of the right shape whose numbers cannot be used: a line each."""
   lines = []
   fitting = [name for name, e in wanted.items() if name in state and state[name].shape == e.shape]
   for name in fitting:
@@ -67,11 +67,12 @@ def bad_values(
 
 
 def _overflows(value: np.ndarray, dtype: np.dtype) -> bool:
+  """Returns True if an array holds a number that is infinite in `dtype`."""
   return float(np.abs(value).max(initial=0)) > float(jax.numpy.finfo(dtype).max)
 
 
 def is_half(value: np.ndarray) -> bool:
-  """Whether an array holds floating-point numbers of fewer than 32 bits."""
+  """Returns True if an array holds floating-point numbers of fewer than 32 bits."""
   return value.dtype.itemsize < 4 and jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
 
 
@@ -82,11 +83,19 @@ def explain(
   num_classes: int,
   overrides: Mapping[str, Any],
 ) -> list[str]:
-  """What may have gone wrong as a whole."""
+  """Guesses the cause for which a state dict does not fit; a sentence for each guess.
+
+  Args:
+    state: the state dict.
+    wanted: the tensors that a fitting state dict holds.
+    found: what the state dict was recognized as.
+    num_classes: number of classes that the caller has asked for.
+    overrides: overrides of the model that the caller has given.
+  """
   hints = []
   if any(map(is_half, state.values())):
     hints.append(
-      "Half-precision weights are rounded already: if that is wanted, widen them first, with "
+      "Half-precision weights are already rounded. To accept the rounding, widen them first, with "
       "value.astype('float32') or --allow-half."
     )
   other_kind = KINDS[1 - KINDS.index(found.kind)]
@@ -96,8 +105,8 @@ def explain(
     return [*hints, f"It mixes both kinds: of the {other_kind} form are {some(strangers)}."]
   if overrides.get("features_only"):
     hints.append(
-      "With features_only a model has no classifier: leave that override out. What comes then is "
-      "for the model with features_only too, which leaves the classifier unread."
+      "With features_only a model has no classifier: leave that override out. The variables then "
+      "fit the model with features_only too, which does not read the classifier."
     )
   if found.num_classes not in (None, num_classes) and any(e.in_head for e in wanted.values()):
     hints.append(
@@ -113,12 +122,12 @@ def _other_attributes_or_model(
   found: Recognition,
   overrides: Mapping[str, Any],
 ) -> list[str]:
-  """Whose names and shapes a state dict has, where that can be told."""
+  """Names the attributes or the model that a state dict fits, if one can be found."""
   heads = {name for name, entry in wanted.items() if entry.in_head}
   ours = {(name, entry.shape) for name, entry in wanted.items() if name not in heads}
   theirs = {(name, value.shape) for name, value in state.items() if name not in heads}
   odd = {name for name, _ in ours ^ theirs}
-  if len(odd) < 4:  # some mishap rather than another model
+  if len(odd) < 4:  # Few tensors are damaged; a different model would differ in more.
     return []
   changed = _changed_attributes(state, wanted, found, overrides)
   if changed:
@@ -127,9 +136,11 @@ def _other_attributes_or_model(
       f"this (from the command line: --overrides '{json.dumps({**overrides, **changed})}')."
     ]
   model = None
+  # Searching all models takes many seconds. Two models never differ in a few names only, so the
+  # search is worth its time only if many names differ.
   if wanted.keys() == state.keys():
     model = model_as_deep(state, found, overrides)
-  elif not overrides and len(odd) > len(wanted) / 10:  # no two models differ by a few names
+  elif not overrides and len(odd) > len(wanted) / 10:
     closest, fits = closest_model(state, {})
     model = closest.model if closest and fits and closest.model != found.model else None
   return [f"Its names and shapes are those of {model}."] if model else []
@@ -141,7 +152,7 @@ def _changed_attributes(
   found: Recognition,
   overrides: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """Attributes that can be read off a state dict, where they are not those of the model."""
+  """Returns attributes that a RepMLP's state dict shows and that differ from the model's."""
   if found.model not in repmlp.NAMINGS:
     return {}
   model = create_model(found.model, **overrides)

@@ -1,8 +1,13 @@
-"""Between paths of our trees and names of PyTorch state dicts.
+r"""Maps paths in repjax's trees to names and layouts of tensors in PyTorch state dicts.
 
-A naming is a table of rows, each a pattern of path segments, the name that stands for it in a state
-dict, and, where it is not the usual one, the layout of the kernels below it. A path is read from
-the left, row by row, so one table serves every depth, width and form, in both directions.
+A naming is a table of rows. A row has a pattern of path segments, the name for them in a state
+dict, and the layout of the kernels below if it is unusual. The first row that matches the beginning
+of a path gives a part of the name. The rest of the path is then named in the same way. Thus one
+table serves every depth, width and form of a family. For example:
+
+  path   stage1/block0/RepConv_0/conv3x3/conv/kernel
+  rows   "(stage\w+)/block(\d+)" to "\1.\2", "RepConv_0/conv3x3" to "rbr_dense", "conv" to "conv"
+  name   stage1.0.rbr_dense.conv.weight
 """
 
 import functools
@@ -15,7 +20,12 @@ import numpy as np
 
 
 class Layout(NamedTuple):
-  """How a tensor's axes lie on both sides; both functions return views where strides allow it."""
+  """A pair of functions that reorder a tensor's axes; they return views if strides allow it.
+
+  Attributes:
+    to_torch: maps repjax's array to PyTorch's.
+    from_torch: maps PyTorch's array to repjax's.
+  """
 
   to_torch: Callable[[np.ndarray], np.ndarray]
   from_torch: Callable[[np.ndarray], np.ndarray]
@@ -23,28 +33,33 @@ class Layout(NamedTuple):
 
 SAME = Layout(lambda x: x, lambda x: x)
 CONV = Layout(lambda x: x.transpose(3, 2, 0, 1), lambda x: x.transpose(2, 3, 1, 0))
-"""HWIO and OIHW."""
+"""HWIO here, OIHW in PyTorch."""
 DENSE = Layout(lambda x: x.T, lambda x: x.T)
-"""(in, out) and (out, in)."""
+"""(in, out) here, (out, in) in PyTorch."""
 DENSE_AS_CONV = Layout(lambda x: x.T[:, :, None, None], lambda x: x[:, :, 0, 0].T)
-"""(in, out) and the 1x1 convolution (out, in, 1, 1)."""
+"""(in, out) here, a 1x1 convolution (out, in, 1, 1) in PyTorch."""
 
 
 def tile_kernel(shape: tuple[int, ...]) -> Layout:
-  """(g, h, w, C/g, h, w, O/g) and the grouped 1x1 convolution (O*h*w, C*h*w/g, 1, 1).
+  """Returns the layout of a kernel that maps tiles of h x w pixels to such tiles.
 
-  PyTorch flattens tiles channel by channel, on both sides; groups follow one another in O.
+  Here the kernel is (g, h, w, C/g, h, w, O/g). In PyTorch it is a grouped 1x1 convolution
+  (O*h*w, C*h*w/g, 1, 1). Its inputs and outputs are flattened channel by channel, and the outputs
+  of a group follow the outputs of the group before.
   """
   groups, height, width, inputs, _, _, outputs = shape
-  theirs = (groups, outputs, height, width, inputs, height, width)
+  unflattened = (groups, outputs, height, width, inputs, height, width)
   return Layout(
     lambda x: x.transpose(0, 6, 4, 5, 3, 1, 2).reshape(-1, inputs * height * width, 1, 1),
-    lambda x: x.reshape(theirs).transpose(0, 5, 6, 4, 2, 3, 1),
+    lambda x: x.reshape(unflattened).transpose(0, 5, 6, 4, 2, 3, 1),
   )
 
 
 def tile_vector(shape: tuple[int, ...]) -> Layout:
-  """(g, h, w, O/g) and (O*h*w,), for the bias or the norm behind such a kernel."""
+  """Returns the layout of the bias, or of the norm, after a kernel of tiles.
+
+  Here the vector is (g, h, w, O/g), in PyTorch (O*h*w,).
+  """
   groups, height, width, outputs = shape
   return Layout(
     lambda x: x.transpose(0, 3, 1, 2).reshape(-1),
@@ -53,17 +68,17 @@ def tile_vector(shape: tuple[int, ...]) -> Layout:
 
 
 ByShape = Callable[[tuple[int, ...]], Layout]
-"""A layout that depends on our shape."""
+"""A layout that depends on the shape of repjax's array."""
 
 
 class Row(NamedTuple):
   """One line of a naming.
 
   Attributes:
-    path: regular expression of one or more whole path segments.
-    name: what stands for them in a state dict, with the groups of `path` as \\1, \\2, ...
-    kernel: layout of the kernels below; None: `CONV` for four axes, `DENSE` for two, `tile_kernel`
-      for seven.
+    path: regular expression for one or more whole path segments.
+    name: the name of these segments in a state dict, with the groups of `path` as \\1, \\2, ...
+    kernel: layout of the kernels below. None takes the usual one: `CONV` for four axes, `DENSE` for
+      two, `tile_kernel` for seven.
   """
 
   path: str
@@ -80,15 +95,16 @@ _LEAVES = {
   "mean": "running_mean",
   "var": "running_var",
 }
+"""Name of a leaf to the last part of its tensor's name."""
 
 
 class Entry(NamedTuple):
-  """The counterpart of one tensor of a state dict.
+  """The counterpart of one tensor of a state dict in a model's variables.
 
   Attributes:
-    path: in the variables, "params" or "batch_stats" first.
-    layout: of the tensor.
-    shape: of the tensor, in PyTorch's layout.
+    path: path of the leaf in the variables; "params" or "batch_stats" comes first.
+    layout: layout of the tensor.
+    shape: shape of the tensor, in PyTorch's layout.
   """
 
   path: tuple[str, ...]
@@ -97,27 +113,31 @@ class Entry(NamedTuple):
 
   @property
   def in_head(self) -> bool:
-    """Whether its shape depends on the number of classes."""
-    # The norm in front of a classifier has as many numbers whatever that has.
+    """True if the tensor's shape depends on the number of classes."""
+    # A norm before the classifier is in the head too, but its size is the number of channels.
     return "head" in self.path[:-1] and "bn" not in self.path
 
 
 class NoNameError(ValueError):
-  """A naming has no name for a path."""
+  """An error for a path that a naming has no name for."""
 
 
 def plain_name(name: str) -> str:
-  """A tensor's name without the prefixes of DistributedDataParallel and torch.compile."""
+  """Removes the prefixes of DistributedDataParallel and torch.compile from a tensor's name."""
   while name.startswith(("module.", "_orig_mod.")):
     name = name.partition(".")[2]
   return name
 
 
 def entries(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Entry]:
-  """The state dict's name of every leaf of a tree of arrays or shapes.
+  """Returns the counterpart of every tensor of a state dict, by the tensor's name.
+
+  Args:
+    naming: the table.
+    variables: a tree of arrays or shapes.
 
   Raises:
-    NoNameError: the naming has none for a leaf.
+    NoNameError: the naming has no name for a leaf.
   """
   found = {}
   for key_path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
@@ -125,21 +145,22 @@ def entries(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Entry]:
     name, layout = tensor_name(naming, path[1:], len(leaf.shape))
     if not isinstance(layout, Layout):
       layout = layout(leaf.shape)
+    # The shape after the layout, from an array that needs no memory: all strides are 0.
     shape = layout.to_torch(np.broadcast_to(np.zeros((), bool), leaf.shape)).shape
     found[name] = Entry(path, layout, shape)
   return found
 
 
 def tensor_name(naming: Naming, path: tuple[str, ...], axes: int) -> tuple[str, Layout | ByShape]:
-  """The state dict's name of a leaf, and the layout of its tensor.
+  """Returns the name of a leaf's tensor in a state dict, and the layout of this tensor.
 
   Args:
     naming: the table.
-    path: of the leaf below its collection.
-    axes: how many it has.
+    path: path of the leaf below its collection.
+    axes: number of axes of the leaf.
 
   Raises:
-    NoNameError: the naming has none for it.
+    NoNameError: the naming has no name for the leaf.
   """
   scope, kernel = _scope_name(tuple(naming), path[:-1])
   if path[-1] not in _LEAVES:
@@ -153,10 +174,11 @@ def tensor_name(naming: Naming, path: tuple[str, ...], axes: int) -> tuple[str, 
 
 @functools.cache
 def _scope_name(naming: tuple[Row, ...], scope: tuple[str, ...]) -> tuple[str, Layout | None]:
-  """The name of a scope, and the layout of the kernels in it."""
+  """Returns the name of a scope in a state dict, and the layout of the kernels in the scope."""
   text, names, kernel = "/".join(scope), [], None
   while text:
     for row in naming:
+      # The pattern must end where a segment ends.
       match = re.match(rf"{row.path}(?:/|$)", text)
       if match:
         names.append(match.expand(row.name))

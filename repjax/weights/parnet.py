@@ -1,4 +1,4 @@
-"""ParNet's names in the authors' repository, what their fused files hold, and their activation.
+"""ParNet's names in the authors' repository, the content of their fused files, their activation.
 
 References:
   https://github.com/imankgoyal/NonDeepNetworks at 777b286, folder imagenet
@@ -30,26 +30,27 @@ _OFFICIAL = (
   Row("gate", "se.cvsig.conv", DENSE_AS_CONV),
 )
 
-_MODELS = [name for name in VARIANTS if "cifar" not in name]  # of which there is no code
+_MODELS = [name for name in VARIANTS if "cifar" not in name]  # Code for CIFAR was not released.
 
 NAMINGS: dict[str, dict[str, Naming]] = {name: {"official": _OFFICIAL} for name in _MODELS}
-"""Model to source to table."""
+"""Model to source to table of names."""
 
 FOLDED: dict[str, tuple[str, ...]] = dict.fromkeys(_MODELS, ("RepConv",))
-"""Model to the layers that its deploy files, called fused there, hold in deploy form.
+"""Model to the layers that the authors' deploy files, called fused there, hold in deploy form.
 
-The norms of shortcuts and of fusion are in them as they were trained, statistics included.
+These files hold the norms of shortcuts and of fusion as they were trained, with their statistics.
 """
 
 _WHY = (
-  "their configurations ask for silu, the paper's, in a form that the code does not understand, "
-  "and so it trained and evaluated them with relu"
+  "the authors' configurations ask for the paper's silu in a form that their code does not "
+  "understand, so it trained and evaluated the weights with relu"
 )
 
 RELEASED_WITH: dict[tuple[str, str], dict[str, tuple[str, str]]] = {
   (name, "official"): {"act": ("relu", _WHY)} for name in _MODELS
 }
-"""(model, source) to attributes that no name or shape shows: released weights' value, and why.
+"""(model, source) to attributes that no name or shape of a tensor shows.
 
-The variants have another value.
+Each has the value that the released weights need, and the reason. The variants have a different
+value.
 """

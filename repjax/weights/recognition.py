@@ -1,4 +1,4 @@
-"""`recognize`: which model a state dict is of, in whose names and in which form."""
+"""`recognize`: finds the model, the naming and the form of a state dict."""
 
 import collections
 from collections.abc import Iterable, Mapping
@@ -11,17 +11,17 @@ from repjax.models import create_model, list_models
 from repjax.weights.naming import Entry, Naming, NoNameError, plain_name
 from repjax.weights.sources import KINDS, NAMINGS, expected, naming_of
 
-_COUNTER = ".num_batches_tracked"  # of batch norms, which no computation reads
+_COUNTER = ".num_batches_tracked"  # Batch norms count batches; no computation reads the count.
 
 
 class Recognition(NamedTuple):
-  """What a state dict turned out to be.
+  """A description of the network that a state dict belongs to.
 
   Attributes:
-    model: its name, as in `create_model`.
-    naming: "official", "timm", "mmpretrain" or "repmlp", as `NAMINGS` has them for the model.
-    kind: "train" or "deploy".
-    num_classes: outputs of its classifier; None where it has none.
+    model: name of the model, as in `create_model`.
+    naming: source of the names: "official", "timm", "mmpretrain" or "repmlp", see `NAMINGS`.
+    kind: the form, "train" or "deploy".
+    num_classes: number of outputs of the classifier; None if the state dict has no classifier.
   """
 
   model: str
@@ -37,17 +37,18 @@ def recognize(
   hint: str = "",
   **overrides: Any,
 ) -> Recognition:
-  """Finds the naming, the kind and the classes of a state dict, and the model unless it is given.
+  """Finds the naming, the form and the classes of a state dict, and the model unless it is given.
 
   Args:
     state_dict: name to array.
-    model_name: as in `create_model`; None searches all models for the one whose names and shapes
-      fit, or fit best; what does not fit is then for `from_torch` to say.
-    hint: a text that may name the model, such as the file's name; models in it are tried first.
+    model_name: as in `create_model`. None searches all models for the one whose names and shapes
+      fit, or fit best; `from_torch` then lists what does not fit.
+    hint: a text that may name the model, such as the file's name. Models in it are tried first.
     **overrides: as in `create_model`.
 
   Raises:
-    InputError: no model fits at all, or no name in it is one that `model_name` has in any naming.
+    InputError: no model has any of the names and shapes, or `model_name` has none of the names in
+      any naming.
   """
   state = normalised(state_dict)
   if model_name is not None:
@@ -62,7 +63,11 @@ def recognize(
 
 
 def normalised(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Arrays by their plain names, without the counters of batch norms."""
+  """Returns the arrays of a state dict by plain names, without the counters of batch norms.
+
+  Raises:
+    InputError: the state dict is empty, or a value is not an array.
+  """
   if not state_dict:
     raise InputError("the state dict is empty")
   return {
@@ -73,28 +78,34 @@ def normalised(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _to_numpy(name: str, value: Any) -> np.ndarray:
+  """Returns a value as a NumPy array; raises InputError with its name if NumPy cannot."""
   try:
     return np.asarray(value)
   except (TypeError, ValueError, RuntimeError) as error:
-    # A tensor on a GPU, with a gradient, or in bfloat16; a ragged list.
+    # NumPy refuses a tensor that is on a GPU, has a gradient or is in bfloat16, and a ragged list.
     raise InputError(
-      f"{name} is no array: {error}; pass {{name: t.detach().cpu().float() ...}}"
+      f"{name} is no array: {error}. Pass {{name: t.detach().cpu().float() ...}}."
     ) from error
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
-  """Raises InputError for what are arguments of their own."""
+  """Raises InputError for overrides that are separate arguments of the functions here."""
   for name in ("deploy", "num_classes", "dtype", "param_dtype"):
     if name in overrides:
-      raise InputError(f"{name} is no override of a model's attributes; leave it out of them")
+      raise InputError(f"{name} is not an override of a model's attributes; leave it out of them")
 
 
 def candidates(
   model_name: str, overrides: Mapping[str, Any], namings: Iterable[str] | None = None
 ) -> Iterable[tuple[str, str, dict[str, Entry]]]:
-  """Naming, kind and expected tensors of everything that a model's weights can come as.
+  """Yields every naming and kind of a model's state dicts, with the expected tensors.
 
-  The heads are those of 1000 classes, and not for comparing. `namings` are a choice of them.
+  The heads are expected for 1000 classes. They are not to be compared.
+
+  Args:
+    model_name: as in `create_model`.
+    overrides: as in `create_model`.
+    namings: the namings to yield; None yields all that the model has.
   """
   for naming in NAMINGS.get(model_name, {}) if namings is None else namings:
     for kind in KINDS:
@@ -107,12 +118,18 @@ def candidates(
 def recognize_model(
   state: Mapping[str, Any], model_name: str, overrides: Mapping[str, Any]
 ) -> Recognition:
-  """The naming and kind of a model that share most names with a state dict."""
+  """Finds the naming and kind of a model that share the most names with a state dict.
+
+  Raises:
+    InputError: the model is unknown, an override cannot be used, or no name is shared.
+  """
   if model_name not in NAMINGS:
-    create_model(model_name)  # an unknown name is the likelier mistake
+    # The first line raises for an unknown model, which is the likelier mistake. The second raises
+    # for a model whose weights nobody has published.
+    create_model(model_name)
     naming_of(model_name, "official")
   check_overrides(overrides)
-  create_model(model_name, **overrides)
+  create_model(model_name, **overrides)  # raises for overrides that the model does not take
   found = _best_naming(state, candidates(model_name, overrides))
   if found is None:
     raise InputError(f"no names are known for a {model_name} with {overrides}")
@@ -120,7 +137,7 @@ def recognize_model(
   if not wanted.keys() & state.keys():
     raise InputError(
       f"no name in this state dict is one of {model_name}'s (in {' or '.join(NAMINGS[model_name])} "
-      f"naming): it has {some(state)}, where {naming} naming has {some(wanted)}"
+      f"naming). It has {some(state)}, where {naming} naming has {some(wanted)}."
     )
   return Recognition(model_name, naming, kind, _num_classes(state, wanted))
 
@@ -128,7 +145,11 @@ def recognize_model(
 def _best_naming(
   state: Mapping[str, Any], candidates: Iterable[tuple[str, str, dict[str, Entry]]]
 ) -> tuple[str, str, dict[str, Entry]] | None:
-  """The candidate that shares most names; the first with just these, so that no more are traced."""
+  """Returns the candidate that shares the most names with a state dict.
+
+  A candidate with exactly the names of the state dict ends the search. Every candidate is traced to
+  find its names, which takes half a second.
+  """
   best, most = None, -1
   for candidate in candidates:
     shared = len(candidate[2].keys() & state.keys())
@@ -140,7 +161,7 @@ def _best_naming(
 
 
 def _num_classes(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> int | None:
-  """Of the main classifier in a state dict."""
+  """Returns the number of outputs of the main classifier, from the size of its bias, or None."""
   for name, entry in wanted.items():
     is_classifier = entry.in_head and entry.path[1] == "head"
     if is_classifier and entry.path[-1] == "bias" and name in state and len(state[name].shape) == 1:
@@ -151,9 +172,17 @@ def _num_classes(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> int |
 def closest_model(
   state: Mapping[str, Any], overrides: Mapping[str, Any], hint: str = ""
 ) -> tuple[Recognition | None, bool]:
-  """The model with most of the names and shapes of a state dict, and whether it has just those.
+  """Finds the model that has the most tensors, by name and shape, of a state dict.
 
-  Heads are left aside; None where no model has any.
+  Heads are left aside, since they depend on the number of classes.
+
+  Args:
+    state: the state dict.
+    overrides: as in `create_model`; models that do not take them are left out.
+    hint: a text that may name the model. Models in it are tried first, the longest name first.
+
+  Returns:
+    The model, or None if no model has any of the tensors; and True if it has exactly the tensors.
 
   Raises:
     InputError: no model takes the overrides.
@@ -163,8 +192,9 @@ def closest_model(
   models = [name for name in list_models() if name in NAMINGS]
   likeliest_first = sorted(models, key=lambda name: -len(name) * (name in plain))
   refusals, closest, most = [], None, 0
-  # To trace a model takes half a second: tables with none of the names are not tried again, nor
-  # any others once one has nearly all.
+  # Tracing a model takes half a second, and models of one family share their tables. A table that
+  # gave none of the names for one model is not tried for the next one. Once a table gave nearly all
+  # of the names, no other table is tried.
   strange: set[Naming] = set()
   decided: Naming | None = None
   for model_name in likeliest_first:
@@ -186,7 +216,7 @@ def closest_model(
           most = same
         if fits(state, wanted):
           return Recognition(model_name, naming, kind, _num_classes(state, wanted)), True
-    except InputError as error:  # overrides that this family does not have
+    except InputError as error:  # The family does not have these overrides.
       refusals.append(error)
     strange |= {table for table, names in shared.items() if not names}
   if len(refusals) == len(likeliest_first):
@@ -195,7 +225,7 @@ def closest_model(
 
 
 def fits(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> bool:
-  """Whether names and shapes are the same, heads aside."""
+  """Returns True if a state dict has exactly the wanted names and shapes, heads aside."""
   body = {name: entry.shape for name, entry in wanted.items() if not entry.in_head}
   heads = wanted.keys() - body.keys()
   return body == {name: value.shape for name, value in state.items() if name not in heads}
@@ -204,7 +234,10 @@ def fits(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> bool:
 def model_as_deep(
   state: Mapping[str, np.ndarray], found: Recognition, overrides: Mapping[str, Any]
 ) -> str | None:
-  """The model that a state dict fits among those whose tensors have the names of the one found."""
+  """Finds a model that a state dict fits, among models of the same family and depth.
+
+  Models of one family and depth have the same names and differ in their shapes.
+  """
   depth = getattr(create_model(found.model, **overrides), "stage_sizes", None)
   for name in list_models():
     if NAMINGS.get(name) != NAMINGS[found.model]:
@@ -214,12 +247,12 @@ def model_as_deep(
         continue
       if fits(state, expected(name, found.naming, found.kind, 1000, overrides)):
         return name
-    except InputError:  # overrides that this model does not take
+    except InputError:  # The model does not take these overrides.
       continue
   return None
 
 
 def some(names: Iterable[str]) -> str:
-  """A few of many names, for a message."""
+  """Joins the first of many names, for a message."""
   names = list(names)
   return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

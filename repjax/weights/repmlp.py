@@ -1,8 +1,8 @@
-"""RepMLP's names (2021) in the authors' repository, before it went over to RepMLPNet.
+"""RepMLP's names (2021) in the authors' repository, before the repository turned to RepMLPNet.
 
-Both kinds of a file have the same names; the deploy kind has biases and no norms. The fully
-connected layer over tiles is a grouped 1x1 convolution there, whose inputs and outputs lie channel
-by channel.
+Files of both forms have the same names; the deploy form has biases and no norms. In these files the
+fully connected layer over tiles is a grouped 1x1 convolution. Its inputs and outputs are flattened
+channel by channel.
 
 References:
   https://github.com/DingXiaoH/RepMLP at 2aba6f5, repmlp.py and repmlp_resnet.py
@@ -23,19 +23,19 @@ REP_DENSE = (
   Row("RepDense_0/dense", "fc3"),
   Row(r"RepDense_0/local/conv(\d+)x\d+/(conv|bn)", r"repconv\1.\2"),
 )
-"""The layer over tiles, in RepMLPNet too."""
+"""The fully connected layer over tiles, which RepMLPNet has too."""
 
 BLOCK = (
   Row("GlobalPerceptron_0/bn", "avg.bn"),
   Row(r"GlobalPerceptron_0/dense/(fc1|fc2)", r"fc1_fc2.\1"),
   *REP_DENSE,
 )
-"""A lone block."""
+"""A block outside a network."""
 
 _OFFICIAL: Naming = (*REPMLP_LAYERS, Row("((?:light|btnk)_repmlp)", r"\1"), *BLOCK)
 
 NAMINGS: dict[str, dict[str, Naming]] = {model: {"official": _OFFICIAL} for model in VARIANTS}
-"""Model to source to table."""
+"""Model to source to table of names."""
 
 _LAYER = re.compile(r"_repmlp\.fc3\.weight$")
 _LOCAL = re.compile(r"(.*_repmlp\.)repconv(\d+)\.conv\.weight$")
@@ -44,17 +44,18 @@ _LOCAL = re.compile(r"(.*_repmlp\.)repconv(\d+)\.conv\.weight$")
 def attributes(
   shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, tuple[int, ...]], tile: Any
 ) -> dict[str, Any]:
-  """What names and shapes of a RepMLP-ResNet say of its attributes, as far as they agree.
+  """Reads attributes of a RepMLP-ResNet from the names and shapes of a state dict.
 
-  A layer over tiles of h x w pixels, from C channels to as many, is (C h w, C h w / g, 1, 1).
+  A layer over tiles of h x w pixels, with C channels in and out, has a kernel of shape
+  (C h w, C h w / g, 1, 1). An attribute is left out if layers do not agree on its value.
 
   Args:
-    shapes: of a state dict.
-    known: of one with the same channels.
-    tile: of that one, one number or (h, w).
+    shapes: name to shape of the state dict.
+    known: name to shape of a state dict with the same channels and a known tile.
+    tile: the known tile, one number or (h, w).
 
   Returns:
-    `tile`, a square one; `local_kernels`, of a training form; `fc3_groups`, where stages differ.
+    `tile`, if square; `local_kernels`, if in training form; `fc3_groups`, if stages differ.
   """
   layers = {name: shape for name, shape in shapes.items() if _LAYER.search(name) and name in known}
   if not all(len(shape) == 4 and min(shape) > 0 for shape in layers.values()):

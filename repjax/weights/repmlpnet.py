@@ -1,4 +1,4 @@
-"""RepMLPNet's names in the authors' repository, what their deploy files hold, and preprocessing.
+"""RepMLPNet's names in the authors' repository, the content of their deploy files, preprocessing.
 
 References:
   https://github.com/DingXiaoH/RepMLP at 3eff13f, repmlpnet.py, data/build.py and config.py
@@ -30,17 +30,18 @@ _OFFICIAL = (
 )
 
 NAMINGS: dict[str, dict[str, Naming]] = {name: {"official": _OFFICIAL} for name in VARIANTS}
-"""Model to source to table."""
+"""Model to source to table of names."""
 
 FOLDED: dict[str, tuple[str, ...]] = dict.fromkeys(VARIANTS, ("RepDense",))
 """Model to the layers that its deploy files hold in deploy form.
 
-The authors fold these alone: all other layers are in their files as they were trained, statistics
-included.
+The authors fold only these layers. Their files hold all other layers as they were trained, with
+their statistics.
 """
 
 WITHOUT_MARGIN = frozenset((name, "official") for name in VARIANTS)
-"""(model, source) whose published accuracy is that of the whole central square.
+"""(model, source) whose published accuracy was measured without a margin around the crop.
 
-The shorter side is resized to the model's image size, bilinearly, before the square is cut out.
+The shorter side is resized bilinearly to the model's image size, and the central square of this
+size is cut out.
 """

@@ -69,7 +69,7 @@ NAMINGS: dict[str, dict[str, Naming]] = {
   **dict.fromkeys(VARIANTS, _NAMINGS),
   "repvggplus_l2pse": {"official": _OFFICIAL_PLUS},
 }
-"""Model to source to table."""
+"""Model to source to table of names."""
 
 _AT_320 = Preprocessing(image_size=320, resize_size=320)
 
@@ -78,8 +78,9 @@ PREPROCESSING: dict[tuple[str, str], Preprocessing] = {
   ("repvgg_d2se", "timm"): _AT_320,
   ("repvggplus_l2pse", "official"): _AT_320,
 }
-"""(model, source) to the evaluation transform behind its published accuracy.
+"""(model, source) to the preprocessing with which its published accuracy was measured.
 
-All others resize the shorter side to 256 and cut out 224, bilinearly, with ImageNet's mean and
-standard deviation, which are the defaults of `Preprocessing`.
+Models that are not in this table use the defaults of `Preprocessing`: the shorter side is resized
+bilinearly to 256, the central 224 x 224 pixels are cut out, and ImageNet's mean and standard
+deviation normalize them.
 """

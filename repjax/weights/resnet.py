@@ -1,8 +1,8 @@
-"""ResNet's names in torchvision, which are its official ones here, in timm and beside RepMLP.
+"""ResNet's names in torchvision (called official here), in timm, and in RepMLP's repository.
 
-The names of timm are those of torchvision; a state dict in them is recognized as official. In the
-deploy form a convolution has a bias under the name that it has in training form, which is what
-PyTorch's own fusion of convolutions and batch norms leaves, and the authors' of RepMLP too.
+timm has the names of torchvision, so a state dict of timm is recognized as official. In the deploy
+form a convolution keeps its name and gets a bias. PyTorch's fusion of convolutions and batch norms
+leaves the same names, and so does the code of RepMLP's authors.
 
 References:
   https://github.com/pytorch/vision, torchvision/models/resnet.py
@@ -13,7 +13,7 @@ References:
 from repjax.models.resnet import VARIANTS
 from repjax.weights.naming import Naming, Row
 
-_CONV = r"(?:/conv\dx\d)?/conv"  # in training form within its branch, in deploy form without
+_CONV = r"(?:/conv\dx\d)?/conv"  # A training form has a branch around it, a deploy form has none.
 _NORM = r"/conv\dx\d/bn"
 
 _TORCHVISION = (
@@ -35,7 +35,7 @@ REPMLP_LAYERS = (
   Row(rf"RepConv_(\w+){_NORM}", r"\1.bn"),
   Row("head", "linear"),
 )
-"""The authors' of RepMLP for what their networks have in common with a ResNet."""
+"""Names in RepMLP's repository for the layers that its networks share with a ResNet."""
 
 _OF_ALL: dict[str, Naming] = {"official": _TORCHVISION, "timm": _TORCHVISION}
 
@@ -43,4 +43,4 @@ NAMINGS: dict[str, dict[str, Naming]] = {
   **dict.fromkeys(VARIANTS, _OF_ALL),
   "resnet50": {**_OF_ALL, "repmlp": REPMLP_LAYERS},
 }
-"""Model to source to table."""
+"""Model to source to table of names."""

@@ -1,4 +1,4 @@
-"""Whose weights can be read: the tables of all families, and what a state dict of theirs holds."""
+"""The tables of all families whose weights can be read, and the tensors that state dicts hold."""
 
 import functools
 import json
@@ -19,29 +19,31 @@ NAMINGS: dict[str, dict[str, Naming]] = {
   **repmlpnet.NAMINGS,
   **parnet.NAMINGS,
 }
-"""Model to source to table; a new family adds its own."""
+"""Model to source to table of names. A new family adds its table here."""
 
 FOLDED: dict[str, tuple[str, ...]] = {**repmlpnet.FOLDED, **parnet.FOLDED}
-"""Model to the layers that its deploy files hold in deploy form; the others are folded on import.
+"""Model to the layers that its deploy files hold in deploy form.
 
-Models that are not here have deploy files without statistics.
+All other layers are in these files as they were trained, and are folded on import. Models that are
+not in this table have deploy files without statistics.
 """
 
 RELEASED_WITH: dict[tuple[str, str], dict[str, tuple[Any, str]]] = {**parnet.RELEASED_WITH}
-"""(model, source) to attributes in which released weights differ from the variant without showing.
+"""(model, source) to attributes of released weights that differ from the variant's and do not show.
 
-Each is its value there and the reason. `from_torch` insists on being told one, `import_weights`
-takes the released weights'.
+No name or shape of a tensor tells the value of such an attribute. The table has the value that the
+released weights need, and the reason. `from_torch` requires the caller to pass the attribute;
+`import_weights` takes the value for released weights.
 """
 
 KINDS = ("train", "deploy")
 
 
 def naming_of(model_name: str, naming: str) -> Naming:
-  """The table of a model's names in a source.
+  """Returns the table of a model's names in a source.
 
   Raises:
-    InputError: there is none.
+    InputError: the model has no names, or no names in this source.
   """
   if model_name not in NAMINGS:
     raise unknown("model with importable weights", model_name, NAMINGS)
@@ -55,7 +57,7 @@ def naming_of(model_name: str, naming: str) -> Naming:
 def expected(
   model_name: str, naming: str, kind: str, num_classes: int, overrides: Mapping[str, Any]
 ) -> dict[str, Entry]:
-  """What a state dict of that model, naming and kind holds."""
+  """Returns the tensors that a state dict of a model, naming and kind holds, by name."""
   return _expected_cached(model_name, naming, kind, num_classes, json.dumps(dict(overrides)))
 
 
@@ -74,19 +76,27 @@ def _expected_cached(
 def _partly_folded(
   trained: Mapping[str, Any], plain: Mapping[str, Any], layers: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Training-form variables where scopes called like `layers` are as in the plain parameters."""
+  """Returns training-form variables in which the named layers are in deploy form.
+
+  Args:
+    trained: {"params", "batch_stats"} of the training form.
+    plain: parameters of the deploy form.
+    layers: names of the layers to take from the deploy form.
+  """
 
   def walk(params: Any, stats: Any, plain: Any) -> tuple[Any, Any]:
-    own, held = {}, {name: value for name, value in stats.items() if name not in params}
+    # Statistics beside the parameters of a scope stay, and those of a folded scope are dropped.
+    kept = {}
+    kept_stats = {name: value for name, value in stats.items() if name not in params}
     for name, value in params.items():
       if layer_name(name, layers):
-        own[name] = plain[name]
+        kept[name] = plain[name]
       elif isinstance(value, Mapping):
-        own[name], below = walk(value, stats.get(name, {}), plain.get(name, {}))
-        held |= {name: below} if below else {}
+        kept[name], below = walk(value, stats.get(name, {}), plain.get(name, {}))
+        kept_stats |= {name: below} if below else {}
       else:
-        own[name] = value
-    return own, held
+        kept[name] = value
+    return kept, kept_stats
 
   params, stats = walk(trained["params"], trained["batch_stats"], plain)
   return {"params": params, "batch_stats": stats}

@@ -1,4 +1,4 @@
-"""`from_torch` and `to_torch`: a PyTorch state dict as variables, and back."""
+"""`from_torch` and `to_torch`: map a PyTorch state dict to variables, and back."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -26,29 +26,29 @@ def from_torch(
   drop_head: bool = False,
   **overrides: Any,
 ) -> dict[str, Any]:
-  """Variables of a model from a PyTorch state dict, whose naming and kind are found out.
+  """Makes a model's variables from a PyTorch state dict, whose naming and form are recognized.
 
   Args:
     model_name: as in `create_model`.
     state_dict: name to array or CPU tensor, for example from `repjax.weights.read`.
-    num_classes: of the model to be made.
-    param_dtype: of the variables.
-    drop_head: leave the classifiers out of the state dict and draw new ones as `repjax.init` does,
-      for another number of classes.
+    num_classes: number of classes of the model.
+    param_dtype: dtype of the variables.
+    drop_head: ignores the classifiers in the state dict and draws new ones as `repjax.init` does,
+      for a different number of classes.
     **overrides: as in `create_model`.
 
   Returns:
     {"params", "batch_stats"} of a training-form state dict, {"params"} of a deploy-form one. Arrays
-    are views of those in `state_dict` where neither dtype nor layout asks for a copy.
+    are views of the arrays in `state_dict` if neither dtype nor layout needs a copy.
 
   Raises:
-    InputError: the state dict does not fit. The one text lists all missing, unexpected, misshapen,
-      half-precision and non-finite tensors. Or it fits and an override has to be given, since
-      nothing in it shows with which value it was made: `act` for the authors' files of ParNet.
+    InputError: the state dict does not fit. One text lists all missing, unexpected, misshapen,
+      half-precision and non-finite tensors. Also raised if the state dict fits but an override must
+      be given, since no tensor shows its value: `act` for the authors' files of ParNet.
   """
   dtype = np.dtype(param_dtype)
   if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
-    raise InputError(f"param_dtype is a floating-point type, got {dtype}")
+    raise InputError(f"param_dtype must be a floating-point type, got {dtype}")
   state = normalised(state_dict)
   found = recognize_model(state, model_name, overrides)
   wanted = expected(model_name, found.naming, found.kind, num_classes, overrides)
@@ -70,6 +70,7 @@ def from_torch(
     fresh = _draw(shapes, paths, dtype)
     for path in paths:
       _put(variables, path, _get(fresh, path))
+  # Deploy files of some families still hold batch norms; see `FOLDED`.
   if found.kind == "deploy" and "batch_stats" in variables:
     variables = {"params": _fold(variables, dtype)}
   return jax.tree.map(lambda value: value.astype(param_dtype, copy=False), variables)
@@ -78,42 +79,45 @@ def from_torch(
 def to_torch(
   model_name: str, variables: Mapping[str, Any], naming: str = "official"
 ) -> dict[str, np.ndarray]:
-  """A PyTorch state dict of a model's variables: the inverse of `from_torch`.
+  """Makes a PyTorch state dict from a model's variables; the inverse of `from_torch`.
 
   Args:
     model_name: as in `create_model`.
     variables: {"params", "batch_stats"} of the training form, or {"params"} of the deploy form.
-    naming: "official", "timm", "mmpretrain" or "repmlp", as `NAMINGS` has them for the model.
+    naming: source of the names: "official", "timm", "mmpretrain" or "repmlp", see `NAMINGS`.
 
   Returns:
-    Name to contiguous array in PyTorch's layout and the variables' dtype. `num_batches_tracked`,
-    which PyTorch does not need, is not among them.
+    Name to contiguous array, in PyTorch's layout and the dtype of the variables. The counters
+    `num_batches_tracked`, which PyTorch does not need, are left out.
 
   Raises:
-    InputError: the naming does not know this model, or has no name for one of its leaves.
+    InputError: the naming does not know the model or has no name for a leaf, the variables are not
+      those of one form, or statistics are missing.
   """
   table = naming_of(model_name, naming)
   if model_name in FOLDED and "batch_stats" not in variables:
     raise InputError(
       f"the deploy form of {model_name} has no names in other projects: their deploy files hold "
-      "batch norms, which are folded here; pass the training form's params and batch_stats (from "
-      "the command line: --form train)"
+      "batch norms, which repjax folds. Pass params and batch_stats of the training form, or "
+      "--form train."
     )
   if "params" not in variables or not variables.keys() <= {"params", "batch_stats"}:
     raise InputError(
-      f"to_torch takes {{'params', 'batch_stats'}}, or {{'params'}} of a deploy form; got "
+      f"to_torch takes {{'params', 'batch_stats'}}, or {{'params'}} of a deploy form, got "
       f"{some(variables)}"
     )
   try:
     wanted = entries(table, variables)
   except NoNameError as error:
     raise InputError(f"{naming} names of {model_name} do not cover {error}") from error
+  # Parameters of a training form that come without statistics are not a deploy form, which has no
+  # batch norms.
   norms = {entry.path[1:-1] for entry in wanted.values() if entry.path[-1] == "scale"}
   lacking = norms - {entry.path[1:-1] for entry in wanted.values() if entry.path[-1] == "var"}
   if lacking:
     raise InputError(
-      f"{len(lacking)} batch norms have no statistics, {'/'.join(min(lacking))} for one; pass the "
-      "batch_stats that belong to these params"
+      f"{len(lacking)} batch norms have no statistics, for example {'/'.join(min(lacking))}. Pass "
+      "the batch_stats that belong to these params."
     )
 
   return {
@@ -125,32 +129,33 @@ def to_torch(
 def _refusal(
   found: Recognition, num_classes: int, problems: Sequence[str], hints: Sequence[str]
 ) -> str:
-  """What `from_torch` says of weights that do not fit: the whole, then a line a problem."""
+  """Returns the error text for weights that do not fit: a summary, then a line for each problem."""
   headline = (
     f"these weights do not fit {found.model} (read as {found.naming} names, {found.kind} form) "
     f"with {num_classes} classes; nothing was converted. Problems: {len(problems)}."
   )
   text = "\n  ".join([" ".join([headline, *hints]), *problems])
-  if len(problems) > 20:  # the first line has scrolled away
+  if len(problems) > 20:  # The summary is repeated, since a terminal has scrolled it away.
     text += "\n" + " ".join([f"That was why they do not fit {found.model}.", *hints])
   return text
 
 
 def _refuse_unsaid(found: Recognition, overrides: Mapping[str, Any]) -> None:
-  """Raises InputError where a state dict does not show an attribute and nobody has said it."""
+  """Raises InputError if a state dict does not show an attribute and no override gives it."""
   for name, (value, why) in RELEASED_WITH.get((found.model, found.naming), {}).items():
     if name not in overrides:
       raise InputError(
-        f"{found.naming} weights of {found.model} do not show their {name}. Those that the authors "
-        f"released need {name}={value!r}, which is not the model's own: {why}. Pass "
-        f"{name}={value!r} for them, or what yours were trained with; create_model takes the same"
+        f"{found.naming} weights of {found.model} do not show their {name}. The authors' released "
+        f"weights need {name}={value!r}, which is not the model's default: {why}. Pass "
+        f"{name}={value!r} for them, or the value that your weights were trained with; pass the "
+        "same to create_model."
       )
 
 
 def _draw(
   shapes: Mapping[str, Any], paths: Sequence[tuple[str, ...]], dtype: np.dtype
 ) -> dict[str, Any]:
-  """What `repjax.init` draws at these paths of a model's variables."""
+  """Draws variables at some paths, with the distributions of `repjax.init`."""
   wanted: dict[str, Any] = {}
   for path in paths:
     shape = _get(shapes, path).shape
@@ -159,7 +164,7 @@ def _draw(
 
 
 def _fold(variables: Mapping[str, Any], dtype: np.dtype) -> Any:
-  """Deploy-form parameters from variables that are in part in that form already."""
+  """Folds variables, of which some layers are already in deploy form, in float32 or wider."""
   wide = np.promote_types(dtype, np.float32)
   with jax.enable_x64(wide == np.float64):
     widened = jax.tree.map(lambda value: value.astype(wide, copy=False), dict(variables))

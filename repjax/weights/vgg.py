@@ -1,6 +1,7 @@
-"""VGG-16's names in torchvision, which are its official ones here, and in timm.
+"""VGG-16's names in torchvision (called official here) and in timm.
 
-Training form: `vgg16_bn` there. Deploy form: `vgg16`, whose layers have other numbers.
+The training form is `vgg16_bn` of torchvision. The deploy form is `vgg16`, whose layers are
+numbered differently.
 
 References:
   https://github.com/pytorch/vision, torchvision/models/vgg.py
@@ -16,11 +17,15 @@ MAP_AS_DENSE = Layout(
   lambda x: x.transpose(3, 2, 0, 1).reshape(x.shape[-1], -1),
   lambda x: x.reshape(len(x), -1, POOLED, POOLED).transpose(2, 3, 1, 0),
 )
-"""(7, 7, C, O) and (O, C * 7 * 7), channels first. The way to PyTorch copies where it must."""
+"""(7, 7, C, O) here, (O, C * 7 * 7) in PyTorch with channels first. Mapping to PyTorch copies."""
 
 
 def _features(layers: int) -> Iterator[tuple[str, int]]:
-  """The scope of each convolution and its number, if a block has that many layers there."""
+  """Yields the scope of each convolution and the convolution's number in torchvision.
+
+  Args:
+    layers: number of torchvision's layers for a block: 3 with a batch norm, 2 without.
+  """
   number = 0
   for stage, size in enumerate(STAGE_SIZES, 1):
     for block in range(size):
@@ -50,4 +55,4 @@ _TIMM = (
 )
 
 NAMINGS: dict[str, dict[str, Naming]] = {"vgg16": {"official": _TORCHVISION, "timm": _TIMM}}
-"""Model to source to table."""
+"""Model to source to table of names."""

@@ -1,4 +1,4 @@
-"""Weights into a folder that the rest of repjax reads, and out of one."""
+"""Imports weights into a folder that the rest of repjax reads, and exports them from one."""
 
 import dataclasses
 import hashlib
@@ -36,25 +36,26 @@ def import_weights(
   entry: str | None = None,
   overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Makes a workdir from a checkpoint file; writes nothing unless all of it fits.
+  """Makes a workdir from a checkpoint file; writes nothing unless all tensors fit.
 
-  A training-form checkpoint becomes a checkpoint of step 0, a deploy-form one the deploy folder.
+  A training-form checkpoint becomes a checkpoint of step 0. A deploy-form one becomes the deploy
+  folder.
 
   Args:
     source: path of a file, or "hf:OWNER/NAME[@REVISION][:FILE]".
-    workdir: folder to be made.
+    workdir: the folder to make.
     model_name: as in `create_model`; None finds the model whose names and shapes fit.
-    num_classes: of the model; None takes what the file has.
-    drop_head: draw a new classifier instead of reading the file's.
-    allow_half: widen half-precision weights to float32 instead of refusing them.
-    entry: which of several state dicts in the file.
+    num_classes: number of classes of the model; None takes the number in the file.
+    drop_head: draws a new classifier and does not read the file's.
+    allow_half: widens half-precision weights to float32; otherwise they are refused.
+    entry: name of the state dict to take if the file holds several.
     overrides: as in `create_model`.
 
   Returns:
-    What is also written to import.json: `source`, `file`, `bytes`, `sha256`, `revision` (of the
-    hub), `entry` and `other_entries` (state dicts in the file), `dtypes`, `model`, `naming`,
-    `kind`, `num_classes`, `new_head`, `assumed` (overrides that released weights need and nobody
-    has given), and `parameters`.
+    The content of import.json: `source`, `file`, `bytes`, `sha256`, `revision` (of the hub),
+    `entry` and `other_entries` (state dicts in the file), `dtypes`, `model`, `naming`, `kind`,
+    `num_classes`, `new_head`, `assumed` (overrides that released weights need and the caller has
+    not given), and `parameters`.
 
   Raises:
     InputError: the folder is not empty, or the weights cannot be read or do not fit.
@@ -62,13 +63,14 @@ def import_weights(
   workdir = check_new(workdir)
   overrides = dict(overrides or {})
   if "features_only" in overrides:
-    raise InputError("features_only is no part of an import; pass it to create_model afterwards")
+    raise InputError("features_only is not part of an import; pass it to create_model afterwards")
   if num_classes is not None and num_classes < 1:
     raise InputError(f"--num-classes must be at least 1, got {num_classes}")
   fetched = hub.fetch(source) if source.startswith(hub.PREFIX) else None
   path = fetched.path if fetched else Path(source)
   entry, others, state = read_entry(path, entry)
   dtypes = sorted({str(x.dtype) for x in state.values() if x.dtype.kind not in "iu"})
+  # The checksum reads the whole file; a thread computes it while the weights are recognized.
   with ThreadPoolExecutor(1) as background:
     checksum = background.submit(_sha256, path)
     found = recognize(state, model_name, hint=source, **overrides)
@@ -77,8 +79,9 @@ def import_weights(
     overrides |= assumed
     num_classes = num_classes or found.num_classes
     if num_classes is None and drop_head:
-      raise InputError(f"{path} holds no classifier: say of how many classes, --num-classes N")
-    num_classes = num_classes or 1000  # without any classifier, which from_torch will say
+      raise InputError(f"{path} holds no classifier; give the number of classes, --num-classes N")
+    # Without a classifier any number will do: from_torch refuses the file with an explanation.
+    num_classes = num_classes or 1000
     if allow_half:
       state = {name: x.astype(np.float32) if is_half(x) else x for name, x in state.items()}
     variables = from_torch(
@@ -113,19 +116,19 @@ def import_weights(
 def export_weights(
   workdir: Path, target: Path, *, naming: str = "official", form: str | None = None
 ) -> dict[str, np.ndarray]:
-  """Writes a folder's model as a .safetensors file in another project's names.
+  """Writes a folder's model as a .safetensors file with the names of a different project.
 
   Args:
-    workdir: of a run or an import.
-    target: the file, which must not exist yet.
-    naming: "official", "timm" or "mmpretrain".
-    form: "train" or "deploy"; None takes the training form where the folder has one.
+    workdir: the folder of a run or an import.
+    target: the file to write, which must not exist yet.
+    naming: source of the names: "official", "timm" or "mmpretrain".
+    form: "train" or "deploy"; None takes the training form if the folder has one.
 
   Returns:
-    What was written: name to array. Batch norms have the counter that PyTorch keeps, at zero.
+    The written state dict, name to array. Batch norms have the counter that PyTorch keeps, at zero.
 
   Raises:
-    InputError: the folder does not hold that form, the naming does not cover the model, or the file
+    InputError: the folder does not hold this form, the naming does not cover the model, or the file
       exists.
   """
   try:
@@ -133,7 +136,7 @@ def export_weights(
   except ImportError:
     raise InputError("writing .safetensors needs: pip install 'repjax[weights]'") from None
   if target.suffix != ".safetensors":
-    raise InputError(f"{target} is written as .safetensors; call it {target.stem}.safetensors")
+    raise InputError(f"{target} must end in .safetensors; call it {target.stem}.safetensors")
   check_new(target)
   if form is None:
     form = "train" if runs.checkpoints(workdir) else "deploy"
@@ -151,10 +154,11 @@ def export_weights(
 
 
 def check_new(path: Path) -> Path:
-  """The path, without links, of something that can be made there.
+  """Checks that a file or folder can be made at a path, and returns the path without links.
 
   Raises:
-    InputError: it exists (an empty folder may), it is the current folder, or a file is in the way.
+    InputError: the path exists and is not an empty folder, is the current folder, or leads through
+      a file.
   """
   path = path.resolve()
   if path.is_dir() and not any(path.iterdir()):
@@ -169,6 +173,7 @@ def check_new(path: Path) -> Path:
 
 
 def _sha256(path: Path) -> str:
+  """Returns the SHA-256 checksum of a file in hexadecimal digits."""
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -176,7 +181,7 @@ def _sha256(path: Path) -> str:
 def _preprocessing(
   found: Recognition, fetched: hub.HubFile | None, overrides: Mapping[str, Any]
 ) -> Preprocessing:
-  """The repository's own, or what goes with the published weights of that model and source."""
+  """Returns the preprocessing that the repository states, or that of the published weights."""
   stated = hub.preprocessing(fetched.config) if fetched else None
   usual = ModelSpec.usual(found.model, overrides=overrides).preprocessing
   key = (found.model, found.naming)
@@ -186,12 +191,13 @@ def _preprocessing(
 
 
 def _class_names(fetched: hub.HubFile | None, num_classes: int) -> tuple[str, ...]:
+  """Returns the names of the classes that the repository states, if there is one for each class."""
   names = (fetched.config.get("label_names") or ()) if fetched else ()
   return tuple(names) if len(names) == num_classes else ()
 
 
 def _write(workdir: Path, spec: ModelSpec, variables: Any, record: dict[str, Any]) -> None:
-  """Writes the whole folder beside its place, then moves it there."""
+  """Writes the folder, whole or not at all: into a draft next to its place, which is then moved."""
   workdir.parent.mkdir(parents=True, exist_ok=True)
   draft = Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", dir=workdir.parent))
   try:
@@ -212,13 +218,14 @@ def _write(workdir: Path, spec: ModelSpec, variables: Any, record: dict[str, Any
 
 
 def _umask() -> int:
+  """Returns the permissions that new files do not get; the system only tells them when set."""
   mask = os.umask(0)
   os.umask(mask)
   return mask
 
 
 def _evaluation_config(spec: ModelSpec) -> dict[str, Any]:
-  """What `evaluate` and `convert` read from a config."""
+  """Returns the fields of a config that `repjax evaluate` and `repjax convert` read."""
   return {
     "model": spec.name,
     "dataset": "imagenet2012" if spec.num_classes == 1000 else None,

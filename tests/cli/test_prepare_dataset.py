@@ -189,13 +189,13 @@ def test_tfds_does_not_prepare_what_is_there_as_tfrecord(run_script, tfrecord_se
 SIGNALLED = """
 import os, runpy, sys
 from repjax.data import folder
-read, calls, number = folder.read_image, [], int(sys.argv.pop())
+read, calls, number = folder.read_image_file, [], int(sys.argv.pop())
 def signalling(*arguments):
   calls.append(arguments)
   if len(calls) == 6:
     os.kill(os.getpid(), number)
   return read(*arguments)
-folder.read_image = signalling
+folder.read_image_file = signalling
 sys.argv[0] = "repjax prepare-dataset"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

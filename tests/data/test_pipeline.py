@@ -30,7 +30,7 @@ class Numbered:
 
 
 class Backends(Numbered):
-  """Labels that say what the process which reads them has set up: JAX backends, TensorFlow."""
+  """Examples whose labels count what the reading process has set up: JAX backends, TensorFlow."""
 
   def __getitem__(self, index):
     return super().__getitem__(index) | {"label": backends_here()}
@@ -42,23 +42,23 @@ def backends_here():
 
 
 def train(steps, examples=None, **changes):
-  """The first batches of a training pipeline."""
-  settings = {
+  """Returns the first batches of a training pipeline."""
+  arguments = {
     "batch_size": BATCH,
     "image_size": 8,
     "augment": "random_resized_crop | flip",
     "interpolation": "bilinear",
     "seed": 0,
   }
-  batches = train_batches(examples or Numbered(), **settings | changes)
+  batches = train_batches(examples or Numbered(), **arguments | changes)
   result = list(itertools.islice(batches, steps))
   batches.close()
   return result
 
 
 def evaluation(**changes):
-  settings = {"image_size": 8, "resize_size": 20, "interpolation": "bilinear"}
-  return list(eval_batches(**settings | changes))
+  arguments = {"image_size": 8, "resize_size": 20, "interpolation": "bilinear"}
+  return list(eval_batches(**arguments | changes))
 
 
 def assert_equal(batches, others):
@@ -175,7 +175,7 @@ def test_ten_crops_of_each_image_are_one_more_axis():
 
 
 class Damaged(Numbered):
-  """Example 5 is the beginning of a JPEG."""
+  """Numbered examples, of which example 5 is the beginning of a JPEG."""
 
   def __getitem__(self, index):
     example = super().__getitem__(index) | {"name": f"image {index} (cat.jpg)"}

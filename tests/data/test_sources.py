@@ -1,4 +1,4 @@
-"""Where examples come from: the digits, TFDS folders, noise."""
+"""Data sets open: the digits, TFDS folders, noise."""
 
 import collections
 import json
@@ -13,7 +13,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from sklearn.datasets import load_digits
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from repjax.data import open_source, records
+from repjax.data import open_source, storage
 from repjax.data.decode import Picture
 from repjax.data.digits import Digits
 from repjax.errors import InputError
@@ -40,7 +40,7 @@ def stored_as(digits_dir, tmp_path):
 
 
 def pixels_and_labels(examples):
-  """How often each image occurs with each label."""
+  """Counts how often each image occurs with each label."""
   rows = (examples[index] for index in range(len(examples)))
   return collections.Counter((Picture(x["image"]).pixels().tobytes(), x["label"]) for x in rows)
 
@@ -76,7 +76,7 @@ def test_the_first_use_says_where_the_digits_go(tmp_path, capfd):
   assert printed == f"preparing the digits data set in {tmp_path}/digits/1.0.0\n"
 
 
-def test_another_process_may_be_faster_in_preparing_the_digits(tmp_path, monkeypatch):
+def test_a_second_process_may_prepare_the_digits_first(tmp_path, monkeypatch):
   prepare = Digits.download_and_prepare
 
   def beaten(builder):
@@ -102,7 +102,8 @@ def test_sets_in_the_data_dir_are_among_the_close_ones(stored_as, digits_dir):
   assert pixels_and_labels(source.examples) == pixels_and_labels(digits.examples)
   with pytest.raises(InputError, match=r"'own_pet'; did you mean own_pets") as caught:
     open_source("own_pet", "test", data_dir=folder)
-  assert f"--from-folder FOLDER --name NAME, and looked for in {folder})" in str(caught.value)
+  assert f"looked for in {folder}; make one from" in str(caught.value)
+  assert "--from-folder FOLDER --name NAME" in str(caught.value)
 
 
 def test_sets_are_looked_for_in_the_default_folder_too(stored_as, monkeypatch):
@@ -134,10 +135,9 @@ def test_an_unknown_version_or_variant_of_a_known_set_is_an_input_error(name, tm
 def test_a_set_that_is_not_on_disk_says_how_to_prepare_it(tmp_path):
   with pytest.raises(InputError) as caught:
     open_source("mnist", "train", data_dir=str(tmp_path))
-  assert str(caught.value) == (
-    f"mnist is not in {tmp_path}/mnist/3.0.1; prepare it once with: "
-    f"repjax prepare-dataset --tfds mnist --data-dir {tmp_path}"
-  )
+  text = str(caught.value)
+  assert text.startswith(f"mnist is not in {tmp_path}/mnist/3.0.1")
+  assert text.endswith(f"repjax prepare-dataset --tfds mnist --data-dir {tmp_path}")
 
 
 def test_a_prepared_set_of_tfds_opens(stored_as, digits_dir):
@@ -158,7 +158,7 @@ def test_a_set_in_another_format_is_refused_with_the_way_out(stored_as):
 
 def test_a_set_without_labels_is_refused(stored_as):
   folder = stored_as("binarized_mnist", "1.0.0", "array_record")
-  expected = r"binarized_mnist is not an image classification set: it has \['image'\]"
+  expected = r"not an image classification set: its features are \['image'\]"
   with pytest.raises(InputError, match=expected):
     open_source("binarized_mnist", "train", data_dir=folder)
 
@@ -209,12 +209,12 @@ def test_the_names_of_files_are_told_where_the_set_has_them(tmp_path, key):
   folder = tmp_path / "named" / "1.0.0"
   folder.mkdir(parents=True)
   serializer = ExampleSerializer(features.get_serialized_info())
-  writer = records.ShardWriter(folder, "named", "train")
+  writer = storage.ShardWriter(folder, "named", "train")
   for name, label in ((b"a/1.jpg", 0), ("b/gr\u00f6\u00dfe".encode() + b"\xff.jpg", 1)):
     example = {"image": b"bytes", "label": label, key: name}
     writer.write(serializer.serialize_example(features.encode_example(example)))
   splits = {"train": writer.finish()}
-  records.write_info(
+  storage.write_info(
     folder, "named", "1.0.0", features=features, splits=splits, description="", metadata={}
   )
   source = open_source("named", "train", data_dir=str(tmp_path))
@@ -237,9 +237,9 @@ def test_a_split_without_labels_is_refused(tmp_path):
   folder = tmp_path / "blind" / "1.0.0"
   folder.mkdir(parents=True)
   serializer = ExampleSerializer(features.get_serialized_info())
-  writer = records.ShardWriter(folder, "blind", "test")
+  writer = storage.ShardWriter(folder, "blind", "test")
   writer.write(serializer.serialize_example({"image": b"bytes", "label": -1}))
-  records.write_info(
+  storage.write_info(
     folder,
     "blind",
     "1.0.0",
@@ -249,7 +249,7 @@ def test_a_split_without_labels_is_refused(tmp_path):
     metadata={},
   )
   source = open_source("blind", "test", data_dir=str(tmp_path))
-  with pytest.raises(InputError, match="image 0 of the test split of blind has the label -1"):
+  with pytest.raises(InputError, match=r"image 0 .* of blind has the label -1"):
     source.examples[0]
 
 
@@ -270,31 +270,27 @@ def test_a_damaged_record_names_the_set_the_split_and_the_index(stored_as):
     except InputError as error:
       failed[index] = str(error)
   [(index, text)] = failed.items()
-  assert text.startswith(f"image {index} of the test split of own_pets cannot be read: the set's f")
+  assert text.startswith(f"image {index} of the test split of own_pets cannot be read")
 
 
 def test_a_record_that_is_no_example_is_named(stored_as):
   folder = pathlib.Path(stored_as("own_pets", "1.0.0", "array_record"))
   version = folder / "own_pets" / "1.0.0"
-  shard = records.ShardWriter(folder, "own_pets", "test")
+  shard = storage.ShardWriter(folder, "own_pets", "test")
   for number in range(360):
     shard.write(b"\xff no example" if number == 3 else b"")
   shard.finish()
   next(folder.glob("own_pets-test*")).replace(next(version.glob("own_pets-test*")))
   source = open_source("own_pets", "test", data_dir=str(folder))
   for index in (3, 4):
-    with pytest.raises(
-      InputError, match=f"image {index} of the test split of own_pets cannot be r"
-    ):
+    with pytest.raises(InputError, match=f"image {index} of the test split .* cannot be read"):
       source.examples[index]
 
 
 def test_a_set_without_all_its_files_is_refused(stored_as):
   folder = stored_as("own_pets", "1.0.0", "array_record")
   next(pathlib.Path(folder).rglob("own_pets-train*")).unlink()
-  with pytest.raises(
-    InputError, match="incomplete: 1 of its 1 train files are missing, own_pets-t"
-  ):
+  with pytest.raises(InputError, match=r"incomplete: 1 of its 1 train files .* own_pets-train"):
     open_source("own_pets", "train", data_dir=folder)
   assert len(open_source("own_pets", "test", data_dir=folder).examples) == 360
 
@@ -336,7 +332,7 @@ def test_fingerprints_are_equal_for_the_same_split_only(digits_dir, stored_as):
   assert opened("own_pets", "train", own)["classes"] != prints[2]["classes"]
 
 
-def test_variants_of_a_set_have_fingerprints_of_their_own(stored_as):
+def test_the_fingerprint_names_the_variant(stored_as):
   folder = stored_as("own_pets/small", "1.0.0", "array_record")
   assert open_source("own_pets/small", "test", data_dir=folder).fingerprint["name"] == (
     "own_pets/small"

@@ -1,4 +1,4 @@
-"""What tests of inference share: a small model, its folder, and plans that are not measured."""
+"""Fixtures of the inference tests: a small model, its folder, and plans that are not measured."""
 
 import importlib
 
@@ -44,15 +44,16 @@ def quickly(cache_home):
 
 @pytest.fixture
 def fastest(monkeypatch):
-  """Makes batches run on so many devices, whatever is faster."""
+  """Returns a function that makes batches run on so many devices, whatever is faster."""
   devices = importlib.import_module("repjax.deploy.devices")
 
   def choose(count):
     def measured(programs, batch):
       del batch
-      return {program.way: float(program.way.devices != count) for program in programs}
+      arrangements = [program.arrangement for program in programs]
+      return {each: float(each.devices != count) for each in arrangements}
 
-    monkeypatch.setattr(devices, "measure", measured)
+    monkeypatch.setattr(devices, "time_programs", measured)
 
   return choose
 
@@ -66,7 +67,7 @@ def small_proto(cache_home):
 
 @pytest.fixture(scope="session")
 def small_logits(small_proto):
-  """What that one gives for `int8.IMAGES`."""
+  """The logits of the small ONNX file for `int8.IMAGES`."""
   return runtime.logits_of(small_proto, int8.IMAGES)
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax.deploy.critical_path import Cost, longest
-from repjax.deploy.streams import cut
+from repjax.deploy.critical_path import PieceCost, longest_chain
+from repjax.deploy.streams import cut_into_pieces
 from repjax.errors import InputError
 from repjax.models.parnet import ParNet
 from tests.deploy.test_streams import SIZE, TwoStreams, noise
@@ -15,19 +15,20 @@ from tests.helpers import random_variables
 FIRST, LAST = "downsample0+downsample1", "fusion3+downsample4+head"
 pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
 
-PIECES = cut(ParNet().streams, ["head"])
+PIECES = cut_into_pieces(ParNet().streams, ["head"])
 TO_HOST = 0.5
 
 
 def random_costs(seed):
   rng = np.random.default_rng(seed)
   return [
-    Cost(piece, rng.uniform(), {name: rng.uniform() for name in piece.moves}) for piece in PIECES
+    PieceCost(piece, rng.uniform(), {name: rng.uniform() for name in piece.moves})
+    for piece in PIECES
   ]
 
 
 def chains(costs, last):
-  """All chains of pieces that end in one, with their seconds, by the definition."""
+  """Yields the seconds and names of every chain of pieces that ends in `last`."""
   maker = {scope: cost for cost in costs for scope in cost.piece.makes}
   for name in last.piece.reads:
     own = last.seconds + last.moves.get(name, 0)
@@ -41,7 +42,7 @@ def chains(costs, last):
 @pytest.mark.parametrize("seed", range(20))
 def test_no_chain_is_longer_and_the_shares_add_up(seed):
   costs = random_costs(seed)
-  found = longest(costs, TO_HOST, 8, 3)
+  found = longest_chain(costs, TO_HOST, 8, 3)
   seconds, names = max(chains(costs, costs[-1]))
   assert list(found.path) == names
   np.testing.assert_allclose(found.seconds, seconds + TO_HOST)
@@ -56,16 +57,16 @@ def test_no_chain_is_longer_and_the_shares_add_up(seed):
 
 def test_what_costs_most_is_named():
   def found(changes):
-    """With a second for each of some pieces, and little for others and for moves."""
+    """Returns the longest chain if pieces take the given seconds, and all else takes little."""
     costs = [
-      Cost(
+      PieceCost(
         piece,
         changes.get(piece.name, 0.001),
         dict.fromkeys(piece.moves, changes.get("moves", 0.0001)),
       )
       for piece in PIECES
     ]
-    return longest(costs, 0.0001, 1, 3)
+    return longest_chain(costs, 0.0001, 1, 3)
 
   assert found({"stream2": 1}).bound == "stream 2"
   assert found({"stream2": 1}).path == (FIRST, "downsample2", "stream2", "fusion2", LAST)
@@ -114,9 +115,9 @@ def test_what_has_no_pieces_and_numbers_that_cannot_be_are_refused(compiled):
   plain = repjax.deploy.compile(
     model.clone(), random_variables(model, images), image_size=SIZE, batch_sizes=1, tune=False
   )
-  with pytest.raises(InputError, match=r"only a model in streams .* compile it with"):
+  with pytest.raises(InputError, match='parallel="streams"'):
     repjax.deploy.critical_path(plain)
-  with pytest.raises(InputError, match=r"compiled for batch sizes \(1, 4\), got 2; choose"):
+  with pytest.raises(InputError, match=r"batch sizes \(1, 4\), got 2"):
     repjax.deploy.critical_path(compiled, 2)
-  with pytest.raises(InputError, match="rounds are 1 or more, got 0"):
+  with pytest.raises(InputError, match="rounds must be 1 or more, got 0"):
     repjax.deploy.critical_path(compiled, rounds=0)

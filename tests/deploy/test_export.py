@@ -73,7 +73,7 @@ def test_another_process_runs_it_without_repjax_and_with_it(exported, small, tmp
   flat = {str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(params))}
   np.savez(tmp_path / "params.npz", **flat)
   np.save(tmp_path / "pixels.npy", PIXELS[:3])
-  # What holds flatbuffers need not be where this Python's own packages are.
+  # flatbuffers may be in a different folder than the packages of this Python.
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
   environment["XDG_CACHE_HOME"] = str(tmp_path)
   names = ("pixels.npy", "params.npz", "result.npy")
@@ -146,7 +146,7 @@ def test_the_script_exports_a_folder_and_says_for_how_long(
   assert last == f"saved: {target}"
   program = repjax.deploy.load_exported(target, batch_sizes=(5,), devices=jax.devices()[:1])
   assert_close(program(PIXELS), logits_of(small, PIXELS), 1e-5)
-  with pytest.raises(SystemExit, match=r"^error: .*exists already; give another path"):
+  with pytest.raises(SystemExit, match=r"^error: .*exists already"):
     run_command("export", "--workdir", small_folder, "--to", target)
   assert {path.name for path in target.parent.iterdir()} == {"exported"}
 
@@ -157,7 +157,7 @@ def test_damage_expiry_and_other_platforms_are_refused(exported, small, tmp_path
   program = folder / "model.stablehlo"
   whole = program.read_bytes()
   program.write_bytes(whole[: len(whole) // 2])
-  with pytest.raises(InputError, match=r"model\.stablehlo cannot be read by jax .*export\.py"):
+  with pytest.raises(InputError, match=r"model\.stablehlo cannot be read by jax .*repjax export"):
     repjax.deploy.load_exported(folder)
   program.unlink()
   with pytest.raises(InputError, match=r"model\.stablehlo cannot be read: No such file"):
@@ -165,7 +165,7 @@ def test_damage_expiry_and_other_platforms_are_refused(exported, small, tmp_path
   with pytest.raises(InputError, match=r"export\.json does not exist"):
     repjax.deploy.load_exported(tmp_path)
   repjax.deploy.export(*small, SPEC, tmp_path / "cuda", platforms=["cuda"])
-  with pytest.raises(InputError, match="is for cuda, and the devices here are cpu; export it with"):
+  with pytest.raises(InputError, match=r"is for cuda, .* are cpu\. .*--platforms cuda cpu"):
     repjax.deploy.load_exported(tmp_path / "cuda")
 
 
@@ -181,7 +181,7 @@ def test_nothing_is_left_where_writing_fails(small, tmp_path, monkeypatch):
 
 
 def test_platforms_and_folders_are_checked_first(small, tmp_path):
-  with pytest.raises(InputError, match="exists already; give another path"):
+  with pytest.raises(InputError, match="exists already"):
     repjax.deploy.export(*small, SPEC, tmp_path)
   with pytest.raises(InputError, match=r"unknown platform .gpu.; did you mean tpu or cpu"):
     repjax.deploy.export(*small, SPEC, tmp_path / "out", platforms=["gpu"])

@@ -1,4 +1,4 @@
-"""From files and pixels to probabilities and labels."""
+"""Tests of probabilities and labels of files and pixels."""
 
 import dataclasses
 import io
@@ -49,7 +49,7 @@ def files(tmp_path):
 
 
 def expected(small, images):
-  """By the training form, in the words of `repjax.load`'s documentation."""
+  """Returns probabilities by the training form, as the documentation of `repjax.load` has it."""
   squares = np.stack([read_image(png(image), SPEC.preprocessing) for image in images])
   normalized = SPEC.preprocessing.normalize(jnp.asarray(squares))
   return jax.nn.softmax(jax.jit(small[0].apply)(small[1], normalized))
@@ -83,7 +83,7 @@ def test_top_gives_labels_from_the_most_probable_down(predictor):
   assert [label for label, _ in predictor.top(picture(1), 99)[0]][:10] == [
     NAMES[index] for index in np.argsort(-rows[0])
   ]
-  with pytest.raises(InputError, match="number of labels is 1 or more, got 0"):
+  with pytest.raises(InputError, match=r"number of labels .* got 0"):
     predictor.top(picture(1), 0)
 
 
@@ -137,11 +137,11 @@ def test_the_dtype_is_the_programs(small_folder, small):
 @pytest.mark.parametrize(
   ("image", "said"),
   [
-    (np.zeros((8, 8), np.uint8), r"pixels are uint8 \(H, W, 3\).* got uint8 \(8, 8\)"),
+    (np.zeros((8, 8), np.uint8), r"pixels .* uint8 \(H, W, 3\).* got uint8 \(8, 8\)"),
     (np.zeros((8, 8, 4), np.uint8), r"got uint8 \(8, 8, 4\)"),
     (np.zeros((8, 8, 3), np.float32), r"got float32 \(8, 8, 3\)"),
     (np.zeros((0, 8, 3), np.uint8), r"got uint8 \(0, 8, 3\)"),
-    ([7], "an image is a path, bytes or a uint8 array, got int"),
+    ([7], "path, bytes or a uint8 array, got int"),
     ("none.png", "none.png cannot be read: No such file"),
     (b"GIF", "the image cannot be decoded"),
   ],

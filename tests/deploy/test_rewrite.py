@@ -72,7 +72,7 @@ def test_all_ways_give_the_same(several, place):
     names = suitable(one._replace(dtype="float32"))
     choices[path] = names[min(place, len(names) - 1)]
   kernels = {
-    path: rewrite.prepared(rewrite.kernel_of(variables, path), name, found[path])
+    path: rewrite.prepare_kernel(rewrite.kernel_of(variables, path), name, found[path])
     for path, name in choices.items()
   }
   tree = rewrite.with_kernels(variables, kernels)
@@ -122,7 +122,7 @@ def test_kernels_that_are_altered_or_read_elsewhere_are_left_alone(x64):
   found = rewrite.convolutions_in(Altered().apply, variables, x)
   assert list(found) == [("by_name",)]
   choices = {("by_name",): "winograd2"}
-  kernel = rewrite.prepared(
+  kernel = rewrite.prepare_kernel(
     rewrite.kernel_of(variables, ("by_name",)), "winograd2", *found.values()
   )
   tree = rewrite.with_kernels(variables, {("by_name",): kernel})

@@ -1,4 +1,4 @@
-"""What is fastest is measured once, kept on disk, and used."""
+"""The fastest algorithm is measured once, kept on disk, and used."""
 
 import json
 import types
@@ -20,7 +20,7 @@ STRIDED = PLAIN._replace(strides=(2, 2))
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """Where measurements are kept in this test."""
+  """The folder in which this test keeps measurements."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   return tmp_path / "repjax" / "measured"
 
@@ -35,7 +35,7 @@ def speeds(monkeypatch):
     seen.append(wanted)
     return {name: [9.0, table[name]] for name in names}
 
-  monkeypatch.setattr(tuning, "seconds", seconds)
+  monkeypatch.setattr(tuning, "time_algorithms", seconds)
   return table, seen
 
 
@@ -89,13 +89,13 @@ def test_a_folder_in_the_place_of_a_file_is_no_error(folder, speeds):
 
 def test_gpus_choose_themselves():
   gpu = types.SimpleNamespace(platform="gpu")
-  assert tuning.tuner({}, gpu, np.asarray, tune=True) is None
-  assert tuning.tuner({}, CPU[0], np.asarray, tune=False) is None
-  assert tuning.tuner({}, CPU[0], np.asarray, tune=True) is not None
+  assert tuning.make_tuner({}, gpu, np.asarray, tune=True) is None
+  assert tuning.make_tuner({}, CPU[0], np.asarray, tune=False) is None
+  assert tuning.make_tuner({}, CPU[0], np.asarray, tune=True) is not None
 
 
 def test_every_way_is_measured(folder):
-  times = tuning.seconds(PLAIN, ["direct", "winograd2"], CPU[0])
+  times = tuning.time_algorithms(PLAIN, ["direct", "winograd2"], CPU[0])
   assert list(times) == ["direct", "winograd2"]
   assert all(value > 0 for row in times.values() for value in row)
 
@@ -108,9 +108,9 @@ def test_a_tuned_program_computes_the_same(small, folder, speeds, dtype, monkeyp
 
   def measured(programs, batch):
     measurements.append(batch.shape)
-    return {program.way: program.way.piece for program in programs}
+    return {program.arrangement: program.arrangement.chunk for program in programs}
 
-  monkeypatch.setattr(devices, "measure", measured)
+  monkeypatch.setattr(devices, "time_programs", measured)
   plain, tuned = (
     repjax.deploy.compile(
       *small, image_size=16, dtype=dtype, batch_sizes=(10,), devices=CPU, tune=tune
@@ -120,9 +120,9 @@ def test_a_tuned_program_computes_the_same(small, folder, speeds, dtype, monkeyp
   names = tuned.plans[10].convolutions
   assert set(names.values()) == ({"matmul", "winograd4"} if dtype == "float32" else {"matmul"})
   assert plain.plans[10].convolutions == {}
-  assert tuned.plans[10][:3] == (1, tuning.PIECE, 12)
+  assert tuned.plans[10][:3] == (1, tuning.CHUNK, 12)
   again = repjax.deploy.compile(*small, image_size=16, dtype=dtype, batch_sizes=(10,), devices=CPU)
-  assert again.plans[10][:4] == (1, tuning.PIECE, 12, {})
+  assert again.plans[10][:4] == (1, tuning.CHUNK, 12, {})
   assert len(measurements) == 1
   images = np.random.default_rng(0).standard_normal((10, 16, 16, 3), np.float32)
   for count in (7, 10):
@@ -139,6 +139,6 @@ class Failing:
 
 def test_an_option_that_xla_has_forgotten_is_left_out(monkeypatch):
   monkeypatch.setattr(xla, "CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
-  assert xla.compiled(jax.jit(lambda x: x + 1).lower(1.0), CPU[0])(1.0) == 2
+  assert xla.compile_lowered(jax.jit(lambda x: x + 1).lower(1.0), CPU[0])(1.0) == 2
   with pytest.raises(jax.errors.JaxRuntimeError, match="no memory is left"):
-    xla.compiled(Failing(), CPU[0])
+    xla.compile_lowered(Failing(), CPU[0])

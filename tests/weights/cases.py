@@ -48,7 +48,7 @@ _FROM_OFFICIAL = {
 
 
 def renamed(state: Mapping[str, Any], source: str) -> dict[str, Any]:
-  """A state dict in official names of RepVGG in those of another source."""
+  """Renames a state dict from RepVGG's official names to the names of a different source."""
   result = {}
   for name, value in state.items():
     for pattern, replacement in _FROM_OFFICIAL[source]:
@@ -59,7 +59,7 @@ def renamed(state: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 @functools.cache
 def parnet_keys() -> dict[str, dict[str, dict[str, list[int]]]]:
-  """Model to kind to name to shape, as in the authors' files of ParNet."""
+  """Returns the shapes in the authors' files of ParNet: model to kind to name to shape."""
   with gzip.open(helpers.GOLDENS / "parnet_keys.json.gz", "rt") as file:
     return json.load(file)
 
@@ -75,7 +75,7 @@ def numbered(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
 
 
 def random_variables(model: str, kind: str = "train", num_classes: int = 10, **overrides: Any):
-  """Random variables of a model in either form, in float32."""
+  """Returns random variables of a model in either form, in float32."""
   spec = repjax.ModelSpec.usual(model, num_classes, overrides)
   return helpers.randomise(spec.variable_shapes(deploy=kind == "deploy"))
 
@@ -88,7 +88,7 @@ def random_state(
   counters: bool = True,
   **overrides: Any,
 ) -> dict[str, np.ndarray]:
-  """A random state dict of a model, with the counters that PyTorch's batch norms have."""
+  """Returns a random state dict of a model, with the counters that PyTorch's batch norms have."""
   variables = random_variables(model, kind, num_classes, **overrides)
   state = weights.to_torch(model, variables, source)
   norms = [name.removesuffix("running_var") for name in state if name.endswith("running_var")]
@@ -97,7 +97,7 @@ def random_state(
 
 
 def golden_network(case: Mapping[str, Any]) -> tuple[str, int, dict[str, Any]]:
-  """Name, classes and overrides of the network of a golden case."""
+  """Returns name, number of classes and overrides of the network of a golden case."""
   spec = case["spec"]
   if spec.get("model"):
     return spec["model"], spec["num_classes"], {}

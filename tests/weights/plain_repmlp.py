@@ -39,7 +39,7 @@ def _residual(state: State, x: np.ndarray, prefix: str, tile: int, strides: int)
 
 
 def repmlp(state: State, x: np.ndarray, prefix: str, tile: tuple[int, int]) -> np.ndarray:
-  """A block on maps (N, H, W, C); tiles are flattened channel by channel."""
+  """Computes a block on maps (N, H, W, C); tiles are flattened channel by channel."""
   (height, width), (count, rows, columns, channels) = tile, x.shape
   rows, columns = rows // height, columns // width
   x = x.reshape(count, rows, height, columns, width, channels)

@@ -40,7 +40,7 @@ every_format = pytest.mark.parametrize("save", FORMATS.values(), ids=FORMATS)
 
 
 def assert_same(found, expected):
-  """The same names, dtypes, shapes and bits."""
+  """Checks that names, dtypes, shapes and bits are the same."""
   assert set(found) == set(expected)
   for name, array in expected.items():
     assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
@@ -48,7 +48,7 @@ def assert_same(found, expected):
 
 
 def refusal(path, **how):
-  """The text of the error that reading raises, which names the file, without that name."""
+  """Returns the text of the error that reading raises, without the name of the file."""
   with pytest.raises(InputError) as caught:
     read(path, **how)
   assert str(path) in str(caught.value)
@@ -56,7 +56,7 @@ def refusal(path, **how):
 
 
 def read_or_refuse(path):
-  """What is read, or None where that ends in an error meant for the person who asked."""
+  """Returns what is read, or None if reading ends in an error that names the file."""
   try:
     return read(path)
   except InputError as error:

@@ -82,7 +82,7 @@ def online(monkeypatch):
 
 
 def refused(kind):
-  """An error as the hub's client raises it."""
+  """Returns an error as the hub's client raises it."""
   response = types.SimpleNamespace(headers={}, request=None, status_code=404)
   return kind("refused", response=response)
 
@@ -167,7 +167,7 @@ def test_what_is_not_in_the_cache_cannot_be_had_offline(cache, reference, said):
 @pytest.mark.parametrize(
   ("reference", "said"),
   [
-    ("hf:owner/gone", "no public repository owner/gone with revision main; gated and private"),
+    ("hf:owner/gone", "no public repository owner/gone with revision main"),
     ("hf:owner/old@v7", "no public repository owner/old with revision v7"),
     ("hf:owner/net@unknown", "no public repository owner/net with revision unknown"),
     ("hf:owner/net", "owner/net holds no model.safetensors or pytorch_model.bin; name its weight"),
@@ -201,7 +201,7 @@ def test_without_the_package_the_way_to_install_it_is_said(monkeypatch):
     hub.fetch("hf:owner/net")
 
 
-# What config.json says
+# The preprocessing in config.json
 
 
 def test_preprocessing_is_what_timm_evaluates_with():

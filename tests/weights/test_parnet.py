@@ -32,7 +32,7 @@ def shapes(model, kind, **overrides):
 
 
 def ones(model, kind, **overrides):
-  """A state dict that holds no number but one."""
+  """Returns a state dict of ones."""
   wanted = shapes(model, kind, **overrides)
   return {name: np.broadcast_to(np.float32(1), shape) for name, shape in wanted.items()}
 
@@ -55,7 +55,7 @@ def test_names_and_shapes_are_the_authors(model):
 
 @pytest.mark.parametrize("model", cases.parnet_keys())
 def test_published_names_and_shapes_have_the_published_counts(model):
-  # Of the lists that the models are held to by the test before.
+  # The test before holds the models to the same lists.
   counts = helpers.parnet_goldens()["counts"][model]
   for kind, buffers in (("train", "bn_buffers"), ("deploy", "deploy_bn_buffers")):
     sizes = {name: math.prod(shape) for name, shape in cases.parnet_keys()[model][kind].items()}
@@ -92,7 +92,7 @@ def test_a_training_file_comes_in_and_goes_out_as_it_was():
 
 
 def fused(state):
-  """What the authors' conversion makes of a training-form state dict: it folds convolutions."""
+  """Converts a training-form state dict as the authors do, who fold convolutions only."""
 
   def convolution(prefix):
     scale, bias, mean, var = (
@@ -158,7 +158,7 @@ class TestFusedFiles:
 class TestActivation:
   @pytest.mark.parametrize("kind", KINDS)
   def test_it_has_to_be_said(self, kind):
-    said = r"do not show their act\. .* released need act='relu', .* silu, the paper's, .* Pass act"
+    said = r"do not show their act\. .* weights need act='relu', .* silu .* Pass act"
     with pytest.raises(InputError, match=said):
       weights.from_torch(NAME, ones(NAME, kind, **TINY), **TINY)
 

@@ -97,14 +97,14 @@ def test_networks_of_other_sizes_compute_what_the_definition_says_of_their_state
 
 
 def refusal(model, state, **arguments):
-  """The first line of the text with which `from_torch` refuses a state dict."""
+  """Returns the first line of the text with which `from_torch` refuses a state dict."""
   with pytest.raises(InputError) as caught:
     weights.from_torch(model, state, num_classes=5, **arguments)
   return str(caught.value).split("\n")[0]
 
 
 def blank(model, kind, **overrides):
-  """A state dict of ones."""
+  """Returns a state dict of ones."""
   wanted = sources.expected(model, "official", kind, 5, overrides)
   return {name: np.broadcast_to(np.float32(1), entry.shape) for name, entry in wanted.items()}
 

@@ -68,17 +68,17 @@ def count(shapes, names):
 
 
 def train_state(num_classes=1000, **overrides):
-  """A training-form state dict by the fill rule, in float64."""
+  """Returns a training-form state dict by the fill rule, in float64."""
   wanted = sources.expected(NAME, "official", "train", num_classes, overrides)
   return helpers.fill_state_dict({name: entry.shape for name, entry in wanted.items()})
 
 
 def fold_fc3(state, params):
-  """What the authors' conversion makes of a training-form state dict: it folds fc3 alone.
+  """Converts a training-form state dict as the authors do, who fold fc3 only.
 
   Args:
-    state: of TINY.
-    params: its deploy form.
+    state: state dict of TINY.
+    params: parameters of the deploy form of TINY.
   """
   plain = {name: value for name, value in state.items() if not re.search("repconv|fc3", name)}
   for stage in (0, 1):
@@ -192,7 +192,7 @@ def test_an_imported_model_sees_whole_squares_of_its_own_size(tmp_path, deploy_s
 
 
 def shallow_state(kind):
-  """A state dict of ones with a block a stage."""
+  """Returns a state dict of ones with one block in each stage."""
   wanted = sources.expected(NAME, "official", kind, 1000, SHALLOW)
   return {name: np.broadcast_to(np.float32(1), entry.shape) for name, entry in wanted.items()}
 

@@ -71,7 +71,7 @@ def torchvision_vgg(widths, hidden, num_classes, kind):
 
 
 def to_timm_vgg(state):
-  """vgg16 of torchvision in timm's names: fully connected layers are convolutions there."""
+  """Renames torchvision's vgg16 to timm's names, where fully connected layers are convolutions."""
   names = {"classifier.0": "pre_logits.fc1", "classifier.3": "pre_logits.fc2"}
   names["classifier.6"] = "head.fc"
   result = {}

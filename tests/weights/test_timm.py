@@ -24,10 +24,10 @@ TO_F64 = {"param_dtype": np.float64}
 
 
 def import_timm():
-  """timm, or the end of this module where it is not installed.
+  """Imports timm, or skips this module if timm is not installed.
 
-  timm imports torchvision, which no RepVGG of it uses. Where torchvision is missing, a stand-in
-  that has every name takes its place meanwhile.
+  timm imports torchvision, which timm's RepVGG does not use. If torchvision is missing, a stand-in
+  that has every name takes its place during the import.
   """
   stand_ins = () if importlib.util.find_spec("torchvision") else TORCHVISION
   sys.modules.update({name: mock.MagicMock() for name in stand_ins})
@@ -66,7 +66,7 @@ def expected(network, images):
 
 
 def logits_of(network, images):
-  """What a network of timm makes of images (N, H, W, 3)."""
+  """Computes the logits of timm's network for images (N, H, W, 3)."""
   with torch.no_grad():
     return network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
 

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 
 from repjax.errors import InputError
-from repjax.weights import read, torch_files
-from repjax.weights.torch_files import load
+from repjax.weights import read
+from repjax.weights.torch_files import files, load, names, pickles, tensors
 from tests.helpers import GOLDENS
 from tests.weights import torch_writer as writer
 from tests.weights.torch_writer import FORMATS, Built, Call, Name, Raw, Storage, tensor
@@ -39,18 +39,18 @@ every_format = pytest.mark.parametrize("save", FORMATS.values(), ids=FORMATS)
 
 @pytest.fixture
 def path(tmp_path):
-  """Where tests write their one file."""
+  """The one file that a test writes."""
   return tmp_path / "file.pth"
 
 
 def assert_same(found, expected):
-  """Equal in dtype, shape and bits, where a float8 has no == of its own."""
+  """Checks that dtypes, shapes and bits are equal; NumPy has no == for float8."""
   assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
   assert found.tobytes() == expected.tobytes()
 
 
 def read_or_refuse(path):
-  """What is read, or nothing where that ends in an error meant for the person who asked."""
+  """Returns what is read, or None if reading ends in an error that names the file."""
   try:
     return read(path)
   except InputError as error:
@@ -60,7 +60,7 @@ def read_or_refuse(path):
 
 
 def refusal(path):
-  """The text of the error that reading raises, which names the file, without that name."""
+  """Returns the text of the error that reading raises, without the name of the file."""
   with pytest.raises(InputError) as caught:
     read(path)
   assert str(path) in str(caught.value)
@@ -398,7 +398,7 @@ def test_no_extension_code_reaches_a_function_even_one_that_is_in_use(path, save
 
 
 def fields_of_objects():
-  """A dictionary that NumPy takes for a dtype of pointers, with an itemsize as a dtype has."""
+  """Returns a dictionary that NumPy takes for a dtype of pointers, with an itemsize."""
   fields = Call(Name("collections", "OrderedDict"), [("names", ["a"]), ("formats", ["O"])])
   return Built(fields, {"itemsize": 8})
 
@@ -433,7 +433,8 @@ def test_attributes_of_a_storage_change_nothing(path, save, name, slots):
   ids=lambda inner: inner.name,
 )
 def test_a_file_leaves_nothing_behind(path, save, tmp_path, inner, slots):
-  functions = [value for value in vars(torch_files).values() if callable(value)]
+  modules = (files, names, pickles, tensors)
+  functions = [value for each in modules for value in vars(each).values() if callable(value)]
 
   def marks():
     held = ("__dict__", "__defaults__", "__kwdefaults__", "__doc__", "__name__")
@@ -569,7 +570,7 @@ def test_shown_names_cannot_write_to_the_terminal(path, save):
 
 
 def copies(function, argument, count):
-  """A list of what a function makes of one argument, `count` times."""
+  """Returns the pickle of a list with `count` calls of a function, all with one argument."""
   named = f"c{function.module}\n{function.name}\n".encode() + b"q\xfb0"
   calls = b"h\xfbh\xfa\x85R" * count
   return Raw(argument + b"q\xfa0" + named + b"(" + calls + b"l")
@@ -707,7 +708,7 @@ def test_a_local_header_that_lies_reads_nothing_outside_the_file(path, field, va
 
 
 def sample_bytes(save, path):
-  """A small file with every kind of part, and what it holds."""
+  """Returns the bytes of a small file with every kind of part, and the value in the file."""
   value = {
     "state_dict": {"w": writer.sample("float32"), "b": writer.sample("bfloat16", (3,))},
     "args": LEFTOVERS["namespace"],
@@ -879,14 +880,14 @@ def torch_save(request, torch, path):
 
 
 def bits(tensor):
-  """The bytes of a torch tensor in the order of its elements."""
+  """Returns the bytes of a torch tensor in the order of its elements."""
   torch = pytest.importorskip("torch")
   tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
   return bytes(tensor.reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
 
 
 def assert_like_torch(found, tensor):
-  """The array has the tensor's dtype, shape and bits."""
+  """Checks that the array has the tensor's dtype, shape and bits."""
   assert found.dtype.name == str(tensor.dtype).removeprefix("torch.")
   assert found.shape == tuple(tensor.shape)
   assert found.tobytes() == bits(tensor)
@@ -970,13 +971,13 @@ def test_state_dicts_of_modules_are_read(torch, torch_save):
 
 
 class Colour(enum.Enum):
-  """As configurations have them."""
+  """An enumeration like those in configurations."""
 
   RED = 1
 
 
 class Config(dict):
-  """As configurations are: a dictionary with attributes."""
+  """A dictionary with attributes, like those of configurations."""
 
   def __init__(self, **items):
     super().__init__(items)

@@ -27,13 +27,13 @@ def sources_of(model):
 
 
 def address(array):
-  """Where an array's numbers are in memory, and how."""
+  """Returns the place and the layout of an array's numbers in memory."""
   facts = array.__array_interface__
   return facts["data"][0], facts["shape"], facts["strides"] or array.strides
 
 
 def refusal(model, state, **arguments):
-  """The text with which `from_torch` refuses a state dict: its headline, then a line a misfit."""
+  """Returns the headline and the lines of the text with which `from_torch` refuses a state dict."""
   with pytest.raises(InputError) as caught:
     weights.from_torch(model, state, **arguments)
   headline, *lines = str(caught.value).split("\n  ")
@@ -48,15 +48,15 @@ def state():
 
 @pytest.fixture
 def few_models(monkeypatch):
-  """To trace every model takes seconds."""
+  """Leaves three models to search, since tracing all of them takes seconds."""
   monkeypatch.setattr(recognition, "list_models", lambda: ["repvgg_a0", "repvgg_a1", "repvgg_b0"])
 
 
-# What is published
+# Published weights
 
 
 def renamed_keys(model, source, kind):
-  """Official names by their counterparts in another source, which must be those of its key list."""
+  """Returns official names by the names in a different source, after checking its key list."""
   shapes = helpers.keys("official", model)[kind]
   names = cases.renamed({name: name for name in shapes}, source)
   assert {name: shapes[official] for name, official in names.items()} == (
@@ -82,7 +82,7 @@ def test_every_checkpoint_is_known_and_its_tensors_have_their_places(model):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_published_names_and_shapes_have_the_published_counts(model):
-  # Of the lists that the models are held to by the test before.
+  # The test before holds the models to the same lists.
   counts = helpers.counts()[model]
   for kind, buffers in (("train", counts["bn_buffers"]), ("deploy", 0)):
     shapes = helpers.keys("official", model)[kind]
@@ -132,7 +132,7 @@ def test_state_dicts_are_read_as_the_variables_whose_outputs_are_the_authors(cas
   jax.tree.map(np.testing.assert_array_equal, variables, expected)
 
 
-# What else comes in
+# Other state dicts that are taken
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -329,7 +329,7 @@ def test_another_number_of_classes_is_refused_with_the_way_out(state):
   ]
 
 
-# What is refused
+# Refused state dicts
 
 
 def test_all_misfits_are_in_one_text(few_models, state):
@@ -470,7 +470,7 @@ def test_names_of_no_naming_are_refused(state, said):
     weights.from_torch("repvgg_a0", state)
 
 
-# What cannot go out
+# Refused exports
 
 
 def test_a_naming_without_that_model_is_refused():

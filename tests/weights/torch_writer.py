@@ -36,11 +36,11 @@ class Name(NamedTuple):
   name: str
 
   def __call__(self) -> None:
-    """So that pickle takes it for a function."""
+    """Makes pickle take the object for a function."""
 
 
 class Call:
-  """What unpickles as function(*arguments), with `state` for its BUILD."""
+  """An object that unpickles as function(*arguments), with `state` for its BUILD."""
 
   def __init__(self, function: Name, *arguments: Any, state: Any = None):
     self.function, self.arguments, self.state = function, arguments, state
@@ -58,7 +58,7 @@ class Raw(bytes):
 
 
 class Storage:
-  """The numbers behind tensors; `kind` and `count` are what the pickle says about them."""
+  """The numbers that tensors share; the pickle says `kind` and `count` about them."""
 
   def __init__(self, values: Any):
     self.values = np.ascontiguousarray(values).reshape(-1)
@@ -67,7 +67,7 @@ class Storage:
 
 
 def tensor(storage: Any, offset: Any = 0, shape: Any = (4,), strides: Any = (1,)) -> Call:
-  """A view of a storage as torch pickles it; numbers need not make sense."""
+  """Makes a view of a storage as torch pickles it; the numbers need not make sense."""
   hooks = Call(Name("collections", "OrderedDict"))
   arguments = (storage, offset, shape, strides, False, hooks)
   if isinstance(storage, Storage) and storage.kind == "UntypedStorage":
@@ -77,7 +77,7 @@ def tensor(storage: Any, offset: Any = 0, shape: Any = (4,), strides: Any = (1,)
 
 
 def dense(array: Any) -> Call:
-  """A contiguous tensor with a storage of its own."""
+  """Makes a contiguous tensor with a new storage."""
   array = np.asarray(array)
   strides = np.cumprod((1, *array.shape[:0:-1]))[::-1][: array.ndim]
   return tensor(Storage(array), 0, array.shape, tuple(map(int, strides)))
@@ -126,7 +126,7 @@ class _Pickler(pickle._Pickler):
 
 
 def pickled(value: Any, protocol: int = 2, legacy: bool = False) -> tuple[bytes, list[Storage]]:
-  """The pickle of a value, and the storages that it names, whose keys are their positions."""
+  """Returns the pickle of a value and the storages in it; a storage's key is its position."""
   file = io.BytesIO()
   pickler = _Pickler(file, protocol, legacy)
   pickler.dump(value)
@@ -134,7 +134,7 @@ def pickled(value: Any, protocol: int = 2, legacy: bool = False) -> tuple[bytes,
 
 
 def zip_bytes(path: Any, records: Any, compression: int = zipfile.ZIP_STORED) -> Any:
-  """An archive of the records, (name, bytes) in order, whose data begin at multiples of 64."""
+  """Writes an archive of records (name, bytes) in order; data begin at multiples of 64."""
   with zipfile.ZipFile(path, "w") as archive:
     for name, content in records:
       info = zipfile.ZipInfo(f"archive/{name}")
@@ -146,7 +146,7 @@ def zip_bytes(path: Any, records: Any, compression: int = zipfile.ZIP_STORED) ->
 
 
 def records(value: Any, protocol: int = 2, byteorder: str = sys.byteorder) -> dict[str, bytes]:
-  """What the zip format holds by name."""
+  """Returns the records of the zip format by name."""
   data, storages = pickled(value, protocol)
   swap = byteorder == "big"
   return {
@@ -170,7 +170,7 @@ def save_zip(path: Any, value: Any, **how: Any) -> Any:
 
 
 def legacy_parts(value: Any, protocol: int = 2, little_endian: bool = True) -> dict[str, bytes]:
-  """What the legacy format holds in order."""
+  """Returns the parts of the legacy format in order."""
   data, storages = pickled(value, protocol, legacy=True)
   sizes = {"short": 2, "int": 4, "long": 4}
   system = {"protocol_version": 1001, "little_endian": little_endian, "type_sizes": sizes}

@@ -1,31 +1,40 @@
-"""Random changes of colours and of rectangles."""
+"""Steps that change colours, mirror the image or overwrite a rectangle, at random."""
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
-from repjax.data import operations
-from repjax.data.checks import check_number, check_range
-
-Step = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-"""`step(pixels, rng)`: uint8 (S, S, 3) to uint8 (S, S, 3). It leaves `pixels` as they are."""
+from repjax.data.augmentation import operations
+from repjax.data.augmentation.base import AugmentationStep, check_number, check_range
 
 _CUTOUT_COLOUR = (125, 122, 113)
 
 
+def flip(probability: float = 0.5) -> AugmentationStep:
+  """Returns a step that mirrors left and right with a probability."""
+  check_number("flip's probability", probability, 0, 1)
+
+  def step(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return cv2.flip(pixels, 1) if rng.random() < probability else pixels
+
+  return step
+
+
 def color_jitter(
   brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4, hue: float = 0.0
-) -> Step:
-  """Changes brightness, contrast, saturation and hue at random, in an order drawn for each image.
+) -> AugmentationStep:
+  """Returns a step that changes brightness, contrast, saturation and hue at random.
 
-  The first three have a factor uniform in [max(0, 1 - strength), 1 + strength], the hue is turned
-  by a part of the full circle uniform in [-hue, hue]. What has strength 0 is left out.
+  The factors of the first three are uniform in [max(0, 1 - strength), 1 + strength]. The hue turns
+  by a fraction of the full circle that is uniform in [-hue, hue]. The order of the four changes is
+  drawn for each image. A change of strength 0 is left out.
 
   Args:
     brightness, contrast, saturation: strengths, 0 or more.
-    hue: 0 to 0.5.
+    hue: the largest turn, 0 to 0.5 of the full circle.
 
   Raises:
     InputError: a strength is no number or outside its range.
@@ -33,15 +42,19 @@ def color_jitter(
   References:
     Howard, Some Improvements on Deep Convolutional Neural Network Based Image Classification, 2013.
       https://arxiv.org/abs/1312.5402
-    The ranges are those of torchvision's ColorJitter, the strength of 0.4 is timm's default.
+    torchvision's ColorJitter has the same ranges. The strength of 0.4 is timm's default.
   """
-  strengths = {"brightness": brightness, "contrast": contrast, "color": saturation, "hue": hue}
-  for argument, strength in zip(
-    ("brightness", "contrast", "saturation", "hue"), strengths.values()
-  ):
-    limit = 0.5 if argument == "hue" else math.inf
+  # The name of the operation, the name of the argument, the strength.
+  strengths = (
+    ("brightness", "brightness", brightness),
+    ("contrast", "contrast", contrast),
+    ("color", "saturation", saturation),
+    ("hue", "hue", hue),
+  )
+  for name, argument, strength in strengths:
+    limit = 0.5 if name == "hue" else math.inf
     check_number(f"color_jitter's {argument}", strength, 0, limit)
-  active = tuple((name, float(strength)) for name, strength in strengths.items() if strength)
+  active = tuple((name, float(strength)) for name, _, strength in strengths if strength)
   return functools.partial(_jittered, active=active)
 
 
@@ -49,18 +62,20 @@ def random_erasing(
   probability: float = 0.25,
   area: Sequence[float] = (0.02, 1 / 3),
   ratio: Sequence[float] = (0.3, 1 / 0.3),
-) -> Step:
-  """Overwrites a random rectangle with noise, each value of each pixel uniform in 0 ... 255.
+) -> AugmentationStep:
+  """Returns a step that overwrites a random rectangle with noise, uniform in 0 ... 255.
 
-  The rectangle's area is uniform in `area`, its aspect ratio log-uniform in `ratio`, its place
-  uniform among those where it lies inside. Ten rectangles are tried; where none fits, the image
-  stays. The paper has areas up to 0.4, ratios that are uniform, and tries until one fits; what is
-  done here is what timm does, whose default the areas are.
+  The rectangle's area is uniform in `area`, its aspect ratio log-uniform in `ratio`. Its place is
+  uniform among all places inside the image. Ten rectangles are tried; where none fits, the image
+  stays as it is.
+
+  These are timm's rules, and the default areas are timm's. The paper differs: it has areas up to
+  0.4 and uniform ratios, and it tries until a rectangle fits.
 
   Args:
-    probability: of an image being changed at all.
-    area: (least, largest) part of the image's area.
-    ratio: (least, largest) height / width.
+    probability: the probability that an image is changed at all.
+    area: least and largest share of the image's area.
+    ratio: least and largest height / width.
 
   Raises:
     InputError: a number is outside its range, or a range is not (least, largest).
@@ -78,7 +93,7 @@ def random_erasing(
 def cutout(pixels: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
   """Paints a square of `side` pixels in one colour, about a centre drawn among all pixels.
 
-  What of the square lies outside is lost. The colour is (125, 122, 113), as in AutoAugment's code.
+  The image's border cuts the square off. The colour is (125, 122, 113), as in AutoAugment's code.
 
   References:
     DeVries and Taylor, Improved Regularization of Convolutional Neural Networks with Cutout, 2017.
@@ -93,6 +108,7 @@ def cutout(pixels: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarra
 def _jittered(
   pixels: np.ndarray, rng: np.random.Generator, *, active: tuple[tuple[str, float], ...]
 ) -> np.ndarray:
+  """Applies the active colour changes (operation, strength) in a random order."""
   for index in rng.permutation(len(active)):
     name, strength = active[index]
     if name == "hue":
@@ -111,12 +127,14 @@ def _erased(
   areas: tuple[float, float],
   ratios: tuple[float, float],
 ) -> np.ndarray:
+  """Overwrites a random rectangle with noise, as `random_erasing` describes."""
   if rng.random() >= probability:
     return pixels
   height, width = pixels.shape[:2]
   for _ in range(10):
     area = height * width * rng.uniform(*areas)
     ratio = math.exp(rng.uniform(math.log(ratios[0]), math.log(ratios[1])))
+    # h w = area and h / w = ratio.
     h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
     if 0 < h <= height and 0 < w <= width:
       top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)

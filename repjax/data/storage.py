@@ -1,4 +1,8 @@
-"""Sets as files: array_record shards beside TFDS's metadata, in place whole or not at all."""
+"""Stores data sets as files: array_record shards beside TFDS's metadata.
+
+A set appears in its place whole or not at all. It is written into a hidden draft folder beside its
+place, which only one process at a time may hold, and is moved by a rename at the end.
+"""
 
 import contextlib
 import fcntl
@@ -15,41 +19,51 @@ from tensorflow_datasets.core import constants, dataset_info, file_adapters, nam
 
 from repjax.errors import InputError
 
-SHARD_BYTES = 256 * 2**20  # a new shard begins once this much is in one
-# TFDS and Grain want every record by itself; images are compressed already.
+SHARD_BYTES = 256 * 2**20  # a shard that holds this much is full
+# TFDS and Grain read single records, so every record is a group of its own. Images are compressed
+# already.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 class SplitFiles(NamedTuple):
-  """What TFDS notes down of a split: images in each shard, and bytes over all of them."""
+  """The facts about a split's files that TFDS keeps in its metadata.
+
+  Attributes:
+    shard_lengths: the number of images in each shard.
+    num_bytes: the size of all records together.
+  """
 
   shard_lengths: list[int]
   num_bytes: int
 
 
 def sets_folder(data_dir: str | os.PathLike[str] | None) -> Path:
-  """The folder that holds the sets; None is TFDS's own default."""
+  """Returns the folder that holds the sets; None is TFDS's default."""
   return Path(data_dir or constants.DATA_DIR).expanduser()
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-  """Makes an `InputError` of a disk that is full, a folder that may not be written, and so on."""
+  """Turns an `OSError`, such as a full disk, into an `InputError` that names the path."""
   try:
     yield
   except OSError as error:
     where = error.filename or path
     raise InputError(
-      f"{where} cannot be written ({error.strerror or error}); nothing was changed: make room or "
-      "get the permission, or choose another folder"
+      f"{where} cannot be written ({error.strerror or error}); nothing was changed. Make room or "
+      "get the permission, or choose a different folder"
     ) from error
 
 
 @contextlib.contextmanager
 def draft_folder(path: Path) -> Iterator[Path]:
-  """An empty folder that is gone at the end, unless it was moved. One process at a time has it.
+  """Makes an empty folder that one process at a time may hold, and removes it at the end.
 
-  What a killed process left in it is cleared by the next one.
+  A folder that the block moved to its final place stays. Files that a killed process left in the
+  folder are removed by the next process.
+
+  Raises:
+    InputError: a different process holds the folder.
   """
   path.mkdir(parents=True, exist_ok=True)
   handle = os.open(path, os.O_RDONLY)
@@ -60,6 +74,7 @@ def draft_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
       yield path
     finally:
+      # A folder of the same name that is not the locked one belongs to a different process.
       if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
         shutil.rmtree(path, ignore_errors=True)
   finally:
@@ -67,22 +82,33 @@ def draft_folder(path: Path) -> Iterator[Path]:
 
 
 def _lock(handle: int, path: Path) -> None:
+  """Locks the open folder, or raises where a different process holds or has just moved it.
+
+  The operating system drops the lock when the process ends, however it ends.
+  """
   try:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if os.path.samestat(os.fstat(handle), path.stat()):  # not moved away in between
+    if os.path.samestat(os.fstat(handle), path.stat()):  # not moved since it was opened
       return
   except (BlockingIOError, FileNotFoundError):
     pass
-  raise InputError(f"another process is writing {path} right now; let it finish or stop it first")
+  raise InputError(f"another process is writing {path} right now. Let it finish, or stop it first")
 
 
 @contextlib.contextmanager
 def whole_set(target: Path, *, replace: bool) -> Iterator[Path]:
-  """A folder to write a set into, which takes the place of `target` when the block ends well.
+  """Makes a draft folder to write a set into, and moves it to `target` when the block ends well.
+
+  With `replace`, the old set stays in its place until the new one is complete. The exchange is two
+  renames: the old set goes aside, then the draft goes to `target`. If a process is killed between
+  the two, the next call puts the old set back.
 
   Args:
     target: data_dir / name / version.
-    replace: whether a set that is there already gives way; it does so in the last moment.
+    replace: allows a set that is there already to be replaced.
+
+  Raises:
+    InputError: a set is there and must not be replaced, or a different process is writing the set.
   """
   name, data_dir = target.parent.name, target.parent.parent
   replaced = data_dir / f".{name}.replaced"
@@ -107,17 +133,21 @@ def whole_set(target: Path, *, replace: bool) -> Iterator[Path]:
 
 
 def existing_problems(target: Path, *, replace: bool) -> list[str]:
-  """Why `target` cannot be written, if it is taken."""
+  """Returns the reason why `target` must not be written, or an empty list."""
   if replace or not target.exists():
     return []
   return [
-    f"a set called {target.parent.name} exists already, in {target}; choose another name, or add "
-    "--replace, which keeps the old set until the new one is complete"
+    f"a set called {target.parent.name} exists already, in {target}. Choose a different name, or "
+    "add --replace, which keeps the old set until the new one is complete"
   ]
 
 
 class ShardWriter:
-  """Writes the records of one split, in order, into as many shards as they need."""
+  """Writes the records of one split, in order, into as many shards as they need.
+
+  The name of a shard holds the number of all shards, which is known only at the end. Until then
+  shards have temporary names.
+  """
 
   def __init__(self, folder: Path, name: str, split: str):
     self._template = file_template(folder, name, split)
@@ -127,7 +157,7 @@ class ShardWriter:
   def write(self, record: bytes) -> None:
     """Appends a record."""
     if self._writer is None:
-      path = self._unnamed(len(self._lengths))
+      path = self._temporary_path(len(self._lengths))
       self._writer, self._left = open_writer(path), SHARD_BYTES
       self._lengths.append(0)
     with writer_errors(self._folder):
@@ -139,15 +169,15 @@ class ShardWriter:
       self._end_shard()
 
   def finish(self) -> SplitFiles:
-    """Closes the last shard, and names all of them now that their number is known."""
+    """Closes the last shard, gives all shards their names, and returns the facts about them."""
     self._end_shard()
     count = len(self._lengths)
     for index in range(count):
       target = self._template.sharded_filepath(shard_index=index, num_shards=count)
-      self._unnamed(index).rename(target)
+      self._temporary_path(index).rename(target)
     return SplitFiles(self._lengths, self._bytes)
 
-  def _unnamed(self, index: int) -> Path:
+  def _temporary_path(self, index: int) -> Path:
     return self._folder / f"{self._template.split}.{index}"
 
   def _end_shard(self) -> None:
@@ -158,14 +188,14 @@ class ShardWriter:
 
 
 def open_writer(path: Path) -> Any:
-  """A writer of one array_record file."""
+  """Opens an array_record file for writing."""
   with writer_errors(path):
     return array_record_module.ArrayRecordWriter(str(path), WRITER_OPTIONS)
 
 
 @contextlib.contextmanager
 def writer_errors(path: Path) -> Iterator[None]:
-  """array_record raises RuntimeErrors, a full disk in the middle of the text."""
+  """Turns a RuntimeError of array_record into an `OSError` with the reason from its text."""
   try:
     yield
   except RuntimeError as error:
@@ -174,7 +204,7 @@ def writer_errors(path: Path) -> Iterator[None]:
 
 
 def file_template(folder: Path, name: str, split: str) -> naming.ShardedFileTemplate:
-  """How the files of a split are called."""
+  """Returns the template of the file names of a split."""
   return naming.ShardedFileTemplate(
     data_dir=tfds.core.Path(folder), dataset_name=name, split=split, filetype_suffix="array_record"
   )
@@ -190,7 +220,7 @@ def write_info(
   description: str,
   metadata: dict[str, Any],
 ) -> None:
-  """Writes what TFDS needs to open the shards in `folder` as the set `name`."""
+  """Writes the metadata with which TFDS opens the shards in `folder` as the set `name`."""
   identity = dataset_info.DatasetIdentity(
     name=name,
     version=tfds.core.Version(version),
@@ -211,7 +241,7 @@ def write_info(
     description=description,
     features=features,
     supervised_keys=("image", "label"),
-    disable_shuffling=True,
+    disable_shuffling=True,  # the order of the records is meant
     metadata=tfds.core.MetadataDict(metadata),
   )
   info.set_file_format(file_adapters.FileFormat.ARRAY_RECORD)

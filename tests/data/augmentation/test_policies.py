@@ -1,4 +1,4 @@
-"""The policies' tables against other copies of them, and what is drawn against the definitions."""
+"""The tables of policies equal published copies, and draws follow the definitions."""
 
 import collections
 import pickle
@@ -7,19 +7,20 @@ import re
 import numpy as np
 import pytest
 
-from repjax.data import operations, policies
-from repjax.data.policies import (
+from repjax.data.augmentation import operations, policies
+from repjax.data.augmentation.distortions import color_jitter, random_erasing
+from repjax.data.augmentation.policies import (
   AUTO_SCALES,
   INCREASING_SCALES,
   POLICIES,
   RAND_SCALES,
-  STEPS,
   auto_augment,
   rand_augment,
 )
 from repjax.errors import InputError
+from tests.data.images import noise
 
-# As other code has them: operation, probability, magnitude where it means something.
+# The tables as other projects write them: operation, probability, and magnitude where it matters.
 IMAGENET = """
   Posterize .4 8, Rotate .6 9        | Solarize .6 5, AutoContrast .6
   Equalize .8, Equalize .6           | Posterize .6 7, Posterize .6 6
@@ -60,17 +61,13 @@ FACTORIES = {
   "repvgg_b3": rand_augment(2, 7, noise=0.5, increasing=True),
   "raug15": rand_augment(2, 15, noise="uniform", probability=1, cutout=True),
   "far beyond": rand_augment(8, 30, noise=30, probability=1, increasing=True, cutout=True),
-  "color_jitter": STEPS["color_jitter"](hue=0.1),
-  "random_erasing": STEPS["random_erasing"](0.8),
+  "color_jitter": color_jitter(hue=0.1),
+  "random_erasing": random_erasing(0.8),
 }
 
 
-def noise(size, seed=0):
-  return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
-
-
 def record(monkeypatch, names):
-  """[(operation, value or None), ...] of what steps do, which then changes nothing."""
+  """Replaces the operations, which then change nothing, and lists their calls (name, value)."""
   calls = []
 
   def recorder(name):
@@ -115,7 +112,7 @@ def test_every_operation_has_a_scale_where_it_takes_a_value():
 
 
 def auto_value(name, magnitude, sign, size):
-  """The ten evenly spaced values of the paper's Table 6, counted from the mildest."""
+  """Returns one of the ten evenly spaced values of the paper's Table 6, the mildest first."""
   if name in PLAIN:
     return None
   if name in ("posterize", "solarize"):
@@ -139,7 +136,7 @@ def test_auto_augment_applies_the_drawn_row_with_the_papers_values(monkeypatch, 
     monkeypatch.setitem(POLICIES, policy, (row,))
     for seed in range(8):
       calls.clear()
-      auto_augment(policy)(noise(size), np.random.default_rng(seed))
+      auto_augment(policy)(noise(size, size), np.random.default_rng(seed))
       assert [name for name, _ in calls] == [row[0], row[3]]
       for (name, value), magnitude in zip(calls, (row[2], row[5])):
         either = [auto_value(name, magnitude, sign, size) for sign in (1, -1)]
@@ -157,7 +154,7 @@ def test_auto_augment_draws_rows_uniformly_and_each_operation_with_its_probabili
   rows = tuple((f"a{i}", first, 0, f"b{i}", second, 0) for i, (first, second) in enumerate(chances))
   calls = record(monkeypatch, [row[0] for row in rows] + [row[3] for row in rows])
   monkeypatch.setitem(POLICIES, "imagenet", rows)
-  step, rng, image = auto_augment(), np.random.default_rng(0), noise(2)
+  step, rng, image = auto_augment(), np.random.default_rng(0), noise(2, 2)
   seen = collections.Counter()
   for _ in range(draws):
     calls.clear()
@@ -205,7 +202,7 @@ def test_rand_augment_applies_the_ranges_of_timm(monkeypatch, increasing, magnit
   step = rand_augment(1, magnitude, probability=1, increasing=increasing, cutout=True)
   rng = np.random.default_rng(0)
   for _ in range(600):
-    step(noise(size), rng)
+    step(noise(size, size), rng)
   seen = collections.defaultdict(set)
   for name, value in calls:
     seen[name].add(value if value is None else round(float(value), 9))
@@ -240,7 +237,7 @@ def test_rand_augment_draws_with_replacement_and_applies_by_chance(
   calls = record(monkeypatch, operations.OPERATIONS)
   step = rand_augment(num_ops, probability=probability, cutout=cutout)
   names = [*operations.OPERATIONS, *["cutout"] * cutout]
-  rng, image, lengths, draws = np.random.default_rng(0), noise(4), collections.Counter(), 8000
+  rng, image, lengths, draws = np.random.default_rng(0), noise(4, 4), collections.Counter(), 8000
   twice = 0
   for _ in range(draws):
     before = len(calls)
@@ -261,10 +258,10 @@ def test_rand_augment_draws_with_replacement_and_applies_by_chance(
 
 
 def drawn_magnitudes(monkeypatch, count=4000, **arguments):
-  """Magnitudes that operations get, and their signs: read off the angles of rotations."""
+  """Returns the drawn magnitudes and their signs, read off the angles of rotations."""
   calls = record(monkeypatch, ["rotate"])
   step = rand_augment(2, probability=1, **arguments)
-  rng, image = np.random.default_rng(0), noise(2)
+  rng, image = np.random.default_rng(0), noise(2, 2)
   for _ in range(count // 2):
     step(image, rng)
   angles = np.array([value for _, value in calls])
@@ -315,7 +312,7 @@ def test_uniform_magnitudes_are_whole_and_below_the_one_given(monkeypatch):
 @pytest.mark.parametrize("size", [1, 7, 32, 224])
 @pytest.mark.parametrize("name", FACTORIES)
 def test_steps_follow_the_generator_and_keep_size_type_and_input(name, size):
-  step, image = FACTORIES[name], noise(size)
+  step, image = FACTORIES[name], noise(size, size)
   copy = pickle.loads(pickle.dumps(step))  # as it travels to worker processes
   before = image.copy()
   image.flags.writeable = False
@@ -336,7 +333,7 @@ def test_steps_follow_the_generator_and_keep_size_type_and_input(name, size):
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_steps_take_mirrored_images(name):
-  step, image = FACTORIES[name], noise(16)[:, ::-1]
+  step, image = FACTORIES[name], noise(16, 16)[:, ::-1]
   for seed in range(40):
     result = step(image, np.random.default_rng(seed))
     plain = step(np.ascontiguousarray(image), np.random.default_rng(seed))
@@ -344,9 +341,8 @@ def test_steps_take_mirrored_images(name):
 
 
 def test_the_defaults_of_all_steps_work():
-  assert set(STEPS) == {"auto_augment", "rand_augment", "color_jitter", "random_erasing"}
-  for make in STEPS.values():
-    step, rng, image = make(), np.random.default_rng(0), noise(32)
+  for make in (auto_augment, rand_augment, color_jitter, random_erasing):
+    step, rng, image = make(), np.random.default_rng(0), noise(32, 32)
     assert any(not np.array_equal(step(image, rng), image) for _ in range(20))
 
 

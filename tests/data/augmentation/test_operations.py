@@ -1,4 +1,4 @@
-"""Each operation against Pillow, or against what it must do to pixels that can be named."""
+"""Each operation equals Pillow, or does to single pixels what its definition says."""
 
 import colorsys
 import inspect
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from repjax.data import operations
-from repjax.data.operations import OPERATIONS
+from repjax.data.augmentation import operations
+from repjax.data.augmentation.operations import OPERATIONS
 
 GREY = (128, 128, 128)
 SIZES = [(7, 7), (32, 32), (33, 20), (224, 224)]
@@ -20,13 +20,13 @@ def noise(height, width, low=0, high=256, seed=0):
 
 
 def smooth(size, seed=0):
-  """An image with large structures, as photographs have."""
+  """Returns an image with large structures, as photographs have."""
   coarse = Image.fromarray(noise(4, 4, seed=seed))
   return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def images(height, width):
-  """Every value at random, few values, low contrast, one colour, and a gradient."""
+  """Returns images with random values, few values, low contrast, one colour, and a gradient."""
   ramp = np.arange(height * width * 3).reshape(height, width, 3) % 256
   return [
     noise(height, width),
@@ -111,20 +111,24 @@ def transformed(image, matrix):
 
 
 def sampled(image, source_x, source_y):
-  """Bilinear samples, in float64, of an image on an endless grey wall."""
+  """Returns bilinear samples, in float64, of an image on an endless grey wall."""
   height, width = image.shape[:2]
   wall = np.pad(image.astype(float) - 128, ((2, 2), (2, 2), (0, 0))) + 128
   x = np.clip(source_x - 0.5, -1.5, width + 0.5) + 2
   y = np.clip(source_y - 0.5, -1.5, height + 0.5) + 2
   left, top = np.floor(x).astype(int), np.floor(y).astype(int)
-  right_part, low_part = (x - left)[..., None], (y - top)[..., None]
-  upper = wall[top, left] * (1 - right_part) + wall[top, left + 1] * right_part
-  lower = wall[top + 1, left] * (1 - right_part) + wall[top + 1, left + 1] * right_part
-  return upper * (1 - low_part) + lower * low_part
+  right_share, low_share = (x - left)[..., None], (y - top)[..., None]
+  upper = wall[top, left] * (1 - right_share) + wall[top, left + 1] * right_share
+  lower = wall[top + 1, left] * (1 - right_share) + wall[top + 1, left + 1] * right_share
+  return upper * (1 - low_share) + lower * low_share
 
 
 def assert_is_moved(result, image, pillow, source_x, source_y):
-  """Within a level of the definition everywhere, and of Pillow where no edge is in between."""
+  """Checks a moved image.
+
+  It is within a level of the definition everywhere, and within a level of Pillow's image away from
+  the border of the source.
+  """
   height, width = result.shape[:2]
   assert abs(result - sampled(image, source_x, source_y)).max() <= 0.6
   off_x = width / 2 - abs(source_x - width / 2)

@@ -1,20 +1,20 @@
-"""Augmentation policies as steps `step(pixels, rng) -> pixels`: AutoAugment and RandAugment."""
+"""Augmentation policies, which draw image operations at random: AutoAugment and RandAugment."""
 
 import functools
 from collections.abc import Callable
 
 import numpy as np
 
-from repjax.data.checks import check_number
-from repjax.data.jitter import Step, color_jitter, cutout, random_erasing
-from repjax.data.operations import OPERATIONS
+from repjax.data.augmentation.base import AugmentationStep, check_number
+from repjax.data.augmentation.distortions import cutout
+from repjax.data.augmentation.operations import OPERATIONS
 from repjax.errors import InputError, unknown
 
 SubPolicy = tuple[str, float, int, str, float, int]
-"""Two operations in turn, each with its probability and its magnitude, 0 to 9."""
+"""Two operations in turn, each with a probability and a magnitude from 0 to 9."""
 
 POLICIES: dict[str, tuple[SubPolicy, ...]] = {
-  # AutoAugment, Table 9. Five of the rows are there twice.
+  # AutoAugment, Table 9. Five of the rows occur twice.
   "imagenet": (
     ("posterize", 0.4, 8, "rotate", 0.6, 9),
     ("solarize", 0.6, 5, "autocontrast", 0.6, 5),
@@ -73,58 +73,80 @@ POLICIES: dict[str, tuple[SubPolicy, ...]] = {
 }
 
 Scale = Callable[[float, int, int], float]
-"""(magnitude as a fraction of the scale, +1 or -1 at random, side of the image) to a value."""
+"""A function (fraction, direction, side) -> the operation's value.
+
+`fraction` is the magnitude as a fraction of the full scale, `direction` is +1 or -1 at random,
+`side` is the side of the image in pixels.
+"""
 
 
 def _each(names: str, scale: Scale) -> dict[str, Scale]:
+  """Returns a table that gives every one of the names, separated by blanks, the same scale."""
   return dict.fromkeys(names.split(), scale)
 
 
+# Shears and rotations are the same in all three tables. Operations without a value, such as
+# "invert", are in none of them.
 _MOVES: dict[str, Scale] = {
-  **_each("shear_x shear_y", lambda part, sign, side: 0.3 * part * sign),
-  **_each("rotate", lambda part, sign, side: 30 * part * sign),
+  **_each("shear_x shear_y", lambda fraction, sign, side: 0.3 * fraction * sign),
+  **_each("rotate", lambda fraction, sign, side: 30 * fraction * sign),
 }
+_TRANSLATIONS = "translate_x translate_y"
 _ENHANCE = "color contrast brightness sharpness"
 
 AUTO_SCALES: dict[str, Scale] = {
   **_MOVES,
-  **_each(
-    "translate_x translate_y", lambda part, sign, side: round(150 / 331 * part * side) * sign
-  ),
-  **_each(_ENHANCE, lambda part, sign, side: 1 + 0.9 * part * sign),
-  **_each("posterize", lambda part, sign, side: 8 - round(4 * part)),
-  **_each("solarize", lambda part, sign, side: 256 * (1 - part)),
+  # The paper's 150 pixels of Inception's 331, in proportion to the side.
+  **_each(_TRANSLATIONS, lambda fraction, sign, side: round(150 / 331 * fraction * side) * sign),
+  **_each(_ENHANCE, lambda fraction, sign, side: 1 + 0.9 * fraction * sign),
+  **_each("posterize", lambda fraction, sign, side: 8 - round(4 * fraction)),
+  **_each("solarize", lambda fraction, sign, side: 256 * (1 - fraction)),
 }
+"""AutoAugment's scales: every operation grows more severe with the magnitude."""
+
 RAND_SCALES: dict[str, Scale] = {
   **_MOVES,
-  **_each("translate_x translate_y", lambda part, sign, side: round(0.45 * part * side) * sign),
-  **_each(_ENHANCE, lambda part, sign, side: 0.1 + 1.8 * part),
-  **_each("posterize", lambda part, sign, side: min(8, int(4 * part))),
-  **_each("solarize", lambda part, sign, side: int(256 * part)),
-  **_each("solarize_add", lambda part, sign, side: int(110 * part)),
-  **_each("cutout", lambda part, sign, side: 2 * int(max(1, 20 * part))),
+  **_each(_TRANSLATIONS, lambda fraction, sign, side: round(0.45 * fraction * side) * sign),
+  **_each(_ENHANCE, lambda fraction, sign, side: 0.1 + 1.8 * fraction),
+  **_each("posterize", lambda fraction, sign, side: min(8, int(4 * fraction))),
+  **_each("solarize", lambda fraction, sign, side: int(256 * fraction)),
+  **_each("solarize_add", lambda fraction, sign, side: int(110 * fraction)),
+  **_each("cutout", lambda fraction, sign, side: 2 * int(max(1, 20 * fraction))),
 }
+"""RandAugment's scales in timm's default: posterize and solarize grow milder with the magnitude."""
+
 INCREASING_SCALES: dict[str, Scale] = {
   **RAND_SCALES,
-  **_each(_ENHANCE, lambda part, sign, side: max(0.1, 1 + 0.9 * part * sign)),
-  **_each("posterize", lambda part, sign, side: max(0, 4 - int(4 * part))),
-  **_each("solarize", lambda part, sign, side: 256 - int(256 * part)),
+  **_each(_ENHANCE, lambda fraction, sign, side: max(0.1, 1 + 0.9 * fraction * sign)),
+  **_each("posterize", lambda fraction, sign, side: max(0, 4 - int(4 * fraction))),
+  **_each("solarize", lambda fraction, sign, side: 256 - int(256 * fraction)),
 }
+"""RandAugment's scales with `increasing`, "inc1" of timm."""
 
 
-def auto_augment(policy: str = "imagenet") -> Step:
-  """One of a policy's 25 sub-policies, drawn for each image: two operations, each with its chance.
+def auto_augment(policy: str = "imagenet") -> AugmentationStep:
+  """Returns a step that applies a sub-policy, drawn for each image from the policy's 25.
 
-  A magnitude m stands for the m / 9 part of the operation's range: shear up to 0.3, translation up
-  to 150/331 of the side, rotation up to 30 degrees, posterize from 8 bits down to 4, solarize from
-  256 down to 0, colour, contrast, brightness and sharpness up to 0.9 away from 1. Where a direction
-  is open, it is drawn. Translations are rounded to whole pixels; grey 128 comes in from outside.
+  A sub-policy is two operations, each applied with a probability of its own. A magnitude m stands
+  for the fraction m / 9 of the operation's range:
 
-  "imagenet" agrees in the code of DeepVoltaire, torchvision and timm, "cifar10" in the first two.
-  20 of its rows are in the authors' code; Fast AutoAugment's copy has one other number there, Color
-  6 for 8. The ranges are the paper's Table 6, read as DeepVoltaire, torchvision and mmpretrain do:
-  all grow more severe with m. The authors' code and timm divide m by 10, and the last four go from
-  0.1 to 1.9; on CIFAR the authors translate by up to 10 of 32 pixels.
+    shear          up to 0.3
+    translation    up to 150/331 of the side, rounded to whole pixels
+    rotation       up to 30 degrees
+    posterize      from 8 bits down to 4
+    solarize       from 256 down to 0
+    color, contrast, brightness, sharpness    factors up to 0.9 away from 1
+
+  Directions are drawn at random where an operation has two. Grey 128 fills in from outside.
+
+  The table "imagenet" is the same in the code of DeepVoltaire, torchvision and timm. The table
+  "cifar10" is the same in the first two. The authors' code holds 20 of its rows; Fast AutoAugment's
+  copy of them differs in one number, Color 6 for 8.
+
+  The ranges are those of the paper's Table 6, read as DeepVoltaire, torchvision and mmpretrain read
+  them: all operations grow more severe with m. The authors' code and timm differ. They divide m by
+  10, and their last four factors go from 0.1 to 1.9. On CIFAR the authors translate by up to 10 of
+  32 pixels.
 
   Args:
     policy: "imagenet" or "cifar10".
@@ -149,16 +171,22 @@ def rand_augment(
   probability: float = 0.5,
   increasing: bool = False,
   cutout: bool = False,
-) -> Step:
-  """`num_ops` operations, drawn for each image with replacement, all of one magnitude.
+) -> AugmentationStep:
+  """Returns a step that applies `num_ops` random operations, all of one magnitude.
 
-  The 15 operations are those of OPERATIONS. A magnitude m stands for the m / 10 part of the range:
-  shear up to 0.3, translation up to 0.45 of the side, rotation up to 30 degrees (all of them either
-  way, by chance), posterize from 0 up to 4 bits, solarize from 0 up to 256, solarize_add up to 110,
-  colour, contrast, brightness and sharpness from 0.1 up to 1.9. Translations are rounded to whole
-  pixels; grey 128 comes in from outside. A posterized image of magnitude below 2.5 is black.
+  The operations are drawn for each image, with replacement, from the 15 of OPERATIONS. A magnitude
+  m stands for the fraction m / 10 of the operation's range:
 
-  With noise every operation has a magnitude of its own, cut off to 0 ... max(10, `magnitude`).
+    shear           up to 0.3, in either direction
+    translation     up to 0.45 of the side, in either direction, rounded to whole pixels
+    rotation        up to 30 degrees, in either direction
+    posterize       from 0 up to 4 bits; the image is black where m is below 2.5
+    solarize        from 0 up to 256
+    solarize_add    up to 110
+    color, contrast, brightness, sharpness    factors from 0.1 up to 1.9
+
+  Grey 128 fills in from outside. With noise, each operation draws a magnitude of its own, clipped
+  to 0 ... max(10, `magnitude`).
 
   Published recipes:
     ParNet, "rand-m9-mstd0.5" of timm: rand_augment(2, 9, noise=0.5).
@@ -167,24 +195,26 @@ def rand_augment(
       rand_augment(2, 15, noise="uniform", probability=1, cutout=True).
 
   Args:
-    num_ops: operations an image.
-    magnitude: 0 to 30, where 10 is the end of the ranges; beyond they are extrapolated.
-    noise: standard deviation of a normal distribution about `magnitude`; or "uniform": whole
-      numbers from 0 to `magnitude` - 1, each as likely.
-    probability: of a drawn operation being applied; 0.5 in timm and mmpretrain, 1 in the paper.
+    num_ops: operations per image.
+    magnitude: 0 to 30, where 10 is the end of the ranges. Larger magnitudes extrapolate.
+    noise: standard deviation of a normal distribution about `magnitude`. With "uniform", all whole
+      numbers from 0 to `magnitude` - 1 are equally likely.
+    probability: the probability that a drawn operation is applied: 0.5 in timm and mmpretrain, 1 in
+      the paper.
     increasing: makes every operation more severe with the magnitude, as "inc1" of timm does:
-      posterize from 4 bits down to 0, solarize from 256 down, the four enhancements up to 0.9 away
-      from 1 either way.
-    cutout: adds a 16th operation, a square of 4 m pixels in one colour.
+      posterize from 4 bits down to 0, solarize from 256 down, and the four factors up to 0.9 away
+      from 1 in either direction.
+    cutout: adds a 16th operation, a square with sides of 4 m pixels in one colour.
 
   Raises:
-    InputError: a number is outside its range, or an option is not of its type.
+    InputError: a number is outside its range, or an option has the wrong type.
 
   References:
     Cubuk et al., RandAugment: Practical automated data augmentation with a reduced search space,
       CVPR Workshops 2020, section 3. https://arxiv.org/abs/1909.13719
-    Operations, ranges, noise and probability are timm's. mmpretrain's agree where `increasing`, the
-      code of RepVGG and RepMLP where not. The paper has no solarize_add and no invert.
+    Operations, ranges, noise and probability are timm's. mmpretrain's code agrees with
+      `increasing`, the code of RepVGG and RepMLP agrees without it. The paper has neither
+      solarize_add nor invert.
   """
   uniform = isinstance(noise, str) and noise == "uniform"
   check_number("rand_augment's num_ops", num_ops, 1, 100, whole=True)
@@ -207,6 +237,7 @@ def rand_augment(
 
 
 def _auto_augmented(pixels: np.ndarray, rng: np.random.Generator, *, policy: str) -> np.ndarray:
+  """Applies one sub-policy of a policy's table."""
   row = POLICIES[policy][rng.integers(len(POLICIES[policy]))]
   for name, probability, magnitude in (row[:3], row[3:]):
     if rng.random() < probability:
@@ -225,6 +256,7 @@ def _rand_augmented(
   increasing: bool,
   names: tuple[str, ...],
 ) -> np.ndarray:
+  """Applies `num_ops` of the named operations; a `noise` of None draws uniform magnitudes."""
   scales = INCREASING_SCALES if increasing else RAND_SCALES
   for index in rng.integers(len(names), size=num_ops):
     if rng.random() < probability:
@@ -237,20 +269,13 @@ def _rand_augmented(
 
 
 def _apply(
-  name: str, scales: dict[str, Scale], part: float, pixels: np.ndarray, rng: np.random.Generator
+  name: str, scales: dict[str, Scale], fraction: float, pixels: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
+  """Applies an operation whose magnitude is a fraction of the full scale."""
   if name not in scales:
     return OPERATIONS[name](pixels)
-  value = scales[name](part, 1 if rng.random() < 0.5 else -1, pixels.shape[0])
+  # A direction is drawn for every scale, also where the scale ignores it.
+  value = scales[name](fraction, 1 if rng.random() < 0.5 else -1, pixels.shape[0])
   if name == "cutout":
     return cutout(pixels, int(value), rng)
   return OPERATIONS[name](pixels, value)
-
-
-STEPS: dict[str, Callable[..., Step]] = {
-  "auto_augment": auto_augment,
-  "rand_augment": rand_augment,
-  "color_jitter": color_jitter,
-  "random_erasing": random_erasing,
-}
-"""Name in `config.augment` to the function that makes its step."""

@@ -1,11 +1,11 @@
-"""The checks of augmentation steps' numbers."""
+"""Numbers and ranges in a config are checked, and errors name the argument."""
 
 import math
 
 import numpy as np
 import pytest
 
-from repjax.data.checks import check_number, check_range
+from repjax.data.augmentation.base import check_number, check_range
 from repjax.errors import InputError
 
 

@@ -1,9 +1,9 @@
-"""The line that a config writes its augmentation in."""
+"""A line of steps is read, and mistakes in the line are named."""
 
 import numpy as np
 import pytest
 
-from repjax.data import augment
+from repjax.data.augmentation import parser
 from repjax.data.decode import Picture
 from repjax.errors import InputError
 from tests.data.images import noise
@@ -22,7 +22,7 @@ LINES = [
 @pytest.mark.parametrize("size", [(16, 16), (9, 40), (40, 9), (1, 1)], ids=str)
 def test_a_line_gives_the_size_and_type_and_follows_the_generator(line, size):
   first, again = (
-    augment.parse(line)(Picture(noise(*size)), 16, "bilinear", np.random.default_rng(3))
+    parser.parse(line)(Picture(noise(*size)), 16, "bilinear", np.random.default_rng(3))
     for _ in range(2)
   )
   assert first.shape == (16, 16, 3)
@@ -35,24 +35,31 @@ def test_steps_run_from_left_to_right(monkeypatch):
     "add": lambda n: lambda pixels, rng: pixels + np.uint8(n),
     "double": lambda: lambda pixels, rng: pixels * np.uint8(2),
   }
-  monkeypatch.setattr(augment, "STEPS", steps)
+  monkeypatch.setattr(parser, "STEPS", steps)
   ones = np.ones((4, 4, 3), np.uint8)
   for line, value in (("none|add(3)|double", 8), ("none | double | add(n=3)", 5), ("none", 1)):
-    result = augment.parse.__wrapped__(line)(Picture(ones), 4, "bilinear", None)
+    result = parser.parse.__wrapped__(line)(Picture(ones), 4, "bilinear", None)
     assert (result == value).all()
 
 
-@pytest.mark.parametrize("name", augment.STEPS)
+def test_the_names_of_steps():
+  assert set(parser.CROPS) == {"none", "pad_and_crop", "random_resized_crop"}
+  assert set(parser.STEPS) == {
+    *("flip", "auto_augment", "rand_augment", "color_jitter", "random_erasing"),
+  }
+
+
+@pytest.mark.parametrize("name", parser.STEPS)
 def test_every_step_has_defaults(name):
   rng = np.random.default_rng(0)
-  result = augment.parse(f"none | {name}")(Picture(noise(16, 16)), 16, "bilinear", rng)
+  result = parser.parse(f"none | {name}")(Picture(noise(16, 16)), 16, "bilinear", rng)
   assert result.shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("", "'' is no step; a step is a name, such as flip"),
+    ("", "'' is no step. A step is a name, such as flip"),
     ("random_resized_crop |", "'' is no step"),
     ("random_resized_crop flip", "'random_resized_crop flip' is no step"),
     ("none | flip(", r"'flip\(' is no step"),
@@ -60,25 +67,25 @@ def test_every_step_has_defaults(name):
     ("none | flip(**{})", "is no step"),
     ("none | 3", "'3' is no step"),
     ("none | np.flip(1)", "is no step"),
-    ("flip", "flip can stand after the first step; first comes one of none, pad_and_crop"),
-    ("none | none", "none can stand as the first step only"),
+    ("flip", "flip may stand after the first step only. The line begins with one of none"),
+    ("none | none", "none may stand at the beginning only"),
     ("random_resize_crop", "unknown step of config.augment 'random_resize_crop'; did you mean"),
     ("none | randaugment", "unknown step of config.augment 'randaugment'; did you mean"),
     (
       "none | flip(1, 2)",
-      r"flip\(1, 2\): too many positional arguments; it is flip\(probability=0.5\)",
+      r"flip\(1, 2\): too many positional arguments; write flip\(probability=0.5\)",
     ),
-    ("none | flip(chance=1)", r"got an unexpected keyword argument 'chance'; it is flip"),
-    (3, "is one line of steps, such as 'none | flip'; got 3"),
+    ("none | flip(chance=1)", r"got an unexpected keyword argument 'chance'; write flip"),
+    (3, "one line of steps, such as 'none | flip'; got 3"),
     ("none | flip(2)", "flip's probability is 2; it must be a number from 0 to 1"),
   ],
 )
 def test_a_mistake_is_named(line, message):
   with pytest.raises(InputError, match=message):
-    augment.parse(line)
+    parser.parse(line)
 
 
 @pytest.mark.parametrize("text", ["__import__('os').getcwd()", "flip(__import__('os').getcwd())"])
 def test_nothing_in_a_line_is_run(text):
   with pytest.raises(InputError, match="is no step"):
-    augment.parse(f"none | {text}")
+    parser.parse(f"none | {text}")

@@ -1,4 +1,4 @@
-"""Random colours and rectangles against their ranges, drawn many times with fixed seeds."""
+"""Random steps keep to their ranges, drawn many times with fixed seeds."""
 
 import collections
 import itertools
@@ -8,20 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from repjax.data import operations
-from repjax.data.jitter import color_jitter, cutout, random_erasing
+from repjax.data.augmentation import operations
+from repjax.data.augmentation.distortions import color_jitter, cutout, flip, random_erasing
 from repjax.errors import InputError
+from tests.data.images import noise
 
 STRENGTHS = {"brightness": 0.4, "contrast": 0.2, "saturation": 0.7, "hue": 0.1}
 
 
-def noise(size, seed=0):
-  return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
-
-
 @pytest.fixture
 def calls(monkeypatch):
-  """[(operation, value), ...] of what the steps call, which then changes nothing."""
+  """Replaces the operations, which then change nothing, and lists their calls (name, value)."""
   recorded = []
 
   def recorder(name):
@@ -38,7 +35,7 @@ def values_of(calls, name):
 
 
 def assert_uniform(values, low, high):
-  """Within the range, and the mean and spread of a uniform distribution over it."""
+  """Checks the range, the mean and the spread of values that should be uniform."""
   assert low <= values.min() < low + 0.02 * (high - low)
   assert high - 0.02 * (high - low) < values.max() <= high
   assert abs(values.mean() - (low + high) / 2) < 0.02 * (high - low)
@@ -48,7 +45,7 @@ def assert_uniform(values, low, high):
 def test_color_jitter_draws_each_strength_uniformly(calls):
   step, rng = color_jitter(**STRENGTHS), np.random.default_rng(0)
   for _ in range(2000):
-    step(noise(2), rng)
+    step(noise(2, 2), rng)
   assert_uniform(values_of(calls, "brightness"), 0.6, 1.4)
   assert_uniform(values_of(calls, "contrast"), 0.8, 1.2)
   assert_uniform(values_of(calls, "color"), 0.3, 1.7)
@@ -58,7 +55,7 @@ def test_color_jitter_draws_each_strength_uniformly(calls):
 def test_a_strength_above_one_has_no_negative_factors(calls):
   step, rng = color_jitter(2.0, 0, 0), np.random.default_rng(0)
   for _ in range(2000):
-    step(noise(2), rng)
+    step(noise(2, 2), rng)
   assert_uniform(values_of(calls, "brightness"), 0.0, 3.0)
 
 
@@ -67,7 +64,7 @@ def test_color_jitter_has_every_order_equally_often(calls):
   orders = collections.Counter()
   for _ in range(4800):
     calls.clear()
-    step(noise(2), rng)
+    step(noise(2, 2), rng)
     orders[tuple(name for name, _ in calls)] += 1
   assert set(orders) == set(itertools.permutations(["brightness", "contrast", "color", "hue"]))
   assert min(orders.values()) > 130  # 200 each, less five standard deviations
@@ -75,26 +72,25 @@ def test_color_jitter_has_every_order_equally_often(calls):
 
 
 @pytest.mark.parametrize("kept", [*STRENGTHS, None])
-def test_what_has_no_strength_is_left_out(calls, kept):
+def test_a_change_without_strength_is_left_out(calls, kept):
   strengths = {name: STRENGTHS[name] if name == kept else 0 for name in STRENGTHS}
-  color_jitter(**strengths)(noise(2), np.random.default_rng(0))
+  color_jitter(**strengths)(noise(2, 2), np.random.default_rng(0))
   expected = [] if kept is None else ["color" if kept == "saturation" else kept]
   assert [name for name, _ in calls] == expected
 
 
 def test_the_default_jitter_leaves_the_hue(calls):
-  color_jitter()(noise(2), np.random.default_rng(0))
+  color_jitter()(noise(2, 2), np.random.default_rng(0))
   assert {name for name, _ in calls} == {"brightness", "contrast", "color"}
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_jitter_of_brightness_is_pillows(seed):
-  image = noise(32)
+def test_a_jitter_of_brightness_equals_pillow(seed):
+  image = noise(32, 32)
   result = color_jitter(0.5, 0, 0)(image, np.random.default_rng(seed))
   off = []
-  for factor in np.linspace(
-    0.5, 1.5, 2001
-  ):  # the drawn one is at most 0.06 levels from one of them
+  # The drawn factor is unknown. One of these factors is within 0.06 levels of it.
+  for factor in np.linspace(0.5, 1.5, 2001):
     expected = np.asarray(ImageEnhance.Brightness(Image.fromarray(image)).enhance(factor))
     off.append(abs(result.astype(int) - expected))
   assert min(difference.max() for difference in off) <= 1
@@ -102,7 +98,10 @@ def test_a_jitter_of_brightness_is_pillows(seed):
 
 
 def erased(step, size, seed):
-  """Where a step writes, (S, S), and what: it leaves a white and a black image's differences."""
+  """Returns where a step writes, a mask (S, S), and the values that it writes.
+
+  A pixel that comes out the same on a white and on a black image was written.
+  """
   white, black = np.full((size, size, 3), 255, np.uint8), np.zeros((size, size, 3), np.uint8)
   on_white = step(white, np.random.default_rng(seed))
   on_black = step(black, np.random.default_rng(seed))
@@ -113,7 +112,7 @@ def erased(step, size, seed):
 
 
 def box(touched):
-  """(top, left, height, width) of a filled rectangle."""
+  """Returns (top, left, height, width) of a filled rectangle."""
   rows, columns = np.flatnonzero(touched.any(1)), np.flatnonzero(touched.any(0))
   height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
   assert touched.sum() == height * width
@@ -151,14 +150,14 @@ def test_erased_pixels_are_uniform_noise_in_each_channel():
 
 @pytest.mark.parametrize("probability", [0, 0.25, 0.6, 1])
 def test_erasing_happens_as_often_as_asked_for(probability):
-  step, rng, image = random_erasing(probability), np.random.default_rng(0), noise(16)
+  step, rng, image = random_erasing(probability), np.random.default_rng(0), noise(16, 16)
   changed = np.mean([not np.array_equal(step(image, rng), image) for _ in range(2000)])
   assert abs(changed - probability) < 0.04 * (0 < probability < 1) + 1e-9
 
 
 def test_where_no_rectangle_fits_the_image_stays():
   step = random_erasing(1, area=(0.9, 0.9), ratio=(2, 2))
-  image = noise(16)
+  image = noise(16, 16)
   np.testing.assert_array_equal(step(image, np.random.default_rng(0)), image)
 
 
@@ -173,7 +172,7 @@ def test_a_rectangle_that_does_not_fit_is_drawn_again():
 @pytest.mark.parametrize("centre", [(0, 0), (3, 31), (16, 10), (31, 28)], ids=str)
 def test_cutout_paints_a_square_about_its_centre(side, centre):
   rng = types.SimpleNamespace(integers=lambda low, high: np.array(centre))
-  image = noise(32)
+  image = noise(32, 32)
   painted = cutout(image, side, rng)
   for row, column in np.ndindex(32, 32):
     inside = all(
@@ -216,3 +215,21 @@ def test_color_jitter_refuses_strengths(argument):
 def test_random_erasing_refuses_ranges(arguments, message):
   with pytest.raises(InputError, match=message):
     random_erasing(**arguments)
+
+
+@pytest.mark.parametrize("probability", [0, 0.2, 0.5, 1])
+def test_flip_mirrors_with_its_probability(probability):
+  pixels, rng = noise(5, 5), np.random.default_rng(0)
+  results = [flip(probability)(pixels, rng) for _ in range(1000)]
+  mirrored = [np.array_equal(result, pixels[:, ::-1]) for result in results]
+  assert all(flipped or result is pixels for flipped, result in zip(mirrored, results))
+  assert abs(np.mean(mirrored) - probability) <= (0.05 if 0 < probability < 1 else 0)
+
+
+@pytest.mark.parametrize(
+  ("probability", "message"),
+  [(2, "flip's probability is 2; it must be a number from 0 to 1"), ("often", "is 'often'")],
+)
+def test_flip_refuses_what_is_no_probability(probability, message):
+  with pytest.raises(InputError, match=message):
+    flip(probability)

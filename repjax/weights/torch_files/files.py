@@ -1,0 +1,194 @@
+"""`load`: reads a file of `torch.save` in either of its formats."""
+
+import math
+import mmap
+import struct
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from repjax.errors import InputError
+from repjax.weights.torch_files.pickles import Reader, Unpickler
+from repjax.weights.torch_files.tensors import Storage, Tensor, numpy_dtype
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_VERSION = 1001
+
+
+def load(path: Path) -> Any:
+  """Reads the object in a file of `torch.save`, with NumPy views of the mapped file for tensors.
+
+  Both formats are read: the zip archive (PyTorch 1.6 and later) and the legacy stream. Tensors may
+  have any dtype that NumPy or ml_dtypes knows and any strides, and may share storages.
+
+  Returns:
+    The saved object. Tensors are read-only arrays, valid as long as the file is not cut short.
+    Tuples are lists. Everything else but plain values is a placeholder.
+
+  Raises:
+    InputError: the file is truncated or damaged, asks for code to be run, or holds tensors of a
+      kind that a state dict does not have.
+  """
+  try:
+    with path.open("rb") as file:
+      buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    read = _load_zip if buffer[:2] == b"PK" else _load_legacy
+    value, storages, byteorder = read(path, buffer)
+    return _arrays(value, storages, byteorder, {})
+  except InputError as error:
+    raise type(error)(f"{path} is refused: {error}") from None
+  except Exception as error:  # A damaged pickle can raise nearly anything.
+    raise InputError(
+      f"{path} cannot be read: {_guess(path)} ({_text(error)}). Compare its size with the "
+      "original's and fetch it again"
+    ) from None
+
+
+def _text(error: Exception) -> str:
+  """Returns an exception's class, and its text if the text is safe to show.
+
+  Texts of this package and of libraries are shown. Other texts may quote bytes of the file, which
+  must not reach a terminal.
+  """
+  words = error.args[0] if error.args and isinstance(error, ValueError | EOFError | OSError) else ""
+  printable = isinstance(words, str) and words.isprintable()
+  return f"{type(error).__name__}: {words[:200]}" if printable and words else type(error).__name__
+
+
+def _guess(path: Path) -> str:
+  """Guesses why a file cannot be read, from its first bytes."""
+  with path.open("rb") as file:
+    head = file.read(64).lstrip()
+  if head.startswith(b"version https://git-lfs"):
+    return "it is the placeholder that Git LFS leaves for a large file"
+  if head.startswith(b"<"):
+    return "it is a web page"
+  return "it is truncated, damaged or not a checkpoint"
+
+
+def _load_zip(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, memoryview], str]:
+  """Reads the zip format: `<name>/data.pkl`, and `<name>/data/<key>` for each storage.
+
+  Nothing in the archive is compressed, so that storages can be views of the mapped file.
+
+  Returns:
+    The object with a `Tensor` for each tensor, the bytes of each storage by key, the byte order.
+  """
+  with zipfile.ZipFile(path) as archive:
+    records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+  if "constants.pkl" in records:
+    raise InputError("it is a TorchScript program, not a state dict; save model.state_dict()")
+
+  def content(name: str) -> memoryview:
+    info = records.get(name)
+    if info is None:
+      raise ValueError(f"there is no {ascii(name)[1:-1]} in it")
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+      raise ValueError("a compressed or encrypted record, which torch.save does not write")
+    # A record begins with a header of 30 bytes, its name, and a field that pads the data to a
+    # multiple of 64. The lengths of both are in the header.
+    name_length, extra_length = struct.unpack_from("<26x2H", buffer, info.header_offset)
+    start = info.header_offset + 30 + name_length + extra_length
+    if start + info.file_size > len(buffer):
+      raise ValueError("a record that leaves the file")
+    return memoryview(buffer)[start : start + info.file_size]
+
+  storages = {}
+
+  def announce(storage: Storage) -> None:
+    if len(storage.key) > 40:
+      raise ValueError("a storage of an impossible name")
+    if storage.key not in storages:
+      storages[storage.key] = content(f"data/{storage.key}")
+
+  pickled = content("data.pkl")
+  byteorder = bytes(content("byteorder")[:7]) if "byteorder" in records else b"little"
+  if byteorder not in (b"little", b"big"):
+    raise ValueError("an unknown byte order")
+  return Unpickler(Reader(pickled), announce).load(), storages, byteorder.decode()
+
+
+def _load_legacy(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, memoryview], str]:
+  """Reads the legacy format: five pickles, one after the other, and then the storages.
+
+  The pickles are a magic number, a version, facts about the system, the object, and the keys of the
+  storages in the order in which they follow. A storage is its number of elements and its bytes.
+
+  Returns:
+    As `_load_zip`.
+  """
+  del path
+  file = Reader(memoryview(buffer))
+  announced: dict[str, Storage] = {}
+  magic, version, system = (Unpickler(file).load() for _ in range(3))
+  if (
+    magic != _LEGACY_MAGIC
+    or version != _LEGACY_VERSION
+    or not (isinstance(system, dict) and system)
+  ):
+    raise ValueError("no magic number of PyTorch in it")
+  value = Unpickler(file, lambda storage: announced.setdefault(storage.key, storage)).load()
+  storages = {}
+  for key in Unpickler(file).load():
+    if not isinstance(key, str) or key not in announced:
+      raise ValueError("a storage that no tensor has")
+    (count,) = struct.unpack("<q", file.read(8))
+    size = count * numpy_dtype(announced[key].dtype).itemsize
+    start = file.tell()
+    if count < 0 or start + size > len(buffer):
+      raise EOFError("a storage is cut short")
+    storages[key] = memoryview(buffer)[start : start + size]
+    file.seek(start + size)
+  return value, storages, "little"  # PyTorch writes this format so on every machine.
+
+
+def _arrays(
+  value: Any, storages: Mapping[str, memoryview], byteorder: str, done: dict[int, Any]
+) -> Any:
+  """Replaces each `Tensor` in a value by an array.
+
+  A pickle can hold the same list any number of times, and lists that contain themselves. `done`
+  maps the id of each container to its converted copy, so each is converted once.
+  """
+  if isinstance(value, Tensor):
+    if value.storage.key not in storages:
+      raise EOFError("a storage is missing")
+    return _array(value, storages[value.storage.key], byteorder)
+  if id(value) in done or not isinstance(value, dict | list | tuple):
+    return done.get(id(value), value)
+  # The copy is entered before it is filled: a container that contains itself finds it there.
+  if isinstance(value, dict):
+    converted = done[id(value)] = {}
+    for key, item in value.items():
+      converted[key] = _arrays(item, storages, byteorder, done)
+  else:
+    converted = done[id(value)] = []
+    converted += [_arrays(item, storages, byteorder, done) for item in value]
+  return converted
+
+
+def _array(tensor: Tensor, held: memoryview, byteorder: str) -> np.ndarray:
+  """Returns a tensor as a read-only view of its storage's bytes.
+
+  The tensor was checked against the size that the pickle declares for its storage. What is left to
+  check is that the storage has this size.
+  """
+  declared = tensor.storage.elements * numpy_dtype(tensor.storage.dtype).itemsize
+  if len(held) < declared:
+    raise EOFError("a storage that is cut short")
+  dtype = numpy_dtype(tensor.dtype)
+  if 0 in tensor.shape:
+    return np.zeros(tensor.shape, dtype)
+  # The stride of an axis with one element is never used and may be any number, too large for NumPy.
+  strides = [s * dtype.itemsize * (n > 1) for n, s in zip(tensor.shape, tensor.strides)]
+  if math.prod(tensor.shape) * dtype.itemsize >= 2**48:  # strides of 0 repeat one element
+    raise ValueError("a tensor of an impossible size")
+  swapped = dtype.newbyteorder() if dtype.itemsize > 1 and byteorder != sys.byteorder else dtype
+  offset = tensor.offset * dtype.itemsize
+  array = np.ndarray(tensor.shape, swapped, held, offset, strides)
+  array.flags.writeable = False
+  return array
