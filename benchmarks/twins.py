@@ -123,7 +123,7 @@ def _repvgg(nn: Any, model: RepVGG) -> Any:
   for stage in model.stages():
     blocks = []
     for index in range(stage.blocks):
-      stride = stage.step.strides if index == 0 else 1
+      stride = stage.striding.strides if index == 0 else 1
       groups = model.groups_of(stage.first_block + index)
       blocks.append(Block(features, stage.features, stride, groups))
       features = stage.features

@@ -1,8 +1,8 @@
 """The algebra of re-parameterization: affine maps on feature maps, as pure functions on kernels.
 
-A convolution with bias, and a batch norm at inference, are affine maps. Sums of them and chains of
-them are affine again, so each can be written as one convolution. Everything is computed in float32
-or wider at the highest matrix-product precision; callers cast when they are done.
+A convolution with bias is an affine map, and so is a batch norm at inference. Sums and chains of
+affine maps are affine again, so that each can be written as one convolution. All functions compute
+in float32 or wider, at the highest matrix-product precision. Callers cast the results.
 """
 
 from collections.abc import Mapping
@@ -28,15 +28,15 @@ class AffineParams(NamedTuple):
 
 
 def wide_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-  """The dtype to compute in, given floating dtypes: float64 where one of them is, else float32.
+  """Returns the dtype to compute in: float64 if one of the dtypes is float64, else float32.
 
-  Unlike `jnp.promote_types` it also works under strict dtype promotion.
+  Unlike `jnp.promote_types`, this function also works under strict dtype promotion.
   """
   return jnp.dtype(jnp.float64 if any(d == jnp.float64 for d in dtypes) else jnp.float32)
 
 
 def _widen(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """All arrays in their common wide dtype."""
+  """Casts all arrays to their common wide dtype."""
   dtype = wide_dtype(*(array.dtype for array in arrays))
   return tuple(jnp.asarray(array, dtype) for array in arrays)
 
@@ -44,14 +44,14 @@ def _widen(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 def bn_affine(
   bn: Mapping[str, jax.Array], stats: Mapping[str, jax.Array], epsilon: float
 ) -> AffineParams:
-  """The affine map that a batch norm is once its statistics are fixed.
+  """Returns the affine map that a batch norm computes at inference.
 
   scale = gamma / sqrt(var + epsilon);  bias = beta - mean * scale.
 
   Args:
     bn: `scale` (gamma) and `bias` (beta), both (C,).
     stats: running `mean` and `var`, both (C,).
-    epsilon: added to the variance; no other function sees it.
+    epsilon: number added to the variance. All functions that take epsilon pass it on to this one.
 
   Returns:
     scale (C,), bias (C,), in the widest dtype of the four, at least float32.
@@ -72,6 +72,7 @@ def bn_affine(
   shapes = {name: jnp.shape(value) for name, value in {**bn, **stats}.items()}
   if len(set(shapes.values())) != 1 or len(shapes["scale"]) != 1:
     raise ValueError(f"the four vectors of a batch norm must have one common shape (C,): {shapes}")
+  # The four are widened before any arithmetic: mean * scale and beta may nearly cancel.
   gamma, beta, mean, var = _widen(bn["scale"], bn["bias"], stats["mean"], stats["var"])
   scale = gamma * lax.rsqrt(var + epsilon)
   return AffineParams(scale, beta - mean * scale)
@@ -91,13 +92,13 @@ def fuse_bn(
     conv: kernel (H, W, I/g, O), bias (O,).
     bn: `scale` and `bias`, both (O,).
     stats: running `mean` and `var`, both (O,).
-    epsilon: the batch norm's.
+    epsilon: number added to the variance by the batch norm.
 
   Returns:
     kernel (H, W, I/g, O), bias (O,), in the widest dtype involved, at least float32.
 
   Raises:
-    ValueError: the batch norm's length is not O.
+    ValueError: the vectors of the batch norm do not have length O.
 
   References:
     Ding et al., RepVGG, CVPR 2021, section 3.3, equation 3. https://arxiv.org/abs/2101.03697
@@ -115,14 +116,14 @@ def fuse_bn(
 def pad_kernel(
   kernel: jax.Array, size: tuple[int, int], before: tuple[int, int] | None = None
 ) -> jax.Array:
-  """Zero-pads a kernel to a larger one that computes the same convolution.
+  """Zero-pads a kernel to a larger kernel that computes the same convolution.
 
-  Exact if the larger kernel's convolution pads its input by `dilation * before` more pixels.
+  Exact if the convolution with the larger kernel pads its input by `dilation * before` more pixels.
 
   Args:
     kernel: (H, W, I/g, O).
-    size: the height and width wanted, in taps.
-    before: taps of zeros put above and to the left; None centres the kernel.
+    size: height and width of the result in taps.
+    before: number of zero taps added above and to the left. None centres the kernel.
 
   Returns:
     (*size, I/g, O), dtype of `kernel`.
@@ -140,7 +141,7 @@ def pad_kernel(
     if min(extra) < 0 or extra[0] % 2 or extra[1] % 2:
       raise ValueError(
         f"a {old[0]}x{old[1]} kernel cannot be centred in {size[0]}x{size[1]}; "
-        "give `before`, the taps in front of it"
+        "give `before`, the number of taps added above and to the left"
       )
     before = (extra[0] // 2, extra[1] // 2)
   after = (extra[0] - before[0], extra[1] - before[1])
@@ -152,10 +153,11 @@ def pad_kernel(
 
 
 def _diagonal(features: int, groups: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-  """(I/g, O) with a one where the input is output o's own channel: index o mod (C/g)."""
+  """Returns (C/g, C) with a one where input and output are the same channel: i = o mod (C/g)."""
   if features % groups:
     raise ValueError(f"{features} channels do not divide into {groups} groups")
   width = features // groups
+  # Grouped kernels number the inputs of each group from 0, so channel o reads input o mod (C/g).
   own = lax.rem(lax.iota(jnp.int32, features), jnp.int32(width))  # (O,)
   return (lax.iota(jnp.int32, width)[:, None] == own[None, :]).astype(dtype)
 
@@ -163,15 +165,15 @@ def _diagonal(features: int, groups: int, dtype: jax.typing.DTypeLike) -> jax.Ar
 def identity_kernel(
   features: int, groups: int, size: tuple[int, int], dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-  """The kernel of the convolution that returns its input.
+  """Returns the kernel of the convolution that returns its input.
 
   K[centre, o mod (C/g), o] = 1, all else zero. Exact at stride 1 with size // 2 taps of padding.
 
   Args:
-    features: channels C, in and out.
-    groups: g of the grouped convolution.
+    features: number of channels C, in and out.
+    groups: number of groups g of the convolution.
     size: height and width in taps, both odd.
-    dtype: of the result.
+    dtype: dtype of the result.
 
   Returns:
     (*size, C/g, C).
@@ -190,15 +192,15 @@ def identity_kernel(
 def average_pool_kernel(
   features: int, groups: int, size: tuple[int, int], dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-  """The kernel of an average pool: 1 / (h * w) at every tap of a channel's own input.
+  """Returns the kernel of an average pool: 1 / (h * w) at every tap, from a channel to itself.
 
   Exact for a pool that counts its zero padding.
 
   Args:
-    features: channels C, in and out.
-    groups: g of the grouped convolution.
+    features: number of channels C, in and out.
+    groups: number of groups g of the convolution.
     size: height h and width w of the pool.
-    dtype: of the result.
+    dtype: dtype of the result.
 
   Returns:
     (*size, C/g, C).
@@ -216,16 +218,16 @@ def average_pool_kernel(
 def add(*convs: ConvParams) -> ConvParams:
   """Merges parallel convolutions whose outputs are summed: kernels and biases add up.
 
-  Exact where all have one stride, dilation, padding and group count.
+  Exact if all have the same stride, dilation, padding and number of groups.
 
   Args:
-    *convs: one or more, all with kernels (H, W, I/g, O) and biases (O,) of the same shapes.
+    *convs: one or more convolutions; all have kernels (H, W, I/g, O) of one shape and biases (O,).
 
   Returns:
     kernel (H, W, I/g, O), bias (O,), in the widest dtype involved, at least float32.
 
   Raises:
-    ValueError: no convolution, or shapes that differ (pad smaller kernels with `pad_kernel`).
+    ValueError: there is no convolution, or shapes differ. `pad_kernel` enlarges smaller kernels.
 
   References:
     Ding et al., Diverse Branch Block, CVPR 2021, Transform II. https://arxiv.org/abs/2103.13425
@@ -242,14 +244,15 @@ def add(*convs: ConvParams) -> ConvParams:
 
 
 def compose(first: ConvParams, second: ConvParams) -> ConvParams:
-  """Merges a 1x1 convolution and the KxK convolution that follows it into one KxK.
+  """Merges a 1x1 convolution and the KxK convolution after it into one KxK convolution.
 
   K[h,w,i,o] = sum_m K1[i,m] K2[h,w,m,o];  b[o] = b2[o] + sum_{h,w,m} K2[h,w,m,o] b1[m].
-  Exact where the KxK's border is padded with b1 rather than zero.
+  Exact if the KxK convolution pads its border with b1. Zero padding would differ at the border.
 
   Args:
     first: kernel (1, 1, I/g, M), bias (M,).
-    second: kernel (H, W, M/g, O), bias (O,). Both have one group count g, read off the shapes.
+    second: kernel (H, W, M/g, O), bias (O,). Both have the same number of groups g, which follows
+      from the shapes.
 
   Returns:
     kernel (H, W, I/g, O), bias (O,), in the widest dtype involved, at least float32.
@@ -271,6 +274,8 @@ def compose(first: ConvParams, second: ConvParams) -> ConvParams:
     )
   groups = middle // width
   k1, b1, k2, b2 = _widen(*first, *second)
+  # Outputs of a grouped convolution lie group by group. With an axis for the groups, the sums over
+  # the M/g middle channels stay within a group.
   k1 = k1[0, 0].reshape(-1, groups, width)  # (I/g, g, M/g)
   k2 = k2.reshape(*k2.shape[:3], groups, outputs // groups)  # (H, W, M/g, g, O/g)
   b1 = b1.reshape(groups, width)
@@ -282,15 +287,16 @@ def compose(first: ConvParams, second: ConvParams) -> ConvParams:
 def absorb_affine(
   affine: AffineParams, kernel: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Merges a per-channel affine map and the fully connected layer that reads its result.
+  """Merges a per-channel affine map and the fully connected layer after it.
 
-  W'[cn + i, o] = scale[c] W[cn + i, o];  b'[o] = b[o] + sum_{c,i} shift[c] W[cn + i, o],
-  where each of C channels has n inputs, one after the other. Always exact; with a mean over pixels
-  in between, n = 1.
+  W'[cn + i, o] = scale[c] W[cn + i, o];  b'[o] = b[o] + sum_{c,i} shift[c] W[cn + i, o].
+
+  Each of C channels has n inputs, one after the other. Always exact. With a mean over pixels
+  between the two, n = 1.
 
   Args:
-    affine: scale (C,), bias (C,), the shift.
-    kernel: (C * n, O); n is read off the shapes.
+    affine: scale (C,), and the shift as bias (C,).
+    kernel: (C * n, O); n follows from the shapes.
     bias: (O,).
 
   Returns:
@@ -306,7 +312,7 @@ def absorb_affine(
   if inputs % channels:
     raise ValueError(
       f"an affine map of {channels} channels cannot precede a fully connected layer with {inputs} "
-      "inputs, which are no multiple of that"
+      f"inputs, because {inputs} is no multiple of {channels}"
     )
   scale, shift, kernel, bias = _widen(*affine, kernel, bias)
   scale, shift = (jnp.repeat(vector, inputs // channels) for vector in (scale, shift))
@@ -321,12 +327,13 @@ def conv_to_dense(
 
   M[g, y, x, c, v, u, o] = K[y - v + H // 2, x - u + W // 2, c, g, o], zero outside the kernel.
   Exact for a convolution at stride 1 whose zero padding, (H // 2, W // 2), keeps the tile's size.
-  C and O may differ, the kernel may be larger than the tile, and no arithmetic rounds anything.
+  C and O may differ, and the kernel may be larger than the tile. Values are copied, so nothing is
+  rounded.
 
   Args:
     conv: kernel (H, W, C/g, O) with odd H and W, bias (O,).
     tile: height h and width w in pixels.
-    groups: g; a kernel's shape does not tell it.
+    groups: number of groups g, which the shape of a kernel does not tell.
 
   Returns:
     kernel (g, h, w, C/g, h, w, O/g): group, input pixel and channel, output pixel and channel;
@@ -346,9 +353,11 @@ def conv_to_dense(
     )
 
   def taps(pixels: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """For each (input, output) pixel pair along an axis: the tap between them, and if it exists."""
+    """Returns the tap between each input and output pixel along an axis, and if the tap exists."""
+    # Output pixel v reads input pixel y through tap y - v, counted from the centre of the kernel.
     pixel = jnp.arange(pixels)
     tap = pixel[:, None] - pixel[None, :] + size // 2
+    # Taps outside the kernel are clipped to a valid index here, and set to zero below.
     return jnp.clip(tap, 0, size - 1), (tap >= 0) & (tap < size)
 
   (rows, row_exists), (columns, column_exists) = taps(tile[0], height), taps(tile[1], width)

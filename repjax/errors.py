@@ -1,4 +1,4 @@
-"""Errors meant for the person at the keyboard: one clear paragraph instead of a traceback."""
+"""Errors for the person at the keyboard: one clear paragraph instead of a traceback."""
 
 import contextlib
 import difflib
@@ -6,16 +6,16 @@ from collections.abc import Iterable, Iterator
 
 
 class InputError(ValueError):
-  """Something a person gave (a name, flag, folder) cannot be used; the text says the way out."""
+  """An error about an input of the user: a name, flag or folder. The text says what to do."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
-  """The error for a name that is not among the known ones, with the closest of them.
+  """Returns the error for an unknown name, with the closest known names in its text.
 
   Args:
-    kind: what the name should have named, for example "model".
-    name: what came.
-    known: every name that would have been right.
+    kind: kind of thing that the name should name, for example "model".
+    name: the unknown name.
+    known: all known names.
   """
   known = sorted(set(known))
   plain = str(name).lower().replace("-", "_")
@@ -31,7 +31,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
 
 @contextlib.contextmanager
 def one_paragraph() -> Iterator[None]:
-  """Ends the program with status 1 and the error's text alone when an `InputError` gets here."""
+  """Turns an `InputError` in its block into exit status 1 and the text of the error alone."""
   try:
     yield
   except InputError as error:

@@ -1,6 +1,6 @@
-"""`reparameterize`: the walk over a parameter tree that folds every layer it has a fold for."""
+"""`reparameterize`: walks over a tree of parameters and folds every layer that has a fold."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ FOLDS: dict[str, Fold] = {
   "RepNorm": fold_rep_norm,
   "SkipSqueezeExcite": fold_skip_squeeze_excite,
 }
-"""A layer's class name to its fold. Extend a copy: `folds={**repjax.FOLDS, "MyLayer": fold}`."""
+"""Class name of a layer to its fold. Extend a copy: `folds={**repjax.FOLDS, "MyLayer": fold}`."""
 
 _DEPLOY_KEYS = {"conv", "dense", "affine"}
 
@@ -44,26 +44,26 @@ def reparameterize(
 ) -> dict[str, Any]:
   """Rewrites the parameters of a training form into those of its deploy form: the same function.
 
-  Walks both trees at any depth. A scope called like a key of `folds`, or like one with `_` and
-  anything behind it (Linen's automatic names), is handed to that fold; everything else is passed
-  through by reference. A scope that is in deploy form already is left as it is, so a deploy tree
-  maps to itself. Pure: works under `jit`, `vmap`, `grad` and `pmap`.
+  The function walks both trees at any depth. A fold takes every scope whose name is a key of
+  `folds`, or a key followed by `_` and more, as in the automatic names of Linen. All other leaves
+  are passed through by reference. A scope in deploy form stays unchanged, so that a deploy tree
+  maps to itself. The function is pure: it works under `jit`, `vmap`, `grad` and `pmap`.
 
   Args:
     params: the "params" collection of any module that contains repjax layers.
-    batch_stats: its "batch_stats" collection.
-    epsilon: of the batch norms.
-    folds: layer name to `fold(params, stats, epsilon)`, which returns the scope's deploy
-      parameters, or None to remove the scope.
-    keep: paths, or one path, such as "neck/BatchNorm_0". Statistics below them may stay unused,
-      because the caller keeps them for batch norms that are not repjax layers.
+    batch_stats: the "batch_stats" collection of the same module.
+    epsilon: number added to the variance by batch norms.
+    folds: layer name to `fold(params, stats, epsilon)`. A fold returns the deploy parameters of the
+      scope, or None to remove the scope.
+    keep: paths, or one path, such as "neck/BatchNorm_0". Statistics below these paths may stay
+      unused, because the caller keeps them for batch norms that are not repjax layers.
 
   Returns:
     A tree with the structure, shapes and dtypes of the deploy form's `init`.
 
   Raises:
-    ValueError: statistics that no fold used, a layer in training form without statistics, or trees
-      that do not belong together. The text names the path.
+    ValueError: no fold used some statistics, a layer in training form has no statistics, or the two
+      trees do not belong together. The text names the path.
 
   Example:
     >>> import jax, repjax
@@ -87,12 +87,21 @@ def reparameterize(
 
 
 def layer_name(scope: str, folds: Mapping[str, Fold] = FOLDS) -> str | None:
-  """The key of `folds` that a scope's name stands for, None for a scope without a fold."""
+  """Returns the key of `folds` that fits the name of a scope, or None if the scope has no fold."""
+  # The longest key fits best: beside RepConv, a key RepConv_Wide takes the scope RepConv_Wide_0.
   matches = [name for name in folds if scope == name or scope.startswith(f"{name}_")]
   return max(matches, key=len, default=None)
 
 
-def _walk(params, stats, path, folds, epsilon, kept):
+def _walk(
+  params: Tree,
+  stats: Tree,
+  path: tuple[str, ...],
+  folds: Mapping[str, Fold],
+  epsilon: float,
+  kept: Sequence[tuple[str, ...]],
+) -> dict[str, Any]:
+  """Folds all layers of a tree that lies at a path, as `reparameterize` describes."""
   _refuse_strays(params, stats, path, kept)
   result = {}
   for name, value in params.items():
@@ -109,22 +118,28 @@ def _walk(params, stats, path, folds, epsilon, kept):
   return result
 
 
-def _fold(fold: Fold, params: Tree, stats: Tree, path: tuple[str, ...], epsilon: float):
+def _fold(
+  fold: Fold, params: Tree, stats: Tree, path: tuple[str, ...], epsilon: float
+) -> Mapping[str, Any] | None:
+  """Folds one layer, or returns a copy of the layer if the layer is in deploy form already."""
   if stats:
     try:
       return fold(params, stats, epsilon)
     except ValueError as error:
       raise ValueError(f"{'/'.join(path)}: {error}") from error
   if _DEPLOY_KEYS & params.keys() and "bn" not in params:
+    # A walk without folds copies the dictionaries and shares the leaves.
     return _walk(params, {}, path, {}, epsilon, ())
   raise ValueError(
     f"{'/'.join(path)} is in training form (it holds {', '.join(sorted(params))}) but has no "
-    "batch statistics; pass the batch_stats that belong to these params"
+    "batch statistics. Pass the batch_stats that belong to these params"
   )
 
 
-def _refuse_strays(params: Tree, stats: Tree, path: tuple[str, ...], kept) -> None:
-  """Raises for statistics at this level that no scope of the parameters will take."""
+def _refuse_strays(
+  params: Tree, stats: Tree, path: tuple[str, ...], kept: Sequence[tuple[str, ...]]
+) -> None:
+  """Raises ValueError if no scope of the parameters takes some statistics of this level."""
   strays = {
     name: value
     for name, value in stats.items()
@@ -134,7 +149,7 @@ def _refuse_strays(params: Tree, stats: Tree, path: tuple[str, ...], kept) -> No
     leaf = (*path, *(entry.key for entry in key_path))
     if not any(leaf[: len(entry)] == entry for entry in kept):
       raise ValueError(
-        f"batch_stats hold {'/'.join(leaf)}, which no fold has used: either params and batch_stats "
-        "do not belong together, or this is a batch norm outside repjax's layers; in that case "
-        f"keep its statistics yourself and pass keep=({'/'.join(leaf[:-1])!r},)"
+        f"batch_stats hold {'/'.join(leaf)}, which no fold has used. Either params and batch_stats "
+        "do not belong together, or this is a batch norm outside the layers of repjax. If so, "
+        f"keep the statistics yourself and pass keep=({'/'.join(leaf[:-1])!r},)"
       )

@@ -1,4 +1,4 @@
-"""What it takes to build a model again, and loading one from a folder."""
+"""ModelSpec, the description from which a model is built again, and `load` for folders."""
 
 import dataclasses
 import functools
@@ -19,16 +19,17 @@ from repjax.reparam import reparameterize
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-  """From an image of any size to a model's input.
+  """The steps from an image of any size to the input of a model.
 
-  `repjax.data.transforms.resize_and_crop` makes the uint8 square, `normalize` the input.
+  `repjax.data.transforms.resize_and_crop` makes a square of uint8 pixels, and `normalize` makes the
+  input.
 
   Attributes:
-    image_size: side of the square that the model sees, in pixels.
-    resize_size: length of the shorter side before the central square is cut out, in pixels.
+    image_size: side in pixels of the square that the model sees.
+    resize_size: length in pixels of the shorter side before the central square is cut out.
     interpolation: "nearest", "bilinear" or "bicubic".
-    mean: per channel, subtracted from values in 0 ... 1.
-    std: per channel, what the difference is divided by.
+    mean: mean of each channel, for values in 0 ... 1; it is subtracted.
+    std: standard deviation of each channel; the difference is divided by it.
   """
 
   image_size: int = 224
@@ -48,14 +49,14 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-  """What it takes to build a model again and to feed it: `model.json` in run and deploy folders.
+  """The description from which a model is built again and fed: `model.json` in a folder.
 
   Attributes:
-    name: of the model, as in `create_model`.
-    num_classes: outputs of the classifier.
-    overrides: of the variant's attributes, as in `create_model`.
-    preprocessing: how images become inputs.
-    class_names: in the order of the logits; empty where unknown.
+    name: name of the model, as in `create_model`.
+    num_classes: number of outputs of the classifier.
+    overrides: attributes that replace those of the variant, as in `create_model`.
+    preprocessing: steps from images to inputs.
+    class_names: names of the classes in the order of the logits; empty if unknown.
   """
 
   name: str
@@ -68,31 +69,40 @@ class ModelSpec:
   def usual(
     cls, name: str, num_classes: int = 1000, overrides: Mapping[str, Any] | None = None
   ) -> "ModelSpec":
-    """The spec of a model at the image size that it is made for, resized to 8/7 of it first."""
+    """Returns the spec of a model at the image size for which the model is made.
+
+    Images are resized to 8/7 of the size before the central square is cut out.
+    """
     overrides = dict(overrides or {})
     size = image_size_of(create_model(name, num_classes=num_classes, **overrides))
     return cls(name, num_classes, overrides, Preprocessing(size, round(size * 8 / 7)))
 
-  def create_model(self, *, deploy: bool = False, **settings: Any) -> nn.Module:
-    """The model in either form; `settings` are `dtype`, `param_dtype` or further overrides."""
-    arguments = {**self.overrides, **settings}
+  def create_model(self, *, deploy: bool = False, **more: Any) -> nn.Module:
+    """Builds the model in either form.
+
+    Args:
+      deploy: build the deploy form.
+      **more: `dtype`, `param_dtype` or more overrides.
+    """
+    arguments = {**self.overrides, **more}
     return create_model(self.name, num_classes=self.num_classes, deploy=deploy, **arguments)
 
   def variable_shapes(self, *, deploy: bool = False) -> dict[str, Any]:
-    """The tree of shapes and dtypes of the model's variables in float32."""
+    """Returns the tree of shapes and dtypes of the model's variables in float32."""
     shapes = shapes_of(self.create_model(deploy=deploy), self.preprocessing.image_size)
-    return jax.tree.map(lambda leaf: leaf, shapes)  # another tree, for callers who change it
+    # `shapes_of` keeps its result, so callers get a copy that they may change.
+    return jax.tree.map(lambda leaf: leaf, shapes)
 
   def to_json(self) -> dict[str, Any]:
-    """As plain dictionaries, lists, strings and numbers."""
+    """Returns the spec as plain dictionaries, lists, strings and numbers."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "ModelSpec":
-    """The inverse of `to_json`.
+    """Builds a spec from the value that `to_json` returns.
 
     Raises:
-      InputError: a field is missing or unknown.
+      InputError: the name is missing, or a field is unknown.
     """
     fields = {field.name for field in dataclasses.fields(cls)}
     for name in value:
@@ -101,10 +111,10 @@ class ModelSpec:
     if "name" not in value:
       raise InputError(f"model.json does not name a model: it has {sorted(value)}")
     preprocessing = dict(value.get("preprocessing", {}))
-    parts = {field.name for field in dataclasses.fields(Preprocessing)}
+    steps = {field.name for field in dataclasses.fields(Preprocessing)}
     for name in preprocessing:
-      if name not in parts:
-        raise unknown("field of model.json's preprocessing", name, parts)
+      if name not in steps:
+        raise unknown("field of model.json's preprocessing", name, steps)
     for name in ("mean", "std"):
       if name in preprocessing:
         preprocessing[name] = tuple(preprocessing[name])
@@ -125,16 +135,16 @@ class ModelSpec:
     """Reads model.json from a folder.
 
     Raises:
-      InputError: there is none, or it is damaged.
+      InputError: the file does not exist, or is damaged.
     """
     return cls.from_json(disk.read_json(runs.model_file(folder)))
 
 
 @functools.lru_cache(maxsize=128)
 def shapes_of(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, Any]:
-  """The tree of a model's variables, which callers must not change.
+  """Returns the tree of shapes of a model's variables, which callers must not change.
 
-  Traces a model, which takes a second for a large one, once.
+  The model is traced once, which takes a second for a large one. The result is kept.
   """
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
@@ -144,20 +154,22 @@ def shapes_of(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, 
 def load(
   workdir: str | os.PathLike[str], *, deploy: bool = True
 ) -> tuple[nn.Module, dict[str, Any], ModelSpec]:
-  """From a folder to a usable model.
+  """Loads a model from a folder.
+
+  The training form is that of the best checkpoint, with re-estimated batch statistics if the run
+  has some. The deploy form comes from the deploy folder. Before there is a deploy folder, the
+  training form is re-parameterized here.
 
   Args:
-    workdir: of a run, or the deploy folder itself.
-    deploy: the plain form: what the deploy folder holds or, before there is one, the training form
-      re-parameterized here; otherwise the training form of the best checkpoint, in either case
-      with re-estimated statistics where it has some.
+    workdir: folder of a run, or a deploy folder itself.
+    deploy: load the deploy form, not the training form.
 
   Returns:
-    The model, its variables, and its ModelSpec. `model.apply(variables, images)` gives logits;
-    `spec.preprocessing.normalize` makes such images from uint8 ones.
+    The model, its variables, and its ModelSpec. `model.apply(variables, images)` gives logits.
+    `spec.preprocessing.normalize` makes images for the model from uint8 images.
 
   Raises:
-    InputError: the folder does not hold what was asked for, or it is damaged.
+    InputError: the folder does not hold the form that was asked for, or is damaged.
 
   Example:
     model, variables, spec = repjax.load("runs/digits")
@@ -173,8 +185,8 @@ def load(
     return model, {"params": params}, spec
   if runs.onnx_file(folder).exists():
     raise InputError(
-      f"{folder} holds a network as an ONNX file alone; its parameters in JAX are in the folder of "
-      "the run or import that it was made of"
+      f"{folder} holds a network as an ONNX file alone. Load the folder of the run or import from "
+      "which the file was made"
     )
   variables = runs.read_best(folder, spec.variable_shapes())[1]
   if deploy:

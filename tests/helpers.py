@@ -1,4 +1,4 @@
-"""What many tests need: errors, random variables, the golden fill rule, official names."""
+"""Helpers of many tests: errors, random variables, the golden fill rule, official names."""
 
 import functools
 import gzip
@@ -24,28 +24,29 @@ F64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 
 
 def relative_error(a: Any, b: Any) -> float:
-  """max|a - b| / max|b|, in float64."""
+  """Returns max|a - b| / max|b|, computed in float64."""
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   assert a.shape == b.shape, f"{a.shape} against {b.shape}"
   return float(np.abs(a - b).max() / np.abs(b).max())
 
 
 def assert_close(a: Any, b: Any, tolerance: float) -> None:
-  """Fails where the relative error of a against b exceeds the tolerance."""
+  """Fails if the relative error of a against b exceeds the tolerance."""
   assert relative_error(a, b) <= tolerance
 
 
 def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
-  """`jax.jit` that compiles fast and runs slowly: tests run each program once or twice."""
+  """Compiles like `jax.jit`, but fast and to slow code: tests run a program once or twice."""
   return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def primitives(function: Callable[..., Any], *arguments: Any, **axes: int) -> list[str]:
-  """What a traced function computes, inner functions included: names of primitives.
+  """Returns the names of the primitives in a traced function, inner functions included.
 
   Args:
-    function: traced on `arguments`, which may be shapes.
-    **axes: names and sizes of mapped axes that it may use.
+    function: function to trace.
+    *arguments: arguments of the function, or their shapes.
+    **axes: names and sizes of mapped axes that the function may use.
   """
 
   def names(jaxpr: Any) -> Iterator[str]:
@@ -62,15 +63,15 @@ def primitives(function: Callable[..., Any], *arguments: Any, **axes: int) -> li
 
 
 def convolve(x, kernel, bias=None, strides=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-  """A convolution by its definition, in NumPy.
+  """Computes a convolution by its definition, in NumPy.
 
   Args:
     x: (N, H, W, I).
     kernel: (h, w, I/g, O).
     bias: (O,), None for zeros.
     strides, dilation: (vertical, horizontal).
-    padding: (vertical, horizontal) zeros; each one number for both sides or (before, after).
-    groups: g.
+    padding: (vertical, horizontal) zeros, each one number for both sides or (before, after).
+    groups: number of groups g.
   """
   x, kernel = np.asarray(x), np.asarray(kernel)
   sides = [(pad, pad) if isinstance(pad, int) else pad for pad in padding]
@@ -95,18 +96,18 @@ def convolve(x, kernel, bias=None, strides=(1, 1), padding=(0, 0), dilation=(1, 
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-  """Every leaf of a tree of dicts by its path, as in {"params/stem/RepConv_0/...": leaf}."""
+  """Returns every leaf of a tree of dicts by its path: {"params/stem/RepConv_0/...": leaf}."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {"/".join(entry.key for entry in path): leaf for path, leaf in flat}
 
 
 def shapes(tree: Any) -> Any:
-  """The tree with (shape, dtype) for leaves, to compare with `==`."""
+  """Returns the tree with (shape, dtype) for leaves, to compare with `==`."""
   return jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), tree)
 
 
 def randomise(variables: Any, seed: int = 0) -> Any:
-  """Random values for every leaf of a tree of arrays or of shapes, in the leaf's own dtype.
+  """Draws random values for every leaf of a tree of arrays or shapes, in the dtype of the leaf.
 
   Fresh variables (mean 0, variance 1, scale 1) hide every folding bug.
   """
@@ -128,20 +129,20 @@ def randomise(variables: Any, seed: int = 0) -> Any:
 
 
 def init_shapes(module: nn.Module, x: Any, train: bool = False) -> Any:
-  """The variables of a module as shapes and dtypes, without computing anything."""
+  """Returns the variables of a module as shapes and dtypes, without computing anything."""
   arguments = (train,) if "train" in inspect.signature(module.__call__).parameters else ()
   return jax.eval_shape(lambda key, x: module.init(key, x, *arguments), jax.random.key(0), x)
 
 
 def random_variables(module: nn.Module, x: Any, seed: int = 0) -> Any:
-  """Random variables for a module, without compiling its `init`."""
+  """Draws random variables for a module, without compiling the module's `init`."""
   return randomise(init_shapes(module, x), seed)
 
 
 def forms_differ_by(model: nn.Module, x: Any) -> float:
-  """Relative error of a model's deploy form against its training form, random statistics.
+  """Returns the relative error of a model's deploy form against its training form.
 
-  What `reparameterize` returns must have the structure, shapes and dtypes of the deploy form.
+  Variables are random. Fails if `reparameterize` does not return the tree of the deploy form.
   """
   own: dict[str, Any] = {"deploy": True}
   deploy, variables = model.clone(**own), random_variables(model, x)
@@ -157,12 +158,12 @@ def forms_differ_by(model: nn.Module, x: Any) -> float:
 
 
 def random_input(*shape: int, seed: int = 1) -> np.ndarray:
-  """Standard normal values in float64."""
+  """Draws standard normal values in float64."""
   return np.random.default_rng(seed).standard_normal(shape)
 
 
 def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """The golden fill rule: a PyTorch tensor from its name and shape, in float64."""
+  """Computes a PyTorch tensor from its name and shape by the golden fill rule, in float64."""
   u = _uniform(name, math.prod(shape)).reshape(shape)
   if name.endswith("running_mean"):
     return 0.2 * u
@@ -174,7 +175,7 @@ def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def golden_input(shape_nchw: tuple[int, ...]) -> np.ndarray:
-  """The input of the golden cases, (N, H, W, C)."""
+  """Returns the input of the golden cases, (N, H, W, C)."""
   x = 2 * _uniform("input", math.prod(shape_nchw)).reshape(shape_nchw)
   return x.transpose(0, 2, 3, 1)
 
@@ -191,11 +192,11 @@ def _uniform(name: str, count: int) -> np.ndarray:
 
 
 def official_name(path: str, plus: bool = False) -> str:
-  """The official RepVGG state-dict name of a leaf.
+  """Returns the name of a leaf in official state dicts of RepVGG.
 
   Args:
-    path: below "params" or "batch_stats", from the network or from a lone block.
-    plus: RepVGGplus's names, which differ in the blocks and the gate.
+    path: path below "params" or "batch_stats", in the network or in a lone block.
+    plus: use the names of RepVGGplus, which differ in the blocks and the gate.
   """
   return tensor_name(_official(plus), tuple(path.split("/")), axes=4)[0]
 
@@ -205,23 +206,23 @@ def _official(plus: bool) -> Naming:
 
 
 def oihw(kernel: Any) -> np.ndarray:
-  """A convolution's kernel in PyTorch's layout, vectors as they are."""
+  """Returns a kernel in the layout of PyTorch, and vectors unchanged."""
   kernel = np.asarray(kernel)
   return kernel.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[kernel.ndim])
 
 
 def nchw(maps: Any) -> np.ndarray:
-  """Feature maps (N, H, W, C) in PyTorch's layout."""
+  """Returns feature maps (N, H, W, C) in the layout of PyTorch, (N, C, H, W)."""
   return np.asarray(maps).transpose(0, 3, 1, 2)
 
 
 def fill_state_dict(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-  """A state dict by the fill rule, from a key list."""
+  """Returns a state dict by the fill rule, from a list of keys."""
   return {name: fill(name, tuple(shape)) for name, shape in shapes.items()}
 
 
 def fill_variables(variables: Any, plus: bool = False) -> Any:
-  """Variables of RepVGG, or of a lone block, by the fill rule."""
+  """Returns variables of RepVGG, or of a lone block, by the fill rule."""
   filled = {
     entry.path: entry.layout.from_torch(fill(name, entry.shape))
     for name, entry in entries(_official(plus), variables).items()
@@ -233,64 +234,64 @@ def fill_variables(variables: Any, plus: bool = False) -> Any:
 
 
 def keys(source: str, model: str) -> dict[str, dict[str, list[int]]]:
-  """The names and shapes in a checkpoint: {"train": {name: shape}, "deploy": {name: shape}}."""
+  """Returns the keys of a checkpoint: {"train": {name: shape}, "deploy": {name: shape}}."""
   return key_lists()[source][model]
 
 
 @functools.cache
 def key_lists() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
-  """Source to model to kind to name to shape."""
+  """Reads the lists of keys: {source: {model: {kind: {name: shape}}}}."""
   with gzip.open(GOLDENS / "keys.json.gz", "rt") as file:
     return json.load(file)
 
 
 def goldens() -> dict[str, dict[str, Any]]:
-  """The golden RepVGG cases by id: {"spec", "input", "expect", ...}."""
+  """Reads the golden RepVGG cases by id: {"spec", "input", "expect", ...}."""
   return {case["id"]: case for case in json.loads((GOLDENS / "repvgg.json").read_text())}
 
 
 def repmlpnet_goldens() -> dict[str, Any]:
-  """{"counts": {model: {...}}, "cases": [{"id", "spec", "input", "expect", ...}, ...]}."""
+  """Reads {"counts": {model: {...}}, "cases": [{"id", "spec", "input", "expect", ...}, ...]}."""
   return json.loads((GOLDENS / "repmlpnet.json").read_text())
 
 
 def repmlpnet_keys() -> dict[str, dict[str, dict[str, list[int]]]]:
-  """Model to kind to name to shape, as in the authors' files of RepMLPNet."""
+  """Reads {model: {kind: {name: shape}}}, as in the authors' checkpoints of RepMLPNet."""
   with gzip.open(GOLDENS / "repmlpnet_keys.json.gz", "rt") as file:
     return json.load(file)
 
 
 def parnet_goldens() -> dict[str, Any]:
-  """{"counts": {model: {...}}, "cases": [{"id", "spec", "input", "expect"}, ...]}."""
+  """Reads {"counts": {model: {...}}, "cases": [{"id", "spec", "input", "expect"}, ...]}."""
   return json.loads((GOLDENS / "parnet.json").read_text())
 
 
 def folded_beyond_the_authors(model: nn.Module) -> int:
-  """Numbers that the authors' deploy form of a RepMLPNet has and ours has not.
+  """Returns how many more parameters the authors' deploy form of a RepMLPNet has than ours.
 
-  A norm behind a convolution of C outputs has 2 C, of which C stay, as a bias; a norm in front of
-  a layer that has a bias has 2 C, of which none stays.
+  A norm after a convolution of C outputs has 2 C parameters, of which C stay as a bias. A norm
+  before a layer with a bias has 2 C parameters, of which none stays.
   """
   embeddings = sum(model.widths)
   ffns = sum(
-    blocks * (4 * width + width + 2 * width)  # behind its two layers and in front
+    blocks * (4 * width + width + 2 * width)  # norms after its two layers, and before the first
     for blocks, width in zip(model.stage_sizes, model.widths)
   )
   return embeddings + ffns + 2 * model.widths[-1]
 
 
 def halves(variables: Mapping[str, Any]) -> tuple[Any, Any]:
-  """What `reparameterize` takes: parameters and statistics."""
+  """Returns parameters and statistics, the arguments of `reparameterize`."""
   return variables["params"], variables["batch_stats"]
 
 
 def counts() -> dict[str, dict[str, int]]:
-  """Parameters and batch norm buffers of every RepVGG in both forms."""
+  """Reads the numbers of parameters and batch norm buffers of every RepVGG in both forms."""
   return json.loads((GOLDENS / "counts.json").read_text())
 
 
 def assert_golden(array: Any, record: dict[str, Any], tolerance: float = 1e-9) -> None:
-  """Compares an array in PyTorch's layout with a golden record."""
+  """Fails if an array in the layout of PyTorch differs from a golden record."""
   array = np.asarray(array)
   assert list(array.shape) == record["shape"]
   flat = array.ravel()

@@ -96,8 +96,8 @@ class TestPadKernel:
     x, conv = random_input(1, 8, 7, 2), random_conv(*small, 2, 3)
     how = {"strides": strides, "dilation": dilation}
     front = before or [(big - little) // 2 for big, little in zip(large, small)]
-    behind = [big - little - taps for big, little, taps in zip(large, small, front)]
-    padding = [(d * a, d * b) for d, a, b in zip(dilation, front, behind)]
+    after = [big - little - taps for big, little, taps in zip(large, small, front)]
+    padding = [(d * a, d * b) for d, a, b in zip(dilation, front, after)]
     padded = algebra.pad_kernel(conv.kernel, large, before)
     assert padded.shape == (*large, 2, 3)
     actual = convolve(x, padded, padding=padding, **how)
@@ -166,7 +166,7 @@ class TestAveragePoolKernel:
 
   @pytest.mark.parametrize("size", [8, 9, 5, 1])
   def test_pool_then_1x1_at_stride_2_is_a_3x3_at_stride_2(self, size):
-    # Odd maps: the pool sees one zero behind the end and still divides by 4.
+    # Odd maps: the pool sees one zero after the end and still divides by 4.
     x, pointwise = random_input(2, size, size, 3), random_conv(1, 1, 3, 5)
     odd = size % 2
     padded = np.pad(x, ((0, 0), (0, odd), (0, odd), (0, 0)))

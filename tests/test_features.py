@@ -1,7 +1,6 @@
-"""Features of every family, and networks built on them that are converted in place."""
+"""Networks built on the features of ours: detectors and segmenters, converted in place."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,69 +11,15 @@ import repjax
 from repjax.layers import RepConv
 from tests import helpers
 from tests.helpers import F64, halves, init_shapes, quick_jit, random_input, random_variables
+from tests.models.families import backbone
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-_REPVGG = {"stage_sizes": (1, 1, 2, 1), "width_multipliers": (0.125, 0.0625, 0.0625, 0.03125)}
-_FOUR = {"stage1": (4, 8), "stage2": (8, 8), "stage3": (16, 16), "stage4": (32, 16)}
-_RESNET = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "stem_features": 6}
-_REPMLP = _RESNET | {"stage_sizes": (1, 2, 1, 1), "repmlp_stages": (2,), "tile": 4}
-_REPMLPNET = {"stage_sizes": (1, 1), "widths": (8, 16), "tiles": (4, 2), "share_sets": (2, 2)}
-_CIFAR = {"stage_sizes": (1, 1, 1), "widths": (4, 6, 8), "tile": 4, "local_kernels": (1, 3)}
-
-FAMILIES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]]]] = {
-  "repvgg_a0": (_REPVGG, _FOUR),
-  "repvggplus_l2pse": (_REPVGG | {"se_reduction": 2}, _FOUR),
-  "resnet18": (_RESNET, _FOUR),
-  "repmlp_resnet50_light": (_REPMLP | {"fc3_groups": 1, "local_kernels": (1, 3)}, _FOUR),
-  "vgg16": (
-    {"widths": (2, 4, 4, 6, 8)},
-    {"stage2": (4, 4), "stage3": (8, 4), "stage4": (16, 6), "stage5": (32, 8)},
-  ),
-  "repmlpnet_t224": (_REPMLPNET, {"stage1": (4, 8), "stage2": (8, 16)}),
-  "parnet_s": ({"stage_sizes": (1, 1, 1), "widths": (8, 8, 16, 16)}, _FOUR),
-  "repmlp_cifar": (_CIFAR, {"stage1": (1, 4), "stage2": (2, 6), "stage3": (4, 8)}),
-}
-"""Model to overrides that make it small, and to the stride and channels of its features."""
 
 BACKBONES = ("repvgg_a0", "resnet18", "parnet_s")
 
 
-def backbone(name, deploy=False, **overrides):
-  overrides = FAMILIES[name][0] | overrides
-  return repjax.create_model(name, features_only=True, deploy=deploy, **overrides, **F64)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_names_and_shapes_in_both_forms_also_from_a_classifiers_variables(name):
-  overrides, stages = FAMILIES[name]
-  classifier = repjax.create_model(name, num_classes=3, **overrides, **F64)
-  model, deploy, x = backbone(name), backbone(name, deploy=True), jnp.ones((1, 64, 32, 3))
-  variables, whole = init_shapes(model, x), init_shapes(classifier, x)
-  assert helpers.shapes(without_head(whole, variables)) == helpers.shapes(variables)
-
-  def convert(variables):
-    return {"params": repjax.reparameterize(*halves(variables))}
-
-  plain, with_head = (jax.eval_shape(convert, each) for each in (variables, whole))
-  assert helpers.shapes(plain) == helpers.shapes(init_shapes(deploy, x))
-  assert "head" in with_head["params"]  # which nobody reads
-  assert helpers.shapes(without_head(with_head, plain)) == helpers.shapes(plain)
-  expected = {
-    stage: (1, 64 // stride, 32 // stride, channels) for stage, (stride, channels) in stages.items()
-  }
-  for form, held in ((model, variables), (model, whole), (deploy, plain), (deploy, with_head)):
-    features = jax.eval_shape(form.apply, held, x)
-    assert {stage: feature.shape for stage, feature in features.items()} == expected
-
-
-def without_head(whole, like):
-  """The scopes of a classifier's variables that another tree has."""
-  return {half: {scope: whole[half][scope] for scope in like[half]} for half in like}
-
-
 class Pyramid(nn.Module):
-  """Maps of strides 8 to 32 at one width, each with what the smaller ones hold."""
+  """A feature pyramid: maps of strides 8 to 32 at one width, each with the smaller maps added."""
 
   deploy: bool
 
@@ -91,7 +36,7 @@ class Pyramid(nn.Module):
 
 
 class Head(nn.Module):
-  """What all levels share: a convolution with a batch norm of Flax's own, then scores and boxes."""
+  """A head shared by all levels: a convolution, a batch norm of Flax, then scores and boxes."""
 
   @nn.compact
   def __call__(self, levels, train):
@@ -106,7 +51,7 @@ class Head(nn.Module):
 
 
 class Detector(nn.Module):
-  """Features, pyramid, head."""
+  """A detector: features, pyramid and head."""
 
   backbone: nn.Module
   deploy: bool = False
@@ -140,7 +85,7 @@ class TestDetector:
     assert [scores.shape for scores, _ in trained] == [(1, n, n, 3) for n in (2, 4, 8)]
     jax.tree.map(lambda a, b: helpers.assert_close(a, b, 1e-12), plain, trained)
 
-  def test_its_own_norm_is_not_forgotten_without_a_word(self, name):
+  def test_its_own_norm_is_not_forgotten_in_silence(self, name):
     model, _ = self.forms(name)
     said = r"head/BatchNorm_0/(mean|var), which no fold has used.*keep=\('head/BatchNorm_0',\)"
     with pytest.raises(ValueError, match=said):

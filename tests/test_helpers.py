@@ -1,4 +1,4 @@
-"""The helpers are right: a wrong one would make every golden fail, or let a wrong law pass."""
+"""Tests of the helpers: a wrong helper would fail every golden test, or let a wrong law pass."""
 
 import jax
 import numpy as np

@@ -367,7 +367,7 @@ class TestKeep:
 
 
 class PostNorm(nn.Module):
-  """An outsider's layer: one batch norm behind the sum of a 3x3, a 1x1 and the input itself.
+  """A layer of a user: one batch norm after the sum of a 3x3, a 1x1 and the input itself.
 
   Ding et al., RepVGG, CVPR 2021, Table 7, "post-addition BN".
   """

@@ -34,7 +34,7 @@ from repjax.deploy.rewrite import Function
 from repjax.deploy.tuning import Tuner, make_tuner
 from repjax.deploy.xla import compile_lowered, planned_bytes
 from repjax.errors import InputError
-from repjax.models.base import Part
+from repjax.models.base import StreamScope
 
 _AXIS = "batch"
 
@@ -63,7 +63,7 @@ class Piece(NamedTuple):
     return "+".join(self.scopes)
 
 
-def cut_into_pieces(parts: Mapping[str, Part], results: Sequence[str]) -> tuple[Piece, ...]:
+def cut_into_pieces(parts: Mapping[str, StreamScope], results: Sequence[str]) -> tuple[Piece, ...]:
   """Cuts a network in streams into the fewest pieces that never wait in their middle.
 
   A scope extends the piece that makes its input if three things hold: this is its only input, no
@@ -90,7 +90,7 @@ def cut_into_pieces(parts: Mapping[str, Part], results: Sequence[str]) -> tuple[
 
 
 def _piece(
-  parts: Mapping[str, Part],
+  parts: Mapping[str, StreamScope],
   readers: Mapping[str, Sequence[str]],
   results: Sequence[str],
   chain: Sequence[str],
@@ -288,7 +288,7 @@ def check_streams(model: nn.Module, devices: Sequence[Any] | None) -> np.ndarray
   Raises:
     InputError: the model has no streams, or the number of devices is not a multiple of S.
   """
-  parts: Mapping[str, Part] | None = getattr(model, "streams", None)
+  parts: Mapping[str, StreamScope] | None = getattr(model, "streams", None)
   if parts is None:
     raise InputError(
       f'parallel="streams" needs a network in streams like ParNet, got {type(model).__name__}. '

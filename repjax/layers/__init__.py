@@ -1,7 +1,8 @@
-"""Linen modules that train with branches, each with the fold that removes them beside it."""
+"""Linen modules that train with branches; each stands beside the fold that removes them."""
 
 from repjax.layers.activations import activation
 from repjax.layers.aux_head import AuxHead, fold_aux_head
+from repjax.layers.base import RepLayer
 from repjax.layers.gates import (
   GlobalGate,
   SkipSqueezeExcite,
@@ -24,6 +25,7 @@ __all__ = [
   "RepDense",
   "RepFFN",
   "RepHead",
+  "RepLayer",
   "RepNorm",
   "SkipSqueezeExcite",
   "SqueezeExcite",

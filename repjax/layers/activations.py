@@ -1,4 +1,4 @@
-"""Activations by name: a string travels through configs and model.json, a function does not."""
+"""Activations by name: configs and model.json can hold a string, but not a function."""
 
 import functools
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from repjax.errors import unknown
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "relu": jax.nn.relu,
   "silu": jax.nn.silu,
-  # The exact one; jax.nn.gelu's default is the tanh approximation.
+  # By default `jax.nn.gelu` is the tanh approximation; the papers use the exact function.
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-  """The element-wise function called `name`: "relu", "silu" or "gelu".
+  """Returns the element-wise function called `name`: "relu", "silu" or "gelu".
 
   Raises:
-    ValueError: another name.
+    InputError: `name` is not one of the three.
   """
   if name not in ACTIVATIONS:
     raise unknown("activation", name, ACTIVATIONS)

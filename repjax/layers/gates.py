@@ -1,4 +1,4 @@
-"""Gates: layers that multiply. They are not affine, so they survive re-parameterization."""
+"""Gates: layers that multiply. A product is not affine, so gates survive re-parameterization."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,22 +9,24 @@ from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine, wide_dtype
 from repjax.errors import InputError
+from repjax.layers.base import RepLayer, refuse_training
 from repjax.layers.linear import kernel_init, linear
-from repjax.layers.rep_norm import EPSILON, Affine, batch_norm, refuse_training
+from repjax.layers.rep_norm import Affine
 
 
 class SqueezeExcite(nn.Module):
-  """Scales each channel by a number computed from the means of all: y = x * s(mean(x)).
+  """A gate for each channel, computed from the means of all channels: y = x * s(mean(x)).
 
   s = sigmoid(up(relu(down(.)))), two fully connected layers with biases, C -> C // reduction -> C.
-  The means run over both spatial axes, so maps need not be square. The same in both forms.
-  With a second map z of the same channels y = x * s(mean(z)): RepMLPNet's Global Perceptron looks
-  at what goes into its block and scales what comes out.
+  The means run over both spatial axes, so maps need not be square. Both forms are the same.
+
+  A second map z of as many channels may drive the gate: y = x * s(mean(z)). The Global Perceptron
+  of RepMLPNet does so: it reads the input of its block and scales the block's output.
 
   Attributes:
-    reduction: how many times narrower the hidden layer is.
-    dtype: of the computation and the result.
-    param_dtype: of the parameters.
+    reduction: ratio of the number of channels to the hidden layer's width.
+    dtype: dtype of the computation and of the result.
+    param_dtype: dtype of the parameters.
 
   References:
     Hu et al., Squeeze-and-Excitation Networks, CVPR 2018, section 3. https://arxiv.org/abs/1709.01507
@@ -37,11 +39,16 @@ class SqueezeExcite(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, z: jax.Array | None = None) -> jax.Array:
+    """Maps (N, H, W, C), and z (N, H', W', C) if given, to (N, H, W, C).
+
+    Raises:
+      InputError: the reduction leaves no hidden channel.
+    """
     features = x.shape[-1]
     if not 0 < self.reduction <= features:
       raise InputError(
         f"SqueezeExcite {'/'.join(self.path)}: {features} channels reduced {self.reduction} times "
-        "leave no hidden channel; change se_reduction or widen the network"
+        "leave no hidden channel. Lower se_reduction or widen the network"
       )
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     gate = (x if z is None else z).mean((1, 2))  # (N, C)
@@ -51,16 +58,16 @@ class SqueezeExcite(nn.Module):
 
 
 class GlobalGate(nn.Module):
-  """A factor for each channel, computed from the means of all: 2 sigmoid(W mean(x)).
+  """A factor for each channel, computed from the means of all channels: 2 sigmoid(W mean(x)).
 
-  W has no bias. The same in both forms. With groups a channel's factor depends on the means of its
-  group alone. Factors lie between 0 and 2, so a gate that knows nothing changes nothing.
+  W has no bias. Both forms are the same. With groups, a channel's factor depends on the means of
+  its group alone. Factors lie between 0 and 2, so a gate with W = 0 changes nothing.
 
   Attributes:
-    features: factors O.
-    groups: of channels and factors.
-    dtype: of the computation and the result.
-    param_dtype: of the parameters.
+    features: number of factors O.
+    groups: number of groups g of channels and of factors.
+    dtype: dtype of the computation and of the result.
+    param_dtype: dtype of the parameters.
 
   References:
     Goyal et al., Non-deep Networks, NeurIPS 2022, appendix, for the blocks that have it.
@@ -77,52 +84,40 @@ class GlobalGate(nn.Module):
     """Maps (N, H, W, C) to factors (N, 1, 1, O).
 
     Raises:
-      ValueError: C or O does not divide into groups.
+      InputError: C or O does not divide into groups.
     """
     n, channels, groups = x.shape[0], x.shape[-1], self.groups
     if channels % groups or self.features % groups:
       raise InputError(
         f"GlobalGate {'/'.join(self.path)}: {channels} input and {self.features} output channels "
-        f"do not both divide into {groups} groups"
+        f"do not both divide into {groups} groups. Change the widths or the groups"
       )
     shape = (channels // groups, self.features)
     kernel = self.param("kernel", kernel_init, shape, self.param_dtype).astype(self.dtype)
     means = x.mean((1, 2)).astype(self.dtype).reshape(n, groups, -1)  # (N, g, C/g)
-    kernel = kernel.reshape(shape[0], groups, -1)  # (C/g, g, O/g)
+    kernel = kernel.reshape(shape[0], groups, -1)  # (C/g, g, O/g): group by group along O
     products = jnp.einsum("ngi,igo->ngo", means, kernel)
     return 2 * jax.nn.sigmoid(products).reshape(n, 1, 1, -1)
 
 
-class SkipSqueezeExcite(nn.Module):
+class SkipSqueezeExcite(RepLayer):
   """ParNet's gated shortcut: z = BN(x), y = z * sigmoid(W mean(z)).
 
-  The gate reads and scales what comes out of the norm. With s and t the norm's scale and shift
+  The gate reads the output of the norm and scales it. With the norm's scale s and shift t:
 
-    y = (s x + t) * sigmoid(W' mean(x) + b'),  W' = W diag(s),  b' = W t,
+    y = (s x + t) * sigmoid(W' mean(x) + b'),  W' = W diag(s),  b' = W t.
 
-  which is exact, since the mean over pixels of a per-channel affine map is that map of the mean.
-  The deploy form is this: no norm, but a gate, which multiplies and therefore stays, and an affine
-  map that no convolution absorbs, because the gate comes after it.
+  This is exact: a per-channel affine map and the mean over pixels may change places. The right side
+  is the deploy form. It has no norm. Its gate stays because a gate multiplies. Its affine map stays
+  because the gate comes between the map and the next convolution.
 
-  Scopes of the training form: `bn` and `dense`, without bias. Deploy form: `affine` and `dense`,
-  with bias.
-
-  Attributes:
-    epsilon: of the batch norm.
-    axis_name: of the pmapped axis over which batch statistics are shared.
-    deploy: build the deploy form.
-    dtype: of the training form's matrix product and of the result; all else is in at least float32.
-    param_dtype: of the parameters.
+  Scopes of the training form: `bn`, and `dense` without bias. Deploy form: `affine`, and `dense`
+  with bias. In the deploy form the matrix product, too, is in at least float32. Attributes are
+  those of `RepLayer`.
 
   References:
     Goyal et al., Non-deep Networks, NeurIPS 2022, section 3.1. https://arxiv.org/abs/2110.07641
   """
-
-  epsilon: float = EPSILON
-  axis_name: str | None = None
-  deploy: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -137,16 +132,10 @@ class SkipSqueezeExcite(nn.Module):
       z = Affine(self.param_dtype, name="affine")(x)
       gate = x.mean((1, 2))  # (N, C)
     else:
-      z = batch_norm(
-        x,
-        train,
-        epsilon=self.epsilon,
-        axis_name=self.axis_name,
-        param_dtype=self.param_dtype,
-      )
+      z = self.norm(x, train)
       gate = z.mean((1, 2))  # (N, C)
-    # In deploy form the norm's shift is in the bias, and narrow numbers would not cancel.
-    dtypes = {"dtype": x.dtype if self.deploy else self.dtype, "param_dtype": self.param_dtype}
+    # W' mean(x) and b' may be large and nearly cancel. In bfloat16 their sum would then be noise.
+    dtypes = self.dtypes() | ({"dtype": x.dtype} if self.deploy else {})
     gate = linear(gate, x.shape[-1], name="dense", use_bias=self.deploy, **dtypes)
     gate = jax.nn.sigmoid(gate.astype(self.dtype))[:, None, None, :]
     return z.astype(self.dtype) * gate  # (N, H, W, C)
@@ -155,16 +144,16 @@ class SkipSqueezeExcite(nn.Module):
 def fold_skip_squeeze_excite(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
-  """Folds a SkipSqueezeExcite: its norm becomes an affine map and goes into the gate's weights.
+  """Folds a SkipSqueezeExcite: its norm becomes an affine map, and folds into the gate's weights.
 
   Args:
     params: {bn: {scale, bias}, dense: {kernel (C, C)}}.
     stats: {bn: {mean, var}}.
-    epsilon: of the batch norm.
+    epsilon: number added to the variance by the batch norm.
 
   Returns:
-    {affine: {scale, bias}, dense: {kernel (C, C), bias (C,)}} in the dtypes of the norm's scale and
-    of the kernel.
+    {affine: {scale, bias}, dense: {kernel (C, C), bias (C,)}}; `affine` in the dtype of the norm's
+    scale, `dense` in the dtype of the kernel.
 
   Raises:
     ValueError: the two trees do not belong together.

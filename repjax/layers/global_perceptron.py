@@ -1,38 +1,34 @@
-"""The Global Perceptron of RepMLP (2021): what each tile learns of all others."""
+"""The Global Perceptron of RepMLP (2021), which lets every tile of a map see all tiles."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine
 from repjax.errors import InputError
+from repjax.layers.base import RepLayer, refuse_training
 from repjax.layers.linear import TwoLayers
 from repjax.layers.rep_conv import pair
 from repjax.layers.rep_dense import check_tiles
-from repjax.layers.rep_norm import EPSILON, batch_norm, refuse_training
 
 
-class GlobalPerceptron(nn.Module):
-  """Adds to each tile and channel a number computed from the means of all tiles and channels.
+class GlobalPerceptron(RepLayer):
+  """A number for each tile and channel, computed from the means of all tiles, and added.
 
-  y = x + fc2(relu(fc1(BN(mean over each tile)))), each number added to all pixels of its tile. The
-  norm folds into fc1, so the deploy form holds two fully connected layers. It adds; the gate of
-  RepMLPNet, which multiplies, is `SqueezeExcite`. Layers are as wide as the map has tiles times
-  channels, so parameters belong to one image size.
+  y = x + fc2(relu(fc1(BN(mean over each tile)))). Each number is added to all pixels of its tile.
+  The norm folds into fc1, so the deploy form holds two fully connected layers. This layer adds; the
+  gate of RepMLPNet, which multiplies, is `SqueezeExcite`.
 
-  Scopes of the training form: `bn` and `dense` with `fc1` and `fc2`. Deploy form: `dense`.
+  fc1 reads one number for each tile and channel of the map. Parameters therefore fit one image
+  size.
+
+  Scopes of the training form: `bn`, and `dense` with `fc1` and `fc2`. Deploy form: `dense`.
 
   Attributes:
-    tile: h and w in pixels, one number or (h, w).
-    reduction: how many times narrower the hidden layer is.
-    epsilon: of the batch norm.
-    axis_name: of the pmapped axis over which batch statistics are shared.
-    deploy: build the deploy form.
-    dtype: of the computation and the result; the norm is in at least float32.
-    param_dtype: of the parameters.
+    tile: height and width of a tile in pixels, one number or (h, w).
+    reduction: ratio of the width of fc1's input to the hidden layer's width.
 
   References:
     Ding et al., RepMLP, 2021, section 3.2. https://arxiv.org/abs/2105.01883
@@ -40,21 +36,19 @@ class GlobalPerceptron(nn.Module):
 
   tile: int | Sequence[int]
   reduction: int = 1
-  epsilon: float = EPSILON
-  axis_name: str | None = None
-  deploy: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (N, H, W, C) to the same shape.
 
+    Parameters fit one arrangement of tiles. A map with as many tiles in a different arrangement,
+    2x1 instead of 1x2, has parameters of the same shapes and is not noticed. The output is then
+    meaningless.
+
     Raises:
-      ValueError: H or W is no multiple of the tile's, the map has another number of tiles than
-        those that the parameters were made for, the reduction leaves no hidden number, or `train`
-        in deploy form. As many tiles in another arrangement, 2x1 for 1x2, have parameters of the
-        same shapes and are not noticed: what is computed then has no meaning.
+      InputError: H or W is no multiple of the tile's, the number of tiles differs from the number
+        that the parameters were made for, or the reduction leaves no hidden unit.
+      ValueError: `train` in deploy form.
     """
     refuse_training(self.deploy, train)
     tile, where = pair(self.tile), f"GlobalPerceptron {'/'.join(self.path)}"
@@ -64,49 +58,44 @@ class GlobalPerceptron(nn.Module):
     tiled = x.reshape(-1, down, tile[0], across, tile[1], channels)
     means = tiled.mean((2, 4))  # (N, H/h, W/w, C)
     if not self.deploy:
-      means = batch_norm(
-        means,
-        train,
-        epsilon=self.epsilon,
-        axis_name=self.axis_name,
-        param_dtype=self.param_dtype,
-      ).astype(self.dtype)
-    # All tiles of a channel lie together, as in PyTorch; it is a small transposition.
-    flat = means.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+      # The norm has one scale and one shift for each channel, shared by all tiles.
+      means = self.norm(means, train).astype(self.dtype)
+    # All tiles of a channel lie next to each other, as in PyTorch, so that fc1 holds the weights of
+    # official checkpoints in their order. The fold relies on this order too: each entry of the
+    # norm's scale repeats once for each tile. The array is small, so the transposition is cheap.
+    flat = means.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # (N, C * H/h * W/w)
     hidden = flat.shape[1] // self.reduction
-    layers = TwoLayers(hidden, ("fc1", "fc2"), "relu", self.dtype, self.param_dtype, name="dense")
-    added = layers(flat)
-    added = added.reshape(-1, channels, down, across).transpose(0, 2, 3, 1)
-    tiled = tiled.astype(self.dtype) + added[:, :, None, :, None, :]
+    added = TwoLayers(hidden, ("fc1", "fc2"), "relu", **self.dtypes(), name="dense")(flat)
+    added = added.reshape(-1, channels, down, across).transpose(0, 2, 3, 1)  # (N, H/h, W/w, C)
+    tiled = tiled.astype(self.dtype) + added[:, :, None, :, None, :]  # (N, H/h, h, W/w, w, C)
     return tiled.reshape(x.shape)
 
   def _check(self, where: str, shape: tuple[int, ...], inputs: int) -> None:
-    """Raises InputError where the layer does not fit its input."""
+    """Raises InputError if the layer does not fit its input."""
     if not 0 < self.reduction <= inputs:
       raise InputError(
-        f"{where}: {inputs} numbers (tiles times channels) reduced {self.reduction} times leave no "
-        "hidden one; lower the reduction or widen the network"
+        f"{where}: {inputs} inputs (tiles times channels) reduced {self.reduction} times leave no "
+        "hidden unit. Lower the reduction or widen the network"
       )
     if self.has_variable("params", "dense"):
       held = self.get_variable("params", "dense")["fc1"]["kernel"].shape[0]
       if held != inputs:
         raise InputError(
-          f"{where}: maps {shape} have {inputs} numbers (tiles times channels), and the parameters "
-          f"were made for {held}; a Global Perceptron takes images of the size that it was "
-          "initialised with"
+          f"{where}: maps {shape} give {inputs} inputs (tiles times channels), but the parameters "
+          f"were made for {held}. Use images of the size with which the model was initialised"
         )
 
 
 def fold_global_perceptron(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
-  """Folds a GlobalPerceptron: its norm goes into fc1, and {dense: {fc1, fc2}} is left.
+  """Folds a GlobalPerceptron: its norm goes into fc1, and two fully connected layers remain.
 
   Args:
     params: {bn: {scale, bias}, dense: {fc1: {kernel, bias}, fc2: {kernel, bias}}}; fc1's kernel is
-      (C * tiles, hidden), all tiles of a channel together.
+      (C * tiles, hidden), with all tiles of a channel next to each other.
     stats: {bn: {mean, var}}.
-    epsilon: of the batch norm.
+    epsilon: number added to the variance by the batch norm.
 
   Returns:
     {dense: {fc1: {kernel, bias}, fc2: {kernel, bias}}} in the dtype of fc1's kernel.

@@ -1,4 +1,4 @@
-"""Initial values and the fully connected layer, both as the papers' code has them."""
+"""The fully connected layer, and initial values; both as in the code of the papers."""
 
 import math
 from collections.abc import Sequence
@@ -13,28 +13,35 @@ from repjax.algebra import wide_dtype
 from repjax.layers.activations import activation
 
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default, which the papers' code keeps."""
+"""U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of PyTorch, and so of the code of the papers."""
 
 
-TILE_AXES = 7  # of the kernel of a fully connected layer over tiles, (g, h, w, C/g, h, w, O/g)
+# A fully connected layer over tiles has a kernel (g, h, w, C/g, h, w, O/g), and nothing else has
+# as many axes. Initial values depend on this, so that a kernel's shape tells its distribution.
+TILE_AXES = 7
 
 
 def uniform_bound(kernel_shape: Sequence[int]) -> float:
-  """1/sqrt(fan_in) of a kernel (..., I/g, O) or over tiles: bounds its values and its bias."""
+  """Returns 1/sqrt(fan_in), which bounds the initial values of a kernel and of its bias.
+
+  Args:
+    kernel_shape: (..., I/g, O), or the shape of a kernel over tiles.
+  """
   inputs = kernel_shape[1:4] if len(kernel_shape) == TILE_AXES else kernel_shape[:-1]
   return 1 / math.sqrt(math.prod(inputs))
 
 
 def is_orthogonal(kernel_shape: Sequence[int]) -> bool:
-  """Whether a kernel starts orthogonal: over tiles, in groups of more than one channel.
+  """Tells if a kernel starts orthogonal: it is over tiles, in groups of more than one channel.
 
-  RepMLP's does; RepMLPNet's, whose groups are single channels, is uniform like all others.
+  Kernels of RepMLP start orthogonal. Groups of RepMLPNet are single channels, so its kernels start
+  uniform, as all kernels that are not over tiles do.
   """
   return len(kernel_shape) == TILE_AXES and kernel_shape[3] * kernel_shape[6] > 1
 
 
 def from_orthogonal(matrix: Any, kernel_shape: Sequence[int]) -> Any:
-  """A kernel over tiles from the matrix (g * h*w*O/g, h*w*C/g) that PyTorch makes orthogonal."""
+  """Reorders PyTorch's orthogonal matrix (g * h*w*O/g, h*w*C/g) into a kernel over tiles."""
   groups, inputs = kernel_shape[0], math.prod(kernel_shape[1:4])
   return matrix.reshape(groups, -1, inputs).swapaxes(1, 2).reshape(kernel_shape)
 
@@ -42,10 +49,10 @@ def from_orthogonal(matrix: Any, kernel_shape: Sequence[int]) -> Any:
 def tile_kernel_init(
   key: jax.Array, shape: Sequence[int], dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
-  """The law of a kernel over tiles (g, h, w, C/g, h, w, O/g): orthogonal or uniform."""
+  """Draws a kernel over tiles (g, h, w, C/g, h, w, O/g), orthogonal or uniform."""
   inputs, outputs = math.prod(shape[1:4]), shape[0] * math.prod(shape[4:])
   if is_orthogonal(shape):
-    # Half precision has no QR.
+    # No QR decomposition takes half precision.
     matrix = nn.initializers.orthogonal()(key, (outputs, inputs), wide_dtype(dtype))
     return from_orthogonal(matrix.astype(dtype), shape)
   bound = uniform_bound(shape)
@@ -53,7 +60,7 @@ def tile_kernel_init(
 
 
 def bias_init(kernel_shape: Sequence[int]) -> Initializer:
-  """The law of the bias beside a kernel: uniform within the same bound as the kernel's values."""
+  """Returns the initializer of the bias beside a kernel: uniform, with the kernel's bound."""
   bound = uniform_bound(kernel_shape)
 
   def init(key, shape, dtype=jnp.float32, out_sharding=None):
@@ -75,14 +82,14 @@ def linear(
 
   Args:
     x: (..., I).
-    features: outputs O.
-    name: the layer's scope, which holds `kernel` (I, O) and `bias` (O,).
-    dtype: of the computation and the result.
-    param_dtype: of the parameters.
-    use_bias: add the bias; without, there is none.
+    features: number of outputs O.
+    name: scope of the layer, which holds `kernel` (I, O) and `bias` (O,).
+    dtype: dtype of the computation and of the result.
+    param_dtype: dtype of the parameters.
+    use_bias: add a bias. Without one, the scope holds `kernel` alone.
 
   Returns:
-    (..., O).
+    (..., O) in `dtype`.
   """
   return nn.Dense(
     features,
@@ -96,14 +103,14 @@ def linear(
 
 
 class TwoLayers(nn.Module):
-  """Fully connected over the last axis, activation, fully connected: n -> hidden -> n numbers.
+  """Two fully connected layers over the last axis with an activation between: n -> hidden -> n.
 
   Attributes:
-    hidden: numbers between the two.
-    names: scopes of the two.
-    act: "relu", "silu" or "gelu".
-    dtype: of the computation and the result.
-    param_dtype: of the parameters.
+    hidden: width between the two layers.
+    names: scopes of the two layers.
+    act: name of the activation: "relu", "silu" or "gelu".
+    dtype: dtype of the computation and of the result.
+    param_dtype: dtype of the parameters.
   """
 
   hidden: int
@@ -114,6 +121,7 @@ class TwoLayers(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps (..., n) to the same shape."""
     first, second = self.names
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     y = activation(self.act)(linear(x, self.hidden, name=first, **dtypes))

@@ -1,12 +1,13 @@
-"""RepConv, the linear layer that everything is made of: a sum of branches that folds into one conv.
+"""RepConv: a sum of convolution branches that folds into one convolution.
 
-A branch's name says what it is made of. The forward pass and the fold read the same name.
+RepConv is the linear layer of which all networks are made. The name of a branch says what the
+branch is made of. The forward pass and the fold read the same name. The table lists the names.
 
 | name             | branch                                              |
 |------------------|-----------------------------------------------------|
 | `convHxW`        | HxW convolution, batch norm                         |
 | `identity`       | batch norm of the input                             |
-| `avg2x2_conv1x1` | 2x2 mean-pool at stride 2, 1x1 convolution, batch norm |
+| `avg2x2_conv1x1` | 2x2 average pool at stride 2, 1x1 convolution, batch norm |
 | any + `_N`       | a repeat, for example `conv3x3_1`                   |
 """
 
@@ -29,24 +30,24 @@ from repjax.algebra import (
   pad_kernel,
 )
 from repjax.errors import InputError
+from repjax.layers.base import RepLayer, refuse_training
 from repjax.layers.linear import bias_init, kernel_init
-from repjax.layers.rep_norm import EPSILON, batch_norm, refuse_training
 
 _BRANCH = re.compile(r"(?:conv([1-9]\d*)x([1-9]\d*)|identity|(avg2x2_conv1x1))(?:_\d+)?")
 _PADDING_MODES = ("constant", "edge", "reflect", "wrap")
 
 
 def branch_size(name: str) -> tuple[int, int] | None:
-  """The size (H, W) of the one kernel that the branch called `name` is, None for an identity.
+  """Returns the kernel size (H, W) of a branch: (2, 2) for a pooled branch, None for an identity.
 
   Raises:
-    ValueError: `name` is not in the grammar.
+    ValueError: `name` is not in the grammar at the top of this file.
   """
   match = _BRANCH.fullmatch(name)
   if match is None:
     raise ValueError(
       f"unknown branch {name!r}; a branch is called convHxW (conv3x3, conv1x1, conv1x3, ...), "
-      "identity or avg2x2_conv1x1, with _1, _2, ... behind a repeated one"
+      "identity or avg2x2_conv1x1. Repeated names end with _1, _2, ..."
     )
   if match[3]:
     return 2, 2
@@ -54,12 +55,12 @@ def branch_size(name: str) -> tuple[int, int] | None:
 
 
 def _is_pooled(name: str) -> bool:
-  """Whether a branch pools before it convolves."""
+  """Tells if a branch pools before it convolves."""
   return name.startswith("avg2x2")
 
 
 def _layer_size(branches: Iterable[str]) -> tuple[int, int]:
-  """The size of the one kernel that holds all branches."""
+  """Returns the size of the one kernel into which all branches fold."""
   sizes = [branch_size(name) for name in branches]
   if not any(sizes):
     raise ValueError(
@@ -70,12 +71,12 @@ def _layer_size(branches: Iterable[str]) -> tuple[int, int]:
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
-  """(vertical, horizontal) of one number for both, or of two."""
+  """Returns (vertical, horizontal) from one number for both, or from two numbers."""
   return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _pad(x: jax.Array, padding: tuple[int, int], mode: str = "constant") -> jax.Array:
-  """Adds pixels on each side of (N, H, W, C), or takes them away where `padding` is negative."""
+  """Adds pixels on each side of (N, H, W, C), or removes them where `padding` is negative."""
   if padding == (0, 0):
     return x
   if mode != "constant":
@@ -86,7 +87,11 @@ def _pad(x: jax.Array, padding: tuple[int, int], mode: str = "constant") -> jax.
 
 
 def _mean_pool(x: jax.Array) -> jax.Array:
-  """Means of 2x2 windows; zeros beyond an odd edge count, so that every window is of four."""
+  """Averages 2x2 windows at stride 2.
+
+  An odd edge is filled with zeros that count, so that every mean is over four pixels. The pool is
+  then a convolution with four taps of 1/4 at every size of the map.
+  """
   n, height, width, channels = x.shape
   down, across = -(-height // 2), -(-width // 2)
   edges = [(0, 0, 0), (0, height % 2, 0), (0, width % 2, 0), (0, 0, 0)]
@@ -95,7 +100,12 @@ def _mean_pool(x: jax.Array) -> jax.Array:
 
 
 class _Branch(nn.Module):
-  """A convolution, absent in an identity branch, and the batch norm behind it."""
+  """A convolution and the batch norm after it.
+
+  Attributes:
+    conv: builds the convolution, given its name. An identity branch has None.
+    norm: applies the batch norm in the current scope.
+  """
 
   conv: Callable[..., nn.Module] | None
   norm: Callable[[jax.Array, bool], jax.Array]
@@ -107,33 +117,29 @@ class _Branch(nn.Module):
     return self.norm(x, train)
 
 
-class RepConv(nn.Module):
+class RepConv(RepLayer):
   """A sum of conv-BN branches over one input; its deploy form is one convolution with bias.
 
-  y = sum_b BN_b(conv_b(x)). Exact in deploy form for every stride, dilation, group count, padding
-  and padding mode: smaller kernels sit at the centre of the largest, and the identity is a 1x1. The
-  pooled branch is the last 2x2 taps of a 3x3 at stride 2, at every size of the map.
+  y = sum_b BN_b(conv_b(x)). The deploy form is exact for every stride, dilation, group count,
+  padding and padding mode. Smaller kernels sit at the centre of the largest kernel, and the
+  identity is a 1x1 kernel. The pooled branch is the last 2x2 taps of a 3x3 kernel at stride 2, at
+  every size of the map. The sum of the branches is computed in at least float32.
 
   Attributes:
-    features: output channels O.
-    branches: their names, see the table at the top of this file.
-    strides: of every branch, one number or (vertical, horizontal).
-    groups: of every convolution.
-    dilation: of every convolution, one number or (vertical, horizontal).
-    padding: pixels added on each side for the largest kernel, one number or (vertical, horizontal);
-      None keeps the size at stride 1.
-    padding_mode: "constant" (zeros), "edge", "reflect" or "wrap", in the terms of `jnp.pad`.
-    conv_bias: give convolutions a bias in training form too, which some checkpoints have.
-    epsilon: of the batch norms.
-    axis_name: of the pmapped axis over which batch statistics are shared.
-    deploy: build the deploy form.
-    dtype: of the convolutions and the result; norms and the sum are in at least float32.
-    param_dtype: of the parameters.
+    features: number of output channels O.
+    branches: names of the branches, see the table at the top of this file.
+    strides: stride of every branch, one number or (vertical, horizontal).
+    groups: number of groups of every convolution.
+    dilation: dilation of every convolution, one number or (vertical, horizontal).
+    padding: pixels added on each side for the largest kernel, one number or (vertical, horizontal).
+      None keeps the size of the map at stride 1.
+    padding_mode: "constant" (zeros), "edge", "reflect" or "wrap", as in `jnp.pad`.
+    conv_bias: give convolutions a bias in training form too, as some checkpoints do.
 
   References:
     Ding et al., RepVGG, CVPR 2021, section 3.2. https://arxiv.org/abs/2101.03697
     Ding et al., ACNet, ICCV 2019, for the 1x3 and 3x1 branches. https://arxiv.org/abs/1908.03930
-    Goyal et al., Non-deep Networks, NeurIPS 2022, for the pooled one. https://arxiv.org/abs/2110.07641
+    Goyal et al., Non-deep Networks, NeurIPS 2022, for the pooled branch. https://arxiv.org/abs/2110.07641
   """
 
   features: int
@@ -144,57 +150,53 @@ class RepConv(nn.Module):
   padding: int | Sequence[int] | None = None
   padding_mode: str = "constant"
   conv_bias: bool = False
-  epsilon: float = EPSILON
-  axis_name: str | None = None
-  deploy: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (N, H, W, I) to (N, H', W', O).
 
     Raises:
-      ValueError: branches that do not fit the input or one another, or `train` in deploy form.
+      InputError: the branches do not fit the input or each other.
+      ValueError: a branch's name is not in the grammar, or `train` in deploy form.
     """
     refuse_training(self.deploy, train)
     size = _layer_size(self.branches)
     self._check(x, size)
     padding = self._padding(size)
     if self.padding_mode != "constant":
+      # A convolution pads with zeros alone, so the map is padded here for the largest kernel.
+      # Smaller kernels then crop the padded map.
       x = _pad(x, padding, self.padding_mode)
       padding = (0, 0)
 
-    def own_padding(kernel_size: tuple[int, int]) -> tuple[int, int]:
-      """Of a kernel at the centre of the largest; negative, which crops, where that pads little."""
+    def centred_padding(kernel_size: tuple[int, int]) -> tuple[int, int]:
+      """Returns the padding of a smaller kernel, so that its centre lies under the largest's.
+
+      Negative padding crops the input.
+      """
       dilation = pair(self.dilation)
       margins = [(big - small) // 2 for big, small in zip(size, kernel_size)]
       return padding[0] - dilation[0] * margins[0], padding[1] - dilation[1] * margins[1]
 
     if self.deploy:
       return self._conv(size, padding, x.shape[-1], use_bias=True)(name="conv")(x)
-    norm = functools.partial(
-      batch_norm,
-      epsilon=self.epsilon,
-      axis_name=self.axis_name,
-      param_dtype=self.param_dtype,
-    )
     outputs = []
     for name in self.branches:
       kernel_size = branch_size(name)
       if kernel_size is None:
-        branch, source = _Branch(None, norm, name=name), _pad(x, own_padding((1, 1)))
+        branch, source = _Branch(None, self.norm, name=name), _pad(x, centred_padding((1, 1)))
       elif _is_pooled(name):
+        # The pool has the stride already, and its zeros at an odd edge are the only padding.
         conv = self._conv((1, 1), (0, 0), x.shape[-1], self.conv_bias, strides=(1, 1))
-        branch, source = _Branch(conv, norm, name=name), _mean_pool(x)
+        branch, source = _Branch(conv, self.norm, name=name), _mean_pool(x)
       else:
-        conv = self._conv(kernel_size, own_padding(kernel_size), x.shape[-1], self.conv_bias)
-        branch, source = _Branch(conv, norm, name=name), x
+        conv = self._conv(kernel_size, centred_padding(kernel_size), x.shape[-1], self.conv_bias)
+        branch, source = _Branch(conv, self.norm, name=name), x
       outputs.append(branch(source, train))
     return sum(outputs[1:], outputs[0]).astype(self.dtype)
 
   def _padding(self, size: tuple[int, int]) -> tuple[int, int]:
-    """Pixels on each side, (vertical, horizontal), for the largest kernel."""
+    """Returns the pixels (vertical, horizontal) added on each side for the largest kernel."""
     if self.padding is not None:
       return pair(self.padding)
     dilation = pair(self.dilation)
@@ -208,7 +210,10 @@ class RepConv(nn.Module):
     use_bias: bool,
     strides: tuple[int, int] | None = None,
   ) -> Callable[..., nn.Module]:
-    """A convolution that lacks only its name; its strides are the layer's if not given."""
+    """Returns a function that builds a convolution, given its name.
+
+    Without `strides`, the convolution has the strides of the layer.
+    """
     return functools.partial(
       nn.Conv,
       self.features,
@@ -225,7 +230,7 @@ class RepConv(nn.Module):
     )
 
   def _check(self, x: jax.Array, size: tuple[int, int]) -> None:
-    """Raises ValueError where a branch cannot be part of this layer."""
+    """Raises InputError if a branch cannot be part of this layer."""
     where = f"RepConv {'/'.join(self.path)}"
     if len(set(self.branches)) != len(self.branches):
       raise InputError(f"{where}: branch names must differ (conv3x3, conv3x3_1): {self.branches}")
@@ -250,38 +255,40 @@ class RepConv(nn.Module):
         raise InputError(
           f"{where}: an identity branch needs stride 1, as many output as input channels and odd "
           f"kernels; got strides {self.strides}, {x.shape[-1]} -> {self.features} channels, "
-          f"kernel {size[0]}x{size[1]}; leave it out: branches=('conv3x3', 'conv1x1')"
+          f"kernel {size[0]}x{size[1]}. Leave the branch out: branches=('conv3x3', 'conv1x1')"
         )
 
   def _check_pooled(self, where: str, name: str, size: tuple[int, int]) -> None:
-    """Raises ValueError where a pooled branch is not four taps of the layer's kernel."""
+    """Raises InputError if a pooled branch is not four taps of the layer's kernel."""
     shape = size, pair(self.strides), self._padding(size), pair(self.dilation)
     if shape != ((3, 3), (2, 2), (1, 1), (1, 1)) or self.padding_mode != "constant":
       raise InputError(
         f"{where}: {name} lies beside a 3x3 convolution at stride 2 with one pixel of zeros around "
         f"the map and no dilation; got kernel {size[0]}x{size[1]}, strides {self.strides}, padding "
-        f"{self.padding} of mode {self.padding_mode!r}, dilation {self.dilation}; take conv1x1"
+        f"{self.padding} of mode {self.padding_mode!r}, dilation {self.dilation}. Use conv1x1"
       )
 
 
 def fold_rep_conv(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
-  """Folds a RepConv: its branches with their statistics become {conv: {kernel, bias}}.
+  """Folds a RepConv: its branches with their statistics become one convolution.
 
-  K = sum_b pad(K_b * scale_b), b = sum_b bias_b; an identity's K_b is the one-hot 1x1, and a pooled
-  1x1's is a quarter of it at each of four taps, the last 2x2 of the 3x3.
+  K = sum_b pad(K_b * scale_b);  b = sum_b bias_b.
+
+  K_b of an identity is the one-hot 1x1 kernel. A pooled branch has a quarter of its 1x1 kernel at
+  each of four taps, the last 2x2 taps of the 3x3 kernel.
 
   Args:
-    params: {branch: {conv: {kernel[, bias]}, bn: {scale, bias}}}, no conv in an identity.
+    params: {branch: {conv: {kernel[, bias]}, bn: {scale, bias}}}; an identity has no conv.
     stats: {branch: {bn: {mean, var}}}.
-    epsilon: of the batch norms.
+    epsilon: number added to the variance by batch norms.
 
   Returns:
     {conv: {kernel (H, W, I/g, O), bias (O,)}} in the dtype of the branches' kernels.
 
   Raises:
-    ValueError: the two trees do not hold the same branches, or shapes that do not fit.
+    ValueError: the two trees do not hold the same branches, or shapes do not fit.
 
   References:
     Ding et al., RepVGG, CVPR 2021, section 3.3. https://arxiv.org/abs/2101.03697
@@ -294,7 +301,7 @@ def fold_rep_conv(
 def merge_branches(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> ConvParams:
-  """What `fold_rep_conv` returns, before it is rounded to the dtype of the branches' kernels."""
+  """Merges branches as `fold_rep_conv` does, without rounding to the dtype of the kernels."""
   norms = sorted(f"{name}/{norm}" for name in stats for norm in stats[name])
   if norms != sorted(f"{name}/bn" for name in params):
     raise ValueError(
@@ -311,6 +318,7 @@ def merge_branches(
     for name in params
     if branch_size(name)
   )
+  # I/g and O. Beside an identity I = O, so that the number of groups is O / (I/g).
   inputs, features = shape[2:]
   if features % inputs and not all(map(branch_size, params)):
     raise ValueError(
@@ -328,9 +336,12 @@ def merge_branches(
   for name in params:
     kernel, bias = fuse_bn(conv(name), params[name]["bn"], stats[name].get("bn", {}), epsilon)
     if _is_pooled(name):
-      # A pool and a 1x1 may change places: one acts on pixels and the other on channels.
+      # The pool acts on pixels and the 1x1 on channels, so the two may change places. With the pool
+      # second, `compose` applies, and the pool is a depthwise convolution: one group per channel.
       pool = average_pool_kernel(features, features, (2, 2), kernel.dtype)
+      # The bias is not pooled: zeros added at an odd edge come before the 1x1 and its bias.
       pooled, _ = compose(ConvParams(kernel, bias), ConvParams(pool, jnp.zeros_like(bias)))
+      # A 3x3 at stride 2 starts one pixel before the window, so taps 1 and 2 of 0, 1, 2 pool.
       fused.append(ConvParams(pad_kernel(pooled, size, before=(1, 1)), bias))
     else:
       fused.append(ConvParams(pad_kernel(kernel, size), bias))

@@ -1,7 +1,7 @@
-"""RepDense, RepMLP's layer: tiles through one fully connected layer, trained with convolutions.
+"""RepDense, the layer of RepMLP: a fully connected layer over tiles, trained with convolutions.
 
-Scopes of the training form: `fc` (`dense/kernel` and `bn`) and, where there are local kernels,
-`local`, a RepConv over each tile by itself. Deploy form: `dense`, with `kernel` and `bias`.
+Scopes of the training form: `fc` (`dense/kernel` and `bn`) and, with local kernels, `local`, a
+RepConv over each tile by itself. Deploy form: `dense`, with `kernel` and `bias`.
 """
 
 import math
@@ -15,42 +15,64 @@ from jax import lax
 
 from repjax.algebra import AffineParams, bn_affine, conv_to_dense, wide_dtype
 from repjax.errors import InputError
+from repjax.layers.base import RepLayer, refuse_training
 from repjax.layers.linear import bias_init, tile_kernel_init
 from repjax.layers.rep_conv import RepConv, merge_branches, pair
-from repjax.layers.rep_norm import EPSILON, batch_norm, refuse_training
 
 
 def check_tiles(where: str, shape: Sequence[int], tile: tuple[int, int]) -> None:
-  """Raises InputError where maps (N, H, W, C) do not divide into tiles."""
+  """Raises InputError if maps (N, H, W, C) do not divide into tiles."""
   fits = len(shape) == 4 and min(tile) > 0 and not (shape[1] % tile[0] or shape[2] % tile[1])
   if not fits or not min(shape[1:3]):
     raise InputError(
       f"{where}: maps of shape {tuple(shape)} do not divide into tiles of {tile[0]}x{tile[1]} "
-      "pixels; H and W of (N, H, W, C) must be multiples of the tile's height and width: use "
-      "another image size or another tile"
+      "pixels; H and W of (N, H, W, C) must be multiples of the tile's height and width. Change "
+      "the image size or the tile"
     )
 
 
 def partition(x: jax.Array, tile: tuple[int, int], rows: int = 1) -> jax.Array:
-  """Cuts maps (N, H, W, rows * C) into tiles (N * H/h * W/w * rows, h, w, C), row after row."""
+  """Cuts maps (N, H, W, rows * C) into tiles (N * H/h * W/w * rows, h, w, C).
+
+  Tiles of an image lie one after the other, from left to right and then downwards. With `rows`, the
+  channels of each tile are cut into as many equal parts, which become tiles of their own.
+  """
   n, height, width, channels = x.shape
   down, across = height // tile[0], width // tile[1]
   x = x.reshape(n, down, tile[0], across, tile[1], rows, channels // rows)
-  return x.transpose(0, 1, 3, 5, 2, 4, 6).reshape(-1, *tile, channels // rows)
+  x = x.transpose(0, 1, 3, 5, 2, 4, 6)  # (N, H/h, W/w, rows, h, w, C)
+  return x.reshape(-1, *tile, channels // rows)
 
 
 def unpartition(tiles: jax.Array, size: tuple[int, int], rows: int = 1) -> jax.Array:
-  """The inverse of `partition` for maps of H x W pixels: (N, H, W, rows * C)."""
+  """Puts tiles back together: the inverse of `partition` for maps of H x W pixels.
+
+  Args:
+    tiles: (N * H/h * W/w * rows, h, w, C).
+    size: H and W.
+    rows: as in `partition`.
+
+  Returns:
+    (N, H, W, rows * C).
+  """
   _, height, width, channels = tiles.shape
   down, across = size[0] // height, size[1] // width
   x = tiles.reshape(-1, down, across, rows, height, width, channels)
-  return x.transpose(0, 1, 4, 2, 5, 3, 6).reshape(-1, *size, rows * channels)
+  x = x.transpose(0, 1, 4, 2, 5, 3, 6)  # (N, H/h, h, W/w, w, rows, C)
+  return x.reshape(-1, *size, rows * channels)
 
 
 class _TileDense(nn.Module):
-  """The product of each tile with one matrix a group."""
+  """A fully connected layer over tiles: each group of channels has one matrix.
 
-  features: int  # of a group
+  Attributes:
+    features: number of output channels of one group.
+    use_bias: add a bias.
+    dtype: dtype of the computation and of the result.
+    param_dtype: dtype of the parameters.
+  """
+
+  features: int
   use_bias: bool
   dtype: Any
   param_dtype: Any
@@ -61,7 +83,7 @@ class _TileDense(nn.Module):
     groups, _, height, width, inputs = x.shape
     shape = (groups, height, width, inputs, height, width, self.features)
     kernel = self.param("kernel", tile_kernel_init, shape, self.param_dtype)
-    # The kernel lies in memory as the product reads it.
+    # The kernel's axes are in the order in which the product reads them: reshaping copies nothing.
     matrices = kernel.astype(self.dtype).reshape(groups, height * width * inputs, -1)
     rows = x.astype(self.dtype).reshape(groups, -1, height * width * inputs)
     y = lax.batch_matmul(rows, matrices).reshape(groups, -1, *shape[4:])
@@ -71,53 +93,46 @@ class _TileDense(nn.Module):
     return y
 
 
-class _DenseBranch(nn.Module):
-  """The fully connected layer without bias and the batch norm behind it."""
+class _DenseBranch(RepLayer):
+  """The fully connected layer without bias, and the batch norm after it.
+
+  Attributes:
+    features: number of output channels of one group.
+    norm_axis: axes of (g, M, h, w, O/g) over which the norm does not average.
+  """
 
   features: int
   norm_axis: tuple[int, ...]
-  epsilon: float
-  axis_name: str | None
-  dtype: Any
-  param_dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    y = _TileDense(self.features, False, self.dtype, self.param_dtype, name="dense")(x)
-    return batch_norm(
-      y,
-      train,
-      epsilon=self.epsilon,
-      axis_name=self.axis_name,
-      param_dtype=self.param_dtype,
-      axis=self.norm_axis,
-    )
+    """Maps (g, M, h, w, C/g) to (g, M, h, w, O/g)."""
+    y = _TileDense(self.features, False, **self.dtypes(), name="dense")(x)
+    return self.norm(y, train, axis=self.norm_axis)
 
 
-class RepDense(nn.Module):
-  """A fully connected layer over tiles plus convolutions over the same tiles; deploys as the first.
+class RepDense(RepLayer):
+  """A fully connected layer over tiles, plus convolutions over the same tiles.
 
   y = BN(FC(tile)) + sum_k BN_k(conv_kxk(tile)), for each tile of h x w pixels and all its channels.
-  The convolutions see zeros beyond the tile's border, so they are matrices over the tile too, and
-  the deploy form is one fully connected layer with bias. Exact for every tile, group count, odd
-  kernel size and numbers of input and output channels. Both forms run the layer as one matrix
-  product batched over groups, never as a dense matrix with zeros between groups.
+  The convolutions see zeros beyond the tile's border, so each is a matrix over the tile too. The
+  deploy form is one fully connected layer with bias. It is exact for every tile, group count, odd
+  kernel size, and number of input and output channels. Both forms run the layer as one matrix
+  product batched over groups, never as a dense matrix with zeros between groups. Norms and the sum
+  are computed in at least float32.
 
-  Without share-sets (RepMLP, 2021) the norm behind the layer has statistics for each output pixel
-  and channel. With S share-sets (RepMLPNet, 2022) channel c of each tile passes through the layer
-  of set c mod S, which sees that channel alone; norms have statistics for each set.
+  Without share-sets (RepMLP, 2021) the norm after the fully connected layer has statistics for
+  each output pixel and channel. With S share-sets (RepMLPNet, 2022) channel c of each tile passes
+  through the layer of set c mod S, which sees that channel alone. Norms then have statistics for
+  each set.
 
   Attributes:
-    features: output channels O.
-    tile: h and w in pixels, one number or (h, w).
-    groups: g, of the fully connected layer and the convolutions. Left alone with share-sets.
-    share_sets: S, the number of share-sets; None where every channel has weights of its own.
+    features: number of output channels O.
+    tile: height and width of a tile in pixels, one number or (h, w).
+    groups: number of groups g of the fully connected layer and the convolutions. Stays 1 with
+      share-sets.
+    share_sets: number of share-sets S. None gives every channel weights of its own.
     local_kernels: odd sizes k of the convolutions (the Local Perceptron), none or more.
-    epsilon: of the batch norms.
-    axis_name: of the pmapped axis over which batch statistics are shared.
-    deploy: build the deploy form.
-    dtype: of the products and the result; norms and the sum are in at least float32.
-    param_dtype: of the parameters.
 
   References:
     Ding et al., RepMLP, 2021, sections 3.1 to 3.3. https://arxiv.org/abs/2105.01883
@@ -129,56 +144,53 @@ class RepDense(nn.Module):
   groups: int = 1
   share_sets: int | None = None
   local_kernels: Sequence[int] = (1, 3, 5)
-  epsilon: float = EPSILON
-  axis_name: str | None = None
-  deploy: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (N, H, W, C) to (N, H, W, O).
 
     Raises:
-      ValueError: H or W is no multiple of the tile's, channels do not divide into groups or
-        share-sets, an even or repeated kernel size, or `train` in deploy form.
+      InputError: H or W is no multiple of the tile's, channels do not divide into groups or
+        share-sets, or a kernel size is even or repeated.
+      ValueError: `train` in deploy form.
     """
     refuse_training(self.deploy, train)
     self._check(x)
     tile, size = pair(self.tile), (x.shape[1], x.shape[2])
+    # With share-sets each set is a group of one channel. Channels are cut into `rows` parts of S
+    # channels, one for each set. The parts become tiles of their own, and so share the weights.
     groups = self.share_sets or self.groups
-    rows = x.shape[-1] // groups if self.share_sets else 1  # channels of a tile that share a set
-    outputs = self.features // (groups * rows)
+    rows = x.shape[-1] // groups if self.share_sets else 1
+    outputs = self.features // (groups * rows)  # O/g
     tiles = partition(x, tile, rows)  # (M, h, w, C)
-    # Five axes and not all eight: the gradient of that form crashes on CPUs in jax 0.10.2.
+    # Transposing five axes, instead of all eight at once, avoids a crash: the gradient of the
+    # eight-axis form crashes on CPUs in jax 0.10.2.
     grouped = tiles.reshape(*tiles.shape[:3], groups, -1)
     grouped = grouped.transpose(3, 0, 1, 2, 4)  # (g, M, h, w, C/g)
-    dtypes = (self.dtype, self.param_dtype)
     if self.deploy:
-      y = _TileDense(outputs, True, *dtypes, name="dense")(grouped)
+      y = _TileDense(outputs, True, **self.dtypes(), name="dense")(grouped)
     else:
+      # Statistics are kept for each set, or else for each output pixel and channel.
       norm_axis = (0,) if self.share_sets else (0, 2, 3, 4)
-      branch = _DenseBranch(outputs, norm_axis, self.epsilon, self.axis_name, *dtypes, name="fc")
-      y = branch(grouped, train)
+      y = _DenseBranch(outputs, norm_axis, **self.shared(), name="fc")(grouped, train)
     y = y.transpose(1, 2, 3, 0, 4).reshape(*tiles.shape[:3], -1)  # (M, h, w, O)
     if self.local_kernels and not self.deploy:
       y = y + self._local(groups, outputs)(tiles, train).astype(y.dtype)
     return unpartition(y.astype(self.dtype), size, rows)
 
-  def _local(self, groups: int, outputs: int) -> nn.Module:
+  @nn.nowrap
+  def _local(self, groups: int, outputs: int) -> RepConv:
+    """Builds the convolutions over single tiles; for use in the compact method."""
     return RepConv(
       groups * outputs,
       branches=tuple(f"conv{size}x{size}" for size in self.local_kernels),
       groups=groups,
-      epsilon=self.epsilon,
-      axis_name=self.axis_name,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      **self.shared(),
       name="local",
     )
 
   def _check(self, x: jax.Array) -> None:
-    """Raises InputError where the layer does not fit its input or itself."""
+    """Raises InputError if the layer does not fit its input, or its attributes each other."""
     where = f"RepDense {'/'.join(self.path)}"
     check_tiles(where, x.shape, pair(self.tile))
     channels, features, sets = x.shape[-1], self.features, self.share_sets
@@ -197,30 +209,30 @@ class RepDense(nn.Module):
     sizes = tuple(self.local_kernels)
     if len(set(sizes)) != len(sizes) or not all(size > 0 and size % 2 for size in sizes):
       raise InputError(
-        f"{where}: local_kernels are different odd numbers, for example (1, 3, 5), got {sizes}; an "
-        "even kernel has no centre on which to keep the tile's size"
+        f"{where}: local_kernels are different odd numbers, for example (1, 3, 5), got {sizes}. "
+        "An even kernel has no centre"
       )
 
 
 def fold_rep_dense(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
-  """Folds a RepDense: FC and convolutions with their norms become {dense: {kernel, bias}}.
+  """Folds a RepDense: FC and convolutions with their norms become one fully connected layer.
 
-  kernel = FC * scale + conv_to_dense(sum of the convolutions); the biases add up likewise.
+  kernel = FC * scale + conv_to_dense(sum of the convolutions). The biases add up likewise.
 
   Args:
     params: {fc: {dense: {kernel}, bn: {scale, bias}}, local: {convKxK: {conv, bn}}}; the kernel is
       (g, h, w, C/g, h, w, O/g), the vectors of its norm (g, h, w, O/g), or (g,) with share-sets.
       `local` may be missing.
     stats: {fc: {bn: {mean, var}}, local: {convKxK: {bn: {mean, var}}}}.
-    epsilon: of the batch norms.
+    epsilon: number added to the variance by batch norms.
 
   Returns:
     {dense: {kernel (g, h, w, C/g, h, w, O/g), bias (g, h, w, O/g)}} in the dtype of FC's kernel.
 
   Raises:
-    ValueError: the two trees do not belong together, or shapes that do not fit.
+    ValueError: the two trees do not belong together, or shapes do not fit.
 
   References:
     Ding et al., RepMLP, 2021, section 3.3. https://arxiv.org/abs/2105.01883
@@ -233,6 +245,7 @@ def fold_rep_dense(
   kernel = params["fc"]["dense"]["kernel"]
   scale, bias = _tile_affine(params["fc"]["bn"], stats["fc"].get("bn", {}), kernel, epsilon)
   wide, dtype = kernel.astype(wide_dtype(kernel.dtype, scale.dtype)), kernel.dtype
+  # The scale belongs to the outputs: (g, h, w, O/g) broadcasts over the input axes (h, w, C/g).
   fused = wide * scale[:, None, None, None]
   if "local" in params:
     groups, height, width = kernel.shape[:3]
@@ -249,14 +262,15 @@ def fold_rep_dense(
 def _tile_affine(
   bn: Mapping[str, jax.Array], stats: Mapping[str, jax.Array], kernel: jax.Array, epsilon: float
 ) -> AffineParams:
-  """The norm behind a kernel (g, h, w, C/g, h, w, O/g), as scale and shift (g, h, w, O/g)."""
+  """Returns the norm after a kernel (g, h, w, C/g, h, w, O/g) as scale and shift (g, h, w, O/g)."""
   shape = (kernel.shape[0], *kernel.shape[4:])
   flat_bn, flat_stats = jax.tree.map(jnp.ravel, (dict(bn), dict(stats)))
   affine = bn_affine(flat_bn, flat_stats, epsilon)
   if affine.scale.size not in (shape[0], math.prod(shape)):
     raise ValueError(
-      f"a norm over {affine.scale.size} numbers does not lie behind a fully connected layer "
-      f"{kernel.shape}: it has {shape[0]}, one a set, or {math.prod(shape)}"
+      f"a norm over {affine.scale.size} numbers does not follow a fully connected layer "
+      f"{kernel.shape}; expected {shape[0]}, one for each set, or {math.prod(shape)}"
     )
+  # A norm with one number for each set is repeated over all pixels and channels of the set.
   each = (-1, 1, 1, 1) if affine.scale.size == shape[0] else shape
   return AffineParams(*(jnp.broadcast_to(vector.reshape(each), shape) for vector in affine))

@@ -1,37 +1,31 @@
-"""RepFFN, a feed-forward network over channels that owns the batch norm in front of it."""
+"""RepFFN: a feed-forward network over channels, with a batch norm in front of it."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine
 from repjax.layers.activations import activation
+from repjax.layers.base import RepLayer, refuse_training
 from repjax.layers.linear import TwoLayers
 from repjax.layers.rep_conv import RepConv, merge_branches
-from repjax.layers.rep_norm import EPSILON, batch_norm, refuse_training
 
 
-class RepFFN(nn.Module):
-  """Batch norm, 1x1 conv-BN to more channels, activation, 1x1 conv-BN back.
+class RepFFN(RepLayer):
+  """A batch norm, a 1x1 conv-BN to more channels, an activation, and a 1x1 conv-BN back.
 
-  y = BN(conv(act(BN(conv(BN(x)))))). All three norms fold: the first into the convolution behind
-  it, which is exact at every pixel because a 1x1 has no border that sees padding. The deploy form
-  is two fully connected layers over channels with an activation between them.
+  y = BN(conv(act(BN(conv(BN(x)))))). All three norms fold. The first norm folds into the
+  convolution after it, which is exact at every pixel: a 1x1 convolution has no border that sees
+  padding. The deploy form is two fully connected layers over channels with the activation between.
 
-  Scopes of the training form: `bn`, `expand` and `project`, both RepConvs of one branch. Deploy
-  form: `dense` with `expand` and `project`.
+  Scopes of the training form: `bn`, `expand` and `project`; the last two are RepConvs of one
+  branch. Deploy form: `dense` with `expand` and `project`.
 
   Attributes:
-    expansion: how many times wider the hidden layer is.
-    act: "relu", "silu" or "gelu".
-    epsilon: of the batch norms.
-    axis_name: of the pmapped axis over which batch statistics are shared.
-    deploy: build the deploy form.
-    dtype: of the products and the result; norms are in at least float32.
-    param_dtype: of the parameters.
+    expansion: ratio of the hidden layer's width to the input's.
+    act: name of the activation: "relu", "silu" or "gelu".
 
   References:
     Ding et al., RepMLPNet, CVPR 2022, section 3. https://arxiv.org/abs/2112.11081
@@ -39,11 +33,6 @@ class RepFFN(nn.Module):
 
   expansion: int = 4
   act: str = "gelu"
-  epsilon: float = EPSILON
-  axis_name: str | None = None
-  deploy: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -55,15 +44,9 @@ class RepFFN(nn.Module):
     refuse_training(self.deploy, train)
     hidden, features = self.expansion * x.shape[-1], x.shape[-1]
     if self.deploy:
-      names, dtypes = ("expand", "project"), (self.dtype, self.param_dtype)
-      return TwoLayers(hidden, names, self.act, *dtypes, name="dense")(x)
-    norm: dict[str, Any] = {
-      "epsilon": self.epsilon,
-      "axis_name": self.axis_name,
-      "param_dtype": self.param_dtype,
-    }
-    one_branch = {"branches": ("conv1x1",), "dtype": self.dtype, **norm}
-    y = batch_norm(x, train, **norm).astype(self.dtype)
+      return TwoLayers(hidden, ("expand", "project"), self.act, **self.dtypes(), name="dense")(x)
+    one_branch = {"branches": ("conv1x1",), **self.shared()}
+    y = self.norm(x, train).astype(self.dtype)
     y = activation(self.act)(RepConv(hidden, **one_branch, name="expand")(y, train))
     return RepConv(features, **one_branch, name="project")(y, train)
 
@@ -77,7 +60,7 @@ def fold_rep_ffn(
     params: {bn: {scale, bias}, expand: {conv1x1: {conv: {kernel}, bn}}, project: the same}; the
       kernels are (1, 1, C, M) and (1, 1, M, C).
     stats: {bn: {mean, var}, expand: {conv1x1: {bn: {mean, var}}}, project: the same}.
-    epsilon: of the batch norms.
+    epsilon: number added to the variance by batch norms.
 
   Returns:
     {dense: {expand: {kernel (C, M), bias (M,)}, project: {kernel (M, C), bias (C,)}}} in the dtype
@@ -98,6 +81,7 @@ def fold_rep_ffn(
     if conv.kernel.shape[:2] != (1, 1):
       raise ValueError(f"{name} of a RepFFN is 1x1, got a kernel {conv.kernel.shape}")
     layers[name] = conv.kernel[0, 0], conv.bias
+  # The first norm acts on the input of `expand`; the norms after the convolutions are folded above.
   layers["expand"] = absorb_affine(bn_affine(params["bn"], stats["bn"], epsilon), *layers["expand"])
   dtype = params["expand"]["conv1x1"]["conv"]["kernel"].dtype
   return {

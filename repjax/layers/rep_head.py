@@ -1,34 +1,28 @@
-"""RepHead, a linear classifier behind a batch norm and the mean over all pixels."""
+"""RepHead: a batch norm, the mean over all pixels, and a linear classifier."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine
+from repjax.layers.base import RepLayer, refuse_training
 from repjax.layers.linear import linear
-from repjax.layers.rep_norm import EPSILON, batch_norm, refuse_training
 
 
-class RepHead(nn.Module):
-  """Batch norm, mean over pixels, dropout, fully connected layer.
+class RepHead(RepLayer):
+  """A classifier: batch norm, mean over pixels, dropout, fully connected layer.
 
-  y = W mean(BN(x)) + b. The mean over pixels of a per-channel affine map is that map of the mean,
-  so the norm folds into W and b, and the deploy form is mean and fully connected layer. In
-  training the norm sees all pixels, not their means.
+  y = W mean(BN(x)) + b. A batch norm at inference is a per-channel affine map. Such a map may
+  change places with the mean over pixels, and then folds into W and b. The deploy form is the mean
+  and the fully connected layer. In training the norm sees all pixels, not their means.
 
   Scopes of the training form: `bn` and `dense`. Deploy form: `dense`.
 
   Attributes:
-    num_classes: outputs.
-    dropout: rate in front of the fully connected layer.
-    epsilon: of the batch norm.
-    axis_name: of the pmapped axis over which batch statistics are shared.
-    deploy: build the deploy form.
-    dtype: of the computation and the result; the norm is in at least float32.
-    param_dtype: of the parameters.
+    num_classes: number of outputs.
+    dropout: dropout rate in front of the fully connected layer.
 
   References:
     Ding et al., RepMLPNet, CVPR 2022, section 3. https://arxiv.org/abs/2112.11081
@@ -36,11 +30,6 @@ class RepHead(nn.Module):
 
   num_classes: int
   dropout: float = 0.0
-  epsilon: float = EPSILON
-  axis_name: str | None = None
-  deploy: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -51,17 +40,10 @@ class RepHead(nn.Module):
     """
     refuse_training(self.deploy, train)
     if not self.deploy:
-      x = batch_norm(
-        x,
-        train,
-        epsilon=self.epsilon,
-        axis_name=self.axis_name,
-        param_dtype=self.param_dtype,
-      ).astype(self.dtype)
+      x = self.norm(x, train).astype(self.dtype)
     x = x.mean((1, 2))  # (N, C)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    return linear(x, self.num_classes, name="dense", **dtypes)
+    return linear(x, self.num_classes, name="dense", **self.dtypes())
 
 
 def fold_rep_head(
@@ -72,7 +54,7 @@ def fold_rep_head(
   Args:
     params: {bn: {scale, bias}, dense: {kernel (C, O), bias (O,)}}.
     stats: {bn: {mean, var}}.
-    epsilon: of the batch norm.
+    epsilon: number added to the variance by the batch norm.
 
   Returns:
     {dense: {kernel (C, O), bias (O,)}} in the dtype of the kernel.

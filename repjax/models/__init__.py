@@ -31,15 +31,14 @@ _OWN_ARGUMENTS = {"num_classes", "deploy", "dtype", "param_dtype", "parent", "na
 
 
 def list_models() -> list[str]:
-  """The names that `create_model` takes, sorted."""
+  """Returns the names that `create_model` takes, sorted."""
   return sorted(_MODELS)
 
 
 def image_size_of(model: nn.Module) -> int:
-  """The side in pixels of the images that a model is made for: its `image_size`, or else 224.
+  """Returns the side in pixels of the images that a model is made for.
 
-  A model whose parameters depend on the image size, or that is made for another one, has the
-  attribute.
+  That is the attribute `image_size` of the model. Models without the attribute are made for 224.
   """
   return getattr(model, "image_size", 224)
 
@@ -57,21 +56,21 @@ def create_model(
 
   Args:
     name: one of `list_models()`.
-    num_classes: outputs of the classifier.
-    deploy: the plain form; its parameters are what `reparameterize` returns.
-    dtype: of the computation and the logits.
-    param_dtype: of the parameters.
+    num_classes: number of outputs of the classifier.
+    deploy: build the plain form, whose parameters `reparameterize` returns.
+    dtype: dtype of the computation and of the logits.
+    param_dtype: dtype of the parameters.
     **overrides: attributes of the model's class that replace those of the variant. With
       `features_only=True` every model returns the maps of its stages by name, which its class
-      describes. Its variables are then those of a classifier without its head; those of a whole
-      classifier serve as well, in both forms, and nobody reads the head.
+      describes. The variables are then those of a classifier without its head. The variables of a
+      whole classifier serve as well, in both forms, because nothing reads the head.
 
   Returns:
     A module called as `module(images, train=False)` on images (N, H, W, 3), in both forms.
 
   Raises:
-    ValueError: an unknown name or override (close matches are listed), or a value that the model
-      does not take.
+    InputError: the name or an override is unknown (the text lists close matches), or the model does
+      not take a value.
   """
   if name not in _MODELS:
     raise unknown("model", name, _MODELS)
@@ -87,7 +86,7 @@ def create_model(
 
 
 def _hashable(value: Any) -> Any:
-  """Lists and dictionaries, as JSON and config files give them, in forms that have a hash."""
+  """Returns lists as tuples and dictionaries as FrozenDicts, because modules need a hash."""
   if isinstance(value, Mapping):
     return FrozenDict({key: _hashable(item) for key, item in value.items()})
   return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value

@@ -1,102 +1,197 @@
-"""What all layers of a network share, streams side by side, and strides that become dilation."""
+"""The bases of every network: the classifier, its stages, and the blocks in them."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Self
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax.layers import RepConv
+from repjax.layers import RepConv, RepLayer, activation, linear
+from repjax.layers.base import refuse_training
+from repjax.models.checks import check_classifier
 
 
-class Settings(NamedTuple):
-  """What all layers of a network share; attributes as those of the networks."""
+class Block(RepLayer, kw_only=True):
+  """A part of a network, made of layers that share the attributes of the block.
+
+  A block is called with (x, train) and returns a map.
+
+  Attributes:
+    act: name of the activation: "relu", "silu" or "gelu".
+  """
 
   act: str
-  axis_name: str | None
-  deploy: bool
-  dtype: Any
-  param_dtype: Any
 
-  @classmethod
-  def of(cls, network: nn.Module) -> Self:
-    """Those of a network."""
-    return cls(*(getattr(network, field) for field in cls._fields))
-
-  def of_layers(self) -> dict[str, Any]:
-    """The arguments that all layers that fold have in common."""
-    arguments = self._asdict()
-    del arguments["act"]
-    return arguments
-
+  @nn.nowrap
   def conv_bn(
     self, name: str, features: int, size: int, strides: int = 1, dilation: int = 1
   ) -> RepConv:
-    """A convolution and its batch norm, in the scope `RepConv_<name>`; for compact methods."""
+    """Builds a convolution and its batch norm, in the scope `RepConv_<name>` of the block."""
     return RepConv(
       features,
       branches=(f"conv{size}x{size}",),
       strides=strides,
       dilation=dilation,
-      **self.of_layers(),
+      **self.shared(),
       name=f"RepConv_{name}",
     )
 
+  @nn.nowrap
+  def activate(self, x: jax.Array) -> jax.Array:
+    """Applies the activation."""
+    return activation(self.act)(x)
 
-class Part(NamedTuple):
-  """A top-level scope of a network in streams.
 
-  Such a network has `streams`, {scope: Part}; `outputs`, its result with scopes in the place of
-  their maps; and `run(maps, scopes)`, which adds to maps by scope what scopes make of them.
+BlockBuilder = Callable[..., nn.Module]
+"""A function that builds a block, given `name` and perhaps more attributes.
+
+Builders are partials of the class of the block, so that the block belongs to the scope in which the
+builder is called. A wrapped method of the network would put the block into the network's scope.
+"""
+
+
+class Stage(nn.Module):
+  """A row of blocks, in the scopes `block0`, `block1`, ... of the stage.
 
   Attributes:
-    stream: that it belongs to, from 1.
-    reads: scopes, or "images", whose maps it takes.
+    blocks: one builder for each block.
+    first: function of (x, train) that runs in the scope of the stage before the blocks.
+    last: function of x that runs after the blocks.
+  """
+
+  blocks: Sequence[BlockBuilder]
+  first: Callable[[jax.Array, bool], jax.Array] | None = None
+  last: Callable[[jax.Array], jax.Array] | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps (N, H, W, C) to the output of the last block."""
+    if self.first is not None:
+      x = self.first(x, train)
+    for index, build in enumerate(self.blocks):
+      x = build(name=f"block{index}")(x, train)
+    return x if self.last is None else self.last(x)
+
+
+class Classifier(nn.Module, kw_only=True):
+  """An image classifier in two forms; the base of every family of networks.
+
+  A family writes its blocks, and `maps` and `check_images`. A family whose classifier is not a mean
+  and one fully connected layer overrides `classify`. The attributes below are shared by all
+  families; each family documents its own attributes. All are given by keyword.
+
+  Attributes:
+    num_classes: number of outputs of the classifier.
+    act: name of the activation: "relu", "silu" or "gelu".
+    dropout: dropout rate in front of the last fully connected layer.
+    remat: recompute each block in the backward pass instead of keeping its activations.
+    axis_name: name of the pmapped axis over which batch norms share their statistics. None keeps
+      the statistics of each device apart.
+    features_only: return the maps of the stages by name instead of logits, and build no classifier.
+    deploy: build the deploy form.
+    dtype: dtype of the computation and of the result.
+    param_dtype: dtype of the parameters.
+  """
+
+  num_classes: int = 1000
+  act: str = "relu"
+  dropout: float = 0.0
+  remat: bool = False
+  axis_name: str | None = None
+  features_only: bool = False
+  deploy: bool = False
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    check_classifier(self.num_classes, self.dropout, self.act)
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool = False) -> Any:
+    """Classifies images.
+
+    Args:
+      images: (N, H, W, 3), normalised. Each family says which sizes it takes.
+      train: use and update batch statistics, and apply dropout.
+
+    Returns:
+      Logits (N, num_classes) in `dtype`. With `features_only`, the maps of the stages by name, each
+      (N, H', W', C').
+
+    Raises:
+      InputError: images of a shape that the network does not take.
+      ValueError: `train` in deploy form.
+    """
+    refuse_training(self.deploy, train)
+    self.check_images(images)
+    maps = self.maps(images.astype(self.dtype), train)
+    return dict(maps) if self.features_only else self.classify(maps, train)
+
+  def check_images(self, images: jax.Array) -> None:
+    """Raises InputError if the network cannot take images of this shape."""
+    raise NotImplementedError
+
+  # `nowrap` marks plain helpers: Linen neither traces them as calls nor names them in programs.
+  @nn.nowrap
+  def maps(self, x: jax.Array, train: bool) -> Mapping[str, jax.Array]:
+    """Returns the output of each stage by name, in order; the classifier reads the last one.
+
+    Args:
+      x: images (N, H, W, 3) in `dtype`.
+      train: as in a call.
+    """
+    raise NotImplementedError
+
+  @nn.nowrap
+  def classify(self, maps: Mapping[str, jax.Array], train: bool) -> Any:
+    """Returns logits (N, num_classes): mean over pixels, dropout, fully connected layer.
+
+    Args:
+      maps: the output of `maps`.
+      train: as in a call.
+    """
+    x = last_of(maps).mean((1, 2))  # (N, C)
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    return linear(x, self.num_classes, name="head", dtype=self.dtype, param_dtype=self.param_dtype)
+
+  @nn.nowrap
+  def shared(self) -> dict[str, Any]:
+    """Returns the attributes that the network passes on to every block, by name."""
+    fields = ("act", "axis_name", "deploy", "dtype", "param_dtype")
+    return {field: getattr(self, field) for field in fields}
+
+  @nn.nowrap
+  def builder(self, block: type[Block], inputs: int = 1) -> BlockBuilder:
+    """Returns a function that builds blocks of a class with the shared attributes.
+
+    Args:
+      block: class of the blocks.
+      inputs: number of maps that a block reads; `train` follows the maps in a call.
+    """
+    # `train` decides what a block builds, so that rematerialisation must not trace the argument.
+    chosen = nn.remat(block, static_argnums=(inputs + 1,)) if self.remat else block
+    return functools.partial(chosen, **self.shared())
+
+
+def last_of(maps: Mapping[str, jax.Array]) -> jax.Array:
+  """Returns the last of several maps."""
+  return list(maps.values())[-1]
+
+
+class StreamScope(NamedTuple):
+  """A top-level scope of a network whose streams run side by side.
+
+  Such a network has three members. `streams` is a table {scope: StreamScope}. `outputs` is the
+  result, with scopes in the place of their maps. `run(maps, scopes)` runs scopes on maps by scope,
+  and returns the maps with the outputs of the scopes added.
+
+  Attributes:
+    stream: number of the stream to which the scope belongs, from 1.
+    reads: scopes, or "images", whose maps the scope reads.
   """
 
   stream: int
   reads: tuple[str, ...]
-
-
-class Step(NamedTuple):
-  """How a stage's map follows from the one before it.
-
-  Attributes:
-    strides: how many times smaller it is.
-    dilation_before: of convolutions up to the one that has the stride.
-    dilation: of convolutions behind it.
-  """
-
-  strides: int
-  dilation_before: int
-  dilation: int
-
-  @property
-  def shrinks(self) -> bool:
-    """Whether the map is smaller, or would be if the stage did not dilate instead."""
-    return self.strides > 1 or self.dilation > self.dilation_before
-
-  @property
-  def later(self) -> "Step":
-    """The same for blocks behind the first."""
-    return Step(1, self.dilation, self.dilation)
-
-
-def dilate(strides: Iterable[int], output_stride: int | None) -> Iterator[Step]:
-  """Strides one after another, turned into dilation from where they would exceed a total.
-
-  A convolution behind a stride that is left out reaches as many times further apart. What it
-  computes at the pixels that the stride would have left is then the same.
-
-  Args:
-    strides: how many times each stage shrinks the map.
-    output_stride: how many times all together may; None: as many as they do.
-  """
-  total = dilation = 1
-  for stride in strides:
-    before = dilation
-    if output_stride is None or total * stride <= output_stride:
-      total *= stride
-      yield Step(stride, before, dilation)
-    else:
-      dilation *= stride
-      yield Step(1, before, dilation)

@@ -1,9 +1,10 @@
-"""What networks of several families ask of their attributes and of their images."""
+"""Checks of attributes and of images that networks of several families share."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.layers import activation
@@ -11,33 +12,33 @@ from repjax.layers.rep_conv import pair
 
 
 def is_list(value: Any) -> bool:
-  """Whether a value is a list or a tuple rather than one thing."""
+  """Tells if a value is a list or a tuple."""
   return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def is_whole(value: Any) -> bool:
-  """Whether a value is a whole number above 0."""
+  """Tells if a value is a whole number above 0."""
   return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def check_number(field: str, value: Any) -> None:
-  """Raises InputError where an attribute is not one whole number above 0."""
+  """Raises InputError if an attribute is not a whole number above 0."""
   if not is_whole(value):
     raise InputError(f"{field} takes a whole number above 0, got {value!r}")
 
 
 def check_whole(field: str, value: Any, length: int, note: str = "") -> None:
-  """Raises InputError where an attribute is not as many whole numbers above 0 as it takes."""
+  """Raises InputError if an attribute is not a list of `length` whole numbers above 0."""
   if not (is_list(value) and len(value) == length and all(map(is_whole, value))):
     raise InputError(f"{field} takes {length} whole numbers above 0{note}, got {value!r}")
 
 
 def check_stages(stage_sizes: Any, **others: Any) -> None:
-  """Raises InputError where attributes are not a whole number above 0 for each stage.
+  """Raises InputError if attributes do not hold a whole number above 0 for each stage.
 
   Args:
-    stage_sizes: says how many stages there are, one or more.
-    **others: attributes by name.
+    stage_sizes: number of blocks in each stage; its length is the number of stages.
+    **others: other attributes by name.
   """
   if not (is_list(stage_sizes) and stage_sizes and all(map(is_whole, stage_sizes))):
     raise InputError(
@@ -48,14 +49,14 @@ def check_stages(stage_sizes: Any, **others: Any) -> None:
 
 
 def check_tile(field: str, tile: Any) -> None:
-  """Raises InputError where an attribute is not the size of a tile."""
+  """Raises InputError if an attribute is not the size of a tile."""
   sides = tile if is_list(tile) else (tile, tile)
   if len(sides) != 2 or not all(map(is_whole, sides)):
     raise InputError(f"{field} takes a whole number above 0, or two (height, width), got {tile!r}")
 
 
 def check_kernels(local_kernels: Any, *tiles: int | Sequence[int]) -> None:
-  """Raises InputError where no layer has these local kernels, or none of the tiles holds them."""
+  """Raises InputError if no layer has these local kernels, or they are larger than all tiles."""
   odd = is_list(local_kernels) and all(is_whole(size) and size % 2 for size in local_kernels)
   if not odd or len(set(local_kernels)) != len(local_kernels):
     raise InputError(
@@ -66,12 +67,12 @@ def check_kernels(local_kernels: Any, *tiles: int | Sequence[int]) -> None:
   if max(local_kernels, default=1) > longest:
     raise InputError(
       f"local_kernels are at most as large as the tile, {longest} pixels on its longest side, got "
-      f"{local_kernels!r}; leave the large ones out or take a larger tile"
+      f"{local_kernels!r}. Leave large kernels out, or choose a larger tile"
     )
 
 
 def check_classifier(num_classes: Any, dropout: float, act: str) -> None:
-  """Raises InputError where these attributes, which every network has, are out of range."""
+  """Raises InputError if one of these attributes, which every network has, is out of range."""
   if not isinstance(num_classes, int) or num_classes < 1:
     raise InputError(f"num_classes must be at least 1, got {num_classes}")
   if not 0 <= dropout < 1:
@@ -79,10 +80,28 @@ def check_classifier(num_classes: Any, dropout: float, act: str) -> None:
   activation(act)
 
 
-def check_images(network: str, images: jax.Array, total: int) -> None:
-  """Raises InputError for images that a network of total stride `total` cannot take."""
+def check_total_stride(network: nn.Module, images: jax.Array, total: int) -> None:
+  """Raises InputError if images are no batch, or smaller than the total stride of a network."""
   if images.ndim != 4 or min(images.shape[1:3]) < total:
     raise InputError(
-      f"this {network} shrinks images {total} times, so they must be (N, H, W, C) with H and W at "
-      f"least {total}; got {images.shape}: use a larger image size"
+      f"this {type(network).__name__} shrinks images {total} times, so they must be (N, H, W, C) "
+      f"with H and W at least {total}; got {images.shape}. Use a larger image size"
+    )
+
+
+def check_tiled(network: nn.Module, images: jax.Array, unit: tuple[int, int], tiles: str) -> None:
+  """Raises InputError if images are no batch, or do not divide into the tiles of a network.
+
+  Args:
+    network: network that is given the images.
+    images: (N, H, W, C).
+    unit: height and width in pixels; H and W must be multiples of them.
+    tiles: description of the tiles, such as "2x3 at stride 8".
+  """
+  sides = images.shape[1:3]
+  if images.ndim != 4 or not min(sides) or any(side % step for side, step in zip(sides, unit)):
+    raise InputError(
+      f"this {type(network).__name__} cuts its maps into tiles of {tiles}, so images must be "
+      f"(N, H, W, C) with H a multiple of {unit[0]} and W of {unit[1]}; got {images.shape}. Change "
+      "the image size or the tile"
     )

@@ -1,4 +1,4 @@
-"""`init`: fresh variables without compiling a program for every shape."""
+"""`init`: draws fresh variables without compiling a program for every shape."""
 
 import math
 import zlib
@@ -14,15 +14,16 @@ from repjax.layers.linear import from_orthogonal, is_orthogonal, uniform_bound
 
 
 def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) -> dict[str, Any]:
-  """Fresh variables of a model: the tree and the distributions of `model.init`, in seconds.
+  """Draws fresh variables of a model, with the tree and the distributions of `model.init`.
 
-  `model.init` compiles one random program for each shape. Here the shapes come from
-  `jax.eval_shape` and NumPy draws the values, each leaf from a stream of its own seeded by the key
-  and the leaf's path. The values are therefore other draws than those of `model.init`.
+  `model.init` compiles one random program for each shape, which can take minutes. Here
+  `jax.eval_shape` gives the shapes, and NumPy draws the values in seconds. Each leaf has a random
+  stream of its own, seeded by the key and the path of the leaf. The values therefore differ from
+  those of `model.init` with the same key.
 
   Args:
-    model: made by `create_model`, in either form. Other modules have other distributions: use
-      their own `init`.
+    model: model made by `create_model`, in either form. For other modules use their own `init`,
+      since their distributions differ.
     key: a JAX random key.
     image_size: pixels, one number or (height, width).
 
@@ -30,7 +31,8 @@ def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) ->
     {"params", "batch_stats"}, or {"params"} in deploy form.
 
   Raises:
-    ValueError: a leaf that no model of repjax has, or an image size too small for the model.
+    InputError: the image size is too small for the model.
+    ValueError: a leaf is of a kind that no model of repjax has.
   """
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
@@ -39,22 +41,25 @@ def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) ->
 
 
 def draw(shapes: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
-  """The values that `init` gives a tree of that shape, or a part of one under its full paths."""
+  """Draws values as `init` does for a tree of shapes, or for a part of one under its full paths."""
   raw_key = key if jnp.issubdtype(key.dtype, jnp.uint32) else jax.random.key_data(key)
   return _draw(shapes, (), np.asarray(raw_key).ravel().tolist())
 
 
 def _draw(shapes: Mapping[str, Any], path: tuple[str, ...], seed: list[int]) -> dict[str, Any]:
+  """Draws a tree of shapes that lies at a path; the name of a leaf tells its distribution."""
   values = {}
   for name, leaf in shapes.items():
     here = (*path, name)
     if isinstance(leaf, Mapping):
       values[name] = _draw(leaf, here, seed)
     elif name == "kernel" or (name == "bias" and "kernel" in shapes):
+      # A stream for each path: the values of a leaf do not depend on which other leaves there are.
       rng = np.random.default_rng([*seed, zlib.crc32("/".join(here).encode())])
       if name == "kernel" and is_orthogonal(leaf.shape):
         values[name] = _orthogonal(rng, leaf)
       else:
+        # The bias of a layer has the bound of the kernel beside it.
         values[name] = _uniform(rng, uniform_bound(shapes["kernel"].shape), leaf)
     elif name in ("scale", "var"):
       values[name] = jnp.ones(leaf.shape, leaf.dtype)
@@ -68,6 +73,7 @@ def _draw(shapes: Mapping[str, Any], path: tuple[str, ...], seed: list[int]) -> 
 
 
 def _uniform(rng: np.random.Generator, bound: float, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  """Draws values between -bound and bound; in place, because kernels of VGG are large."""
   dtype = np.float64 if leaf.dtype == jnp.float64 else np.float32
   values = rng.random(math.prod(leaf.shape), dtype)
   values *= 2 * bound
@@ -76,21 +82,25 @@ def _uniform(rng: np.random.Generator, bound: float, leaf: jax.ShapeDtypeStruct)
 
 
 def _orthogonal(rng: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-  """A kernel over tiles whose matrix has orthonormal rows or columns, whichever are fewer."""
+  """Draws a kernel over tiles whose matrix has orthonormal rows or columns, whichever are fewer.
+
+  The Q of the QR decomposition of a normal matrix is a random rotation, cut to the shape.
+  """
   dtype = np.float64 if leaf.dtype == jnp.float64 else np.float32
   inputs = math.prod(leaf.shape[1:4])
   shape = (math.prod(leaf.shape) // inputs, inputs)
   normal = rng.standard_normal((max(shape), min(shape)), dtype)
   if max(shape) >= 2 * min(shape):
-    # The same matrix as below, several times faster; rounding is mild so far from a square. The
-    # import takes long and few models need it.
+    # The Cholesky factor of A^T A is the transposed R of QR, so that A R^-1 is the Q below, several
+    # times faster. Squaring A doubles the loss of digits, which is mild for a matrix this narrow.
+    # SciPy is imported here because the import takes long and few models need it.
     import scipy.linalg
 
     lower = scipy.linalg.cholesky(normal.T @ normal, lower=True, check_finite=False)
     q = scipy.linalg.solve_triangular(lower, normal.T, lower=True, check_finite=False).T
   else:
     q, r = np.linalg.qr(normal)
-    # Without the signs the law would not be that of a random rotation.
+    # QR leaves the signs of R's diagonal open. With positive signs, Q is a uniform random rotation.
     q *= np.where(np.diag(r) < 0, -1, 1).astype(dtype)
   matrix = q if shape[0] >= shape[1] else q.T
   return jnp.asarray(from_orthogonal(matrix, leaf.shape), leaf.dtype)

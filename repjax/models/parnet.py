@@ -1,31 +1,40 @@
 """ParNet, twelve layers deep: three streams of blocks side by side, fused at the end.
 
-Training form: a stream block is act(BN(conv3x3(x)) + BN(conv1x1(x)) + z * g(z)) with z = BN(x). A
-down-sampling block is act([BN(conv3x3(x)) + BN(conv1x1(pool(x)))] * 2 g(x)); a fusion block is the
-same over the channels of two maps, each behind a norm, in turn, with two groups and a shuffle of
-channels at its end. g is a sigmoid of one fully connected layer over the means of all channels.
+In training form, z = BN(x) and g is a sigmoid of one fully connected layer over the means of all
+channels. There are three kinds of blocks.
 
-Deploy form, exactly:
-- a stream block is act(conv3x3(x) + affine(x) * g(x)): one convolution with bias, a scale and a
-  shift for each channel, and the gate's fully connected layer, which has a bias now;
-- a down-sampling block is act(conv3x3(x) * 2 g(x)): one convolution with bias at stride 2, and the
-  gate's layer as it was. The pool is in the convolution;
-- a fusion block is the same over affine(a) and affine(b), a scale and a shift for each channel of
-  either map, and keeps the order of channels: they are read in turn and shuffled at the end;
-- the classifier.
-No norm and no statistics remain, where the authors' conversion keeps the norms of gates and of
-fusion. Gates stay because they multiply by numbers computed from the image. The affine maps of
-fusion stay because the convolution behind them pads with zeros after the norm: with the shift in
-its bias, pixels at the border would differ. The shuffles stay because they are cheap, and a layer's
-channels are then those of the training form.
+- A stream block is act(BN(conv3x3(x)) + BN(conv1x1(x)) + z * g(z)).
+- A down-sampling block is act([BN(conv3x3(x)) + BN(conv1x1(pool(x)))] * 2 g(x)), at stride 2.
+- A fusion block is a down-sampling block over two maps. Each map passes through a norm. The
+  channels of the two are read in turn. Convolutions and gate have two groups, and a shuffle of
+  channels ends the block.
 
-Gates run beside convolutions, so the longest path has 12 layers: `repjax.analysis.depth` counts it.
+The deploy form computes exactly the same.
+
+- A stream block is act(conv3x3(x) + affine(x) * g(x)). It holds one convolution with bias, a scale
+  and a shift for each channel, and the fully connected layer of the gate, which now has a bias.
+- A down-sampling block is act(conv3x3(x) * 2 g(x)). It holds one convolution with bias at stride 2,
+  into which the pool is folded, and the layer of the gate unchanged.
+- A fusion block is a down-sampling block over affine(a) and affine(b): a scale and a shift for each
+  channel of both maps.
+
+No norm and no statistics remain. The conversion of the authors keeps the norms of gates and of
+fusion. Three things stay because they are not affine, or not worth folding.
+
+- Gates multiply by numbers computed from the image.
+- The affine maps of fusion come before a convolution that pads with zeros. With the shift in the
+  convolution's bias, pixels at the border would differ.
+- Shuffles are cheap, and with them a layer's channels are those of the training form.
+
+Gates run beside convolutions, so that the longest path has 12 layers, as `repjax.analysis.depth`
+counts.
 
 References:
   Goyal et al., Non-deep Networks, NeurIPS 2022, section 3. https://arxiv.org/abs/2110.07641
   https://github.com/imankgoyal/NonDeepNetworks at 777b286, imagenet, for widths and sizes
 """
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -35,12 +44,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.errors import InputError, unknown
-from repjax.layers import GlobalGate, RepConv, RepNorm, SkipSqueezeExcite, activation, linear
-from repjax.layers.rep_norm import refuse_training
-from repjax.models.base import Part, Settings
-from repjax.models.checks import check_classifier, check_images, check_whole
+from repjax.layers import GlobalGate, RepConv, RepNorm, SkipSqueezeExcite
+from repjax.models.base import Block, BlockBuilder, Classifier, Stage, StreamScope
+from repjax.models.checks import check_total_stride, check_whole
 
-GROUPS = 2  # of fusion, which reads two maps
+GROUPS = 2
+"""Number of groups of a fusion block: one for each half of the channels of the two maps."""
 
 
 def channel_shuffle(x: jax.Array, groups: int) -> jax.Array:
@@ -49,137 +58,139 @@ def channel_shuffle(x: jax.Array, groups: int) -> jax.Array:
   return grouped.swapaxes(-1, -2).reshape(x.shape)
 
 
-def gated_conv(
-  x: jax.Array, features: int, strides: int, groups: int, settings: Settings, train: bool
-) -> jax.Array:
-  """RepConv times gate, activation; for compact methods. Scopes: `RepConv_0` and `gate`."""
-  dtypes = {"dtype": settings.dtype, "param_dtype": settings.param_dtype}
-  small = "conv1x1" if strides == 1 else "avg2x2_conv1x1"
-  layer = RepConv(
-    features,
-    branches=("conv3x3", small),
-    strides=strides,
-    groups=groups,
-    **settings.of_layers(),
-    name="RepConv_0",
-  )
-  gate = GlobalGate(features, groups, **dtypes, name="gate")
-  return activation(settings.act)(layer(x, train) * gate(x))
+class StreamBlock(Block):
+  """A RepConv plus a gated shortcut, and an activation; the paper calls it RepVGG-SSE block.
 
-
-class StreamBlock(nn.Module):
-  """RepConv plus gated shortcut, activation; the shape stays. The paper's RepVGG-SSE block."""
-
-  settings: Settings
+  Scopes: `RepConv_0` and `SkipSqueezeExcite_0`.
+  """
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    shared = self.settings.of_layers()
-    layer = RepConv(x.shape[-1], branches=("conv3x3", "conv1x1"), **shared, name="RepConv_0")
+    """Maps (N, H, W, C) to the same shape."""
+    shared = self.shared()
+    conv = RepConv(x.shape[-1], branches=("conv3x3", "conv1x1"), **shared, name="RepConv_0")
     shortcut = SkipSqueezeExcite(**shared, name="SkipSqueezeExcite_0")
-    return activation(self.settings.act)(layer(x, train) + shortcut(x, train))
+    return self.activate(conv(x, train) + shortcut(x, train))
 
 
-class Downsample(nn.Module):
-  """RepConv times gate, activation: to other channels, and at stride 2 to half the size."""
+class GatedBlock(Block):
+  """A block whose RepConv is multiplied by a gate; the base of down-sampling and fusion.
 
-  features: int
-  settings: Settings
-  strides: int = 2
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    return gated_conv(x, self.features, self.strides, 1, self.settings, train)
-
-
-class Pointwise(nn.Module):
-  """1x1 conv-BN, activation."""
-
-  features: int
-  settings: Settings
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    x = self.settings.conv_bn("0", self.features, 1)(x, train)
-    return activation(self.settings.act)(x)
-
-
-class Fusion(nn.Module):
-  """The channels of two normed maps in turn, grouped RepConv times grouped gate, shuffle.
-
-  Scopes: `RepNorm_stream`, `RepNorm_previous`, `RepConv_0`, `gate`.
+  Attributes:
+    features: number of output channels.
+    strides: 1 or 2.
   """
 
   features: int
-  settings: Settings
-  strides: int
+  strides: int = 2
 
-  @nn.compact
-  def __call__(self, stream: jax.Array, previous: jax.Array, train: bool) -> jax.Array:
-    shared = self.settings.of_layers()
-    stream = RepNorm(**shared, name="RepNorm_stream")(stream, train)
-    previous = RepNorm(**shared, name="RepNorm_previous")(previous, train)
-    x = channel_shuffle(jnp.concatenate([stream, previous], -1), 2)  # (N, H, W, 2 C)
-    x = gated_conv(x, self.features, self.strides, GROUPS, self.settings, train)
-    return channel_shuffle(x, GROUPS)
+  @nn.nowrap
+  def gated_conv(self, x: jax.Array, groups: int, train: bool) -> jax.Array:
+    """Returns act(RepConv(x) * gate(x)), from the scopes `RepConv_0` and `gate`."""
+    # At stride 2 the 1x1 branch reads the means of 2x2 windows, not every second pixel.
+    small = "conv1x1" if self.strides == 1 else "avg2x2_conv1x1"
+    conv = RepConv(
+      self.features,
+      branches=("conv3x3", small),
+      strides=self.strides,
+      groups=groups,
+      **self.shared(),
+      name="RepConv_0",
+    )
+    gate = GlobalGate(self.features, groups, **self.dtypes(), name="gate")
+    return self.activate(conv(x, train) * gate(x))
 
 
-LAST_BLOCKS: dict[str, type[nn.Module]] = {"downsample": Downsample, "conv1x1": Pointwise}
-"""Name to class of the block in front of the classifier, built as `block(features, settings)`."""
-
-
-class _Stream(nn.Module):
-  """Blocks called `block0`, `block1`, ... in the stream's scope."""
-
-  size: int
-  settings: Settings
-  remat: bool
+class Downsample(GatedBlock):
+  """A RepConv times a gate, and an activation; at stride 2 the map gets half as large."""
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    block = nn.remat(StreamBlock, static_argnums=(2,)) if self.remat else StreamBlock
-    for index in range(self.size):
-      x = block(settings=self.settings, name=f"block{index}")(x, train)
-    return x
+    """Maps (N, H, W, C) to (N, H / strides, W / strides, features)."""
+    return self.gated_conv(x, 1, train)
 
 
-class ParNet(nn.Module):
-  """Three streams at three resolutions, fused from the largest map to the smallest.
+class Fusion(GatedBlock):
+  """A down-sampling block over the channels of two maps, in groups, with a shuffle at its end.
 
-  Scopes, in the order in which a map passes through them: `downsample0` and `downsample1`, `stem`
-  if it has blocks, `downsample2`, `downsample3`; `stream1`, `stream2` and `stream3`, which read the
-  outputs of `downsample1` (or `stem`), `downsample2` and `downsample3`; `fusion1` takes stream 1 to
-  the size of stream 2, `fusion2` both of these to that of stream 3, `fusion3` all; `downsample4`,
-  `head`. Streams have `block0`, `block1`, ... The table `streams` says so, and is what runs. Images
-  of every size from the total stride up are taken; the authors' training form takes multiples of
-  it.
+  Scopes: `RepNorm_stream`, `RepNorm_previous`, `RepConv_0` and `gate`.
+  """
 
-  There is no code for CIFAR. The author says (issue 11 of the repository above): the first two
-  down-sampling blocks become stream blocks, the last one a narrower 1x1 convolution, each stream
-  loses a block and one is added at depth 3; images of 32 px, other widths. The variants
-  `parnet_cifar_*` are made so, and these are choices of ours, so that no number of the paper is
-  claimed for them:
+  @nn.compact
+  def __call__(self, stream: jax.Array, previous: jax.Array, train: bool) -> jax.Array:
+    """Maps the outputs of a stream and of the fusion before, (N, H, W, C) each, to one map.
 
-  - `downsample0`, which widens the image, cannot have a shortcut: it is a gated block at stride 1;
-  - the block at depth 3 is a stream block in front of all streams (`stem`): depth stays 12;
-  - the widths, (p, 2 p, 4 p, 8 p) with p = 48, 96 and 160.
+    The result is (N, H / strides, W / strides, features).
+    """
+    shared = self.shared()
+    stream = RepNorm(**shared, name="RepNorm_stream")(stream, train)
+    previous = RepNorm(**shared, name="RepNorm_previous")(previous, train)
+    # The shuffle pairs channel c of one map with channel c of the other. A group of convolutions
+    # then reads half of the channels of each map, and not one of the maps.
+    x = channel_shuffle(jnp.concatenate([stream, previous], -1), 2)  # (N, H, W, 2 C)
+    x = self.gated_conv(x, GROUPS, train)
+    # The output is shuffled as well, so that the next groups read channels of both groups.
+    return channel_shuffle(x, GROUPS)
+
+
+class Pointwise(Block):
+  """A 1x1 conv-BN and an activation.
 
   Attributes:
-    stage_sizes: blocks in each of the three streams.
-    widths: channels of the three streams and of what the classifier reads.
-    strides: of `downsample0` and `downsample1`; one that keeps the shape is a stream block. The
-      first has at most 64 channels if the second is not one.
-    stem_blocks: stream blocks behind these two.
+    features: number of output channels.
+  """
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps (N, H, W, C) to (N, H, W, features)."""
+    return self.activate(self.conv_bn("0", self.features, 1)(x, train))
+
+
+LAST_BLOCKS: dict[str, type[Block]] = {"downsample": Downsample, "conv1x1": Pointwise}
+"""Name to class of the block in front of the classifier; the class takes `features`."""
+
+
+class ParNet(Classifier, kw_only=True):
+  """Three streams at three resolutions, fused from the largest map to the smallest.
+
+  `maps` is the forward pass, from top to bottom. Each line runs one scope.
+
+  - `downsample0`, `downsample1`, and `stem` if it has blocks, come before all streams.
+  - `downsample2` and `downsample3` each halve the map.
+  - `stream1`, `stream2` and `stream3`, with `block0`, `block1`, ..., read the three maps.
+  - `fusion1` takes stream 1 to the size of stream 2, `fusion2` takes both to the size of stream 3,
+    and `fusion3` joins all three.
+  - `downsample4` and `head` end the network.
+
+  Images are at least `total_stride` pixels high and wide; odd sizes are rounded up. The training
+  form of the authors takes multiples of the total stride alone. With `features_only` there are four
+  maps, which are larger with smaller `strides`.
+
+  - "stage1" (N, H/4, W/4, C1) and "stage2" (N, H/8, W/8, C2) are the outputs of the first two
+    streams.
+  - "stage3" (N, H/16, W/16, C3) is the output of the last fusion, which has seen all streams.
+  - "stage4" (N, H/32, W/32, C4) is the map that the classifier reads.
+
+  There is no code of the authors for CIFAR. In issue 11 of their repository an author describes the
+  changes. The first two down-sampling blocks become stream blocks. The last one becomes a narrower
+  1x1 convolution. Each stream loses a block, and one block is added at depth 3. Images have 32
+  pixels, and widths differ. The variants `parnet_cifar_*` follow this description. No number of the
+  paper is claimed for them, because three choices are ours.
+
+  - `downsample0` widens the image and cannot have a shortcut, so it is a gated block at stride 1.
+  - The block at depth 3 is a stream block before all streams (`stem`). The depth stays 12.
+  - The widths are (p, 2 p, 4 p, 8 p) with p = 48, 96 and 160.
+
+  Attributes besides those of `Classifier`:
+    stage_sizes: number of blocks in each of the three streams.
+    widths: number of channels of the three streams, and of the map that the classifier reads.
+    strides: strides of `downsample0` and `downsample1`, each 1 or 2. A block that keeps the shape
+      is a stream block. `downsample0` has at most 64 channels if `downsample1` has stride 2.
+    stem_blocks: number of stream blocks after these two.
     last_block: "downsample", or "conv1x1" at stride 1.
-    num_classes: outputs.
-    act: "relu", "silu" or "gelu". The paper's is silu; the released weights were made with relu.
-    dropout: rate in front of the classifier.
-    remat: recompute each block in the backward pass instead of keeping what is in it.
-    axis_name: of the pmapped axis over which batch norms share statistics; None: per device.
-    features_only: return feature maps instead of logits, and build no classifier.
-    deploy: build the deploy form.
-    dtype: of the computation and the result.
-    param_dtype: of the parameters.
+    act: "silu" as in the paper. The weights that the authors released were trained with "relu".
   """
 
   stage_sizes: Sequence[int] = (4, 5, 5)
@@ -187,15 +198,7 @@ class ParNet(nn.Module):
   strides: Sequence[int] = (2, 2)
   stem_blocks: int = 0
   last_block: str = "downsample"
-  num_classes: int = 1000
   act: str = "silu"
-  dropout: float = 0.0
-  remat: bool = False
-  axis_name: str | None = None
-  features_only: bool = False
-  deploy: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   def __post_init__(self):
     check_whole("stage_sizes", self.stage_sizes, 3, ", one for each stream")
@@ -211,119 +214,131 @@ class ParNet(nn.Module):
       raise InputError(f"stem_blocks takes a whole number, 0 or more, got {self.stem_blocks!r}")
     if self.last_block not in LAST_BLOCKS:
       raise unknown("last_block of a ParNet", self.last_block, LAST_BLOCKS)
-    check_classifier(self.num_classes, self.dropout, self.act)
     super().__post_init__()
 
   @property
   def image_size(self) -> int:
-    """The side in pixels of the images that the variants are made for; others are taken too."""
+    """The side in pixels of the images that the variants are made for."""
     return 32 if math.prod(self.strides) == 1 else 224
 
   def total_stride(self) -> int:
-    """How many times the last map is smaller than the image."""
+    """Returns the ratio of the size of the image to the size of the last map."""
     return math.prod(self.strides) * (8 if self.last_block == "downsample" else 4)
 
+  def check_images(self, images: jax.Array) -> None:
+    """Raises InputError if images are smaller than the total stride, or are no batch."""
+    check_total_stride(self, images, self.total_stride())
+
+  @nn.nowrap
+  def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
+    """Runs all scopes but the classifier, and returns the four maps of the class docstring."""
+
+    def run(scope: str, *inputs: jax.Array) -> jax.Array:
+      return self.build(scope, inputs[0].shape[-1])(*inputs, train)
+
+    x = run("downsample0", x)
+    x = run("downsample1", x)
+    if self.stem_blocks:
+      x = run("stem", x)
+    half = run("downsample2", x)
+    quarter = run("downsample3", half)
+    # The three streams do not depend on each other. On several devices they run side by side.
+    stream1 = run("stream1", x)  # (N, H/4, W/4, C1)
+    stream2 = run("stream2", half)  # (N, H/8, W/8, C2)
+    stream3 = run("stream3", quarter)  # (N, H/16, W/16, C3)
+    fused = run("fusion1", stream1)  # (N, H/8, W/8, C2)
+    fused = run("fusion2", stream2, fused)  # (N, H/16, W/16, C3)
+    fused = run("fusion3", stream3, fused)  # (N, H/16, W/16, C3)
+    last = run("downsample4", fused)  # (N, H/32, W/32, C4)
+    return {"stage1": stream1, "stage2": stream2, "stage3": fused, "stage4": last}
+
+  @nn.nowrap
+  def build(self, scope: str, channels: int) -> nn.Module:
+    """Builds the module of a scope; for compact methods.
+
+    Args:
+      scope: any scope but the classifier.
+      channels: number of channels of the first map that the scope reads.
+    """
+    first, second, third, last = self.widths
+    narrow = min(64, first) if self.strides[1] == 2 else first
+    streams = dict(zip(("stream1", "stream2", "stream3"), self.stage_sizes))
+    blocks = streams | {"stem": self.stem_blocks}
+    if scope in blocks:
+      return Stage(blocks[scope] * [self.builder(StreamBlock)], name=scope)
+    builders = {
+      "downsample0": self._leading(channels, narrow, self.strides[0]),
+      "downsample1": self._leading(channels, first, self.strides[1]),
+      "downsample2": functools.partial(self.builder(Downsample), second),
+      "downsample3": functools.partial(self.builder(Downsample), third),
+      "fusion1": functools.partial(self.builder(Downsample), second),
+      "fusion2": functools.partial(self.builder(Fusion, inputs=2), third, strides=2),
+      "fusion3": functools.partial(self.builder(Fusion, inputs=2), third, strides=1),
+      "downsample4": functools.partial(self.builder(LAST_BLOCKS[self.last_block]), last),
+    }
+    return builders[scope](name=scope)
+
+  @nn.nowrap
+  def _leading(self, channels: int, features: int, strides: int) -> BlockBuilder:
+    """Returns the builder of a leading block: a stream block if the block keeps the shape."""
+    if (features, strides) == (channels, 1):
+      return self.builder(StreamBlock)
+    return functools.partial(self.builder(Downsample), features, strides)
+
+  # The rest is for deployment, where the streams of one network run on several devices. The table
+  # says what `maps` says in code; a test holds that both compute the same.
+
   @property
-  def streams(self) -> dict[str, Part]:
+  def streams(self) -> dict[str, StreamScope]:
     """The scopes, in an order in which they can run."""
     stem = "stem" if self.stem_blocks else "downsample1"
-    parts = {
-      "downsample0": Part(1, ("images",)),
-      "downsample1": Part(1, ("downsample0",)),
-      "stem": Part(1, ("downsample1",)),
-      "downsample2": Part(2, (stem,)),
-      "downsample3": Part(3, ("downsample2",)),
-      "stream1": Part(1, (stem,)),
-      "stream2": Part(2, ("downsample2",)),
-      "stream3": Part(3, ("downsample3",)),
-      "fusion1": Part(1, ("stream1",)),
-      "fusion2": Part(2, ("stream2", "fusion1")),
-      "fusion3": Part(3, ("stream3", "fusion2")),
-      "downsample4": Part(3, ("fusion3",)),
-      "head": Part(3, ("downsample4",)),
+    scopes = {
+      "downsample0": StreamScope(1, ("images",)),
+      "downsample1": StreamScope(1, ("downsample0",)),
+      "stem": StreamScope(1, ("downsample1",)),
+      "downsample2": StreamScope(2, (stem,)),
+      "downsample3": StreamScope(3, ("downsample2",)),
+      "stream1": StreamScope(1, (stem,)),
+      "stream2": StreamScope(2, ("downsample2",)),
+      "stream3": StreamScope(3, ("downsample3",)),
+      "fusion1": StreamScope(1, ("stream1",)),
+      "fusion2": StreamScope(2, ("stream2", "fusion1")),
+      "fusion3": StreamScope(3, ("stream3", "fusion2")),
+      "downsample4": StreamScope(3, ("fusion3",)),
+      "head": StreamScope(3, ("downsample4",)),
     }
     left_out = ("stem",) * (not self.stem_blocks) + ("head",) * self.features_only
-    return {scope: part for scope, part in parts.items() if scope not in left_out}
+    return {scope: row for scope, row in scopes.items() if scope not in left_out}
 
   @property
   def outputs(self) -> Any:
-    """The result, with scopes in the place of their maps."""
+    """The result of a call, with scopes in the place of their maps."""
     if not self.features_only:
       return "head"
     return {"stage1": "stream1", "stage2": "stream2", "stage3": "fusion3", "stage4": "downsample4"}
 
-  def __call__(self, images: jax.Array, train: bool = False) -> Any:
-    """Classifies images.
-
-    Args:
-      images: (N, H, W, 3), normalised; H and W at least `total_stride`. Odd sizes are rounded up.
-      train: use and update batch statistics, apply dropout.
-
-    Returns:
-      Logits (N, num_classes). With `features_only`: {"stage1": (N, H/4, W/4, C1), "stage2":
-      (N, H/8, W/8, C2), "stage3": (N, H/16, W/16, C3), "stage4": (N, H/32, W/32, C4)}, which are
-      the outputs of the first two streams, of the last fusion, which has seen all three, and what
-      the classifier reads. With other `strides` maps are larger.
-
-    Raises:
-      ValueError: images smaller than the total stride, or `train` in deploy form.
-    """
-    refuse_training(self.deploy, train)
-    check_images("ParNet", images, self.total_stride())
-    maps = self.run({"images": images.astype(self.dtype)}, self.streams, train)
-    return jax.tree.map(lambda scope: maps[scope], self.outputs)
-
+  @nn.compact
   def run(
     self, maps: Mapping[str, jax.Array], scopes: Iterable[str], train: bool = False
   ) -> dict[str, jax.Array]:
     """Runs some scopes of the network.
 
     Args:
-      maps: what they read, by scope; "images" in the network's dtype.
-      scopes: in the order of `streams`.
+      maps: maps that the scopes read, by scope; "images" in the dtype of the network.
+      scopes: scopes to run, in the order of `streams`.
       train: as in a call.
 
     Returns:
-      The maps, with one more for each scope.
+      The maps, with the outputs of the scopes added.
     """
-    maps, parts = dict(maps), self.streams
+    maps, streams = dict(maps), self.streams
     for scope in scopes:
-      maps[scope] = self._part(scope, *(maps[name] for name in parts[scope].reads), train=train)
+      inputs = [maps[name] for name in streams[scope].reads]
+      if scope == "head":
+        maps[scope] = self.classify({"downsample4": inputs[0]}, train)
+      else:
+        maps[scope] = self.build(scope, inputs[0].shape[-1])(*inputs, train)
     return maps
-
-  @nn.compact
-  def _part(self, scope: str, *maps: jax.Array, train: bool) -> jax.Array:
-    """What one scope makes of one map or two."""
-    settings, (one, two, three) = Settings.of(self), self.stage_sizes
-    sizes = {"stem": self.stem_blocks, "stream1": one, "stream2": two, "stream3": three}
-    if scope in sizes:
-      return _Stream(sizes[scope], settings, self.remat, name=scope)(maps[0], train)
-    if scope == "head":
-      x = nn.Dropout(self.dropout, deterministic=not train)(maps[0].mean((1, 2)))  # (N, C)
-      dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-      return linear(x, self.num_classes, name=scope, **dtypes)
-    block, attributes = self._block(scope, maps[0].shape[-1])
-    block = nn.remat(block, static_argnums=(len(maps) + 1,)) if self.remat else block
-    return block(settings=settings, name=scope, **attributes)(*maps, train)
-
-  def _block(self, scope: str, channels: int) -> tuple[type[nn.Module], dict[str, Any]]:
-    """The class and the attributes of a block that reads so many channels."""
-    first, second, third, last = self.widths
-    narrow = min(64, first) if self.strides[1] == 2 else first
-    leading = {"downsample0": (narrow, self.strides[0]), "downsample1": (first, self.strides[1])}
-    if scope in leading:
-      features, strides = leading[scope]
-      if (features, strides) == (channels, 1):
-        return StreamBlock, {}
-      return Downsample, {"features": features, "strides": strides}
-    return {
-      "downsample2": (Downsample, {"features": second}),
-      "downsample3": (Downsample, {"features": third}),
-      "fusion1": (Downsample, {"features": second}),
-      "fusion2": (Fusion, {"features": third, "strides": 2}),
-      "fusion3": (Fusion, {"features": third, "strides": 1}),
-      "downsample4": (LAST_BLOCKS[self.last_block], {"features": last}),
-    }[scope]
 
 
 _CIFAR = {

@@ -1,55 +1,46 @@
-"""RepMLP (2021): its block, and a network for CIFAR-10 that is made of it and 1x1 convolutions.
+"""RepMLP (2021): its block, and a network for CIFAR-10 made of this block and 1x1 convolutions.
 
-Training form of a block: Global Perceptron, fully connected layer over tiles (FC3) and Local
-Perceptron. Deploy form: fully connected layers with bias only: the Global Perceptron's two, whose
-ReLU keeps them apart, and FC3. Networks hold no batch norm and no statistics then.
+In training form a block is a Global Perceptron, a fully connected layer over tiles (FC3), and a
+Local Perceptron of convolutions. In deploy form a block holds fully connected layers with bias
+alone: the two of the Global Perceptron, which a ReLU keeps apart, and FC3. The deploy form of a
+network holds no batch norm and no statistics.
 
 References:
   Ding et al., RepMLP: Re-parameterizing Convolutions into Fully-connected Layers for Image
     Recognition, 2021, sections 3 and 4.1. https://arxiv.org/abs/2105.01883
 """
 
+import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
 
 from repjax.errors import InputError
-from repjax.layers import GlobalPerceptron, RepConv, RepDense, activation, linear
+from repjax.layers import GlobalPerceptron, RepConv, RepDense, RepLayer, activation
 from repjax.layers.rep_conv import pair
-from repjax.layers.rep_norm import refuse_training
-from repjax.models.base import Settings
-from repjax.models.checks import (
-  check_classifier,
-  check_kernels,
-  check_number,
-  check_stages,
-  check_tile,
-)
+from repjax.models.base import Block, Classifier, Stage
+from repjax.models.checks import check_kernels, check_number, check_stages, check_tile, check_tiled
 
 
-class RepMLP(nn.Module):
-  """The block: y = RepDense(GlobalPerceptron(x)), without an activation in it or behind it.
+class RepMLP(RepLayer):
+  """The block of RepMLP: y = RepDense(GlobalPerceptron(x)), without any activation.
 
   A map of one tile has no Global Perceptron.
 
   Attributes:
-    features: output channels.
-    tile: h and w in pixels, one number or (h, w); H and W are multiples of them.
-    groups: of FC3 and of the local convolutions.
-    reduction: how many times narrower the Global Perceptron is inside.
-    local_kernels: sizes of the local convolutions; none: no Local Perceptron.
+    features: number of output channels.
+    tile: height and width of a tile in pixels, one number or (h, w). H and W are multiples of them.
+    groups: number of groups of FC3 and of the local convolutions.
+    reduction: ratio of the widths of the Global Perceptron's input and of its hidden layer.
+    local_kernels: sizes of the local convolutions; none leaves the Local Perceptron out.
     global_perceptron: build the Global Perceptron.
-    fc3: "dense", or the name of a convolution ("conv9x9") that takes its place, for an ablation: it
-      and the local convolutions, of as many groups, then run over the whole map and not over tiles.
-    axis_name: of the pmapped axis over which batch statistics are shared.
-    deploy: build the deploy form.
-    dtype: of the computation and the result.
-    param_dtype: of the parameters.
+    fc3: "dense", or for an ablation the name of a convolution ("conv9x9") in place of FC3. This
+      convolution and the local ones have `groups` groups, and run over the whole map, not over
+      tiles.
   """
 
   features: int
@@ -59,42 +50,33 @@ class RepMLP(nn.Module):
   local_kernels: Sequence[int] = (1, 3, 5)
   global_perceptron: bool = True
   fc3: str = "dense"
-  axis_name: str | None = None
-  deploy: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (N, H, W, C) to (N, H, W, O).
 
     Raises:
-      ValueError: parameters with a Global Perceptron for a map that has none, or the reverse; and
-        what the two layers refuse.
+      InputError: parameters have a Global Perceptron for a map that has none, or the reverse; or
+        the map or the attributes do not fit the layers.
+      ValueError: `train` in deploy form.
     """
-    common: dict[str, Any] = {
-      "axis_name": self.axis_name,
-      "deploy": self.deploy,
-      "dtype": self.dtype,
-      "param_dtype": self.param_dtype,
-    }
     perceives = self.global_perceptron and tuple(x.shape[1:3]) != pair(self.tile)
     self._check_perceptron(x.shape, perceives)
     if perceives:
-      x = GlobalPerceptron(self.tile, self.reduction, **common)(x, train)
+      x = GlobalPerceptron(self.tile, self.reduction, **self.shared())(x, train)
     if self.fc3 != "dense":
       local = (f"conv{size}x{size}" for size in self.local_kernels)
       branches = (self.fc3, *(name for name in local if name != self.fc3))
-      return RepConv(self.features, branches, groups=self.groups, **common)(x, train)
+      return RepConv(self.features, branches, groups=self.groups, **self.shared())(x, train)
     layer = RepDense(
-      self.features, self.tile, self.groups, local_kernels=self.local_kernels, **common
+      self.features, self.tile, self.groups, local_kernels=self.local_kernels, **self.shared()
     )
     return layer(x, train)
 
   def _check_perceptron(self, shape: tuple[int, ...], wanted: bool) -> None:
-    """Raises InputError where there are parameters and they are for a map of another kind.
+    """Raises InputError if there are parameters and they belong to a different kind of map.
 
-    Flax would leave a Global Perceptron that no layer asks for out of the sum without a word.
+    Flax would silently ignore the parameters of a Global Perceptron that no layer asks for.
     """
     scopes = ("GlobalPerceptron_0", "RepDense_0", "RepConv_0")
     held, *others = (self.has_variable("params", scope) for scope in scopes)
@@ -103,103 +85,78 @@ class RepMLP(nn.Module):
       raise InputError(
         f"RepMLP {'/'.join(self.path)}: the parameters {has} Global Perceptron, and a map {shape} "
         f"in tiles of {'x'.join(map(str, pair(self.tile)))} pixels with global_perceptron="
-        f"{self.global_perceptron} {lack}, since only maps of several tiles have it; use images of "
-        "the size for which the parameters were made, and their model's tile and global_perceptron"
+        f"{self.global_perceptron} {lack}, since only maps of several tiles have it. Use images, "
+        "tile and global_perceptron with which the parameters were made"
       )
 
 
-def build_repmlp(
-  features: int, arguments: Mapping[str, Any], settings: Settings, name: str
-) -> RepMLP:
-  """A RepMLP in a network whose layers share settings; for compact methods.
-
-  Args:
-    features: output channels.
-    arguments: attributes of RepMLP besides those that the settings have.
-    settings: of the network.
-    name: its scope.
-  """
-  return RepMLP(features, **arguments, **settings.of_layers(), name=name)
-
-
-class _CifarBlock(nn.Module):
-  """RepMLP or the convolution in its place, activation, 1x1 conv-BN, activation; at one width."""
-
-  mixer: str
-  repmlp: FrozenDict[str, Any]
-  settings: Settings
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    features, act = x.shape[-1], activation(self.settings.act)
-    size = convolution_size(self.mixer)
-    if size is None:
-      x = build_repmlp(features, self.repmlp, self.settings, "repmlp")(x, train)
-    else:
-      x = self.settings.conv_bn("mixer", features, size)(x, train)
-    return act(self.settings.conv_bn("conv", features, 1)(act(x), train))
-
-
-class _CifarStage(nn.Module):
-  """1x1 conv-BN to the stage's width, activation, then `block0`, `block1`, ..."""
-
-  features: int
-  blocks: int
-  settings: Settings
-  build: Callable[[str], nn.Module]
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    x = activation(self.settings.act)(self.settings.conv_bn("widen", self.features, 1)(x, train))
-    for index in range(self.blocks):
-      x = self.build(f"block{index}")(x, train)
-    return x
-
-
-class RepMLPCifar(nn.Module):
-  """Stages of RepMLP blocks and 1x1 convolutions with max-pooling between, mean, classifier.
-
-  The paper gives, for its pure MLP on CIFAR-10: three stages at 32, 16 and 8 px of 16, 32 and 64
-  channels, RepMLP interleaved with 1x1 convolutions, max-pooling between the stages, batch norm
-  behind every convolution, ReLU behind every RepMLP and every convolution, tiles of 8x8, 2 groups,
-  local kernels 1, 3, 5 and 7. It leaves to a figure how many blocks there are. Ours are not claimed
-  to be the paper's network; what is chosen here:
-
-  - a stage is a 1x1 convolution to its width and then two pairs of RepMLP and 1x1 convolution;
-  - the stage's first convolution comes behind the pooling, which is 2x2;
-  - the Global Perceptron's hidden layer is not reduced; the last stage, one tile, has none;
-  - no shortcuts; a global mean and a linear classifier end it.
-
-  In deploy form this is 52.5 million multiply-accumulates where the paper prints 52.8. Its wide
-  ConvNet twin, `mixer="conv3x3", widths=(32, 64, 128)`, has 64.1 where it prints 65.1, and 0.44
-  million parameters where it prints 0.50, so it is not the paper's network either.
-
-  Its ablations: `local_kernels=()`, `global_perceptron=False`, `fc3="conv9x9"`, which has the
-  block's groups, and `mixer="conv9x9"` for a convolution without groups in place of the whole
-  RepMLP.
-
-  Scopes: `stage1`, `stage2`, ... with `RepConv_widen` and `block0`, `block1`, ..., and `head`.
+class _CifarBlock(Block):
+  """A RepMLP or a convolution in its place, then a 1x1 conv-BN, each with an activation after it.
 
   Attributes:
-    stage_sizes: pairs of RepMLP and 1x1 convolution in each stage.
-    widths: channels of each stage.
-    tile: h and w in pixels, one number or (h, w); the last stage's map if images have the size for
-      which the model is made. Every stage's map divides into tiles.
-    fc3_groups: groups of FC3 and of the local convolutions.
-    reduction: how many times narrower the Global Perceptron is inside.
+    mixer: "repmlp", or the name of a convolution.
+    repmlp: attributes of the RepMLP besides its width and those of the block.
+  """
+
+  mixer: str
+  repmlp: Mapping[str, Any]
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps (N, H, W, C) to the same shape."""
+    features, size = x.shape[-1], convolution_size(self.mixer)
+    if size is None:
+      mixer = RepMLP(features, **self.repmlp, **self.shared(), name="repmlp")
+    else:
+      mixer = self.conv_bn("mixer", features, size)
+    x = self.activate(mixer(x, train))
+    return self.activate(self.conv_bn("conv", features, 1)(x, train))
+
+
+def widen(x: jax.Array, train: bool, *, features: int, act: str, **shared: Any) -> jax.Array:
+  """Applies a 1x1 conv-BN and an activation, in the current scope; for compact methods."""
+  conv = RepConv(features, branches=("conv1x1",), **shared, name="RepConv_widen")
+  return activation(act)(conv(x, train))
+
+
+class RepMLPCifar(Classifier, kw_only=True):
+  """Stages of RepMLP blocks and 1x1 convolutions, max-pools between, a mean, and a classifier.
+
+  The paper describes its pure MLP for CIFAR-10 in part. There are three stages at 32, 16 and 8
+  pixels, of 16, 32 and 64 channels. RepMLP alternates with 1x1 convolutions, and max-pools lie
+  between the stages. A batch norm follows every convolution. ReLU follows every RepMLP and every
+  convolution. Tiles are 8x8, with 2 groups and local kernels 1, 3, 5 and 7. The number of blocks is
+  in a figure alone. This network is not claimed to be the network of the paper. Four choices are
+  ours:
+
+  - A stage is a 1x1 convolution to its width, then two pairs of RepMLP and 1x1 convolution.
+  - The first convolution of a stage comes after the pool, which is 2x2.
+  - The hidden layer of the Global Perceptron is not reduced. The last stage, one tile, has none.
+  - There are no shortcuts. A global mean and a linear classifier end the network.
+
+  The deploy form has 52.5 million multiply-accumulates; the paper prints 52.8. The wide ConvNet for
+  comparison, `mixer="conv3x3", widths=(32, 64, 128)`, has 64.1 million and 0.44 million parameters;
+  the paper prints 65.1 and 0.50. So this ConvNet is not the network of the paper either.
+
+  Four overrides give the ablations of the paper: `local_kernels=()`, `global_perceptron=False`,
+  `fc3="conv9x9"` with the groups of the block, and `mixer="conv9x9"`, a convolution without groups
+  in place of the whole RepMLP.
+
+  Scopes: `stage1`, `stage2`, ... with `RepConv_widen` and `block0`, `block1`, ..., and `head`. The
+  height and width of images are multiples of the tile's at every stage. With `features_only` the
+  maps are "stage1" (N, H, W, C1), and so on, each half as high and wide as the one before.
+
+  Attributes besides those of `Classifier`:
+    stage_sizes: number of pairs of RepMLP and 1x1 convolution in each stage.
+    widths: number of channels of each stage.
+    tile: height and width of a tile in pixels, one number or (h, w). In the size for which the
+      model is made, the last stage has one tile. The map of every stage divides into tiles.
+    fc3_groups: number of groups of FC3 and of the local convolutions.
+    reduction: ratio of the widths of the Global Perceptron's input and of its hidden layer.
     local_kernels: sizes of the local convolutions.
     global_perceptron: build the Global Perceptrons.
-    fc3: "dense", or a convolution that takes FC3's place.
-    mixer: "repmlp", or a convolution that takes the whole block's place.
-    num_classes: outputs.
-    act: "relu", "silu" or "gelu".
-    dropout: rate in front of the classifier.
-    remat: recompute each block in the backward pass instead of keeping what is in it.
-    axis_name: of the pmapped axis over which batch norms share statistics; None: per device.
-    features_only: return the outputs of the stages instead of logits, and build no classifier.
-    deploy: build the deploy form.
-    dtype: of the computation and the result.
-    param_dtype: of the parameters.
+    fc3: "dense", or the name of a convolution in place of FC3.
+    mixer: "repmlp", or the name of a convolution in place of the whole block.
   """
 
   stage_sizes: Sequence[int] = (2, 2, 2)
@@ -212,14 +169,6 @@ class RepMLPCifar(nn.Module):
   fc3: str = "dense"
   mixer: str = "repmlp"
   num_classes: int = 10
-  act: str = "relu"
-  dropout: float = 0.0
-  remat: bool = False
-  axis_name: str | None = None
-  features_only: bool = False
-  deploy: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   def __post_init__(self):
     check_stages(self.stage_sizes, widths=self.widths)
@@ -233,7 +182,6 @@ class RepMLPCifar(nn.Module):
         raise InputError(
           f'{field} is "{plain}", or a convolution of odd size such as "conv9x9", got {value!r}'
         )
-    check_classifier(self.num_classes, self.dropout, self.act)
     super().__post_init__()
 
   @property
@@ -241,25 +189,29 @@ class RepMLPCifar(nn.Module):
     """The side in pixels of the images that the model is made for."""
     return max(pair(self.tile)) * 2 ** (len(self.widths) - 1)
 
-  @nn.compact
-  def __call__(self, images: jax.Array, train: bool = False) -> Any:
-    """Classifies images.
+  def check_images(self, images: jax.Array) -> None:
+    """Raises InputError if the map of a stage does not divide into tiles."""
+    shrinks, (height, width) = 2 ** (len(self.widths) - 1), pair(self.tile)
+    unit = (shrinks * height, shrinks * width)
+    check_tiled(self, images, unit, f"{height}x{width} pixels, the last at stride {shrinks}")
 
-    Args:
-      images: (N, H, W, 3), normalised; H and W multiples of the tile's at every stage.
-      train: use and update batch statistics, apply dropout.
+  @nn.nowrap
+  def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
+    """Runs the stages with max-pools between them, and returns the output of each stage."""
+    block = functools.partial(self.builder(_CifarBlock), self.mixer, self.repmlp())
+    maps = {}
+    for number, (features, blocks) in enumerate(zip(self.widths, self.stage_sizes), 1):
+      if number > 1:
+        x = nn.max_pool(x, (2, 2), (2, 2))  # (N, H/2, W/2, C)
+      first = functools.partial(widen, features=features, **self.shared())
+      name = f"stage{number}"
+      x = maps[name] = Stage(blocks * [block], first, name=name)(x, train)
+    return maps
 
-    Returns:
-      Logits (N, num_classes). With `features_only`: {"stage1": (N, H, W, C1), ...}, each half as
-      high and wide as the one before.
-
-    Raises:
-      ValueError: images that do not divide into tiles, or `train` in deploy form.
-    """
-    refuse_training(self.deploy, train)
-    self._check_images(images)
-    settings = Settings.of(self)
-    arguments: dict[str, Any] = {
+  @nn.nowrap
+  def repmlp(self) -> FrozenDict[str, Any]:
+    """Returns the attributes of every RepMLP besides its width and those of all layers."""
+    attributes: dict[str, Any] = {
       "tile": self.tile,
       "groups": self.fc3_groups,
       "reduction": self.reduction,
@@ -267,40 +219,11 @@ class RepMLPCifar(nn.Module):
       "global_perceptron": self.global_perceptron,
       "fc3": self.fc3,
     }
-    repmlp = FrozenDict(arguments)
-    block = nn.remat(_CifarBlock, static_argnums=(2,)) if self.remat else _CifarBlock
-
-    def build(name: str) -> nn.Module:
-      return block(self.mixer, repmlp, settings, name=name)
-
-    x, features = images.astype(self.dtype), {}
-    for number, (width, blocks) in enumerate(zip(self.widths, self.stage_sizes), 1):
-      x = nn.max_pool(x, (2, 2), (2, 2)) if number > 1 else x
-      x = _CifarStage(width, blocks, settings, build, name=f"stage{number}")(x, train)
-      features[f"stage{number}"] = x
-    if self.features_only:
-      return features
-    x = x.mean((1, 2))  # (N, C)
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    return linear(x, self.num_classes, name="head", **dtypes)
-
-  def _check_images(self, images: jax.Array) -> None:
-    last = 2 ** (len(self.widths) - 1)
-    unit = [side * last for side in pair(self.tile)]
-    if images.ndim != 4 or any(
-      not size or size % step for size, step in zip(images.shape[1:3], unit)
-    ):
-      raise InputError(
-        f"this RepMLP shrinks images {last} times and cuts every map into tiles of "
-        f"{'x'.join(map(str, pair(self.tile)))} pixels, so images must be (N, H, W, C) with H a "
-        f"multiple of {unit[0]} and W of {unit[1]}; got {images.shape}: use another image size or "
-        "another tile"
-      )
+    return FrozenDict(attributes)
 
 
 def convolution_size(name: str) -> int | None:
-  """K of a name convKxK with odd K; None for any other."""
+  """Returns K of a name convKxK with odd K, and None for any other name."""
   match = re.fullmatch(r"conv(\d+)x\1", str(name))
   return int(match[1]) if match and int(match[1]) % 2 else None
 

@@ -1,7 +1,7 @@
-"""RepMLP-ResNet: a ResNet-50 some of whose blocks hold a RepMLP.
+"""RepMLP-ResNet: a ResNet-50 in which some blocks hold a RepMLP.
 
-Deploy form: convolutions with bias and the fully connected layers that a RepMLP leaves (see
-repmlp.py), activations, sums with shortcuts, the one max-pool. It holds no batch norm and no
+The deploy form holds convolutions with bias, the fully connected layers that a RepMLP leaves (see
+repmlp.py), activations, sums with shortcuts, and one max-pool. It holds no batch norm and no
 statistics.
 
 References:
@@ -10,7 +10,7 @@ References:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from repjax.errors import InputError, unknown
-from repjax.layers import activation
 from repjax.layers.rep_conv import pair
-from repjax.models.base import Settings
 from repjax.models.checks import (
   check_kernels,
   check_number,
@@ -29,78 +27,87 @@ from repjax.models.checks import (
   is_list,
   is_whole,
 )
-from repjax.models.repmlp import build_repmlp
-from repjax.models.resnet import Place, ResNet
+from repjax.models.repmlp import RepMLP
+from repjax.models.resnet import Place, ResidualBlock, ResNet
 
 
-class LightBlock(nn.Module):
-  """1x1 to an eighth of the features, RepMLP, 1x1, sum with the input; no 3x3 at all."""
+class LightBlock(ResidualBlock):
+  """A 1x1 convolution to an eighth of the features, a RepMLP, a 1x1, and a sum with the input.
 
-  place: Place
-  settings: Settings
-  repmlp: FrozenDict[str, Any]
+  Attributes:
+    repmlp: attributes of the RepMLP besides its width and those of the block.
+  """
+
+  repmlp: Mapping[str, Any]
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    settings, act = self.settings, activation(self.settings.act)
+    """Maps (N, H, W, features) to the same shape."""
     inner = self.place.features // 8
-    y = act(settings.conv_bn("light_conv1", inner, 1)(x, train))
-    y = act(build_repmlp(inner, self.repmlp, settings, "light_repmlp")(y, train))
-    y = settings.conv_bn("light_conv3", self.place.features, 1)(y, train)
-    return act(y + x)
+    y = self.activate(self.conv_bn("light_conv1", inner, 1)(x, train))
+    y = RepMLP(inner, **self.repmlp, **self.shared(), name="light_repmlp")(y, train)
+    y = self.conv_bn("light_conv3", self.place.features, 1)(self.activate(y), train)
+    return self.activate(y + x)
 
 
-class RepMLPBottleneck(nn.Module):
-  """1x1 to a quarter, 3x3 to `narrowing` times less, RepMLP, 3x3 back, 1x1, sum with the input."""
+class RepMLPBottleneck(ResidualBlock):
+  """A bottleneck with a RepMLP between two 3x3 convolutions, and a sum with the input.
 
-  place: Place
-  settings: Settings
-  repmlp: FrozenDict[str, Any]
+  A 1x1 convolution leads to a quarter of the features, a 3x3 to `narrowing` times fewer, and after
+  the RepMLP a 3x3 and a 1x1 lead back.
+
+  Attributes:
+    repmlp: attributes of the RepMLP besides its width and those of the block.
+    narrowing: ratio of a quarter of the features to the width of the RepMLP.
+  """
+
+  repmlp: Mapping[str, Any]
   narrowing: int
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    settings, act = self.settings, activation(self.settings.act)
+    """Maps (N, H, W, features) to the same shape."""
     quarter, dilation = self.place.features // 4, self.place.dilation
     inner = quarter // self.narrowing
-    y = act(settings.conv_bn("btnk_conv1", quarter, 1)(x, train))
-    y = act(settings.conv_bn("btnk_conv2", inner, 3, dilation=dilation)(y, train))
-    y = act(build_repmlp(inner, self.repmlp, settings, "btnk_repmlp")(y, train))
-    y = act(settings.conv_bn("btnk_conv4", quarter, 3, dilation=dilation)(y, train))
-    y = settings.conv_bn("btnk_conv5", self.place.features, 1)(y, train)
-    return act(y + x)
+    y = self.activate(self.conv_bn("btnk_conv1", quarter, 1)(x, train))
+    y = self.activate(self.conv_bn("btnk_conv2", inner, 3, dilation=dilation)(y, train))
+    y = RepMLP(inner, **self.repmlp, **self.shared(), name="btnk_repmlp")(y, train)
+    y = self.conv_bn("btnk_conv4", quarter, 3, dilation=dilation)(self.activate(y), train)
+    y = self.conv_bn("btnk_conv5", self.place.features, 1)(self.activate(y), train)
+    return self.activate(y + x)
 
 
-BLOCKS: dict[str, type[nn.Module]] = {"light": LightBlock, "bottleneck": RepMLPBottleneck}
-
+BLOCKS: dict[str, type[ResidualBlock]] = {"light": LightBlock, "bottleneck": RepMLPBottleneck}
+"""Name to class of a block with a RepMLP."""
 
 _PER_STAGE = ", one for each of repmlp_stages"
 
 
 def _each(value: int | Sequence[int], stages: Sequence[int]) -> Sequence[int]:
-  """A value for each stage, given as one for all or as that."""
+  """Returns a value for each stage, from one value for all stages or one for each."""
   return (value,) * len(stages) if isinstance(value, int) else value
 
 
-class RepMLPResNet(ResNet):
-  """A ResNet of bottlenecks in which all blocks of some stages but the first hold a RepMLP.
+class RepMLPResNet(ResNet, kw_only=True):
+  """A ResNet of bottlenecks with a RepMLP in all blocks but the first of some stages.
 
-  Further attributes are those of `ResNet`; what `output_stride` says of every second pixel is true
-  of convolutions, not of layers over tiles, which lie elsewhere on larger maps. The blocks' Global
-  Perceptrons have parameters for one image size: 32 times the tile, where the second stage has 4x4
-  tiles, the third 2x2 and the fourth one, or any other of which every stage's map divides into
-  tiles.
+  A smaller `output_stride` keeps every second pixel of convolutions. Layers over tiles change,
+  because tiles lie elsewhere on larger maps.
 
-  Attributes:
+  The Global Perceptrons have parameters for one image size. By default the size is 32 times the
+  tile: the second stage then has 4x4 tiles, the third 2x2, and the fourth one tile. Any size will
+  do for which the map of every stage with RepMLP divides into tiles.
+
+  Attributes besides those of `ResNet`:
     repmlp_block: "bottleneck" or "light".
     repmlp_stages: numbers of the stages with RepMLP, 1 to 4; (2, 3) are c3 and c4 of the paper.
-    tile: h and w in pixels, one number or (h, w).
-    local_kernels: sizes of the local convolutions; none: no Local Perceptron.
-    fc3_groups: of FC3 and of the local convolutions; one number, or one for each of
-      `repmlp_stages`.
-    reduction: how many times narrower the Global Perceptron is inside.
-    narrowing: how many times narrower than a bottleneck its RepMLP is, for each of `repmlp_stages`;
-      the paper's r.
+    tile: height and width of a tile in pixels, one number or (h, w).
+    local_kernels: sizes of the local convolutions; none leaves the Local Perceptron out.
+    fc3_groups: number of groups of FC3 and of the local convolutions; one number, or one for each
+      of `repmlp_stages`.
+    reduction: ratio of the widths of the Global Perceptron's input and of its hidden layer.
+    narrowing: ratio of the widths of a bottleneck and of its RepMLP, for each of `repmlp_stages`;
+      called r in the paper.
     global_perceptron: build the Global Perceptrons.
   """
 
@@ -129,7 +136,8 @@ class RepMLPResNet(ResNet):
     check_tile("tile", self.tile)
     check_kernels(self.local_kernels, self.tile)
     check_number("reduction", self.reduction)
-    _check_widths(self)  # no method: interceptors cannot take one before the module is set up
+    # A function, not a method: interceptors of methods cannot take a module that is not set up yet.
+    _check_widths(self)
     super().__post_init__()
 
   @property
@@ -138,7 +146,7 @@ class RepMLPResNet(ResNet):
     return 32 * math.lcm(*pair(self.tile))
 
   def check_images(self, images: jax.Array) -> None:
-    """Raises InputError for images that the network cannot take."""
+    """Raises InputError if images are too small, or maps do not divide into tiles."""
     super().check_images(images)
     strides = [min(2 ** (stage + 1), self.output_stride) for stage in self.repmlp_stages]
     for axis, side in zip((1, 2), pair(self.tile)):
@@ -147,12 +155,12 @@ class RepMLPResNet(ResNet):
         raise InputError(
           f"this RepMLP-ResNet cuts the maps of stages {tuple(self.repmlp_stages)} into tiles of "
           f"{'x'.join(map(str, pair(self.tile)))} pixels, so images are (N, H, W, C) with H and W "
-          f"multiples of {unit[0]} by {unit[1]} pixels; got {images.shape}: use another image size "
-          "or another tile"
+          f"multiples of {unit[0]} by {unit[1]} pixels; got {images.shape}. Change the image size "
+          "or the tile"
         )
 
-  def block_at(self, place: Place) -> tuple[type[nn.Module], dict[str, Any]]:
-    """The class of the block at a place, and its attributes besides `place` and `settings`."""
+  def block_at(self, place: Place) -> tuple[type[ResidualBlock], dict[str, Any]]:
+    """Returns the class of the block at a place, and the attributes that only this class has."""
     if place.stage not in self.repmlp_stages or place.number == 0:
       return super().block_at(place)
     index = tuple(self.repmlp_stages).index(place.stage)
@@ -170,7 +178,7 @@ class RepMLPResNet(ResNet):
 
 
 def _check_widths(network: RepMLPResNet) -> None:
-  """Raises InputError where a RepMLP would not be a whole number of channels wide."""
+  """Raises InputError if a RepMLP would not be a whole number of channels wide."""
   check_whole("widths", network.widths, 4)
   light = network.repmlp_block == "light"
   for index, stage in enumerate(network.repmlp_stages):

@@ -1,17 +1,21 @@
 """RepMLPNet: fully connected layers over tiles, whose weights channels share, and over channels.
 
-Training form: each block is y = x + g(u) D(u) with u = BN(x), then z = y + F(BN(y)). D is a
-RepDense with share-sets (a fully connected layer over tiles, convolutions beside it, norms), g the
-gate (the Global Perceptron), F two 1x1 conv-BN with an activation between them.
+In training form each block is y = x + g(u) D(u) with u = BN(x), then z = y + F(BN(y)). D is a
+RepDense with share-sets: a fully connected layer over tiles, convolutions beside the layer, and
+norms. g is the gate, also called Global Perceptron. F is two 1x1 conv-BN with an activation
+between.
 
-Deploy form: fully connected layers and convolutions with bias, activations, sums, and two things
-that no such layer absorbs:
-- the gates: they multiply by numbers computed from the image, which is not affine;
-- per block the norm in front of D and g, as a scale and a shift for each channel: several channels
-  share one set of D's weights, so the weights cannot hold a scale for each.
-All other norms are gone: of the stem, the down-sampling layers, D and F, the one in front of F
-(in F's first layer, which as a 1x1 sees no padding) and the one in front of the classifier (in its
-kernel and bias, through the mean). There are no statistics. The authors' conversion folds D alone.
+The deploy form holds fully connected layers and convolutions with bias, activations and sums. Two
+more things stay in it, which no such layer absorbs:
+
+- The gates multiply by numbers computed from the image, which is not affine.
+- The norm before D and g stays in each block as a scale and a shift for each channel. Several
+  channels share one set of D's weights, so the weights cannot hold a scale for each channel.
+
+All other norms are gone: those of the stem, the down-sampling layers, D and F. The norm before F
+folds into F's first layer, which as a 1x1 sees no padding. The norm before the classifier folds
+into its kernel and bias, through the mean. There are no statistics. The conversion of the authors
+folds D alone.
 
 References:
   Ding et al., RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality, CVPR 2022,
@@ -19,162 +23,141 @@ References:
   https://github.com/DingXiaoH/RepMLP, repmlpnet.py, for the widths, tiles and share-sets
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.layers import RepConv, RepDense, RepFFN, RepHead, RepNorm, SqueezeExcite
 from repjax.layers.rep_conv import pair
-from repjax.layers.rep_norm import refuse_training
-from repjax.models.base import Settings
+from repjax.models.base import Block, Classifier, Stage, last_of
 from repjax.models.checks import (
-  check_classifier,
   check_kernels,
   check_number,
   check_stages,
   check_tile,
+  check_tiled,
   is_list,
 )
 
 GATE_REDUCTION = 4
-EXPANSION = 4  # of the FFNs
-
-
-class Stage(NamedTuple):
-  """What a stage is built of.
-
-  Attributes:
-    name: its scope.
-    blocks: how many it has.
-    features: channels.
-    tile: (h, w) of its maps' tiles, in pixels.
-    share_sets: of each block's RepDense.
-    local_kernels: of the same; all stages have them alike.
-    shrinks: how many times its first layer makes maps smaller; 1 where the stem has done so.
-    stride: how many times its maps are smaller than the image.
-  """
-
-  name: str
-  blocks: int
-  features: int
-  tile: tuple[int, int]
-  share_sets: int
-  local_kernels: tuple[int, ...]
-  shrinks: int
-  stride: int
+EXPANSION = 4
+"""Ratio of the width of an FFN's hidden layer to its input's."""
 
 
 def embed(
-  x: jax.Array, features: int, size: int, name: str, settings: Settings, train: bool
+  x: jax.Array, train: bool, *, features: int, size: int, name: str, **shared: Any
 ) -> jax.Array:
-  """A convolution over patches that do not overlap, its norm, and ReLU; for compact methods."""
+  """Applies a convolution over patches that do not overlap, its norm, and ReLU.
+
+  For compact methods: the convolution belongs to the current scope.
+
+  Args:
+    x: (N, H, W, C).
+    train: as in a call.
+    features: number of output channels.
+    size: height, width and stride of the convolution in pixels.
+    name: scope of the convolution.
+    **shared: attributes of the convolution that all layers of the network share.
+  """
   branch = f"conv{size}x{size}"
-  layer = RepConv(
-    features, branches=(branch,), strides=size, padding=0, name=name, **settings.of_layers()
-  )
+  layer = RepConv(features, branches=(branch,), strides=size, padding=0, name=name, **shared)
   return jax.nn.relu(layer(x, train))
 
 
-class Block(nn.Module):
-  """Norm, RepDense and gate; FFN with a norm of its own; both with a sum over the input."""
+class Stem(Block):
+  """The patch embedding.
 
-  stage: Stage
-  settings: Settings
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    stage, settings, shared = self.stage, self.settings, self.settings.of_layers()
-    u = RepNorm(**shared, name="RepNorm_0")(x, train)
-    y = RepDense(
-      stage.features,
-      stage.tile,
-      share_sets=stage.share_sets,
-      local_kernels=stage.local_kernels,
-      **shared,
-      name="RepDense_0",
-    )(u, train)
-    gate = SqueezeExcite(
-      GATE_REDUCTION, settings.dtype, settings.param_dtype, name="SqueezeExcite_0"
-    )
-    x = x + gate(y, u)
-    return x + RepFFN(EXPANSION, settings.act, **shared, name="RepFFN_0")(x, train)
-
-
-class _Stem(nn.Module):
-  """The patch embedding."""
+  Attributes:
+    features: number of output channels.
+    patch_size: side of a patch in pixels.
+  """
 
   features: int
   patch_size: int
-  settings: Settings
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    return embed(x, self.features, self.patch_size, "RepConv_0", self.settings, train)
+    """Maps (N, H, W, C) to (N, H / patch_size, W / patch_size, features)."""
+    sizes = {"features": self.features, "size": self.patch_size}
+    return embed(x, train, **sizes, name="RepConv_0", **self.shared())
 
 
-class _Stage(nn.Module):
-  """Down-sampling, called `RepConv_embed`, then blocks called `block0`, `block1`, ..."""
+class RepMLPNetBlock(Block):
+  """A gated RepDense after a norm, and an FFN with a norm of its own, each added to its input.
 
-  stage: Stage
-  settings: Settings
-  remat: bool
+  Attributes:
+    tile: height and width in pixels of the tiles of the map.
+    share_sets: number of share-sets of the RepDense.
+    local_kernels: sizes of the convolutions of the RepDense.
+  """
+
+  tile: tuple[int, int]
+  share_sets: int
+  local_kernels: tuple[int, ...]
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    stage, settings = self.stage, self.settings
-    if stage.shrinks > 1:
-      x = embed(x, stage.features, stage.shrinks, "RepConv_embed", settings, train)
-    block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-    for index in range(stage.blocks):
-      own: dict[str, Any] = {"stage": stage, "settings": settings}
-      x = block(**own, name=f"block{index}")(x, train)
-    return x
+    """Maps (N, H, W, C) to the same shape."""
+    shared = self.shared()
+    u = RepNorm(**shared, name="RepNorm_0")(x, train)
+    y = RepDense(
+      x.shape[-1],
+      self.tile,
+      share_sets=self.share_sets,
+      local_kernels=self.local_kernels,
+      **shared,
+      name="RepDense_0",
+    )(u, train)
+    x = x + SqueezeExcite(GATE_REDUCTION, **self.dtypes(), name="SqueezeExcite_0")(y, u)
+    return x + RepFFN(EXPANSION, self.act, **shared, name="RepFFN_0")(x, train)
 
 
-class _Head(nn.Module):
-  """The classifier."""
+class Head(Block):
+  """The classifier: a norm, the mean over pixels, dropout, and a fully connected layer.
+
+  Attributes:
+    num_classes: number of outputs.
+    dropout: dropout rate in front of the fully connected layer.
+  """
 
   num_classes: int
   dropout: float
-  settings: Settings
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    shared = self.settings.of_layers()
-    return RepHead(self.num_classes, self.dropout, **shared, name="RepHead_0")(x, train)
+    """Maps (N, H, W, C) to logits (N, num_classes)."""
+    return RepHead(self.num_classes, self.dropout, **self.shared(), name="RepHead_0")(x, train)
 
 
-class RepMLPNet(nn.Module):
-  """Patch embedding, stages of blocks with a 2x2 down-sampling between them, norm, mean, linear.
+class RepMLPNet(Classifier, kw_only=True):
+  """A patch embedding, stages of blocks with 2x2 down-sampling between them, and a classifier.
 
-  Scopes: `stem`, `stage1`, `stage2`, ..., each with `RepConv_embed` (the first without) and
-  `block0`, `block1`, ..., and `head`. There are as many stages as `stage_sizes` has numbers.
-  Parameters do not depend on the image size, but it must be a multiple of every tile times its
-  stage's stride. On larger images than a variant's own, maps have several tiles, and what a tile
-  gives is put back where the tile was. The authors' code puts it into other tiles and channels
-  there, unless each channel has a set of its own; where each stage has one tile both are the same.
+  Scopes: `stem`, `stage1`, `stage2`, ..., and `head`. Each stage has `block0`, `block1`, ..., and
+  each but the first begins with `RepConv_embed`. There are as many stages as `stage_sizes` has
+  numbers.
 
-  Attributes:
-    stage_sizes: blocks in each stage.
-    widths: channels of each stage.
-    tiles: of each stage in pixels of its maps, one number or (h, w).
-    share_sets: of each stage; channel c of it uses set c mod share_sets.
+  Parameters do not depend on the image size. The height and width of images are multiples of
+  `unit`, that is of every tile times the stride of its stage. The variants take 224 or 256 pixels,
+  as their names say. On larger images maps have several tiles, and the output of a tile is put back
+  where the tile was. The code of the authors puts the output into different tiles and channels,
+  unless each channel has a set of its own. With one tile a stage both are the same.
+
+  With `features_only` the maps are "stage1" (N, H/4, W/4, C1), "stage2" (N, H/8, W/8, C2), and so
+  on, at strides patch_size, 2 patch_size, 4 patch_size, ...
+
+  Attributes besides those of `Classifier`:
+    stage_sizes: number of blocks in each stage.
+    widths: number of channels of each stage.
+    tiles: tile of each stage in pixels of its maps, one number or (h, w).
+    share_sets: number of share-sets of each stage. Channel c uses set c mod share_sets.
     local_kernels: sizes of the convolutions beside each fully connected layer over tiles.
-    patch_size: of the embedding, in pixels; its stride too.
-    num_classes: outputs.
-    act: of the FFNs: "relu", "silu" or "gelu" (the exact one). Embeddings have ReLU.
-    dropout: rate in front of the classifier.
-    remat: recompute each block in the backward pass instead of keeping what is in it.
-    axis_name: of the pmapped axis over which batch norms share statistics; None: per device.
-    features_only: return the outputs of the stages instead of logits, and build no classifier.
-    deploy: build the deploy form.
-    dtype: of the computation and the result.
-    param_dtype: of the parameters.
+    patch_size: side of the patches of the embedding in pixels, and its stride.
+    act: activation of the FFNs; "gelu" is the exact function. Embeddings have ReLU.
   """
 
   stage_sizes: Sequence[int]
@@ -183,15 +166,7 @@ class RepMLPNet(nn.Module):
   share_sets: Sequence[int]
   local_kernels: Sequence[int] = (1, 3)
   patch_size: int = 4
-  num_classes: int = 1000
   act: str = "gelu"
-  dropout: float = 0.0
-  remat: bool = False
-  axis_name: str | None = None
-  features_only: bool = False
-  deploy: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   def __post_init__(self):
     check_stages(self.stage_sizes, widths=self.widths, share_sets=self.share_sets)
@@ -210,70 +185,48 @@ class RepMLPNet(nn.Module):
           f"each of widths is at least {GATE_REDUCTION}, for the gate, and a multiple of its "
           f"stage's share_sets, got {self.widths!r} and {self.share_sets!r}"
         )
-    check_classifier(self.num_classes, self.dropout, self.act)
     super().__post_init__()
 
-  def stages(self) -> Iterator[Stage]:
-    """The stages, in order."""
-    rows = zip(self.stage_sizes, self.widths, self.tiles, self.share_sets)
-    kernels = tuple(self.local_kernels)
-    for index, (blocks, features, tile, sets) in enumerate(rows):
-      shrinks, stride = (2 if index else 1), self.patch_size * 2**index
-      dense = (pair(tile), sets, kernels)
-      yield Stage(f"stage{index + 1}", blocks, features, *dense, shrinks, stride)
+  def strided_tiles(self) -> list[tuple[int, tuple[int, int]]]:
+    """Returns the stride of each stage's maps, and the tile (h, w) of the maps."""
+    return [(self.patch_size * 2**stage, pair(tile)) for stage, tile in enumerate(self.tiles)]
 
   def unit(self) -> tuple[int, int]:
-    """The height and width in pixels that an image must be a multiple of."""
-    sides = [[stage.stride * side for side in stage.tile] for stage in self.stages()]
+    """Returns the height and width in pixels of which those of images are multiples."""
+    sides = [[stride * side for side in tile] for stride, tile in self.strided_tiles()]
     height, width = (math.lcm(*column) for column in zip(*sides))
     return height, width
 
   @property
   def image_size(self) -> int:
-    """The side of the smallest square image in pixels, for which the variants are made."""
+    """The side in pixels of the smallest square image; the variants are made for this size."""
     return math.lcm(*self.unit())
 
-  def _check_size(self, images: jax.Array) -> None:
-    unit = self.unit()
-    sizes = images.shape[1:3]
-    if images.ndim != 4 or not min(sizes) or any(n % of for n, of in zip(sizes, unit)):
-      tiles = ", ".join(
-        f"{stage.tile[0]}x{stage.tile[1]} at stride {stage.stride}" for stage in self.stages()
-      )
-      raise InputError(
-        f"this RepMLPNet takes images (N, H, W, C) with H a multiple of {unit[0]} and W of "
-        f"{unit[1]}, since its maps are cut into tiles of {tiles}; got {images.shape}: use another "
-        "image size or other tiles"
-      )
+  def check_images(self, images: jax.Array) -> None:
+    """Raises InputError if the map of a stage does not divide into tiles."""
+    tiles = (f"{h}x{w} at stride {stride}" for stride, (h, w) in self.strided_tiles())
+    check_tiled(self, images, self.unit(), ", ".join(tiles))
 
-  @nn.compact
-  def __call__(self, images: jax.Array, train: bool = False) -> Any:
-    """Classifies images.
+  @nn.nowrap
+  def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
+    """Runs the embedding and the stages, and returns the output of each stage."""
+    x = Stem(self.widths[0], self.patch_size, **self.shared(), name="stem")(x, train)
+    shared, maps = self.shared(), {}
+    del shared["act"]
+    rows = zip(self.stage_sizes, self.widths, self.tiles, self.share_sets)
+    for number, (blocks, features, tile, sets) in enumerate(rows, 1):
+      name, kernels = f"stage{number}", tuple(self.local_kernels)
+      block = functools.partial(self.builder(RepMLPNetBlock), pair(tile), sets, kernels)
+      sizes = {"features": features, "size": 2, "name": "RepConv_embed"}
+      first = functools.partial(embed, **sizes, **shared) if number > 1 else None
+      x = maps[name] = Stage(blocks * [block], first, name=name)(x, train)
+    return maps
 
-    Args:
-      images: (N, H, W, 3), normalised; H and W multiples of what `unit` says, which is 224 for the
-        variants called so, and 256 for the others.
-      train: use and update batch statistics, apply dropout.
-
-    Returns:
-      Logits (N, num_classes). With `features_only`: {"stage1": (N, H/4, W/4, C1), "stage2":
-      (N, H/8, W/8, C2), ...}, the outputs of each stage's last block, at strides patch_size,
-      2 patch_size, 4 patch_size, ...
-
-    Raises:
-      ValueError: images that do not divide into tiles, or `train` in deploy form.
-    """
-    refuse_training(self.deploy, train)
-    self._check_size(images)
-    settings = Settings.of(self)
-    stem = _Stem(self.widths[0], self.patch_size, settings, name="stem")
-    x = stem(images.astype(self.dtype), train)
-    features = {}
-    for stage in self.stages():
-      x = features[stage.name] = _Stage(stage, settings, self.remat, name=stage.name)(x, train)
-    if self.features_only:
-      return features
-    return _Head(self.num_classes, self.dropout, settings, name="head")(x, train)
+  @nn.nowrap
+  def classify(self, maps: Mapping[str, jax.Array], train: bool) -> jax.Array:
+    """Returns logits (N, num_classes) from a head with a norm of its own."""
+    head = Head(self.num_classes, self.dropout, **self.shared(), name="head")
+    return head(last_of(maps), train)
 
 
 _AT_224 = {"tiles": (56, 28, 14, 7)}

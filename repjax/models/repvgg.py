@@ -1,8 +1,9 @@
 """RepVGG and RepVGGplus.
 
-Training form: every block is a RepConv of conv3x3, conv1x1 and, where input and output have one
-shape, identity. Deploy form: one 3x3 convolution with bias a block, the activation, and what is not
-affine: squeeze-and-excitation. It holds no batch norm, no statistics and no auxiliary head.
+In training form every block is a RepConv with the branches conv3x3, conv1x1 and, where input and
+output have the same shape, identity. In deploy form a block is one 3x3 convolution with bias, and
+the activation. Squeeze-and-excitation is not affine, so it stays. The deploy form holds no batch
+norm, no statistics and no auxiliary head.
 
 References:
   Ding et al., RepVGG: Making VGG-style ConvNets Great Again, CVPR 2021, section 3 and Table 2.
@@ -12,157 +13,120 @@ References:
     https://arxiv.org/abs/1705.09914
 """
 
+import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.errors import InputError
-from repjax.layers import AuxHead, RepConv, SqueezeExcite, activation, linear
-from repjax.layers.rep_norm import refuse_training
-from repjax.models.base import Step, dilate
-from repjax.models.checks import check_classifier, is_whole
+from repjax.layers import AuxHead, RepConv, SqueezeExcite
+from repjax.models.base import Block, BlockBuilder, Classifier, Stage
+from repjax.models.checks import check_total_stride, is_whole
+from repjax.models.dilation import Striding, dilate
 
 
-class RepVGGBlock(nn.Module):
-  """RepConv, squeeze-and-excitation before or after the activation, activation.
+class RepVGGBlock(Block):
+  """A RepConv, an activation, and perhaps squeeze-and-excitation before or after the activation.
 
-  Where `shrinks`, there is no identity, even if the block dilates instead of striding.
+  Attributes:
+    features: number of output channels.
+    striding: stride and dilation. A block that shrinks the map has no identity branch, and neither
+      has a block that dilates instead: both then have the same parameters.
+    groups: number of groups of the convolutions.
+    se: squeeze-and-excitation: None, "pre" (before the activation) or "post".
+    se_reduction: ratio of `features` to the width of its hidden layer.
   """
 
   features: int
-  strides: int
+  striding: Striding
   groups: int
   se: str | None
   se_reduction: int
-  act: str
-  axis_name: str | None
-  deploy: bool
-  dtype: Any
-  param_dtype: Any
-  dilation: int = 1
-  shrinks: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    keeps_shape = x.shape[-1] == self.features and self.strides == 1 and not self.shrinks
-    x = RepConv(
+    """Maps (N, H, W, C) to (N, H / strides, W / strides, features)."""
+    keeps_shape = x.shape[-1] == self.features and not self.striding.shrinks
+    conv = RepConv(
       self.features,
       branches=("conv3x3", "conv1x1") + ("identity",) * keeps_shape,
-      strides=self.strides,
+      strides=self.striding.strides,
       groups=self.groups,
-      dilation=self.dilation,
-      axis_name=self.axis_name,
-      deploy=self.deploy,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )(x, train)
-    gate = SqueezeExcite(self.se_reduction, self.dtype, self.param_dtype) if self.se else None
+      dilation=self.striding.dilation_before,
+      **self.shared(),
+    )
+    x = conv(x, train)
+    gate = SqueezeExcite(self.se_reduction, **self.dtypes()) if self.se else None
     if gate and self.se == "pre":
       x = gate(x)
-    x = activation(self.act)(x)
-    if gate and self.se == "post":
-      x = gate(x)
-    return x
+    x = self.activate(x)
+    return gate(x) if gate and self.se == "post" else x
 
 
-class Stage(NamedTuple):
-  """What is needed to build one stage: its scope, size, and the number of its first block."""
+class StageSpec(NamedTuple):
+  """The description of one stage.
+
+  Attributes:
+    name: scope of the stage.
+    blocks: number of blocks.
+    features: number of output channels.
+    striding: stride and dilation of the first block.
+    first_block: number of the first block, counted from 1 after the stem.
+  """
 
   name: str
   blocks: int
   features: int
-  step: Step
+  striding: Striding
   first_block: int
 
 
-class _Stage(nn.Module):
-  """The blocks of one stage, called `block0`, `block1`, ... in its scope."""
+class RepVGG(Classifier, kw_only=True):
+  """A stack of 3x3 convolutions: a stem, four stages, a global mean, and a linear classifier.
 
-  stage: Stage
-  build: Callable[[int, Step, int, str], nn.Module]
+  Scopes: `stem`, `stage1` ... `stage4` with `block0`, `block1`, ..., and `head`. With auxiliary
+  heads stage 3 is two scopes, `stage3_first` and `stage3_second`, and the heads are
+  `AuxHead_stage1`, `AuxHead_stage2` and `AuxHead_stage3_first`.
 
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    _, blocks, features, step, first_block = self.stage
-    for index in range(blocks):
-      here = step.later if index else step
-      x = self.build(features, here, first_block + index, f"block{index}")(x, train)
-    return x
+  Images are at least as high and wide as the total stride; odd sizes are rounded up. A call with
+  auxiliary heads and `train` returns (logits, {stage name: logits}). With `features_only` the maps
+  are "stage1" (N, H/4, W/4, C1) to "stage4" (N, H/32, W/32, C4). Maps have different sizes with
+  different `strides`, and the last maps are larger with a smaller `output_stride`.
 
-
-class RepVGG(nn.Module):
-  """A stack of 3x3 convolutions in five stages, global mean, linear classifier.
-
-  Scopes: `stem`, `stage1` ... `stage4` with `block0`, `block1`, ..., `head`. With auxiliary heads
-  stage 3 is two scopes, `stage3_first` and `stage3_second`, and the heads are `AuxHead_stage1`,
-  `AuxHead_stage2` and `AuxHead_stage3_first`.
-
-  Attributes:
-    stage_sizes: blocks in each of the four stages behind the stem.
-    width_multipliers: of 64, 128, 256 and 512 channels; the stem has at most 64.
-    num_classes: outputs.
-    groups: of blocks 2, 4, ..., 26, counted from 1 behind the stem; or {block number: groups}.
+  Attributes besides those of `Classifier`:
+    stage_sizes: number of blocks in each of the four stages after the stem.
+    width_multipliers: factors of 64, 128, 256 and 512 channels. The stem has at most 64 channels.
+    groups: number of groups of blocks 2, 4, ..., 26, counted from 1 after the stem; or a table
+      {block number: groups}.
     se: squeeze-and-excitation: None, "pre" (before the activation) or "post".
-    se_reduction: how many times narrower its hidden layer is.
-    strides: of the stem and of the first block of each stage.
-    output_stride: how many times the last stage's map is smaller than the image: what `strides`
-      come to, for which None stands too, or do up to an earlier stage (32, 16, 8, ...). Stages
-      behind that dilate instead of striding. Parameters are the same, and so is what the maps hold
-      at every second or fourth pixel; not so with `se`, whose means are then over more pixels.
+    se_reduction: ratio of a block's channels to the width of its hidden layer.
+    strides: strides of the stem and of the first block of each stage.
+    output_stride: ratio of the size of the image to the size of the last map. None is the product
+      of all `strides`. The products up to earlier stages (16, 8, ...) are allowed too; later stages
+      then dilate instead of striding. Parameters stay the same, and so do the maps at every second
+      or fourth pixel. With `se` the maps change, because its means are then over more pixels.
     aux_heads: build the auxiliary heads.
-    act: "relu", "silu" or "gelu".
-    dropout: rate in front of the classifier.
-    remat: recompute each block in the backward pass instead of keeping what is in it.
-    axis_name: of the pmapped axis over which batch norms share statistics; None: per device.
-    features_only: return the outputs of the stages instead of logits, and build no classifier.
-    deploy: build the deploy form.
-    dtype: of the computation and the result.
-    param_dtype: of the parameters.
   """
 
   stage_sizes: Sequence[int]
   width_multipliers: Sequence[float]
-  num_classes: int = 1000
   groups: int | Mapping[int, int] = 1
   se: str | None = None
   se_reduction: int = 16
   strides: Sequence[int] = (2, 2, 2, 2, 2)
   output_stride: int | None = None
   aux_heads: bool = False
-  act: str = "relu"
-  dropout: float = 0.0
-  remat: bool = False
-  axis_name: str | None = None
-  features_only: bool = False
-  deploy: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   def __post_init__(self):
-    for field, length in (("stage_sizes", 4), ("width_multipliers", 4), ("strides", 5)):
-      value = getattr(self, field)
-      if isinstance(value, str | int | float) or len(value) != length or not min(value) > 0:
-        raise InputError(f"{field} takes {length} numbers above 0, got {value!r}")
-    if not all(isinstance(number, int) for number in (*self.stage_sizes, *self.strides)):
-      raise InputError(f"stage_sizes and strides are whole: {self.stage_sizes}, {self.strides}")
-    totals = sorted(set(itertools.accumulate(self.strides, operator.mul)))
-    stride = self.output_stride
-    if stride is not None and not (is_whole(stride) and stride in totals):
-      raise InputError(
-        f"output_stride is one of {', '.join(map(str, totals))}, which strides={self.strides} come "
-        f"to stage by stage, got {self.output_stride!r}"
-      )
+    _check_sizes(self)
+    _check_output_stride(self)
     if self.aux_heads and self.stage_sizes[2] < 2:
       raise InputError("aux_heads needs two blocks in stage 3, one on each side of its third head")
-    if int(64 * min(self.width_multipliers)) < 1:
-      raise InputError(f"width_multipliers {self.width_multipliers} leave a stage no channel")
-    check_classifier(self.num_classes, self.dropout, self.act)
     blocks = sum(self.stage_sizes)
     groups = self.groups if isinstance(self.groups, Mapping) else {1: self.groups}
     if not all(0 < int(block) <= blocks and count > 0 for block, count in groups.items()):
@@ -171,103 +135,117 @@ class RepVGG(nn.Module):
       raise InputError(f'se is None, "pre" or "post" (of the activation), got {self.se!r}')
     super().__post_init__()
 
-  def stages(self) -> Iterator[Stage]:
-    """The stages behind the stem, in order."""
+  def check_images(self, images: jax.Array) -> None:
+    """Raises InputError if images are smaller than the total stride, or are no batch."""
+    check_total_stride(self, images, self.output_stride or math.prod(self.strides))
+
+  @nn.nowrap
+  def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
+    """Runs the stem and the stages, and returns the output of each stage.
+
+    Among the maps is that of "stage3_first", if its auxiliary head reads it.
+    """
+    stem = min(64, int(64 * self.width_multipliers[0]))
+    first, *_ = dilate(self.strides, self.output_stride)
+    x = self.build(stem, first, 0)(name="stem")(x, train)
+    maps = {}
+    for stage in self.stages():
+      blocks = [
+        self.build(
+          stage.features,
+          stage.striding.later if index else stage.striding,
+          stage.first_block + index,
+        )
+        for index in range(stage.blocks)
+      ]
+      x = Stage(blocks, name=stage.name)(x, train)
+      if stage.name in self.auxiliary_stages():
+        maps[stage.name] = x
+      maps[stage.name.removesuffix("_first").removesuffix("_second")] = x
+    return maps
+
+  @nn.nowrap
+  def classify(self, maps: Mapping[str, jax.Array], train: bool) -> Any:
+    """Returns logits and, in training, those of the auxiliary heads by stage."""
+    logits, auxiliary = super().classify(maps, train), {}
+    for stage in self.stages():
+      if stage.name in self.auxiliary_stages():
+        # Heads run in evaluation too, so that `init` creates them. XLA drops outputs nobody reads.
+        head = AuxHead(
+          self.num_classes,
+          stage.striding.dilation,
+          axis_name=self.axis_name,
+          dtype=self.dtype,
+          param_dtype=self.param_dtype,
+          name=f"AuxHead_{stage.name}",
+        )
+        auxiliary[stage.name] = head(maps[stage.name], train)
+    return (logits, auxiliary) if auxiliary and train else logits
+
+  @nn.nowrap
+  def build(self, features: int, striding: Striding, number: int) -> BlockBuilder:
+    """Returns the builder of a block, by its number from 1 after the stem."""
+    return functools.partial(
+      self.builder(RepVGGBlock),
+      features=features,
+      striding=striding,
+      groups=self.groups_of(number),
+      se=self.se,
+      se_reduction=self.se_reduction,
+    )
+
+  def stages(self) -> Iterator[StageSpec]:
+    """Yields the description of each stage after the stem, in order."""
     block = 1
-    _, *steps = dilate(self.strides, self.output_stride)  # the stem first
-    rows = zip(self.stage_sizes, self.width_multipliers, steps)
-    for index, (size, multiplier, step) in enumerate(rows):
+    _, *stridings = dilate(self.strides, self.output_stride)  # the stem comes first
+    rows = zip(self.stage_sizes, self.width_multipliers, stridings)
+    for index, (size, multiplier, striding) in enumerate(rows):
       name, features = f"stage{index + 1}", int(64 * 2**index * multiplier)
-      halves = ((name, size, step),)
+      halves = ((name, size, striding),)
       if self.aux_heads and index == 2:
-        first = size // 2
-        halves = ((f"{name}_first", first, step), (f"{name}_second", size - first, step.later))
-      for half, blocks, half_step in halves:
-        yield Stage(half, blocks, features, half_step, block)
+        first, later = size // 2, striding.later
+        halves = ((f"{name}_first", first, striding), (f"{name}_second", size - first, later))
+      for half, blocks, half_striding in halves:
+        yield StageSpec(half, blocks, features, half_striding, block)
         block += blocks
 
   def groups_of(self, block: int) -> int:
-    """Groups of a block, counted from 1 behind the stem."""
+    """Returns the number of groups of a block, by its number from 1 after the stem."""
     if isinstance(self.groups, int):
       return self.groups if block in range(2, 27, 2) else 1
-    # JSON turns the numbers into strings.
+    # JSON turns the numbers of blocks into strings.
     return {int(number): groups for number, groups in self.groups.items()}.get(block, 1)
 
-  def _auxiliary_stages(self) -> tuple[str, ...]:
+  @nn.nowrap
+  def auxiliary_stages(self) -> tuple[str, ...]:
+    """Returns the names of the stages with an auxiliary head; none without the heads."""
     present = self.aux_heads and not self.deploy and not self.features_only
     return ("stage1", "stage2", "stage3_first") if present else ()
 
-  def _check_size(self, images: jax.Array) -> None:
-    total = self.output_stride or math.prod(self.strides)
-    if images.ndim != 4 or min(images.shape[1:3]) < total:
-      raise InputError(
-        f"this RepVGG shrinks images {total} times, so they must be (N, H, W, C) with H and W at "
-        f"least {total}; got {images.shape}: use a larger image size or smaller strides"
-      )
 
-  @nn.compact
-  def __call__(self, images: jax.Array, train: bool = False) -> Any:
-    """Classifies images.
+# Functions, not methods: interceptors of methods cannot take a module that is not set up yet.
+def _check_sizes(network: RepVGG) -> None:
+  """Raises InputError if sizes, widths or strides make no network."""
+  for field, length in (("stage_sizes", 4), ("width_multipliers", 4), ("strides", 5)):
+    value = getattr(network, field)
+    if isinstance(value, str | int | float) or len(value) != length or not min(value) > 0:
+      raise InputError(f"{field} takes {length} numbers above 0, got {value!r}")
+  sizes, strides = network.stage_sizes, network.strides
+  if not all(isinstance(number, int) for number in (*sizes, *strides)):
+    raise InputError(f"stage_sizes and strides are whole numbers, got {sizes} and {strides}")
+  if int(64 * min(network.width_multipliers)) < 1:
+    raise InputError(f"width_multipliers {network.width_multipliers} leave a stage no channel")
 
-    Args:
-      images: (N, H, W, 3), normalised; H and W at least the total stride. Odd sizes are rounded up.
-      train: use and update batch statistics, apply dropout, return auxiliary logits.
 
-    Returns:
-      Logits (N, num_classes). With auxiliary heads and `train`: (logits, {stage name: logits}).
-      With `features_only`: {"stage1": (N, H/4, W/4, C1), ..., "stage4": (N, H/32, W/32, C4)},
-      other sizes with other `strides`, the last ones larger with a smaller `output_stride`.
-
-    Raises:
-      ValueError: images smaller than the total stride, or `train` in deploy form.
-    """
-    refuse_training(self.deploy, train)
-    self._check_size(images)
-    build = nn.remat(RepVGGBlock, static_argnums=(2,)) if self.remat else RepVGGBlock
-
-    def block(features: int, step: Step, number: int, name: str) -> nn.Module:
-      return build(
-        features=features,
-        strides=step.strides,
-        dilation=step.dilation_before,
-        shrinks=step.shrinks,
-        groups=self.groups_of(number),
-        se=self.se,
-        se_reduction=self.se_reduction,
-        act=self.act,
-        axis_name=self.axis_name,
-        deploy=self.deploy,
-        dtype=self.dtype,
-        param_dtype=self.param_dtype,
-        name=name,
-      )
-
-    stem_features = min(64, int(64 * self.width_multipliers[0]))
-    stem_step = next(dilate(self.strides, self.output_stride))
-    x = block(stem_features, stem_step, 0, "stem")(images.astype(self.dtype), train)
-    features, auxiliary = {}, {}
-    for stage in self.stages():
-      x = _Stage(stage, block, name=stage.name)(x, train)
-      features[stage.name.removesuffix("_first").removesuffix("_second")] = x
-      if stage.name in self._auxiliary_stages():
-        # Called in evaluation too, so that `init` creates it; XLA drops what nobody reads.
-        head = AuxHead(
-          self.num_classes,
-          stage.step.dilation,
-          self.axis_name,
-          self.dtype,
-          self.param_dtype,
-          name=f"AuxHead_{stage.name}",
-        )
-        auxiliary[stage.name] = head(x, train)
-    if self.features_only:
-      return features
-    x = x.mean((1, 2))  # (N, C)
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    logits = linear(
-      x, self.num_classes, name="head", dtype=self.dtype, param_dtype=self.param_dtype
+def _check_output_stride(network: RepVGG) -> None:
+  """Raises InputError if `output_stride` is no product of the first strides."""
+  totals = sorted(set(itertools.accumulate(network.strides, operator.mul)))
+  stride = network.output_stride
+  if stride is not None and not (is_whole(stride) and stride in totals):
+    raise InputError(
+      f"output_stride is one of {', '.join(map(str, totals))}, the products of the first of "
+      f"strides={network.strides}, got {stride!r}"
     )
-    return (logits, auxiliary) if auxiliary and train else logits
 
 
 _A = {"stage_sizes": (2, 4, 14, 1)}
@@ -276,7 +254,7 @@ _D = {"stage_sizes": (8, 14, 24, 1)}
 
 
 def _width(a: float, b: float) -> dict[str, Any]:
-  """The paper's a, for all stages but the last, and its b."""
+  """Returns the multipliers from the a and b of the paper: a for three stages, b for the last."""
   return {"width_multipliers": (a, a, a, b)}
 
 

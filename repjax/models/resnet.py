@@ -1,7 +1,8 @@
-"""ResNet: every convolution and the batch norm behind it are a RepConv of one branch.
+"""ResNet: every convolution and the batch norm after it are a RepConv of one branch.
 
-Deploy form: convolutions with bias, activations, sums with shortcuts and the one max-pool. It holds
-no batch norm and no statistics. A bottleneck's stride is on its 3x3, as in torchvision and timm.
+The deploy form holds convolutions with bias, activations, sums with shortcuts, and one max-pool. It
+holds no batch norm and no statistics. The stride of a bottleneck is on its 3x3 convolution, as in
+torchvision and timm.
 
 References:
   He et al., Deep Residual Learning for Image Recognition, CVPR 2016, Table 1.
@@ -10,30 +11,29 @@ References:
     https://arxiv.org/abs/1705.09914
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.errors import InputError, unknown
-from repjax.layers import activation, linear
-from repjax.layers.rep_norm import refuse_training
-from repjax.models.base import Settings, dilate
-from repjax.models.checks import check_classifier, check_images, check_number, check_whole
+from repjax.models.base import Block, BlockBuilder, Classifier, Stage
+from repjax.models.checks import check_number, check_total_stride, check_whole
+from repjax.models.dilation import dilate
 
 
 class Place(NamedTuple):
-  """Where a block stands, and what follows from that.
+  """The position of a block in the network, and the shape that the position asks for.
 
   Attributes:
-    stage: its number, 1 to 4; papers on detection call these stages c2 to c5.
-    number: of the block in its stage, from 0.
-    features: output channels.
-    strides: 2 where the block halves the map.
-    dilation_before: of convolutions up to the one that has the stride.
-    dilation: of convolutions behind it.
+    stage: number of the stage, 1 to 4; papers on detection call these stages c2 to c5.
+    number: number of the block in its stage, from 0.
+    features: number of output channels.
+    strides: 2 if the block halves the map, else 1.
+    dilation_before: dilation of the convolutions up to the one that has the stride.
+    dilation: dilation of the convolutions after that one.
   """
 
   stage: int
@@ -44,101 +44,103 @@ class Place(NamedTuple):
   dilation: int
 
 
-def shortcut(x: jax.Array, place: Place, settings: Settings, train: bool) -> jax.Array:
-  """A block's input, through a 1x1 conv-BN where a stage begins with another shape.
-
-  A stage that dilates instead of striding has it too, so that parameters stay the same.
-  """
-  if x.shape[-1] == place.features and (place.number > 0 or place.stage == 1):
-    return x
-  return settings.conv_bn("shortcut", place.features, 1, place.strides)(x, train)
-
-
-class BasicBlock(nn.Module):
-  """3x3, 3x3, sum with the shortcut, activation. Scopes: `RepConv_conv1`, ..., `_shortcut`."""
-
-  place: Place
-  settings: Settings
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    place, conv_bn, act = self.place, self.settings.conv_bn, activation(self.settings.act)
-    y = conv_bn("conv1", place.features, 3, place.strides, place.dilation_before)(x, train)
-    y = conv_bn("conv2", place.features, 3, dilation=place.dilation)(act(y), train)
-    return act(y + shortcut(x, place, self.settings, train))
-
-
-class Bottleneck(nn.Module):
-  """1x1 to a quarter of the features, 3x3, 1x1, sum with the shortcut, activation."""
-
-  place: Place
-  settings: Settings
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    place, conv_bn, act = self.place, self.settings.conv_bn, activation(self.settings.act)
-    inner = place.features // 4
-    y = conv_bn("conv1", inner, 1)(x, train)
-    y = conv_bn("conv2", inner, 3, place.strides, place.dilation_before)(act(y), train)
-    y = conv_bn("conv3", place.features, 1)(act(y), train)
-    return act(y + shortcut(x, place, self.settings, train))
-
-
-BLOCKS: dict[str, type[nn.Module]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
-"""Name to class, built as `block(place, settings, name=...)` and called with (x, train)."""
-
-
-class _Stem(nn.Module):
-  """7x7 at stride 2, activation, 3x3 max-pool at stride 2."""
-
-  features: int
-  settings: Settings
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    x = self.settings.conv_bn("0", self.features, 7, strides=2)(x, train)
-    x = activation(self.settings.act)(x)
-    padding: Any = ((1, 1), (1, 1))  # Linen's annotation knows only names
-    return nn.max_pool(x, (3, 3), (2, 2), padding)  # (N, H/4, W/4, C)
-
-
-class _Stage(nn.Module):
-  """The blocks of one stage, called `block0`, `block1`, ... in its scope."""
-
-  places: Sequence[Place]
-  build: Callable[[Place], nn.Module]
-
-  @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    for place in self.places:
-      x = self.build(place)(x, train)
-    return x
-
-
-class ResNet(nn.Module):
-  """7x7 stem, four stages of residual blocks, global mean, linear classifier.
-
-  Scopes: `stem`, `stage1` ... `stage4` with `block0`, `block1`, ..., `head`. Another family takes
-  over the network and puts blocks of its own in some places: it is a subclass with another
-  `block_at`, and its attributes become overrides of its models.
+class ResidualBlock(Block):
+  """A block with a shortcut around it; the base of all blocks of a ResNet.
 
   Attributes:
-    stage_sizes: blocks in each of the four stages.
-    widths: output channels of each stage.
+    place: position in the network.
+  """
+
+  place: Place
+
+  @nn.nowrap
+  def shortcut(self, x: jax.Array, train: bool) -> jax.Array:
+    """Returns the input of the block in the shape of its output.
+
+    A 1x1 conv-BN changes the shape at the start of a stage, in the scope `RepConv_shortcut`. Every
+    stage but the first has one, even a stage that keeps the size because it dilates: parameters
+    then do not depend on `output_stride`.
+    """
+    place = self.place
+    if x.shape[-1] == place.features and (place.number > 0 or place.stage == 1):
+      return x
+    return self.conv_bn("shortcut", place.features, 1, place.strides)(x, train)
+
+
+class BasicBlock(ResidualBlock):
+  """Two 3x3 convolutions, a sum with the shortcut, and an activation.
+
+  Scopes: `RepConv_conv1`, `RepConv_conv2`, `RepConv_shortcut`.
+  """
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps (N, H, W, C) to (N, H / strides, W / strides, features)."""
+    place = self.place
+    y = self.conv_bn("conv1", place.features, 3, place.strides, place.dilation_before)(x, train)
+    y = self.conv_bn("conv2", place.features, 3, dilation=place.dilation)(self.activate(y), train)
+    return self.activate(y + self.shortcut(x, train))
+
+
+class Bottleneck(ResidualBlock):
+  """A 1x1 convolution to a quarter of the features, a 3x3, a 1x1, and a sum with the shortcut.
+
+  An activation follows each convolution and the sum. Scopes: `RepConv_conv1`, `RepConv_conv2`,
+  `RepConv_conv3`, `RepConv_shortcut`.
+  """
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps (N, H, W, C) to (N, H / strides, W / strides, features)."""
+    place, inner = self.place, self.place.features // 4
+    y = self.conv_bn("conv1", inner, 1)(x, train)
+    y = self.activate(y)
+    y = self.conv_bn("conv2", inner, 3, place.strides, place.dilation_before)(y, train)
+    y = self.activate(y)
+    y = self.conv_bn("conv3", place.features, 1)(y, train)
+    return self.activate(y + self.shortcut(x, train))
+
+
+BLOCKS: dict[str, type[ResidualBlock]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+"""Name to class of a block."""
+
+
+class Stem(Block):
+  """A 7x7 convolution at stride 2, an activation, and a 3x3 max-pool at stride 2.
+
+  Attributes:
+    features: number of output channels.
+  """
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps (N, H, W, C) to (N, H/4, W/4, features)."""
+    x = self.conv_bn("0", self.features, 7, strides=2)(x, train)  # (N, H/2, W/2, features)
+    padding: Any = ((1, 1), (1, 1))  # Linen's annotation allows names alone
+    return nn.max_pool(self.activate(x), (3, 3), (2, 2), padding)
+
+
+class ResNet(Classifier, kw_only=True):
+  """A 7x7 stem, four stages of residual blocks, a global mean, and a linear classifier.
+
+  Scopes: `stem`, `stage1` ... `stage4` with `block0`, `block1`, ..., and `head`. Images are at
+  least `output_stride` pixels high and wide; odd sizes are rounded up. With `features_only` the
+  maps are "stage1" (N, H/4, W/4, C1) to "stage4" (N, H/32, W/32, C4). With a smaller
+  `output_stride` the last maps are larger.
+
+  A family that puts blocks of its own in some places is a subclass with its own `block_at`. The
+  attributes of the subclass become overrides of its models.
+
+  Attributes besides those of `Classifier`:
+    stage_sizes: number of blocks in each of the four stages.
+    widths: number of output channels of each stage.
     block: "basic" or "bottleneck".
-    stem_features: output channels of the stem.
-    output_stride: how many times the last stage's map is smaller than the image: 32, or 16 or 8,
-      where the last stages dilate instead of striding. Parameters are the same, and so is what the
-      maps hold at every second or fourth pixel.
-    num_classes: outputs.
-    act: "relu", "silu" or "gelu".
-    dropout: rate in front of the classifier.
-    remat: recompute each block in the backward pass instead of keeping what is in it.
-    axis_name: of the pmapped axis over which batch norms share statistics; None: per device.
-    features_only: return the outputs of the stages instead of logits, and build no classifier.
-    deploy: build the deploy form.
-    dtype: of the computation and the result.
-    param_dtype: of the parameters.
+    stem_features: number of output channels of the stem.
+    output_stride: ratio of the size of the image to the size of the last map: 32, 16 or 8. Below 32
+      the last stages dilate instead of striding. Parameters stay the same, and so do the maps at
+      every second or fourth pixel.
   """
 
   stage_sizes: Sequence[int] = (3, 4, 6, 3)
@@ -146,15 +148,6 @@ class ResNet(nn.Module):
   block: str = "bottleneck"
   stem_features: int = 64
   output_stride: int = 32
-  num_classes: int = 1000
-  act: str = "relu"
-  dropout: float = 0.0
-  remat: bool = False
-  axis_name: str | None = None
-  features_only: bool = False
-  deploy: bool = False
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
 
   def __post_init__(self):
     for field in ("stage_sizes", "widths"):
@@ -169,63 +162,40 @@ class ResNet(nn.Module):
       )
     if self.output_stride not in (8, 16, 32):
       raise InputError(f"output_stride is 32, 16 or 8, got {self.output_stride!r}")
-    check_classifier(self.num_classes, self.dropout, self.act)
     super().__post_init__()
 
-  def block_at(self, place: Place) -> tuple[type[nn.Module], dict[str, Any]]:
-    """The class of the block at a place, and its attributes besides `place` and `settings`."""
+  def check_images(self, images: jax.Array) -> None:
+    """Raises InputError if images are smaller than `output_stride`, or are no batch."""
+    check_total_stride(self, images, self.output_stride)
+
+  @nn.nowrap
+  def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
+    """Runs the stem and the stages, and returns the output of each stage."""
+    x = Stem(self.stem_features, **self.shared(), name="stem")(x, train)
+    maps = {}
+    for name, places in self.stages():
+      x = maps[name] = Stage([self.build(place) for place in places], name=name)(x, train)
+    return maps
+
+  @nn.nowrap
+  def build(self, place: Place) -> BlockBuilder:
+    """Returns the builder of the block at a place."""
+    block, attributes = self.block_at(place)
+    return functools.partial(self.builder(block), place=place, **attributes)
+
+  def block_at(self, place: Place) -> tuple[type[ResidualBlock], dict[str, Any]]:
+    """Returns the class of the block at a place, and the attributes that only this class has."""
     del place
     return BLOCKS[self.block], {}
 
-  def check_images(self, images: jax.Array) -> None:
-    """Raises InputError for images that the network cannot take."""
-    check_images("ResNet", images, self.output_stride)
-
   def stages(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
-    """The stages' names and the places in them, in order."""
-    _, *steps = dilate((4, 1, 2, 2, 2), self.output_stride)  # the stem first
-    rows = zip(self.stage_sizes, self.widths, steps)
-    for stage, (size, features, step) in enumerate(rows, 1):
-      first = Place(stage, 0, features, *step)
-      later = (Place(stage, i, features, *step.later) for i in range(1, size))
+    """Yields the name of each stage and the places in the stage, in order."""
+    _, *stridings = dilate((4, 1, 2, 2, 2), self.output_stride)  # the stem comes first
+    rows = zip(self.stage_sizes, self.widths, stridings)
+    for stage, (size, features, striding) in enumerate(rows, 1):
+      first = Place(stage, 0, features, *striding)
+      later = (Place(stage, number, features, *striding.later) for number in range(1, size))
       yield f"stage{stage}", (first, *later)
-
-  @nn.compact
-  def __call__(self, images: jax.Array, train: bool = False) -> Any:
-    """Classifies images.
-
-    Args:
-      images: (N, H, W, 3), normalised; H and W at least `output_stride`. Odd sizes are
-        rounded up.
-      train: use and update batch statistics, apply dropout.
-
-    Returns:
-      Logits (N, num_classes). With `features_only`: {"stage1": (N, H/4, W/4, C1), ...,
-      "stage4": (N, H/32, W/32, C4)}, the last ones larger with a smaller `output_stride`.
-
-    Raises:
-      ValueError: images smaller than `output_stride`, or `train` in deploy form.
-    """
-    refuse_training(self.deploy, train)
-    self.check_images(images)
-    settings = Settings.of(self)
-
-    def build(place: Place) -> nn.Module:
-      block, attributes = self.block_at(place)
-      block = nn.remat(block, static_argnums=(2,)) if self.remat else block
-      own: dict[str, Any] = {"place": place, "settings": settings, **attributes}
-      return block(**own, name=f"block{place.number}")
-
-    x = _Stem(self.stem_features, settings, name="stem")(images.astype(self.dtype), train)
-    features = {}
-    for name, places in self.stages():
-      x = features[name] = _Stage(places, build, name=name)(x, train)
-    if self.features_only:
-      return features
-    x = x.mean((1, 2))  # (N, C)
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    return linear(x, self.num_classes, name="head", **dtypes)
 
 
 _BASIC = {"block": "basic", "widths": (64, 128, 256, 512)}

@@ -14,7 +14,7 @@ from flax import linen as nn
 import repjax
 from repjax.deploy.streams import cut_into_pieces
 from repjax.errors import InputError
-from repjax.models.base import Part
+from repjax.models.base import StreamScope
 from repjax.spec import Preprocessing
 from tests.helpers import assert_close, quick_jit, random_variables
 
@@ -152,9 +152,9 @@ class TwoStreams(nn.Module):
   @property
   def streams(self):
     return {
-      "first": Part(1, ("images",)),
-      "second": Part(2, ("images",)),
-      "head": Part(1, ("first", "second")),
+      "first": StreamScope(1, ("images",)),
+      "second": StreamScope(2, ("images",)),
+      "head": StreamScope(1, ("first", "second")),
     }
 
   @property

@@ -87,14 +87,14 @@ class TestRefusals:
       helpers.init_shapes(GlobalPerceptron(2), jnp.ones((1, *size, 4)))
 
   @pytest.mark.parametrize("reduction", [0, 17])
-  def test_no_hidden_number(self, reduction):
-    with pytest.raises(ValueError, match=rf"16 numbers .* reduced {reduction} times leave no"):
+  def test_a_reduction_that_leaves_no_hidden_unit(self, reduction):
+    with pytest.raises(ValueError, match=rf"16 inputs .* reduced {reduction} times"):
       helpers.init_shapes(GlobalPerceptron(2, reduction), jnp.ones((1, 4, 4, 4)))
 
   def test_maps_of_another_size_than_the_parameters_were_made_for(self):
     layer = GlobalPerceptron(2)
     variables = helpers.init_shapes(layer, jnp.ones((1, 4, 4, 4)))
-    with pytest.raises(ValueError, match=r"\(1, 8, 4, 4\) have 32 numbers .* made for 16"):
+    with pytest.raises(ValueError, match=r"\(1, 8, 4, 4\) give 32 inputs .* made for 16"):
       jax.eval_shape(layer.apply, variables, jnp.ones((1, 8, 4, 4)))
 
   def test_the_deploy_form_cannot_train(self):

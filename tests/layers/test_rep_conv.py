@@ -425,7 +425,7 @@ class TestRefusals:
     ids=str,
   )
   def test_a_pooled_branch_lies_in_a_3x3_at_stride_2(self, attributes):
-    with pytest.raises(ValueError, match=r"avg2x2_conv1x1 lies beside a 3x3 .* take conv1x1"):
+    with pytest.raises(ValueError, match=r"avg2x2_conv1x1 lies beside a 3x3 .* Use conv1x1"):
       self.init(**{"branches": POOLED, "strides": 2} | attributes)
 
   def test_an_unknown_padding_mode_is_named(self):

@@ -101,7 +101,7 @@ class TestBothForms:
     assert relative_error(deployed, trained) <= EXACT
 
   def test_every_part_counts(self):
-    # Else an error in one could hide behind another.
+    # Otherwise an error in one output could be hidden by a different one.
     height, width, channels, attributes = LAYERS["widening"]
     x, layer = random_input(1, height, width, channels), RepDense(**attributes, **F64)
     variables = random_variables(layer, x)

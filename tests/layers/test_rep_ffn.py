@@ -67,7 +67,7 @@ def test_both_forms_are_the_equation(size, features, expansion, act):
 
 @pytest.mark.usefixtures("x64")
 def test_every_part_counts():
-  # Else an error in one could hide behind another.
+  # Otherwise an error in one output could be hidden by a different one.
   x, layer = random_input(2, 3, 2, 4), RepFFN(2, **F64)
   variables = random_variables(layer, x)
   apply = helpers.quick_jit(layer.apply)

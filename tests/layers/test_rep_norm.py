@@ -14,7 +14,7 @@ from tests.helpers import F64, random_input, random_variables, relative_error
 @pytest.mark.parametrize("shape", [(2, 5, 4, 6), (7, 6)], ids=str)
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-2])
 def test_both_forms_normalise_with_the_running_statistics(shape, epsilon):
-  x, layer = random_input(*shape), RepNorm(epsilon, **F64)
+  x, layer = random_input(*shape), RepNorm(epsilon=epsilon, **F64)
   variables = random_variables(layer, x)
   folded = fold_rep_norm(variables["params"], variables["batch_stats"], epsilon)
   deploy = layer.clone(deploy=True)

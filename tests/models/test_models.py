@@ -76,8 +76,3 @@ def test_lists_as_json_gives_them_are_taken():
 def test_models_are_hashable_as_static_arguments_must_be(groups):
   one, other = (repjax.create_model("repvgg_a0", strides=[2] * 5, groups=groups) for _ in range(2))
   assert hash(one) == hash(other)
-
-
-def test_num_classes_is_the_width_of_the_logits():
-  model = repjax.create_model("repvgg_a0", num_classes=7, width_multipliers=[0.125] * 4)
-  assert jax.eval_shape(model.apply, helpers.init_shapes(model, IMAGES), IMAGES).shape == (1, 7)

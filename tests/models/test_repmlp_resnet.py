@@ -1,7 +1,5 @@
 """RepMLP-ResNet50: published counts, both forms computing the same, what it refuses."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,7 +9,6 @@ from repjax import analysis
 from tests import helpers
 from tests.helpers import F64, init_shapes, random_input
 from tests.models import repmlp_cases
-from tests.models.test_repmlp import forms_differ_by
 
 LIGHT, BOTTLENECK = "repmlp_resnet50_light", "repmlp_resnet50_bottleneck_g8"
 AT_320 = {"tile": 10, "local_kernels": (1, 3, 5, 7)}
@@ -88,7 +85,7 @@ def test_counts_of_the_papers_mixed_groups_at_320_px(stages, groups, params, mac
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", [LIGHT, BOTTLENECK])
 def test_both_forms_agree(name):
-  assert forms_differ_by(small(name, **F64), random_input(1, 96, 96, 3)) <= 1e-12
+  assert helpers.forms_differ_by(small(name, **F64), random_input(1, 96, 96, 3)) <= 1e-12
 
 
 @pytest.mark.usefixtures("x64")
@@ -97,21 +94,11 @@ def test_both_forms_agree_with_repmlp_in_other_stages_and_oblong_tiles():
   overrides |= {"narrowing": (1, 2), "fc3_groups": 2, "reduction": 2, "act": "silu"}
   model = small(BOTTLENECK, **overrides, **F64)
   x = random_input(1, 96, 128, 3)
-  assert forms_differ_by(model, x) <= 1e-12
+  assert helpers.forms_differ_by(model, x) <= 1e-12
   params = init_shapes(model, x)["params"]
   held = {path.split("/")[0] for path in helpers.leaves(params) if "btnk_repmlp" in path}
   assert held == {"stage1", "stage4"}
   assert "GlobalPerceptron_0" not in params["stage4"]["block1"]["btnk_repmlp"]  # one tile
-
-
-@pytest.mark.parametrize("name", [LIGHT, BOTTLENECK])
-def test_the_deploy_form_has_no_norm_and_cannot_train(name):
-  model, images = small(name, deploy=True), jax.ShapeDtypeStruct((1, 96, 96, 3), jnp.float32)
-  variables = init_shapes(model, images)
-  assert variables.keys() == {"params"}
-  assert not any("bn" in path.split("/") for path in helpers.leaves(variables))
-  with pytest.raises(ValueError, match="the deploy form cannot train"):
-    jax.eval_shape(functools.partial(model.apply, train=True), variables, images)
 
 
 def test_without_perceptrons_only_the_fully_connected_layer_is_left():
@@ -133,7 +120,7 @@ def test_lists_as_json_gives_them_are_taken():
 
 class TestRefusals:
   def test_images_whose_maps_do_not_divide_into_tiles(self):
-    said = r"multiples of 48 by 48 pixels.*got \(1, 128, 96, 3\): .* image size or another tile"
+    said = r"multiples of 48 by 48 pixels.*got \(1, 128, 96, 3\).* image size or the tile"
     with pytest.raises(ValueError, match=said):
       init_shapes(small(BOTTLENECK), jnp.ones((1, 128, 96, 3)))
 

@@ -12,8 +12,7 @@ from flax import linen as nn
 
 import repjax
 from repjax import weights
-from repjax.models.base import Settings
-from repjax.models.resnet import Bottleneck, Place, ResNet
+from repjax.models.resnet import Bottleneck, Place, ResidualBlock, ResNet
 from repjax.weights.naming import entries
 from repjax.weights.resnet import NAMINGS
 from tests import helpers
@@ -36,7 +35,7 @@ NORMALISED = {
   "resnet101": 52_672,
   "resnet152": 75_712,
 }
-# Millions in deploy form as Table 4 of the RepVGG paper has them, cut off behind two digits.
+# Millions in deploy form as in Table 4 of the RepVGG paper, cut off after two digits.
 DEPLOYED = {
   "resnet18": 11.68,
   "resnet34": 21.78,
@@ -75,13 +74,6 @@ def test_parameters_are_those_published(name):
   assert math.floor(size(deploy["params"]) / 1e4) / 100 == DEPLOYED[name]
   if name == "resnet50":  # as on the RepMLP authors' plain ResNet-50
     assert size(deploy["params"]) == 25_530_472
-
-
-@both_blocks
-def test_the_fold_has_the_shapes_of_the_deploy_form(block):
-  train, deploy = (init_shapes(tiny(block, deploy=form), IMAGES) for form in (False, True))
-  folded = jax.eval_shape(repjax.reparameterize, *halves(train))
-  assert helpers.shapes(folded) == helpers.shapes(deploy["params"])
 
 
 @pytest.mark.parametrize("name", MACS)
@@ -178,20 +170,6 @@ class TestBothFormsAgree:
 
 
 class TestFeatures:
-  @pytest.mark.parametrize("deploy", [False, True])
-  def test_shapes_and_keys(self, deploy):
-    model = tiny(features_only=True, deploy=deploy)
-    images = jax.ShapeDtypeStruct((2, 70, 33, 3), jnp.float32)
-    variables = init_shapes(model, images)
-    features = jax.eval_shape(model.apply, variables, images)
-    assert {name: value.shape for name, value in features.items()} == {
-      "stage1": (2, 18, 9, 8),
-      "stage2": (2, 9, 5, 16),
-      "stage3": (2, 5, 3, 24),
-      "stage4": (2, 3, 2, 32),
-    }
-    assert "head" not in variables["params"]
-
   @pytest.mark.usefixtures("x64")
   def test_the_head_reads_the_mean_of_the_last(self):
     build = functools.partial(tiny, stage_sizes=(1,) * 4, **F64)
@@ -208,7 +186,7 @@ class TestFeatures:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("output_stride", [16, 8])
 def test_a_dilated_network_has_every_pixel_of_the_strided_one(output_stride):
-  # Depth 2: blocks behind a stage's first dilate otherwise than it does. One width: the shortcut
+  # Depth 2: the first block of a stage dilates unlike the blocks after it. One width: the shortcut
   # of a first block has its convolution for the stride alone, and keeps it.
   sizes = {"stage_sizes": (1, 1, 2, 2) if output_stride == 8 else (1, 1, 1, 2), "widths": (8,) * 4}
   build = functools.partial(tiny, **sizes, features_only=True, **F64)
@@ -237,64 +215,21 @@ class TestOverrides:
     assert (lowest < 0).all()
     assert (lowest > -0.279).all()  # the minimum of silu
 
-  def test_dropout_drops_in_training_only(self):
-    model, x = tiny("basic", stage_sizes=(1,) * 4, dropout=0.5), random_input(4, 32, 32, 3)
-    variables, x = random_variables(model, x), x.astype("float32")
 
-    @quick_jit
-    def outputs(variables, key):
-      dropped, _ = model.apply(
-        variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key}
-      )
-      return dropped, model.apply(variables, x)
+class Wider(ResidualBlock):
+  """A bottleneck with two plain 1x1 convolutions in front of it."""
 
-    (one, evaluated), (other, again) = (outputs(variables, jax.random.key(i)) for i in (0, 1))
-    assert helpers.relative_error(one, other) > 0.01
-    np.testing.assert_array_equal(evaluated, again)
-
-  def test_remat_keeps_the_tree_and_recomputes_every_block(self):
-    base, model = tiny(), tiny(remat=True)
-    variables = init_shapes(base, IMAGES)
-    assert helpers.shapes(init_shapes(model, IMAGES)) == helpers.shapes(variables)
-    train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-    names = helpers.primitives(train, variables, IMAGES)
-    assert sum(name.startswith(("remat", "checkpoint")) for name in names) == 5
-
-  def test_every_norm_shares_its_statistics_where_it_should(self):
-    def norms_that_share(model):
-      train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-      names = helpers.primitives(train, variables, IMAGES, devices=4)
-      return sum(name.startswith("psum") for name in names)
-
-    variables = init_shapes(tiny(), IMAGES)
-    norms = sum(path.endswith("/var") for path in helpers.leaves(variables))
-    assert norms_that_share(tiny()) == 0
-    assert norms_that_share(tiny(axis_name="devices")) == norms
-
-  @pytest.mark.parametrize("deploy", [False, True])
-  def test_bfloat16_computation_keeps_float32_variables(self, deploy):
-    model = tiny(dtype=jnp.bfloat16, deploy=deploy)
-    variables = init_shapes(model, IMAGES)
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
-    assert jax.eval_shape(model.apply, variables, IMAGES).dtype == jnp.bfloat16
-
-
-class Wider(nn.Module):
-  """A bottleneck and a plain 1x1 in front of it."""
-
-  place: Place
-  settings: Settings
   inner: int
 
   @nn.compact
   def __call__(self, x, train):
-    x = self.settings.conv_bn("before", self.inner, 1)(x, train)
-    x = self.settings.conv_bn("after", self.place.features, 1)(x, train)
-    return Bottleneck(self.place, self.settings, name="rest")(x, train)
+    x = self.conv_bn("before", self.inner, 1)(x, train)
+    x = self.conv_bn("after", self.place.features, 1)(x, train)
+    return Bottleneck(self.place, act=self.act, **self.shared(), name="rest")(x, train)
 
 
-class Replaced(ResNet):
-  """A ResNet with other blocks at stride 1 in stages 2 and 3."""
+class Replaced(ResNet, kw_only=True):
+  """A ResNet with blocks of its own at stride 1 in stages 2 and 3."""
 
   inner: int = 4
 
@@ -354,11 +289,6 @@ class TestRefusals:
     with pytest.raises(ValueError, match="shrinks images 8 times"):
       init_shapes(dilated, jnp.ones((1, 8, 7, 3)))
 
-  def test_training_a_deploy_form(self):
-    model = tiny(deploy=True)
-    with pytest.raises(ValueError, match="the deploy form cannot train"):
-      jax.eval_shape(lambda v: model.apply(v, jnp.ones((1, 32, 32, 3)), True), {"params": {}})
-
   @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -370,9 +300,6 @@ class TestRefusals:
       ({"stem_features": 0}, "stem_features takes a whole number above 0"),
       ({"block": "bottelneck"}, "unknown block of a ResNet 'bottelneck'; did you mean bottleneck"),
       ({"output_stride": 4}, "output_stride is 32, 16 or 8, got 4"),
-      ({"num_classes": 0}, "num_classes must be at least 1"),
-      ({"dropout": 1.0}, "dropout is at least 0 and below 1"),
-      ({"act": "swish"}, "unknown activation 'swish'"),
       ({"width": 2}, "unknown override of resnet50 'width'; did you mean widths"),
     ],
     ids=str,

@@ -112,52 +112,17 @@ class TestOverrides:
     }
     assert not {"fc1", "fc2", "head"} & variables["params"].keys()
 
-  def test_dropout_is_behind_both_hidden_layers_in_training_only(self):
-    def masks(model, train):
-      rngs = {"dropout": jax.random.key(0)}
-      apply = functools.partial(model.apply, train=train, mutable=["batch_stats"], rngs=rngs)
-      return helpers.primitives(apply, init_shapes(model, IMAGES), IMAGES).count("random_bits")
-
-    assert masks(tiny(), train=True) == 2
-    assert masks(tiny(), train=False) == masks(tiny(dropout=0.0), train=True) == 0
-
-  def test_remat_and_shared_statistics_reach_every_block(self):
-    base, model = tiny(), tiny(remat=True, axis_name="devices")
-    variables = init_shapes(base, IMAGES)
-    assert helpers.shapes(init_shapes(tiny(remat=True), IMAGES)) == helpers.shapes(variables)
-    train = functools.partial(
-      model.apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
-    )
-    names = helpers.primitives(train, variables, IMAGES, devices=4)
-    assert sum(name.startswith(("remat", "checkpoint")) for name in names) == 13
-    assert sum(name.startswith("psum") for name in names) == 13
-
-  @pytest.mark.parametrize("deploy", [False, True])
-  def test_bfloat16_computation_keeps_float32_variables(self, deploy):
-    model = tiny(dtype=jnp.bfloat16, deploy=deploy)
-    variables = init_shapes(model, IMAGES)
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
-    assert jax.eval_shape(model.apply, variables, IMAGES).dtype == jnp.bfloat16
-
 
 class TestRefusals:
   def test_images_that_are_too_small(self):
     with pytest.raises(ValueError, match="this VGG shrinks images 32 times"):
       init_shapes(tiny(), jnp.ones((1, 31, 64, 3)))
 
-  def test_training_a_deploy_form(self):
-    model = tiny(deploy=True)
-    with pytest.raises(ValueError, match="the deploy form cannot train"):
-      jax.eval_shape(lambda v: model.apply(v, jnp.ones((1, 32, 32, 3)), True), {"params": {}})
-
   @pytest.mark.parametrize(
     ("overrides", "said"),
     [
       ({"widths": (8, 8, 8, 8)}, "widths takes 5 whole numbers above 0, got"),
       ({"hidden": 0}, "hidden takes a whole number above 0"),
-      ({"num_classes": 0}, "num_classes must be at least 1"),
-      ({"dropout": -0.1}, "dropout is at least 0 and below 1"),
-      ({"act": "swish"}, "unknown activation 'swish'"),
       ({"stage_sizes": (1,) * 5}, "unknown override of vgg16 'stage_sizes'"),
     ],
     ids=str,

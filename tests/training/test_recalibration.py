@@ -15,7 +15,7 @@ import repjax
 from repjax import disk, runs, training, weights
 from repjax.data import open_source, train_batches
 from repjax.errors import InputError
-from repjax.layers import rep_norm
+from repjax.layers import base as rep_norm
 from repjax.training import evaluation, finetune, optimizer, planning, recalibration
 from repjax.training.state import restore_newest
 from repjax.training.step import create_state
