@@ -373,7 +373,7 @@ def test_a_crash_while_writing_leaves_what_there_was(
 
 
 @pytest.mark.parametrize("told_by", ["config.json", "rounding.json"])
-def test_a_network_in_8_bits_keeps_its_statistics(workdir, run_script, digits_dir, told_by):
+def test_a_network_in_8_bits_keeps_its_statistics(workdir, run_command, digits_dir, told_by):
   if told_by == "config.json":
     config = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps(config | {"qat": True}))
@@ -381,9 +381,9 @@ def test_a_network_in_8_bits_keeps_its_statistics(workdir, run_script, digits_di
     (workdir / "rounding.json").write_text("[]")
   before = tiny.contents(workdir)
   with pytest.raises(SystemExit, match="was trained in 8 bits") as stop:
-    run_script("recalibrate", "--workdir", workdir, "--batches", 1)
+    run_command("recalibrate", "--workdir", workdir, "--batches", 1)
   assert "\n" not in stop.value.code
-  assert "recalibrate the run that config.init_from names" in stop.value.code
+  assert "the run that config.init_from names" in stop.value.code
   assert tiny.contents(workdir).items() >= before.items()
 
 
