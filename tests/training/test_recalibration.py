@@ -383,7 +383,7 @@ def test_a_network_in_8_bits_keeps_its_statistics(workdir, run_command, digits_d
   with pytest.raises(SystemExit, match="was trained in 8 bits") as stop:
     run_command("recalibrate", "--workdir", workdir, "--batches", 1)
   assert "\n" not in stop.value.code
-  assert "recalibrate the run that config.init_from names" in stop.value.code
+  assert "the run that config.init_from names" in stop.value.code
   assert tiny.contents(workdir).items() >= before.items()
 
 
