@@ -28,7 +28,7 @@ _RESNET = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "stem_features
 _REPMLP = _RESNET | {"stage_sizes": (1, 2, 1, 1), "repmlp_stages": (2,), "tile": 2}
 _REPMLP |= {"fc3_groups": 1, "local_kernels": (1,)}
 _REPMLPNET = {"stage_sizes": (1, 1), "widths": (8, 16), "tiles": (4, 2), "share_sets": (2, 2)}
-_CIFAR = {"stage_sizes": (1, 1, 1), "widths": (4, 6, 8), "tile": 4, "local_kernels": (1, 3)}
+_CIFAR = {"stage_sizes": (1, 1), "widths": (4, 6), "tile": 4, "local_kernels": (1, 3)}
 _VGG = {"stage2": (4, 4), "stage3": (8, 4), "stage4": (16, 6), "stage5": (32, 8)}
 
 FAMILIES: dict[str, Family] = {
@@ -39,7 +39,7 @@ FAMILIES: dict[str, Family] = {
   "vgg16": Family({"widths": (2, 4, 4, 6, 8), "hidden": 12}, _VGG, 13, dropouts=2),
   "repmlpnet_t224": Family(_REPMLPNET, {"stage1": (4, 8), "stage2": (8, 16)}, 2),
   "parnet_s": Family({"stage_sizes": (1, 1, 1), "widths": (8, 8, 16, 16)}, _FOUR, 11),
-  "repmlp_cifar": Family(_CIFAR, {"stage1": (1, 4), "stage2": (2, 6), "stage3": (4, 8)}, 3),
+  "repmlp_cifar": Family(_CIFAR, {"stage1": (1, 4), "stage2": (2, 6)}, 2),
 }
 """Name of the variant to its family."""
 

@@ -77,7 +77,7 @@ class TestBlock:
       (
         large,
         small,
-        r"hold a Global Perceptron, and a map \(1, 4, 4, 4\) .* has none.* use images",
+        r"hold a Global Perceptron, and a map \(1, 4, 4, 4\) .* has none",
       ),
       (small, large, r"hold no Global Perceptron, and a map \(1, 8, 8, 4\) .* needs one"),
     ):
