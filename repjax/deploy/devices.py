@@ -144,7 +144,7 @@ class PlacedTree:
     Args:
       tree: the arrays.
       devices: devices of this process; None takes all.
-      tune: chooses the fastest algorithm for each convolution.
+      tune: choose the fastest algorithm for each convolution; no effect except on CPUs.
 
     Raises:
       InputError: there are no devices, or a device is given twice, or the devices are of several

@@ -48,7 +48,7 @@ BlockBuilder = Callable[..., nn.Module]
 """A function that builds a block, given `name` and perhaps more attributes.
 
 Builders are partials of the class of the block, so that the block belongs to the scope in which the
-builder is called. A wrapped method of the network would put the block into the network's scope.
+builder is called. A bound method would put the block into the scope of the network.
 """
 
 
@@ -184,9 +184,10 @@ def last_of(maps: Mapping[str, jax.Array]) -> jax.Array:
 class StreamScope(NamedTuple):
   """A top-level scope of a network whose streams run side by side.
 
-  Such a network has three members. `streams` is a table {scope: StreamScope}. `outputs` is the
-  result, with scopes in the place of their maps. `run(maps, scopes)` runs scopes on maps by scope,
-  and returns the maps with the outputs of the scopes added.
+  Such a network has three members. `stream_scopes` is a table {scope: StreamScope}, in an order in
+  which the scopes can run. `outputs` is the result, with scopes in the place of their maps.
+  `run(maps, scopes)` runs some scopes. It takes maps by the name of the scope that made them, and
+  returns the same maps and those of the scopes that ran.
 
   Attributes:
     stream: number of the stream to which the scope belongs, from 1.
