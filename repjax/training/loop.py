@@ -20,7 +20,8 @@ from repjax.training.interruption import Interruption
 from repjax.training.journal import Journal
 from repjax.training.planning import Plan
 from repjax.training.prefetch import ReadAhead
-from repjax.training.step import Network, TrainState, make_eval_step, make_train_step
+from repjax.training.state import TrainState
+from repjax.training.step import Network, make_eval_step, make_train_step
 
 _ASK_EVERY = 8  # batches of an evaluation between two questions whether to stop
 

@@ -17,7 +17,7 @@ from repjax.config import Config, check_config
 from repjax.data import Source, open_source, parse_augmentation
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.training import metrics, optimizer, parallel, schedules
+from repjax.training import display, optimizer, parallel, schedules
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Values of `config.dtype` to types of the computation."""
@@ -112,7 +112,7 @@ def check(config: Config) -> None:
   check_config(config)
   parse_augmentation(config.augment)
   if config.tensorboard:
-    metrics.check_tensorboard()
+    display.check_tensorboard()
 
 
 def preprocessing(config: Config) -> Preprocessing:

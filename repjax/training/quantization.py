@@ -30,7 +30,8 @@ from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.training import evaluation
 from repjax.training.planning import Plan
-from repjax.training.step import Network, TrainState
+from repjax.training.state import TrainState
+from repjax.training.step import Network
 
 
 def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Roundings:

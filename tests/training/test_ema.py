@@ -12,8 +12,8 @@ import repjax
 from repjax import runs, training
 from repjax.errors import InputError
 from repjax.training import evaluation, parallel
-from repjax.training.state import from_items, restore_newest, to_items
-from repjax.training.step import create_state, make_train_step
+from repjax.training.state import create_state, from_items, restore_newest, to_items
+from repjax.training.step import make_train_step
 from tests.helpers import leaves
 from tests.training import tiny
 from tests.training.test_step import PREPROCESSING, Toy, make_batch, toy_state

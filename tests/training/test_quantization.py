@@ -13,7 +13,8 @@ from repjax.quantization.sensitivity import compared
 from repjax.spec import Preprocessing
 from repjax.training import evaluation, optimizer, planning, quantization
 from repjax.training.quantization import calibration_images, check_apart
-from repjax.training.step import create_state, make_train_step
+from repjax.training.state import create_state
+from repjax.training.step import make_train_step
 from tests.helpers import halves, leaves, quick_jit, random_variables, relative_error
 from tests.quantization.int8 import needs_onnx
 from tests.training import tiny
