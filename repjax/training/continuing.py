@@ -7,12 +7,11 @@ from typing import Any
 import jax
 
 from repjax import disk, runs
-from repjax.config import BEFORE, FREE, Config
+from repjax.config import BEFORE, FREE, RESUME, Config
 from repjax.errors import InputError, unknown
 from repjax.spec import ModelSpec
 from repjax.training.planning import read_config
 
-RESUME = ("auto", "must", "never")
 _PATHS_OF_A_RUN = (
   *(runs.config_file, runs.model_file, runs.import_file, runs.metrics_file),
   *(runs.checkpoints_folder, runs.deploy_folder),

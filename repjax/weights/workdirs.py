@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax import disk, runs
+from repjax import config, disk, runs
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub, repmlpnet
@@ -208,7 +208,7 @@ def _write(workdir: Path, spec: ModelSpec, variables: Any, record: dict[str, Any
       spec.write(runs.deploy_folder(draft))
     spec.write(draft)
     disk.write_json(runs.import_file(draft), record)
-    disk.write_json(runs.config_file(draft), _evaluation_config(spec))
+    disk.write_json(runs.config_file(draft), config.for_import(spec.name, spec.num_classes))
     draft.chmod(0o777 & ~_umask())
     if workdir.exists():
       workdir.rmdir()
@@ -222,16 +222,3 @@ def _umask() -> int:
   mask = os.umask(0)
   os.umask(mask)
   return mask
-
-
-def _evaluation_config(spec: ModelSpec) -> dict[str, Any]:
-  """Returns the fields of a config that `repjax evaluate` and `repjax convert` read."""
-  return {
-    "model": spec.name,
-    "dataset": "imagenet2012" if spec.num_classes == 1000 else None,
-    "data_dir": None,
-    "eval_split": "validation",
-    "batch_size": 64,
-    "num_workers": 0,
-    "tolerance": 1e-5,
-  }
