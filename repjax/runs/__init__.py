@@ -25,6 +25,7 @@ files, folders.py the deploy form and re-estimated statistics. lock.py keeps a s
 from repjax.runs.checkpoint import (
   Bookmark,
   CheckpointWriter,
+  all_finite,
   checkpoints,
   read_bookmark,
   read_checkpoint,

@@ -305,7 +305,7 @@ def _from_moments(sums: dict[str, np.ndarray], count: int) -> dict[str, np.ndarr
 
 def _check_finite(batch_stats: Any, step: int) -> None:
   """Raises InputError where a statistic is not finite."""
-  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(batch_stats)):
+  if not runs.all_finite(batch_stats):
     raise InputError(
       f"the re-estimated statistics of step {step} are not finite, so nothing was written; has "
       "this run diverged?"

@@ -149,7 +149,7 @@ def test_what_cannot_learn_in_8_bits_is_said_before_anything_is_written(
 
 
 def test_a_run_in_float_does_not_become_one_in_8_bits(finished, digits_dir):
-  with pytest.raises(InputError, match="began with another config: qat False -> True"):
+  with pytest.raises(InputError, match="config: qat False -> True"):
     training.train(tiny.config(digits_dir, qat=True), finished[0])
 
 
