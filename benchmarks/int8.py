@@ -29,6 +29,7 @@ import jax
 import timing
 
 import repjax
+from repjax import runs as workdir_files
 from repjax import training
 from repjax.cli import int8_table
 from repjax.cli.int8_table import FLOAT, INT8, WEIGHTS
@@ -75,9 +76,9 @@ def main() -> None:
 
 def make_runs(runs: Path, name: str) -> None:
   """Trains and fine-tunes a network, unless its folders exist."""
-  if not (runs / name / "deploy").exists():
+  if not workdir_files.deploy_folder(runs / name).exists():
     training.train(config_of(name), runs / name)
-  if not (runs / f"{name}_qat" / "int8").exists():
+  if not workdir_files.int8_folder(runs / f"{name}_qat").exists():
     config = config_of(f"{name}_qat")
     config.init_from = str(runs / name)
     training.train(config, runs / f"{name}_qat")
@@ -93,7 +94,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
   effort = {"batch_size": arguments.batch_size, "rounds": arguments.rounds}
   baseline = int8_table.read_baseline(arguments.runs / name, 256)
   tuned = arguments.runs / f"{name}_qat"
-  file = need_onnx().load(tuned / "int8" / "model.onnx")
+  file = need_onnx().load(workdir_files.onnx_file(workdir_files.int8_folder(tuned)))
   files = {
     WEIGHTS: repjax.quantization.quantize_weights(baseline.proto, baseline.images),
     PLAIN: repjax.quantization.quantize(baseline.proto, baseline.images, **PLAIN_OPTIONS),

@@ -29,7 +29,7 @@ import timing
 from PIL import Image
 
 import repjax
-from repjax import disk
+from repjax import disk, runs
 from repjax.errors import one_paragraph
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,7 @@ def make_folder(folder: Path, name: str) -> None:
   spec = repjax.ModelSpec.usual(name)
   model = spec.create_model(deploy=True)
   params = repjax.init(model, jax.random.key(0), spec.preprocessing.image_size)["params"]
-  disk.write_tree(folder / "params", params)
+  disk.write_tree(runs.params_folder(folder), params)
   spec.write(folder)
   pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
   Image.fromarray(pixels).resize((500, 375)).save(folder / "image.jpg")

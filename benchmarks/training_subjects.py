@@ -23,7 +23,8 @@ from timing import Running, Subject
 from repjax.deploy.xla import planned_bytes
 from repjax.spec import Preprocessing
 from repjax.training import optimizer, parallel
-from repjax.training.step import create_state, make_train_step
+from repjax.training.state import create_state
+from repjax.training.step import make_train_step
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 1e-4

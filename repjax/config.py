@@ -78,6 +78,7 @@ class Field(NamedTuple):
     check: refuses values that no run could use. None: every value of the type may pass.
     kind: the type of a field whose default is None.
     evaluates: evaluation and conversion read the field too, and check it.
+    imported: the value in the config of imported weights. None: the default.
     free: no parameter depends on the field, so it may change when a run continues.
     before: the value that older runs used. None: unknown; such runs continue with any value.
   """
@@ -88,6 +89,7 @@ class Field(NamedTuple):
   check: Check | None = None
   kind: type | None = None
   evaluates: bool = False
+  imported: Any = None
   free: bool = False
   before: Any = None
 
@@ -215,7 +217,14 @@ FIELDS = (
     free=True,
   ),
   # Length of the training.
-  Field("batch_size", 256, "Images in an update, over all devices.", _AT_LEAST_1, evaluates=True),
+  Field(
+    "batch_size",
+    256,
+    "Images in an update, over all devices.",
+    _AT_LEAST_1,
+    evaluates=True,
+    imported=64,
+  ),
   Field(
     "accumulate_steps",
     1,
@@ -366,12 +375,38 @@ FREE = frozenset(field.name for field in FIELDS if field.free)
 BEFORE = {field.name: field.before for field in FIELDS if field.before is not None}
 """What runs did that are older than a field: field to value."""
 
+RESUME = ("auto", "must", "never")
+"""The values of `resume`: a run may be continued, must be continued, or must not exist yet."""
+
 
 def default() -> ml_collections.ConfigDict:
   """Returns a new config with every field at its default: the RepVGG paper's simple recipe."""
   config = _at_defaults(field for field in FIELDS if field.name != "model_overrides")
   config.model_overrides = _at_defaults(OVERRIDES)
   return config
+
+
+def default_of(name: str) -> Any:
+  """Returns the default of a field."""
+  return next(field.default for field in FIELDS if field.name == name)
+
+
+def for_import(model: str, num_classes: int) -> dict[str, Any]:
+  """Returns the config of imported weights, which has the fields that evaluation reads.
+
+  Args:
+    model: name of the model.
+    num_classes: number of classes of the model. The default data set is named only if the model has
+      the default number of classes; otherwise `dataset` is None.
+  """
+  config = {
+    field.name: field.default if field.imported is None else field.imported
+    for field in FIELDS
+    if field.evaluates
+  }
+  if num_classes != default_of("num_classes"):
+    config["dataset"] = None
+  return {"model": model, **config}
 
 
 def _at_defaults(fields: Iterable[Field]) -> ml_collections.ConfigDict:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax import disk, runs
+from repjax import runs
 from repjax.errors import InputError, unknown
 from repjax.models import create_model, image_size_of
 from repjax.reparam import reparameterize
@@ -109,7 +109,9 @@ class ModelSpec:
       if name not in fields:
         raise unknown("field of model.json", name, fields)
     if "name" not in value:
-      raise InputError(f"model.json does not name a model: it has {sorted(value)}")
+      raise InputError(
+        f"model.json does not name a model: it has {sorted(value)}. Restore the file"
+      )
     preprocessing = dict(value.get("preprocessing", {}))
     steps = {field.name for field in dataclasses.fields(Preprocessing)}
     for name in preprocessing:
@@ -128,7 +130,7 @@ class ModelSpec:
 
   def write(self, folder: Path) -> None:
     """Writes model.json into a folder."""
-    disk.write_json(runs.model_file(folder), self.to_json())
+    runs.write_spec(folder, self.to_json())
 
   @classmethod
   def read(cls, folder: Path) -> "ModelSpec":
@@ -137,7 +139,7 @@ class ModelSpec:
     Raises:
       InputError: the file does not exist, or is damaged.
     """
-    return cls.from_json(disk.read_json(runs.model_file(folder)))
+    return cls.from_json(runs.read_spec(folder))
 
 
 @functools.lru_cache(maxsize=128)
@@ -181,7 +183,7 @@ def load(
   shapes = spec.variable_shapes(deploy=deploy)
   deploy_folder = runs.find_deploy(folder)
   if deploy and deploy_folder is not None:
-    params = disk.read_tree(runs.params_folder(deploy_folder), shapes["params"])
+    params = runs.read_params(deploy_folder, shapes["params"])
     return model, {"params": params}, spec
   if runs.onnx_file(folder).exists():
     raise InputError(

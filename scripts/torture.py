@@ -207,12 +207,15 @@ def follow(
 
 def phase_of(workdir: Path, seen: dict[str, float]) -> str:
   """Returns the phase of a killed run."""
-  if list(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")):
+  if list(runs.checkpoints_folder(workdir).glob("*.orbax-checkpoint-tmp*")):
     return "a save"
   return [phase for phase in seen if phase != "end"][-1]
 
 
-_TIMED = {"timing.jsonl", "report.png", "tensorboard"}  # files that depend on the time of a run
+# The names of files that depend on the time of a run.
+_TIMED = {
+  path(Path()).name for path in (runs.timing_file, runs.picture_file, runs.tensorboard_folder)
+}
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
@@ -222,11 +225,11 @@ def contents(workdir: Path) -> dict[str, bytes]:
     for path in workdir.rglob("*.json*")
     if "checkpoints" not in path.parts and "params" not in path.parts and path.name not in _TIMED
   }
-  folders = [workdir / "deploy" / "params"]
-  if (workdir / "recalibrated").exists():
-    folders.append(workdir / "recalibrated" / "batch_stats")
+  folders = [runs.params_folder(runs.deploy_folder(workdir))]
+  if runs.recalibrated_folder(workdir).exists():
+    folders.append(runs.batch_stats_folder(runs.recalibrated_folder(workdir)))
   for step in runs.checkpoints(workdir):
-    folders += [workdir / "checkpoints" / str(step) / item for item in ("variables", "training")]
+    folders += [runs.checkpoint_folder(workdir, step) / item for item in ("variables", "training")]
   for folder in folders:
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.restore(folder.absolute())

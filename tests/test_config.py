@@ -96,6 +96,21 @@ def test_only_a_field_whose_default_is_none_may_be_none():
     table.check_config(config)
 
 
+def test_the_config_of_imported_weights_has_the_fields_of_evaluation():
+  config = table.for_import("repvgg_a0", 1000)
+  assert config == {
+    "model": "repvgg_a0",
+    "dataset": "imagenet2012",
+    "data_dir": None,
+    "eval_split": "validation",
+    "batch_size": 64,
+    "num_workers": 0,
+    "tolerance": 1e-5,
+  }
+  table.check_evaluation(ml_collections.ConfigDict(config))
+  assert table.for_import("repvgg_a0", 10) == {**config, "dataset": None}
+
+
 def test_evaluation_needs_its_own_fields_only():
   held = table.default().to_dict()
   few = ml_collections.ConfigDict({name: held[name] for name in table.EVALUATION_FIELDS})

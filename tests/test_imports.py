@@ -24,7 +24,7 @@ MAY_IMPORT = {
   "models": {"layers"},
   "spec": {"models", "reparam"},
   "analysis": {"models", "program", "reparam", "spec"},
-  "weights": {"models", "reparam", "spec"},
+  "weights": {"config", "models", "reparam", "spec"},
   "inference": {"reparam", "spec"},
   "onnx": {"inference", "program", "spec"},
   "quantization": {"algebra", "inference", "onnx", "program"},

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     "--overrides", default="{}", metavar="JSON", help="attributes of the model to change, as JSON"
   )
   arguments = parser.parse_args(argv)
-  from repjax import disk, runs, weights
+  from repjax import runs, weights
 
   with one_paragraph():
     record = weights.import_weights(
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
       entry=arguments.entry,
       overrides=parse_overrides(arguments.overrides),
     )
-  preprocessing = disk.read_json(runs.model_file(arguments.workdir))["preprocessing"]
+  preprocessing = runs.read_spec(arguments.workdir)["preprocessing"]
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # from KiB
   print(
     describe(record, preprocessing)

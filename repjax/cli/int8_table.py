@@ -17,7 +17,7 @@ import optax
 
 import repjax
 from repjax import timing, training
-from repjax.config import Config, check_evaluation
+from repjax.config import Config, check_evaluation, default_of
 from repjax.data import Source
 from repjax.inference import inference
 from repjax.quantization import runtime
@@ -86,7 +86,8 @@ def read_baseline(folder: Path, count: int, **changes: Any) -> Baseline:
   model, variables, spec = repjax.load(folder)
   config = training.read_config(folder, **changes)
   if "train_split" not in config:
-    config.train_split = "train"  # the config of imported weights names no training split
+    # The config of imported weights names no training split.
+    config.train_split = default_of("train_split")
   check_evaluation(config)
   calibration, held_out = (
     planning.open_split(config, split, spec) for split in (config.train_split, config.eval_split)

@@ -265,8 +265,9 @@ def write(
     ranked: from `rank`, or empty.
     options: options that the file was quantized with.
   """
+  from repjax import runs
   from repjax.cli.int8_table import FLOAT, INT8
-  from repjax.deploy.export import onnx_facts, write_folder
+  from repjax.deploy.export import onnx_facts
 
   spec = baseline.spec
   facts = onnx_facts(spec, name) | {
@@ -274,11 +275,11 @@ def write(
     "accuracy": {key: rows[key].accuracy for key in (FLOAT, name)},
     "error": rows[name].error,
   }
-  files = {"model.onnx": proto.SerializeToString()}
+  files = {runs.onnx_file(folder).name: proto.SerializeToString()}
   if name == INT8:
     facts |= {"settings": options, "sensitivity": [row._asdict() for row in ranked]}
     files |= draw(f"{spec.name}: what int8 costs, layer by layer", ranked, options["float_layers"])
-  write_folder(folder, files, spec, facts)
+  runs.write_export(folder, files, spec=spec.to_json(), facts=facts)
   print(f"saved: {folder}")
 
 

@@ -18,9 +18,8 @@ from typing import Any
 
 from repjax import configs
 from repjax.cli import flags
+from repjax.config import RESUME
 from repjax.errors import InputError, one_paragraph, unknown
-
-RESUME = ("auto", "must", "never")
 
 
 def main(argv: Sequence[str]) -> None:

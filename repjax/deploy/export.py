@@ -13,7 +13,6 @@ An exported folder:
 
 import importlib.metadata
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from repjax import disk
+from repjax import runs
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
 from repjax.deploy.stablehlo import (
   PLATFORMS,
@@ -85,7 +84,7 @@ def export(
   """
   path = Path(folder)
   if path.exists():
-    raise InputError(f"{path} exists already; give another path, or remove it first")
+    raise InputError(f"{path} exists already; give a different path, or remove it first")
   if format not in FORMATS:
     raise unknown("format", format, FORMATS)
   for platform in platforms:
@@ -116,7 +115,8 @@ def export(
   else:
     program = serialize(function, tree, size, input_dtype, platforms)
     facts |= {"platforms": list(platforms), "note": PROMISE}
-  write_folder(path, {f"model.{format}": program}, spec, facts, tree["params"])
+  name = (runs.onnx_file if format == "onnx" else runs.stablehlo_file)(path).name
+  runs.write_export(path, {name: program}, spec=spec.to_json(), facts=facts, params=tree["params"])
   return facts
 
 
@@ -161,14 +161,14 @@ def load_exported(
       platforms.
   """
   path = Path(folder)
-  facts = disk.read_json(path / "export.json")
+  facts = runs.read_export(path)
   if facts.get("format") == "onnx":
     way_out = f"repjax.deploy.compile(*repjax.load({str(path)!r})[:2], ...)"
     raise InputError(
       f"{path} holds an ONNX file, which ONNX Runtime, OpenVINO or TensorRT runs and JAX does not."
-      + (f" Run its parameters in JAX by {way_out}." if (path / "params").exists() else "")
+      + (f" Run its parameters in JAX by {way_out}." if runs.params_folder(path).exists() else "")
     )
-  program = deserialize(path / "model.stablehlo", path)
+  program = deserialize(runs.stablehlo_file(path), path)
   platform = (devices or jax.local_devices())[0].platform
   platform = {"gpu": "cuda"}.get(platform, platform)  # The two names that JAX has for NVIDIA.
   if platform not in program.platforms:
@@ -177,7 +177,7 @@ def load_exported(
       f"Export the model with --platforms {' '.join(program.platforms)} {platform}."
     )
   (shapes, images), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
-  params = disk.read_tree(path / "params", shapes["params"])
+  params = runs.read_params(path, shapes["params"])
   return CompiledModel(
     program.call,
     {"params": params},
@@ -199,40 +199,3 @@ def onnx_facts(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     "opset": OPSET,
     "onnxruntime": importlib.metadata.version("onnxruntime"),
   }
-
-
-def write_folder(
-  path: Path,
-  files: Mapping[str, bytes],
-  spec: ModelSpec,
-  facts: Mapping[str, Any],
-  params: Any = None,
-) -> None:
-  """Writes an exported folder, whole or not at all.
-
-  The files are written into a draft folder next to the final place, which is then moved there.
-
-  Args:
-    path: the folder to write.
-    files: name to content of the program's files.
-    spec: ModelSpec of the model.
-    facts: content of export.json.
-    params: the parameters; None writes no params folder.
-
-  Raises:
-    InputError: the folder cannot be written.
-  """
-  draft = path.with_name(f"{path.name}.draft")
-  shutil.rmtree(draft, ignore_errors=True)
-  try:
-    with disk.writing(path):
-      draft.mkdir(parents=True)
-      for name, content in files.items():
-        (draft / name).write_bytes(content)
-      if params is not None:
-        disk.write_tree(draft / "params", params)
-      spec.write(draft)
-      disk.write_json(draft / "export.json", facts)
-      disk.replace_folder(draft, path)
-  finally:
-    shutil.rmtree(draft, ignore_errors=True)

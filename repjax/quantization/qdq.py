@@ -84,7 +84,7 @@ def in_qdq_form(
   tag.key, tag.value = "onnx.quant.pre_process", "onnxruntime.quant"
   quiet = contextlib.redirect_stdout(io.StringIO())  # calibration prints its progress
   with tempfile.TemporaryDirectory() as folder, quiet:
-    path = Path(folder) / "model.onnx"
+    path = Path(folder) / "quantized.onnx"
     # Older versions keep no ranges. They calibrate in every call.
     keeps = "calibration_cache_path" in inspect.signature(tools.quantize_static).parameters
     tools.quantize_static(

@@ -1,7 +1,7 @@
 """Measures what each branch of a layer contributes to the fused kernel."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,43 +70,30 @@ class Kernels(NamedTuple):
   layers: list[FoldedLayer]
 
 
-def fold_branches(params: Tree, stats: Tree, epsilon: float = EPSILON) -> dict[str, Any]:
-  """Folds a RepConv one branch at a time, into kernels and biases that add up to the whole fold.
+def fold_weighted(params: Tree, stats: Tree, weights: Mapping[str, Any]) -> Any:
+  """Folds a RepConv in which the output of each branch is multiplied by a weight.
 
-  A branch whose batch norm has scale and bias zero contributes nothing. The fold is linear in
-  scales and biases. So each entry is the fold of the layer with all other branches silenced. This
-  is exact up to rounding for every kind of branch.
+  The fold is linear in the scales and biases of the batch norms. With weight 1 for one branch and 0
+  for all others, the result is therefore the part of this branch in the fused kernel and bias. The
+  parts add up to the whole fold. This is exact up to rounding for every kind of branch.
 
   Args:
     params: {branch: {conv: {kernel}, bn: {scale, bias}}}; an identity has no conv.
     stats: {branch: {bn: {mean, var}}}.
-    epsilon: added to the variance by batch norms.
+    weights: branch to its weight, for every branch.
 
   Returns:
-    Branch to {kernel (H, W, I/g, O), bias (O,)}, each of the size of the fused kernel.
+    {conv: {kernel (H, W, I/g, O), bias (O,)}}, as the fold returns it.
   """
-  names = branch_order(params)
-  rows = np.eye(len(names))
-  return {
-    name: _fold(_weighted(params, names, row), stats, epsilon)["conv"]
-    for name, row in zip(names, rows)
-  }
-
-
-def _fold(params: Tree, stats: Tree, epsilon: float) -> Any:
-  return FOLDS["RepConv"](params, stats, epsilon)
-
-
-def _weighted(params: Tree, names: Sequence[str], weights: Any) -> dict[str, Any]:
-  """Multiplies the output of each branch of a RepConv by a weight, one for each of `names`."""
 
   def times(weight: Any, bn: Tree) -> Any:
     return jax.tree.map(lambda leaf: leaf * jnp.asarray(weight, leaf.dtype), bn)
 
-  return {
+  weighted = {
     name: {**params[name], "bn": times(weight, params[name]["bn"])}
-    for name, weight in zip(names, weights)
+    for name, weight in weights.items()
   }
+  return FOLDS["RepConv"](weighted, stats, EPSILON)
 
 
 def branch_order(names: Iterable[str]) -> list[str]:
@@ -212,7 +199,7 @@ def _measure(params: Tree, stats: Tree, names: tuple[str, ...]) -> tuple[jax.Arr
   """Returns `_statistics` of the fused kernel and of each branch, stacked on a first axis."""
 
   def measure(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _statistics(_fold(_weighted(params, names, weights), stats, EPSILON))
+    return _statistics(fold_weighted(params, stats, dict(zip(names, weights))))
 
   # The first row keeps all branches, row i only branch i. `lax.map` compiles one fold and runs the
   # rows one after another, so that only one fused kernel is in memory.

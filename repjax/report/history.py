@@ -1,7 +1,5 @@
 """Reads what a run has recorded in its folder, as curves over its steps."""
 
-import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repjax import disk, runs
+from repjax import runs
 
 
 class Curve(NamedTuple):
@@ -51,7 +49,7 @@ def read_history(workdir: Path, name: str | None = None) -> History:
   notes, curves = [], {}
   metrics = runs.metrics_file(workdir)
   for file in (metrics, runs.timing_file(workdir)):
-    rows, damaged = _read_lines(file)
+    rows, damaged = runs.read_records(file)
     if damaged:
       notes.append(f"{file}: {damaged} damaged line{'s' * (damaged > 1)} left out")
     curves |= _curves(rows if file == metrics else [_speed(row) for row in rows])
@@ -61,8 +59,7 @@ def read_history(workdir: Path, name: str | None = None) -> History:
   if judged in curves:
     steps, values = curves[judged]
     best = int(steps[values == values.max()].max())
-  path = runs.config_file(workdir)
-  config = disk.read_json(path) if path.exists() else {}
+  config = runs.read_config_json(workdir) if runs.config_file(workdir).exists() else {}
   return History(
     workdir.absolute().name if name is None else name,
     f"{config['model']} on {config['dataset']}" if config.get("dataset") and curves else "",
@@ -96,25 +93,6 @@ def value_at(curve: Curve | None, step: int | None) -> float | None:
   """Returns the value recorded at a step, or None without any."""
   values = [] if curve is None else curve.values[curve.steps == step]
   return float(values[-1]) if len(values) else None
-
-
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-  """Returns the records of a file, and the number of lines without a record."""
-  lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-  rows = [row for row in map(_parse, lines) if row is not None]
-  return rows, len(lines) - len(rows)
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-  """Returns a record if its values are finite numbers and its step is whole, else None."""
-  try:
-    row = json.loads(line)
-  except ValueError:
-    return None
-  if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-    return None
-  numbers = [value for value in row.values() if isinstance(value, int | float)]
-  return row if len(numbers) == len(row) and all(map(math.isfinite, numbers)) else None
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from repjax import disk, runs
+from repjax import runs
 from repjax.errors import InputError
 from repjax.report.branches import Kernels, read_kernels
 from repjax.report.history import History, distinct_names, read_history
@@ -62,9 +62,9 @@ def read_histories(workdirs: Sequence[Path]) -> list[History]:
   """
   for number, workdir in enumerate(workdirs):
     if not runs.model_file(workdir).exists():
-      disk.read_json(runs.model_file(workdir))  # Raises the error for a missing file.
+      runs.read_spec(workdir)  # Raises the error for a missing file.
     if workdir.resolve() in [other.resolve() for other in workdirs[:number]]:
-      raise InputError(f"{workdir} is given twice; compare it with another run")
+      raise InputError(f"{workdir} is given twice; compare it with a different run")
   histories = [
     read_history(workdir, name) for workdir, name in zip(workdirs, distinct_names(workdirs))
   ]

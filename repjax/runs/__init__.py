@@ -1,4 +1,7 @@
-"""The folder of a run, called workdir: every file in it is written and read by this package.
+"""The folder of a run, called workdir: this package writes and reads the files in it.
+
+Two kinds of files are exceptions, of which only the paths are here: `repjax.report` draws the
+picture, and tensorboardX writes the event files.
 
 runs/digits/
 config.json               the config that the run was last started with
@@ -16,8 +19,9 @@ import.json               imports only: where the weights came from
 report.png                curves and kernels
 .lock                     while a process writes: which process
 
-paths.py names the files, checkpoint.py writes and reads checkpoints, records.py the two .jsonl
-files, folders.py the deploy form and re-estimated statistics. lock.py keeps a second writer away.
+paths.py names the files. checkpoint.py writes and reads checkpoints, files.py the .json files,
+records.py the two .jsonl files, folders.py the deploy form, re-estimated statistics, imports and
+exported networks. lock.py keeps a second writer away.
 """
 
 # ruff: noqa: F401  (everything imported here is offered to other packages)
@@ -25,20 +29,36 @@ files, folders.py the deploy form and re-estimated statistics. lock.py keeps a s
 from repjax.runs.checkpoint import (
   Bookmark,
   CheckpointWriter,
+  all_finite,
   checkpoints,
   read_bookmark,
   read_checkpoint,
   set_aside,
 )
+from repjax.runs.files import (
+  read_config_json,
+  read_conversion_report,
+  read_data,
+  read_export,
+  read_roundings,
+  read_spec,
+  write_roundings,
+  write_spec,
+  write_start,
+)
 from repjax.runs.folders import (
   read_best,
+  read_params,
   remove_recalibrated,
   sweep,
   write_deploy,
+  write_export,
+  write_import,
   write_recalibrated,
 )
 from repjax.runs.paths import (
   accuracy_file,
+  batch_stats_folder,
   bookmark_file,
   checkpoint_folder,
   checkpoints_folder,
@@ -47,6 +67,7 @@ from repjax.runs.paths import (
   damaged_folder,
   data_file,
   deploy_folder,
+  export_file,
   find_deploy,
   import_file,
   int8_folder,
@@ -57,9 +78,11 @@ from repjax.runs.paths import (
   params_folder,
   picture_file,
   recalibrated_folder,
+  recalibration_file,
   rounding_file,
+  stablehlo_file,
   tensorboard_folder,
   timing_file,
   variables_folder,
 )
-from repjax.runs.records import RecordsFile
+from repjax.runs.records import RecordsFile, read_records

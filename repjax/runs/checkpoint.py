@@ -227,11 +227,16 @@ class CheckpointWriter:
       logging.set_verbosity(self._verbosity)
 
 
+def all_finite(tree: Any) -> bool:
+  """Checks whether every number in a tree of arrays is finite."""
+  return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
 def _check_finite(trees: Any, step: int) -> None:
   """Raises InputError for a state from which no run could continue."""
-  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trees)):
+  if not all_finite(trees):
     raise InputError(
       f"parameters or statistics are not finite after step {step}, which was therefore not saved; "
       "the same command continues from the last checkpoint. A lower --config.learning_rate usually "
-      "helps, in another --workdir"
+      "helps, in a different --workdir"
     )

@@ -1,6 +1,11 @@
-"""Folders beside the checkpoints: the deploy form, and re-estimated statistics; and sweeping."""
+"""Folders that are written as a whole: the deploy form, re-estimated statistics, imports, exports.
 
+`sweep` removes what killed processes have left.
+"""
+
+import os
 import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Mapping
@@ -12,7 +17,7 @@ import numpy as np
 
 from repjax import disk
 from repjax.errors import InputError
-from repjax.runs import paths
+from repjax.runs import files, paths
 from repjax.runs.checkpoint import read_checkpoint
 
 
@@ -32,9 +37,111 @@ def write_deploy(
   """
   draft = _new_draft(paths.deploy_folder(workdir))
   disk.write_tree(paths.params_folder(draft), params)
-  disk.write_json(paths.model_file(draft), model)
+  files.write_spec(draft, model)
   disk.write_json(paths.conversion_file(draft), report)
   disk.replace_folder(draft, paths.deploy_folder(workdir))
+
+
+def read_params(folder: Path, shapes: Any) -> Any:
+  """Reads the parameters of a deploy folder or an exported folder.
+
+  Args:
+    folder: the folder, as from `find_deploy`.
+    shapes: tree of the shapes and dtypes that the parameters must have.
+
+  Raises:
+    InputError: the parameters are missing, damaged, or of different shapes.
+  """
+  return disk.read_tree(paths.params_folder(folder), shapes)
+
+
+def write_import(
+  workdir: Path,
+  variables: Mapping[str, Any],
+  *,
+  spec: Mapping[str, Any],
+  record: Mapping[str, Any],
+  config: Mapping[str, Any],
+) -> None:
+  """Writes the folder of an import, either completely or not at all.
+
+  The files are written into a draft next to the final place, which is then moved there.
+
+  Args:
+    workdir: the folder to make; an empty folder is replaced.
+    variables: variables of the training form, which become the checkpoint of step 0, or of the
+      deploy form, which become the deploy folder.
+    spec: content of model.json.
+    record: content of import.json. Its `kind` is "train" or "deploy", the form of the variables.
+    config: content of config.json.
+
+  Raises:
+    InputError: a file cannot be written.
+  """
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  draft = Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", dir=workdir.parent))
+  try:
+    if record["kind"] == "train":
+      disk.write_tree(paths.variables_folder(draft, 0), variables)
+    else:
+      deploy = paths.deploy_folder(draft)
+      disk.write_tree(paths.params_folder(deploy), variables["params"])
+      files.write_spec(deploy, spec)
+    files.write_spec(draft, spec)
+    disk.write_json(paths.import_file(draft), record)
+    disk.write_json(paths.config_file(draft), config)
+    # A temporary folder is closed to other users; this one gets the usual permissions.
+    draft.chmod(0o777 & ~_umask())
+    if workdir.exists():
+      workdir.rmdir()
+    draft.replace(workdir)
+  finally:
+    shutil.rmtree(draft, ignore_errors=True)
+
+
+def _umask() -> int:
+  """Returns the permissions that new files do not get; the system only tells them when set."""
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+def write_export(
+  folder: Path,
+  programs: Mapping[str, bytes],
+  *,
+  spec: Mapping[str, Any],
+  facts: Mapping[str, Any],
+  params: Any = None,
+) -> None:
+  """Writes an exported folder, such as the int8 folder of a run, completely or not at all.
+
+  The files are written into a draft next to the final place, which is then moved there.
+
+  Args:
+    folder: the folder to write.
+    programs: name to content of the program's files.
+    spec: content of model.json.
+    facts: content of export.json.
+    params: the parameters; None writes no params folder.
+
+  Raises:
+    InputError: the folder cannot be written.
+  """
+  draft = disk.draft_folder(folder)
+  shutil.rmtree(draft, ignore_errors=True)
+  try:
+    with disk.writing(folder):
+      draft.mkdir(parents=True)
+      for name, content in programs.items():
+        (draft / name).write_bytes(content)
+      if params is not None:
+        disk.write_tree(paths.params_folder(draft), params)
+      files.write_spec(draft, spec)
+      disk.write_json(paths.export_file(draft), facts)
+      disk.replace_folder(draft, folder)
+  finally:
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def read_best(
@@ -66,7 +173,7 @@ def read_best(
     record = _read_record(folder)
     if (record["step"], record["checkpoint"]) != (step, _checksum(variables["batch_stats"])):
       return step, variables, None
-    batch_stats = disk.read_tree(_batch_stats_folder(folder), shapes["batch_stats"])
+    batch_stats = disk.read_tree(paths.batch_stats_folder(folder), shapes["batch_stats"])
   except InputError as error:
     raise InputError(
       f"{error}. To use the checkpoint's own statistics again: "
@@ -93,8 +200,8 @@ def write_recalibrated(
   """
   record = {"step": step, "checkpoint": _checksum(replaced), **facts}
   draft = _new_draft(paths.recalibrated_folder(workdir))
-  disk.write_tree(_batch_stats_folder(draft), batch_stats)
-  disk.write_json(_record_file(draft), record)
+  disk.write_tree(paths.batch_stats_folder(draft), batch_stats)
+  disk.write_json(paths.recalibration_file(draft), record)
   disk.replace_folder(draft, paths.recalibrated_folder(workdir))
   return record
 
@@ -163,23 +270,15 @@ def _new_draft(folder: Path) -> Path:
   return draft
 
 
-def _record_file(folder: Path) -> Path:
-  return folder / "recalibration.json"
-
-
-def _batch_stats_folder(folder: Path) -> Path:
-  return folder / "batch_stats"
-
-
 def _read_record(folder: Path) -> dict[str, Any]:
   """Reads recalibration.json.
 
   Raises:
     InputError: the file is missing or damaged.
   """
-  record = disk.read_json(_record_file(folder))
+  record = disk.read_json(paths.recalibration_file(folder))
   if not isinstance(record, dict) or not {"step", "checkpoint", "batches"} <= record.keys():
-    raise InputError(f"{_record_file(folder)} is damaged: fields are missing")
+    raise InputError(f"{paths.recalibration_file(folder)} is damaged: fields are missing")
   return record
 
 

@@ -134,4 +134,4 @@ def _holder(path: Path) -> str:
       f"process {held['pid']} on {held['host']} since {held['since']} ({held['command'][:200]})"
     )
   except (OSError, ValueError, KeyError, TypeError):
-    return "another process"  # which has locked the file and not yet signed it
+    return "another process"  # The holder has locked the file, and has not signed it yet.

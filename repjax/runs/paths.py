@@ -89,13 +89,23 @@ def recalibrated_folder(workdir: Path) -> Path:
   return workdir / "recalibrated"
 
 
+def recalibration_file(folder: Path) -> Path:
+  """Returns the path of the record of a re-estimation, in a folder of re-estimated statistics."""
+  return folder / "recalibration.json"
+
+
+def batch_stats_folder(folder: Path) -> Path:
+  """Returns the folder of the statistics, in a folder of re-estimated statistics."""
+  return folder / "batch_stats"
+
+
 def deploy_folder(workdir: Path) -> Path:
   """Returns the folder of the deploy form."""
   return workdir / "deploy"
 
 
 def params_folder(folder: Path) -> Path:
-  """Returns the folder of the parameters in a deploy folder."""
+  """Returns the folder of the parameters in a deploy folder or an exported folder."""
   return folder / "params"
 
 
@@ -117,6 +127,16 @@ def int8_folder(workdir: Path) -> Path:
 def onnx_file(folder: Path) -> Path:
   """Returns the path of a network in ONNX format."""
   return folder / "model.onnx"
+
+
+def stablehlo_file(folder: Path) -> Path:
+  """Returns the path of a network in StableHLO format, without parameters."""
+  return folder / "model.stablehlo"
+
+
+def export_file(folder: Path) -> Path:
+  """Returns the path of the facts about an exported network."""
+  return folder / "export.json"
 
 
 def find_deploy(folder: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class RecordsFile:
     Raises:
       InputError: the file cannot be written.
     """
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = _lines(path)
     kept = [line for line in lines if _step_of(line) <= first_step][:count]
     if count is not None and len(kept) < count:
       print(f"{path} lacks {count - len(kept)} records; the run continues without them", flush=True)
@@ -63,6 +64,32 @@ class RecordsFile:
   def close(self) -> None:
     """Closes the file."""
     self._file.close()
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+  """Returns the records of a file, and the number of lines that hold no record.
+
+  A record has a whole step, and all of its values are finite numbers. A missing file is empty.
+  """
+  lines = _lines(path)
+  records = [record for record in map(_parse, lines) if record is not None]
+  return records, len(lines) - len(records)
+
+
+def _lines(path: Path) -> list[str]:
+  return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+  """Returns a record if its values are finite numbers and its step is whole, else None."""
+  try:
+    record = json.loads(line)
+  except ValueError:
+    return None
+  if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    return None
+  numbers = [value for value in record.values() if isinstance(value, int | float)]
+  return record if len(numbers) == len(record) and all(map(math.isfinite, numbers)) else None
 
 
 def _step_of(line: str) -> float:

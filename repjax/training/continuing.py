@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 
-from repjax import disk, runs
-from repjax.config import BEFORE, FREE, Config
+from repjax import runs
+from repjax.config import BEFORE, FREE, RESUME, Config
 from repjax.errors import InputError, unknown
 from repjax.spec import ModelSpec
 from repjax.training.planning import read_config
 
-RESUME = ("auto", "must", "never")
 _PATHS_OF_A_RUN = (
   *(runs.config_file, runs.model_file, runs.import_file, runs.metrics_file),
   *(runs.checkpoints_folder, runs.deploy_folder),
@@ -37,7 +36,7 @@ def check_resume(workdir: Path, resume: str) -> None:
   if resume == "never" and held:
     raise InputError(
       f"{workdir} already holds {', '.join(held)} of a run that --resume=never must not touch; "
-      "give another --workdir, or --resume=auto to continue that run"
+      "give a different --workdir, or --resume=auto to continue that run"
     )
 
 
@@ -51,24 +50,22 @@ def check_data(workdir: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> 
     workdir: folder of the run.
     fingerprints: "train" and "eval" to the `Source.fingerprint` of each split.
   """
-  path = runs.data_file(workdir)
-  if not runs.checkpoints(workdir) or not path.exists():
+  held = runs.read_data(workdir) if runs.checkpoints(workdir) else None
+  if held is None:
     return
-  held = disk.read_json(path)
-  if not isinstance(held, dict) or not all(isinstance(facts, dict) for facts in held.values()):
-    raise InputError(f"{path} is damaged: it does not hold facts about the data; restore it")
   before, now = _common_facts(held, plain(fingerprints))
   changed = difference(before, now)
   if any(_source_of(before[part]) != _source_of(now[part]) for part in now):
     raise InputError(
-      f"the run in {workdir} began with other data: {changed}. Name the data that it began with, "
-      f"or start a new run from this one: another --workdir with --config.init_from={workdir}"
+      f"the run in {workdir} began with different data: {changed}. Name the data that it began "
+      "with, or start a new run from this one: a different --workdir with "
+      f"--config.init_from={workdir}"
     )
   if changed:
     raise InputError(
       f"the data set has changed since the run in {workdir} began: {changed}. A run continues on "
-      "the same images only. Restore the set, or start a new run from this one: another --workdir "
-      f"with --config.init_from={workdir}"
+      "the same images only. Restore the set, or start a new run from this one: a different "
+      f"--workdir with --config.init_from={workdir}"
     )
 
 
@@ -93,14 +90,14 @@ def check_workdir(workdir: Path, spec: ModelSpec) -> None:
   """
   if runs.import_file(workdir).exists():
     raise InputError(
-      f"{workdir} holds imported weights, not a run; give another --workdir, "
+      f"{workdir} holds imported weights, not a run; give a different --workdir, "
       f"with --config.init_from={workdir} to start from them"
     )
   if not runs.model_file(workdir).exists():
     if runs.checkpoints(workdir):
       raise InputError(
         f"{workdir} has checkpoints but no model.json that names their model; restore that file, "
-        "or give another --workdir"
+        "or give a different --workdir"
       )
     return
   # Class names are left out: the data set is compared in `check_data`. Through `plain`, tuples of
@@ -108,8 +105,8 @@ def check_workdir(workdir: Path, spec: ModelSpec) -> None:
   held, new = (plain({**s.to_json(), "class_names": ()}) for s in (ModelSpec.read(workdir), spec))
   if held != new:
     raise InputError(
-      f"{workdir} belongs to another model: {difference(held, new)}. Nothing was changed; give "
-      "another --workdir, or the config that this run began with"
+      f"{workdir} belongs to a different model: {difference(held, new)}. Nothing was changed; "
+      "give a different --workdir, or the config that this run began with"
     )
 
 
@@ -129,8 +126,8 @@ def check_continuing(workdir: Path, config: Config) -> None:
   changed = difference(*({name: facts[name] for name in fixed} for facts in (held, new)))
   if changed:
     raise InputError(
-      f"the run in {workdir} began with another config: {changed}. Set this back, since a run "
-      "continues only as it began, or start a new run in another --workdir: with "
+      f"the run in {workdir} began with a different config: {changed}. Set this back, since a run "
+      "continues only as it began, or start a new run in a different --workdir: with "
       f"--config.init_from={workdir} from this one, without it from nothing (add --resume=never "
       f"to be sure). These may change: {', '.join(sorted(FREE))}"
     )
@@ -142,12 +139,10 @@ def write_start_files(
   """Writes config.json, model.json and data.json, and prints which config fields have changed."""
   new = config.to_dict()
   if runs.config_file(workdir).exists():
-    changed = difference(disk.read_json(runs.config_file(workdir)), plain(new))
+    changed = difference(runs.read_config_json(workdir), plain(new))
     if changed:
       print(f"config changed since this run began: {changed}", flush=True)
-  disk.write_json(runs.config_file(workdir), new)
-  disk.write_json(runs.data_file(workdir), plain(fingerprints))
-  spec.write(workdir)
+  runs.write_start(workdir, config=new, data=plain(fingerprints), spec=spec.to_json())
 
 
 def plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from repjax import runs
 from repjax.cache import use_compilation_cache
-from repjax.config import Config, check_evaluation
+from repjax.config import BEFORE, Config, check_evaluation
 from repjax.data import Source
 from repjax.errors import InputError
 from repjax.reparam import layer_name, reparameterize
@@ -56,7 +56,7 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
   report = {
     "step": step,
     "recalibrated": recalibrated,
-    "ema_decay": config.get("ema_decay", 0.0),
+    "ema_decay": config.get("ema_decay", BEFORE["ema_decay"]),
     "dataset": config.dataset,
     "images": images,
     "accuracy": {form: sums[f"{form}_correct"] / images for form in ("train", "deploy")},

@@ -74,7 +74,7 @@ def _held_spec(config: Config, workdir: str | Path | None) -> ModelSpec | None:
     if config.init_from and Path(config.init_from).resolve() == own.resolve():
       raise InputError(
         f"config.init_from names the workdir itself, {own}; leave it out to continue that run, or "
-        "give another --workdir for a new run that starts from it"
+        "give a different --workdir for a new run that starts from it"
       )
     if runs.checkpoints(own) and runs.model_file(own).exists():
       return ModelSpec.read(own)

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from repjax import runs
-from repjax.training.metrics import Progress, Watch
-from repjax.training.state import to_items
-from repjax.training.step import TrainState
+from repjax.training.display import Progress, Watch
+from repjax.training.state import TrainState, to_items
 
 Row = Mapping[str, float]
 """`loss` and `accuracy` of one step."""

@@ -36,7 +36,8 @@ from repjax.training.interruption import Interruption
 from repjax.training.journal import Journal
 from repjax.training.planning import Plan
 from repjax.training.prefetch import ReadAhead
-from repjax.training.step import Network, TrainState, make_eval_step, make_train_step
+from repjax.training.state import TrainState
+from repjax.training.step import Network, make_eval_step, make_train_step
 
 # Asking all processes whether to stop takes time. An evaluation asks once in this many batches.
 _ASK_EVERY = 8

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from repjax import disk, runs
+from repjax import runs
 from repjax.config import Config, check_config
 from repjax.data import Source, open_source, parse_augmentation
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.training import metrics, optimizer, parallel, schedules
+from repjax.training import display, optimizer, parallel, schedules
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Values of `config.dtype` to types of the computation."""
@@ -59,10 +59,7 @@ def read_config(workdir: str | Path, **changes: Any) -> Config:
   Raises:
     InputError: the folder holds no run, or its config.json is damaged.
   """
-  path = runs.config_file(Path(workdir))
-  value = disk.read_json(path)
-  if not isinstance(value, dict):
-    raise InputError(f"{path} is damaged: it does not hold a config")
+  value = runs.read_config_json(Path(workdir))
   changed = {field: change for field, change in changes.items() if change is not None}
   return ml_collections.ConfigDict({**value, **changed}, convert_dict=True)
 
@@ -112,7 +109,7 @@ def check(config: Config) -> None:
   check_config(config)
   parse_augmentation(config.augment)
   if config.tensorboard:
-    metrics.check_tensorboard()
+    display.check_tensorboard()
 
 
 def preprocessing(config: Config) -> Preprocessing:
@@ -174,7 +171,7 @@ def open_split(config: Config, split: str, spec: ModelSpec) -> Source:
   classes = len(source.class_names)
   if classes != spec.num_classes:
     raise InputError(
-      f"{config.dataset} has {classes} classes, the model has {spec.num_classes}. Name another "
+      f"{config.dataset} has {classes} classes, the model has {spec.num_classes}. Name a different "
       f"data set, or train a model of {classes} classes with --config.num_classes={classes}; "
       "--config.init_from=FOLDER of this model then keeps all but its classifier"
     )

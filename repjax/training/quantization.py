@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repjax import disk, runs
+from repjax import runs
 from repjax.config import Config
 from repjax.data.sources import Examples, Source
-from repjax.deploy.export import onnx_facts, write_folder
+from repjax.deploy.export import onnx_facts
 from repjax.errors import InputError
 from repjax.onnx import to_onnx
 from repjax.quantization import processor, quantize_by, roundings_of, runtime, simulated
@@ -30,7 +30,8 @@ from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.training import evaluation
 from repjax.training.planning import Plan
-from repjax.training.step import Network, TrainState
+from repjax.training.state import TrainState
+from repjax.training.step import Network
 
 
 def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Roundings:
@@ -50,9 +51,8 @@ def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Round
       is damaged.
   """
   runtime.need_runtime()
-  path = runs.rounding_file(workdir)
   if runs.checkpoints(workdir):
-    return _read(path)
+    return _read(workdir)
   if processor.saturates() and (config.qat_activations, config.qat_weight_bits) == ("uint8", 8):
     print(processor.SATURATES, "--config.qat_weight_bits=7", flush=True)
   images = calibration_images(plan.train, config.qat_images, plan.spec.preprocessing)
@@ -64,8 +64,7 @@ def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Round
     activations=config.qat_activations,
     weight_bits=config.qat_weight_bits,
   )
-  with disk.writing(path):
-    disk.write_json(path, roundings._asdict())
+  runs.write_roundings(workdir, roundings._asdict())
   return roundings
 
 
@@ -120,14 +119,15 @@ def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) 
     {"simulated": simulation, "int8": lambda images: ready.run(None, runtime.fed(images))[0]},
     split,
   )
-  plain = disk.read_json(runs.conversion_file(runs.deploy_folder(workdir)))["accuracy"]["deploy"]
+  plain = runs.read_conversion_report(workdir)["accuracy"]["deploy"]
   facts = onnx_facts(spec, "int8") | {
     "settings": {name: config[name] for name in ("qat_activations", "qat_weight_bits")},
     "accuracy": {"float32": plain, **measured},
     "bytes": made.ByteSize(),
   }
   folder = runs.int8_folder(workdir)
-  write_folder(folder, {runs.onnx_file(folder).name: made.SerializeToString()}, spec, facts)
+  programs = {runs.onnx_file(folder).name: made.SerializeToString()}
+  runs.write_export(folder, programs, spec=spec.to_json(), facts=facts)
   return facts
 
 
@@ -140,14 +140,14 @@ def format_int8(facts: Mapping[str, Any]) -> str:
   )
 
 
-def _read(path: Path) -> Roundings:
+def _read(workdir: Path) -> Roundings:
   """Reads rounding.json of a run."""
   try:
-    return Roundings(**disk.read_json(path))
+    return Roundings(**runs.read_roundings(workdir))
   except (TypeError, InputError) as error:
     raise InputError(
-      f"{path} is missing or damaged. It says how tensors are rounded, and without it the run "
-      "cannot continue as it began; restore it"
+      f"{runs.rounding_file(workdir)} is missing or damaged. It says how tensors are "
+      "rounded, and without it the run cannot continue as it began; restore it"
     ) from error
 
 
@@ -205,7 +205,7 @@ def check_apart(calibration: Source, held_out: Source) -> None:
     names = sorted({f"the {each['split']} split of {each['name']}" for each in facts})
     raise InputError(
       f"the images to calibrate with and to measure accuracy on are the same: {' and '.join(names)}"
-      ". This would flatter the accuracy; name another split with --calibration-split or --split"
+      ". This would flatter the accuracy; name a different one with --calibration-split or --split"
     )
 
 

@@ -25,21 +25,21 @@ from flax import linen as nn
 
 from repjax import runs
 from repjax.cache import use_compilation_cache
-from repjax.config import EVALUATION_FIELDS, Config, check_evaluation, check_fields
+from repjax.config import (
+  EVALUATION_FIELDS,
+  Config,
+  check_evaluation,
+  check_fields,
+  default_of,
+)
 from repjax.data import Source, train_batches
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing
 from repjax.training import evaluation, parallel, planning, processes
 from repjax.training.step import make_eval_step
 
-_FIELDS = (*EVALUATION_FIELDS, "train_split", "augment", "seed", "sync_batch_norm")
-# The config of an import describes no training. These fields are those of ImageNet in the papers.
-_IMPORTED = {
-  "train_split": "train",
-  "augment": "random_resized_crop | flip",
-  "seed": 0,
-  "sync_batch_norm": False,
-}
+# The config of an import describes no training, so there these fields have their defaults.
+_TRAINING = ("train_split", "augment", "seed", "sync_batch_norm")
 
 
 def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dict[str, Any]:
@@ -169,8 +169,9 @@ def _with_defaults(config: Config, workdir: Path, is_import: bool) -> Config:
       "from there"
     )
   if is_import:
-    config = type(config)({**_IMPORTED, **config.to_dict()})
-  check_fields(config, _FIELDS)
+    defaults = {name: default_of(name) for name in _TRAINING}
+    config = type(config)({**defaults, **config.to_dict()})
+  check_fields(config, (*EVALUATION_FIELDS, *_TRAINING))
   check_evaluation(config)
   parallel.check_batch_size(config.batch_size)
   return config
@@ -267,13 +268,12 @@ def _shares(
   """
   shares = {}
 
-  # Momentum is an attribute of a module and not in the tree, so the modules are met in a trace.
-
   def note(method: Any, arguments: Any, keywords: Any, context: Any) -> Any:
     if isinstance(context.module, nn.BatchNorm):
       shares[context.module.path] = float(np.float32(1 - context.module.momentum))
     return method(*arguments, **keywords)
 
+  # Momentum is an attribute of a module, and not in the tree. A trace calls every module.
   with nn.intercept_methods(note):
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     jax.eval_shape(model.apply, dict(variables), images)
@@ -305,7 +305,7 @@ def _from_moments(sums: dict[str, np.ndarray], count: int) -> dict[str, np.ndarr
 
 def _check_finite(batch_stats: Any, step: int) -> None:
   """Raises InputError where a statistic is not finite."""
-  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(batch_stats)):
+  if not runs.all_finite(batch_stats):
     raise InputError(
       f"the re-estimated statistics of step {step} are not finite, so nothing was written; has "
       "this run diverged?"

@@ -34,8 +34,7 @@ from repjax.training.interruption import Interruption
 from repjax.training.loop import Prepared
 from repjax.training.planning import Plan
 from repjax.training.recalibration import format_recalibration, recalibrate
-from repjax.training.state import restore_newest
-from repjax.training.step import TrainState, create_state
+from repjax.training.state import TrainState, create_state, restore_newest
 
 
 @processes.first_prints()

@@ -7,63 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from flax import struct
 
 from repjax.algebra import wide_dtype
 from repjax.spec import Preprocessing
 from repjax.training import custom_l2 as penalty
 from repjax.training import mixing
 from repjax.training.optimizer import classifier_only, overlay
+from repjax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 Network = Callable[..., Any]
 """A function of variables and normalized images (N, S, S, 3) that returns logits (N, K)."""
 Gradients = Callable[[Any, Batch, jax.Array], tuple[Any, Any, Any]]
 """A function of variables, batch and key that returns gradients, new collections and metrics."""
-
-
-@struct.dataclass
-class TrainState:
-  """The values that a step changes, without a device axis.
-
-  Attributes:
-    step: steps taken, int32 ().
-    params: parameters of the model.
-    batch_stats: running statistics of the batch norms.
-    opt_state: state of the optimizer.
-    ema: moving average {"params", "batch_stats"}; None in a run without an average.
-  """
-
-  step: jax.Array
-  params: Any
-  batch_stats: Any
-  opt_state: optax.OptState
-  ema: Any = None
-
-  @property
-  def variables(self) -> dict[str, Any]:
-    """The variables of the model that learn, not their average."""
-    return {"params": self.params, "batch_stats": self.batch_stats}
-
-
-def create_state(
-  variables: Any, optimizer: optax.GradientTransformation, *, ema: bool = False
-) -> TrainState:
-  """Builds the state at step 0 from the variables of a model.
-
-  Args:
-    variables: {"params", "batch_stats"}.
-    optimizer: initialised with the parameters.
-    ema: the state holds a moving average, which starts as a copy.
-  """
-  held = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    **held,
-    opt_state=optimizer.init(variables["params"]),
-    # A step donates the memory of its state, so no array may appear in the state twice.
-    ema=jax.tree.map(jnp.copy, held) if ema else None,
-  )
 
 
 def make_train_step(

@@ -43,6 +43,9 @@ def read_entry(
   Returns:
     The name of the entry that was taken ("" if the file itself is the state dict), the names of the
     entries that were left, and the state dict.
+
+  Raises:
+    InputError: as in `read`.
   """
   if not path.is_file():
     what = "is a folder" if path.is_dir() else "does not exist"
@@ -106,7 +109,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
   except Exception as error:  # A damaged archive or header can raise nearly anything.
     raise InputError(
       f"{path} cannot be read: it is damaged, or holds something else than plain arrays "
-      f"({type(error).__name__}: {str(error)[:200]})"
+      f"({type(error).__name__}: {str(error)[:200]}). Fetch the file again, or write its arrays "
+      "with numpy.savez"
     ) from error
 
 

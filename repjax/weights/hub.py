@@ -5,11 +5,13 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from repjax.config import INTERPOLATIONS
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
 
 PREFIX = "hf:"
 _FILES = ("model.safetensors", "pytorch_model.bin")
+_BY_FILE = "Download the weights and pass --from FILE: then config.json is not read"
 
 
 class HubFile(NamedTuple):
@@ -126,11 +128,13 @@ def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
   if "input_size" not in stated:
     return None
   if stated.get("crop_mode", "center") != "center":
-    raise InputError(f"config.json asks for crop_mode {stated['crop_mode']!r}; only center is read")
-  if stated.get("interpolation") not in ("bilinear", "bicubic", "nearest"):
     raise InputError(
-      f"config.json asks for interpolation {stated.get('interpolation')!r}; bilinear, bicubic and "
-      "nearest are read"
+      f"config.json asks for crop_mode {stated['crop_mode']!r}, but only center is read. {_BY_FILE}"
+    )
+  if stated.get("interpolation") not in INTERPOLATIONS:
+    raise InputError(
+      f"config.json asks for interpolation {stated.get('interpolation')!r}, but only "
+      f"{', '.join(INTERPOLATIONS)} are read. {_BY_FILE}"
     )
   try:
     _, height, width = stated["input_size"]

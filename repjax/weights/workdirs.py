@@ -2,8 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax import disk, runs
+from repjax import config, runs
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub, repmlpnet
@@ -21,7 +19,7 @@ from repjax.weights.files import read_entry
 from repjax.weights.misfits import is_half
 from repjax.weights.recognition import Recognition, recognize
 from repjax.weights.repvgg import PREPROCESSING
-from repjax.weights.sources import KINDS, RELEASED_WITH
+from repjax.weights.sources import RELEASED_WITH
 from repjax.weights.translation import from_torch, to_torch
 
 
@@ -109,7 +107,13 @@ def import_weights(
       "assumed": assumed,
       "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
     }
-  _write(workdir, spec, variables, record)
+  runs.write_import(
+    workdir,
+    variables,
+    spec=spec.to_json(),
+    record=record,
+    config=config.for_import(spec.name, num_classes),
+  )
   return record
 
 
@@ -165,7 +169,7 @@ def check_new(path: Path) -> Path:
     if path == Path.cwd():
       raise InputError("the current folder cannot be replaced; give the path of a new one")
   elif path.exists():
-    raise InputError(f"{path} exists already; give another path, or remove it first")
+    raise InputError(f"{path} exists already; give a different path, or remove it first")
   nearest = next(parent for parent in path.parents if parent.exists())
   if not nearest.is_dir():
     raise InputError(f"{path} cannot be made: {nearest} is a file")
@@ -194,44 +198,3 @@ def _class_names(fetched: hub.HubFile | None, num_classes: int) -> tuple[str, ..
   """Returns the names of the classes that the repository states, if there is one for each class."""
   names = (fetched.config.get("label_names") or ()) if fetched else ()
   return tuple(names) if len(names) == num_classes else ()
-
-
-def _write(workdir: Path, spec: ModelSpec, variables: Any, record: dict[str, Any]) -> None:
-  """Writes the folder, whole or not at all: into a draft next to its place, which is then moved."""
-  workdir.parent.mkdir(parents=True, exist_ok=True)
-  draft = Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", dir=workdir.parent))
-  try:
-    if record["kind"] == KINDS[0]:
-      disk.write_tree(runs.variables_folder(draft, 0), variables)
-    else:
-      disk.write_tree(runs.params_folder(runs.deploy_folder(draft)), variables["params"])
-      spec.write(runs.deploy_folder(draft))
-    spec.write(draft)
-    disk.write_json(runs.import_file(draft), record)
-    disk.write_json(runs.config_file(draft), _evaluation_config(spec))
-    draft.chmod(0o777 & ~_umask())
-    if workdir.exists():
-      workdir.rmdir()
-    draft.replace(workdir)
-  finally:
-    shutil.rmtree(draft, ignore_errors=True)
-
-
-def _umask() -> int:
-  """Returns the permissions that new files do not get; the system only tells them when set."""
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
-
-
-def _evaluation_config(spec: ModelSpec) -> dict[str, Any]:
-  """Returns the fields of a config that `repjax evaluate` and `repjax convert` read."""
-  return {
-    "model": spec.name,
-    "dataset": "imagenet2012" if spec.num_classes == 1000 else None,
-    "data_dir": None,
-    "eval_split": "validation",
-    "batch_size": 64,
-    "num_workers": 0,
-    "tolerance": 1e-5,
-  }

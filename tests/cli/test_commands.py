@@ -178,7 +178,7 @@ def test_export_weights_writes_what_import_weights_read(
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
   before = target.read_bytes()
   text = stop_of(run_command, "export-weights", "--workdir", workdir, *to)
-  assert text == f"error: {target} exists already; give another path, or remove it first"
+  assert text.startswith(f"error: {target} exists already")
   assert target.read_bytes() == before
 
 
@@ -240,4 +240,4 @@ def test_evaluate_asks_for_a_data_set_where_an_import_names_none(
 ):
   workdir, _ = import_weights(checkpoint("deploy"))
   text = stop_of(run_command, "evaluate", "--workdir", workdir)
-  assert text.startswith("error: no data set is named: pass --dataset NAME --split SPLIT")
+  assert text.startswith("error: no data set is named")

@@ -55,7 +55,7 @@ def test_quantize_writes_a_folder_and_a_table(run_command, workdir, tmp_path, mo
   runtime.session(importlib.import_module("onnx").load(target / "model.onnx"))
   with pytest.raises(InputError, match="which ONNX Runtime, OpenVINO or TensorRT runs and JAX"):
     repjax.deploy.load_exported(target)
-  with pytest.raises(SystemExit, match="already; give another path"):
+  with pytest.raises(SystemExit, match="exists already"):
     run_command("quantize", "--workdir", workdir, "--to", target)
 
 

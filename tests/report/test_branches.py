@@ -15,7 +15,7 @@ from repjax.report.branches import (
   KernelStats,
   branch_order,
   choose,
-  fold_branches,
+  fold_weighted,
   read_kernels,
   trace,
 )
@@ -59,12 +59,20 @@ def by_hand(name, params, stats, size, groups):
   return whole, np.asarray(bn["bias"]) - np.asarray(running["mean"]) * scale
 
 
+def parts_of(params, stats):
+  """Returns the part of each branch in the fused kernel and bias."""
+  return {
+    name: fold_weighted(params, stats, {branch: float(branch == name) for branch in params})["conv"]
+    for name in branch_order(params)
+  }
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("branches", KINDS, ids=" ".join)
 def test_the_parts_are_those_of_the_branches_and_add_up_to_the_fold(branches, groups):
   params, stats = random_layer(branches, groups)
-  parts = jax.jit(fold_branches)(params, stats)
+  parts = jax.jit(parts_of)(params, stats)
   fold = fold_rep_conv(params, stats, EPSILON)["conv"]
   assert parts.keys() == set(branches)
   for leaf in ("kernel", "bias"):
@@ -93,7 +101,7 @@ def test_kernels_of_a_run_are_those_of_its_best_checkpoint(finished):
       params, stats, deploy = params[scope], stats[scope], deploy[scope]
     fused = np.asarray(deploy["conv"]["kernel"])
     assert layer.channels == fused.shape[-1]
-    expected = {name: part["kernel"] for name, part in fold_branches(params, stats).items()}
+    expected = {name: part["kernel"] for name, part in parts_of(params, stats).items()}
     assert layer.branches.keys() == params.keys()
     for part, kernel in ((layer.fused, fused), *zip(layer.branches.values(), expected.values())):
       assert relative_error(part.taps, np.abs(kernel).mean((2, 3))) < 1e-5

@@ -410,7 +410,7 @@ def test_a_disk_that_is_full_stops_no_run(finished, tmp_path, capsys, monkeypatc
 
 def test_training_loads_no_drawing_before_it_draws():
   program = (
-    "import sys; from repjax import report, training; from repjax.training import metrics;"
+    "import sys; from repjax import report, training; from repjax.training import display;"
     "print(*[name for name in ('matplotlib', 'tensorboardX') if name in sys.modules])"
   )
   shown = subprocess.run(

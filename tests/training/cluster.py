@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tests.training import tiny
 
-SECONDS = 120
+SECONDS = 300
 
 
 class Ended(NamedTuple):

@@ -17,8 +17,7 @@ from repjax import cli, training
 from repjax.data import open_source
 from repjax.runs import CheckpointWriter
 from repjax.training import optimizer
-from repjax.training.state import to_items
-from repjax.training.step import create_state
+from repjax.training.state import create_state, to_items
 from tests.helpers import randomise
 from tests.training import tiny
 

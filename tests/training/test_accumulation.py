@@ -8,7 +8,8 @@ from flax import linen as nn
 
 from repjax import training
 from repjax.training import loop, optimizer, parallel
-from repjax.training.step import accumulate, create_state, make_train_step
+from repjax.training.state import create_state
+from repjax.training.step import accumulate, make_train_step
 from tests.helpers import leaves, relative_error
 from tests.training import tiny
 from tests.training.test_step import (

@@ -64,10 +64,10 @@ def test_claiming_again_says_and_changes_nothing(claimed, capsys):
 def test_a_workdir_of_another_model_is_refused_and_left_alone(claimed, changes, difference):
   workdir, claim = claimed
   before = tiny.contents(workdir)
-  with pytest.raises(InputError, match="belongs to another model") as caught:
+  with pytest.raises(InputError, match="different model") as caught:
     claim(**changes)
   assert difference in str(caught.value)
-  assert "Nothing was changed; give another --workdir" in str(caught.value)
+  assert "Nothing was changed" in str(caught.value)
   assert tiny.contents(workdir) == before
 
 
@@ -101,11 +101,11 @@ def changed(part, **facts):
 @pytest.mark.parametrize(
   ("data", "difference"),
   [
-    (changed("train", images=130), "began: train.images 120 -> 130. A run continues on"),
-    (changed("eval", name="fruit"), "began with other data: eval.name flowers -> fruit. Name"),
+    (changed("train", images=130), "train.images 120 -> 130"),
+    (changed("eval", name="fruit"), "data: eval.name flowers -> fruit"),
     (
       changed("train", classes={"count": 4, "names": "77e0"}),
-      "began: train.classes.count 3 -> 4, train.classes.names 5a1f -> 77e0. A run continues on",
+      "train.classes.count 3 -> 4, train.classes.names 5a1f -> 77e0",
     ),
   ],
   ids=["images", "name", "classes"],
@@ -117,8 +117,9 @@ def test_a_run_does_not_continue_on_other_images(claimed, data, difference):
   continuing.check_data(workdir, DATA)
   with pytest.raises(InputError) as caught:
     continuing.check_data(workdir, data)
-  assert f"the run in {workdir} {difference}" in str(caught.value)
-  assert f"another --workdir with --config.init_from={workdir}" in str(caught.value)
+  assert str(workdir) in str(caught.value)
+  assert difference in str(caught.value)
+  assert f"--config.init_from={workdir}" in str(caught.value)
   assert tiny.contents(workdir) == before
 
 
@@ -159,8 +160,8 @@ def test_a_run_does_not_continue_in_another_way_than_it_began(
   before = tiny.contents(with_checkpoint(workdir))
   with pytest.raises(InputError) as caught:
     continuing.check_continuing(workdir, config)
-  assert f"the run in {workdir} began with another config: {difference}. " in str(caught.value)
-  assert f"--config.init_from={workdir} from this one" in str(caught.value)
+  assert f"config: {difference}. " in str(caught.value)
+  assert f"--config.init_from={workdir} " in str(caught.value)
   assert "--resume=never" in str(caught.value)
   assert "may change: data_dir, eval_every_epochs, init_from," in str(caught.value)
   assert tiny.contents(workdir) == before

@@ -9,8 +9,7 @@ import pytest
 from repjax import disk, runs
 from repjax.spec import ModelSpec
 from repjax.training import optimizer
-from repjax.training.state import restore_newest
-from repjax.training.step import create_state
+from repjax.training.state import create_state, restore_newest
 from tests.helpers import random_variables, relative_error
 from tests.training import cluster, tiny
 

@@ -383,6 +383,6 @@ def test_a_changed_data_set_stops_a_run_that_would_continue(
 def test_a_run_that_would_freeze_its_backbone_half_way_is_stopped(finished, digits_dir, tmp_path):
   workdir = shutil.copytree(finished[0], tmp_path / "run")
   before = tiny.contents(workdir)
-  with pytest.raises(InputError, match=r"began with another config: backbone_rate 1\.0 -> 0\.0"):
+  with pytest.raises(InputError, match=r"config: backbone_rate 1\.0 -> 0\.0"):
     training.train(tiny.config(digits_dir, num_steps=20, backbone_rate=0.0), workdir)
   assert tiny.contents(workdir) == before

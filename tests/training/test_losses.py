@@ -8,7 +8,8 @@ import pytest
 import repjax
 from repjax.spec import Preprocessing
 from repjax.training import optimizer
-from repjax.training.step import create_state, make_train_step
+from repjax.training.state import create_state
+from repjax.training.step import make_train_step
 from tests.helpers import F64, convolve, fill_variables, init_shapes, leaves, official_name
 from tests.training import tiny
 

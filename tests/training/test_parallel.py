@@ -11,7 +11,8 @@ import repjax
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
 from repjax.training import optimizer, parallel
-from repjax.training.step import create_state, make_eval_step, make_train_step
+from repjax.training.state import create_state
+from repjax.training.step import make_eval_step, make_train_step
 from tests.helpers import F64, random_variables
 from tests.training import tiny
 

@@ -13,7 +13,8 @@ from repjax.quantization.sensitivity import compared
 from repjax.spec import Preprocessing
 from repjax.training import evaluation, optimizer, planning, quantization
 from repjax.training.quantization import calibration_images, check_apart
-from repjax.training.step import create_state, make_train_step
+from repjax.training.state import create_state
+from repjax.training.step import make_train_step
 from tests.helpers import halves, leaves, quick_jit, random_variables, relative_error
 from tests.quantization.int8 import needs_onnx
 from tests.training import tiny
@@ -148,7 +149,7 @@ def test_what_cannot_learn_in_8_bits_is_said_before_anything_is_written(
 
 
 def test_a_run_in_float_does_not_become_one_in_8_bits(finished, digits_dir):
-  with pytest.raises(InputError, match="began with another config: qat False -> True"):
+  with pytest.raises(InputError, match="config: qat False -> True"):
     training.train(tiny.config(digits_dir, qat=True), finished[0])
 
 

@@ -18,7 +18,7 @@ from repjax import disk, runs, training
 from repjax.configs import digits_repmlp
 from repjax.errors import InputError
 from repjax.training import loop, optimizer, planning, schedules
-from repjax.training.step import create_state
+from repjax.training.state import create_state
 from tests.training import tiny
 from tests.training.boards import shown
 

@@ -11,7 +11,8 @@ from flax import linen as nn
 import repjax
 from repjax.spec import Preprocessing
 from repjax.training import mixing, optimizer, parallel
-from repjax.training.step import TrainState, create_state, make_eval_step, make_train_step
+from repjax.training.state import TrainState, create_state
+from repjax.training.step import make_eval_step, make_train_step
 from tests.helpers import F64, leaves, random_variables, relative_error, shapes
 from tests.training import tiny
 

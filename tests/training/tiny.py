@@ -15,7 +15,8 @@ import repjax
 from repjax.configs import digits
 from repjax.spec import Preprocessing
 from repjax.training import optimizer, parallel
-from repjax.training.step import create_state, make_train_step
+from repjax.training.state import create_state
+from repjax.training.step import make_train_step
 from tests.helpers import leaves, random_variables
 
 ROOT = Path(__file__).parents[2]

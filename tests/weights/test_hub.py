@@ -219,8 +219,8 @@ def test_a_config_may_say_nothing_about_images(config):
 @pytest.mark.parametrize(
   ("change", "said"),
   [
-    ({"crop_mode": "border"}, "config.json asks for crop_mode 'border'; only center is read"),
-    ({"interpolation": "lanczos"}, "asks for interpolation 'lanczos'; bilinear, bicubic and near"),
+    ({"crop_mode": "border"}, "crop_mode 'border'"),
+    ({"interpolation": "lanczos"}, "interpolation 'lanczos'"),
   ],
 )
 def test_preprocessing_that_cannot_be_expressed_is_refused(change, said):

@@ -150,7 +150,7 @@ def test_imagenets_classes_make_imagenet_the_data_set(tmp_path, states):
   workdir, _ = import_state(tmp_path, states["deploy"])
   config = disk.read_json(workdir / "config.json")
   assert config["dataset"] is None
-  with pytest.raises(InputError, match="no data set is named: pass --dataset NAME --split SPLIT"):
+  with pytest.raises(InputError, match="no data set"):
     training.evaluate(training.read_config(workdir), workdir, deploy=True)
   other = tmp_path / "other"
   other.mkdir()
@@ -208,7 +208,7 @@ def test_what_does_not_fit_leaves_no_trace(tmp_path, states):
     with pytest.raises(InputError):
       import_state(tmp_path, state, **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["weights.npz"]
-  with pytest.raises(InputError, match="does not exist; give the path of a checkpoint file"):
+  with pytest.raises(InputError, match="does not exist"):
     weights.import_weights(str(tmp_path / "none.pth"), tmp_path / "run")
   assert [path.name for path in tmp_path.iterdir()] == ["weights.npz"]
 
@@ -216,7 +216,7 @@ def test_what_does_not_fit_leaves_no_trace(tmp_path, states):
 def test_a_folder_that_holds_something_is_left_alone(tmp_path, states):
   import_state(tmp_path, states["deploy"])
   before = tiny.contents(tmp_path)
-  with pytest.raises(InputError, match=r"run exists already; give another path"):
+  with pytest.raises(InputError, match="exists already"):
     import_state(tmp_path, states["deploy"])
   with pytest.raises(InputError, match=r"weights\.npz exists already"):
     weights.import_weights(str(tmp_path / "weights.npz"), tmp_path / "weights.npz")
@@ -263,7 +263,7 @@ def test_an_import_that_was_killed_is_no_run_and_can_be_repeated(
 def test_training_refuses_an_imported_folder(tmp_path, states, digits_dir):
   workdir, _ = import_state(tmp_path, states["train"])
   before = tiny.contents(workdir)
-  with pytest.raises(InputError, match=r"run holds imported weights, not a run; give another"):
+  with pytest.raises(InputError, match="holds imported weights"):
     training.train(tiny.config(digits_dir), workdir)
   assert tiny.contents(workdir) == before
 
@@ -341,7 +341,7 @@ def test_counters_are_whole_numbers_at_zero(tmp_path, states):
 @pytest.mark.parametrize(
   ("target", "arguments", "said"),
   [
-    ("taken.safetensors", {}, r"taken\.safetensors exists already; give another path"),
+    ("taken.safetensors", {}, r"taken\.safetensors exists already"),
     ("out.pth", {}, r"out\.pth must end in \.safetensors; call it out\.safetensors"),
     ("out.safetensors", {"naming": "keras"}, "'keras' has no names for repvgg_a0; there are"),
     ("out.safetensors", {"form": "train"}, "holds a deploy form only"),

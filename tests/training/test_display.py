@@ -10,8 +10,8 @@ import pytest
 
 from repjax import training
 from repjax.errors import InputError
-from repjax.training import metrics
-from repjax.training.metrics import Pace, Progress, Watch
+from repjax.training import display
+from repjax.training.display import Pace, Progress, Watch
 from tests.training import tiny
 from tests.training.boards import shown
 
@@ -38,7 +38,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
   """A clock that stands still until it is set."""
   clock = types.SimpleNamespace(now=100.0)
-  monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+  monkeypatch.setattr(display, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
   return clock
 
 
@@ -131,7 +131,7 @@ def test_an_update_returns_the_pace_since_the_one_before(clock):
   assert progress.update(21, 1.0, 0.0, 6.0) == (640, 4.0, 1.0)
   clock.now += 5
   progress.note("evaluation", seconds=3)
-  assert progress.update(22, 1.0, 0.0, 6.5) == metrics.Pace(images=64, seconds=2.0, waited=0.5)
+  assert progress.update(22, 1.0, 0.0, 6.5) == display.Pace(images=64, seconds=2.0, waited=0.5)
 
 
 def finished(clock, waited, out=None):
