@@ -6,7 +6,8 @@ RepMLPNet and ParNet are folded by the import and must get the shapes of the dep
 golden RepVGG must compute the authors' outputs, in both forms. This takes many minutes and a few
 GB; the test suite does the same with cheaper numbers.
 
-python -m tests.prove_weights --models repvgg_a0 repvgg_b1g4
+Example:
+  python scripts/prove_weights.py --models repvgg_a0 repvgg_b1g4
 """
 
 import argparse
@@ -16,9 +17,12 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are no part of the installed package
 
 import repjax
 from repjax import weights
