@@ -57,7 +57,7 @@ def test_an_import_is_recalibrated_on_what_is_named_and_undone_on_noise(run_comm
   small = Preprocessing(32, 32)  # small images are quick
   dataclasses.replace(repjax.ModelSpec.read(folder), preprocessing=small).write(folder)
   text = stop_of(run_command, "recalibrate", "--workdir", folder, "--batches", 1)
-  assert text.startswith("error: no data set is named: pass --dataset NAME --split SPLIT")
+  assert text.startswith("error: no data set is named")
   named = ("--dataset", "synthetic", "--split", "sample", "--eval-split", "sample")
   size = ("--batches", 2, "--batch-size", 8)
   printed = run_command("recalibrate", "--workdir", folder, *named, *size)
