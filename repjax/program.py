@@ -88,7 +88,7 @@ class Equation:
   def run(self, *values: Any) -> Sequence[Any]:
     """Computes the outputs from one array for each input, with the operation's own derivatives."""
     primitive = self.source.primitive
-    # A call with a derivative rule stores its functions in another form than `bind` takes.
+    # A call with a derivative rule stores its functions in a form that `bind` does not take.
     params = primitive.get_bind_params(self.source.params)
     with self.source.ctx.manager:
       results = primitive.bind(*values, **params)

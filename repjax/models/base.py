@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.layers import RepConv, RepLayer, activation, linear
-from repjax.layers.base import refuse_training
+from repjax.layers.base import dtypes_of, refuse_training
 from repjax.models.checks import check_classifier
 
 
@@ -155,13 +155,22 @@ class Classifier(nn.Module, kw_only=True):
     """
     x = last_of(maps).mean((1, 2))  # (N, C)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return linear(x, self.num_classes, name="head", dtype=self.dtype, param_dtype=self.param_dtype)
+    return linear(x, self.num_classes, name="head", **self.dtypes())
 
   @nn.nowrap
   def shared(self) -> dict[str, Any]:
     """Returns the attributes that the network passes on to every block, by name."""
-    fields = ("act", "axis_name", "deploy", "dtype", "param_dtype")
-    return {field: getattr(self, field) for field in fields}
+    return {
+      "act": self.act,
+      "axis_name": self.axis_name,
+      "deploy": self.deploy,
+      **self.dtypes(),
+    }
+
+  @nn.nowrap
+  def dtypes(self) -> dict[str, Any]:
+    """Returns `dtype` and `param_dtype` by name, for layers that are the same in both forms."""
+    return dtypes_of(self)
 
   @nn.nowrap
   def builder(self, block: type[Block], inputs: int = 1) -> BlockBuilder:
