@@ -16,8 +16,9 @@ How streams run at once. `start` calls the compiled pieces in an order in which 
 after the pieces that make its inputs. A call in JAX returns at once, with arrays that are computed
 later. The device queues the work until the inputs are there. So the host passes through all pieces
 without waiting, and pieces on different devices compute at the same time. A map from a different
-stream has to be moved between devices, and moves are queued in the same way. Nothing here waits or
-locks. ParNet moves four maps.
+stream has to be moved between devices, and moves are queued in the same way. ParNet moves four
+maps. Nothing locks. The host waits only in `finish`, for the results, and at the beginning of
+`start`, if a device still computes the images.
 
 With k groups, the k devices of a stream form a mesh, and a piece is one program for the mesh.
 
@@ -73,11 +74,10 @@ class Piece(NamedTuple):
 
 
 def cut_into_pieces(scopes: Mapping[str, StreamScope], results: Sequence[str]) -> tuple[Piece, ...]:
-  """Cuts a network in streams into pieces, as long as can be.
+  """Cuts the network into the longest chains in which no scope waits for, or delays, another piece.
 
-  In the middle of a piece, no scope waits for a different piece, and no scope delays one. A piece
-  begins when all its inputs are there, and hands out its maps at its end. So a scope joins the
-  piece that makes its input only if three things hold.
+  A piece begins when all its inputs are there, and hands out its maps at its end. So a scope joins
+  the piece that makes its input only if three things hold.
 
   - The scope has no second input. The scope would have to wait for it in the middle of a piece.
   - No other scope reads the input. Such a reader, in a different piece, would have to wait until
@@ -192,7 +192,7 @@ class StreamsProgram:
     """Compiles the pieces.
 
     Args:
-      run: the function `run` of an `Inference`.
+      run: runs named scopes, given variables and input maps.
       placed: the network's variables on devices.
       batch: shape (N, H, W, 3) and dtype of the images.
     """
@@ -248,7 +248,7 @@ class StreamsProgram:
     """
     if self._splits:
       # JAX would compile a program to split an array on one device over several devices. An array
-      # on the host is split without a program.
+      # on the host is split without a program. The copy waits if a device still computes the array.
       images = np.asarray(images)
     maps = {"images": pad_images(images, self.images)}
     # Neither the moves nor the calls wait, so this loop ends long before the devices do. The arrays
@@ -314,7 +314,7 @@ class PlacedStreams:
     """Compiles the network for one batch size.
 
     Args:
-      run: the function `run` of an `Inference`.
+      run: runs named scopes, given variables and input maps.
       batch: shape (N, H, W, 3) and dtype of the images.
 
     Returns:
@@ -326,7 +326,9 @@ class PlacedStreams:
       devices=program.devices,
       chunk=program.images // len(self.groups),
       images=program.images,
-      seconds={},  # there is nothing to choose from, so nothing was timed
+      # There is one arrangement, so none was timed. On CPUs a tuner may have timed convolutions,
+      # and `compile_seconds` includes this time.
+      seconds={},
       compile_seconds=time.perf_counter() - start,
       memory=program.memory,
       convolutions=by_joined_path(program.convolutions),
@@ -371,7 +373,7 @@ def _piece_function(run: Callable[..., Any], piece: Piece) -> Function:
   """Returns a piece as a function of its variables and of its inputs by name.
 
   Args:
-    run: the function `run` of an `Inference`, which runs scopes and returns all maps.
+    run: runs named scopes, given variables and input maps, and returns all maps.
     piece: the piece. The function returns only the maps in `piece.makes`.
   """
 
@@ -404,7 +406,7 @@ def _split_over_groups(function: Function, sharding: NamedSharding) -> Any:
     mesh=sharding.mesh,
     in_specs=(PartitionSpec(), split),
     out_specs=split,
-    # The check would refuse a scan that begins with zeros, which are the same on all devices.
+    # The check refuses a scan whose carry starts equal on all devices and later differs.
     check_vma=False,
   )
   return jax.jit(each, out_shardings=sharding)

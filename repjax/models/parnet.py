@@ -1,20 +1,22 @@
 """ParNet, twelve layers deep: three streams of blocks side by side, fused at the end.
 
 In training form, z = BN(x) and g is a sigmoid of one fully connected layer over the means of all
-channels. There are three kinds of blocks.
+channels. In a fusion block, g reads the means of its own group of channels alone. There are three
+kinds of blocks.
 
 - A stream block is act(BN(conv3x3(x)) + BN(conv1x1(x)) + z * g(z)).
-- A down-sampling block is act([BN(conv3x3(x)) + BN(conv1x1(pool(x)))] * 2 g(x)), at stride 2.
+- A down-sampling block is act([BN(conv3x3(x)) + BN(conv1x1(pool(x)))] * 2 g(x)), at stride 2. At
+  stride 1 there is no pool.
 - A fusion block is a down-sampling block over two maps. Each map passes through a norm. The
   channels of the two are read in turn. Convolutions and gate have two groups, and a shuffle of
-  channels ends the block.
+  channels ends the block. `fusion2` has stride 2, and `fusion3` has stride 1.
 
-The deploy form computes exactly the same.
+The deploy form computes what the training form computes in evaluation, up to rounding.
 
 - A stream block is act(conv3x3(x) + affine(x) * g(x)). It holds one convolution with bias, a scale
   and a shift for each channel, and the fully connected layer of the gate, which now has a bias.
-- A down-sampling block is act(conv3x3(x) * 2 g(x)). It holds one convolution with bias at stride 2,
-  into which the pool is folded, and the layer of the gate unchanged.
+- A down-sampling block is act(conv3x3(x) * 2 g(x)). It holds one convolution with bias, at the same
+  stride, and the layer of the gate unchanged. At stride 2 the pool is folded into the convolution.
 - A fusion block is a down-sampling block over affine(a) and affine(b): a scale and a shift for each
   channel of both maps.
 
@@ -115,7 +117,7 @@ class Downsample(GatedBlock):
 
 
 class Fusion(GatedBlock):
-  """A down-sampling block over the channels of two maps, in groups, with a shuffle at its end.
+  """A join of two maps by grouped, gated convolutions, at stride 1 or 2.
 
   Scopes: `RepNorm_stream`, `RepNorm_previous`, `RepConv_0` and `gate`.
   """
@@ -161,7 +163,8 @@ class ParNet(Classifier, kw_only=True):
 
   `maps` is the forward pass, from top to bottom. Each line runs one scope.
 
-  - `downsample0`, `downsample1`, and `stem` if it has blocks, come before all streams.
+  - `downsample0`, `downsample1`, and `stem` if it has blocks, run first. On several devices they
+    belong to the device of stream 1.
   - `downsample2` and `downsample3` each halve the map.
   - `stream1`, `stream2` and `stream3`, with `block0`, `block1`, ..., read the three maps.
   - `fusion1` takes stream 1 to the size of stream 2. It reads one map, so it is a `Downsample`.
@@ -185,7 +188,7 @@ class ParNet(Classifier, kw_only=True):
   paper is claimed for them, because three choices are ours.
 
   - `downsample0` widens the image and cannot have a shortcut, so it is a gated block at stride 1.
-  - The block at depth 3 is a stream block before all streams (`stem`). The depth stays 12.
+  - The block at depth 3 is a stream block, in the scope `stem`. The depth stays 12.
   - The widths are (p, 2 p, 4 p, 8 p) with p = 48, 96 and 160.
 
   Attributes besides those of `Classifier`:
@@ -306,7 +309,7 @@ class ParNet(Classifier, kw_only=True):
 
   @property
   def stream_scopes(self) -> dict[str, StreamScope]:
-    """Each scope with its stream number and its inputs, in running order."""
+    """Maps each scope to its device stream and its inputs, in running order."""
     stem = "stem" if self.stem_blocks else "downsample1"
     scopes = {
       "downsample0": StreamScope(1, ("images",)),
@@ -328,7 +331,7 @@ class ParNet(Classifier, kw_only=True):
 
   @property
   def outputs(self) -> Any:
-    """The result of a call, in which the name of a scope stands for the scope's map."""
+    """Describes the result of a call, with scope names in place of maps."""
     if not self.features_only:
       return "head"
     return {"stage1": "stream1", "stage2": "stream2", "stage3": "fusion3", "stage4": "downsample4"}
@@ -352,7 +355,7 @@ class ParNet(Classifier, kw_only=True):
     for scope in scopes:
       inputs = [maps[name] for name in table[scope].reads]
       if scope == "head":
-        # `classify` takes the maps of the stages by name, and reads only the last one.
+        # `classify` reads the last map of a dictionary, under any key. The key here is the scope.
         maps[scope] = self.classify({"downsample4": inputs[0]}, train)
       else:
         maps[scope] = self.build(scope, inputs[0].shape[-1])(*inputs, train)

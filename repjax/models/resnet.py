@@ -3,9 +3,9 @@
 A stage is a row of blocks whose maps have one size. Two kinds of blocks exist, `BasicBlock` and
 `Bottleneck`. Each adds the input of the block, the shortcut, to the output of the convolutions.
 
-The deploy form holds convolutions with bias, activations, sums with shortcuts, and one max-pool. It
-holds no batch norm and no statistics. The stride of a bottleneck is on its 3x3 convolution, as in
-torchvision and timm.
+The deploy form holds convolutions with bias, activations, sums with shortcuts, one max-pool, a
+global mean and a linear classifier. It holds no batch norm and no statistics. The stride of a
+bottleneck is on its 3x3 convolution, as in torchvision and timm.
 
 References:
   He et al., Deep Residual Learning for Image Recognition, CVPR 2016, Table 1.
@@ -35,9 +35,9 @@ class Place(NamedTuple):
     number: number of the block in its stage, from 0.
     features: number of output channels.
     strides: 2 if the block halves the map, else 1.
-    dilation_before: dilation of the convolutions up to and including the one that has the stride.
-    dilation: dilation of the convolutions after the one that has the stride. Both are 1 unless
-      `output_stride` is below 32.
+    dilation_before: dilation of the convolutions before the stage's dilation grows. Equal to
+      `dilation`, except in the first block of a stage that dilates.
+    dilation: dilation of the later convolutions. Both are 1 unless `output_stride` is below 32.
   """
 
   stage: int
@@ -61,8 +61,9 @@ class ResidualBlock(Block):
   def shortcut(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns the input of the block in the shape of its output.
 
-    A 1x1 conv-BN, in the scope `RepConv_shortcut`, changes the shape in the first block of a stage.
-    Stages 2 to 4 always have one. Stage 1 has one only if the number of channels changes.
+    The first block of a stage has a 1x1 conv-BN here, in the scope `RepConv_shortcut`. Stages 2 to
+    4 always have one. Stage 1 has one only if the number of channels changes. The conv-BN changes
+    the shape, unless the stage dilates and keeps the number of channels.
     """
     place = self.place
     # Stages 2 to 4 have the 1x1 conv-BN even if they keep the shape, as a stage that dilates may.
@@ -123,7 +124,8 @@ class Stem(Block):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Maps (N, H, W, C) to (N, H/4, W/4, features)."""
     x = self.conv_bn("0", self.features, 7, strides=2)(x, train)  # (N, H/2, W/2, features)
-    padding: Any = ((1, 1), (1, 1))  # Linen's annotation allows names alone
+    # Linen annotates no type, and type checkers infer a string from the default "VALID".
+    padding: Any = ((1, 1), (1, 1))
     return nn.max_pool(self.activate(x), (3, 3), (2, 2), padding)
 
 
@@ -144,8 +146,9 @@ class ResNet(Classifier, kw_only=True):
     block: "basic" or "bottleneck".
     stem_features: number of output channels of the stem.
     output_stride: ratio of the size of the image to the size of the last map: 32, 16 or 8. Below 32
-      the last stages dilate instead of striding. Parameters stay the same. Every second or fourth
-      pixel has the value that it has at `output_stride` 32.
+      the last stages dilate instead of striding. Parameters stay the same. In evaluation, every
+      second or fourth pixel of the larger maps has the same value as at `output_stride` 32. In
+      training these values differ, because batch statistics are taken over more pixels.
   """
 
   stage_sizes: Sequence[int] = (3, 4, 6, 3)
@@ -199,7 +202,7 @@ class ResNet(Classifier, kw_only=True):
     _, *stridings = dilate((4, 1, 2, 2, 2), self.output_stride)
     rows = zip(self.stage_sizes, self.widths, stridings)
     for stage, (size, features, striding) in enumerate(rows, 1):
-      # Only the first block has the stride. The later blocks use the dilation that remains.
+      # Later blocks use the stage's final dilation and stride 1.
       first = Place(stage, 0, features, *striding)
       later = (Place(stage, number, features, *striding.later) for number in range(1, size))
       yield f"stage{stage}", (first, *later)

@@ -1,21 +1,29 @@
 """Simulates an int8 file in JAX, in float32 and with gradients, so that a network can train in it.
 
 An int8 file is an ONNX file of the deploy form that computes in 8 bits. The file stores a value x
-as a whole number q = round(x / scale) + zero, cut off at 0 and 255, or at -128 and 127 for int8.
-The numbers that can be stored this way, (q - zero) * scale, are the grid of this scale and zero. To
-round a value is to replace the value by the nearest number of its grid. The simulation stays in
-float32, and rounds every value that the file rounds.
+as a whole number q = round(x / scale) + zero. The numbers that can be stored this way,
+(q - zero) * scale, are the grid of this scale and zero. To round a value is to replace the value by
+the nearest number of its grid. The simulation stays in float32, and rounds every value that the
+file rounds.
+
+- Activations are cut off at q = 0 and 255 for uint8, or at -128 and 127 for int8.
+- Weights have zero 0. Their q spans -64 to 64 with 7 bits, or -127 to 127 with 8 bits.
+- Biases have zero 0, and their q has 32 bits.
+
+An example for activations in uint8:
 
   scale 0.5, zero 0:   0.7 -> q = 1 -> 0.5, gradient 1;   200.0 -> q = 255 -> 127.5, gradient 0
 
 Gradients. A rounding passes gradients on unchanged (the straight-through estimator). Beyond the
-ends of the grid, no gradient passes.
+ends of an activation's grid, no gradient passes.
 
 What is rounded. A tensor is a value in the file, and has a name. `Roundings` gives a grid to some
 names. JAX has no tensors with names: it traces the deploy form into a program, a list of equations
 (`repjax.program`). The translation to ONNX makes the file from the same list, and notes for each
-equation which tensors the equation reads and makes (`EquationTensors`). The simulation runs the
-equations one by one, and looks up the grids of their operands and results by these names.
+equation the names of the tensors that the equation makes (`EquationTensors`). For some products and
+sums, the translation also notes the tensors that the equation reads. The simulation runs the
+equations in order, and looks up the grids of their operands and results by these names. A call with
+a derivative rule runs whole if the file rounds no value inside the call.
 
 References:
   Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -43,7 +51,10 @@ _LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
 
 _MOVING = {"broadcast_in_dim", "concatenate", "copy", "reduce_window_max", "reshape", "slice"}
 _MOVING |= {"squeeze", "transpose"}
-"""Primitives that only move or select numbers. Results lie on the grid of the operands."""
+"""Primitives that only move or select numbers.
+
+Results lie on the grid of the operands, if all operands lie on one grid.
+"""
 
 
 def simulated(
@@ -137,7 +148,7 @@ class _Rounder:
     self._grids: dict[int, tuple[Any, tuple[float, int] | None]] = {}
 
   def runs_whole(self, rule: RuleCall) -> bool:
-    """Checks that a call with a derivative rule can run as one equation.
+    """Checks whether a call with a derivative rule can stay one equation.
 
     A whole call keeps its derivative rule. ReLU needs it: its rule gives the gradient 0 at 0, where
     the `max` inside gives 0.5. A call cannot run whole if the file rounds a value inside. Results
@@ -152,8 +163,7 @@ class _Rounder:
 
   def compute(self, equation: Equation, operands: Sequence[Any]) -> Sequence[Any]:
     """Computes the results of an equation, with operands and results rounded as the file does."""
-    # The translation lists no equation for a call that keeps its rule. The results of the call have
-    # names all the same, since equations inside the call made them.
+    # A kept call has no `EquationTensors`. Its results keep the names of the inner results.
     tensors = self._tensors.get(equation)
     if tensors is not None:
       operands = self._round_operands(equation, operands, tensors)
@@ -166,9 +176,10 @@ class _Rounder:
   def _round_operands(
     self, equation: Equation, operands: Sequence[jax.Array], tensors: EquationTensors
   ) -> Sequence[jax.Array]:
-    """Rounds the operands of convolutions, matrix products, additions and concatenations.
+    """Rounds the operands for which the translation noted tensor names.
 
-    Other equations have no `reads` and take their operands as they are.
+    Products with weights have names in `reads`, and so have most additions and concatenations.
+    Other equations, such as products of two computed operands, take their operands as they are.
     """
     if not tensors.reads:
       return operands
@@ -250,7 +261,7 @@ class _Rounder:
       bias: the bias, with as many numbers as the layer has outputs.
     """
     source, weight = layer
-    # Without rounded input and weights, the layer runs in float32, and so does its bias.
+    # Unless both input and weights are rounded, the layer runs in float32, and so does its bias.
     if source not in self._roundings.tensors or weight not in self._weight_scales:
       return bias
     input_scale, _ = self._roundings.tensors[source]
@@ -262,7 +273,7 @@ class _Rounder:
 
 
 def _summed_axes(equation: Equation) -> tuple[Sequence[int], Sequence[int]]:
-  """Returns, for each operand of a product, the axes that are summed over.
+  """Returns the summed axes of each possible weight operand.
 
   A convolution's first entry stays empty, because weights are always its second operand. Weights of
   a matrix product may be either operand.

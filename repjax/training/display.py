@@ -87,7 +87,7 @@ class Progress:
     self._show(text, keep=False)
     return pace
 
-  def show_waiting(self) -> None:
+  def show_data_waiting(self) -> None:
     """Shows how long the steps waited for data, and what helps if they waited much."""
     if self._start is None or self._last is None or self._start == self._last:
       return

@@ -121,9 +121,9 @@ class Journal:
     """Writes the accuracy of a checkpoint that was saved before it was evaluated."""
     self._checkpoints.set_accuracy(step, accuracy)
 
-  def show_waiting(self) -> None:
+  def show_data_waiting(self) -> None:
     """Shows how long the steps waited for data. Writes nothing."""
-    self._progress.show_waiting()
+    self._progress.show_data_waiting()
 
   def close(self) -> None:
     """Waits until everything is on the disk, and closes the files."""

@@ -9,8 +9,10 @@ Terms.
   a line of metrics. Logging means to write the record of a step.
 - The bookmark is the position of the loop at a checkpoint: what was recorded, and whether the step
   was evaluated.
-- An interruption is a signal, SIGTERM or Ctrl-C, that stops the run. While the loop runs, a signal
-  is only noted. The loop looks at the note after each step, saves, and ends.
+- An interruption is a signal, SIGTERM or Ctrl-C, that stops the run. While the loop runs, the first
+  signal is only noted. The loop looks at the note after each step, saves, and ends. Several
+  processes look only at logged steps and in evaluations. A Ctrl-C after the first signal raises at
+  once.
 
 Several processes may train one run. Each runs this loop on its share of every batch. Only the first
 process has a real journal; in the others, its methods do nothing.
@@ -89,13 +91,15 @@ def fit(
     network: function that learns in place of the model, see `make_train_step`.
 
   Raises:
-    InputError: a loss is not finite, or a file cannot be read or written.
+    InputError: a loss, gradient, parameter or statistic is not finite, or a file cannot be read or
+      written.
     KeyboardInterrupt: a signal stopped the run.
   """
   train_step, evaluate = _make_train_step(run, network), _make_evaluate(run, network)
   state, done = parallel.place(run.state), int(run.state.step)
-  # Inside `deferred` a signal is only noted. The blocks close in reverse order: the thread that
-  # reads data stops first, then the journal waits for its last save, then the signal is raised.
+  # Inside `deferred` the first signal is only noted, and a Ctrl-C after it raises at once. The
+  # blocks close in reverse order: the thread that reads data stops first, then the journal waits
+  # for its last save, then a noted signal is raised.
   with (
     interruption.deferred(),
     contextlib.closing(_open_journal(run, workdir)) as journal,
@@ -109,7 +113,7 @@ def fit(
     if not is_to_stop(interruption) and done < run.plan.total_steps:
       print("compiling the first step", flush=True)
       _take_steps(run, state, train_step, evaluate, batches, journal, interruption)
-    journal.show_waiting()
+    journal.show_data_waiting()
 
 
 def _take_steps(
@@ -145,6 +149,7 @@ def _take_steps(
     # Waits for the second newest step, so at most two steps are under way. Without the wait,
     # batches would pile up on the devices. Steps before the last fetch are done.
     jax.block_until_ready(pending[-2:-1])
+    # `running`: time counts as waiting only once the previous step is done.
     state, metrics = train_step(state, batches.take(running=pending[-1:]))
     pending.append(metrics)
     evaluates = plan.evaluates(step)
@@ -174,11 +179,10 @@ def _take_steps(
 
 
 def is_to_stop(interruption: Interruption, *, ask: bool = True) -> bool:
-  """Checks whether the run has to stop.
+  """Returns True if a signal came here. With several processes, True once they agreed to stop.
 
-  A single process looks at its own signal. Several processes stop only after they agreed, and agree
-  only with `ask`. If a process stopped alone, the other processes would wait for it in the middle
-  of a step.
+  Processes agree only with `ask`. If a process stopped alone, the other processes would wait for
+  this process in the middle of a step.
 
   Args:
     interruption: listens to the signals of this process.
