@@ -13,8 +13,8 @@ class Striding(NamedTuple):
 
   Attributes:
     strides: ratio of the size of the stage's input to the size of its output.
-    dilation_before: dilation of the convolutions up to the one that has the stride.
-    dilation: dilation of the convolutions after that one.
+    dilation_before: dilation of the convolutions before the stage's dilation grows.
+    dilation: dilation of all later convolutions of the stage.
   """
 
   strides: int

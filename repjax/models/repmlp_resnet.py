@@ -1,8 +1,8 @@
 """RepMLP-ResNet: a ResNet-50 in which some blocks hold a RepMLP.
 
 The deploy form holds convolutions with bias, the fully connected layers that a RepMLP leaves (see
-repmlp.py), activations, sums with shortcuts, and one max-pool. It holds no batch norm and no
-statistics.
+repmlp.py), activations, sums with shortcuts, one max-pool, a mean and a linear classifier. It holds
+no batch norm and no statistics.
 
 References:
   Ding et al., RepMLP, 2021, sections 3.4 and 4.2. https://arxiv.org/abs/2105.01883

@@ -1,8 +1,8 @@
 """Stopping a run by SIGTERM, which clusters send before they take a machine away, or by Ctrl-C.
 
-While a step runs, a signal is only noted. The loop looks at the note after each step, saves, and
-leaves `Interruption.deferred`, which raises the signal. So a signal never cuts a step or a save in
-two. Before and after the loop a signal is raised at once, which spoils no file, see `repjax.disk`.
+While a step runs, a first signal is noted. The loop looks at the note after a step, saves, and
+leaves `Interruption.deferred`, which raises the signal. So one signal never cuts a step or a save
+in two. A second Ctrl-C stops at once. Before and after the loop a signal is raised at once, which spoils no file, see `repjax.disk`.
 """
 
 import contextlib
