@@ -2,7 +2,8 @@
 
 While a step runs, a first signal is noted. The loop looks at the note after a step, saves, and
 leaves `Interruption.deferred`, which raises the signal. So one signal never cuts a step or a save
-in two. A second Ctrl-C stops at once. Before and after the loop a signal is raised at once, which spoils no file, see `repjax.disk`.
+in two. A second Ctrl-C stops at once. Before and after the loop a signal is raised at once, which
+spoils no file, see `repjax.disk`.
 """
 
 import contextlib
