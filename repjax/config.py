@@ -10,12 +10,12 @@ implements, the table holds the names, and a test holds that they are the names 
 
 import numbers
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeAlias
-
-import ml_collections
-from ml_collections import config_dict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from repjax.errors import InputError, unknown
+
+if TYPE_CHECKING:
+  import ml_collections
 
 Config: TypeAlias = Any
 """An ml_collections.ConfigDict with the fields of FIELDS; the fields have no static types."""
@@ -379,7 +379,7 @@ RESUME = ("auto", "must", "never")
 """The values of `resume`: a run may be continued, must be continued, or must not exist yet."""
 
 
-def default() -> ml_collections.ConfigDict:
+def default() -> "ml_collections.ConfigDict":
   """Returns a new config with every field at its default: the RepVGG paper's simple recipe."""
   config = _at_defaults(field for field in FIELDS if field.name != "model_overrides")
   config.model_overrides = _at_defaults(OVERRIDES)
@@ -409,7 +409,11 @@ def for_import(model: str, num_classes: int) -> dict[str, Any]:
   return {"model": model, **config}
 
 
-def _at_defaults(fields: Iterable[Field]) -> ml_collections.ConfigDict:
+def _at_defaults(fields: Iterable[Field]) -> "ml_collections.ConfigDict":
+  # Imported here, so that the command line can show its help without loading more packages.
+  import ml_collections
+  from ml_collections import config_dict
+
   config = ml_collections.ConfigDict()
   for field in fields:
     value = field.default if field.kind is None else config_dict.placeholder(field.kind)

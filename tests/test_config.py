@@ -1,8 +1,10 @@
 """The table of config fields: its documentation, its checks, and the names that rooms implement."""
 
 import dataclasses
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_collections
@@ -94,6 +96,14 @@ def test_only_a_field_whose_default_is_none_may_be_none():
     config.num_classes = None
   with pytest.raises(InputError, match=r"config\.num_classes"):
     table.check_config(config)
+
+
+def test_the_page_on_training_lists_the_fields_that_may_change():
+  page = Path(__file__).parents[1] / "docs" / "training.md"
+  fields = {field.name for field in table.FIELDS}
+  paragraphs = page.read_text().split("\n\n")
+  named = [{*re.findall(r"`(\w+)`", paragraph)} & fields for paragraph in paragraphs]
+  assert max(named, key=lambda names: len(names & table.FREE)) == table.FREE
 
 
 def test_the_config_of_imported_weights_has_the_fields_of_evaluation():
