@@ -4,7 +4,7 @@ Data: 1,797 grey images of 8x8 pixels that come with scikit-learn, resized to 16
 Recipe: 20 epochs, batch 64, SGD with one epoch of warm-up and cosine, random shifts.
 Expected: at least 98 % on the 360 test images, equal in both forms. Confirmed here.
 
-  python main.py --config configs/digits.py
+  repjax train --config digits
 """
 
 import ml_collections

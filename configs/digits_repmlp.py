@@ -4,7 +4,7 @@ Model: three stages at 16, 8 and 4 px with tiles of 4x4 pixels.
 Data and recipe: those of configs/digits.py.
 Expected: at least 96 % on the 360 test images, equal in both forms. Confirmed here.
 
-  python main.py --config configs/digits_repmlp.py
+  repjax train --config digits_repmlp
 """
 
 import ml_collections

@@ -4,8 +4,8 @@ Recipe: that of configs/digits_repmlp.py, half as long, with a twentieth of the 
 run starts from the result of that config.
 Expected: 98.06 % on the 360 test images in ONNX Runtime. Confirmed here.
 
-  python main.py --config configs/digits_repmlp.py
-  python main.py --config configs/digits_repmlp_qat.py
+  repjax train --config digits_repmlp
+  repjax train --config digits_repmlp_qat
 """
 
 import ml_collections

@@ -4,7 +4,7 @@ Model and preprocessing are those of the folder to start from, which is a run or
 training form. The number of classes is that of the data set. Values on the command line win.
 
   repjax import --from hf:timm/repvgg_a0.rvgg_in1k --workdir runs/a0
-  python main.py --config configs/finetune.py --workdir runs/mine --config.init_from=runs/a0 \
+  repjax train --config finetune --workdir runs/mine --config.init_from=runs/a0 \
     --config.dataset=mine
 
 With a few dozen images, take more epochs. --config.backbone_rate=0 trains the classifier alone, in

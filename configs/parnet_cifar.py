@@ -9,7 +9,7 @@ Expected: in the paper, more than 96 % (more than 81 % on CIFAR-100), for a netw
 not released and which differs from this one. Not trained yet.
 
   repjax prepare-dataset --tfds cifar10
-  python main.py --config configs/parnet_cifar.py
+  repjax train --config parnet_cifar
 
 For the other sizes, add --config.model=parnet_cifar_s or --config.model=parnet_cifar_l. For
 CIFAR-100, add --config.dataset=cifar100 --config.num_classes=100.

@@ -12,7 +12,7 @@ Source: https://github.com/imankgoyal/NonDeepNetworks at 777b286, imagenet
 Expected: in the paper, above its ResNet-34 and its ResNet-50. Other sources quote 77.66 % top-1.
 Neither is confirmed here.
 
-  python main.py --config configs/parnet_l.py
+  repjax train --config parnet_l
 """
 
 import ml_collections

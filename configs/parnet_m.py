@@ -11,7 +11,7 @@ Paper: Goyal et al., Non-deep Networks, NeurIPS 2022. https://arxiv.org/abs/2110
 Source: https://github.com/imankgoyal/NonDeepNetworks at 777b286, imagenet
 Expected: other sources quote 76.60 % top-1. Not confirmed here.
 
-  python main.py --config configs/parnet_m.py
+  repjax train --config parnet_m
 """
 
 import ml_collections

@@ -13,7 +13,7 @@ Expected: in the paper, more than one point of top-1 above its ResNet-34. Other 
 %. Neither is confirmed here. The first stream of the paper's S has 96 channels. The authors'
 released S has 92, as here; --config.model=parnet_s_96 is the paper's.
 
-  python main.py --config configs/parnet_s.py
+  repjax train --config parnet_s
 """
 
 import ml_collections

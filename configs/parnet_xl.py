@@ -13,7 +13,7 @@ Expected: 94.13 % top-5, from the paper. Other sources quote 78.55 % top-1. Neit
 here. For the authors' longer training of 200 epochs, add --config.num_epochs=210.
 configs/parnet_xl_320.py continues from this run at 320 px.
 
-  python main.py --config configs/parnet_xl.py
+  repjax train --config parnet_xl
 """
 
 import ml_collections

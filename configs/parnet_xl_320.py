@@ -8,8 +8,8 @@ Source: https://github.com/imankgoyal/NonDeepNetworks at 777b286, imagenet
 Expected: more than 80 % top-1, from the paper, for its best ParNet. Other sources quote 80.32 %
 and, with ten crops, 80.72 %. None is confirmed here.
 
-  python main.py --config configs/parnet_xl.py --workdir runs/parnet_xl
-  python main.py --config configs/parnet_xl_320.py --workdir runs/parnet_xl_320 \
+  repjax train --config parnet_xl --workdir runs/parnet_xl
+  repjax train --config parnet_xl_320 --workdir runs/parnet_xl_320 \
     --config.init_from=runs/parnet_xl
   repjax evaluate --workdir runs/parnet_xl_320 --ten-crop
 """

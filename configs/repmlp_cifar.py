@@ -8,7 +8,7 @@ Expected: 91.11 % in the paper, for a network with 52.8 million multiply-accumul
 has 52.5 million. Not trained yet.
 
   repjax prepare-dataset --tfds cifar10
-  python main.py --config configs/repmlp_cifar.py
+  repjax train --config repmlp_cifar
 
 For the ablations of the paper, add one of these and a new --workdir:
 --config.model_overrides.local_kernels='()' (8.5 points less in the paper),

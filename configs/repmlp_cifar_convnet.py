@@ -5,7 +5,7 @@ Paper: Ding et al., RepMLP, 2021, section 4.1. https://arxiv.org/abs/2105.01883
 Expected: 91.99 % in the paper, for a network with 65.1 million multiply-accumulates. This network
 has 64.1 million. Not trained yet.
 
-  python main.py --config configs/repmlp_cifar_convnet.py
+  repjax train --config repmlp_cifar_convnet
 """
 
 import ml_collections

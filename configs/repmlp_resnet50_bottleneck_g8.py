@@ -6,7 +6,7 @@ are 0.2, and as in RepVGG's recipe.
 Paper: Ding et al., RepMLP, 2021, section 4.2. https://arxiv.org/abs/2105.01883
 Expected: no number is known here, since the tables of the paper were not at hand. Not trained yet.
 
-  python main.py --config configs/repmlp_resnet50_bottleneck_g8.py
+  repjax train --config repmlp_resnet50_bottleneck_g8
 """
 
 import ml_collections

@@ -7,7 +7,7 @@ Paper: Ding et al., RepMLP, 2021, section 4.2. https://arxiv.org/abs/2105.01883
 Expected: 77.14 % top-1 at 224 px (resize 256, central crop), from the text of the paper. Not
 confirmed here.
 
-  python main.py --config configs/repmlp_resnet50_light.py
+  repjax train --config repmlp_resnet50_light
 """
 
 import ml_collections

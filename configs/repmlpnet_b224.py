@@ -7,7 +7,7 @@ Paper: Ding et al., RepMLPNet, CVPR 2022. https://arxiv.org/abs/2112.11081
 Source: https://github.com/DingXiaoH/RepMLP at 3eff13f, README and config.py
 Expected: 80.32 % top-1 at 224 px (resize 224, central crop), from that README. Not confirmed here.
 
-  python main.py --config configs/repmlpnet_b224.py
+  repjax train --config repmlpnet_b224
 """
 
 import ml_collections

@@ -8,7 +8,7 @@ Source: https://github.com/DingXiaoH/RepMLP at 3eff13f, README and config.py
 Expected: 81.68 % top-1 at 256 px (resize 256, central crop), from that README. The paper prints
 81.8 %. Not confirmed here.
 
-  python main.py --config configs/repmlpnet_l256.py
+  repjax train --config repmlpnet_l256
 """
 
 import ml_collections

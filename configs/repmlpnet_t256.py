@@ -7,7 +7,7 @@ Paper: Ding et al., RepMLPNet, CVPR 2022. https://arxiv.org/abs/2112.11081
 Source: https://github.com/DingXiaoH/RepMLP at 3eff13f, README and config.py
 Expected: 77.44 % top-1 at 256 px (resize 256, central crop), from that README. Not confirmed here.
 
-  python main.py --config configs/repmlpnet_t256.py
+  repjax train --config repmlpnet_t256
 """
 
 import ml_collections

@@ -5,7 +5,7 @@ Recipe: the simple recipe of the paper. 120 epochs, batch 256, SGD 0.1 with cosi
 Paper: Ding et al., RepVGG, CVPR 2021, Table 4. https://arxiv.org/abs/2101.03697
 Expected: 77.78 % top-1 at 224 px (resize 256, central crop), from that table. Not confirmed here.
 
-  python main.py --config configs/repvgg_b1g2.py
+  repjax train --config repvgg_b1g2
 """
 
 import ml_collections

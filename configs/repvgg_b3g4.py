@@ -5,7 +5,7 @@ cosine, weight decay 1e-4, AutoAugment, crop and flip, label smoothing 0.1, mixu
 Paper: Ding et al., RepVGG, CVPR 2021, Table 5. https://arxiv.org/abs/2101.03697
 Expected: 80.21 % top-1 at 224 px (resize 256, central crop), from that table. Not confirmed here.
 
-  python main.py --config configs/repvgg_b3g4.py
+  repjax train --config repvgg_b3g4
 """
 
 import ml_collections

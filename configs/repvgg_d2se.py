@@ -7,7 +7,7 @@ Source: https://github.com/DingXiaoH/RepVGG, README
 Expected: 83.55 % top-1 at 320 px (resize 320, central crop) and 81.82 % at 224 px, from that
 README. Not confirmed here.
 
-  python main.py --config configs/repvgg_d2se.py
+  repjax train --config repvgg_d2se
 """
 
 import ml_collections

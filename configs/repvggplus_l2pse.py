@@ -6,7 +6,7 @@ label smoothing 0.1, mixup 0.2. Loss: also from auxiliary heads.
 Source: https://github.com/DingXiaoH/RepVGG at eae7c52, README and main.py
 Expected: 84.06 % top-1 at 320 px (resize 320, central crop), from that README. Not confirmed here.
 
-  python main.py --config configs/repvggplus_l2pse.py
+  repjax train --config repvggplus_l2pse
 
 On GPUs with little memory, add --config.model_overrides.remat=True, --config.accumulate_steps=2 or
 --config.dtype=bfloat16.

@@ -6,7 +6,7 @@ as fast, as here.
 Source: https://github.com/DingXiaoH/RepVGG at eae7c52, README and repvggplus_custom_L2.py
 Expected: 84.16 % top-1 at 320 px (resize 320, central crop), from that README. Not confirmed here.
 
-  python main.py --config configs/repvggplus_l2pse_custom_l2.py
+  repjax train --config repvggplus_l2pse_custom_l2
 """
 
 import ml_collections

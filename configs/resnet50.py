@@ -7,7 +7,7 @@ Expected: 76.31 % top-1 at 224 px (resize 256, central crop), from that table, f
 3.9 billion multiply-accumulates. This network has its stride on the 3x3 convolution, and 4.1
 billion. Not confirmed here.
 
-  python main.py --config configs/resnet50.py
+  repjax train --config resnet50
 """
 
 import ml_collections

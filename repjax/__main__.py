@@ -1,4 +1,4 @@
-"""The program behind `python -m repjax COMMAND`."""
+"""The entry point of `python -m repjax COMMAND`."""
 
 from repjax.cli import main
 

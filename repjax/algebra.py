@@ -326,6 +326,8 @@ def conv_to_dense(
   """Writes a convolution over one h x w tile as a fully connected layer.
 
   M[g, y, x, c, v, u, o] = K[y - v + H // 2, x - u + W // 2, c, g, o], zero outside the kernel.
+  (y, x) is an input pixel and c its channel in group g; (v, u) is an output pixel and o its channel
+  in group g. K is the kernel with its last axis O split into (g, O/g), which makes five axes.
   Exact for a convolution at stride 1 whose zero padding, (H // 2, W // 2), keeps the tile's size.
   C and O may differ, and the kernel may be larger than the tile. Values are copied, so nothing is
   rounded.

@@ -81,7 +81,7 @@ def summary(model: nn.Module, image_size: int | tuple[int, int]) -> Summary:
     image_size: pixels, one number or (height, width).
 
   Raises:
-    ValueError: the model does not take images of that size.
+    InputError: a model of repjax does not take images of this size.
 
   References:
     Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, for 4/9.
@@ -115,7 +115,7 @@ def depth(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> 
     image_size: pixels, one number or (height, width). None: the size that the model is made for.
 
   Raises:
-    ValueError: the model does not take images of that size.
+    InputError: a model of repjax does not take images of this size.
 
   Example:
     >>> import repjax

@@ -4,8 +4,9 @@ A recipe in `repjax.configs` starts from `default()` and sets what differs. On t
 `--config.NAME=VALUE` sets a field. The row of the field in FIELDS, or in OVERRIDES for
 `--config.model_overrides.NAME`, says what the value means.
 
-This module imports neither jax nor a room of the package. Where a field names something that a room
-implements, the table holds the names, and a test holds that they are the names of that room.
+This module imports neither jax nor a subpackage of repjax. Some fields take names of things that a
+subpackage implements. The table holds a copy of these names, and a test compares the copy with the
+subpackage.
 """
 
 import numbers
@@ -79,8 +80,7 @@ class Field(NamedTuple):
     evaluates: evaluation and conversion read the field too, and check it.
     imported: the value in the config of imported weights. None: the default.
     free: no parameter depends on the field, so it may change when a run continues.
-    before: what runs did that are older than the field. None: unknown, so that such a run continues
-      whatever the value.
+    before: the value that older runs used. None: unknown; such runs continue with any value.
   """
 
   name: str
@@ -422,7 +422,7 @@ def _at_defaults(fields: Iterable[Field]) -> "ml_collections.ConfigDict":
 
 
 def check_fields(config: Config, names: Iterable[str] | None = None) -> None:
-  """Raises InputError if a config lacks one of some fields; of all fields, without `names`."""
+  """Raises InputError if a field is missing. Without `names`, checks all fields."""
   names = [field.name for field in FIELDS] if names is None else names
   missing = [name for name in names if name not in config]
   if missing:
@@ -448,7 +448,8 @@ def check_evaluation(config: Config) -> None:
 def check_config(config: Config) -> None:
   """Raises InputError for a missing field, a wrong value, or values that exclude each other.
 
-  Values that need another room to judge, such as names of models, are checked where they are used.
+  Some values can be judged by a subpackage only, such as names of models. They are checked where
+  they are used.
   """
   check_fields(config)
   check_evaluation(config)

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 _RULES = ("custom_jvp_call", "custom_vjp_call")
 _NOT_CALLS = ("scan", "reduce", "shard_map")
-"""Primitives whose inner program may fit their inputs although it does not run once on them."""
+"""Primitives that hold a program but do not run it exactly once on their inputs."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,14 +88,14 @@ class Equation:
   def run(self, *values: Any) -> Sequence[Any]:
     """Computes the outputs from one array for each input, with the operation's own derivatives."""
     primitive = self.source.primitive
-    # A call with a derivative rule stores its functions in another form than `bind` takes.
+    # A call with a derivative rule stores its functions in a form that `bind` does not take.
     params = primitive.get_bind_params(self.source.params)
     with self.source.ctx.manager:
       results = primitive.bind(*values, **params)
     return results if primitive.multiple_results else [results]
 
 
-class Rule(NamedTuple):
+class RuleCall(NamedTuple):
   """A call of a function with a derivative rule (custom_jvp, custom_vjp), which was inlined.
 
   Attributes:
@@ -123,12 +123,12 @@ class Program(NamedTuple):
   inputs: tuple[Variable, ...]
   equations: tuple[Equation, ...]
   outputs: tuple[Operand, ...]
-  rules: tuple[Rule, ...]
+  rules: tuple[RuleCall, ...]
   results: Any
 
-  def with_rules(self, keep: Callable[[Rule], bool]) -> Iterator[Equation]:
+  def with_rules(self, keep: Callable[[RuleCall], bool]) -> Iterator[Equation]:
     """Yields the equations, with each call whose rule is to be kept as one equation."""
-    kept: dict[int, Rule] = {}
+    kept: dict[int, RuleCall] = {}
     for rule in self.rules:
       if keep(rule):
         kept.setdefault(rule.start, rule)  # the outermost comes first
@@ -178,7 +178,7 @@ def interpret(
   inputs: Sequence[T],
   apply: Callable[[Equation, list[T]], Sequence[T]],
   constant: Callable[[Constant], T],
-  keep: Callable[[Rule], bool] = lambda rule: False,
+  keep: Callable[[RuleCall], bool] = lambda rule: False,
 ) -> list[T]:
   """Runs a program on values of any kind.
 
@@ -213,7 +213,7 @@ class _Inlining:
 
   def __init__(self):
     self.equations: list[Equation] = []
-    self.rules: list[Rule] = []
+    self.rules: list[RuleCall] = []
 
   def add(self, jaxpr: Jaxpr, inputs: Sequence[Operand], scope: str) -> list[Operand]:
     """Appends the equations of a jaxpr that reads these inputs, and returns its outputs."""
@@ -248,14 +248,14 @@ class _Inlining:
     outputs = self._named(self.add(called, operands, scope), start, scope)
     call = Equation(source, operands, outputs, scope)
     # Inner rules were appended meanwhile, and the outer rule stands before them.
-    self.rules.insert(place, Rule(call, start, len(self.equations)))
+    self.rules.insert(place, RuleCall(call, start, len(self.equations)))
     return outputs
 
   def _named(self, outputs: Sequence[Operand], start: int, scope: str) -> tuple[Variable, ...]:
-    """Copies outputs of a call that are not variables made by the call, each once.
+    """Copies each output that the call did not compute itself, or returns twice.
 
-    Such a call may be the identity with a derivative rule. Its result needs a variable apart from
-    the variable that was passed, since only the result has the rule's derivative.
+    A call may be the identity with a derivative rule. Its output needs a new variable, apart from
+    the variable that was passed in, since only the output has the rule's derivative.
     """
     made = {variable for equation in self.equations[start:] for variable in equation.outputs}
     named = []

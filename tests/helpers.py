@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 import repjax
+from repjax import program
 from repjax.layers.linear import uniform_bound
 from repjax.weights.naming import Naming, entries, tensor_name
 from repjax.weights.repvgg import NAMINGS
@@ -41,7 +42,7 @@ def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def primitives(function: Callable[..., Any], *arguments: Any, **axes: int) -> list[str]:
-  """Returns the names of the primitives in a traced function, inner functions included.
+  """Returns the names of the primitives in a traced function, with its calls inlined.
 
   Args:
     function: function to trace.
@@ -49,17 +50,14 @@ def primitives(function: Callable[..., Any], *arguments: Any, **axes: int) -> li
     **axes: names and sizes of mapped axes that the function may use.
   """
 
-  def names(jaxpr: Any) -> Iterator[str]:
-    for equation in jaxpr.eqns:
-      yield equation.primitive.name
-      for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
-        if is_jaxpr(inner):
-          yield from names(getattr(inner, "jaxpr", inner))
+  def names(traced: program.Program) -> Iterator[str]:
+    for equation in traced.equations:
+      yield equation.primitive
+      for inner in program.inner_programs(equation):
+        yield from names(inner)
 
-  def is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
-
-  return list(names(jax.make_jaxpr(function, axis_env=list(axes.items()))(*arguments)))
+  jaxpr = jax.make_jaxpr(function, axis_env=list(axes.items()))(*arguments)
+  return list(names(program.flat(jaxpr)))
 
 
 def convolve(x, kernel, bias=None, strides=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):

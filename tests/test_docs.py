@@ -1,12 +1,13 @@
 """Python in the README and in docs runs as written; links, commands and tables there are right."""
 
 import dataclasses
+import functools
 import re
 import shlex
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 import repjax
 import repjax.models
 from repjax import cli, config, layers
-from repjax.algebra import bn_affine
+from repjax.algebra import ConvParams, fuse_bn
 from repjax.configs import common
 from repjax.weights.naming import Row
 from tests import helpers
@@ -66,21 +67,45 @@ def test_python_examples_run(example, finished, tmp_path, monkeypatch):
   exec(compile(block, example, "exec"), {})
 
 
-def test_the_worked_example_runs():
+def worked_example():
+  """Runs the code of CONTRIBUTING.md, and returns the names that the code defines."""
   (block,) = blocks(ROOT / "CONTRIBUTING.md", "python")
   scope = {"VARIANTS": {}, "NAMINGS": {}, "Row": Row, "common": common, "nn": nn}
   scope |= {"RepLayer": layers.RepLayer, "refuse_training": layers.base.refuse_training}
-  scope |= {"bn_affine": bn_affine, "linear": layers.linear}
+  scope |= {"ConvParams": ConvParams, "fuse_bn": fuse_bn, "linear": layers.linear}
   exec(compile(block, "CONTRIBUTING.md", "exec"), scope)
+  return scope
+
+
+def test_the_worked_example_runs():
+  scope = worked_example()
   assert scope["get_config"]().model in scope["VARIANTS"]
   assert scope["NAMINGS"].keys() == scope["VARIANTS"].keys()
 
-  layer = scope["NormedDense"](features=5)
-  x = jax.random.normal(jax.random.key(0), (4, 3))
-  variables = helpers.randomise(layer.init(jax.random.key(1), x))
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+  ("dtype", "param_dtype", "tolerance"),
+  [
+    (jnp.float64, jnp.float64, 1e-12),
+    (jnp.float32, jnp.float32, 1e-5),
+    (jnp.bfloat16, jnp.float32, 0.02),
+    (jnp.float32, jnp.bfloat16, 0.02),
+    (jnp.bfloat16, jnp.bfloat16, 0.02),
+  ],
+)
+def test_the_layer_of_the_worked_example_has_two_equal_forms(dtype, param_dtype, tolerance):
+  scope = worked_example()
+  form = functools.partial(scope["NormedDense"], 5, dtype=dtype, param_dtype=param_dtype)
+  x = jnp.asarray(helpers.random_input(4, 3), dtype)
+  variables = helpers.random_variables(form(), x)
   folded = scope["fold_normed_dense"](variables["params"], variables["batch_stats"], 1e-5)
-  same = scope["NormedDense"](features=5, deploy=True).apply({"params": folded}, x)
-  np.testing.assert_allclose(same, layer.apply(variables, x), rtol=1e-4, atol=1e-5)
+  assert helpers.shapes(folded) == helpers.shapes(
+    helpers.init_shapes(form(deploy=True), x)["params"]
+  )
+  trained, deployed = form().apply(variables, x), form(deploy=True).apply({"params": folded}, x)
+  assert (trained.dtype, deployed.dtype) == (dtype, dtype)
+  helpers.assert_close(deployed, trained, tolerance)
 
 
 def test_the_readme_is_short():

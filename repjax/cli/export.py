@@ -11,7 +11,6 @@ compared with those of JAX.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import repjax
@@ -23,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
   """Exports the model that the flags name."""
   parser = flags.parser("export", __doc__)
   flags.add(parser, "--workdir")
-  parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="folder to make")
+  flags.add(parser, "--to", required=True)
   parser.add_argument(
     "--format", default="stablehlo", help="stablehlo or onnx (default: stablehlo)"
   )

@@ -9,7 +9,6 @@ also has the names in RepMLP's code, "repmlp".
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from repjax.cli import flags
 from repjax.errors import one_paragraph
@@ -19,9 +18,7 @@ def main(argv: Sequence[str]) -> None:
   """Writes the weights that the flags name."""
   parser = flags.parser("export-weights", __doc__)
   flags.add(parser, "--workdir")
-  parser.add_argument(
-    "--to", required=True, type=Path, metavar="FILE", help=".safetensors file to make"
-  )
+  flags.add(parser, "--to", required=True, metavar="FILE", help=".safetensors file to make")
   parser.add_argument(
     "--naming",
     default="official",

@@ -14,6 +14,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "metavar": "DIR",
     "help": "folder of a run, or of imported weights",
   },
+  "--to": {"type": Path, "metavar": "DIR", "help": "folder to make"},
   "--dataset": {
     "metavar": "NAME",
     "help": "TFDS data set, or synthetic for noise (default: the run's data set)",
@@ -55,10 +56,16 @@ def parser(command: str, description: str | None) -> argparse.ArgumentParser:
   )
 
 
-def add(parser: argparse.ArgumentParser, *names: str) -> None:
-  """Adds shared flags to a parser, by name."""
+def add(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
+  """Adds shared flags to a parser.
+
+  Args:
+    parser: parser of a command.
+    *names: names of the flags.
+    **changes: arguments of `add_argument` that differ in this command, such as `help`.
+  """
   for name in names:
-    parser.add_argument(name, **_SHARED[name])
+    parser.add_argument(name, **_SHARED[name] | changes)
 
 
 def config_changes(arguments: argparse.Namespace) -> dict[str, Any]:

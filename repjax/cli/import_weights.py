@@ -9,7 +9,6 @@ import json
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from repjax.cli import flags
@@ -42,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     metavar="SOURCE",
     help="a file, or hf:OWNER/NAME[@REVISION][:FILE]",
   )
-  parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="folder to make")
+  flags.add(parser, "--workdir", help="folder to make")
   parser.add_argument(
     "--model", default="auto", help="name of the model (default: auto, recognized by tensor shapes)"
   )

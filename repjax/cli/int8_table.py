@@ -6,7 +6,7 @@ ONNX Runtime. `repjax quantize` and benchmarks/int8.py print the table.
 """
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +26,6 @@ from repjax.training import evaluation, planning
 from repjax.training.quantization import calibration_images, check_apart
 
 FLOAT, HALF, WEIGHTS, INT8 = "float32", "bfloat16, JAX", "int8 weights", "int8"
-
-Classifier = Callable[[np.ndarray], np.ndarray]
-"""Takes uint8 images (B, S, S, 3) and returns logits (B, K)."""
 
 
 class Baseline(NamedTuple):
@@ -53,7 +50,7 @@ class Baseline(NamedTuple):
   evaluation: Source
 
 
-class Row(NamedTuple):
+class Int8Row(NamedTuple):
   """A row of the table.
 
   Attributes:
@@ -101,7 +98,7 @@ def read_baseline(folder: Path, count: int, **changes: Any) -> Baseline:
 
 def measure(
   baseline: Baseline, files: Mapping[str, Any], *, batch_size: int, rounds: int
-) -> dict[str, Row]:
+) -> dict[str, Int8Row]:
   """Returns the rows: the float32 file, bfloat16 in JAX, then each of `files`.
 
   Args:
@@ -112,14 +109,14 @@ def measure(
   """
   files = {FLOAT: baseline.proto, **files}
   sessions = {name: session(proto) for name, proto in files.items()}
-  classifiers = {name: _classifier(ready) for name, ready in sessions.items()}
+  classifiers = {name: runtime.classifier(ready) for name, ready in sessions.items()}
   sizes = {name: proto.ByteSize() for name, proto in files.items()}
   classifiers[HALF], sizes[HALF] = _in_jax(baseline)
   logits, labels = _outputs(classifiers, baseline)
   batch = np.resize(baseline.images, (batch_size, *baseline.images.shape[1:]))
   seconds = speeds(sessions, batch, rounds)
   return {
-    name: Row(
+    name: Int8Row(
       float((logits[name].argmax(-1) == labels).mean()),
       _loss(logits[name], labels),
       compared(logits[name], logits[FLOAT])[0],
@@ -130,7 +127,7 @@ def measure(
   }
 
 
-def print_rows(rows: Mapping[str, Row], batch_size: int) -> None:
+def print_rows(rows: Mapping[str, Int8Row], batch_size: int) -> None:
   """Prints the table. The last column is the speed relative to the float32 file."""
   print(
     f"{'':<30}{'accuracy':>9}{'loss':>9}{'error':>9}{'bytes':>13}{f'ms, batch {batch_size}':>14}"
@@ -156,12 +153,7 @@ def session(proto: Any) -> Any:
   return runtime.session(proto, timing.cpus(), unpacked=not rounds_activations)
 
 
-def _classifier(ready: Any) -> Classifier:
-  """Returns a function that runs a session."""
-  return lambda images: ready.run(None, runtime.fed(images))[0]
-
-
-def _in_jax(baseline: Baseline) -> tuple[Classifier, int]:
+def _in_jax(baseline: Baseline) -> tuple[runtime.Classify, int]:
   """Returns the deploy form in bfloat16, and the bytes of its weights."""
   preprocessing = baseline.spec.preprocessing
   half = inference(
@@ -178,7 +170,7 @@ def _in_jax(baseline: Baseline) -> tuple[Classifier, int]:
 
 
 def _outputs(
-  classifiers: Mapping[str, Classifier], baseline: Baseline
+  classifiers: Mapping[str, runtime.Classify], baseline: Baseline
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """Returns the logits of each classifier on the evaluation split, and the labels.
 

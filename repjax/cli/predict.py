@@ -43,10 +43,9 @@ def main(argv: Sequence[str]) -> None:
     "--csv", type=Path, metavar="FILE", help="write the labels to this file instead of printing"
   )
   flags.add(parser, "--dtype")
-  parser.add_argument(
+  flags.add(
+    parser,
     "--batch-size",
-    type=int,
-    metavar="N",
     help="images in a batch (default: 1, 8 or 32, by the number of images)",
   )
   arguments = parser.parse_args(argv)

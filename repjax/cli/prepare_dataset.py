@@ -25,7 +25,7 @@ from repjax.data.layout import ENDINGS
 from repjax.errors import InputError, one_paragraph
 
 if TYPE_CHECKING:
-  from repjax.data.folder import Prepared
+  from repjax.data.folder import PreparedSet
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,15 +53,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     "--from-tfrecord", metavar="NAME", help="a TFDS data set on disk in TFRecord files"
   )
   source.add_argument("--tfds", metavar="NAME", help="a data set to download and prepare with TFDS")
-  parser.add_argument(
-    "--data-dir", metavar="DIR", help="folder of all data sets (default: TFDS's default)"
-  )
-  parser.add_argument(
-    "--num-workers", type=int, metavar="N", help="threads (default: one for each core)"
-  )
-  parser.add_argument(
+  flags.add(parser, "--data-dir", help="folder of all data sets (default: TFDS's default)")
+  flags.add(parser, "--num-workers", help="threads (default: one for each core)")
+  flags.add(
+    parser,
     "--to",
-    metavar="DIR",
     help="with --from-tfrecord: folder for the copy (default: beside the TFRecord files)",
   )
   folder = parser.add_argument_group("with --from-folder")
@@ -136,7 +132,7 @@ def make_from_folder(arguments: argparse.Namespace) -> str:
   return text.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
 
 
-def describe(made: Prepared, name: str, data_dir: str | None) -> str:
+def describe(made: PreparedSet, name: str, data_dir: str | None) -> str:
   """Returns lines that say what the data set holds, and the command that trains on it.
 
   Args:
@@ -165,7 +161,7 @@ def describe(made: Prepared, name: str, data_dir: str | None) -> str:
   return "\n".join(lines)
 
 
-def warnings(made: Prepared) -> list[str]:
+def warnings(made: PreparedSet) -> list[str]:
   """Returns a line for each kind of file that was left out, and for repeated images."""
   from repjax.data.folder import SKIPPED
 

@@ -25,7 +25,7 @@ from repjax.errors import InputError, one_paragraph
 if TYPE_CHECKING:
   import numpy as np
 
-  from repjax.cli.int8_table import Baseline, Row
+  from repjax.cli.int8_table import Baseline, Int8Row
   from repjax.quantization import Sensitivity
 
 
@@ -39,8 +39,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   """Returns the parsed flags."""
   parser = flags.parser("quantize", __doc__)
   flags.add(parser, "--workdir")
-  parser.add_argument("--to", type=Path, metavar="DIR", help="folder to make")
-  flags.add(parser, "--dataset", "--split", "--data-dir", "--num-workers")
+  flags.add(parser, "--to", "--dataset", "--split", "--data-dir", "--num-workers")
   parser.add_argument(
     "--calibration-split",
     metavar="SPLIT",
@@ -97,15 +96,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     "--compare", action="store_true", help="add a row for each option that can reduce the loss"
   )
   parser.add_argument(
-    "--batch-size",
-    dest="timed_images",
-    type=int,
-    default=1,
-    metavar="N",
-    help="images in a timed call (default: 1)",
+    "--timed-images", type=int, default=1, metavar="N", help="images in a timed call (default: 1)"
   )
   parser.add_argument(
-    "--rounds", type=int, default=30, metavar="N", help="rounds of timed calls (default: 30)"
+    "--timed-rounds", type=int, default=30, metavar="N", help="rounds of timed calls (default: 30)"
   )
   return parser.parse_args(argv)
 
@@ -145,7 +139,7 @@ def quantize(arguments: argparse.Namespace) -> None:
     print(f"quantizing: {name}", flush=True)
     files[name] = repjax.quantization.quantize(proto, images, **options | changes)
   rows = int8_table.measure(
-    baseline, files, batch_size=arguments.timed_images, rounds=arguments.rounds
+    baseline, files, batch_size=arguments.timed_images, rounds=arguments.timed_rounds
   )
   print()
   int8_table.print_rows(rows, arguments.timed_images)
@@ -165,8 +159,10 @@ def check(arguments: argparse.Namespace) -> None:
   """Raises InputError for flags that no file can satisfy."""
   if arguments.to and arguments.to.exists():
     raise InputError(f"{arguments.to} exists already; give another path, or remove it first")
-  if arguments.float_layers < 0 or arguments.rounds < 1 or arguments.timed_images < 1:
-    raise InputError("--float-layers is at least 0, --rounds and --batch-size are at least 1")
+  if arguments.float_layers < 0 or arguments.timed_rounds < 1 or arguments.timed_images < 1:
+    raise InputError(
+      "--float-layers is at least 0; --timed-rounds and --timed-images are at least 1"
+    )
   if arguments.weights_only and arguments.float_layers:
     raise InputError("--weights-only takes the weights of all layers; leave out --float-layers")
 
@@ -247,7 +243,7 @@ def write(
   proto: Any,
   baseline: Baseline,
   name: str,
-  rows: Mapping[str, Row],
+  rows: Mapping[str, Int8Row],
   ranked: Sequence[Sensitivity],
   options: Mapping[str, Any],
 ) -> None:

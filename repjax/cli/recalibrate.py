@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     "--undo", action="store_true", help="remove the estimates and use the checkpoint's statistics"
   )
   flags.add(parser, "--dataset", "--data-dir", "--batch-size")
-  parser.add_argument("--split", help="split to estimate on (default: the run's training split)")
+  flags.add(parser, "--split", help="split to estimate on (default: the run's training split)")
   parser.add_argument(
     "--eval-split", help="split to evaluate on (default: the run's evaluation split)"
   )
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
       if arguments.undo:
         runs.remove_recalibrated(arguments.workdir)
         print("the checkpoint's own statistics are in use again", flush=True)
-        flags.use_noise_for_import(config, arguments, arguments.eval_split)
+        flags.use_noise_for_import(config, arguments, split=None)
       else:
         record = training.recalibrate(config, arguments.workdir, num_batches=arguments.batches)
         print(format_recalibration(record), flush=True)

@@ -9,7 +9,6 @@ Examples:
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import repjax
 from repjax.cli import flags
@@ -21,9 +20,7 @@ def main(argv: Sequence[str]) -> None:
   parser = flags.parser("summary", __doc__)
   parser.add_argument("name", nargs="?", metavar="MODEL", help="name of a model")
   parser.add_argument("--model", metavar="MODEL", help="name of a model, as the first argument")
-  parser.add_argument(
-    "--workdir", type=Path, metavar="DIR", help="folder of a run, or of imported weights"
-  )
+  flags.add(parser, "--workdir", required=False)
   parser.add_argument(
     "--num-classes", type=int, default=1000, metavar="N", help="with MODEL (default: 1000)"
   )

@@ -42,9 +42,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument(
     "--config", metavar="CONFIG", help="name of a config, such as repvgg_a2, or its file"
   )
-  parser.add_argument(
+  flags.add(
+    parser,
     "--workdir",
-    metavar="DIR",
+    required=False,
     help="folder of the run (default: runs/ and the name of the config)",
   )
   parser.add_argument(
@@ -99,8 +100,10 @@ def config_file(name: str) -> str:
   """
   if not name.isidentifier():
     return name
-  # In a checkout the path of `repjax.configs` also holds the folder configs/.
-  files = [file for folder in configs.__path__ for file in Path(folder).glob("*.py")]
+  # The path of `repjax.configs` is the folder of the package, or in a checkout also configs/. A
+  # file in an earlier folder wins, as in an import.
+  folders = [Path(folder) for folder in reversed(configs.__path__)]
+  files = [file for folder in folders for file in folder.glob("*.py")]
   known = {file.stem: str(file) for file in files if file.stem not in ("__init__", "common")}
   if name not in known:
     raise unknown("config", name, known)

@@ -21,7 +21,7 @@ VERSION = "1.0.0"  # the same for every set made here; the checksum tells sets a
 SKIPPED = "skipped.txt"  # the list of files that were left out
 
 
-class Prepared(NamedTuple):
+class PreparedSet(NamedTuple):
   """A set that was made from a folder.
 
   Attributes:
@@ -51,7 +51,7 @@ def prepare_folder(
   strict: bool = False,
   replace: bool = False,
   num_workers: int | None = None,
-) -> Prepared:
+) -> PreparedSet:
   """Makes a TFDS set of a folder of images, which `open_source(name, ...)` then opens.
 
   The bytes of the files are stored as they are. Every file is decoded once as a check. Files that
@@ -98,7 +98,7 @@ def prepare_folder(
         + "; ".join(f"{path}: {why}" for path, why in sorted(skipped.items()))
       )
   class_names = tuple(found.splits["train"])
-  return Prepared(target, class_names, counts, skipped, found.others, repeated)
+  return PreparedSet(target, class_names, counts, skipped, found.others, repeated)
 
 
 def name_problems(name: str) -> list[str]:
@@ -121,7 +121,7 @@ def name_problems(name: str) -> list[str]:
 def _write(
   draft: Path, folder: Path, found: layout.FolderLayout, name: str, seed: int, num_workers: int
 ) -> tuple[dict[str, list[int]], dict[str, str], list[str]]:
-  """Writes the whole set; returns `counts`, `skipped` and `repeated` as in `Prepared`."""
+  """Writes the whole set; returns `counts`, `skipped` and `repeated` as in `PreparedSet`."""
   splits = found.splits
   class_names = tuple(splits["train"])
   writers = {split: _SplitWriter(draft, name, split, class_names) for split in splits}
@@ -156,7 +156,7 @@ def _write_images(
   seed: int,
   num_workers: int,
 ) -> tuple[dict[str, str], list[str]]:
-  """Writes the images of all splits; returns `skipped` and `repeated` as in `Prepared`."""
+  """Writes the images of all splits; returns `skipped` and `repeated` as in `PreparedSet`."""
   skipped: dict[str, str] = {}
   validation, repeated = set(), []
   total = sum(len(paths) for classes in splits.values() for paths in classes.values())

@@ -56,7 +56,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def draft_folder(path: Path) -> Iterator[Path]:
+def locked_draft(path: Path) -> Iterator[Path]:
   """Makes an empty folder that one process at a time may hold, and removes it at the end.
 
   A folder that the block moved to its final place stays. Files that a killed process left in the
@@ -112,7 +112,7 @@ def whole_set(target: Path, *, replace: bool) -> Iterator[Path]:
   """
   name, data_dir = target.parent.name, target.parent.parent
   replaced = data_dir / f".{name}.replaced"
-  with draft_folder(data_dir / f".{name}.incomplete") as draft:
+  with locked_draft(data_dir / f".{name}.incomplete") as draft:
     if replaced.exists() and not target.exists():  # killed between the two renames below
       target.parent.mkdir(exist_ok=True)
       replaced.rename(target)

@@ -86,7 +86,7 @@ def _copy_beside(shards: list[_Shard], folder: Path, name: str, num_workers: int
 
   The metadata is replaced last, in one rename. Until then the set is a TFRecord set as before.
   """
-  with storage.draft_folder(folder / ".array_record.incomplete") as draft:
+  with storage.locked_draft(folder / ".array_record.incomplete") as draft:
     _copy_all(shards, draft, name, num_workers)
     for shard in shards:
       (draft / shard.copy).rename(folder / shard.copy)

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from repjax.cache import keep_every_program
 from repjax.deploy.devices import PlacedTree
-from repjax.deploy.streams import PlacedStreams, check_streams
+from repjax.deploy.streams import PlacedStreams, device_groups
 from repjax.errors import InputError, unknown
 from repjax.inference import inference
 from repjax.spec import Preprocessing
@@ -185,7 +185,7 @@ def compile(  # noqa: A001
     raise unknown("parallel", parallel, PARALLEL)
   in_streams = parallel == "streams"
   if in_streams:
-    check_streams(model, devices)
+    device_groups(model, devices)  # raises early, before the model is folded
   with keep_every_program():
     found = inference(
       model,

@@ -63,7 +63,7 @@ class BatchPlan(NamedTuple):
   convolutions: Mapping[str, str]
 
 
-class Program:
+class BatchProgram:
   """A function compiled for batches of one size in one arrangement.
 
   Attributes:
@@ -144,7 +144,7 @@ class PlacedTree:
     Args:
       tree: the arrays.
       devices: devices of this process; None takes all.
-      tune: chooses the fastest algorithm for each convolution.
+      tune: choose the fastest algorithm for each convolution; no effect except on CPUs.
 
     Raises:
       InputError: there are no devices, or a device is given twice, or the devices are of several
@@ -162,7 +162,9 @@ class PlacedTree:
     """Returns the first device's copy of a tree that is on all devices, without copying it."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
-  def program(self, function: Function, batch: jax.ShapeDtypeStruct) -> tuple[Program, BatchPlan]:
+  def program(
+    self, function: Function, batch: jax.ShapeDtypeStruct
+  ) -> tuple[BatchProgram, BatchPlan]:
     """Compiles the function for one batch size in every arrangement and returns the fastest.
 
     Args:
@@ -175,7 +177,7 @@ class PlacedTree:
       # An earlier process may have measured the same; then the other arrangements are not compiled.
       known = recall(question)
       arrangements = [each for each in arrangements if [*each] == known] or arrangements
-    programs = [Program(function, self, each, batch) for each in arrangements]
+    programs = [BatchProgram(function, self, each, batch) for each in arrangements]
     compile_seconds = time.perf_counter() - start
     seconds = time_programs(programs, batch) if len(programs) > 1 else {}
     fastest = min(programs, key=lambda program: seconds.get(program.arrangement, 0))
@@ -222,7 +224,7 @@ def _in_chunks(function: Function, chunk: int) -> Function:
 
 
 def time_programs(
-  programs: Sequence[Program], batch: jax.ShapeDtypeStruct
+  programs: Sequence[BatchProgram], batch: jax.ShapeDtypeStruct
 ) -> dict[Arrangement, float]:
   """Returns the median seconds of a batch in each arrangement.
 

@@ -1,22 +1,30 @@
-"""A network in streams on several devices: each stream of the network has its own device.
+"""Runs a network in streams on several devices: each stream of the network has its own device.
 
-Terms. A network in streams is a graph of scopes (its top-level modules), and each scope belongs to
-a stream. A piece is a run of scopes of one stream that is compiled as one program. A group is a set
-of devices with one device for each stream; k groups split a batch into k equal shares.
+Terms.
+- A scope is a top-level module of the network. It reads the maps of other scopes, or the images,
+  and makes one map.
+- A stream is a set of scopes that share a device. The network numbers its streams from 1 to S.
+- A piece is a chain of scopes of one stream that is compiled as one program.
+- A group is a set of S devices, one for each stream. With k groups, a batch is split into k equal
+  shares, and each group computes its share.
 
-How streams run at once. A device holds the parameters of its stream's scopes and no other ones.
-`StreamsProgram.start` calls the compiled pieces in an order in which each finds its inputs. A call
-in JAX returns before the device has done the work: the device queues it until the inputs are there.
-So the host runs ahead through all pieces, and pieces on different devices compute at the same time.
-A map that a piece reads from a different stream is moved between devices, and these moves are
-queued in the same way; nothing here waits or locks. ParNet moves four maps.
+In order: `cut_into_pieces` makes pieces of scopes. `PlacedStreams` copies the parameters of each
+piece to the devices of its stream. `StreamsProgram` compiles the pieces for one batch size, and its
+methods `start` and `finish` run a batch.
 
-With k groups, a stream's k devices form a mesh, and a piece is one program for all of them.
+How streams run at once. `start` calls the compiled pieces in an order in which every piece comes
+after the pieces that make its inputs. A call in JAX returns at once, with arrays that are computed
+later. The device queues the work until the inputs are there. So the host passes through all pieces
+without waiting, and pieces on different devices compute at the same time. A map from a different
+stream has to be moved between devices, and moves are queued in the same way. Nothing here waits or
+locks. ParNet moves four maps.
+
+With k groups, the k devices of a stream form a mesh, and a piece is one program for the mesh.
 
 Two designs were left out. One program for all streams, a `shard_map` with a `switch` over devices,
 would have to pad the maps and parameters of all streams to one shape. Computing the first layers on
-every device would save two moves, but adds a tenth of work to ParNet-S. Devices that share cores,
-like those of one CPU, have no time for this work, and images would have to go to all devices.
+every device would save two moves, but would add a tenth of work to ParNet-S. Devices that share
+cores, like those of one CPU, have no time for this work. Images would have to go to all devices.
 """
 
 import functools
@@ -36,7 +44,7 @@ from repjax.deploy.xla import compile_lowered, planned_bytes
 from repjax.errors import InputError
 from repjax.models.base import StreamScope
 
-_AXIS = "batch"
+_AXIS = "batch"  # name of the axis over the k devices of one stream
 
 
 class Piece(NamedTuple):
@@ -45,10 +53,11 @@ class Piece(NamedTuple):
   Attributes:
     stream: number of the stream, from 1.
     scopes: names of the scopes, in the order in which they run.
-    reads: inputs of the first scope: names of scopes in other pieces, or "images".
-    moves: inputs in `reads` that are elsewhere: on devices of a different stream, or on the host.
-    makes: scopes whose maps leave the piece, since a different piece reads them or the network
-      returns them.
+    reads: names of the maps that the first scope reads. A map has the name of the scope that made
+      the map, or is "images". Every later scope reads the map of the scope before it.
+    moves: names in `reads` of maps that are on devices of a different stream, or on the host.
+    makes: names of the maps that leave the piece, because a different piece reads them or the
+      network returns them.
   """
 
   stream: int
@@ -63,46 +72,61 @@ class Piece(NamedTuple):
     return "+".join(self.scopes)
 
 
-def cut_into_pieces(parts: Mapping[str, StreamScope], results: Sequence[str]) -> tuple[Piece, ...]:
-  """Cuts a network in streams into the fewest pieces that never wait in their middle.
+def cut_into_pieces(scopes: Mapping[str, StreamScope], results: Sequence[str]) -> tuple[Piece, ...]:
+  """Cuts a network in streams into pieces, as long as can be.
 
-  A scope extends the piece that makes its input if three things hold: this is its only input, no
-  other scope reads this input, and both are of one stream. Otherwise the scope begins a new piece.
-  If a scope with several readers were in the middle of a piece, its readers on other devices would
-  wait for the end of the whole piece.
+  In the middle of a piece, no scope waits for a different piece, and no scope delays one. A piece
+  begins when all its inputs are there, and hands out its maps at its end. So a scope joins the
+  piece that makes its input only if three things hold.
+
+  - The scope has no second input. The scope would have to wait for it in the middle of a piece.
+  - No other scope reads the input. Such a reader, in a different piece, would have to wait until
+    the whole piece is done.
+  - The scope and the piece are of one stream.
+
+  Otherwise the scope begins a new piece.
 
   Args:
-    parts: the network's scopes, in an order in which they can run.
+    scopes: name to `StreamScope`, in an order in which the scopes can run.
     results: names of the scopes whose maps the network returns.
 
   Returns:
     Pieces in an order in which they can run.
   """
-  readers = {name: [scope for scope in parts if name in parts[scope].reads] for name in parts}
+  readers = {name: [scope for scope in scopes if name in scopes[scope].reads] for name in scopes}
   chains: list[list[str]] = []
-  for scope, (stream, reads) in parts.items():
+  for scope, (stream, reads) in scopes.items():
+    # The chain whose last scope is the only input of this scope.
     before = next((chain for chain in chains if (chain[-1],) == reads), None)
-    if before and readers[before[-1]] == [scope] and parts[before[-1]].stream == stream:
+    if before and readers[before[-1]] == [scope] and scopes[before[-1]].stream == stream:
       before.append(scope)
     else:
       chains.append([scope])
-  return tuple(_piece(parts, readers, results, chain) for chain in chains)
+  return tuple(_piece(scopes, readers, results, chain) for chain in chains)
 
 
 def _piece(
-  parts: Mapping[str, StreamScope],
+  scopes: Mapping[str, StreamScope],
   readers: Mapping[str, Sequence[str]],
   results: Sequence[str],
   chain: Sequence[str],
 ) -> Piece:
-  """Describes a chain of scopes as a Piece."""
-  stream, reads = parts[chain[0]]
+  """Describes a chain of scopes as a Piece.
+
+  Args:
+    scopes: as in `cut_into_pieces`.
+    readers: name of each scope to the names of the scopes that read its map.
+    results: as in `cut_into_pieces`.
+    chain: names of the piece's scopes, in order.
+  """
+  stream, reads = scopes[chain[0]]
   return Piece(
-    stream,
-    tuple(chain),
-    reads,
-    tuple(name for name in reads if name not in parts or parts[name].stream != stream),
-    tuple(scope for scope in chain if scope in results or set(readers[scope]) - set(chain)),
+    stream=stream,
+    scopes=tuple(chain),
+    reads=reads,
+    # A name that is no scope is "images", which come from the host.
+    moves=tuple(name for name in reads if name not in scopes or scopes[name].stream != stream),
+    makes=tuple(scope for scope in chain if scope in results or set(readers[scope]) - set(chain)),
   )
 
 
@@ -111,7 +135,7 @@ class PlacedPiece(NamedTuple):
 
   Attributes:
     piece: the piece.
-    sharding: sharding of the piece's maps, split over the devices of its stream.
+    sharding: sharding of the piece's maps: each device of the stream holds its share of the batch.
     tree: variables of the piece's scopes, whole on each of these devices.
     tuner: chooses how convolutions are computed; None leaves every convolution to XLA.
   """
@@ -127,9 +151,10 @@ class CompiledPiece(NamedTuple):
 
   Attributes:
     piece: the piece.
-    sharding: sharding of the piece's maps, split over the devices of its stream.
-    tree: variables that the executable takes, on these devices.
-    executable: a compiled function of the tree and of maps by name; returns maps by name.
+    sharding: sharding of the piece's maps: each device of the stream holds its share of the batch.
+    tree: variables that the executable takes, on these devices. A tuner may have changed kernels.
+    executable: a compiled function of the tree and of the maps in `piece.reads`, by name. It
+      returns the maps in `piece.makes`, by name.
   """
 
   piece: Piece
@@ -138,7 +163,12 @@ class CompiledPiece(NamedTuple):
   executable: Any
 
   def move_inputs(self, maps: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Returns the piece's inputs on its devices; starts the moves and does not wait for them."""
+    """Returns the piece's inputs on its devices; starts the moves and does not wait for them.
+
+    Args:
+      maps: all maps that were made so far, by name, and "images".
+    """
+    # Maps of the same stream are on the right devices already.
     return {
       name: jax.device_put(maps[name], self.sharding) if name in self.piece.moves else maps[name]
       for name in self.piece.reads
@@ -150,13 +180,15 @@ class StreamsProgram:
 
   Attributes:
     devices: number of devices that take part.
-    images: number of images that run; smaller batches are padded.
+    images: number of images that run, a multiple of the number of groups. Smaller batches are
+      padded.
     batch: shape (N, H, W, 3) and dtype of the padded batch.
     pieces: compiled pieces, in an order in which they can run.
-    convolutions: scope's path to name of the algorithm, where it is not XLA's convolution.
+    convolutions: path of a scope to the name of the algorithm that computes its convolution. XLA
+      computes the convolutions that are not listed.
   """
 
-  def __init__(self, run: Callable[..., Any], placed: "PlacedStreams", batch: Any):
+  def __init__(self, run: Callable[..., Any], placed: "PlacedStreams", batch: jax.ShapeDtypeStruct):
     """Compiles the pieces.
 
     Args:
@@ -165,13 +197,14 @@ class StreamsProgram:
       batch: shape (N, H, W, 3) and dtype of the images.
     """
     groups = len(placed.groups)
-    self.devices, self.images = placed.groups.size, batch.shape[0] + -batch.shape[0] % groups
+    self.devices = placed.groups.size
+    self.images = batch.shape[0] + -batch.shape[0] % groups
     self.batch = jax.ShapeDtypeStruct((self.images, *batch.shape[1:]), batch.dtype)
     self._outputs, self._splits = placed.outputs, groups > 1
     self.pieces: list[CompiledPiece] = []
     self.convolutions: dict[tuple[str, ...], str] = {}
-    # The shapes of all maps by name. They grow piece by piece: tracing a piece gives the shapes of
-    # its outputs, which the pieces after it take.
+    # Shapes of the whole batch's maps, by name. The dictionary grows piece by piece: tracing a
+    # piece gives the shapes of its outputs, which later pieces read.
     maps = {"images": self.batch}
     for piece, sharding, tree, tuner in placed.pieces:
       inputs = {
@@ -191,8 +224,12 @@ class StreamsProgram:
 
   @property
   def memory(self) -> int | None:
-    """Bytes that XLA plans for the device that needs most; None if XLA does not say."""
-    streams: dict[int, int] = {}
+    """The largest sum of XLA's planned bytes over the pieces of one stream.
+
+    The sum can exceed what a device needs at any time. It adds the work space of all pieces, and
+    counts a map twice that one piece hands to the next piece. None if XLA does not say.
+    """
+    streams: dict[int, int] = {}  # number of a stream to bytes
     for compiled in self.pieces:
       stream, planned = compiled.piece.stream, planned_bytes(compiled.executable)
       if planned is None:
@@ -205,19 +242,28 @@ class StreamsProgram:
 
     Args:
       images: (n, H, W, 3) with n at most the program's number of images.
+
+    Returns:
+      The outputs of the network for the padded batch, as arrays that are still being computed.
     """
     if self._splits:
-      # Splitting an array of one device over several would make JAX compile a program.
+      # JAX would compile a program to split an array on one device over several devices. An array
+      # on the host is split without a program.
       images = np.asarray(images)
     maps = {"images": pad_images(images, self.images)}
-    # Neither the moves nor the calls block, so this loop ends long before the devices do. The maps
-    # in the dictionary are promises of arrays; a device waits for them where a piece reads them.
+    # Neither the moves nor the calls wait, so this loop ends long before the devices do. The arrays
+    # in `maps` may not be computed yet. A device waits for an array where a piece reads it.
     for compiled in self.pieces:
       maps |= compiled.executable(compiled.tree, compiled.move_inputs(maps))
     return jax.tree.map(lambda scope: maps[scope], self._outputs)
 
   def finish(self, results: Any, count: int) -> Any:
-    """Waits for results and returns the first `count` rows of each, in float32 on the host."""
+    """Waits for results and returns the first `count` rows of each, in float32 on the host.
+
+    Args:
+      results: arrays from `start`.
+      count: number of images before padding.
+    """
     return jax.tree.map(lambda rows: np.asarray(rows)[:count].astype(np.float32), results)
 
 
@@ -225,7 +271,7 @@ class PlacedStreams:
   """The scopes of a network in streams, each on the devices of its stream.
 
   Attributes:
-    groups: array (k, S) of devices: k groups, and in each a device for every one of S streams.
+    groups: array (k, S) of devices: k groups of S devices, one device for each stream.
     outputs: outputs of the network: a tree with names of scopes in the place of their maps.
     pieces: pieces with their variables on devices, in an order in which they can run.
   """
@@ -239,21 +285,23 @@ class PlacedStreams:
       network: the network in streams, in deploy form.
       tree: variables of the network.
       devices: devices of this process; None takes all.
-      tune: chooses the fastest algorithm for each convolution.
+      tune: choose the fastest algorithm for each convolution; no effect except on CPUs.
 
     Raises:
-      InputError: as in `check_streams`.
+      InputError: as in `device_groups`.
     """
     self.outputs = network.outputs
-    self.groups = check_streams(network, devices)
+    self.groups = device_groups(network, devices)
     self.pieces = []
-    for piece in cut_into_pieces(network.streams, jax.tree.leaves(self.outputs)):
-      # A column of the array: the devices that one stream has in all groups.
+    for piece in cut_into_pieces(network.stream_scopes, jax.tree.leaves(self.outputs)):
+      # A column of `groups` holds the devices that one stream has in all groups.
       mesh = Mesh(self.groups[:, piece.stream - 1], (_AXIS,))
+      # A collection such as "params" lacks the scopes that keep nothing in it.
       variables = {
         collection: {scope: held[scope] for scope in piece.scopes if scope in held}
         for collection, held in tree.items()
       }
+      # An empty PartitionSpec splits no axis, so every device of the mesh gets a whole copy.
       copy_to_all = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
       placed = copy_to_all(variables)
       tuner = make_tuner(placed, self.groups[0, 0], copy_to_all, tune)
@@ -268,6 +316,9 @@ class PlacedStreams:
     Args:
       run: the function `run` of an `Inference`.
       batch: shape (N, H, W, 3) and dtype of the images.
+
+    Returns:
+      The program, and a record of how batches of this size run.
     """
     start = time.perf_counter()
     program = StreamsProgram(run, self, batch)
@@ -275,27 +326,35 @@ class PlacedStreams:
       devices=program.devices,
       chunk=program.images // len(self.groups),
       images=program.images,
-      seconds={},
+      seconds={},  # there is nothing to choose from, so nothing was timed
       compile_seconds=time.perf_counter() - start,
       memory=program.memory,
       convolutions=by_joined_path(program.convolutions),
     )
 
 
-def check_streams(model: nn.Module, devices: Sequence[Any] | None) -> np.ndarray:
-  """Returns an array (k, S) of devices: k groups, and in each a device for every stream.
+def device_groups(model: nn.Module, devices: Sequence[Any] | None) -> np.ndarray:
+  """Divides devices into groups with one device for each stream of a model.
+
+  Args:
+    model: the model, in either form.
+    devices: devices of this process; None takes all.
+
+  Returns:
+    An array (k, S) of devices: k groups of S devices, one device for each of S streams.
 
   Raises:
-    InputError: the model has no streams, or the number of devices is not a multiple of S.
+    InputError: the model has no streams, or the number of devices is not a multiple of S, or as in
+      `checked_devices`.
   """
-  parts: Mapping[str, StreamScope] | None = getattr(model, "streams", None)
-  if parts is None:
+  scopes: Mapping[str, StreamScope] | None = getattr(model, "stream_scopes", None)
+  if scopes is None:
     raise InputError(
       f'parallel="streams" needs a network in streams like ParNet, got {type(model).__name__}. '
       'The default, parallel="data", uses all devices too.'
     )
   given = checked_devices(devices)
-  streams = max(part.stream for part in parts.values())
+  streams = max(scope.stream for scope in scopes.values())
   if len(given) % streams:
     on_cpu = (
       f" Or start with XLA_FLAGS=--xla_force_host_platform_device_count={streams}, which divides "
@@ -309,7 +368,12 @@ def check_streams(model: nn.Module, devices: Sequence[Any] | None) -> np.ndarray
 
 
 def _piece_function(run: Callable[..., Any], piece: Piece) -> Function:
-  """Returns a piece as a function of its variables and of its inputs by name."""
+  """Returns a piece as a function of its variables and of its inputs by name.
+
+  Args:
+    run: the function `run` of an `Inference`, which runs scopes and returns all maps.
+    piece: the piece. The function returns only the maps in `piece.makes`.
+  """
 
   def function(tree: Any, maps: dict[str, jax.Array]) -> dict[str, jax.Array]:
     made = run(tree, maps, piece.scopes)
@@ -319,14 +383,20 @@ def _piece_function(run: Callable[..., Any], piece: Piece) -> Function:
 
 
 def _share(maps: jax.ShapeDtypeStruct, groups: int) -> jax.ShapeDtypeStruct:
-  """Returns the shape of the part of a batch of maps that one of several groups has."""
+  """Returns the shape and dtype of the share of a batch of maps that one group computes."""
   return jax.ShapeDtypeStruct((maps.shape[0] // groups, *maps.shape[1:]), maps.dtype)
 
 
 def _split_over_groups(function: Function, sharding: NamedSharding) -> Any:
-  """Returns a jitted function that runs on every device of a stream, each with its group's share.
+  """Returns a jitted function that runs on all devices of a stream, each on its group's share.
 
-  Variables are whole on each device. Maps are split along the batch, on the way in and out.
+  Args:
+    function: function of variables and of maps by name, for the share of one group.
+    sharding: sharding of the maps, whose mesh holds the devices of the stream.
+
+  Returns:
+    A function of variables, whole on each device, and of maps, split along the batch. It returns
+    maps split in the same way.
   """
   split = PartitionSpec(_AXIS)
   each = jax.shard_map(

@@ -58,7 +58,12 @@ class RepLayer(nn.Module, kw_only=True):
   @nn.nowrap
   def dtypes(self) -> dict[str, Any]:
     """Returns `dtype` and `param_dtype` by name, for layers that are the same in both forms."""
-    return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    return dtypes_of(self)
+
+
+def dtypes_of(module: Any) -> dict[str, Any]:
+  """Returns `dtype` and `param_dtype` of a module by name, for layers inside the module."""
+  return {"dtype": module.dtype, "param_dtype": module.param_dtype}
 
 
 def batch_norm(

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine, wide_dtype
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, refuse_training
+from repjax.layers.base import RepLayer, dtypes_of, refuse_training
 from repjax.layers.linear import kernel_init, linear
 from repjax.layers.rep_norm import Affine
 
@@ -50,7 +50,7 @@ class SqueezeExcite(nn.Module):
         f"SqueezeExcite {'/'.join(self.path)}: {features} channels reduced {self.reduction} times "
         "leave no hidden channel. Lower se_reduction or widen the network"
       )
-    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    dtypes = dtypes_of(self)
     gate = (x if z is None else z).mean((1, 2))  # (N, C)
     gate = jax.nn.relu(linear(gate, features // self.reduction, name="down", **dtypes))
     gate = jax.nn.sigmoid(linear(gate, features, name="up", **dtypes))

@@ -11,6 +11,7 @@ from jax.nn.initializers import Initializer
 
 from repjax.algebra import wide_dtype
 from repjax.layers.activations import activation
+from repjax.layers.base import dtypes_of
 
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of PyTorch, and so of the code of the papers."""
@@ -123,6 +124,6 @@ class TwoLayers(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps (..., n) to the same shape."""
     first, second = self.names
-    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    dtypes = dtypes_of(self)
     y = activation(self.act)(linear(x, self.hidden, name=first, **dtypes))
     return linear(y, x.shape[-1], name=second, **dtypes)

@@ -301,7 +301,19 @@ def fold_rep_conv(
 def merge_branches(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> ConvParams:
-  """Merges branches as `fold_rep_conv` does, without rounding to the dtype of the kernels."""
+  """Merges branches as `fold_rep_conv` does, without rounding to the dtype of the kernels.
+
+  Args:
+    params: {branch: {conv: {kernel, ...}, bn: {scale, bias}}}; an identity has `bn` alone.
+    stats: {branch: {bn: {mean, var}}}.
+    epsilon: number added to the variance by the batch norms.
+
+  Returns:
+    kernel (H, W, I/g, O), bias (O,), in the widest dtype involved, at least float32.
+
+  Raises:
+    ValueError: the two trees do not hold the same branches, or shapes do not fit.
+  """
   norms = sorted(f"{name}/{norm}" for name in stats for norm in stats[name])
   if norms != sorted(f"{name}/bn" for name in params):
     raise ValueError(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.layers import RepConv, RepLayer, activation, linear
-from repjax.layers.base import refuse_training
+from repjax.layers.base import dtypes_of, refuse_training
 from repjax.models.checks import check_classifier
 
 
@@ -48,7 +48,7 @@ BlockBuilder = Callable[..., nn.Module]
 """A function that builds a block, given `name` and perhaps more attributes.
 
 Builders are partials of the class of the block, so that the block belongs to the scope in which the
-builder is called. A wrapped method of the network would put the block into the network's scope.
+builder is called. A bound method would put the block into the scope of the network.
 """
 
 
@@ -155,13 +155,22 @@ class Classifier(nn.Module, kw_only=True):
     """
     x = last_of(maps).mean((1, 2))  # (N, C)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return linear(x, self.num_classes, name="head", dtype=self.dtype, param_dtype=self.param_dtype)
+    return linear(x, self.num_classes, name="head", **self.dtypes())
 
   @nn.nowrap
   def shared(self) -> dict[str, Any]:
     """Returns the attributes that the network passes on to every block, by name."""
-    fields = ("act", "axis_name", "deploy", "dtype", "param_dtype")
-    return {field: getattr(self, field) for field in fields}
+    return {
+      "act": self.act,
+      "axis_name": self.axis_name,
+      "deploy": self.deploy,
+      **self.dtypes(),
+    }
+
+  @nn.nowrap
+  def dtypes(self) -> dict[str, Any]:
+    """Returns `dtype` and `param_dtype` by name, for layers that are the same in both forms."""
+    return dtypes_of(self)
 
   @nn.nowrap
   def builder(self, block: type[Block], inputs: int = 1) -> BlockBuilder:
@@ -184,9 +193,10 @@ def last_of(maps: Mapping[str, jax.Array]) -> jax.Array:
 class StreamScope(NamedTuple):
   """A top-level scope of a network whose streams run side by side.
 
-  Such a network has three members. `streams` is a table {scope: StreamScope}. `outputs` is the
-  result, with scopes in the place of their maps. `run(maps, scopes)` runs scopes on maps by scope,
-  and returns the maps with the outputs of the scopes added.
+  Such a network has three members. `stream_scopes` is a table {scope: StreamScope}, in an order in
+  which the scopes can run. `outputs` is the result, with scopes in the place of their maps.
+  `run(maps, scopes)` runs some scopes. It takes maps by the name of the scope that made them, and
+  returns the same maps and those of the scopes that ran.
 
   Attributes:
     stream: number of the stream to which the scope belongs, from 1.

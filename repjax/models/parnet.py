@@ -19,11 +19,11 @@ The deploy form computes exactly the same.
   channel of both maps.
 
 No norm and no statistics remain. The conversion of the authors keeps the norms of gates and of
-fusion. Three things stay because they are not affine, or not worth folding.
+fusion. Three things stay, each for its own reason.
 
 - Gates multiply by numbers computed from the image.
-- The affine maps of fusion come before a convolution that pads with zeros. With the shift in the
-  convolution's bias, pixels at the border would differ.
+- The affine maps of fusion come before a convolution that pads with zeros. If the convolution's
+  bias held the shift, pixels at the border would differ.
 - Shuffles are cheap, and with them a layer's channels are those of the training form.
 
 Gates run beside convolutions, so that the longest path has 12 layers, as `repjax.analysis.depth`
@@ -49,7 +49,7 @@ from repjax.models.base import Block, BlockBuilder, Classifier, Stage, StreamSco
 from repjax.models.checks import check_total_stride, check_whole
 
 GROUPS = 2
-"""Number of groups of a fusion block: one for each half of the channels of the two maps."""
+"""Number of groups of a fusion block. Each group reads half of the channels of each map."""
 
 
 def channel_shuffle(x: jax.Array, groups: int) -> jax.Array:
@@ -74,7 +74,7 @@ class StreamBlock(Block):
 
 
 class GatedBlock(Block):
-  """A block whose RepConv is multiplied by a gate; the base of down-sampling and fusion.
+  """A block whose RepConv is multiplied by a gate; the base of `Downsample` and `Fusion`.
 
   Attributes:
     features: number of output channels.
@@ -102,7 +102,11 @@ class GatedBlock(Block):
 
 
 class Downsample(GatedBlock):
-  """A RepConv times a gate, and an activation; at stride 2 the map gets half as large."""
+  """A RepConv times a gate, and an activation: the down-sampling block.
+
+  At stride 2 the map gets half as large. At stride 1 the block keeps the size and changes only the
+  number of channels, as at the start of the networks for CIFAR.
+  """
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -160,8 +164,9 @@ class ParNet(Classifier, kw_only=True):
   - `downsample0`, `downsample1`, and `stem` if it has blocks, come before all streams.
   - `downsample2` and `downsample3` each halve the map.
   - `stream1`, `stream2` and `stream3`, with `block0`, `block1`, ..., read the three maps.
-  - `fusion1` takes stream 1 to the size of stream 2, `fusion2` takes both to the size of stream 3,
-    and `fusion3` joins all three.
+  - `fusion1` takes stream 1 to the size of stream 2. It reads one map, so it is a `Downsample`.
+  - `fusion2` and `fusion3` are `Fusion` blocks. `fusion2` takes stream 2 and the result of
+    `fusion1` to the size of stream 3. `fusion3` joins stream 3 and the result of `fusion2`.
   - `downsample4` and `head` end the network.
 
   Images are at least `total_stride` pixels high and wide; odd sizes are rounded up. The training
@@ -233,34 +238,37 @@ class ParNet(Classifier, kw_only=True):
   def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
     """Runs all scopes but the classifier, and returns the four maps of the class docstring."""
 
-    def run(scope: str, *inputs: jax.Array) -> jax.Array:
+    def run_scope(scope: str, *inputs: jax.Array) -> jax.Array:
       return self.build(scope, inputs[0].shape[-1])(*inputs, train)
 
-    x = run("downsample0", x)
-    x = run("downsample1", x)
+    # The shapes are those at the default `strides`.
+    x = run_scope("downsample0", x)  # (N, H/2, W/2, min(64, C1))
+    map1 = run_scope("downsample1", x)  # (N, H/4, W/4, C1)
     if self.stem_blocks:
-      x = run("stem", x)
-    half = run("downsample2", x)
-    quarter = run("downsample3", half)
+      map1 = run_scope("stem", map1)
+    map2 = run_scope("downsample2", map1)  # (N, H/8, W/8, C2)
+    map3 = run_scope("downsample3", map2)  # (N, H/16, W/16, C3)
     # The three streams do not depend on each other. On several devices they run side by side.
-    stream1 = run("stream1", x)  # (N, H/4, W/4, C1)
-    stream2 = run("stream2", half)  # (N, H/8, W/8, C2)
-    stream3 = run("stream3", quarter)  # (N, H/16, W/16, C3)
-    fused = run("fusion1", stream1)  # (N, H/8, W/8, C2)
-    fused = run("fusion2", stream2, fused)  # (N, H/16, W/16, C3)
-    fused = run("fusion3", stream3, fused)  # (N, H/16, W/16, C3)
-    last = run("downsample4", fused)  # (N, H/32, W/32, C4)
+    stream1 = run_scope("stream1", map1)  # (N, H/4, W/4, C1)
+    stream2 = run_scope("stream2", map2)  # (N, H/8, W/8, C2)
+    stream3 = run_scope("stream3", map3)  # (N, H/16, W/16, C3)
+    fused = run_scope("fusion1", stream1)  # (N, H/8, W/8, C2)
+    fused = run_scope("fusion2", stream2, fused)  # (N, H/16, W/16, C3)
+    fused = run_scope("fusion3", stream3, fused)  # (N, H/16, W/16, C3)
+    last = run_scope("downsample4", fused)  # (N, H/32, W/32, C4)
     return {"stage1": stream1, "stage2": stream2, "stage3": fused, "stage4": last}
 
   @nn.nowrap
   def build(self, scope: str, channels: int) -> nn.Module:
-    """Builds the module of a scope; for compact methods.
+    """Builds the module of a scope. Call it only inside a compact method.
 
     Args:
       scope: any scope but the classifier.
-      channels: number of channels of the first map that the scope reads.
+      channels: number of channels of the first map that the scope reads. Only the two leading
+        scopes need it: they are stream blocks if they keep the shape.
     """
     first, second, third, last = self.widths
+    # At most 64 channels, as in the networks that the authors released.
     narrow = min(64, first) if self.strides[1] == 2 else first
     streams = dict(zip(("stream1", "stream2", "stream3"), self.stage_sizes))
     blocks = streams | {"stem": self.stem_blocks}
@@ -280,17 +288,25 @@ class ParNet(Classifier, kw_only=True):
 
   @nn.nowrap
   def _leading(self, channels: int, features: int, strides: int) -> BlockBuilder:
-    """Returns the builder of a leading block: a stream block if the block keeps the shape."""
+    """Returns the builder of `downsample0` or `downsample1`.
+
+    A block that keeps the shape is a stream block. Any other block is a `Downsample`.
+
+    Args:
+      channels: number of channels that the block reads.
+      features: number of channels that the block makes.
+      strides: 1 or 2.
+    """
     if (features, strides) == (channels, 1):
       return self.builder(StreamBlock)
     return functools.partial(self.builder(Downsample), features, strides)
 
   # The rest is for deployment, where the streams of one network run on several devices. The table
-  # says what `maps` says in code; a test holds that both compute the same.
+  # holds as data what `maps` holds as code. A test checks that both compute the same.
 
   @property
-  def streams(self) -> dict[str, StreamScope]:
-    """The scopes, in an order in which they can run."""
+  def stream_scopes(self) -> dict[str, StreamScope]:
+    """Each scope with its stream number and its inputs, in running order."""
     stem = "stem" if self.stem_blocks else "downsample1"
     scopes = {
       "downsample0": StreamScope(1, ("images",)),
@@ -312,7 +328,7 @@ class ParNet(Classifier, kw_only=True):
 
   @property
   def outputs(self) -> Any:
-    """The result of a call, with scopes in the place of their maps."""
+    """The result of a call, in which the name of a scope stands for the scope's map."""
     if not self.features_only:
       return "head"
     return {"stage1": "stream1", "stage2": "stream2", "stage3": "fusion3", "stage4": "downsample4"}
@@ -321,20 +337,22 @@ class ParNet(Classifier, kw_only=True):
   def run(
     self, maps: Mapping[str, jax.Array], scopes: Iterable[str], train: bool = False
   ) -> dict[str, jax.Array]:
-    """Runs some scopes of the network.
+    """Runs some scopes of the network, such as those of one device.
 
     Args:
-      maps: maps that the scopes read, by scope; "images" in the dtype of the network.
-      scopes: scopes to run, in the order of `streams`.
+      maps: maps that the scopes read, by the name of the scope that made them. The first scope
+        reads "images", in the dtype of the network.
+      scopes: names of the scopes to run, in the order of `stream_scopes`.
       train: as in a call.
 
     Returns:
-      The maps, with the outputs of the scopes added.
+      The given maps, and the map or the logits of each scope that ran.
     """
-    maps, streams = dict(maps), self.streams
+    maps, table = dict(maps), self.stream_scopes
     for scope in scopes:
-      inputs = [maps[name] for name in streams[scope].reads]
+      inputs = [maps[name] for name in table[scope].reads]
       if scope == "head":
+        # `classify` takes the maps of the stages by name, and reads only the last one.
         maps[scope] = self.classify({"downsample4": inputs[0]}, train)
       else:
         maps[scope] = self.build(scope, inputs[0].shape[-1])(*inputs, train)

@@ -45,6 +45,7 @@ from repjax.models.checks import (
 )
 
 GATE_REDUCTION = 4
+"""Ratio of a block's number of channels to the width of the hidden layer in its gate."""
 EXPANSION = 4
 """Ratio of the width of an FFN's hidden layer to its input's."""
 

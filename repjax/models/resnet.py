@@ -1,5 +1,8 @@
 """ResNet: every convolution and the batch norm after it are a RepConv of one branch.
 
+A stage is a row of blocks whose maps have one size. Two kinds of blocks exist, `BasicBlock` and
+`Bottleneck`. Each adds the input of the block, the shortcut, to the output of the convolutions.
+
 The deploy form holds convolutions with bias, activations, sums with shortcuts, and one max-pool. It
 holds no batch norm and no statistics. The stride of a bottleneck is on its 3x3 convolution, as in
 torchvision and timm.
@@ -32,8 +35,9 @@ class Place(NamedTuple):
     number: number of the block in its stage, from 0.
     features: number of output channels.
     strides: 2 if the block halves the map, else 1.
-    dilation_before: dilation of the convolutions up to the one that has the stride.
-    dilation: dilation of the convolutions after that one.
+    dilation_before: dilation of the convolutions up to and including the one that has the stride.
+    dilation: dilation of the convolutions after the one that has the stride. Both are 1 unless
+      `output_stride` is below 32.
   """
 
   stage: int
@@ -57,11 +61,12 @@ class ResidualBlock(Block):
   def shortcut(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns the input of the block in the shape of its output.
 
-    A 1x1 conv-BN changes the shape at the start of a stage, in the scope `RepConv_shortcut`. Every
-    stage but the first has one, even a stage that keeps the size because it dilates: parameters
-    then do not depend on `output_stride`.
+    A 1x1 conv-BN, in the scope `RepConv_shortcut`, changes the shape in the first block of a stage.
+    Stages 2 to 4 always have one. Stage 1 has one only if the number of channels changes.
     """
     place = self.place
+    # Stages 2 to 4 have the 1x1 conv-BN even if they keep the shape, as a stage that dilates may.
+    # So the parameters do not depend on `output_stride`.
     if x.shape[-1] == place.features and (place.number > 0 or place.stage == 1):
       return x
     return self.conv_bn("shortcut", place.features, 1, place.strides)(x, train)
@@ -85,8 +90,8 @@ class BasicBlock(ResidualBlock):
 class Bottleneck(ResidualBlock):
   """A 1x1 convolution to a quarter of the features, a 3x3, a 1x1, and a sum with the shortcut.
 
-  An activation follows each convolution and the sum. Scopes: `RepConv_conv1`, `RepConv_conv2`,
-  `RepConv_conv3`, `RepConv_shortcut`.
+  An activation follows the first two convolutions and the sum. Scopes: `RepConv_conv1`,
+  `RepConv_conv2`, `RepConv_conv3`, `RepConv_shortcut`.
   """
 
   @nn.compact
@@ -130,8 +135,8 @@ class ResNet(Classifier, kw_only=True):
   maps are "stage1" (N, H/4, W/4, C1) to "stage4" (N, H/32, W/32, C4). With a smaller
   `output_stride` the last maps are larger.
 
-  A family that puts blocks of its own in some places is a subclass with its own `block_at`. The
-  attributes of the subclass become overrides of its models.
+  A family with different blocks in some places is a subclass with a new `block_at`. Attributes that
+  the subclass adds can be set in `create_model`, like the attributes below.
 
   Attributes besides those of `Classifier`:
     stage_sizes: number of blocks in each of the four stages.
@@ -139,8 +144,8 @@ class ResNet(Classifier, kw_only=True):
     block: "basic" or "bottleneck".
     stem_features: number of output channels of the stem.
     output_stride: ratio of the size of the image to the size of the last map: 32, 16 or 8. Below 32
-      the last stages dilate instead of striding. Parameters stay the same, and so do the maps at
-      every second or fourth pixel.
+      the last stages dilate instead of striding. Parameters stay the same. Every second or fourth
+      pixel has the value that it has at `output_stride` 32.
   """
 
   stage_sizes: Sequence[int] = (3, 4, 6, 3)
@@ -184,15 +189,17 @@ class ResNet(Classifier, kw_only=True):
     return functools.partial(self.builder(block), place=place, **attributes)
 
   def block_at(self, place: Place) -> tuple[type[ResidualBlock], dict[str, Any]]:
-    """Returns the class of the block at a place, and the attributes that only this class has."""
-    del place
+    """Returns the block class at a place, and its extra constructor arguments."""
+    del place  # every place has the same class here; subclasses look at the place
     return BLOCKS[self.block], {}
 
   def stages(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
     """Yields the name of each stage and the places in the stage, in order."""
-    _, *stridings = dilate((4, 1, 2, 2, 2), self.output_stride)  # the stem comes first
+    # Strides of the stem and four stages; the stem's result is dropped.
+    _, *stridings = dilate((4, 1, 2, 2, 2), self.output_stride)
     rows = zip(self.stage_sizes, self.widths, stridings)
     for stage, (size, features, striding) in enumerate(rows, 1):
+      # Only the first block has the stride. The later blocks use the dilation that remains.
       first = Place(stage, 0, features, *striding)
       later = (Place(stage, number, features, *striding.later) for number in range(1, size))
       yield f"stage{stage}", (first, *later)

@@ -120,17 +120,16 @@ class VGG(Classifier, kw_only=True):
     """Returns logits (N, num_classes) from three fully connected layers over the pooled map."""
     x = pool_to(last_of(maps), POOLED)  # (N, 7, 7, C)
     act, dropout = activation(self.act), nn.Dropout(self.dropout, deterministic=not train)
-    dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     x = nn.DenseGeneral(
       self.hidden,
       axis=(1, 2, 3),
       name="fc1",
       kernel_init=kernel_init,
       bias_init=bias_init((*x.shape[1:], self.hidden)),
-      **dtypes,
+      **self.dtypes(),
     )(x)  # (N, hidden)
-    x = linear(dropout(act(x)), self.hidden, name="fc2", **dtypes)
-    return linear(dropout(act(x)), self.num_classes, name="head", **dtypes)
+    x = linear(dropout(act(x)), self.hidden, name="fc2", **self.dtypes())
+    return linear(dropout(act(x)), self.num_classes, name="head", **self.dtypes())
 
 
 VARIANTS: dict[str, dict[str, Any]] = {"vgg16": {}}

@@ -136,9 +136,17 @@ def with_tensors(
   dtype: np.dtype,
   probabilities: bool,
 ) -> tuple[Any, tuple[EquationTensors, ...]]:
-  """Returns a function as in `of_function`, and the tensors of each of its equations.
+  """Returns a function as an `onnx.ModelProto`, and the tensors of each of its equations.
 
-  Tensors have the names that they have in the file.
+  Args:
+    function, tree, image_size, dtype, probabilities: as for `of_function`.
+
+  Returns:
+    The model, and one entry for each equation of the traced function. Tensors have the names that
+    they have in the file.
+
+  Raises:
+    InputError: ONNX has no operator for an operation, or a result has the name of the input.
   """
   size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   graph, values, shapes, tensors = translated(function, tree, size, dtype)

@@ -96,7 +96,7 @@ def known(array: Any) -> Value:
 
 
 def is_one(size: Size) -> bool:
-  """Checks for length 1, which no expression of the batch has for all batches."""
+  """Checks that a length is the number 1. A symbolic batch size never counts as 1."""
   return isinstance(size, int | np.integer) and size == 1
 
 

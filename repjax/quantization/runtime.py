@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percent
 
 ACTIVATIONS = ("uint8", "int8")
 BATCH = 32
+
+Classify = Callable[[np.ndarray], np.ndarray]
+"""A function from images (N, S, S, 3), in the dtype that a graph takes, to logits (N, K)."""
 
 
 def need_runtime() -> Any:
@@ -95,10 +98,15 @@ def fed(images: np.ndarray) -> dict[str, np.ndarray]:
   return {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}  # (N, 3, H, W)
 
 
+def classifier(ready: Any) -> Classify:
+  """Returns a function that runs a session on images and returns the logits."""
+  return lambda images: ready.run(None, fed(images))[0]
+
+
 def logits_of(proto: Any, images: np.ndarray, *, unpacked: bool = False) -> np.ndarray:
   """Computes a model's first output for images (N, H, W, 3)."""
-  ready = session(proto, unpacked=unpacked)
-  return np.concatenate([ready.run(None, fed(part))[0] for part in batches(images)])
+  classify = classifier(session(proto, unpacked=unpacked))
+  return np.concatenate([classify(part) for part in batches(images)])
 
 
 def observed(proto: Any, tensors: Sequence[str], images: np.ndarray) -> Iterator[list[np.ndarray]]:

@@ -186,8 +186,8 @@ class CheckpointWriter:
       )
     self._saving = step
 
-  def rate(self, step: int, accuracy: float) -> None:
-    """Gives its accuracy to a checkpoint that was saved before its evaluation."""
+  def set_accuracy(self, step: int, accuracy: float) -> None:
+    """Writes the accuracy of a checkpoint that was saved before it was evaluated."""
     disk.write_json(paths.accuracy_file(self._workdir, step), {"accuracy": accuracy})
     self._remove_superseded()
 

@@ -133,7 +133,7 @@ def check_continuing(workdir: Path, config: Config) -> None:
     )
 
 
-def claim_workdir(
+def write_start_files(
   workdir: Path, config: Config, spec: ModelSpec, fingerprints: Mapping[str, Mapping[str, Any]]
 ) -> None:
   """Writes config.json, model.json and data.json, and prints which config fields have changed."""

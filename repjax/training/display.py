@@ -87,8 +87,8 @@ class Progress:
     self._show(text, keep=False)
     return pace
 
-  def finish(self) -> None:
-    """Says how long the steps waited for data, and what helps if they waited much."""
+  def show_waiting(self) -> None:
+    """Shows how long the steps waited for data, and what helps if they waited much."""
     if self._start is None or self._last is None or self._start == self._last:
       return
     share = _share_waited(self._start, self._last)

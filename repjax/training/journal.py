@@ -117,13 +117,13 @@ class Journal:
     )
     self._saved_at = time.monotonic()
 
-  def rate(self, step: int, accuracy: float) -> None:
-    """Gives its accuracy to a checkpoint that was saved before its evaluation."""
-    self._checkpoints.rate(step, accuracy)
+  def set_accuracy(self, step: int, accuracy: float) -> None:
+    """Writes the accuracy of a checkpoint that was saved before it was evaluated."""
+    self._checkpoints.set_accuracy(step, accuracy)
 
-  def finish(self) -> None:
-    """Shows how long steps have waited for data."""
-    self._progress.finish()
+  def show_waiting(self) -> None:
+    """Shows how long the steps waited for data. Writes nothing."""
+    self._progress.show_waiting()
 
   def close(self) -> None:
     """Waits until everything is on the disk, and closes the files."""

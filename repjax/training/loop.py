@@ -1,4 +1,20 @@
-"""The training loop: steps, records, evaluations and checkpoints."""
+"""The training loop: steps, records, evaluations and checkpoints.
+
+`fit` takes a run that is ready (`Prepared`) and trains to the last step.
+
+Terms.
+- A step is one update of the parameters. Steps are counted from 1, and the state holds the number
+  of steps that are done.
+- The journal writes the records of the run and the checkpoints, and shows the progress. A record is
+  a line of metrics. Logging means to write the record of a step.
+- The bookmark is the position of the loop at a checkpoint: what was recorded, and whether the step
+  was evaluated.
+- An interruption is a signal, SIGTERM or Ctrl-C, that stops the run. While the loop runs, a signal
+  is only noted. The loop looks at the note after each step, saves, and ends.
+
+Several processes may train one run. Each runs this loop on its share of every batch. Only the first
+process has a real journal; in the others, its methods do nothing.
+"""
 
 import contextlib
 import math
@@ -23,7 +39,8 @@ from repjax.training.prefetch import ReadAhead
 from repjax.training.state import TrainState
 from repjax.training.step import Network, make_eval_step, make_train_step
 
-_ASK_EVERY = 8  # batches of an evaluation between two questions whether to stop
+# Asking all processes whether to stop takes time. An evaluation asks once in this many batches.
+_ASK_EVERY = 8
 
 
 class Prepared(NamedTuple):
@@ -35,7 +52,7 @@ class Prepared(NamedTuple):
     schedule: function of a step, counted from 0, that returns the learning rate.
     optimizer: optimizer of the config.
     state: state to start from.
-    bookmark: position of the loop at that state.
+    bookmark: position of the loop at this state.
     roundings: how the network in 8 bits rounds; None: the run is not quantization-aware.
   """
 
@@ -49,22 +66,26 @@ class Prepared(NamedTuple):
 
 
 class AbandonedError(Exception):
-  """An evaluation is not worth finishing, because the run has to stop."""
+  """An error that ends an evaluation early, because the run has to stop."""
 
 
 Evaluate = Callable[[TrainState, Interruption], Mapping[str, Mapping[str, float]]]
-"""A function that evaluates a state; it raises AbandonedError where the run has to stop."""
+"""A function that evaluates a state.
+
+It returns the metrics of the variables as "eval", and of their average, if the run averages, as
+"eval_ema". It raises AbandonedError if the run has to stop.
+"""
 
 
 def fit(
   run: Prepared, workdir: Path, interruption: Interruption, network: Network | None = None
 ) -> None:
-  """Trains until the last step, or until a signal stops the run; what was done is then saved.
+  """Trains until the last step, or until a signal stops the run. The last step done is saved.
 
   Args:
     run: the prepared run.
     workdir: folder of the run.
-    interruption: listens to signals; it is entered.
+    interruption: listens to signals; already entered by the caller.
     network: function that learns in place of the model, see `make_train_step`.
 
   Raises:
@@ -72,23 +93,23 @@ def fit(
     KeyboardInterrupt: a signal stopped the run.
   """
   train_step, evaluate = _make_train_step(run, network), _make_evaluate(run, network)
-  state, first_step = parallel.place(run.state), int(run.state.step)
-  # A signal is noted and looked at after each step. On the way out the data thread stops first,
-  # then the journal waits for its last save, and then the signal is raised.
+  state, done = parallel.place(run.state), int(run.state.step)
+  # Inside `deferred` a signal is only noted. The blocks close in reverse order: the thread that
+  # reads data stops first, then the journal waits for its last save, then the signal is raised.
   with (
     interruption.deferred(),
     contextlib.closing(_open_journal(run, workdir)) as journal,
     contextlib.closing(_read_ahead(run)) as batches,
   ):
-    if run.plan.evaluates(first_step) and not run.bookmark.evaluated:
-      # The run was stopped after it had saved this step and before it had evaluated it.
+    if run.plan.evaluates(done) and not run.bookmark.evaluated:
+      # The run was stopped after this step was saved and before the step was evaluated.
       accuracy = _evaluate_and_record(evaluate, state, interruption, journal)
       if accuracy is not None:
-        journal.rate(first_step, accuracy)
-    if not is_to_stop(interruption) and first_step < run.plan.total_steps:
+        journal.set_accuracy(done, accuracy)
+    if not is_to_stop(interruption) and done < run.plan.total_steps:
       print("compiling the first step", flush=True)
       _take_steps(run, state, train_step, evaluate, batches, journal, interruption)
-    journal.finish()
+    journal.show_waiting()
 
 
 def _take_steps(
@@ -100,17 +121,19 @@ def _take_steps(
   journal: Journal,
   interruption: Interruption,
 ) -> None:
-  """Takes every step that is left, and records, evaluates and saves where it is due.
+  """Takes every step that is left, and logs, evaluates and saves when the config asks for it.
 
-  JAX returns from `train_step` before the devices are done. The loop therefore keeps the metrics on
-  the devices, in `pending`, and fetches them only when something is to be written or shown.
+  JAX returns from `train_step` before the devices are done. To fetch metrics is to wait for the
+  devices. The loop therefore leaves the metrics on the devices, in `pending`, and fetches them only
+  when metrics are to be written or shown.
 
   Args:
     run: the prepared run.
-    state: state to start from, on the devices; its memory is reused.
+    state: state to start from, on the devices. Its memory is reused, so the caller must not read
+      the state again.
     train_step: function of a state and a batch that returns the next state and metrics.
     evaluate: function that evaluates a state.
-    batches: batches on the devices, beginning with that of the first step to take.
+    batches: batches on the devices, beginning with the batch of the first step to take.
     journal: takes records and checkpoints.
     interruption: listens to signals.
   """
@@ -119,43 +142,48 @@ def _take_steps(
   first_step = int(run.state.step) + 1
   pending = []  # metrics of the steps since the last fetch
   for step in range(first_step, plan.total_steps + 1):
-    # The step before the last one must be done. So at most two steps are under way, and batches do
-    # not pile up on the devices.
+    # Waits for the second newest step, so at most two steps are under way. Without the wait,
+    # batches would pile up on the devices. Steps before the last fetch are done.
     jax.block_until_ready(pending[-2:-1])
     state, metrics = train_step(state, batches.take(running=pending[-1:]))
     pending.append(metrics)
     evaluates = plan.evaluates(step)
     logs = evaluates or step % config.log_every_steps == 0
-    # All processes agree on stopping at steps that are logged, which all of them reach.
+    # Processes ask each other at steps that are logged. These are the same steps in every process.
     stops = is_to_stop(interruption, ask=logs)
     saves = evaluates or stops or journal.is_overdue(config.save_every_minutes)
     if saves or logs or step == first_step:
-      rows, pending = _fetch(pending, step), []
+      rows, pending = _fetch(pending, step), []  # metrics of each step since the last fetch
       journal.add(rows)
       if step == first_step:
-        # Shown and not recorded: records may not depend on where a run was interrupted.
+        # Shown and not recorded: records must not depend on where a run was interrupted.
         journal.show(step, rows[0], batches.waited)
     if logs:
+      # The schedule counts steps from 0.
       journal.log(step, float(learning_rate(step - 1)), batches.waited)
     if saves:
       accuracy = None
       if evaluates and not stops:
         accuracy = _evaluate_and_record(evaluate, state, interruption, journal)
-        stops = is_to_stop(interruption)
+        stops = is_to_stop(interruption)  # a signal may have come meanwhile
+      # If an evaluation that is due was left out or abandoned, `fit` evaluates this step first when
+      # the run continues.
       journal.save(state, accuracy)
     if stops:
       break
 
 
 def is_to_stop(interruption: Interruption, *, ask: bool = True) -> bool:
-  """Checks whether a signal came to this process or, if they are asked, to any process.
+  """Checks whether the run has to stop.
 
-  Several processes stop together or not at all: one that stopped alone would leave the others
-  waiting for it in the middle of a step.
+  A single process looks at its own signal. Several processes stop only after they agreed, and agree
+  only with `ask`. If a process stopped alone, the other processes would wait for it in the middle
+  of a step.
 
   Args:
     interruption: listens to the signals of this process.
-    ask: ask the other processes, which takes time. All of them must ask at the same step.
+    ask: ask all processes whether a signal came, which takes time. All processes must ask at the
+      same step. No effect in a single process.
   """
   if jax.process_count() == 1:
     return interruption.noted is not None
@@ -167,14 +195,19 @@ def is_to_stop(interruption: Interruption, *, ask: bool = True) -> bool:
 def _evaluate_and_record(
   evaluate: Evaluate, state: TrainState, interruption: Interruption, journal: Journal
 ) -> float | None:
-  """Evaluates and records a state; returns the accuracy, None where the run has to stop."""
+  """Evaluates a state, and records the results.
+
+  Returns:
+    The accuracy by which checkpoints are compared; None if the evaluation was abandoned because the
+    run has to stop.
+  """
   start, step = time.perf_counter(), int(state.step)
   try:
     results = evaluate(state, interruption)
   except AbandonedError:
     return None
   journal.evaluated(step, results, time.perf_counter() - start)
-  # Where the run averages its variables, the checkpoint stands for the average.
+  # With an average, the checkpoint is judged by the average's accuracy.
   return results.get("eval_ema", results["eval"])["accuracy"]
 
 
@@ -192,7 +225,12 @@ def _open_journal(run: Prepared, workdir: Path) -> Journal:
 
 
 def _make_train_step(run: Prepared, network: Network | None) -> Callable[..., Any]:
-  """Builds the training step of a config, on all devices."""
+  """Builds the training step of a config.
+
+  Returns:
+    A function of a state and a batch on all devices, which returns the next state and metrics. It
+    reuses the memory of the state.
+  """
   config, plan = run.config, run.plan
   model = plan.spec.create_model(
     dtype=planning.DTYPES[config.dtype],
@@ -219,7 +257,7 @@ def _make_train_step(run: Prepared, network: Network | None) -> Callable[..., An
 
 
 def _make_evaluate(run: Prepared, network: Network | None) -> Evaluate:
-  """Builds a function that evaluates the variables that learn and, if there is one, the average."""
+  """Builds a function that evaluates the variables and, if the run averages them, the average."""
   plan = run.plan
   preprocessing = plan.spec.preprocessing
   eval_step = parallel.data_parallel(
@@ -229,6 +267,7 @@ def _make_evaluate(run: Prepared, network: Network | None) -> Evaluate:
   )
 
   def evaluate(state: TrainState, interruption: Interruption) -> Mapping[str, Mapping[str, float]]:
+    # `ema` holds the moving average of the variables over the steps.
     trees = {"eval": state.variables} | ({} if state.ema is None else {"eval_ema": state.ema})
     results = {}
     for name, variables in trees.items():
@@ -243,11 +282,12 @@ def _make_evaluate(run: Prepared, network: Network | None) -> Evaluate:
 def _until_stopped(
   batches: Generator[Any, None, None], interruption: Interruption
 ) -> Iterator[Any]:
-  """Yields the batches of an evaluation; every process has equally many of them.
+  """Yields the batches of an evaluation until the run has to stop.
 
   Raises:
     AbandonedError: the run has to stop; `batches` is closed.
   """
+  # Every process has the same number of batches, so all ask at the same batch.
   with contextlib.closing(batches):
     for number, batch in enumerate(batches):
       if is_to_stop(interruption, ask=number % _ASK_EVERY == 0):
@@ -256,7 +296,7 @@ def _until_stopped(
 
 
 def _read_ahead(run: Prepared) -> ReadAhead:
-  """Starts reading the batches of the steps that are left onto the devices."""
+  """Starts a thread that reads the batches of the steps that are left onto the devices."""
   config, plan = run.config, run.plan
   return parallel.prefetch(
     train_batches(
@@ -274,7 +314,14 @@ def _read_ahead(run: Prepared) -> ReadAhead:
 
 
 def _fetch(pending: list[dict[str, jax.Array]], step: int) -> list[dict[str, float]]:
-  """Fetches loss and accuracy of the steps up to and including `step`, one row for each.
+  """Fetches metrics from the devices, and waits until they are computed.
+
+  Args:
+    pending: metrics of consecutive steps, as the training step returns them.
+    step: number of the last of these steps.
+
+  Returns:
+    Loss and accuracy of each step.
 
   Raises:
     InputError: the loss or the gradient of a step is not finite.
@@ -287,7 +334,13 @@ def _fetch(pending: list[dict[str, jax.Array]], step: int) -> list[dict[str, flo
 
 
 def _check_finite(name: str, value: float, step: int) -> None:
-  """Raises InputError where a value of a step is not finite."""
+  """Raises InputError if a value is not finite.
+
+  Args:
+    name: name of the value in the message.
+    value: the value.
+    step: step at which the value was computed.
+  """
   if not math.isfinite(value):
     raise InputError(
       f"{name} is {value} at step {step}; training stopped and saved nothing since the last "

@@ -116,7 +116,7 @@ def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) 
     plan.eval, preprocessing, batch_size=64, num_workers=config.num_workers
   )
   measured = _accuracies(
-    {"simulated": simulation, "int8": lambda images: ready.run(None, runtime.fed(images))[0]},
+    {"simulated": simulation, "int8": runtime.classifier(ready)},
     split,
   )
   plain = runs.read_conversion_report(workdir)["accuracy"]["deploy"]

@@ -84,7 +84,7 @@ def _prepare(config: Config, workdir: Path, resume: str, held: contextlib.ExitSt
     resume: see `train`.
     held: stack that releases the workdir's lock at the end.
   """
-  config = processes.first(_claim, config, workdir, resume, held)
+  config = processes.first(_lock_workdir, config, workdir, resume, held)
   plan = processes.together(planning.make_plan, config)
   fingerprints = {"train": plan.train.fingerprint, "eval": plan.eval.fingerprint}
   processes.check_equal("the data set", fingerprints)
@@ -97,7 +97,7 @@ def _prepare(config: Config, workdir: Path, resume: str, held: contextlib.ExitSt
   return Prepared(config, plan, schedule, optimizer, state, bookmark, roundings)
 
 
-def _claim(config: Config, workdir: Path, resume: str, held: contextlib.ExitStack) -> Config:
+def _lock_workdir(config: Config, workdir: Path, resume: str, held: contextlib.ExitStack) -> Config:
   """Locks and sweeps the workdir, and returns the complete config; in the first process."""
   held.enter_context(lock.hold(workdir))
   continuing.check_resume(workdir, resume)
@@ -125,7 +125,7 @@ def _begin(
   continuing.check_continuing(workdir, config)
   state, bookmark = _first_state(config, plan, optimizer, workdir)
   roundings = quantization.begin(config, plan, state, workdir) if config.qat else None
-  continuing.claim_workdir(workdir, config, plan.spec, fingerprints)
+  continuing.write_start_files(workdir, config, plan.spec, fingerprints)
   return state, bookmark, roundings
 
 

@@ -172,9 +172,10 @@ def _num_classes(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> int |
 def closest_model(
   state: Mapping[str, Any], overrides: Mapping[str, Any], hint: str = ""
 ) -> tuple[Recognition | None, bool]:
-  """Finds the model that has the most tensors, by name and shape, of a state dict.
+  """Finds the model that shares the most tensors with a state dict.
 
-  Heads are left aside, since they depend on the number of classes.
+  A tensor is shared if its name and its shape are the same. A head of 1000 classes counts too. For
+  an exact match, the heads need not have the same shapes, which depend on the number of classes.
 
   Args:
     state: the state dict.
@@ -182,7 +183,7 @@ def closest_model(
     hint: a text that may name the model. Models in it are tried first, the longest name first.
 
   Returns:
-    The model, or None if no model has any of the tensors; and True if it has exactly the tensors.
+    The model, or None if no model shares a tensor; and True if the match is exact, heads aside.
 
   Raises:
     InputError: no model takes the overrides.
@@ -195,13 +196,13 @@ def closest_model(
   # Tracing a model takes half a second, and models of one family share their tables. A table that
   # gave none of the names for one model is not tried for the next one. Once a table gave nearly all
   # of the names, no other table is tried.
-  strange: set[Naming] = set()
+  unmatched: set[Naming] = set()
   decided: Naming | None = None
   for model_name in likeliest_first:
     tables = {
       naming: table
       for naming, table in NAMINGS[model_name].items()
-      if table not in strange and decided in (None, table)
+      if table not in unmatched and decided in (None, table)
     }
     shared: collections.Counter[Naming] = collections.Counter()
     try:
@@ -218,7 +219,7 @@ def closest_model(
           return Recognition(model_name, naming, kind, _num_classes(state, wanted)), True
     except InputError as error:  # The family does not have these overrides.
       refusals.append(error)
-    strange |= {table for table, names in shared.items() if not names}
+    unmatched |= {table for table, names in shared.items() if not names}
   if len(refusals) == len(likeliest_first):
     raise refusals[0]
   return closest, False

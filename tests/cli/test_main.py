@@ -1,9 +1,14 @@
 """Tests of `repjax train` and main.py."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 
+from repjax import configs
+from repjax.cli.train import config_file
 from tests.cli.helpers import stop_of
 from tests.training import tiny
 
@@ -37,6 +42,38 @@ def test_main_names_a_mistake_without_a_traceback_and_writes_nothing(run_main, t
   assert "Traceback" not in ended.stderr
   assert "error: runs/repvgg_a0 holds no checkpoint to continue from; is it" in ended.stderr
   assert list(tmp_path.iterdir()) == []
+
+
+PROGRAM = """
+import importlib.util
+from repjax import configs
+from repjax.cli.train import config_file
+print(*configs.__path__, config_file("digits"), importlib.util.find_spec("repjax.configs.foreign"))
+"""
+
+
+def test_a_folder_called_configs_beside_an_installed_package_is_not_read(tmp_path):
+  package = tmp_path / "repjax"
+  ignored = shutil.ignore_patterns("__pycache__")
+  shutil.copytree(tiny.ROOT / "repjax", package, ignore=ignored)
+  # As in a wheel, the recipes lie in the package.
+  shutil.copytree(tiny.ROOT / "configs", package / "configs", ignore=ignored, dirs_exist_ok=True)
+  (tmp_path / "configs").mkdir()
+  for name in ("digits", "foreign"):
+    (tmp_path / "configs" / f"{name}.py").write_text("raise SystemExit('foreign code')\n")
+  ended = subprocess.run(
+    [sys.executable, "-c", PROGRAM], cwd=tmp_path, env={}, capture_output=True, text=True
+  )
+  assert ended.returncode == 0, ended.stderr
+  assert ended.stdout.split() == [
+    *map(str, (package / "configs", package / "configs" / "digits.py", None))
+  ]
+
+
+def test_a_config_of_the_package_wins_over_one_of_a_later_folder(tmp_path, monkeypatch):
+  (tmp_path / "digits.py").touch()
+  monkeypatch.setattr(configs, "__path__", [*configs.__path__, str(tmp_path)])
+  assert config_file("digits") == str(tiny.ROOT / "configs" / "digits.py")
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own

@@ -34,7 +34,7 @@ def workdir(tmp_path):
 def test_quantize_writes_a_folder_and_a_table(run_command, workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(processor, "saturates", lambda: True)
   target = tmp_path / "below" / "int8"
-  few = ("--images", 16, "--rounds", 2, "--float-layers", 1)
+  few = ("--images", 16, "--timed-rounds", 2, "--float-layers", 1)
   printed = run_command("quantize", "--workdir", workdir, "--to", target, *few)
   assert "no VNNI" not in printed  # weights in 7 bits need no warning
   lines = printed.splitlines()
@@ -62,7 +62,7 @@ def test_quantize_writes_a_folder_and_a_table(run_command, workdir, tmp_path, mo
 @needs_onnx
 def test_int8_weights_come_without_a_ranking(run_command, workdir, tmp_path, monkeypatch):
   monkeypatch.setattr("repjax.quantization.sensitivity", None)  # a call would fail
-  few = ("--images", 16, "--rounds", 2, "--weights-only", "--weight-bits", 8)
+  few = ("--images", 16, "--timed-rounds", 2, "--weights-only", "--weight-bits", 8)
   monkeypatch.setattr(processor, "saturates", lambda: True)
   printed = run_command("quantize", "--workdir", workdir, "--to", tmp_path / "small", *few)
   assert "no VNNI" not in printed
@@ -78,7 +78,7 @@ def test_int8_weights_come_without_a_ranking(run_command, workdir, tmp_path, mon
 @needs_onnx
 def test_symmetric_activations_take_weights_in_8_bits(run_command, workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(processor, "saturates", lambda: True)
-  few = ("--images", 16, "--rounds", 2, "--activations", "int8", "--no-bias-correction")
+  few = ("--images", 16, "--timed-rounds", 2, "--activations", "int8", "--no-bias-correction")
   printed = run_command("quantize", "--workdir", workdir, "--to", tmp_path / "int8", *few)
   assert "no VNNI" not in printed  # sums of int8 and int8 do not overflow
   settings = json.loads((tmp_path / "int8" / "export.json").read_text())["settings"]

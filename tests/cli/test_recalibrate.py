@@ -63,7 +63,7 @@ def test_an_import_is_recalibrated_on_what_is_named_and_undone_on_noise(run_comm
   printed = run_command("recalibrate", "--workdir", folder, *named, *size)
   assert "2 batches of 8 images of synthetic's sample split" in printed
   assert report_of(folder)["recalibrated"]["images"] == 16
-  printed = run_command("recalibrate", "--workdir", folder, "--undo")
+  printed = run_command("recalibrate", "--workdir", folder, "--undo", "--eval-split", "test")
   assert "16 of 16 noise images" in printed
   assert report_of(folder)["recalibrated"] is None
   assert repjax.load(folder)[0].deploy

@@ -110,7 +110,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_opens(photos, tmp_path):
 
 
 def test_two_processes_do_not_write_one_set(photos, tmp_path):
-  with storage.draft_folder(tmp_path / ".pets.incomplete") as draft:
+  with storage.locked_draft(tmp_path / ".pets.incomplete") as draft:
     (draft / "theirs").touch()
     text = refusal(photos, "pets", data_dir=tmp_path)
     assert f"another process is writing {draft} right now" in text

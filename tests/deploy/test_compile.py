@@ -84,7 +84,7 @@ def test_nothing_is_compiled_in_a_call(small, monkeypatch):
 
 def test_the_faster_way_is_taken_and_can_be_read(monkeypatch, small):
   devices = importlib.import_module("repjax.deploy.devices")
-  start = devices.Program.start
+  start = devices.BatchProgram.start
   slow = {(4, 4), (1, 8)}  # (devices, images)
 
   def late(program, images):
@@ -92,7 +92,7 @@ def test_the_faster_way_is_taken_and_can_be_read(monkeypatch, small):
       time.sleep(0.05)
     return start(program, images)
 
-  monkeypatch.setattr(devices.Program, "start", late)
+  monkeypatch.setattr(devices.BatchProgram, "start", late)
   plans = compiled_plainly(*small, image_size=16, batch_sizes=(1, 3, 8)).plans
   assert {size: plan.devices for size, plan in plans.items()} == {1: 1, 3: 1, 8: 4}
   assert {size: plan.images for size, plan in plans.items()} == {1: 1, 3: 3, 8: 8}

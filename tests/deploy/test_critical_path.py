@@ -15,7 +15,7 @@ from tests.helpers import random_variables
 FIRST, LAST = "downsample0+downsample1", "fusion3+downsample4+head"
 pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
 
-PIECES = cut_into_pieces(ParNet().streams, ["head"])
+PIECES = cut_into_pieces(ParNet().stream_scopes, ["head"])
 TO_HOST = 0.5
 
 

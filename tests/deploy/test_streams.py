@@ -71,7 +71,7 @@ def test_every_scope_is_on_the_device_of_its_stream_alone(pair, small):
     for scope, tree in compiled.tree["params"].items():
       assert scope not in found
       (found[scope],) = {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
-  assert found == {name: THREE[part.stream - 1] for name, part in small[0].streams.items()}
+  assert found == {name: THREE[part.stream - 1] for name, part in small[0].stream_scopes.items()}
   assert [scope for scope, device in found.items() if device == THREE[1]] == [
     "downsample2",
     "stream2",
@@ -150,7 +150,7 @@ class TwoStreams(nn.Module):
   dtype: jax.typing.DTypeLike = jnp.float32
 
   @property
-  def streams(self):
+  def stream_scopes(self):
     return {
       "first": StreamScope(1, ("images",)),
       "second": StreamScope(2, ("images",)),
@@ -162,12 +162,14 @@ class TwoStreams(nn.Module):
     return {"logits": "head", "second": "second"}
 
   def __call__(self, images):
-    maps = self.run({"images": images}, self.streams)
+    maps = self.run({"images": images}, self.stream_scopes)
     return {name: maps[scope] for name, scope in self.outputs.items()}
 
   def run(self, maps, scopes):
     for scope in scopes:
-      maps = maps | {scope: self._part(scope, *(maps[name] for name in self.streams[scope].reads))}
+      maps = maps | {
+        scope: self._part(scope, *(maps[name] for name in self.stream_scopes[scope].reads))
+      }
     return maps
 
   @nn.compact
@@ -237,7 +239,7 @@ def test_no_stream_waits_for_another_to_be_done():
 
 def test_pieces_are_as_long_as_can_be():
   model = repjax.create_model("parnet_cifar_s")
-  pieces = cut_into_pieces(model.streams, ["head"])
+  pieces = cut_into_pieces(model.stream_scopes, ["head"])
   assert [(piece.stream, piece.name) for piece in pieces] == [
     (1, "downsample0+downsample1+stem"),
     (2, "downsample2"),
@@ -258,7 +260,9 @@ def test_pieces_are_as_long_as_can_be():
     ("fusion2",),
   ]
   backbone = model.clone(features_only=True)
-  *_, stream1, _, _, last = cut_into_pieces(backbone.streams, jax.tree.leaves(backbone.outputs))
+  *_, stream1, _, _, last = cut_into_pieces(
+    backbone.stream_scopes, jax.tree.leaves(backbone.outputs)
+  )
   assert stream1.makes == ("stream1", "fusion1")
   assert last.makes == ("fusion3", "downsample4")
 

@@ -7,6 +7,7 @@ import pytest
 
 from repjax.layers import RepConv, fold_rep_conv
 from repjax.layers.rep_conv import branch_size
+from repjax.models.dilation import Striding
 from repjax.models.repvgg import RepVGGBlock
 from tests import helpers
 from tests.helpers import F64, random_input, random_variables, relative_error
@@ -217,7 +218,7 @@ def test_padding_modes_are_those_of_numpy():
 def block(features, groups=1, strides=1, se=None, deploy=False):
   return RepVGGBlock(
     features=features,
-    strides=strides,
+    striding=Striding(strides, 1, 1),
     groups=groups,
     se=se,
     se_reduction=16,

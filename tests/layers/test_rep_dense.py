@@ -11,6 +11,7 @@ import repjax
 from repjax.algebra import ConvParams, conv_to_dense
 from repjax.layers import RepDense, fold_rep_dense
 from repjax.layers.rep_dense import partition, unpartition
+from repjax.program import trace
 from tests import helpers
 from tests.helpers import F64, convolve, random_input, random_variables, relative_error
 
@@ -224,24 +225,16 @@ def test_the_layer_is_one_product_batched_over_groups(name):
   height, width, channels, attributes = LAYERS[name]
   layer = RepDense(**attributes, deploy=True)
   x = jnp.ones((2, height, width, channels))
-  program = jax.make_jaxpr(layer.apply)(helpers.init_shapes(layer, x), x)
-  products = [e for e in jax.tree.leaves(list(equations(program.jaxpr))) if is_product(e)]
-  assert [equation.primitive.name for equation in products] == ["dot_general"]
-  kernel = products[0].invars[1].aval
+  program = trace(layer.apply, helpers.init_shapes(layer, x), x)
+  products = [equation for equation in program.equations if is_product(equation)]
+  assert [equation.primitive for equation in products] == ["dot_general"]
+  kernel = products[0].inputs[1].aval
   assert kernel.size == sum(leaf.size for leaf in kernels(helpers.init_shapes(layer, x)))
   assert products[0].params["dimension_numbers"][1][1] == (0,)
 
 
-def equations(jaxpr):
-  for equation in jaxpr.eqns:
-    yield equation
-    for inner in equation.params.values():
-      if hasattr(inner, "jaxpr"):
-        yield from equations(inner.jaxpr)
-
-
 def is_product(equation):
-  return equation.primitive.name in ("dot_general", "conv_general_dilated")
+  return equation.primitive in ("dot_general", "conv_general_dilated")
 
 
 def kernels(variables):

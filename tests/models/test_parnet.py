@@ -270,7 +270,7 @@ def test_the_table_of_streams_computes_what_the_forward_pass_does(overrides, fea
   variables = random_variables(model, x)
 
   def by_table(variables):
-    maps = model.apply(variables, {"images": x}, model.streams, method="run")
+    maps = model.apply(variables, {"images": x}, model.stream_scopes, method="run")
     return jax.tree.map(lambda scope: maps[scope], model.outputs)
 
   expected, found = quick_jit(lambda v: (model.apply(v, x), by_table(v)))(variables)

@@ -241,7 +241,7 @@ def test_one_without_an_evaluation_is_never_the_best_beside_one_with(tmp_path):
   save(tmp_path, {2: None, 4: 0.0, 6: None, 8: None})
   assert runs.checkpoints(tmp_path) == {4: 0.0, 8: -1.0}
   assert runs.read_checkpoint(tmp_path, to_items(make_state(0)), best=True)[0] == 4
-  CheckpointWriter(tmp_path).rate(8, 0.5)
+  CheckpointWriter(tmp_path).set_accuracy(8, 0.5)
   assert runs.checkpoints(tmp_path) == {8: 0.5}
   save(tmp_path, {10: None})
   assert runs.checkpoints(tmp_path) == {8: 0.5, 10: -1.0}

@@ -26,7 +26,7 @@ def claimed(digits_dir, tmp_path):
     config = tiny.config(digits_dir, **changes)
     spec = planning.make_plan(config).spec
     continuing.check_workdir(tmp_path, spec)
-    continuing.claim_workdir(tmp_path, config, spec, DATA)
+    continuing.write_start_files(tmp_path, config, spec, DATA)
 
   claim()
   return tmp_path, claim

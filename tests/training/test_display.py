@@ -145,7 +145,7 @@ def finished(clock, waited, out=None):
   clock.now += 60
   progress.update(100, 1.0, 0.0, 7.0 + waited)
   progress.note("evaluation", seconds=15)
-  progress.finish()
+  progress.show_waiting()
   return out.getvalue().splitlines()
 
 
@@ -175,7 +175,7 @@ def test_a_run_of_one_step_has_nothing_to_say_about_waiting(clock, updates):
   for _ in range(updates):
     progress.update(1, 1.0, 0.0, 1.0)
     clock.now += 1
-  progress.finish()
+  progress.show_waiting()
   assert "waited" not in out.getvalue()
 
 

@@ -5,7 +5,7 @@ with Python's own unpickler can therefore run any code. Here a name is never imp
 it up in tables.
 
   name in the pickle                             outcome
-  a part of a state dict                         a `Function`, or the name of a dtype
+  a part of a state dict                         a `PickledFunction`, or the name of a dtype
   a class of data that training scripts leave    a `PlaceholderClass`, whose objects do nothing
   a class outside the standard library           a `PlaceholderClass` too
   everything else                                `RefusedPickleError`
@@ -24,7 +24,7 @@ from repjax.weights.torch_files.tensors import (
   MOST_AXES,
   STORAGES,
   TENSOR_FUNCTIONS,
-  Function,
+  PickledFunction,
 )
 
 # Names of dtypes that NumPy lacks, such as quint4x2, and of any that newer versions of torch add.
@@ -96,7 +96,7 @@ def find(module: str, name: str) -> Any:
     name: name in this module.
 
   Returns:
-    A `Function`, a `PlaceholderClass`, or the name of a dtype.
+    A `PickledFunction`, a `PlaceholderClass`, or the name of a dtype.
 
   Raises:
     RefusedPickleError: the name may be a function, or a class that can do harm.
@@ -169,10 +169,10 @@ def _attribute(owner: Any, name: Any) -> Placeholder:
 
 
 _STATE_DICT_NAMES: dict[tuple[str, str], Any] = {
-  ("collections", "OrderedDict"): Function(_ordered_dict),
-  ("builtins", "getattr"): Function(_attribute),
-  ("__builtin__", "getattr"): Function(_attribute),
-  ("torch", "Size"): Function(_size),
+  ("collections", "OrderedDict"): PickledFunction(_ordered_dict),
+  ("builtins", "getattr"): PickledFunction(_attribute),
+  ("__builtin__", "getattr"): PickledFunction(_attribute),
+  ("torch", "Size"): PickledFunction(_size),
   **TENSOR_FUNCTIONS,
   **{("torch", name): name for name in DTYPES},
   **{("torch", name): dtype for name, dtype in STORAGES.items()},

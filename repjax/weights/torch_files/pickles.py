@@ -18,7 +18,7 @@ from repjax.weights.torch_files.names import (
   is_plain_key,
   refusal,
 )
-from repjax.weights.torch_files.tensors import Function, Storage, numpy_dtype, refuse_kind
+from repjax.weights.torch_files.tensors import PickledFunction, Storage, numpy_dtype, refuse_kind
 
 # Python has a fast unpickler in C and this one. The memo of the one in C is an array: a pickle of a
 # few bytes that names a large index makes it take gigabytes. The memo of this one is a dictionary.
@@ -88,7 +88,7 @@ class Unpickler(_PURE_PYTHON):
     Functions copy the lists that they get. A pickle could pass one long list a million times, so
     the number of elements that are passed in all is limited.
     """
-    if isinstance(what, Function) and isinstance(arguments, tuple) and len(arguments) < 32:
+    if isinstance(what, PickledFunction) and isinstance(arguments, tuple) and len(arguments) < 32:
       self._handed_over += sum(len(a) for a in arguments if isinstance(a, list))
       if self._handed_over > _MOST_HANDED_OVER:
         raise ValueError("too many elements in lists that are copied")

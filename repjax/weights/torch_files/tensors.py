@@ -70,7 +70,7 @@ class Tensor(NamedTuple):
   dtype: str
 
 
-class Function(NamedTuple):
+class PickledFunction(NamedTuple):
   """A function of this package that a name in a pickle stands for."""
 
   call: Callable[..., Any]
@@ -160,19 +160,19 @@ def refuse_kind(*arguments):
   raise InputError("it holds a sparse, quantized or nested tensor; save dense ones")
 
 
-_DENSE, _DENSE_V3 = Function(_rebuild_tensor), Function(_rebuild_tensor_v3)
-_PARAMETER = Function(lambda data, *_: data)
+_DENSE, _DENSE_V3 = PickledFunction(_rebuild_tensor), PickledFunction(_rebuild_tensor_v3)
+_PARAMETER = PickledFunction(lambda data, *_: data)
 _REBUILDERS = (_DENSE, _DENSE_V3, _PARAMETER)
 _REFUSED_KINDS = ("sparse_tensor", "sparse_csr_tensor", "qtensor", "nested_tensor")
 
-TENSOR_FUNCTIONS: dict[tuple[str, str], Function] = {
+TENSOR_FUNCTIONS: dict[tuple[str, str], PickledFunction] = {
   ("torch._utils", "_rebuild_tensor"): _DENSE,
   ("torch._utils", "_rebuild_tensor_v2"): _DENSE,
   ("torch._utils", "_rebuild_tensor_v3"): _DENSE_V3,
   ("torch._utils", "_rebuild_parameter"): _PARAMETER,
   ("torch._utils", "_rebuild_parameter_with_state"): _PARAMETER,
-  ("torch._tensor", "_rebuild_from_type_v2"): Function(_rebuild_from_type),
-  **{("torch._utils", f"_rebuild_{kind}"): Function(refuse_kind) for kind in _REFUSED_KINDS},
-  ("torch._utils", "_rebuild_meta_tensor_no_storage"): Function(_refuse_meta),
+  ("torch._tensor", "_rebuild_from_type_v2"): PickledFunction(_rebuild_from_type),
+  **{("torch._utils", f"_rebuild_{kind}"): PickledFunction(refuse_kind) for kind in _REFUSED_KINDS},
+  ("torch._utils", "_rebuild_meta_tensor_no_storage"): PickledFunction(_refuse_meta),
 }
 """(module, name) of torch's functions to the functions here that stand for them."""

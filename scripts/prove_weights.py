@@ -6,7 +6,8 @@ RepMLPNet and ParNet are folded by the import and must get the shapes of the dep
 golden RepVGG must compute the authors' outputs, in both forms. This takes many minutes and a few
 GB; the test suite does the same with cheaper numbers.
 
-python -m tests.prove_weights --models repvgg_a0 repvgg_b1g4
+Example:
+  python scripts/prove_weights.py --models repvgg_a0 repvgg_b1g4
 """
 
 import argparse
@@ -16,13 +17,16 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are no part of the installed package
+
 import repjax
 from repjax import weights
-from repjax.weights.sources import FOLDED, RELEASED_WITH
+from repjax.weights import sources
 from tests import helpers
 from tests.models import repmlp_cases
 from tests.weights import cases, test_resnet_and_vgg
@@ -76,7 +80,7 @@ def key_lists() -> Lists:
     timm = test_resnet_and_vgg.to_timm_vgg(views)
     found["vgg16"].setdefault("official", {})[kind] = own
     found["vgg16"].setdefault("timm", {})[kind] = {name: list(x.shape) for name, x in timm.items()}
-  assert found.keys() == weights.sources.NAMINGS.keys()
+  assert found.keys() == sources.NAMINGS.keys()
   return dict(found)
 
 
@@ -119,19 +123,19 @@ def check_checkpoint(model: str, source: str, kind: str) -> str:
   state = helpers.fill_state_dict(lists[kind])
   found = weights.recognize(state, model)
   assert found == (model, found.naming, kind, 1000)
-  assert weights.sources.NAMINGS[model][found.naming] == weights.sources.NAMINGS[model][source]
-  released = RELEASED_WITH.get((model, found.naming), {})
+  assert sources.NAMINGS[model][found.naming] == sources.NAMINGS[model][source]
+  released = sources.RELEASED_WITH.get((model, found.naming), {})
   overrides = {name: value for name, (value, _) in released.items()}
   variables = weights.from_torch(model, state, param_dtype=np.float64, **overrides)
   spec = repjax.ModelSpec.usual(model)
   shapes = spec.variable_shapes(deploy=kind == "deploy")
   assert jax.tree.map(np.shape, variables) == jax.tree.map(lambda leaf: leaf.shape, shapes)
-  if kind == "train" or model not in FOLDED:
+  if kind == "train" or model not in sources.FOLDED:
     cases.assert_same_bits(weights.to_torch(model, variables, source), state)
     check_values(variables, state)
   if kind == "train":
     params = jax.eval_shape(repjax.reparameterize, variables["params"], variables["batch_stats"])
-    if model in FOLDED:
+    if model in sources.FOLDED:
       plain = spec.variable_shapes(deploy=True)["params"]
       assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, plain)
     else:
