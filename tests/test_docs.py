@@ -14,7 +14,7 @@ from PIL import Image
 
 import repjax
 import repjax.models
-from repjax import cli, config, layers
+from repjax import cli, layers
 from repjax.algebra import ConvParams, fuse_bn
 from repjax.configs import common
 from repjax.weights.naming import Row
@@ -39,13 +39,6 @@ EXAMPLES = {
   for page in PAGES
   for number, block in enumerate(blocks(page, "python"))
 }
-
-
-def test_the_page_on_training_lists_the_fields_that_may_change():
-  fields = {field.name for field in config.FIELDS}
-  paragraphs = (ROOT / "docs" / "training.md").read_text().split("\n\n")
-  named = [{*re.findall(r"`(\w+)`", paragraph)} & fields for paragraph in paragraphs]
-  assert max(named, key=lambda names: len(names & config.FREE)) == config.FREE
 
 
 def test_there_are_python_examples():
