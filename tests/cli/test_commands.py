@@ -240,4 +240,4 @@ def test_evaluate_asks_for_a_data_set_where_an_import_names_none(
 ):
   workdir, _ = import_weights(checkpoint("deploy"))
   text = stop_of(run_command, "evaluate", "--workdir", workdir)
-  assert text.startswith("error: no data set is named: pass --dataset NAME --split SPLIT")
+  assert text.startswith("error: no data set is named")
