@@ -14,7 +14,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.set_threshold(100_000, 20, 20)
 jax.config.update("jax_traceback_in_locations_limit", 0)
 if jax.__version_info__ < (0, 11):  # later ones do not know the flag, and end on it
-  os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+  # Programs are small: parts that compile in parallel cost more than they give.
+  flags = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+  os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 
 # Programs run once or twice here, so that compiling well costs more than it gives; see `optimized`.
 jax.config.update("jax_disable_most_optimizations", True)

@@ -67,12 +67,12 @@ def train(config: Config, workdir: str | Path, *, resume: str = "auto") -> dict[
   print(f"workdir: {workdir}", flush=True)
   use_compilation_cache()
   with Interruption() as interruption, contextlib.ExitStack() as held:
-    run = _prepare(config, workdir, resume, held)
+    run = prepare(config, workdir, resume, held)
     _fit(run, workdir, interruption)
     return _finish(run, workdir)
 
 
-def _prepare(config: Config, workdir: Path, resume: str, held: contextlib.ExitStack) -> Prepared:
+def prepare(config: Config, workdir: Path, resume: str, held: contextlib.ExitStack) -> Prepared:
   """Reads and checks everything, and then writes what the run was started with.
 
   Nothing is written before everything has been checked, so that a mistake leaves a workdir as it
