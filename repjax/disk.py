@@ -100,6 +100,18 @@ def _sync_one(path: Path) -> None:
     os.close(descriptor)
 
 
+def _missing(path: Path) -> InputError:
+  """Returns the error for a file or folder that is to be read and is not there."""
+  if not path.parent.exists():
+    return InputError(
+      f"the folder {path.parent} does not exist. Give the folder of a run, an import or an export"
+    )
+  return InputError(
+    f"{path} does not exist; is {path.parent} the right folder? Give the folder of a run, an "
+    "import or an export"
+  )
+
+
 def read_json(path: Path) -> Any:
   """Reads a JSON file.
 
@@ -107,7 +119,7 @@ def read_json(path: Path) -> Any:
     InputError: the file is missing or damaged.
   """
   if not path.exists():
-    raise InputError(f"{path} does not exist; is {path.parent} the right folder?")
+    raise _missing(path)
   try:
     return json.loads(path.read_text())
   except ValueError as error:
@@ -172,7 +184,7 @@ def read_tree(path: Path, like: Any) -> Any:
     InputError: the folder is missing or damaged, or the tree differs from `like`.
   """
   if not path.exists():
-    raise InputError(f"{path} does not exist; is {path.parent} the right folder?")
+    raise _missing(path)
   plain = _read_plain(path, like)
   if plain is not None:
     return plain

@@ -61,7 +61,9 @@ def test_damaged_json_is_named(tmp_path, damaged):
 
 
 def test_missing_json_asks_about_the_folder(tmp_path):
-  with pytest.raises(InputError, match=f"does not exist; is {tmp_path}/runs the right folder?"):
+  with pytest.raises(InputError, match=f"does not exist; is {tmp_path} the right folder"):
+    disk.read_json(tmp_path / "file.json")
+  with pytest.raises(InputError, match=f"the folder {tmp_path}/runs does not exist"):
     disk.read_json(tmp_path / "runs" / "file.json")
 
 

@@ -63,7 +63,7 @@ def test_python_examples_run(example, finished, tmp_path, monkeypatch):
 def worked_example():
   """Runs the code of CONTRIBUTING.md, and returns the names that the code defines."""
   (block,) = blocks(ROOT / "CONTRIBUTING.md", "python")
-  scope = {"VARIANTS": {}, "NAMINGS": {}, "Row": Row, "common": common, "nn": nn}
+  scope = {"FOLDS": {}, "VARIANTS": {}, "NAMINGS": {}, "Row": Row, "common": common, "nn": nn}
   scope |= {"RepLayer": layers.RepLayer, "refuse_training": layers.base.refuse_training}
   scope |= {"ConvParams": ConvParams, "fuse_bn": fuse_bn, "linear": layers.linear}
   exec(compile(block, "CONTRIBUTING.md", "exec"), scope)
@@ -73,6 +73,7 @@ def worked_example():
 def test_the_worked_example_runs():
   scope = worked_example()
   assert scope["get_config"]().model in scope["VARIANTS"]
+  assert scope["FOLDS"] == {"NormedDense": scope["fold_normed_dense"]}
   assert scope["NAMINGS"].keys() == scope["VARIANTS"].keys()
 
 

@@ -4,8 +4,12 @@ JAX loads only after a command has parsed its flags, so that `repjax COMMAND --h
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from repjax.errors import unknown
 
 _SHARED: dict[str, dict[str, Any]] = {
   "--workdir": {
@@ -49,11 +53,34 @@ def parser(command: str, description: str | None) -> argparse.ArgumentParser:
     command: name of the command.
     description: text of the help, usually the docstring of the command's module.
   """
-  return argparse.ArgumentParser(
+  return _Parser(
     prog=f"repjax {command}",
     description=description,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
+
+
+class _Parser(argparse.ArgumentParser):
+  """A parser that answers every mistake with one paragraph and the exit status 1."""
+
+  def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    """Parses flags. An unknown flag is named first, since it may be a required one misspelt."""
+    args = sys.argv[1:] if args is None else list(args)
+    for name in _flags_in(args):
+      # Python takes the beginning of a flag for the flag.
+      if not any(known.startswith(name) for known in self._option_string_actions):
+        self.error(str(unknown(f"flag of {self.prog}:", name, self._option_string_actions)))
+    return super().parse_args(args, namespace)
+
+  def error(self, message: str) -> NoReturn:
+    """Ends the program with the message."""
+    sys.exit(f"error: {message}. `{self.prog} --help` describes all flags")
+
+
+def _flags_in(args: Sequence[str]) -> list[str]:
+  """Returns the names of long flags, up to a "--" that ends them."""
+  until = args.index("--") if "--" in args else len(args)
+  return [arg.partition("=")[0] for arg in args[:until] if arg.startswith("--")]
 
 
 def add(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:

@@ -83,3 +83,23 @@ def test_no_help_loads_jax():
     [sys.executable, "-c", PROGRAM], cwd=tiny.ROOT, capture_output=True, text=True
   )
   assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (["evaluate", "--workdr", "runs/a"], ["unknown flag", "'--workdr'", "did you mean --workdir?"]),
+    (["convert"], ["--workdir", "`repjax convert --help`"]),
+    (["evaluate", "--workdir", "x", "--form", "deplyo"], ["'deplyo'", "'deploy'"]),
+    (["evaluate", "--workdir", "nowhere"], ["nowhere does not exist. Give the folder of a run"]),
+  ],
+  ids=["misspelt", "missing", "choice", "folder"],
+)
+def test_a_mistake_in_the_flags_is_one_paragraph(
+  run_command, tmp_path, monkeypatch, arguments, said
+):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(SystemExit) as stop:
+    run_command(*arguments)
+  assert stop.value.code.startswith("error: ")
+  assert all(words in stop.value.code for words in said), stop.value.code

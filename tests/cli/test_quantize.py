@@ -92,7 +92,7 @@ def test_mistakes_end_in_one_paragraph(run_command, workdir, tmp_path, monkeypat
       run_command("quantize", *arguments)
     return stop.value.code
 
-  assert text("--workdir", tmp_path / "no").startswith(f"error: {tmp_path}/no/model.json does not")
+  assert text("--workdir", tmp_path / "no").startswith(f"error: the folder {tmp_path}/no does not")
   assert "error: 5000 images to calibrate with are asked for, and the split has 1024" in text(
     "--workdir", workdir, "--images", 5000
   )
