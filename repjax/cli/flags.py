@@ -63,7 +63,10 @@ def parser(command: str, description: str | None) -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
   """A parser that answers every mistake with one paragraph and the exit status 1."""
 
-  def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+  # The type stubs overload this method, which one plain signature cannot repeat.
+  def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+    self, args: Any = None, namespace: Any = None
+  ) -> Any:
     """Parses flags. An unknown flag is named first, since it may be a required one misspelt."""
     args = sys.argv[1:] if args is None else list(args)
     for name in _flags_in(args):
