@@ -373,7 +373,7 @@ FREE = frozenset(field.name for field in FIELDS if field.free)
 """The fields that may change when a run continues."""
 
 BEFORE = {field.name: field.before for field in FIELDS if field.before is not None}
-"""What runs did that are older than a field: field to value."""
+"""The value that older runs used, for each field that they did not have."""
 
 RESUME = ("auto", "must", "never")
 """The values of `resume`: a run may be continued, must be continued, or must not exist yet."""

@@ -1,4 +1,4 @@
-"""What earlier versions wrote stays readable: variable trees, runs, imports.
+"""Tests that variable trees, runs and imports of earlier versions stay readable.
 
 `goldens/trees.json.gz` lists every variable of every model as the version before the base classes
 had them. `fixtures/*.tar.gz` are small folders that the same version wrote, each with the logits

@@ -164,7 +164,7 @@ def test_the_rules_that_spare_penalised_kernels_are_those_that_custom_l2_takes()
 
 
 def test_the_overrides_are_the_attributes_of_the_models():
-  # What a config sets elsewhere, or training by itself.
+  # A config sets these outside of model_overrides, or training sets them.
   apart = {"num_classes", "dtype", "param_dtype", "axis_name", "deploy", "features_only"}
   models = {type(model): model for model in map(create_model, list_models())}.values()
   attributes = {field.name for model in models for field in dataclasses.fields(model)}

@@ -22,7 +22,8 @@ def test_benchmark_of_parnet_times_the_authors_fold_too(run_script, tmp_path, mo
   train, authors, deploy = (row[form] for form in ("train", "authors", "deploy"))
   assert min(form["ms"] for form in (train, authors, deploy)) > 0
   assert train["params"] > deploy["params"] > authors["params"]
-  # Of four norms of gates, one of them in front of all streams, and of four of fusion.
+  # Means and variances of four gate norms, the first of them before all streams, and of four
+  # norms of fusion.
   assert authors["statistics"] == 2 * (4 + 4 + 6 + 8 + 2 * 6 + 2 * 8)
   assert (deploy["statistics"], len(authors["ratios"])) == (0, 1)
   assert train["macs"] > authors["macs"] == deploy["macs"]
