@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax import runs
+from repjax import names, runs
 from repjax.errors import InputError, unknown
 from repjax.models import create_model, image_size_of
 from repjax.reparam import reparameterize
@@ -177,7 +177,7 @@ def load(
     model, variables, spec = repjax.load("runs/digits")
     logits = model.apply(variables, spec.preprocessing.normalize(images))
   """
-  folder = Path(workdir)
+  folder = names.folder(workdir)
   spec = ModelSpec.read(folder)
   model = spec.create_model(deploy=deploy)
   shapes = spec.variable_shapes(deploy=deploy)

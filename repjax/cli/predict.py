@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repjax import names
 from repjax.cli import flags
 from repjax.data.layout import ENDINGS
 from repjax.errors import InputError, one_paragraph
@@ -33,14 +34,17 @@ def main(argv: Sequence[str]) -> None:
   """Labels the images that the flags name."""
   parser = flags.parser("predict", __doc__)
   parser.add_argument(
-    "images", nargs="+", type=Path, metavar="IMAGE", help="image file, folder, or .txt list"
+    "images", nargs="+", type=flags.file, metavar="IMAGE", help="image file, folder, or .txt list"
   )
   flags.add(parser, "--workdir")
   parser.add_argument(
     "--top", type=int, default=5, metavar="K", help="labels for each image (default: 5)"
   )
   parser.add_argument(
-    "--csv", type=Path, metavar="FILE", help="write the labels to this file instead of printing"
+    "--csv",
+    type=flags.file,
+    metavar="FILE",
+    help="write the labels to this file instead of printing",
   )
   flags.add(parser, "--dtype")
   flags.add(
@@ -110,7 +114,7 @@ def open_csv(path: Path, k: int) -> Iterator[Any]:
   """
   part = path.with_name(f"{path.name}.part")
   try:
-    with part.open("w", newline="", encoding="utf-8") as file:
+    with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
       writer = csv.writer(file)
       columns = (f"{kind}{rank}" for rank in range(1, k + 1) for kind in ("label", "probability"))
       writer.writerow(["image", *columns])
@@ -151,7 +155,7 @@ def write(predictor: Predictor, files: Sequence[Path], k: int, writer: Any) -> i
     best = predictor.best(result, k)
     if writer is None:
       labels = ", ".join(f"{label} {probability:.1%}" for label, probability in best)
-      print(f"{file}: {labels}", flush=True)
+      print(f"{names.shown(file)}: {labels}", flush=True)
     else:
       cells = (cell for label, probability in best for cell in (label, f"{probability:.6f}"))
       writer.writerow([file, *cells])

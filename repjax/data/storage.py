@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from tensorflow_datasets.core import constants, dataset_info, file_adapters, naming
 
+from repjax import names
 from repjax.errors import InputError
 
 SHARD_BYTES = 256 * 2**20  # a shard that holds this much is full
@@ -39,7 +40,7 @@ class SplitFiles(NamedTuple):
 
 def sets_folder(data_dir: str | os.PathLike[str] | None) -> Path:
   """Returns the folder that holds the sets; None is TFDS's default."""
-  return Path(data_dir or constants.DATA_DIR).expanduser()
+  return names.folder(data_dir or constants.DATA_DIR)
 
 
 @contextlib.contextmanager

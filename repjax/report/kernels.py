@@ -122,9 +122,9 @@ def heat_maps(figure: Any, kernels: Kernels) -> None:
 def _origin(kernels: Kernels) -> str:
   """Says in words where the kernels were read."""
   if kernels.step is None:
-    return f"{kernels.name}, a deploy form: its branches are merged already"
+    return f"{curves.plain(kernels.name)}, a deploy form: its branches are merged already"
   which = f"best checkpoint, step {kernels.step:,}" if kernels.step else "as imported"
-  return f"{kernels.name}, {which}"
+  return f"{curves.plain(kernels.name)}, {which}"
 
 
 def _heat_map(axes: Axes, values: np.ndarray, norm: PowerNorm) -> Any:

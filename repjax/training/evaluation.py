@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import tqdm
 
-from repjax import runs
+from repjax import names, runs
 from repjax.cache import use_compilation_cache
 from repjax.config import Config, check_evaluation
 from repjax.data import Source, eval_batches
@@ -123,7 +123,8 @@ def evaluate(
     InputError: the workdir does not hold that form, or the data set cannot be opened.
   """
   use_compilation_cache()
-  config, spec, variables, recalibrated = processes.first(_read, config, Path(workdir), deploy)
+  workdir = names.folder(workdir)
+  config, spec, variables, recalibrated = processes.first(_read, config, workdir, deploy)
   source = processes.together(planning.open_split, config, config.eval_split, spec)
   model = spec.create_model(deploy=deploy)
   eval_step = parallel.data_parallel(
