@@ -20,8 +20,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
+from repjax import saving
 from repjax.errors import InputError
 
 
@@ -131,8 +131,7 @@ def by_itself() -> Any:
 
   Only one process reads and writes files, so a barrier would never be passed.
   """
-  import orbax.checkpoint as ocp
-
+  ocp = saving.orbax()
   own = jax.process_index()
   return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
 
@@ -143,27 +142,15 @@ def write_tree(path: Path, tree: Any) -> None:
   Raises:
     InputError: the folder cannot be written.
   """
-  import orbax.checkpoint as ocp
-
+  ocp = saving.orbax()
   arrays = jax.tree.map(lambda leaf: np.asarray(leaf).view(_Constant), jax.device_get(tree))
   # With one database for all arrays (OCDBT), Orbax would hold a second copy of them in memory.
   handler = ocp.PyTreeCheckpointHandler(
     use_ocdbt=False, use_compression=False, multiprocessing_options=by_itself()
   )
   writer = ocp.Checkpointer(handler, multiprocessing_options=by_itself())
-  with writing(path), _quiet_absl(), writer as checkpointer:
+  with writing(path), saving.quietly(), writer as checkpointer:
     checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(arrays))
-
-
-@contextlib.contextmanager
-def _quiet_absl() -> Iterator[None]:
-  """Silences warnings of absl: Orbax warns about every tree that is written without OCDBT."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)
 
 
 class _Constant(np.ndarray):
@@ -188,8 +175,7 @@ def read_tree(path: Path, like: Any) -> Any:
   plain = _read_plain(path, like)
   if plain is not None:
     return plain
-  import orbax.checkpoint as ocp
-
+  ocp = saving.orbax()
   alone = ocp.StandardCheckpointer(multiprocessing_options=by_itself())
   with _held_back_stderr() as problems, alone as checkpointer:
     try:

@@ -25,6 +25,8 @@ class Stream:
       stream: the stream, such as sys.stdout; None: the process was started without it.
       lost: called with the error when the stream cannot be written to for the first time.
     """
+    if isinstance(stream, Stream):  # this one decides what happens, as long as it is in use
+      stream = stream._stream
     self._stream, self._lost = stream or _nowhere(), lost
 
   def write(self, text: str) -> int:

@@ -13,7 +13,7 @@ import repjax
 PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
 # A room is a file or a folder of the package. Every room may import the leaves.
-LEAVES = {"cache", "disk", "errors", "names", "output", "runs", "signals", "timing"}
+LEAVES = {"cache", "disk", "errors", "names", "output", "runs", "saving", "signals", "timing"}
 # Each room, and the rooms besides the leaves that it may import.
 MAY_IMPORT = {
   **{leaf: set() for leaf in LEAVES},

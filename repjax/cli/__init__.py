@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import repjax
-from repjax import output
-from repjax.cli.session import session, stop_training
+from repjax.cli.session import session, stop, stop_training
 from repjax.errors import one_paragraph, unknown
 
 COMMANDS = {
@@ -48,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     SystemExit: the command failed or was stopped, or no command has this name.
   """
   name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-  training = {"lost": output.go_on, "stopped": stop_training} if name == "train" else {}
-  with session(**training):
+  with session(stop_training if name == "train" else stop):
     _run(name, rest)
 
 

@@ -9,13 +9,11 @@
 | 141 | the program that read the output has ended |
 """
 
-import _thread
 import contextlib
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any, NoReturn
 
 from repjax import output, signals
@@ -23,8 +21,10 @@ from repjax import output, signals
 
 def stop_training(number: int) -> NoReturn:
   """Ends `repjax train` after a signal."""
-  print("stopped; the same command continues from the last checkpoint, if there is one yet")
-  sys.exit(signals.status_of(signals.error_of(number)))
+  try:
+    print("stopped; the same command continues from the last checkpoint, if there is one yet")
+  finally:  # a lost output does not change the status
+    sys.exit(signals.status_of(signals.error_of(number)))
 
 
 def stop(number: int) -> NoReturn:
@@ -34,28 +34,22 @@ def stop(number: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def session(
-  *,
-  lost: Callable[[OSError], None] = output.end,
-  stopped: Callable[[int], NoReturn] = stop,
-) -> Iterator[None]:
+def session(stopped: Callable[[int], NoReturn]) -> Iterator[None]:
   """Ends the command in the block with one line, wherever a signal stops it.
 
   Args:
-    lost: what happens where stdout cannot be written to, see `output.guarded`.
-    stopped: what happens after a signal, whose number it takes.
+    stopped: `stop` or `stop_training`.
 
   Raises:
     SystemExit: a signal came, or the output cannot be written to.
   """
   came: list[int] = []
 
-  def handle(number: int, frame: FrameType | None) -> None:
-    del frame
+  def handle(number: int) -> None:
     came.append(number)
     raise signals.error_of(number)
 
-  with output.guarded(lost), _quiet_after(came), signals.handled(handle):
+  with output.guarded(output.end), _quiet_after(came), signals.handled(handle):
     try:
       yield
     except KeyboardInterrupt as error:
@@ -73,16 +67,11 @@ def session(
 
 @contextlib.contextmanager
 def _quiet_after(came: list[int]) -> Iterator[None]:
-  """Hides errors of threads and finalizers after a signal came, since they follow from the stop.
-
-  Where Python drops the error of a signal, as in a finalizer, the signal is sent again.
-  """
+  """Hides errors of threads and finalizers after a signal came, since they follow from the stop."""
   thread_hook, unraisable_hook = threading.excepthook, sys.unraisablehook
 
   def unraisable(problem: Any) -> None:
-    if isinstance(problem.exc_value, signals.Stopped):
-      _thread.interrupt_main(problem.exc_value.number)
-    elif not came:
+    if not came:
       unraisable_hook(problem)
 
   def in_thread(problem: Any) -> None:

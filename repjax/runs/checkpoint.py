@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from repjax import disk
+from repjax import disk, saving
 from repjax.errors import InputError
 from repjax.runs import paths
 
@@ -120,8 +120,7 @@ class CheckpointWriter:
 
   def __init__(self, workdir: Path):
     """Opens the workdir; the caller holds its lock."""
-    import orbax.checkpoint as ocp  # imported late: it takes long, and readers do not need it
-
+    ocp = saving.orbax()
     self._workdir = workdir
     self._saving: int | None = None  # the step whose save `settle` has to finish
     self._verbosity = logging.get_verbosity()
@@ -166,8 +165,7 @@ class CheckpointWriter:
       InputError: this checkpoint or the one before it cannot be written, or a state that was not
         evaluated holds values that are not finite. Earlier checkpoints are intact.
     """
-    import orbax.checkpoint as ocp
-
+    ocp = saving.orbax()
     self.settle()
     # The copy in host memory is what Orbax's threads write, so the caller's arrays are free. Given
     # arrays on devices, Orbax would save a slice from each and compile programs to cut the slices.

@@ -12,7 +12,6 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from types import FrameType
 
 from repjax.signals import Preempted, Stopped, error_of, handled, status_of
 
@@ -67,9 +66,8 @@ class Interruption:
     self.noted = self.noted or signal.SIGTERM
     self.agreed = True
 
-  def _handle(self, number: int, frame: FrameType | None) -> None:
-    """Handles a signal; Python calls this between any two instructions of the main thread."""
-    del frame
+  def _handle(self, number: int) -> None:
+    """Handles a signal."""
     # A person who presses Ctrl-C a second time does not want to wait any longer.
     if not self._deferring or (self.noted is not None and number == signal.SIGINT):
       raise error_of(number)
