@@ -5,10 +5,8 @@ import importlib
 import importlib.util
 import logging
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 _TIMED = ("futures.future", "futures.signaling_client")
@@ -65,28 +63,25 @@ def quietly() -> Iterator[None]:
 
 
 class _Hook:
-  """A `sys.excepthook` that hides errors of threads whose event loop was closed before they ended.
+  """A `sys.unraisablehook` that hides errors of threads whose event loop was closed too early.
 
-  TensorStore prints errors of its threads by this hook.
+  TensorStore reports the errors of its threads by this hook, without an object.
   """
 
   def __init__(self) -> None:
     """Sets the hook."""
     self.stays = False
-    self._before, sys.excepthook = sys.excepthook, self._show
+    self._before, sys.unraisablehook = sys.unraisablehook, self._show
 
   def close(self) -> None:
     """Sets the earlier hook again, unless this one stays or a later one was set on top."""
-    if not self.stays and sys.excepthook == self._show:
-      sys.excepthook = self._before
+    if not self.stays and sys.unraisablehook == self._show:
+      sys.unraisablehook = self._before
 
-  def _show(
-    self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
-  ) -> None:
+  def _show(self, problem: Any) -> None:
     """Passes an error on, unless the error is that of abandoned work."""
-    in_thread = threading.current_thread() is not threading.main_thread()
-    if not (in_thread and str(error) == "Event loop is closed"):
-      self._before(kind, error, trace)
+    if problem.object is not None or str(problem.exc_value) != "Event loop is closed":
+      self._before(problem)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

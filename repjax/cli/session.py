@@ -83,5 +83,7 @@ def _quiet_after(came: list[int]) -> Iterator[None]:
     yield
   finally:
     # After a signal the hooks stay, because threads may fail until the process has ended.
+    if not came and sys.unraisablehook == unraisable:
+      sys.unraisablehook = unraisable_hook
     if not came:
-      threading.excepthook, sys.unraisablehook = thread_hook, unraisable_hook
+      threading.excepthook = thread_hook
