@@ -122,7 +122,7 @@ class _Insistent:
 
     def send() -> None:
       self._again = True
-      _thread.interrupt_main(number)
+      _thread.interrupt_main(signal.Signals(number))
 
     if self._timer is not None:
       self._timer.cancel()
