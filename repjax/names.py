@@ -59,15 +59,15 @@ def file(name: str | os.PathLike[str]) -> Path:
 def folder(name: str | os.PathLike[str]) -> Path:
   """Returns the path of a folder that a user names and that holds arrays, such as a workdir.
 
-  The libraries that store arrays read a backslash as a slash and take UTF-8 only. They would write
-  a run to its end into a folder that nothing can read.
+  The libraries that store arrays read a backslash as a slash, list folders by patterns, and take
+  UTF-8 only. They would write a run to its end into a folder that nothing can read.
 
   Args:
     name: the name; "~" is the home folder.
 
   Raises:
-    InputError: as in `file`; or the path holds a backslash, control characters, a part such as
-      "gs:", or bytes that are not UTF-8.
+    InputError: as in `file`; or the path holds a backslash, one of * ? [, control characters, a
+      part such as "gs:", or bytes that are not UTF-8.
   """
   path = file(name)
   text = str(path.absolute())
@@ -75,6 +75,11 @@ def folder(name: str | os.PathLike[str]) -> Path:
   way_out = "give a folder whose path has none"
   if "\\" in text:
     raise InputError(f"{shown} has a backslash in its path, which array files cannot; {way_out}")
+  if any(each in text for each in "*?["):
+    raise InputError(
+      f"{shown} has one of * ? [ in its path, which array files take for a pattern of several "
+      f"names; {way_out}"
+    )
   if not text.isprintable() and any(unicodedata.category(each) == "Cc" for each in text):
     raise InputError(
       f"{shown} has a control character in its path, such as a line break; {way_out}"

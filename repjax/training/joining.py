@@ -8,11 +8,13 @@ answers all of them. Then the port is free again, and JAX takes it.
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import secrets
 import select
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -51,7 +53,7 @@ class Address:
     self.host, self.text = host.removeprefix("[").removesuffix("]"), text
     if not (colon and self.host and port.isascii() and port.isdigit()):
       raise InputError(f"JAX_COORDINATOR_ADDRESS is HOST:PORT, got {text}. {EXAMPLE}")
-    self.port = int(port)
+    self.port = int(port) if len(port) < 10 else 0
     if not 1 <= self.port <= 65535:
       raise InputError(
         f"the port in JAX_COORDINATOR_ADDRESS is in 1 ... 65535, got {port[:20]}; choose one that "
@@ -93,6 +95,13 @@ def meet(address: Address, count: int, index: int, seconds: float) -> None:
     InputError: the port is in use, an index is taken twice, the processes disagree on their number,
       or some have not come in time.
   """
+  address.resolve()
+  print(
+    f"process {index} of {count}: waiting for the others at {address.text}, "
+    f"at most {seconds:.0f} s",
+    file=sys.stderr,
+    flush=True,
+  )
   end = time.monotonic() + seconds
   if index == 0:
     _Host(address, count).run(end)
@@ -121,7 +130,7 @@ class _Host:
     with listener, contextlib.closing(self):
       try:
         self._knock()
-        while self._missing():
+        while len(self._came) < self._count - 1:
           self._look(listener, end)
       except InputError as error:
         self._answer(str(error).encode()[: _LONGEST - 1] + b"\n")
@@ -151,14 +160,11 @@ class _Host:
       self._knocked = socket.create_connection((self._address.host, self._address.port), 0.5)
       self._knocked.sendall(_message(self._count, 0, self._token))
 
-  def _missing(self) -> list[int]:
-    """Returns the indices of the processes that have not come."""
-    return [index for index in range(1, self._count) if index not in self._came]
-
   def _look(self, listener: socket.socket, end: float) -> None:
     """Takes what has come: connections, messages, and ends of connections."""
     if time.monotonic() > end:
-      listed = ", ".join(map(str, self._missing()[:20]))
+      missing = (index for index in range(1, self._count) if index not in self._came)
+      listed = ", ".join(map(str, itertools.islice(missing, 20)))
       raise InputError(
         f"of {self._count} processes, these have not come: {listed}. Start them all by the same "
         f"command, and see that they reach {self._address.text}"
@@ -222,7 +228,7 @@ class _Host:
         f"the processes disagree on their number: JAX_NUM_PROCESSES is {self._count} for process "
         f"0 and {count} for process {index}; give all of them the same"
       )
-    elif index == 0 or index in self._came:
+    elif not 0 < index < count or index in self._came:
       problem = (
         f"two processes have the same index, JAX_PROCESS_ID={index}; number the processes from 0 "
         f"to {self._count - 1}, each once"

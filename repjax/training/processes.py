@@ -74,13 +74,6 @@ def initialize(
       f"{'which is not set' if count is None else count}; got {index}. {joining.EXAMPLE}"
     )
   if address is not None and count is not None and index is not None:
-    address.resolve()
-    print(
-      f"process {index} of {count}: waiting for the others at {coordinator}, at most "
-      f"{WAIT_SECONDS} s",
-      file=sys.stderr,
-      flush=True,
-    )
     joining.meet(address, count, index, WAIT_SECONDS)
   try:
     jax.distributed.initialize(
@@ -108,8 +101,8 @@ def _number(variable: str, value: int | None) -> int | None:
   text = os.environ.get(variable)
   if value is not None or text is None:
     return value
-  if not text.isdigit():
-    raise InputError(f"{variable} takes a number, got {text!r}. {joining.EXAMPLE}")
+  if not (text.isascii() and text.isdigit() and len(text) < 10):
+    raise InputError(f"{variable} takes a number, got {text[:60]!r}. {joining.EXAMPLE}")
   return int(text)
 
 
