@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import repjax
-from repjax.cli.session import session, stop, stop_training
+from repjax.cli.ending import session, stop, stop_training
 from repjax.errors import one_paragraph, unknown
 
 COMMANDS = {
