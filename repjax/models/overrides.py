@@ -3,9 +3,10 @@
 import collections.abc
 import dataclasses
 import functools
+import numbers
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax import linen as nn
@@ -42,6 +43,7 @@ def check_overrides(
     if override not in rules:
       raise unknown(f"override of {name}", override, rules)
     schema.check(value, rules[override], f"{prefix}{override}")
+    _check_sizes(value, f"{prefix}{override}")
   blocks = sum(
     sum(value) if isinstance(value, list | tuple) else value
     for value in (overrides.get(field, 0) for field in ("stage_sizes", "stem_blocks"))
@@ -51,6 +53,24 @@ def check_overrides(
       f"{prefix}stage_sizes ask for {blocks:,} blocks, and a network has at most {MOST_BLOCKS:,}. "
       "Take fewer blocks"
     )
+
+
+def _check_sizes(value: Any, path: str) -> None:
+  """Raises InputError for numbers and lists with which no computer could build a network."""
+  if isinstance(value, list | tuple) and len(value) > LONGEST:
+    raise InputError(f"{path} has {len(value):,} items, and at most {LONGEST:,} are allowed")
+  for item in _numbers(value):
+    if item > MOST:
+      raise InputError(f"{path} must be at most {MOST:,}, got {schema.shown(value)}")
+
+
+def _numbers(value: Any) -> Iterator[Any]:
+  """Yields the numbers in lists and tables."""
+  if isinstance(value, numbers.Real):
+    yield value
+  elif isinstance(value, list | tuple | Mapping):
+    for item in value.values() if isinstance(value, Mapping) else value:
+      yield from _numbers(item)
 
 
 @functools.cache
@@ -69,8 +89,8 @@ def rule_of(annotation: Any) -> Rule:
       types. Every other annotation takes anything.
   """
   plain = {
-    int: schema.whole(most=MOST),
-    float: schema.number(most=MOST),
+    int: schema.whole(),
+    float: schema.number(),
     bool: schema.boolean,
     str: schema.text(),
     types.NoneType: schema.null,
@@ -81,7 +101,7 @@ def rule_of(annotation: Any) -> Rule:
   if origin in (typing.Union, types.UnionType):
     return schema.either(*map(rule_of, arguments))
   if origin is collections.abc.Sequence:
-    return schema.items(rule_of(arguments[0]), most=LONGEST)
+    return schema.items(rule_of(arguments[0]))
   if origin is collections.abc.Mapping:
     return schema.table(rule_of(arguments[1]), _NUMBER if arguments[0] is int else None)
   return Rule("anything", lambda value, path: None)

@@ -147,7 +147,10 @@ def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
     raise InputError(
       f"config.json asks for crop_mode {stated['crop_mode']!r}, but only center is read. {_BY_FILE}"
     )
-  schema.check(stated, _PREPROCESSING, "config.json's pretrained_cfg")
+  try:
+    schema.check(stated, _PREPROCESSING, "pretrained_cfg")
+  except InputError as error:
+    raise InputError(f"config.json's {error}. {_BY_FILE}") from error
   _, height, width = stated["input_size"]
   if height != width:
     raise InputError(
