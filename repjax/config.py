@@ -16,9 +16,9 @@ from repjax import schema
 from repjax.errors import InputError
 from repjax.schema import (
   Rule,
-  anything,
   attributes,
   boolean,
+  identifier,
   items,
   number,
   optional,
@@ -47,7 +47,7 @@ _COUNT = whole(0, 2**63 - 1)
 _AT_LEAST_1 = whole(1)
 _BELOW_1 = number(0, below=1)
 _SIDE = whole(1, 8_192)  # of an image, in pixels
-_RULES = {bool: boolean, int: whole(), float: number(), str: text(), tuple: items(anything)}
+_RULES = {bool: boolean, int: whole(), float: number(), str: text(), tuple: items(attributes)}
 
 
 class Field(NamedTuple):
@@ -78,7 +78,7 @@ class Field(NamedTuple):
   @property
   def rule(self) -> Rule:
     """The rule of the field's values: its limits, or else its type. See `repjax.schema`."""
-    return self.limits or _RULES.get(self.kind or type(self.default), anything)
+    return self.limits or _RULES.get(self.kind or type(self.default), attributes)
 
 
 OVERRIDES = (
@@ -366,12 +366,13 @@ BEFORE = {field.name: field.before for field in FIELDS if field.before is not No
 """The value that older runs used, for each field that they did not have."""
 
 _MODEL_OVERRIDES = record(
-  {field.name: optional(field.rule) for field in OVERRIDES}, others=attributes
+  {field.name: optional(field.rule) for field in OVERRIDES}, others=attributes, name=identifier
 )
 CONFIG_JSON = record(
   {field.name: optional(field.rule) for field in FIELDS}
   | {"model_overrides": optional(_MODEL_OVERRIDES)},
   others=attributes,
+  name=identifier,
 )
 """The rule of config.json. A config of one's own may have more fields."""
 
@@ -521,6 +522,7 @@ def check_qat(config: Config) -> None:
 
 def check_overrides(config: Config) -> None:
   """Raises InputError for attributes of a model that training sets itself."""
+  overrides = config.model_overrides or {}
   for name in ("axis_name", "deploy", "features_only"):
-    if config.model_overrides.get(name):
+    if overrides.get(name):
       raise InputError(f"model_overrides.{name} is not for training; leave it out")

@@ -192,7 +192,11 @@ def table(each: Rule, name: Rule | None = None) -> Rule:
 
 
 def record(
-  fields: Mapping[str, Rule], *, required: Iterable[str] = (), others: Rule | None = None
+  fields: Mapping[str, Rule],
+  *,
+  required: Iterable[str] = (),
+  others: Rule | None = None,
+  name: Rule | None = None,
 ) -> Rule:
   """Returns the rule of tables with known fields.
 
@@ -201,6 +205,7 @@ def record(
     required: names of the fields that must be there.
     others: rule of the values of unknown fields. None: unknown fields are refused. An unknown name
       is also refused if it is close to the name of a field that is missing.
+    name: rule of unknown names; None: any string.
   """
   required = tuple(required)
   wanted = f"a table with {', '.join(required or fields)}"
@@ -208,17 +213,19 @@ def record(
   def check(value: Any, path: str) -> None:
     if not isinstance(value, Mapping):
       raise MisfitError(path, f"must be {wanted}", value)
-    missing = [name for name in fields if name not in value]
-    for name in value:
-      if name not in fields and (others is None or _misspelt(name, missing)):
-        raise MisfitError("", str(unknown("field", below(path, name), _named(path, fields))))
-    for name in required:
-      if name in missing:
-        raise MisfitError(below(path, name), "is missing")
-    for name, item in value.items():
-      rule = fields.get(name, others)
-      if rule is not None:
-        rule.check(item, below(path, name))
+    missing = [field for field in fields if field not in value]
+    unknowns = {key: item for key, item in value.items() if key not in fields}
+    for key in unknowns:
+      if others is None or _misspelt(key, missing):
+        raise MisfitError("", str(unknown("field", below(path, key), _named(path, fields))))
+    for field in required:
+      if field in missing:
+        raise MisfitError(below(path, field), "is missing")
+    for field, rule in fields.items():
+      if field in value:
+        rule.check(value[field], below(path, field))
+    if others is not None:
+      table(others, name).check(unknowns, path)
 
   return Rule(wanted, check)
 
@@ -326,10 +333,3 @@ class _Short(reprlib.Repr):
 
 shown = _Short().repr
 """Writes a value of Python for a message."""
-
-
-def printable(text: str) -> str:
-  """Returns a text in which control characters are escaped, for a terminal."""
-  return "".join(
-    char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-  )

@@ -21,7 +21,6 @@ from repjax import configs, schema
 from repjax.cli import flags
 from repjax.config import FIELDS, OVERRIDES, RESUME
 from repjax.errors import InputError, one_paragraph, unknown
-from repjax.schema import printable
 
 
 def main(argv: Sequence[str]) -> None:
@@ -170,7 +169,7 @@ def _no_config(path: Path) -> InputError:
     else ("give the name of a config, such as digits, or the path of a file")
   )
   kind = "is a folder" if path.is_dir() else "does not exist"
-  return InputError(f"the config file {printable(str(path))} {kind}; {hint}")
+  return InputError(f"the config file {path} {kind}; {hint}")
 
 
 def _check_runs(file: str) -> None:

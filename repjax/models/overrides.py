@@ -17,8 +17,8 @@ from repjax.schema import Rule
 
 MOST = 1_000_000
 """Largest number in an attribute, such as a number of channels or classes."""
-LONGEST = 1_000
-"""Largest number of items in an attribute, such as stages."""
+LONGEST = 100
+"""Largest number of items in an attribute, such as stages, and of characters in a name."""
 MOST_BLOCKS = 1_000
 """Largest number of blocks in a network. Thousands take minutes to trace."""
 # Arguments of `create_model` itself, and what Linen adds to every module.
@@ -57,8 +57,8 @@ def check_overrides(
 
 def _check_sizes(value: Any, path: str) -> None:
   """Raises InputError for numbers and lists with which no computer could build a network."""
-  if isinstance(value, list | tuple) and len(value) > LONGEST:
-    raise InputError(f"{path} has {len(value):,} items, and at most {LONGEST:,} are allowed")
+  if isinstance(value, list | tuple | str | Mapping) and len(value) > LONGEST:
+    raise InputError(f"{path} has a length of {len(value):,}, and at most {LONGEST} is allowed")
   for item in _numbers(value):
     if item > MOST:
       raise InputError(f"{path} must be at most {MOST:,}, got {schema.shown(value)}")

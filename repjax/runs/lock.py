@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from repjax import disk, json_files
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 from repjax.runs import contents, paths
-from repjax.schema import printable
 
 
 @contextlib.contextmanager

@@ -145,7 +145,8 @@ def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
     return None
   if stated.get("crop_mode", "center") != "center":
     raise InputError(
-      f"config.json asks for crop_mode {stated['crop_mode']!r}, but only center is read. {_BY_FILE}"
+      f"config.json asks for crop_mode {schema.shown(stated['crop_mode'])}, but only center is "
+      f"read. {_BY_FILE}"
     )
   try:
     schema.check(stated, _PREPROCESSING, "pretrained_cfg")

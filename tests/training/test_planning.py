@@ -22,7 +22,10 @@ pytest_plugins = ["tests.training.fixtures"]
       {"augment": "pad_crop"},
       "unknown step of config.augment 'pad_crop'; did you mean pad_and_crop",
     ),
-    ({"interpolation": "cubic"}, "bicubic (did you mean bicubic or bilinear?), got 'cubic'"),
+    (
+      {"interpolation": "cubic"},
+      "config.interpolation must be one of nearest, bilinear, bicubic (did you mean bicubic",
+    ),
     ({"batch_size": 30}, "batch_size 30 does not divide over 4 devices; use 28 or 32"),
     (
       {"accumulate_steps": 0},
