@@ -18,6 +18,7 @@ LARGEST = 32 * 2**20
 """Bytes of the largest JSON file that is read."""
 DEEPEST = 32
 """Levels of lists and tables that a JSON file may have."""
+_TOO_DEEP = f"lists and tables are nested more than {DEEPEST} deep"
 
 
 def read(path: Path, rule: Rule = anything) -> Any:
@@ -74,20 +75,10 @@ def parse(data: bytes | str, rule: Rule = anything) -> Any:
   except json.JSONDecodeError as error:
     raise MisfitError("", f"it is no JSON: {error}") from None
   except RecursionError:
-    value = None
-    deep = True
-  else:
-    deep = _is_deep(value)
-  if deep:
-    raise MisfitError("", f"lists and tables are nested more than {DEEPEST} deep")
-  try:
-    rule.check(value, "")
-  except MisfitError as misfit:
-    raise (
-      misfit
-      if misfit.path or not misfit.value
-      else MisfitError("its content", misfit.problem, *misfit.value)
-    ) from None
+    raise MisfitError("", _TOO_DEEP) from None
+  if _is_deep(value):
+    raise MisfitError("", _TOO_DEEP)
+  rule.check(value, "")
   return value
 
 

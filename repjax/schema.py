@@ -34,9 +34,9 @@ class MisfitError(Exception):
 
   def words(self, show: Callable[[Any], str]) -> str:
     """Returns the sentence, with the value as `show` writes it."""
-    return f"{self.path} {self.problem}".lstrip() + "".join(
-      f", got {show(value)}" for value in self.value
-    )
+    path = self.path or ("it" if self.value else "")
+    got = [f", got {show(value)}" for value in self.value]
+    return "".join([f"{path} {self.problem}".lstrip(), *got])
 
 
 class Rule(NamedTuple):
@@ -65,7 +65,7 @@ def whole(least: int | None = None, most: int | None = None) -> Rule:
   """Returns the rule of whole numbers in a range. A boolean is not a number."""
 
   def test(value: Any) -> bool:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    if not _is_number(value, numbers.Integral):
       return False
     return (least is None or value >= least) and (most is None or value <= most)
 
@@ -89,12 +89,7 @@ def number(
   """
 
   def test(value: Any) -> bool:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-      return False
-    try:
-      if finite and not math.isfinite(value):
-        return False
-    except OverflowError:  # a whole number that no float can hold
+    if not _is_number(value, numbers.Real) or (finite and not _is_finite(value)):
       return False
     # Written so that NaN fails every end.
     return not (
@@ -106,6 +101,19 @@ def number(
 
   plain = "a finite number" if finite and (least, most, above, below) == (None,) * 4 else "a number"
   return _rule(plain + _range(least, most, above, below), test)
+
+
+def _is_number(value: Any, kind: type) -> bool:
+  """Tells if a value is a number of a kind; a boolean is none."""
+  return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+  """Tells if a number is finite, and small enough for a float."""
+  try:
+    return math.isfinite(value)
+  except OverflowError:
+    return False
 
 
 def _range(
@@ -208,7 +216,7 @@ def record(
     name: rule of unknown names; None: any string.
   """
   required = tuple(required)
-  wanted = f"a table with {', '.join(required or fields)}"
+  wanted = f"a table of fields such as {', '.join([*(required or fields)][:3])}"
 
   def check(value: Any, path: str) -> None:
     if not isinstance(value, Mapping):

@@ -159,5 +159,7 @@ def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
       f"are read. {_BY_FILE}"
     )
   resize_size = math.floor(width / (stated.get("crop_pct") or 0.875))
-  mean, std = (tuple(map(float, stated[name])) for name in ("mean", "std"))
+  mean, std = (
+    (float(red), float(green), float(blue)) for red, green, blue in (stated["mean"], stated["std"])
+  )
   return Preprocessing(width, resize_size, stated["interpolation"], mean, std)

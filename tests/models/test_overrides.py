@@ -7,6 +7,7 @@ from repjax.errors import InputError
 from repjax.models import check_model, create_model
 from repjax.models.overrides import rules_of
 from repjax.spec import Preprocessing
+from tests.helpers import assert_one_paragraph
 from tests.models.families import FAMILIES
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -33,8 +34,7 @@ def test_every_value_of_every_attribute_is_taken_or_refused_in_one_paragraph(nam
           spec.variable_shapes()
       except InputError as error:
         refused += 1
-        assert "\n" not in str(error)
-        assert len(str(error)) < 1500
+        assert_one_paragraph(error)
   assert refused > len(EVIL)
 
 

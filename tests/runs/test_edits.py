@@ -18,6 +18,7 @@ from repjax.runs import contents, folders, lock, paths
 from repjax.spec import Preprocessing
 from repjax.training import continuing, planning, quantization
 from repjax.weights import hub
+from tests.helpers import assert_one_paragraph
 from tests.training import tiny
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -169,12 +170,6 @@ def put(path, data):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
   return path
-
-
-def assert_one_paragraph(error):
-  """Fails unless the text of an error is short, and nothing in it controls a terminal."""
-  assert str(error).isprintable(), str(error)
-  assert len(str(error)) < 2500, len(str(error))
 
 
 @pytest.mark.parametrize("kind", STRICT)
