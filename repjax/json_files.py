@@ -32,7 +32,20 @@ def read(path: Path, rule: Rule = anything) -> Any:
     InputError: the file cannot be read, is no JSON, or holds a value that the rule refuses.
   """
   with opened(path) as file:
-    data = file.read(LARGEST + 1)
+    return content(path, file.read(LARGEST + 1), rule)
+
+
+def content(path: Path, data: bytes, rule: Rule = anything) -> Any:
+  """Returns the value of a JSON file whose bytes were read already.
+
+  Args:
+    path: path of the file, for the message.
+    data: the bytes.
+    rule: the rule of the value.
+
+  Raises:
+    InputError: the bytes are no JSON, or the rule refuses the value.
+  """
   try:
     return parse(data, rule)
   except MisfitError as misfit:
