@@ -5,7 +5,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 
 _LONGEST_PART = 255  # bytes of one name, in all common file systems
 _LONGEST = 3600  # bytes of a path: Linux allows 4096, and the files below a folder need the rest
@@ -98,16 +98,6 @@ def folder(name: str | os.PathLike[str]) -> Path:
   return path.resolve() if path.name in ("", "..") and path != Path() else path
 
 
-def shown(name: object) -> str:
-  """Returns a name as it can be printed: control characters and foreign bytes are escaped."""
-  return "".join(each if each.isprintable() else _escaped(each) for each in str(name))
-
-
-def _escaped(character: str) -> str:
-  """Returns an escape sequence for one character."""
-  return repr(character)[1:-1]
-
-
 def _shown(text: str) -> str:
   """Returns a name between quotation marks, shortened to its beginning."""
-  return f'"{shown(text[:60])}{"..." if len(text) > 60 else ""}"'
+  return f'"{printable(text[:60])}{"..." if len(text) > 60 else ""}"'

@@ -13,10 +13,14 @@ import repjax
 PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
 # A room is a file or a folder of the package. Every room may import the leaves.
-LEAVES = {"cache", "disk", "errors", "names", "output", "runs", "saving", "signals", "timing"}
+LEAVES = {
+  *("cache", "disk", "errors", "json_files", "names", "output", "runs", "saving", "schema"),
+  *("signals", "timing"),
+}
 # Each room, and the rooms besides the leaves that it may import.
 MAY_IMPORT = {
   **{leaf: set() for leaf in LEAVES},
+  "runs": {"config"},
   "algebra": set(),
   "program": set(),
   "layers": {"algebra"},
@@ -44,7 +48,8 @@ NOT_LEAVES = {"data": {"cache", "disk", "runs"}}
 # Packages outside the standard library: all that a room may import, and those that it may not.
 ONLY = {
   "algebra": {"jax"},
-  **{leaf: set() for leaf in ("errors", "names", "output", "signals", "timing")},
+  **{leaf: set() for leaf in ("errors", "json_files", "names", "output", "schema", "signals")},
+  "timing": set(),
 }
 NEVER = {"data": {"jax", "jaxlib", "flax"}}
 

@@ -101,10 +101,6 @@ def test_a_relative_name_stays_relative_unless_it_has_no_end(tmp_path, monkeypat
   assert names.folder("b/..") == tmp_path / "a"
 
 
-def test_a_shown_name_is_one_printable_line():
-  assert names.shown(Path(os.fsdecode(b"a\xff\n\x1b[31m") + "ä")) == r"a\udcff\n\x1b[31mä"
-
-
 @pytest.mark.parametrize(
   "function",
   [repjax.load, load_exported, Predictor, write_report, weights.read],

@@ -18,10 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repjax import names
 from repjax.cli import flags
 from repjax.data.layout import ENDINGS
-from repjax.errors import InputError, one_paragraph
+from repjax.errors import InputError, one_paragraph, printable
 
 if TYPE_CHECKING:
   from repjax.deploy import Predictor
@@ -155,7 +154,7 @@ def write(predictor: Predictor, files: Sequence[Path], k: int, writer: Any) -> i
     best = predictor.best(result, k)
     if writer is None:
       labels = ", ".join(f"{label} {probability:.1%}" for label, probability in best)
-      print(f"{names.shown(file)}: {labels}", flush=True)
+      print(f"{printable(str(file))}: {labels}", flush=True)
     else:
       cells = (cell for label, probability in best for cell in (label, f"{probability:.6f}"))
       writer.writerow([file, *cells])
