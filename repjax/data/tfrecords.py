@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import google_crc32c
 from tqdm import tqdm
 
+from repjax import disk
 from repjax.data import storage
 from repjax.data.builders import builder_of, file_formats
 from repjax.errors import InputError
-
-INFO = "dataset_info.json"
 
 
 class _Shard(NamedTuple):
@@ -86,13 +85,17 @@ def _copy_beside(shards: list[_Shard], folder: Path, name: str, num_workers: int
 
   The metadata is replaced last, in one rename. Until then the set is a TFRecord set as before.
   """
-  with storage.locked_draft(folder / ".array_record.incomplete") as draft:
+  with disk.private_folder(folder / "array_record", alone=True) as private:
+    draft = private / disk.NEW
+    draft.mkdir()
     _copy_all(shards, draft, name, num_workers)
+    disk.sync(draft)
     for shard in shards:
       (draft / shard.copy).rename(folder / shard.copy)
-    info = _read_info(folder)
-    info["alternativeFileFormats"] = [*info.get("alternativeFileFormats", ()), "array_record"]
-    _write_info(draft, info).replace(folder / INFO)
+    disk.sync_entries(folder)
+  info = _read_info(folder)
+  info["alternativeFileFormats"] = [*info.get("alternativeFileFormats", ()), "array_record"]
+  disk.write_json(folder / storage.INFO, info)
 
 
 def _copy_to(target: Path, shards: list[_Shard], folder: Path, name: str, num_workers: int) -> None:
@@ -100,22 +103,15 @@ def _copy_to(target: Path, shards: list[_Shard], folder: Path, name: str, num_wo
   with storage.whole_set(target, replace=False) as draft:
     _copy_all(shards, draft, name, num_workers)
     for path in folder.iterdir():  # metadata besides dataset_info.json: features, names of classes
-      if path.suffix in (".json", ".txt") and path.name != INFO:
+      if path.suffix in (".json", ".txt") and path.name != storage.INFO:
         shutil.copyfile(path, draft / path.name)
     info = _read_info(folder) | {"fileFormat": "array_record"}
     info.pop("alternativeFileFormats", None)
-    _write_info(draft, info)
+    disk.write_json(draft / storage.INFO, info)
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
-  return json.loads((folder / INFO).read_text())
-
-
-def _write_info(folder: Path, info: dict[str, Any]) -> Path:
-  """Writes dataset_info.json into a folder, and returns its path."""
-  path = folder / INFO
-  path.write_text(json.dumps(info, indent=2))
-  return path
+  return json.loads((folder / storage.INFO).read_text())
 
 
 def read_tfrecord(path: Path) -> Iterator[bytes]:

@@ -1,0 +1,61 @@
+"""Durability, and errors of the disk as one paragraph."""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from repjax.errors import InputError
+
+
+@contextlib.contextmanager
+def writing(path: Path, kind: type[Exception] = Exception) -> Iterator[None]:
+  """Turns an error while `path` is written, such as a full disk, into an InputError.
+
+  The caller writes to a draft, since the message promises that earlier files are intact.
+
+  Args:
+    path: what is written.
+    kind: class of the errors to turn; TensorStore raises many, with the reason in their text.
+
+  Raises:
+    InputError: an error of this kind was raised; the text names the path and the reason.
+  """
+  try:
+    yield
+  except InputError:
+    raise
+  except kind as error:
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(code[1]) if code else getattr(error, "errno", None)
+    reason = os.strerror(number) if number else str(error).partition("\n")[0][:300]
+    raise InputError(
+      f"{path} could not be written: {reason}. What was saved before is "
+      "intact; make room, or mend what the error names, and run the same command again"
+    ) from error
+
+
+def sync(path: Path) -> None:
+  """Waits until a file, or a folder with everything below it, is on the disk itself."""
+  for each in (path, *(path.rglob("*") if path.is_dir() else ())):
+    _sync_one(each)
+
+
+def sync_entries(folder: Path) -> None:
+  """Waits until the names in a folder are on the disk itself, without their contents."""
+  _sync_one(folder)
+
+
+def _sync_one(path: Path) -> None:
+  """Flushes one file, or the list of names in one folder, to the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError as error:
+    # Some network file systems cannot flush folders, which then are as safe as they can be.
+    if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+      raise
+  finally:
+    os.close(descriptor)

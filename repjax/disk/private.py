@@ -1,0 +1,242 @@
+"""Hidden folders beside a target, in which one process writes the target's successor.
+
+data/.set.repjax-1f0c9a2e/     beside the target data/set
+  owner.json                   the process that writes; its lock (`flock`) ends with the process
+  new                          the successor, a file or a folder
+  old                          the predecessor, while two renames exchange the two
+
+No other program uses such names, and owner.json records the target. So a folder that a killed
+process left is known without doubt: its name fits, and the lock on its owner.json is free.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from repjax.errors import InputError
+
+_OWNER, NEW, OLD = "owner.json", "new", "old"
+_NAME = re.compile(r"\..+\.repjax-[0-9a-f]{8}")
+# Linux allows 255 bytes. A private folder needs 17 more than its target, the rest is for others.
+_LONGEST = 200
+
+
+def is_private(name: str) -> bool:
+  """Checks whether a name is that of a private folder, of any target."""
+  return _NAME.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def private_folder(target: Path, *, alone: bool) -> Iterator[Path]:
+  """Makes a private folder for a target, and removes it with all that is in it at the end.
+
+  Private folders of the same target that dead processes left are removed first.
+
+  Args:
+    target: file or folder to be written; its parent exists.
+    alone: raise if a different process writes the same target.
+
+  Yields:
+    The folder, whose entries `new` and `old` the caller may make.
+
+  Raises:
+    InputError: a different process writes the target, and `alone` is set.
+    OSError: the folder cannot be made.
+  """
+  folder, owner = _make(target)
+  try:
+    for other, holder in sweep(target.parent, target, but=folder):
+      if alone:
+        raise InputError(
+          f"another process is writing {target} right now: {holder_text(other / _OWNER, holder)}. "
+          "Let that process finish, or stop it first"
+        )
+    yield folder
+  finally:
+    _discard(folder)
+    os.close(owner)
+
+
+def sweep(
+  folder: Path, target: Path | None = None, *, but: Path | None = None
+) -> list[tuple[Path, Any]]:
+  """Removes the private folders that dead processes left, and nothing else.
+
+  If a process died between two renames, its target goes back to its place. What cannot be removed
+  stays, without an error.
+
+  Args:
+    folder: folder to look in.
+    target: remove the private folders of this target only; None: of all targets.
+    but: a private folder to leave out.
+
+  Returns:
+    The private folders whose processes live, each with the content of its owner.json.
+  """
+  living = []
+  with contextlib.suppress(OSError):
+    for path in sorted(folder.iterdir()):
+      fits = is_private(path.name) if target is None else _is_for(path.name, target)
+      if fits and path != but and not path.is_symlink():
+        with contextlib.suppress(OSError):
+          living += _sweep_one(path)
+  return living
+
+
+def old_of(target: Path) -> Path | None:
+  """Returns where the old version of a target is while two renames replace it; None: nowhere."""
+  with contextlib.suppress(OSError):
+    for path in target.parent.iterdir():
+      if _is_for(path.name, target) and (path / OLD).exists():
+        return path / OLD
+  return None
+
+
+def new_holder(**more: Any) -> bytes:
+  """Returns JSON that says which process this is, for a file that the process holds a lock on."""
+  holder = {
+    "pid": os.getpid(),
+    "host": socket.gethostname(),
+    "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+    "command": " ".join(sys.argv)[:1000],
+  }
+  return json.dumps(holder | more).encode()
+
+
+def holder_text(path: Path, held: Any = None) -> str:
+  """Returns in words which process `new_holder` has noted in a file."""
+  try:
+    held = json.loads(path.read_text()) if held is None else held
+    return (
+      f"process {held['pid']} on {held['host']} since {held['since']} ({held['command'][:200]})"
+    )
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    return "another process"  # The process has locked the file, and has not written to it yet.
+
+
+def _prefix(target: Path) -> str:
+  """Returns the beginning of the names of all private folders of a target."""
+  name = target.name
+  if len(os.fsencode(name)) > _LONGEST:
+    name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+  return f".{name}.repjax-"
+
+
+def _is_for(name: str, target: Path) -> bool:
+  prefix = _prefix(target)
+  return name.startswith(prefix) and re.fullmatch("[0-9a-f]{8}", name[len(prefix) :]) is not None
+
+
+def _make(target: Path) -> tuple[Path, int]:
+  """Makes a private folder; returns it and the locked owner.json, which the caller closes."""
+  while True:
+    folder = target.with_name(_prefix(target) + secrets.token_hex(4))
+    folder.mkdir()
+    try:
+      owner = os.open(folder / _OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileNotFoundError:
+      continue  # A process that sweeps took the empty folder for one that was left.
+    except BaseException:
+      folder.rmdir()
+      raise
+    try:
+      # The same may happen until the lock is held. Then there is a new folder.
+      if _lock(owner) and _is_at(owner, folder / _OWNER):
+        os.write(owner, new_holder(target=target.name))
+        return folder, owner
+    except BaseException:
+      _discard(folder)
+      os.close(owner)
+      raise
+    os.close(owner)
+
+
+def _lock(file: int) -> bool:
+  """Locks an open file; returns False if a different process holds the lock.
+
+  A file system without locks counts as locked by this process, so that its files stay.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError as error:
+    if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+      raise
+  return True
+
+
+def _can_be_locked(file: int) -> bool:
+  """Locks an open file; returns False if its lock is held, or if there are no locks at all."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    return False
+  return True
+
+
+def _is_at(file: int, path: Path) -> bool:
+  """Checks whether an open file is still the file at `path`."""
+  try:
+    return os.path.samestat(os.fstat(file), path.stat())
+  except OSError:
+    return False
+
+
+def _sweep_one(folder: Path) -> list[tuple[Path, Any]]:
+  """Removes a private folder if its process is dead; else returns it with its owner.json."""
+  try:
+    file = os.open(folder / _OWNER, os.O_RDONLY | os.O_NOFOLLOW)
+  except FileNotFoundError:
+    folder.rmdir()  # Only an empty folder: killed before it was signed, or after it was emptied.
+    return []
+  try:
+    held = _parsed(os.read(file, 2**16))
+    if not _can_be_locked(file):
+      return [(folder, held)]
+    names = {path.name for path in folder.iterdir()}
+    if not _is_at(file, folder / _OWNER) or not names <= {_OWNER, NEW, OLD}:
+      return []
+    if OLD in names and isinstance(held, dict) and isinstance(held.get("target"), str):
+      target = folder.with_name(Path(held["target"]).name)
+      if not os.path.lexists(target):
+        (folder / OLD).rename(target)
+    _discard(folder)
+  finally:
+    os.close(file)
+  return []
+
+
+def _parsed(text: bytes) -> Any:
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError):
+    return None
+
+
+def _discard(folder: Path, seconds: float = 5.0) -> None:
+  """Removes a private folder, owner.json last, so that what is left by a kill is still known."""
+  # Threads of a save that failed may still add files, so that a removal fails: try again.
+  deadline = time.monotonic() + seconds
+  with contextlib.suppress(OSError):
+    for path in (folder / NEW, folder / OLD):
+      while os.path.lexists(path):
+        if path.is_dir() and not path.is_symlink():
+          shutil.rmtree(path, ignore_errors=time.monotonic() < deadline)
+        else:
+          path.unlink()
+    (folder / _OWNER).unlink(missing_ok=True)
+    folder.rmdir()
