@@ -42,19 +42,6 @@ def sets_folder(data_dir: str | os.PathLike[str] | None) -> Path:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-  """Turns an `OSError`, such as a full disk, into an `InputError` that names the path."""
-  try:
-    yield
-  except OSError as error:
-    where = error.filename or path
-    raise InputError(
-      f"{where} cannot be written ({error.strerror or error}); nothing was changed. Make room or "
-      "get the permission, or choose a different folder"
-    ) from error
-
-
-@contextlib.contextmanager
 def whole_set(target: Path, *, replace: bool) -> Iterator[Path]:
   """Makes an empty folder to write a set into, and moves it to `target` when the block ends well.
 
@@ -67,6 +54,10 @@ def whole_set(target: Path, *, replace: bool) -> Iterator[Path]:
   Raises:
     InputError: a set is there and must not be replaced, or a different process is writing the set.
   """
+  with disk.writing(target, OSError):
+    problems = existing_problems(target, replace=replace)
+  if problems:
+    raise InputError(problems[0])
   with disk.replacing(target, known=[INFO], exists=replace) as draft:
     yield draft
 

@@ -72,7 +72,7 @@ def prepare_tfrecord(
     )
   variant = builder.builder_config.name if builder.builder_config else ""
   target = storage.sets_folder(to) / builder.name / variant / str(builder.version) if to else folder
-  with storage.disk_errors(target):
+  with disk.writing(target, OSError):
     if to is None:
       _copy_beside(shards, folder, name, num_workers)
     else:
@@ -178,7 +178,7 @@ def _check_room(folder: Path, wanted: int) -> None:
   free = shutil.disk_usage(folder).free
   if free < wanted:
     raise InputError(
-      f"an array_record copy needs {wanted / 1e9:.1f} GB, and the disk of {folder.parent} has "
+      f"an array_record copy needs {wanted / 1e9:.1f} GB, and the disk of {folder.parents[1]} has "
       f"{free / 1e9:.1f} GB free. Make room, or write to a different disk with --to"
     )
 

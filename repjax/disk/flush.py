@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def writing(path: Path, kind: type[Exception] = Exception) -> Iterator[None]:
   except kind as error:
     code = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(code[1]) if code else getattr(error, "errno", None)
-    reason = os.strerror(number) if number else str(error).partition("\n")[0][:300]
+    text = getattr(error, "strerror", None) or str(error).partition("\n")[0][:300]
+    reason = os.strerror(number) if number else text
     raise InputError(
       f"{path} could not be written: {reason}. What was saved before is "
       "intact; make room, or mend what the error names, and run the same command again"
@@ -40,7 +42,9 @@ def writing(path: Path, kind: type[Exception] = Exception) -> Iterator[None]:
 def sync(path: Path) -> None:
   """Waits until a file, or a folder with everything below it, is on the disk itself."""
   for each in (path, *(path.rglob("*") if path.is_dir() else ())):
-    _sync_one(each)
+    # Other people's links and devices, which a folder may hold too, have no content of their own.
+    if stat.S_IFMT(each.lstat().st_mode) in (stat.S_IFREG, stat.S_IFDIR):
+      _sync_one(each)
 
 
 def sync_entries(folder: Path) -> None:

@@ -122,10 +122,10 @@ def real(path: Path) -> Path:
 def _parents(target: Path) -> Iterator[None]:
   """Makes the parents of a target; removes those that it made after an error, if still empty."""
   missing = [folder for folder in target.parents if not folder.exists()]
-  try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-  except (FileExistsError, NotADirectoryError):
-    raise InputError(f"{target.parent} cannot be a folder: there is a file of that name") from None
+  nearest = next(folder for folder in target.parents if folder.exists())
+  if not nearest.is_dir():
+    raise InputError(f"{nearest} cannot be a folder: there is a file of that name")
+  target.parent.mkdir(parents=True, exist_ok=True)
   try:
     yield
   except BaseException:
