@@ -97,12 +97,13 @@ def read_spec_of(snapshot: disk.Snapshot) -> Any:
 
 
 def write_spec(folder: Path, spec: Mapping[str, Any]) -> None:
-  """Writes model.json.
+  """Writes model.json, and its checksum where the folder has checksums.
 
   Raises:
     InputError: the file cannot be written.
   """
   disk.write_json(paths.model_file(folder), spec)
+  disk.update_manifest(folder, paths.model_file(folder))
 
 
 def read_roundings(workdir: Path) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import repjax
+from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.quantization import processor, runtime
 from tests.helpers import random_variables
@@ -23,7 +24,7 @@ def workdir(tmp_path):
   model = SPEC.create_model(deploy=True)
   params = random_variables(model, np.zeros((1, 16, 16, 3), np.float32))["params"]
   folder = tmp_path / "run"
-  repjax.disk.write_tree(folder / "params", params)
+  trees.write_tree(folder / "params", params)
   SPEC.write(folder)
   config = json.loads(tiny.config(tmp_path, dataset="synthetic").to_json_best_effort())
   (folder / "config.json").write_text(json.dumps(config))

@@ -35,7 +35,12 @@ def claimed(digits_dir, tmp_path):
 def test_a_claimed_workdir_holds_config_and_model(claimed, digits_dir):
   workdir, _ = claimed
   config = tiny.config(digits_dir)
-  assert sorted(tiny.contents(workdir)) == ["config.json", "data.json", "model.json"]
+  assert sorted(tiny.contents(workdir)) == [
+    "config.json",
+    "data.json",
+    "manifest.json",
+    "model.json",
+  ]
   assert json.loads((workdir / "data.json").read_text()) == DATA
   read = planning.read_config(workdir)
   assert json.dumps(read.to_dict()) == json.dumps(config.to_dict())  # lists and tuples are one

@@ -10,6 +10,7 @@ import pytest
 
 import repjax
 from repjax import disk, runs, training
+from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.training import conversion
 from tests.helpers import leaves
@@ -86,7 +87,7 @@ def test_the_deploy_folder_holds_the_folded_best_checkpoint_the_model_and_the_re
   folded = jax.jit(repjax.reparameterize)(trained["params"], trained["batch_stats"])
   expected = leaves(folded)
   held = leaves(
-    disk.read_tree(workdir / "deploy" / "params", spec.variable_shapes(deploy=True)["params"])
+    trees.read_tree(workdir / "deploy" / "params", spec.variable_shapes(deploy=True)["params"])
   )
   assert held.keys() == expected.keys()
   for path, value in held.items():
@@ -155,8 +156,8 @@ def test_a_crash_while_writing_leaves_the_old_deploy_folder(
     raise OSError("the disk is full")
 
   with monkeypatch.context() as patch:
-    patch.setattr(disk, name, crash)
-    with pytest.raises(OSError, match="the disk is full"):
+    patch.setattr(trees if name == "write_tree" else disk, name, crash)
+    with pytest.raises(InputError, match="deploy could not be written: the disk is full"):
       training.convert(tiny.config(digits_dir), workdir)
   assert tiny.contents(workdir / "deploy") == before
   assert training.convert(tiny.config(digits_dir), workdir) == finished[1]
