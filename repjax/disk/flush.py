@@ -11,11 +11,28 @@ from pathlib import Path
 from repjax.errors import InputError
 
 
+class NotWrittenError(InputError):
+  """An error of a file or folder that could not be written.
+
+  Attributes:
+    reason: what the system said.
+  """
+
+  def __init__(self, path: Path, reason: str):
+    """Makes the text of the error."""
+    super().__init__(
+      f"{path} could not be written: {reason}. What was saved before is "
+      "intact; make room, or mend what the error names, and run the same command again"
+    )
+    self.reason = reason
+
+
 @contextlib.contextmanager
 def writing(path: Path, kind: type[Exception] = Exception) -> Iterator[None]:
   """Turns an error while `path` is written, such as a full disk, into an InputError.
 
-  The caller writes to a draft, since the message promises that earlier files are intact.
+  The caller writes to a draft, since the message promises that earlier files are intact. Blocks may
+  be nested: the error then names the path of the outermost block, which is the one people know.
 
   Args:
     path: what is written.
@@ -26,17 +43,15 @@ def writing(path: Path, kind: type[Exception] = Exception) -> Iterator[None]:
   """
   try:
     yield
+  except NotWrittenError as error:
+    raise NotWrittenError(path, error.reason) from error
   except InputError:
     raise
   except kind as error:
     code = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(code[1]) if code else getattr(error, "errno", None)
     text = getattr(error, "strerror", None) or str(error).partition("\n")[0][:300]
-    reason = os.strerror(number) if number else text
-    raise InputError(
-      f"{path} could not be written: {reason}. What was saved before is "
-      "intact; make room, or mend what the error names, and run the same command again"
-    ) from error
+    raise NotWrittenError(path, os.strerror(number) if number else text) from error
 
 
 def sync(path: Path) -> None:

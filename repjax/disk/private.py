@@ -66,8 +66,10 @@ def private_folder(target: Path, *, alone: bool) -> Iterator[Path]:
         )
     yield folder
   finally:
-    _discard(folder)
-    os.close(owner)
+    try:
+      _discard(folder)
+    finally:
+      os.close(owner)
 
 
 def sweep(
