@@ -163,8 +163,8 @@ def load_exported(
       platforms.
   """
   path = Path(folder)
-  facts, program, params = disk.read_whole(
-    lambda: path, lambda snapshot: _read(snapshot, devices), verify=verify, warn=path
+  facts, program, params = runs.read_exported(
+    path, lambda snapshot: _read(snapshot, devices), verify=verify
   )
   _, images = jax.tree.unflatten(program.in_tree, program.in_avals)[0]
   return CompiledModel(

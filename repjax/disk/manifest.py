@@ -93,6 +93,7 @@ class Snapshot:
     """
     self.folder, self.verify = folder, verify
     self._files: dict[str, str] | None = None
+    self._compared: set[str] = set()
     text = _read_manifest(folder) if verify else None
     if text is not None:
       try:
@@ -123,10 +124,11 @@ class Snapshot:
       import google_crc32c  # imported late: a second package for `import repjax`
 
       _compare(path, wanted, f"{len(data)} {google_crc32c.value(data):08x}")
+      self._compared.add(path.relative_to(self.folder).as_posix())
     return data
 
   def check(self, below: Path | None = None, *, but: Iterable[Path] = ()) -> None:
-    """Compares every listed file with the manifest.
+    """Compares every listed file with the manifest that was not compared when it was read.
 
     Args:
       below: compare the files in this folder only.
@@ -135,7 +137,7 @@ class Snapshot:
     Raises:
       InputError: a file is missing, cannot be read, or is not as the manifest says.
     """
-    left_out = {path.relative_to(self.folder).as_posix() for path in but}
+    left_out = {*self._compared, *(path.relative_to(self.folder).as_posix() for path in but)}
     start = "" if below is None else below.relative_to(self.folder).as_posix() + "/"
     for name, wanted in (self._files or {}).items():
       if name.startswith(start) and name not in left_out:

@@ -91,8 +91,8 @@ def read_tree(
     raise missing(path)
   snapshot = snapshot or Snapshot(path, verify=False)
   tree = _read_plain(path, like, snapshot)
+  snapshot.check(path)  # all files that were not read yet, which for Orbax are all
   if tree is None:
-    snapshot.check(path)
     tree = _read_by_orbax(path, like)
   if finite:
     check_finite(tree, path)

@@ -55,6 +55,7 @@ from repjax.runs.files import (
 from repjax.runs.folders import (
   read_best,
   read_deploy,
+  read_exported,
   read_params,
   remove_recalibrated,
   sweep,

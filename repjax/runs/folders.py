@@ -61,7 +61,23 @@ def read_deploy(folder: Path, read: Callable[[disk.Snapshot], _T], *, verify: bo
   def find() -> Path:
     return paths.find_deploy(folder) or paths.deploy_folder(folder)
 
-  return disk.read_whole(find, read, verify=verify, warn=folder)
+  return disk.read_whole(
+    find, lambda snapshot: _checked(snapshot, read), verify=verify, warn=folder
+  )
+
+
+def _checked(snapshot: disk.Snapshot, read: Callable[[disk.Snapshot], _T]) -> _T:
+  """Reads a folder, and then compares the files that were not read, such as an ONNX file."""
+  result = read(snapshot)
+  snapshot.check()
+  return result
+
+
+def read_exported(folder: Path, read: Callable[[disk.Snapshot], _T], *, verify: bool = True) -> _T:
+  """Reads an exported folder, as `read_deploy` does; it need not hold parameters."""
+  return disk.read_whole(
+    lambda: folder, lambda snapshot: _checked(snapshot, read), verify=verify, warn=folder
+  )
 
 
 def read_params(snapshot: disk.Snapshot, shapes: Any) -> Any:
