@@ -11,7 +11,6 @@ process left is known without doubt: its name fits, and the lock on its owner.js
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import hashlib
 import json
@@ -167,27 +166,33 @@ def _make(target: Path) -> tuple[Path, int]:
 
 
 def _lock(file: int) -> bool:
-  """Locks an open file; returns False if a different process holds the lock.
-
-  A file system without locks counts as locked by this process, so that its files stay.
-  """
+  """Locks an open file, where there are locks; returns False if a process holds the lock."""
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     return False
-  except OSError as error:
-    if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
-      raise
+  except OSError:
+    pass
   return True
 
 
-def _can_be_locked(file: int) -> bool:
-  """Locks an open file; returns False if its lock is held, or if there are no locks at all."""
+def _has_ended(file: int, held: Any) -> bool | None:
+  """Checks whether the process that has signed an open owner.json has ended; None: unknown."""
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError:
+    return True
+  except BlockingIOError:
     return False
-  return True
+  except OSError:  # a file system without locks
+    if not isinstance(held, dict) or held.get("host") != socket.gethostname():
+      return None
+  try:
+    os.kill(held["pid"], 0)
+  except ProcessLookupError:
+    return True
+  except (OSError, KeyError, TypeError, OverflowError):
+    return None
+  return False
 
 
 def _is_at(file: int, path: Path) -> bool:
@@ -201,14 +206,15 @@ def _is_at(file: int, path: Path) -> bool:
 def _sweep_one(folder: Path) -> list[tuple[Path, Any]]:
   """Removes a private folder if its process is dead; else returns it with its owner.json."""
   try:
-    file = os.open(folder / _OWNER, os.O_RDONLY | os.O_NOFOLLOW)
+    file = _open(folder / _OWNER)
   except FileNotFoundError:
     folder.rmdir()  # Only an empty folder: killed before it was signed, or after it was emptied.
     return []
   try:
     held = _parsed(os.read(file, 2**16))
-    if not _can_be_locked(file):
-      return [(folder, held)]
+    ended = _has_ended(file, held)
+    if not ended:
+      return [] if ended is None else [(folder, held)]
     names = {path.name for path in folder.iterdir()}
     if not _is_at(file, folder / _OWNER) or not names <= {_OWNER, NEW, OLD}:
       return []
@@ -220,6 +226,14 @@ def _sweep_one(folder: Path) -> list[tuple[Path, Any]]:
   finally:
     os.close(file)
   return []
+
+
+def _open(path: Path) -> int:
+  """Opens an owner.json; on NFS, only what is open for writing can be locked."""
+  try:
+    return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+  except PermissionError:
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
 
 
 def _parsed(text: bytes) -> Any:

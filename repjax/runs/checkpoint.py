@@ -9,6 +9,7 @@ manifest.json             checksums of all of these files
 
 import json
 import math
+import os
 import re
 import secrets
 import shutil
@@ -133,7 +134,7 @@ def read_checkpoint(
       )
     except InputError as error:
       # A run beside this reader may have removed the checkpoint, and saved a newer one before.
-      if folder.exists():
+      if os.path.lexists(folder):
         problems[step] = str(error)
         print(f"checkpoint of step {step} is damaged, trying the next one: {error}", flush=True)
 

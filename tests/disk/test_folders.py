@@ -319,3 +319,26 @@ def test_a_disk_that_cannot_be_written_is_one_paragraph(tmp_path, monkeypatch):
   monkeypatch.setattr(os, "mkdir", refuse)
   with pytest.raises(InputError, match="folder could not be written: Read-only file system"):
     replace(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+  ("pid", "host", "swept"),
+  [
+    (os.getpid(), os.uname().nodename, False),
+    (2**22 + 1, os.uname().nodename, True),
+    (1, "x", False),
+  ],
+)
+def test_without_locks_the_number_of_the_process_decides(tmp_path, monkeypatch, pid, host, swept):
+  def none(file, operation):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+  monkeypatch.setattr(private.fcntl, "flock", none)
+  owner = json.dumps({"target": "folder", "pid": pid, "host": host})
+  left = make(tmp_path / ".folder.repjax-0123abcd", **{"owner.json": owner})
+  living = disk.sweep(tmp_path)
+  assert left.exists() == (not swept)
+  assert len(living) == (pid == os.getpid())
+  if not living:
+    replace(tmp_path / "folder")
+    assert texts(tmp_path / "folder") == {"file": "new"}

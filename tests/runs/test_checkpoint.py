@@ -375,3 +375,9 @@ def test_a_reader_beside_a_run_that_saves_finds_a_whole_checkpoint(tmp_path):
     assert_same(items["variables"], make_state(step).variables)
     seen.add(step)
   assert len(seen) > 1
+
+
+def test_a_step_that_is_a_link_to_nothing_is_a_damaged_one(workdir):
+  (workdir / "checkpoints" / "12").symlink_to("gone")
+  assert_same(restore_newest(workdir, make_state(0)), make_state(8))
+  assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "8"}
