@@ -103,7 +103,7 @@ class Snapshot:
 
   @property
   def can_verify(self) -> bool:
-    """Whether there is a manifest to compare with."""
+    """True if there is a manifest to compare with."""
     return self._files is not None
 
   def read_bytes(self, path: Path) -> bytes:
