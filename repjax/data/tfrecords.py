@@ -4,7 +4,6 @@ A TFRecord file can only be read from beginning to end. An array_record file has
 training can read its records in any order.
 """
 
-import json
 import os
 import shutil
 import struct
@@ -16,10 +15,13 @@ from typing import Any, NamedTuple
 import google_crc32c
 from tqdm import tqdm
 
-from repjax import disk
+from repjax import disk, json_files
 from repjax.data import storage
 from repjax.data.builders import builder_of, file_formats
 from repjax.errors import InputError
+from repjax.schema import anything, items, record, text
+
+_INFO = record({"alternativeFileFormats": items(text())}, others=anything)
 
 
 class _Shard(NamedTuple):
@@ -111,7 +113,7 @@ def _copy_to(target: Path, shards: list[_Shard], folder: Path, name: str, num_wo
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
-  return json.loads((folder / storage.INFO).read_text())
+  return json_files.read(folder / storage.INFO, _INFO)
 
 
 def read_tfrecord(path: Path) -> Iterator[bytes]:

@@ -10,16 +10,23 @@ gets its name. Equal folders have equal manifests.
 import functools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from repjax import json_files
 from repjax.errors import InputError
+from repjax.schema import below, record, table, text
 
 MANIFEST = "manifest.json"
 _ALGORITHM = "crc32c"
+_RULE = record(
+  {"algorithm": text(_ALGORITHM), "files": table(text())}, required=("algorithm", "files")
+)
+_FACTS = re.compile("[0-9]{1,18} [0-9a-f]{8}")
 _CHUNK = 2**22
 # A reader beside a writer that replaces a folder all the time fails this often, and then gives up.
 _ATTEMPTS = 50
@@ -55,8 +62,8 @@ def with_file(folder: Path, path: Path) -> dict[str, Any] | None:
   None if the folder has no manifest that can be read.
   """
   try:
-    files = _parse((folder / MANIFEST).read_bytes())
-  except (OSError, ValueError):
+    files = _parse(folder, (folder / MANIFEST).read_bytes())
+  except (OSError, InputError):
     return None
   name = path.relative_to(folder).as_posix()
   return {"algorithm": _ALGORITHM, "files": dict(sorted({**files, name: _facts(path)}.items()))}
@@ -68,8 +75,8 @@ def listed(folder: Path) -> frozenset[str] | None:
   None if the folder has no manifest that can be read.
   """
   try:
-    return frozenset({MANIFEST, *_parse((folder / MANIFEST).read_bytes())})
-  except (OSError, ValueError):
+    return frozenset({MANIFEST, *_parse(folder, (folder / MANIFEST).read_bytes())})
+  except (OSError, InputError):
     return None
 
 
@@ -94,12 +101,9 @@ class Snapshot:
     self.folder, self.verify = folder, verify
     self._files: dict[str, str] | None = None
     self._compared: set[str] = set()
-    text = _read_manifest(folder) if verify else None
-    if text is not None:
-      try:
-        self._files = _parse(text)
-      except ValueError as error:
-        raise _damaged(folder / MANIFEST, f"it is no list of files ({error})") from error
+    data = _read_manifest(folder) if verify else None
+    if data is not None:
+      self._files = _parse(folder, data)
 
   @property
   def can_verify(self) -> bool:
@@ -110,16 +114,11 @@ class Snapshot:
     """Reads a file of the folder.
 
     Raises:
-      InputError: the file is not as the manifest says.
-      OSError: the file cannot be read.
+      InputError: the file cannot be read, or is not as the manifest says.
     """
     wanted = self._wanted(path)
-    try:
-      data = path.read_bytes()
-    except FileNotFoundError:
-      if wanted is None:
-        raise
-      raise _damaged(path, "it is missing") from None
+    with json_files.opened(path) as file:
+      data = file.read()
     if wanted is not None:
       import google_crc32c  # imported late: a second package for `import repjax`
 
@@ -142,19 +141,18 @@ class Snapshot:
     for name, wanted in (self._files or {}).items():
       if name.startswith(start) and name not in left_out:
         path = self.folder / name
-        try:
-          _compare(path, wanted, _facts(path))
-        except FileNotFoundError:
-          raise _damaged(path, "it is missing") from None
-        except OSError as error:
-          raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        if not os.path.lexists(path):
+          raise _damaged(path, "it is missing")
+        _compare(path, wanted, _facts(path))
 
   def _wanted(self, path: Path) -> str | None:
     """Returns what the manifest says about a file; None without a manifest."""
     if self._files is None:
       return None
-    name = path.relative_to(self.folder).as_posix()
-    if name not in self._files and path.exists():
+    name, exists = path.relative_to(self.folder).as_posix(), os.path.lexists(path)
+    if name in self._files and not exists:
+      raise _damaged(path, "it is missing")
+    if name not in self._files and exists:
       raise _damaged(path, f"{MANIFEST} does not list it, so it was added later")
     return self._files.get(name)
 
@@ -219,26 +217,23 @@ def _read_manifest(folder: Path) -> bytes | None:
     return None
 
 
-def _parse(text: bytes) -> dict[str, str]:
-  """Returns the files of a manifest; raises ValueError for anything else."""
-  try:
-    value = json.loads(text)
-  except RecursionError:
-    raise ValueError("too deeply nested") from None
-  if not isinstance(value, dict) or value.get("algorithm") != _ALGORITHM:
-    raise ValueError(f"it does not name the algorithm {_ALGORITHM}")
-  files = value.get("files")
-  if not isinstance(files, dict) or not all(isinstance(facts, str) for facts in files.values()):
-    raise ValueError("it lists no files")
+def _parse(folder: Path, data: bytes) -> dict[str, str]:
+  """Returns the files of a manifest; raises InputError for anything else."""
+  path = folder / MANIFEST
+  files = json_files.content(path, data, _RULE)["files"]
+  for name, facts in files.items():
+    # No name may lead out of the folder.
+    if not _FACTS.fullmatch(facts) or name.startswith("/") or ".." in name.split("/"):
+      raise _damaged(path, f"{below('files', name)[:200]} is no file with a size and a checksum")
   return files
 
 
 def _facts(path: Path) -> str:
-  """Returns size and CRC-32C of a file, as a manifest lists them."""
+  """Returns size and CRC-32C of a file, as a manifest lists them; InputError: it cannot be read."""
   import google_crc32c  # imported late: a second package for `import repjax`
 
   size = crc = 0
-  with path.open("rb", buffering=0) as file:
+  with json_files.opened(path) as file:
     while chunk := file.read(_CHUNK):
       size, crc = size + len(chunk), google_crc32c.extend(crc, chunk)
   return f"{size} {crc:08x}"

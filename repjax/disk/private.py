@@ -25,9 +25,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from repjax.errors import InputError
+from repjax import json_files
+from repjax.errors import InputError, printable
+from repjax.schema import MisfitError, record, text, whole
 
 _OWNER, NEW, OLD = "owner.json", "new", "old"
+_HOLDER = record(
+  {"pid": whole(1, 2**31 - 1), **dict.fromkeys(("host", "since", "command", "target"), text())},
+  required=("pid", "host", "since", "command"),
+)
 _NAME = re.compile(r"\..+\.repjax-[0-9a-f]{8}")
 # Linux allows 255 bytes. A private folder needs 17 more than its target, the rest is for others.
 _LONGEST = 200
@@ -57,10 +63,10 @@ def private_folder(target: Path, *, alone: bool) -> Iterator[Path]:
   """
   folder, owner = _make(target)
   try:
-    for other, holder in sweep(target.parent, target, but=folder):
+    for other in sweep(target.parent, target, but=folder):
       if alone:
         raise InputError(
-          f"another process is writing {target} right now: {holder_text(other / _OWNER, holder)}. "
+          f"another process is writing {target} right now: {holder_text(other / _OWNER)}. "
           "Let that process finish, or stop it first"
         )
     yield folder
@@ -71,9 +77,7 @@ def private_folder(target: Path, *, alone: bool) -> Iterator[Path]:
       os.close(owner)
 
 
-def sweep(
-  folder: Path, target: Path | None = None, *, but: Path | None = None
-) -> list[tuple[Path, Any]]:
+def sweep(folder: Path, target: Path | None = None, *, but: Path | None = None) -> list[Path]:
   """Removes the private folders that dead processes left, and nothing else.
 
   If a process died between two renames, its target goes back to its place. What cannot be removed
@@ -85,7 +89,7 @@ def sweep(
     but: a private folder to leave out.
 
   Returns:
-    The private folders whose processes live, each with the content of its owner.json.
+    The private folders whose processes live.
   """
   living = []
   with contextlib.suppress(OSError):
@@ -117,15 +121,14 @@ def new_holder(**more: Any) -> bytes:
   return json.dumps(holder | more).encode()
 
 
-def holder_text(path: Path, held: Any = None) -> str:
+def holder_text(path: Path) -> str:
   """Returns in words which process `new_holder` has noted in a file."""
   try:
-    held = json.loads(path.read_text()) if held is None else held
-    return (
-      f"process {held['pid']} on {held['host']} since {held['since']} ({held['command'][:200]})"
-    )
-  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    held = json_files.read(path, _HOLDER)
+  except InputError:
     return "another process"  # The process has locked the file, and has not written to it yet.
+  host, since, command = (printable(held[name])[:200] for name in ("host", "since", "command"))
+  return f"process {held['pid']} on {host} since {since} ({command})"
 
 
 def _prefix(target: Path) -> str:
@@ -176,7 +179,7 @@ def _lock(file: int) -> bool:
   return True
 
 
-def _has_ended(file: int, held: Any) -> bool | None:
+def _has_ended(file: int, held: dict[str, Any]) -> bool | None:
   """Checks whether the process that has signed an open owner.json has ended; None: unknown."""
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -184,14 +187,14 @@ def _has_ended(file: int, held: Any) -> bool | None:
   except BlockingIOError:
     return False
   except OSError:  # a file system without locks
-    if not isinstance(held, dict) or held.get("host") != socket.gethostname():
+    if held.get("host") != socket.gethostname():
       return None
   try:
     os.kill(held["pid"], 0)
   except ProcessLookupError:
     return True
-  except (OSError, KeyError, TypeError, OverflowError):
-    return None
+  except (PermissionError, OverflowError):  # the process of a different user, or no process
+    pass
   return False
 
 
@@ -203,8 +206,8 @@ def _is_at(file: int, path: Path) -> bool:
     return False
 
 
-def _sweep_one(folder: Path) -> list[tuple[Path, Any]]:
-  """Removes a private folder if its process is dead; else returns it with its owner.json."""
+def _sweep_one(folder: Path) -> list[Path]:
+  """Removes a private folder if its process is dead; returns it if its process lives."""
   try:
     file = _open(folder / _OWNER)
   except FileNotFoundError:
@@ -214,11 +217,11 @@ def _sweep_one(folder: Path) -> list[tuple[Path, Any]]:
     held = _parsed(os.read(file, 2**16))
     ended = _has_ended(file, held)
     if not ended:
-      return [] if ended is None else [(folder, held)]
+      return [] if ended is None else [folder]
     names = {path.name for path in folder.iterdir()}
     if not _is_at(file, folder / _OWNER) or not names <= {_OWNER, NEW, OLD}:
       return []
-    if OLD in names and isinstance(held, dict) and isinstance(held.get("target"), str):
+    if OLD in names and "target" in held:
       target = folder.with_name(Path(held["target"]).name)
       if not os.path.lexists(target):
         (folder / OLD).rename(target)
@@ -236,11 +239,12 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
 
 
-def _parsed(text: bytes) -> Any:
+def _parsed(data: bytes) -> dict[str, Any]:
+  """Returns the content of an owner.json; empty if the process was killed before it had signed."""
   try:
-    return json.loads(text)
-  except (ValueError, RecursionError):
-    return None
+    return json_files.parse(data, _HOLDER)
+  except MisfitError:
+    return {}
 
 
 def _discard(folder: Path, seconds: float = 5.0) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import io
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -14,10 +13,12 @@ import jax
 import numpy as np
 from absl import logging
 
+from repjax import json_files
 from repjax.disk.flush import writing
-from repjax.disk.json_files import missing
 from repjax.disk.manifest import Snapshot
+from repjax.disk.values import missing
 from repjax.errors import InputError
+from repjax.schema import MisfitError
 
 
 def by_itself() -> Any:
@@ -165,13 +166,14 @@ def _read_array(folder: Path, like: Any, snapshot: Snapshot) -> np.ndarray | Non
   wanted = {"zarr_format": 2, "dtype": _name_in_zarr(dtype), "order": "C"}
   wanted |= {"shape": list(like.shape), "chunks": list(like.shape)}
   wanted |= {"compressor": None, "filters": None}
+  # The chunk's name is its index: "0.0.0.0" for an array of four axes.
+  described, chunk = folder / ".zarray", folder / (".".join("0" * like.ndim) or "0")
+  if not (described.exists() and chunk.exists()) and not snapshot.can_verify:
+    return None
+  described, data = snapshot.read_bytes(described), snapshot.read_bytes(chunk)
   try:
-    found = json.loads(snapshot.read_bytes(folder / ".zarray"))
-    # The chunk's name is its index: "0.0.0.0" for an array of four axes.
-    data = snapshot.read_bytes(folder / (".".join("0" * like.ndim) or "0"))
-  except InputError:  # which is a ValueError too
-    raise
-  except (OSError, ValueError, RecursionError):
+    found = json_files.parse(described)
+  except MisfitError:
     return None
   if not isinstance(found, dict):
     return None

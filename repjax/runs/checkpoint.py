@@ -7,7 +7,6 @@ bookmark/metadata         the loop's position, a `Bookmark`
 manifest.json             checksums of all of these files
 """
 
-import json
 import math
 import os
 import re
@@ -25,7 +24,7 @@ from absl import logging
 from repjax import disk
 from repjax.disk import trees
 from repjax.errors import InputError
-from repjax.runs import paths
+from repjax.runs import contents, paths
 from repjax.runs.records import read_records
 
 _NOT_EVALUATED = -1.0
@@ -71,15 +70,12 @@ def _steps(workdir: Path) -> list[int]:
 
 def _recorded_accuracy(workdir: Path, step: int) -> float:
   """Returns the accuracy that a checkpoint holds itself, NaN if that cannot be read."""
-  folder = paths.checkpoint_folder(workdir, step)
   try:
-    text = disk.Snapshot(folder).read_bytes(paths.accuracy_file(workdir, step))
-    accuracy = json.loads(text)["accuracy"]
-    if isinstance(accuracy, int | float) and math.isfinite(accuracy):
-      return float(accuracy)
-  except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-    pass
-  return math.nan
+    snapshot = disk.Snapshot(paths.checkpoint_folder(workdir, step))
+    file = paths.accuracy_file(workdir, step)
+    return float(disk.read_json(file, contents.ACCURACY, snapshot.read_bytes)["accuracy"])
+  except (InputError, OSError):
+    return math.nan
 
 
 def _evaluations(workdir: Path) -> dict[int, float]:
@@ -160,11 +156,15 @@ def _none_whole(workdir: Path, problems: Mapping[int, str]) -> InputError:
 
 
 def read_bookmark(workdir: Path, step: int) -> Bookmark:
-  """Reads the bookmark of a checkpoint. Older checkpoints have none; a suitable one is returned."""
-  try:
-    return Bookmark(**disk.read_json(paths.bookmark_file(workdir, step)))
-  except (InputError, TypeError):
+  """Reads the bookmark of a checkpoint. Older checkpoints have none; a suitable one is returned.
+
+  Raises:
+    InputError: the bookmark is damaged, or a field has a wrong value.
+  """
+  path = paths.bookmark_file(workdir, step)
+  if not path.exists():
     return Bookmark(None, [], checkpoints(workdir).get(step, _NOT_EVALUATED) >= 0)
+  return Bookmark(**disk.read_json(path, contents.BOOKMARK))
 
 
 def set_aside(workdir: Path, step: int) -> Path:
@@ -191,10 +191,9 @@ def newest_finished(workdir: Path) -> int | None:
   None for a run that has finished none, or that is older than the record.
   """
   try:
-    step = disk.read_json(paths.newest_file(workdir))["step"]
-  except (InputError, KeyError, TypeError):
+    return disk.read_json(paths.newest_file(workdir), contents.NEWEST)["step"]
+  except InputError:
     return None
-  return step if type(step) is int else None
 
 
 def note_newest(workdir: Path, step: int) -> None:

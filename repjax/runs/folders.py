@@ -16,7 +16,7 @@ import numpy as np
 from repjax import disk
 from repjax.disk import trees
 from repjax.errors import InputError
-from repjax.runs import files, paths
+from repjax.runs import contents, files, paths
 from repjax.runs.checkpoint import read_checkpoint
 
 _T = TypeVar("_T")
@@ -270,10 +270,7 @@ def _read_record(snapshot: disk.Snapshot) -> dict[str, Any]:
     InputError: the file is missing or damaged.
   """
   path = paths.recalibration_file(snapshot.folder)
-  record = disk.read_json(path, snapshot.read_bytes)
-  if not isinstance(record, dict) or not {"step", "checkpoint", "batches"} <= record.keys():
-    raise InputError(f"{path} is damaged: fields are missing")
-  return record
+  return disk.read_json(path, contents.RECALIBRATION, snapshot.read_bytes)
 
 
 def _checksum(tree: Any) -> int:

@@ -143,7 +143,7 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_and_the_next_call_tidies_u
 
 def test_an_old_folder_that_a_kill_left_aside_is_read_and_put_back(tmp_path, exchange):
   left = make(tmp_path / ".folder.repjax-0123abcd")
-  (left / "owner.json").write_text('{"target": "folder"}')
+  (left / "owner.json").write_bytes(disk.new_holder(target="folder"))
   make(left / "old", file="old")
   path = tmp_path / "folder"
   assert texts(disk.current_folder(path)) == {"file": "old"}
@@ -273,7 +273,7 @@ def test_only_what_dead_processes_left_is_swept(tmp_path):
   with disk.replacing(tmp_path / "living") as draft:
     (draft / "file").write_text("new")
     make(tmp_path / ".empty.repjax-0123abcd")
-    left = make(tmp_path / ".x.repjax-0123abcd", **{"owner.json": json.dumps({"target": "x"})})
+    left = make(tmp_path / ".x.repjax-0123abcd", **{"owner.json": ""})
     make(left / "new", file="")
     disk.sweep(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
@@ -334,7 +334,8 @@ def test_without_locks_the_number_of_the_process_decides(tmp_path, monkeypatch, 
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
   monkeypatch.setattr(private.fcntl, "flock", none)
-  owner = json.dumps({"target": "folder", "pid": pid, "host": host})
+  held = json.loads(disk.new_holder(target="folder"))
+  owner = json.dumps({**held, "pid": pid, "host": host})
   left = make(tmp_path / ".folder.repjax-0123abcd", **{"owner.json": owner})
   living = disk.sweep(tmp_path)
   assert left.exists() == (not swept)

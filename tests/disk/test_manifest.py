@@ -149,3 +149,12 @@ def test_a_folder_that_is_gone_is_an_error_of_its_own(tmp_path):
       lambda snapshot: (shutil.rmtree(snapshot.folder), values(snapshot)),
       verify=False,
     )
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../folder/a", "below/../../folder/a"])
+def test_no_manifest_leads_out_of_its_folder(tmp_path, name):
+  write(tmp_path / "folder", "old")
+  manifest = {"algorithm": "crc32c", "files": {name: "3 00000000"}}
+  (tmp_path / "folder" / "manifest.json").write_text(json.dumps(manifest))
+  with pytest.raises(InputError, match=r"manifest\.json is damaged: .* is no file with a size"):
+    disk.Snapshot(tmp_path / "folder")

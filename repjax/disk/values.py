@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from repjax import json_files
 from repjax.disk import manifest
 from repjax.disk.folders import replacing_file
 from repjax.errors import InputError
+from repjax.schema import Rule, anything
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -33,26 +35,24 @@ def missing(path: Path) -> InputError:
   )
 
 
-def read_json(path: Path, read_bytes: Callable[[Path], bytes] = Path.read_bytes) -> Any:
+def read_json(
+  path: Path, rule: Rule = anything, read_bytes: Callable[[Path], bytes] | None = None
+) -> Any:
   """Reads a JSON file.
 
   Args:
     path: path of the file.
-    read_bytes: reads the file; `Snapshot.read_bytes` also compares it with its checksum.
+    rule: the rule of its content, see `repjax.schema`.
+    read_bytes: `Snapshot.read_bytes`, which compares the file with its checksum; None: unchecked.
 
   Raises:
-    InputError: the file is missing or damaged.
+    InputError: the file is missing or damaged, or holds a value that the rule refuses.
   """
   if not path.exists():
     raise missing(path)
-  try:
-    return json.loads(read_bytes(path).decode())
-  except InputError:  # which is a ValueError too
-    raise
-  except OSError as error:
-    raise InputError(f"{path} cannot be read: {error.strerror}") from error
-  except ValueError as error:
-    raise InputError(f"{path} is damaged ({error}); restore it or start in a new folder") from error
+  if read_bytes is None:
+    return json_files.read(path, rule)
+  return json_files.content(path, read_bytes(path), rule)
 
 
 def update_manifest(folder: Path, path: Path) -> None:
