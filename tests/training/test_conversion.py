@@ -1,6 +1,7 @@
 """The conversion that ends a run: both forms compared on every image, or nothing written."""
 
 import json
+import math
 import re
 import shutil
 
@@ -162,6 +163,23 @@ def test_a_crash_while_writing_leaves_the_old_deploy_folder(
   assert tiny.contents(workdir / "deploy") == before
   assert training.convert(tiny.config(digits_dir), workdir) == finished[1]
   deployed(workdir)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_parameters_that_are_not_finite_are_refused_and_named(workdir, digits_dir, verify):
+  (step,) = runs.checkpoints(workdir)
+  _, variables, _ = repjax.load(workdir, deploy=False)
+  bn = variables["params"]["stem"]["RepConv_0"]["conv3x3"]["bn"]
+  bn["bias"] = bn["bias"].at[0].set(-math.inf)  # no logit shows it, since a ReLU follows
+  folder = runs.checkpoint_folder(workdir, step)
+  shutil.rmtree(folder / "variables")
+  trees.write_tree(folder / "variables", variables)
+  disk.write_manifest(folder)
+  before = tiny.contents(workdir / "deploy")
+  named = "conv3x3/bn/bias" if verify else "the deploy form .* in stem/RepConv_0/conv/bias"
+  with pytest.raises(InputError, match=f"not finite .*{named}" if verify else named):
+    training.convert(tiny.config(digits_dir), workdir, verify=verify)
+  assert tiny.contents(workdir / "deploy") == before
 
 
 def test_a_run_without_a_checkpoint_cannot_be_converted(workdir, digits_dir):
