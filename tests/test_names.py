@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax import disk, names, runs, weights
+from repjax import names, runs, weights
 from repjax.deploy import Predictor, load_exported
+from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.report import write_report
 
@@ -74,13 +75,13 @@ def test_arrays_in_a_folder_of_any_other_name_are_read_again(tmp_path, name):
   folder = names.folder(tmp_path / name)
   assert folder == tmp_path / name
   tree = {"a": {"b": np.arange(3, dtype=np.float32)}}
-  disk.write_tree(folder / "tree", tree)
+  trees.write_tree(folder / "tree", tree)
   writer = runs.CheckpointWriter(folder)
   writer.save(1, {"variables": tree}, 0.5)
   writer.close()
   step, items = runs.read_checkpoint(folder, {"variables": tree})
   assert step == 1
-  for found in (items["variables"], disk.read_tree(folder / "tree", tree)):
+  for found in (items["variables"], trees.read_tree(folder / "tree", tree)):
     np.testing.assert_array_equal(found["a"]["b"], tree["a"]["b"])
 
 

@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from repjax import disk, runs, saving
+from repjax import runs, saving
+from repjax.disk import trees
 from repjax.errors import InputError
 
 
@@ -41,7 +42,7 @@ def test_a_folder_that_vanishes_is_one_error_without_noise(tmp_path, shown, capf
   thread = threading.Timer(delay, shutil.rmtree, [tmp_path / "run", True])
   thread.start()
   with contextlib.suppress(InputError):  # a fast disk is done before the folder vanishes
-    disk.write_tree(tmp_path / "run" / "tree", tree)
+    trees.write_tree(tmp_path / "run" / "tree", tree)
   thread.join()
   time.sleep(0.2)  # abandoned threads report late
   assert shown == []
