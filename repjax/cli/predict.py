@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from repjax.cli import flags
 from repjax.data.layout import ENDINGS
-from repjax.errors import InputError, one_paragraph
+from repjax.errors import InputError, one_paragraph, printable
 
 if TYPE_CHECKING:
   from repjax.deploy import Predictor
@@ -33,14 +33,17 @@ def main(argv: Sequence[str]) -> None:
   """Labels the images that the flags name."""
   parser = flags.parser("predict", __doc__)
   parser.add_argument(
-    "images", nargs="+", type=Path, metavar="IMAGE", help="image file, folder, or .txt list"
+    "images", nargs="+", type=flags.file, metavar="IMAGE", help="image file, folder, or .txt list"
   )
   flags.add(parser, "--workdir")
   parser.add_argument(
     "--top", type=int, default=5, metavar="K", help="labels for each image (default: 5)"
   )
   parser.add_argument(
-    "--csv", type=Path, metavar="FILE", help="write the labels to this file instead of printing"
+    "--csv",
+    type=flags.file,
+    metavar="FILE",
+    help="write the labels to this file instead of printing",
   )
   flags.add(parser, "--dtype", "--no-verify")
   flags.add(
@@ -110,7 +113,8 @@ def open_csv(path: Path, k: int) -> Iterator[Any]:
   """
   from repjax import disk
 
-  with disk.replacing_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+  options: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+  with disk.replacing_file(path) as draft, draft.open("w", **options) as file:
     writer = csv.writer(file)
     columns = (f"{kind}{rank}" for rank in range(1, k + 1) for kind in ("label", "probability"))
     writer.writerow(["image", *columns])
@@ -145,7 +149,7 @@ def write(predictor: Predictor, files: Sequence[Path], k: int, writer: Any) -> i
     best = predictor.best(result, k)
     if writer is None:
       labels = ", ".join(f"{label} {probability:.1%}" for label, probability in best)
-      print(f"{file}: {labels}", flush=True)
+      print(f"{printable(str(file))}: {labels}", flush=True)
     else:
       cells = (cell for label, probability in best for cell in (label, f"{probability:.6f}"))
       writer.writerow([file, *cells])

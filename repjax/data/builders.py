@@ -63,10 +63,15 @@ def builder_of(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
       f"{PREPARE} --from-folder FOLDER --name NAME)"
     )
   try:
-    return tfds.builder(name, data_dir=data_dir)
+    return tfds.builder(name, data_dir=_given(data_dir))
   except (AssertionError, OSError, ValueError, json_format.Error) as error:
     # A version or variant that the set does not have, or damaged metadata.
     raise InputError(f"TFDS cannot open {name!r}: {str(error).partition(chr(10))[0]}") from error
+
+
+def _given(data_dir: str | None) -> str | None:
+  """Returns the path of `data_dir` for TFDS, which looks in several folders where it is None."""
+  return str(storage.sets_folder(data_dir)) if data_dir else None
 
 
 def stored_sets(data_dir: str | None) -> set[str]:
@@ -99,7 +104,7 @@ def digits_builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
 
   A printed line says where the set goes. TFDS's progress bars are not shown.
   """
-  builder = Digits(data_dir=data_dir, file_format="array_record")
+  builder = Digits(data_dir=_given(data_dir), file_format="array_record")
   if builder.data_path.exists():
     return builder
   print(f"preparing the digits data set in {builder.data_path}", flush=True)

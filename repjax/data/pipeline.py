@@ -4,6 +4,7 @@ Grain's operations are pure functions of an index: batch n of a pipeline is comp
 reading the batches before it. Therefore a run continues at any step, on any number of workers.
 """
 
+import contextlib
 import functools
 import math
 import multiprocessing
@@ -17,6 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from repjax import signals
 from repjax.data import augmentation, transforms
 from repjax.data.decode import Picture
 from repjax.data.sources import Examples
@@ -166,6 +168,11 @@ def _iterate(batches: grain.MapDataset, num_workers: int) -> Generator[Batch]:
     iterable = iterable.mp_prefetch(workers, _prepare_worker)
   iterator = iter(iterable)
   try:
+    # The first item starts the processes.
+    with signals.kept_from_children() if num_workers else contextlib.nullcontext():
+      first = next(iterator, None)
+    if first is not None:
+      yield first
     yield from iterator
   finally:
     iterator.close()  # stops the threads and the worker processes

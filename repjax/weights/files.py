@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from repjax import names
 from repjax.errors import InputError
 from repjax.weights import torch_files
 from repjax.weights.naming import plain_name
@@ -32,7 +33,7 @@ def read(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str,
     InputError: the file does not exist, is truncated or damaged, asks for code to be run, or holds
       no state dict.
   """
-  return read_entry(Path(path), entry)[2]
+  return read_entry(names.file(path), entry)[2]
 
 
 def read_entry(

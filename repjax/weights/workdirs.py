@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax import config, disk, runs
+from repjax import config, disk, names, runs
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub, repmlpnet
@@ -57,14 +57,14 @@ def import_weights(
   Raises:
     InputError: the folder is not empty, or the weights cannot be read or do not fit.
   """
-  workdir = check_new(workdir)
+  workdir = check_new(names.folder(workdir))
   overrides = dict(overrides or {})
   if "features_only" in overrides:
     raise InputError("features_only is not part of an import; pass it to create_model afterwards")
   if num_classes is not None and num_classes < 1:
     raise InputError(f"--num-classes must be at least 1, got {num_classes}")
   fetched = hub.fetch(source) if source.startswith(hub.PREFIX) else None
-  path = fetched.path if fetched else Path(source)
+  path = fetched.path if fetched else names.file(source)
   entry, others, state = read_entry(path, entry)
   dtypes = sorted({str(x.dtype) for x in state.values() if x.dtype.kind not in "iu"})
   # The checksum reads the whole file; a thread computes it while the weights are recognized.
@@ -144,6 +144,7 @@ def export_weights(
     from safetensors.numpy import save_file
   except ImportError:
     raise InputError("writing .safetensors needs: pip install 'repjax[weights]'") from None
+  target = names.file(target)
   if target.suffix != ".safetensors":
     raise InputError(f"{target} must end in .safetensors; call it {target.stem}.safetensors")
   check_new(target)
