@@ -9,6 +9,18 @@ class InputError(ValueError):
   """An error about an input of the user: a name, flag or folder. The text says what to do."""
 
 
+def printable(text: object) -> str:
+  """Returns a text as a terminal can show it: one line, without control characters.
+
+  Texts from files that someone else made can hold line breaks, sequences that move the cursor, and
+  bytes that are not UTF-8. All of these are escaped.
+
+  Args:
+    text: text or path from outside, such as the name of a file or of a class.
+  """
+  return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(text))
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
   """Returns the error for an unknown name, with the closest known names in its text.
 
@@ -17,7 +29,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     name: the unknown name.
     known: all known names.
   """
-  known = sorted(set(known))
+  known = sorted({printable(each) for each in known})
   plain = str(name).lower().replace("-", "_")
   close = difflib.get_close_matches(plain, known, n=3, cutoff=0.5)
   if close:

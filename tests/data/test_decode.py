@@ -39,7 +39,7 @@ def test_a_jpeg_has_pillows_pixels(options, size):
 def test_a_plain_jpeg_is_not_decoded_by_pillow(monkeypatch):
   data = encoded(noise(33, 47), "JPEG")
   expected = pillows(data)
-  monkeypatch.setattr(decoding.Image, "open", None)
+  monkeypatch.setattr(decoding.formats, "open_image", None)
   np.testing.assert_array_equal(Picture(data).pixels(), expected)
 
 

@@ -242,28 +242,15 @@ def test_training_images_alone_are_divided_on_request(photos, tmp_path):
   assert made.counts == {"train": [2, 2], "validation": [2, 2]}
 
 
-@pytest.mark.parametrize("method", ["iterdir", "is_dir"])
-def test_folders_that_may_not_be_read_are_named(photos, tmp_path, monkeypatch, method):
-  original = getattr(Path, method)
-
-  def refuse(path):
-    if path == photos / "val":
-      raise PermissionError(13, "Permission denied", str(path))
-    return original(path)
-
-  monkeypatch.setattr(Path, method, refuse)
-  text = refusal(photos, "pets", data_dir=tmp_path / "sets")
-  assert f"{photos}/val cannot be read: Permission denied" in text.splitlines()
-
-
-def test_inner_folders_that_may_not_be_read_are_named(photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("inner", ["val", "val/dog"])
+def test_folders_that_may_not_be_read_are_named(photos, tmp_path, monkeypatch, inner):
   scandir = os.scandir
 
   def refuse(path):
-    if str(path).endswith("/val/dog"):
+    if str(path).endswith(f"/{inner}"):
       raise PermissionError(13, "Permission denied", str(path))
     return scandir(path)
 
   monkeypatch.setattr(os, "scandir", refuse)
   text = refusal(photos, "pets", data_dir=tmp_path / "sets")
-  assert text.splitlines()[0] == f"{photos}/val/dog cannot be read: Permission denied"
+  assert f"{photos}/{inner} cannot be read: Permission denied" in text.splitlines()
