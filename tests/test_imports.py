@@ -13,7 +13,7 @@ import repjax
 PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
 # A room is a file or a folder of the package. Every room may import the leaves.
-LEAVES = {"cache", "disk", "errors", "runs", "timing"}
+LEAVES = {"cache", "disk", "errors", "forks", "runs", "timing"}
 # Each room, and the rooms besides the leaves that it may import.
 MAY_IMPORT = {
   **{leaf: set() for leaf in LEAVES},
@@ -42,7 +42,7 @@ ANYTHING = {"__main__", "cli"}  # may import every room
 # Leaves that a room may not import: these import jax, which a process that reads images must not.
 NOT_LEAVES = {"data": {"cache", "disk", "runs"}}
 # Packages outside the standard library: all that a room may import, and those that it may not.
-ONLY = {"algebra": {"jax"}, "errors": set(), "timing": set()}
+ONLY = {"algebra": {"jax"}, "errors": set(), "forks": set(), "timing": set()}
 NEVER = {"data": {"jax", "jaxlib", "flax"}}
 
 

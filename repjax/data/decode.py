@@ -117,8 +117,8 @@ class Picture:
       return header.width, header.height
     opened = _open(image, load=not is_jpeg)
     self._orientation = formats.orientation_of(opened)
-    # OpenCV's pixels equal Pillow's for these two modes. For CMYK its formula differs. A header that
-    # `jpeg_header` cannot follow is left to Pillow.
+    # OpenCV's pixels equal Pillow's for these two modes. For CMYK its formula differs. Pillow reads
+    # a header that `jpeg_header` cannot follow.
     if header is None or opened.format != "JPEG" or opened.mode not in ("RGB", "L"):
       self._opened = opened
     return opened.size
@@ -220,7 +220,5 @@ def _rgb(image: Image.Image) -> np.ndarray:
 def _is_without_alpha(image: Image.Image) -> bool:
   """Tells if the alpha of a BMP is meaningless: all programs but a few leave zeros there."""
   return (
-    image.format == "BMP"
-    and image.mode == "RGBA"
-    and image.getchannel("A").getextrema() == (0, 0)
+    image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
   )

@@ -1,7 +1,7 @@
 """Files and folders that users name: what is read, what is found, and how a list is understood.
 
-Nothing here trusts a name. A pipe or a device is not read, a link in a circle is not followed twice,
-and a file that is too large is refused before anything is allocated.
+Nothing here trusts a name. A pipe or a device is not read, a link in a circle is not followed
+twice, and a file that is too large is refused before anything is allocated.
 """
 
 import errno
@@ -10,6 +10,7 @@ import stat
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from repjax.errors import InputError, printable
 
@@ -20,6 +21,25 @@ LARGEST = 2**29
 _LARGEST_LIST = 2**26
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+  """Opens a regular file, or a link to one, to read its bytes.
+
+  Raises:
+    OSError: the file cannot be read, or is a pipe, a socket or a device.
+  """
+  if "\0" in os.fsdecode(path):
+    raise OSError(errno.EINVAL, "its name holds a NUL character, which no file has")
+  # Without O_NONBLOCK, opening a pipe would wait until a different program writes to it.
+  file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+  mode = os.fstat(file).st_mode
+  if stat.S_ISREG(mode):
+    return open(file, "rb")
+  os.close(file)
+  if stat.S_ISDIR(mode):
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+  raise OSError(errno.EINVAL, "it is no file but a pipe, a socket or a device", os.fspath(path))
+
+
 def read(path: str | os.PathLike[str], largest: int = LARGEST) -> bytes:
   """Reads a regular file.
 
@@ -28,22 +48,12 @@ def read(path: str | os.PathLike[str], largest: int = LARGEST) -> bytes:
     largest: number of bytes that the file may have.
 
   Raises:
-    OSError: the file cannot be read, is too large, or is a pipe, a socket or a device.
+    OSError: as in `open_regular`, or the file is too large.
   """
-  if "\0" in os.fsdecode(path):
-    raise OSError(errno.EINVAL, "its name holds a NUL character, which no file has")
-  # Without O_NONBLOCK, opening a pipe would wait until a different program writes to it.
-  file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-  with open(file, "rb") as stream:
-    state = os.fstat(file)
-    if stat.S_ISDIR(state.st_mode):
-      raise OSError(errno.EISDIR, "Is a directory")
-    if not stat.S_ISREG(state.st_mode):
-      raise OSError(errno.EINVAL, "it is no file but a pipe, a socket or a device")
-    if state.st_size > largest:
-      raise OSError(
-        errno.EFBIG, f"it has {state.st_size:,} bytes, and at most {largest:,} are read"
-      )
+  with open_regular(path) as stream:
+    size = os.fstat(stream.fileno()).st_size
+    if size > largest:
+      raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {largest:,} are read")
     return stream.read()
 
 

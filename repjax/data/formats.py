@@ -1,8 +1,8 @@
 """Opens encoded images: which formats are read, how large an image may be, what may be damaged.
 
-The bytes of an image come from anywhere. Pillow would choose among fifty formats by the content, and
-would start a program for one of them. It would also allocate as much as a header claims. Here only
-the formats of `FORMATS` are opened, and no pixel is decoded before the size has been checked.
+The bytes of an image come from anywhere. Pillow would choose among fifty formats by the content,
+and would start a program for one of them. It would also allocate as much as a header claims. Here
+only the formats of `FORMATS` are opened, and no pixel is decoded before the size is checked.
 """
 
 import io

@@ -57,12 +57,15 @@ def resize_and_crop(
   return _crops(picture, (width, height), [corner], size, interpolation)[0]
 
 
-def read_image(file: str | os.PathLike[str] | bytes, preprocessing: Any) -> np.ndarray:
+def read_image(
+  file: str | os.PathLike[str] | bytes, preprocessing: Any, name: str | None = None
+) -> np.ndarray:
   """Reads an image file as a model sees the image in evaluation.
 
   Args:
     file: a path, or the bytes of a file.
     preprocessing: the `preprocessing` of the model's ModelSpec.
+    name: the image's name in errors; None: its path, if it has one.
 
   Returns:
     uint8 (S, S, 3). `preprocessing.normalize` makes the model's input of a batch of such images.
@@ -75,7 +78,7 @@ def read_image(file: str | os.PathLike[str] | bytes, preprocessing: Any) -> np.n
     image = read_image("cat.jpg", spec.preprocessing)
     logits = model.apply(variables, spec.preprocessing.normalize(image[None]))
   """
-  name = "the image" if isinstance(file, bytes) else os.fsdecode(file)
+  name = name or ("the image" if isinstance(file, bytes) else os.fsdecode(file))
   with image_errors(name):
     try:
       data = file if isinstance(file, bytes) else files.read(file)

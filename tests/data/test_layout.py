@@ -4,7 +4,6 @@ import fractions
 import itertools
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
