@@ -92,7 +92,9 @@ def check_size(width: int, height: int, length: int) -> None:
       f"it has {width} x {height} pixels, and at most {MOST_PIXELS:,} are decoded; make it smaller"
     )
   if pixels > max(FREE_PIXELS, length * PIXELS_PER_BYTE):
-    raise ValueError(f"it claims {width} x {height} pixels and has {length:,} bytes")
+    raise ValueError(
+      f"it claims {width} x {height} pixels and has {length:,} bytes, which is too few for them"
+    )
 
 
 def orientation_of(image: Image.Image) -> int:

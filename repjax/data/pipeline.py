@@ -6,6 +6,7 @@ reading the batches before it. Therefore a run continues at any step, on any num
 
 import functools
 import math
+import os
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -165,7 +166,7 @@ def _iterate(batches: grain.MapDataset, num_workers: int, batch_bytes: int) -> G
     num_workers: worker processes; 0 reads in threads of this process.
     batch_bytes: bytes of the images in a batch.
   """
-  forks.refuse_after_fork(forks.DATA)
+  process = os.getpid()
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only an absl program has parsed
   # More threads than cores would only wait. The buffer counts whole batches, and every worker
@@ -181,6 +182,14 @@ def _iterate(batches: grain.MapDataset, num_workers: int, batch_bytes: int) -> G
   iterator = iter(iterable)
   try:
     with processes.explained_death():
-      yield from iterator
+      for batch in iterator:
+        yield batch
+        forks.refuse_iterator_of_parent(process)
   finally:
-    iterator.close()  # stops the threads and the worker processes
+    if process == os.getpid():
+      iterator.close()  # stops the threads and the worker processes
+    else:  # closing would wait for threads that only the parent has, also when it is collected
+      _ABANDONED.append(iterator)
+
+
+_ABANDONED: list[Any] = []

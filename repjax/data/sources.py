@@ -12,7 +12,6 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 
-from repjax import forks
 from repjax.data import files
 from repjax.data.builders import digits_builder, find_builder
 from repjax.errors import InputError, printable, unknown
@@ -77,7 +76,6 @@ class StoredExamples:
     return len(self._stored)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    forks.refuse_after_fork(forks.DATA)
     index = operator.index(index)
     if not 0 <= index < len(self):
       raise IndexError(f"index {index} of {len(self)} images")

@@ -65,7 +65,7 @@ class Predictor:
     Raises:
       InputError: the folder holds no model, or `compile` refuses an argument.
     """
-    forks.refuse_after_fork(forks.DEVICES)
+    forks.refuse_lost_devices()
     with keep_every_program():  # `load` folds a run without a deploy folder, which compiles too.
       model, variables, self.spec = load(workdir)
     self.program = compile(
@@ -94,7 +94,7 @@ class Predictor:
     Raises:
       InputError: a file is not an image, or pixels are not uint8 (H, W, 3).
     """
-    forks.refuse_after_fork(forks.DEVICES)
+    forks.refuse_lost_devices()
     with ThreadPoolExecutor(_threads()) as threads:
       squares = list(threads.map(self.read, _several(images)))
     size = self.spec.preprocessing.image_size
@@ -131,7 +131,7 @@ class Predictor:
     Yields:
       The image as it was given, and its probabilities (K,), or the error if it cannot be read.
     """
-    forks.refuse_after_fork(forks.DEVICES)
+    forks.refuse_lost_devices()
     size = self.program.batch_sizes[-1]
     threads = ThreadPoolExecutor(_threads())
     try:
