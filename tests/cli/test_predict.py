@@ -36,11 +36,16 @@ def predict(run_command, small_folder):
 
 
 @pytest.fixture
-def said(monkeypatch):
-  """Returns a function that gives everything printed to stderr up to its call."""
-  texts = []
-  monkeypatch.setattr("sys.stderr.write", texts.append)
-  return lambda: "".join(texts)
+def predict_with_errors(predict):
+  """Runs `repjax predict`; returns the lines on stdout, and the text on stderr."""
+
+  def run(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+      said = []
+      patch.setattr("sys.stderr.write", said.append)
+      return predict(*arguments).splitlines(), "".join(said)
+
+  return run
 
 
 @pytest.fixture
@@ -86,11 +91,11 @@ def test_a_csv_holds_a_row_for_each_image(predict, images, best, tmp_path, size)
   assert list(tmp_path.glob("*.part")) == []
 
 
-def test_what_cannot_be_read_is_named_and_counted(predict, images, said):
+def test_what_cannot_be_read_is_named_and_counted(predict_with_errors, images):
   (images / "broken.png").write_bytes(b"no image")
   (images / "more" / "cut.jpg").write_bytes((images / "a.JPG").read_bytes()[:300])
-  assert len(predict(images, "--top", 1).splitlines()) == 5
-  text = said()
+  lines, text = predict_with_errors(images, "--top", 1)
+  assert len(lines) == 5
   assert f"skipped: {images / 'broken.png'} cannot be decoded: not an image" in text
   assert f"skipped: {images / 'more' / 'cut.jpg'} cannot be decoded" in text
   assert text.endswith("2 of 7 images could not be read, see above\n")
@@ -144,25 +149,26 @@ def test_folders_are_searched_as_by_prepare_dataset(predict, images, best, tmp_p
   ]
 
 
-def test_what_is_no_file_is_named_and_left_out(predict, images, said):
+def test_what_is_no_file_is_named_and_left_out(predict_with_errors, images):
   os.mkfifo(images / "pipe.png")
   with socket.socket(socket.AF_UNIX) as unix:
     unix.bind(str(images / "unix.png"))
   (images / "device.png").symlink_to("/dev/zero")
-  assert len(predict(images, "\0.png", "--top", 1).splitlines()) == 5
-  assert said().count("skipped: ") == 4
-  assert said().endswith("4 of 9 images could not be read, see above\n")
-  assert "pipe.png cannot be read: it is no file but a pipe" in said()
+  lines, text = predict_with_errors(images, "\0.png", "--top", 1)
+  assert len(lines) == 5
+  assert text.count("skipped: ") == 4
+  assert text.endswith("4 of 9 images could not be read, see above\n")
+  assert "pipe.png cannot be read: it is no file but a pipe" in text
 
 
-def test_names_that_are_not_utf8_are_printed_and_written(predict, images, said, tmp_path):
+def test_names_that_are_not_utf8_are_printed_and_written(predict_with_errors, images, tmp_path):
   name = os.fsdecode(b"caf\xe9 \x1b[31m\n.png")
   (images / "a.JPG").rename(images / name)
   shown = rf"{images}/caf\udce9 \x1b[31m\n.png: "
-  assert predict(images / name, "--top", 1).startswith(shown)
+  assert predict_with_errors(images / name, "--top", 1)[0][0].startswith(shown)
   (images / os.fsdecode(b"\xff\r.png")).write_bytes(b"")
-  predict(images, "--top", 1, "--csv", tmp_path / "t.csv")
-  assert rf"skipped: {images}/\udcff\r.png cannot be decoded" in said()
+  _, text = predict_with_errors(images, "--top", 1, "--csv", tmp_path / "t.csv")
+  assert rf"skipped: {images}/\udcff\r.png cannot be decoded" in text
   rows = list(csv.reader((tmp_path / "t.csv").open(encoding="utf-8", newline="")))
   assert f"{images}/caf\\udce9 \x1b[31m\n.png" in [row[0] for row in rows]
   assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "t.csv"]
@@ -179,7 +185,7 @@ def test_a_list_of_windows_is_read(predict, images, best, tmp_path, monkeypatch)
   ]
 
 
-def test_an_error_of_any_class_ends_one_image_only(predict, images, said, monkeypatch):
+def test_an_error_of_any_class_ends_one_image_only(predict_with_errors, images, monkeypatch):
   errors = iter([MemoryError(), OverflowError("large"), RuntimeError("x\ny\x1b[2J")])
   original = decode._rgb
 
@@ -190,10 +196,11 @@ def test_an_error_of_any_class_ends_one_image_only(predict, images, said, monkey
 
   monkeypatch.setattr(decode, "_rgb", failing)
   monkeypatch.setattr(decode.cv2, "imdecode", lambda *_: None)
-  assert len(predict(images, "--top", 1, "--batch-size", 2).splitlines()) == 2
-  assert said().endswith("3 of 5 images could not be read, see above\n")
-  assert said().count("cannot be decoded: ") == 3
-  assert r"x y\x1b[2J" in said()
+  lines, text = predict_with_errors(images, "--top", 1, "--batch-size", 2)
+  assert len(lines) == 2
+  assert text.endswith("3 of 5 images could not be read, see above\n")
+  assert text.count("cannot be decoded: ") == 3
+  assert r"x y\x1b[2J" in text
 
 
 @pytest.mark.parametrize(
