@@ -139,7 +139,7 @@ def open_source(
       "(config.train_split and config.eval_split choose the splits, or --split of a command)"
     )
   features: Any = builder.info.features
-  class_names = _class_names(features)
+  class_names = _class_names(name, features)
   if not class_names:
     known = sorted(features) if hasattr(features, "keys") else type(features).__name__
     raise InputError(
@@ -153,13 +153,25 @@ def open_source(
   return Source(examples, class_names, _fingerprint(builder, split, class_names))
 
 
-def _class_names(features: Any) -> tuple[str, ...]:
-  """Returns the names of the classes; none where the features are not those of a classification."""
+def _class_names(name: str, features: Any) -> tuple[str, ...]:
+  """Returns the names of the classes; none where the features are not those of a classification.
+
+  Raises:
+    InputError: the file of the names does not fit the number of classes. TFDS says nothing then.
+  """
   if not hasattr(features, "keys") or not {"image", "label"} <= set(features):
     return ()
   label = features["label"]
   # A label may have neither names nor a number of classes, and its `names` then raises.
-  return tuple(label.names) if getattr(label, "num_classes", None) else ()
+  if not getattr(label, "num_classes", None):
+    return ()
+  names = tuple(label.names)
+  if len(names) != label.num_classes or len(set(names)) < len(names):
+    raise InputError(
+      f"{name} has {label.num_classes} classes, and its file of labels has {len(names)} names, "
+      f"{len(set(names))} of them different. Copy the data set again, or prepare it again"
+    )
+  return names
 
 
 def _stored_records(name: str, builder: tfds.core.DatasetBuilder, split: str) -> Any:
