@@ -35,8 +35,8 @@ def check_shared_memory(num_workers: int, batch_bytes: int) -> None:
   """
   if not os.path.isdir(_SHARED_MEMORY):
     return
-  # Of each worker there is one batch that it makes, one that waits for room in its queue, one in
-  # the queue, and one that has been taken out. Two more are on the way to the devices.
+  # Each worker has four batches: one that is made, one that waits for room in the queue, one in the
+  # queue, and one that has been taken out. Two more are on the way to the devices.
   needed = (4 * num_workers + 2) * batch_bytes
   free = shutil.disk_usage(_SHARED_MEMORY).free
   if needed > free:
