@@ -372,8 +372,7 @@ def attempt(reader: Reader, target: Path, empty: Path) -> Finding | None:
   os.close(end)
   with os.fdopen(pipe, "rb") as file:
     said = file.read()
-  _, status, usage = os.wait4(child, 0)
-  megabytes = usage.ru_maxrss / 1024 - memory()
+  _, status = os.waitpid(child, 0)
   if os.WIFSIGNALED(status):
     number = os.WTERMSIG(status)
     if number == signal.SIGALRM:
@@ -381,8 +380,6 @@ def attempt(reader: Reader, target: Path, empty: Path) -> Finding | None:
     return Finding(f"signal {number}", f"ended by {signal.Signals(number).name}")
   if said:
     return Finding(*json.loads(said))
-  if megabytes > reader.megabytes:
-    return Finding("memory", f"needed {megabytes:,.0f} MB")
   if snapshot(target) != before or any(empty.iterdir()):
     return Finding("written", "a file was written or removed")
   return None
@@ -394,6 +391,7 @@ def run_child(reader: Reader, target: Path, empty: Path, end: int) -> None:
   for descriptor in (0, 1, 2):
     os.dup2(null, descriptor)  # decoders in C print what they find wrong
   os.chdir(empty)
+  before = memory()
   # Beyond what is allowed, so that the memory of an attempt is measured, not masked by errors.
   limit = virtual_memory() + 8 * reader.megabytes * 2**20
   resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -411,6 +409,9 @@ def run_child(reader: Reader, target: Path, empty: Path, end: int) -> None:
     own = [frame for frame in frames if "/repjax/" in frame.filename] or frames
     place = f"{Path(own[-1].filename).name}:{own[-1].name}"
     finding = (f"{type(error).__name__} in {place}", traceback.format_exc()[-4000:])
+  megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+  if finding is None and megabytes > reader.megabytes:
+    finding = ("memory", f"needed {megabytes:,.0f} MB")
   if finding is not None:
     os.write(end, json.dumps(finding).encode())
   os._exit(0)
@@ -424,7 +425,7 @@ def snapshot(target: Path) -> list[tuple[str, int, int]]:
 
 
 def memory() -> float:
-  """Returns the megabytes that this process holds, which a forked process begins with."""
+  """Returns the megabytes that this process holds."""
   return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 

@@ -164,8 +164,8 @@ def _cut_of_long(
   """Returns a square of the resized image, and resizes no more than the square.
 
   A file of a hundred bytes can hold 20,000 x 1 pixels, which would become gigabytes. Other images
-  are resized as a whole, because Pillow takes the corners of a part as float32. The pixels of a part
-  can therefore differ in the last bit, and "nearest" can choose a different pixel.
+  are resized as a whole, because Pillow takes the corners of a part as float32. The pixels of a
+  part can therefore differ in the last bit, and "nearest" can choose a different pixel.
   """
   # Pixels of the image for each pixel of the resized image, by width and height.
   x, y = pixels.shape[1] / shape[0], pixels.shape[0] / shape[1]
