@@ -14,7 +14,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from repjax import json_files
 from repjax.data import files
+from repjax.schema import MisfitError
 
 MOST_CLASSES = 10**6
 MOST_IMAGES = 10**10  # of a shard
@@ -81,9 +83,9 @@ def _read(path: Path) -> bytes:
 def _json(path: Path) -> Any:
   """Returns the content of a JSON file."""
   try:
-    return json.loads(_read(path).decode())
-  except (ValueError, RecursionError) as error:
-    raise _refuse(path, f"it is no JSON ({str(error)[:200]})") from error
+    return json_files.parse(_read(path))
+  except MisfitError as misfit:
+    raise _refuse(path, misfit.words(_shown)) from None
 
 
 def _check_default(path: Path, content: Any) -> None:
@@ -144,16 +146,13 @@ def _check_whole(path: Path, name: str, value: Any, most: int) -> None:
 
 def _check_features(path: Path, content: Any) -> None:
   """Checks `features.json`: TFDS imports the classes that it names, and makes objects of them."""
-  try:
-    for key, value in _leaves(content):
-      if key in _CLASS_KEYS and value not in known_features():
-        raise _refuse(path, f"{_shown(value)} is no feature of TFDS, and would be imported")
-      if key in _COUNT_KEYS:
-        _check_whole(path, key, value, MOST_CLASSES)
-      if key in ("names_file", "namesFile"):
-        raise _refuse(path, f"it names a file outside of the set, {_shown(value)}")
-  except RecursionError as error:
-    raise _refuse(path, "it is nested too deep") from error
+  for key, value in _leaves(content):
+    if key in _CLASS_KEYS and value not in known_features():
+      raise _refuse(path, f"{_shown(value)} is no feature of TFDS, and would be imported")
+    if key in _COUNT_KEYS:
+      _check_whole(path, key, value, MOST_CLASSES)
+    if key in ("names_file", "namesFile"):
+      raise _refuse(path, f"it names a file outside of the set, {_shown(value)}")
 
 
 @functools.cache
@@ -184,7 +183,7 @@ def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
       if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
           pending.append(("", json.loads(value)))
-        except ValueError:
+        except (ValueError, RecursionError):
           continue  # a text that begins like JSON, which TFDS cannot read either
 
 

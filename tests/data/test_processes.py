@@ -84,6 +84,7 @@ def test_a_worker_that_is_killed_is_explained():
     list(itertools.islice(iterator, 50))
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")
 def test_a_forked_process_is_told_that_it_would_wait_for_ever():
   iterator = batches(batch_size=4, image_size=8, num_workers=0)
   next(iterator)

@@ -191,6 +191,7 @@ def test_any_error_ends_one_image_of_a_stream_only(predictor, files, monkeypatch
   assert [isinstance(result, InputError) for _, result in results] == [True] * 5 + [False]
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")
 def test_a_forked_process_says_that_it_would_wait_for_ever(predictor):
   read, write = os.pipe()
   if (child := os.fork()) == 0:
