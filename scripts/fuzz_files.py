@@ -50,6 +50,7 @@ from repjax.data.augmentation import crops
 from repjax.data.decode import Picture
 from repjax.data.folder import prepare_folder
 from repjax.data.reading import find_fault
+from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
 from repjax.weights import files as weight_files
@@ -195,13 +196,15 @@ def read_model_json(path: Path) -> None:
 
 
 def make_deploy(folder: Path) -> None:
-  """Writes a deploy folder with parameters of zeros."""
+  """Writes deploy folders with parameters of zeros, without a manifest and with one."""
   spec = small_model()
   shapes = spec.variable_shapes(deploy=True)["params"]
-  (folder / "model").mkdir()
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  disk.write_tree(folder / "model" / "params", zeros)
-  spec.write(folder / "model")
+  for name in ("old", "new"):
+    (folder / name).mkdir()
+    trees.write_tree(folder / name / "params", zeros)
+    spec.write(folder / name)
+  disk.write_manifest(folder / "new")
 
 
 def small_model() -> repjax.ModelSpec:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
     "--csv", type=Path, metavar="FILE", help="write the labels to this file instead of printing"
   )
-  flags.add(parser, "--dtype")
+  flags.add(parser, "--dtype", "--no-verify")
   flags.add(
     parser,
     "--batch-size",
@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> None:
       dtype=arguments.dtype,
       batch_sizes=(batch_size(arguments.batch_size, len(images)),),
       tune=len(images) >= MANY,
+      verify=arguments.verify,
     )
     k = min(arguments.top, len(predictor.labels))
     writer = stack.enter_context(open_csv(arguments.csv, k)) if arguments.csv else None
@@ -133,26 +134,20 @@ def image_files(images: Sequence[Path]) -> list[Path]:
 def open_csv(path: Path, k: int) -> Iterator[Any]:
   """Opens a CSV file for rows of `k` labels, and yields its writer.
 
-  The rows go to a file whose name ends in `.part`. The file is renamed after the last row, so that
-  a stopped command leaves no incomplete table under the final name.
+  The file appears after the last row, so that a stopped command leaves no incomplete table.
 
   Raises:
     InputError: the file cannot be written.
   """
-  part = path.with_name(f"{path.name}.part")
-  try:
-    # Names of files need not be UTF-8, and a table with such bytes could not be read by many.
-    with part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-      writer = csv.writer(file)
-      columns = (f"{kind}{rank}" for rank in range(1, k + 1) for kind in ("label", "probability"))
-      writer.writerow(["image", *columns])
-      yield writer
-    part.replace(path)
-  except OSError as error:
-    raise InputError(f"{printable(path)} cannot be written: {error.strerror}") from error
-  finally:
-    with contextlib.suppress(OSError):
-      part.unlink()  # of a command that has failed or was stopped
+  from repjax import disk
+
+  # Names of files need not be UTF-8, and a table with such bytes could not be read by many.
+  how = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+  with disk.replacing_file(path) as draft, draft.open("w", **how) as file:
+    writer = csv.writer(file)
+    columns = (f"{kind}{rank}" for rank in range(1, k + 1) for kind in ("label", "probability"))
+    writer.writerow(["image", *columns])
+    yield writer
 
 
 def cell(text: str) -> str:
