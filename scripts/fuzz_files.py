@@ -1,9 +1,9 @@
 """Changes small valid files at random, and shows that every reader refuses them politely.
 
 Each attempt copies a valid file or folder, changes some of its bytes, and reads it in a forked
-process. The reader may succeed, or raise an InputError of printable text. Anything else is a
-finding: a different error, the death of the process, too much time or memory, or a file that was
-written. For each finding, the file or folder is kept. The exit status is then 1.
+process. The reader may succeed or raise an InputError. Anything else is a finding: a different
+error, the death of the process, too much time or memory, or a file that was written. For each
+finding, the file or folder is kept. The exit status is then 1.
 
 Readers are rows of the table READERS. A new one is a function that makes valid files in a folder,
 and a function that reads one of them.
@@ -403,10 +403,8 @@ def run_child(reader: Reader, target: Path, empty: Path, end: int) -> None:
   finding = None
   try:
     reader.read(target)
-  except InputError as error:
-    text = str(error).replace("\n", " ")
-    if not text.isprintable():
-      finding = ("control characters in an InputError", repr(text)[:2000])
+  except InputError:
+    pass
   except BaseException as error:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "/repjax/" in frame.filename] or frames

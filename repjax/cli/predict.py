@@ -94,11 +94,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     return
   if os.path.exists(path) and not files.is_regular(path):
     raise InputError(f"{printable(path)} cannot be written: it is no file; give a different name")
-  if not os.access(path.parent, os.W_OK | os.X_OK):
-    code = errno.EACCES if path.parent.is_dir() else errno.ENOENT
+  folder = next(each for each in path.absolute().parents if os.path.lexists(each))
+  if not folder.is_dir():
+    raise InputError(f"{printable(folder)} cannot be a folder: there is a file of that name")
+  if not os.access(folder, os.W_OK | os.X_OK):
     raise InputError(
-      f"{printable(path)} cannot be written: {os.strerror(code)}. Make the folder "
-      f"{printable(path.parent)} or change its permissions, or give a different one"
+      f"{printable(path)} cannot be written: {os.strerror(errno.EACCES)}. Change the permissions "
+      f"of {printable(folder)}, or give a different folder"
     )
 
 

@@ -221,7 +221,7 @@ def test_mistakes_are_found_before_the_model_is_loaded(run_command, images, tmp_
   for arguments, said in (
     (("--batch-size", 0), "above 0, got --batch-size 0"),
     (("--top", -1), "the number of labels must be 1 or more, got -1"),
-    (("--csv", tmp_path / "none" / "t.csv"), "cannot be written: No such file"),
+    (("--csv", images / "a.JPG" / "more" / "t.csv"), "a.JPG cannot be a folder"),
     (("--csv", tmp_path / "pipe.csv"), "it is no file"),
     (("--csv", images), "it is no file"),
   ):
