@@ -16,10 +16,17 @@ class InputError(ValueError):
     super().__init__("\n".join(map(printable, str(text).split("\n"))))
 
 
-def printable(text: str) -> str:
-  """Returns a text in which control characters are escaped, so that a terminal can show it."""
+def printable(text: object) -> str:
+  """Returns a text as a terminal can show it: one line, without control characters.
+
+  Texts from files that someone else made can hold line breaks, sequences that move the cursor, and
+  bytes that are not UTF-8. All of these are escaped.
+
+  Args:
+    text: text or path from outside, such as the name of a file or of a class.
+  """
   return "".join(
-    char.encode("unicode_escape").decode() if _controls(char) else char for char in text
+    char.encode("unicode_escape").decode() if _controls(char) else char for char in str(text)
   )
 
 
@@ -36,7 +43,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     name: the unknown name.
     known: all known names.
   """
-  known = sorted(set(known))
+  known = sorted({printable(each) for each in known})
   # A name from a file can have any length, of which the comparison takes the square.
   text = str(name)
   name = name if len(text) <= 80 else f"{text[:80]}..."

@@ -2,7 +2,7 @@
 
 import pytest
 
-from repjax.errors import InputError, one_paragraph, unknown
+from repjax.errors import InputError, one_paragraph, printable, unknown
 
 KNOWN = ("repvgg_b1", "repvgg_a0", "resnet50")
 
@@ -38,3 +38,13 @@ def test_an_input_error_ends_the_program_with_its_text_alone():
 def test_other_errors_pass(error):
   with pytest.raises(error), one_paragraph():
     raise error("a defect")
+
+
+def test_foreign_text_is_one_line_that_moves_no_cursor():
+  assert printable("größe 猫 a.jpg") == "größe 猫 a.jpg"
+  assert printable("a\n\x1b[2J\x9b\u2028\udcff\\") == r"a\n\x1b[2J\x9b\u2028\udcff" + "\\"
+
+
+def test_unknown_lists_foreign_names_on_one_line():
+  text = str(unknown("split", "x", ["a\nb\x1b[2J"]))
+  assert text == r"unknown split 'x'; known: a\nb\x1b[2J"

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repjax.cli import flags
-from repjax.data.layout import ENDINGS
-from repjax.errors import InputError, one_paragraph
+from repjax.data.files import ENDINGS
+from repjax.errors import InputError, one_paragraph, printable
 
 if TYPE_CHECKING:
   from repjax.data.folder import PreparedSet
@@ -121,8 +121,7 @@ def make_from_folder(arguments: argparse.Namespace) -> str:
     replace=arguments.replace,
     num_workers=arguments.num_workers,
   )
-  text = describe(made, arguments.name, arguments.data_dir)
-  return text.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
+  return describe(made, arguments.name, arguments.data_dir)
 
 
 def describe(made: PreparedSet, name: str, data_dir: str | None) -> str:
@@ -151,7 +150,7 @@ def describe(made: PreparedSet, name: str, data_dir: str | None) -> str:
     f"next: repjax train --config finetune --config.dataset={name}{where} "
     f"--config.init_from=PATH --workdir runs/{name}",
   ]
-  return "\n".join(lines)
+  return "\n".join(map(printable, lines))  # names of files and classes may hold anything
 
 
 def warnings(made: PreparedSet) -> list[str]:

@@ -16,7 +16,7 @@ import google_crc32c
 from tqdm import tqdm
 
 from repjax import disk, json_files
-from repjax.data import storage
+from repjax.data import files, storage
 from repjax.data.builders import builder_of, file_formats
 from repjax.errors import InputError
 from repjax.schema import anything, items, record, text
@@ -67,7 +67,7 @@ def prepare_tfrecord(
     found = f"is stored as {formats[0]}" if formats else "does not exist"
     raise InputError(f"there is no TFRecord set to copy: {folder} {found}")
   shards = _shards(builder)
-  if missing := [shard.source.name for shard in shards if not shard.source.exists()]:
+  if missing := [shard.source.name for shard in shards if not files.is_regular(shard.source)]:
     raise InputError(
       f"{name} in {folder} is incomplete: {len(missing)} of its {len(shards)} files are missing, "
       f"such as {missing[0]}. Copy the set to this place again"
@@ -129,18 +129,19 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
   Raises:
     InputError: the file is cut off or damaged.
   """
-  with path.open("rb") as file:
-    index = 0
+  with files.open_regular(path) as file:
+    index, size = 0, os.fstat(file.fileno()).st_size
     while header := file.read(12):
       whole = len(header) == 12
-      # The length is checked before anything of that length is read, since a damaged length could
-      # ask for any amount of memory.
+      # The length is checked before anything of that length is read, since a wrong length could ask
+      # for any amount of memory.
       if whole and masked_crc32c(header[:8]) != struct.unpack("<I", header[8:])[0]:
         raise InputError(f"{path} is damaged at record {index}. Copy this file again")
       length = struct.unpack("<Q", header[:8])[0] if whole else 0
-      data, end = file.read(length), file.read(4)
-      if not whole or len(data) < length or len(end) < 4:
+      # A length with the right checksum may still be more than the file holds.
+      if not whole or length + 4 > size - file.tell():
         raise InputError(f"{path} is cut off in record {index}. Copy this file again")
+      data, end = file.read(length), file.read(4)
       if masked_crc32c(data) != struct.unpack("<I", end)[0]:
         raise InputError(f"{path} is damaged in record {index}. Copy this file again")
       yield data

@@ -170,6 +170,16 @@ def test_tfds_does_not_prepare_what_is_there_as_tfrecord(run_command, tfrecord_s
   assert text.endswith(f"--from-tfrecord pets --data-dir {tfrecord_set}")
 
 
+def test_names_of_classes_and_files_are_printed_on_one_line(run_command, photos, tmp_path):
+  write_image(photos / "ant" / "a\x1b[31m\nb.jpg")
+  (photos / "ant" / "c\x1b[0m\nd.jpg").write_bytes(b"")
+  printed = run_command(
+    "prepare-dataset", "--from-folder", photos, "--name", "pets", "--data-dir", tmp_path
+  )
+  assert "\x1b" not in printed
+  assert r"such as ant/c\x1b[0m\nd.jpg (empty file)" in printed
+
+
 SIGNALLED = """
 import os, sys
 from repjax import cli
