@@ -6,7 +6,37 @@ from collections.abc import Iterable, Iterator
 
 
 class InputError(ValueError):
-  """An error about an input of the user: a name, flag or folder. The text says what to do."""
+  """An error about an input of the user: a name, flag or folder. The text says what to do.
+
+  Texts often quote a file of somebody else. A terminal would obey control characters in them, so
+  every one except a line's end is shown escaped. `printable` escapes ends of lines too: pass each
+  foreign string through it, so that it cannot forge a line of the message.
+  """
+
+  def __init__(self, *args: object):
+    super().__init__(*(_in_lines(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def printable(text: object, longest: int = 300) -> str:
+  r"""Returns a foreign text as one line that a terminal can show.
+
+  Args:
+    text: a name, value or message from a file, from the network or from a library that quotes it.
+    longest: number of characters after which the rest is left out.
+
+  Example:
+    >>> printable("weight\x1b[2J\nall is well")
+    'weight\\x1b[2J\\nall is well'
+  """
+  text = str(text)
+  shown = text if len(text) <= longest else f"{text[:longest]}..."
+  return "".join(
+    char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown
+  )
+
+
+def _in_lines(text: str) -> str:
+  return "\n".join(printable(line, len(line)) for line in text.split("\n"))
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:

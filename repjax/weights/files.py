@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 from repjax.weights import torch_files
-from repjax.weights.naming import plain_name
+from repjax.weights.wrappers import with_plain_names
 
 _USUAL_ENTRIES = ("state_dict", "model", "state_dict_ema")
 
@@ -22,10 +22,11 @@ def read(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str,
     path: a .safetensors, .pth, .pth.tar, .pt, .bin or .npz file. The content decides how the file
       is read, not its name.
     entry: name of the state dict to take if the file holds several, for example "state_dict_ema".
-      None takes the only one, or the first of "state_dict", "model" and "state_dict_ema".
+      A prefix of names, such as "ema_model", takes the tensors below it. None takes the only state
+      dict, or the first of "state_dict", "model" and "state_dict_ema".
 
   Returns:
-    Name to array, in the dtypes of the file, without the prefix that data-parallel training adds.
+    Name to array, in the dtypes of the file, without what PyTorch's wrappers add to names.
     Arrays from .pth files are read-only views of the mapped file, so nothing is held twice.
 
   Raises:
@@ -65,8 +66,23 @@ def read_entry(
   else:
     value = torch_files.load(path)
   found = state_dicts(value)
+  if entry is not None and entry not in found:
+    found = {**found, **_below(found, entry)}
   name = _choose(path, value, found, entry)
   return name, [other for other in found if other != name], _flat(path, found[name])
+
+
+def _below(found: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, dict[str, Any]]:
+  """Returns the part of a state dict whose names begin with a prefix, under this prefix, or {}.
+
+  A checkpoint in training can hold a network and its average in one state dict.
+  """
+  for state in found.values():
+    start = f"{prefix.removesuffix('.')}."
+    part = {name.removeprefix(start): x for name, x in state.items() if name.startswith(start)}
+    if part:
+      return {prefix: part}
+  return {}
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -145,12 +161,9 @@ def _choose(path: Path, value: Any, found: Mapping[str, Any], entry: str | None)
 
 
 def _shown(names: Iterable[Any]) -> str:
-  """Joins the first names for an error message, without long ones and without control bytes.
-
-  Names come from the file, and a terminal would obey control bytes in them.
-  """
-  plain = (str(name) for name in names if isinstance(name, str) or type(name) is int)
-  texts = [ascii(name[:60])[1:-1] for name in plain]
+  """Joins the first names for an error message, without long ones."""
+  plain = [name for name in names if isinstance(name, str) or type(name) is int]
+  texts = [printable(name, 60) for name in plain]
   return ", ".join(texts[:12]) + (", ..." if len(texts) > 12 else "")
 
 
@@ -177,15 +190,8 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _flat(path: Path, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Removes the prefixes of wrapped modules from the names.
-
-  Raises:
-    InputError: two names are the same without their prefixes.
-  """
-  plain = {}
-  for key, value in state.items():
-    name = plain_name(key)
-    if name in plain:
-      raise InputError(f"{path} holds {name} twice, with and without a prefix such as module.")
-    plain[name] = value
-  return plain
+  """Returns a state dict by plain names; raises InputError with the file's name if it cannot."""
+  try:
+    return with_plain_names(state)
+  except InputError as error:
+    raise InputError(f"{path} is refused: {error}") from None

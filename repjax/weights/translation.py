@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 from repjax.models.initialize import draw
 from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec
-from repjax.weights.misfits import bad_values, explain, misfits
+from repjax.weights.misfits import Problem, bad_values, explain, lines_of, misfits
 from repjax.weights.naming import NoNameError, entries
 from repjax.weights.recognition import Recognition, normalised, recognize_model, some
 from repjax.weights.sources import FOLDED, RELEASED_WITH, expected, naming_of
+from repjax.weights.wrappers import unwrapped
 
 
 def from_torch(
@@ -27,6 +28,9 @@ def from_torch(
   **overrides: Any,
 ) -> dict[str, Any]:
   """Makes a model's variables from a PyTorch state dict, whose naming and form are recognized.
+
+  A prefix of all names and the segments that wrappers of modules add to names are taken off.
+  Counters, such as the number of batches that a norm has seen, are left out.
 
   Args:
     model_name: as in `create_model`.
@@ -43,7 +47,7 @@ def from_torch(
 
   Raises:
     InputError: the state dict does not fit. One text lists all missing, unexpected, misshapen,
-      half-precision and non-finite tensors. Also raised if the state dict fits but an override must
+      half-precision and non-finite tensors, in groups if there are many. Also raised if the state dict fits but an override must
       be given, since no tensor shows its value: `act` for the authors' files of ParNet.
   """
   dtype = np.dtype(param_dtype)
@@ -52,13 +56,16 @@ def from_torch(
   state = normalised(state_dict)
   found = recognize_model(state, model_name, overrides)
   wanted = expected(model_name, found.naming, found.kind, num_classes, overrides)
+  state, removed, rivals = unwrapped(state, wanted)
+  if rivals:
+    raise InputError(_of_several(rivals))
   dropped = {name: entry for name, entry in wanted.items() if drop_head and entry.in_head}
   state = {name: value for name, value in state.items() if name not in dropped}
   wanted = {name: entry for name, entry in wanted.items() if name not in dropped}
   problems = misfits(state, wanted) + bad_values(state, wanted, dtype)
   if problems:
     hints = explain(state, wanted, found, num_classes, overrides)
-    raise InputError(_refusal(found, num_classes, problems, hints))
+    raise InputError(_refusal(found, num_classes, removed, problems, hints))
   _refuse_unsaid(found, overrides)
   variables: dict[str, Any] = {}
   for name, entry in wanted.items():
@@ -126,18 +133,32 @@ def to_torch(
   }
 
 
+def _of_several(rivals: Sequence[str]) -> str:
+  """Returns the error text for a state dict in which several networks have the same names."""
+  places = [f"below {prefix}" if prefix else "without a prefix" for prefix in rivals]
+  chosen = next(filter(None, rivals))
+  return (
+    f"the state dict holds several networks of the same names: {printable(' and '.join(places))}. "
+    f"Choose one: read(path, entry={chosen[:-1]!r}), --entry {printable(chosen[:-1])}, or pass only "
+    "the tensors of one"
+  )
+
+
 def _refusal(
-  found: Recognition, num_classes: int, problems: Sequence[str], hints: Sequence[str]
+  found: Recognition,
+  num_classes: int,
+  removed: Sequence[str],
+  problems: Sequence[Problem],
+  hints: Sequence[str],
 ) -> str:
-  """Returns the error text for weights that do not fit: a summary, then a line for each problem."""
+  """Returns the error text for weights that do not fit: a summary, then lines about problems."""
   headline = (
     f"these weights do not fit {found.model} (read as {found.naming} names, {found.kind} form) "
     f"with {num_classes} classes; nothing was converted. Problems: {len(problems)}."
   )
-  text = "\n  ".join([" ".join([headline, *hints]), *problems])
-  if len(problems) > 20:  # The summary is repeated, since a terminal has scrolled it away.
-    text += "\n" + " ".join([f"That was why they do not fit {found.model}.", *hints])
-  return text
+  if removed:
+    headline += f" Names were read without {printable(', '.join(removed))}."
+  return "\n  ".join([" ".join([headline, *hints]), *lines_of(problems)])
 
 
 def _refuse_unsaid(found: Recognition, overrides: Mapping[str, Any]) -> None:
