@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import sys
 from collections.abc import Iterable, Iterator
 
 
@@ -61,8 +62,37 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
 
 @contextlib.contextmanager
 def one_paragraph() -> Iterator[None]:
-  """Turns an `InputError` in its block into exit status 1 and the text of the error alone."""
+  """Turns an `InputError` in its block into exit status 1 and the text of the error alone.
+
+  So does an error of JAX on a machine that lacks the devices that JAX_PLATFORMS asks for.
+  """
   try:
     yield
   except InputError as error:
     raise SystemExit(f"error: {error}") from None
+  except (AssertionError, RuntimeError):
+    missing = _missing_devices()
+    if missing:
+      raise SystemExit(f"error: {missing}") from None
+    raise
+
+
+def _missing_devices() -> str:
+  """Returns why JAX finds no device of the platforms that were asked for, or "" if it finds one.
+
+  JAX fails at its first use, with an empty AssertionError if a package for GPUs is not installed.
+  """
+  jax = sys.modules.get("jax")
+  if jax is None:
+    return ""
+  try:
+    jax.devices()
+  except (AssertionError, RuntimeError) as error:
+    asked = jax.config.jax_platforms
+    reason = printable(error) or "its package for these devices is not installed"
+    return (
+      f"JAX finds no device of the platform {printable(repr(asked))}, which JAX_PLATFORMS or "
+      f"jax.config asks for: {reason}. Set JAX_PLATFORMS=cpu, or leave it out and JAX takes the "
+      "devices that are there"
+    )
+  return ""

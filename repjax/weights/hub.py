@@ -60,9 +60,11 @@ def fetch(reference: str) -> HubFile:
       "and private repositories need `hf auth login` first."
     ) from error
   except errors.HFValidationError as error:
-    raise InputError(f"{reference} is not hf:OWNER/NAME[@REVISION][:FILE]: {printable(error)}") from error
+    raise InputError(
+      f"{reference} is not hf:OWNER/NAME[@REVISION][:FILE]: {printable(error)}"
+    ) from error
   except Exception as error:  # The classes of its HTTP library change from version to version.
-    unreachable = error
+    unreachable = printable(error)
 
   def download(name: str) -> Path | None:
     """Returns the path of a file in the cache, or None if the repository or cache lacks it."""
@@ -78,7 +80,9 @@ def fetch(reference: str) -> HubFile:
     except errors.LocalEntryNotFoundError as error:
       if unreachable is not None:
         return None
-      raise InputError(f"{name} of {repository} could not be fetched: {printable(error)}") from error
+      raise InputError(
+        f"{name} of {repository} could not be fetched: {printable(error)}"
+      ) from error
     except errors.EntryNotFoundError:
       return None
     except errors.GatedRepoError as error:
@@ -86,13 +90,15 @@ def fetch(reference: str) -> HubFile:
         f"{repository} is gated: accept its terms on its page, then log in with `hf auth login`"
       ) from error
     except Exception as error:  # The classes of the HTTP library again.
-      raise InputError(f"{name} of {repository} could not be fetched: {printable(error)}") from error
+      raise InputError(
+        f"{name} of {repository} could not be fetched: {printable(error)}"
+      ) from error
 
   names = (file,) if file else _FILES
   path = next(filter(None, map(download, names)), None)
   if path is None and unreachable is not None:
     raise InputError(
-      f"the Hugging Face hub cannot be reached ({printable(unreachable)}), and the local cache does not hold "
+      f"the Hugging Face hub cannot be reached ({unreachable}), and the local cache does not hold "
       f"{' or '.join(names)} of {repository}. Connect, or run `hf download {repository}` elsewhere "
       "and copy the cache, or pass --from FILE."
     )
@@ -104,7 +110,7 @@ def fetch(reference: str) -> HubFile:
   if config_path is None and unreachable is not None:
     raise InputError(
       f"the local cache holds {path.name} of {repository} but not its config.json, which says how "
-      f"images are prepared, and the hub cannot be reached ({printable(unreachable)}). Run `hf download "
+      f"images are prepared, and the hub cannot be reached ({unreachable}). Run `hf download "
       f"{repository}` where it can be reached."
     )
   try:

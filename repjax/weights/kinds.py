@@ -36,7 +36,9 @@ def kind_of_file(path: Path) -> str:
     return "a tar archive. Unpack it first: tar xf FILE"
   if start.startswith((b"{", b"[")) and _is_text(head):
     return _INDEX if b'"weight_map"' in head or path.name.endswith("index.json") else "a JSON file"
-  if head.startswith(b"\x08") and any(maker in head[:64] for maker in (b"pytorch", b"onnx", b"tf2")):
+  if head.startswith(b"\x08") and any(
+    maker in head[:64] for maker in (b"pytorch", b"onnx", b"tf2")
+  ):
     return "an ONNX file. Get the checkpoint that it was made from"
   return ""
 

@@ -97,8 +97,10 @@ def _to_numpy(name: str, value: Any) -> np.ndarray:
     return np.asarray(value)
   except (TypeError, ValueError, RuntimeError) as error:
     # NumPy refuses a tensor that is on a GPU, has a gradient or is in bfloat16, and a ragged list.
+    whole = ".full_tensor()" if hasattr(value, "full_tensor") else ""  # of a DTensor
     raise InputError(
-      f"{printable(name)} is no array: {printable(error)}. Pass {{name: t.detach().cpu().float() ...}}."
+      f"{printable(name)} is no array: {printable(error)}. Pass {{name: "
+      f"t{whole}.detach().cpu().float() ...}}."
     ) from error
 
 

@@ -47,8 +47,9 @@ def from_torch(
 
   Raises:
     InputError: the state dict does not fit. One text lists all missing, unexpected, misshapen,
-      half-precision and non-finite tensors, in groups if there are many. Also raised if the state dict fits but an override must
-      be given, since no tensor shows its value: `act` for the authors' files of ParNet.
+      half-precision and non-finite tensors, in groups if there are many. Also raised if the state
+      dict holds several networks, or if it fits but an override must be given, since no tensor
+      shows its value: `act` for the authors' files of ParNet.
   """
   dtype = np.dtype(param_dtype)
   if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
@@ -135,12 +136,11 @@ def to_torch(
 
 def _of_several(rivals: Sequence[str]) -> str:
   """Returns the error text for a state dict in which several networks have the same names."""
-  places = [f"below {prefix}" if prefix else "without a prefix" for prefix in rivals]
-  chosen = next(filter(None, rivals))
+  places = printable(" and ".join(f"below {p}" if p else "without a prefix" for p in rivals))
+  chosen = printable(next(filter(None, rivals))[:-1])
   return (
-    f"the state dict holds several networks of the same names: {printable(' and '.join(places))}. "
-    f"Choose one: read(path, entry={chosen[:-1]!r}), --entry {printable(chosen[:-1])}, or pass only "
-    "the tensors of one"
+    f"the state dict holds several networks with the same names: {places}. Choose one: "
+    f"read(path, entry={chosen!r}), --entry {chosen}, or pass only the tensors of one"
   )
 
 

@@ -51,8 +51,8 @@ def import_weights(
 
   Returns:
     The content of import.json: `source`, `file`, `bytes`, `sha256`, `revision` (of the hub),
-    `entry` and `other_entries` (state dicts in the file), `removed` (prefixes and wrappers that were
-    taken off the names), `dtypes`, `model`, `naming`, `kind`,
+    `entry` and `other_entries` (state dicts in the file), `removed` (prefixes and wrappers that
+    were taken off the names), `dtypes`, `model`, `naming`, `kind`,
     `num_classes`, `new_head`, `assumed` (overrides that released weights need and the caller has
     not given), and `parameters`.
 

@@ -1,15 +1,15 @@
 """Takes off what wrappers of modules add to the names of tensors.
 
-A module inside a wrapper has the wrapper's attribute in the names of its tensors. PyTorch, Lightning,
-averages of weights and people's own classes add such segments in front of the names, and at any
-place inside them if they wrap a part of the network:
+A module inside a wrapper has the wrapper's attribute in the names of its tensors. PyTorch,
+Lightning, averages of weights and people's own classes add such segments in front of the names, and
+at any place inside them if they wrap a part of the network:
 
   layer1.0.conv1.weight                               the name
   module.layer1.0.conv1.weight                        data-parallel training
   layer1._orig_mod.0.conv1.weight                     torch.compile of one stage
   lightning.student.layer1.0.conv1.weight             somebody's own classes
 
-`plain_name` takes off what only a wrapper can have added. `unwrapped` knows the wanted names, and so
+`plain_name` takes off what only a wrapper can have added. `unwrapped` knows the wanted names. So it
 takes off anything that stands in front of all of them.
 """
 
@@ -37,7 +37,7 @@ _WRAPPERS = _PRIVATE | {
   *("module", "_module", "model", "_model", "net", "network", "backbone", "wrapped", "inner"),
   *("ema", "ema_model", "model_ema", "averaged_model", "online_model", "student", "encoder"),
 }
-"""Segments that wrappers add. Inside a name they are ignored, in a state dict as in wanted names."""
+"""Segments that wrappers add. They are ignored inside names, wanted ones included."""
 
 _COUNTERS = {"num_batches_tracked", "n_averaged", "initted", "step", "total_ops", "total_params"}
 """Last segments of numbers that no computation reads: of norms, averages and the profiler thop."""

@@ -124,10 +124,7 @@ def _load_legacy(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, memoryvi
   if magic != _LEGACY_MAGIC:
     raise InputError(_of_other_pickle(magic))
   version, system = (Unpickler(file).load() for _ in range(2))
-  if (
-    version != _LEGACY_VERSION
-    or not (isinstance(system, dict) and system)
-  ):
+  if version != _LEGACY_VERSION or not (isinstance(system, dict) and system):
     raise ValueError("no version of PyTorch in it")
   value = Unpickler(file, lambda storage: announced.setdefault(storage.key, storage)).load()
   storages = {}

@@ -107,10 +107,10 @@ def find(module: str, name: str) -> Any:
   """
   if (module, name) == ("torch._utils", "_rebuild_wrapper_subclass") or name in _SUBCLASSES:
     raise InputError(
-      "it holds tensors of a subclass, such as a DTensor (FSDP2, tensor parallelism), of which each "
-      "process has a part, or quantized ones. Save plain tensors: on all processes take "
-      "{name: t.full_tensor() for name, t in model.state_dict().items()}, and dequantize() "
-      "quantized ones; then torch.save the dictionary on one process"
+      "it holds tensors of a subclass: DTensors (FSDP2, tensor parallelism), of which each process "
+      "has a part, or quantized ones. Save plain tensors: on all processes take {name: "
+      "t.full_tensor() for name, t in model.state_dict().items()}, or dequantize() quantized ones; "
+      "then torch.save the dictionary on one process"
     )
   if (module, name) in _STATE_DICT_NAMES:
     return _STATE_DICT_NAMES[module, name]
