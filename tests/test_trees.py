@@ -72,7 +72,7 @@ def test_reparameterize_names_what_came(variables, change, said, jit):
 @pytest.mark.parametrize("collection", ["params", "batch_stats"])
 @pytest.mark.parametrize("value", [[1, 2], (np.ones(3),), np.ones(3), None, "params"], ids=repr)
 def test_reparameterize_takes_dictionaries_only(variables, collection, value):
-  with pytest.raises(ValueError, match=f"takes two dictionaries.*{type(value).__name__}"):
+  with pytest.raises(ValueError, match=rf"takes two dictionaries.*{type(value).__name__}"):
     folded({**variables, collection: value})
 
 
