@@ -3,41 +3,44 @@
 import contextlib
 import difflib
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 
 
 class InputError(ValueError):
   """An error about an input of the user: a name, flag or folder. The text says what to do.
 
-  Texts often quote a file of somebody else. A terminal would obey control characters in them, so
-  every one except a line's end is shown escaped. `printable` escapes ends of lines too: pass each
-  foreign string through it, so that it cannot forge a line of the message.
+  Texts often quote files of strangers. A terminal would obey control characters in them, so every
+  one except a line's end is escaped. `printable` escapes ends of lines too: pass each foreign
+  string through it, so that it cannot forge a line of the message.
   """
 
-  def __init__(self, *args: object):
-    super().__init__(*(_in_lines(arg) if isinstance(arg, str) else arg for arg in args))
+  def __init__(self, text: str):
+    super().__init__("\n".join(printable(line) for line in str(text).split("\n")))
 
 
-def printable(text: object, longest: int = 300) -> str:
-  r"""Returns a foreign text as one line that a terminal can show.
+def printable(text: object, longest: int | None = None) -> str:
+  r"""Returns a text as one line that a terminal can show, with control characters escaped.
 
   Args:
     text: a name, value or message from a file, from the network or from a library that quotes it.
-    longest: number of characters after which the rest is left out.
+    longest: number of characters after which the rest is left out; None leaves nothing out.
 
   Example:
     >>> printable("weight\x1b[2J\nall is well")
     'weight\\x1b[2J\\nall is well'
   """
   text = str(text)
-  shown = text if len(text) <= longest else f"{text[:longest]}..."
+  if longest is not None and len(text) > longest:
+    text = f"{text[:longest]}..."
   return "".join(
-    char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown
+    char.encode("unicode_escape").decode() if _controls(char) else char for char in text
   )
 
 
-def _in_lines(text: str) -> str:
-  return "\n".join(printable(line, len(line)) for line in text.split("\n"))
+def _controls(char: str) -> bool:
+  """Tells if a character is a control character, or changes the direction or the line of a text."""
+  return not char.isprintable() and unicodedata.category(char) != "Zs"  # Zs: spaces of all kinds
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
@@ -49,6 +52,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     known: all known names.
   """
   known = sorted(set(known))
+  # A name from a file can have any length, of which the comparison takes the square.
+  text = str(name)
+  name = name if len(text) <= 80 else f"{text[:80]}..."
   plain = str(name).lower().replace("-", "_")
   close = difflib.get_close_matches(plain, known, n=3, cutoff=0.5)
   if close:

@@ -28,8 +28,8 @@ def check_tree(where: str, tree: Any) -> None:
   if flat is not None:
     separator = "" if isinstance(flat, tuple) else ', sep="/"'
     raise InputError(
-      f"{where} must be nested dictionaries, got a flat one with the key {printable(repr(flat))}. "
-      f"Nest it: flax.traverse_util.unflatten_dict(tree{separator})"
+      f"{where} must be nested dictionaries, got a flat one with the key "
+      f"{printable(repr(flat), 100)}. Nest it: flax.traverse_util.unflatten_dict(tree{separator})"
     )
   shapes = {path: jnp.shape(leaf) for path, leaf in _leaves(tree) if hasattr(leaf, "shape")}
   kernels = [len(shape) for path, shape in shapes.items() if path[-1] == "kernel"]

@@ -104,8 +104,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
       return {name: _safetensor(path, file, name) for name in file.keys()}  # noqa: SIM118
   except SafetensorError as error:
     raise InputError(
-      f"{path} cannot be read: it is truncated or damaged ({printable(error)}). Compare its size "
-      "with the original's and fetch it again"
+      f"{path} cannot be read: it is truncated or damaged ({printable(error, 300)}). Compare its "
+      "size with the original's and fetch it again"
     ) from error
 
 
@@ -118,10 +118,10 @@ def _safetensor(path: Path, file: Any, name: str) -> np.ndarray:
   try:
     return file.get_tensor(name)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    held = printable(file.get_slice(name).get_dtype())
+    held = printable(file.get_slice(name).get_dtype(), 100)
     raise InputError(
-      f"{path} holds {printable(name)} in {held}, a dtype that NumPy lacks. Write the file again "
-      "in float32: for floats of 8 bits, multiply them by their scales first"
+      f"{path} holds {printable(name, 100)} in {held}, a dtype that NumPy lacks. Write the file "
+      "again in float32: for floats of 8 bits, multiply them by their scales first"
     ) from error
 
 
@@ -146,7 +146,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
   except Exception as error:  # A damaged archive or header can raise nearly anything.
     raise InputError(
       f"{path} cannot be read: it is damaged, or holds something else than plain arrays "
-      f"({printable(f'{type(error).__name__}: {error}')}). Fetch the file again, or write its "
+      f"({printable(f'{type(error).__name__}: {error}', 300)}). Fetch the file again, or write its "
       "arrays with numpy.savez"
     ) from error
 
@@ -195,7 +195,7 @@ def _choose(path: Path, value: Any, found: Mapping[str, Any], entry: str | None)
     raise InputError(
       f"{path} holds several state dicts, {_shown(found)}; name one with entry= or --entry"
     )
-  held = printable(getattr(value, "class_name", type(value).__name__))
+  held = printable(getattr(value, "class_name", type(value).__name__), 300)
   if isinstance(value, Mapping):
     held = f"a dictionary of {_shown(value)}" if value else "an empty dictionary"
   raise InputError(

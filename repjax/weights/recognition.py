@@ -79,13 +79,13 @@ def normalised(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
     held = "is empty" if isinstance(state_dict, Mapping) else f"is a {type(state_dict).__name__}"
     raise InputError(f"the state dict {held}; pass a dictionary of arrays by name")
   if strange := [name for name in state_dict if not isinstance(name, str)]:
-    raise InputError(f"a state dict has names for keys, got {printable(repr(strange[0]))}")
+    raise InputError(f"a state dict has names for keys, got {printable(repr(strange[0]), 100)}")
   arrays = {name: _to_numpy(name, value) for name, value in state_dict.items()}
   flat = [name for name in arrays if name.endswith("flat_param")]
   if flat:
     raise InputError(
-      f"{printable(flat[0])} holds the parameters of many layers in one row, as FSDP keeps them. "
-      "Save the model with StateDictType.FULL_STATE_DICT, or get_model_state_dict(model, "
+      f"{printable(flat[0], 100)} holds the parameters of many layers in one row, as FSDP keeps "
+      "them. Save the model with StateDictType.FULL_STATE_DICT, or get_model_state_dict(model, "
       "options=StateDictOptions(full_state_dict=True))"
     )
   return with_plain_names({n: value for n, value in arrays.items() if not is_counter(n, value)})
@@ -99,7 +99,7 @@ def _to_numpy(name: str, value: Any) -> np.ndarray:
     # NumPy refuses a tensor that is on a GPU, has a gradient or is in bfloat16, and a ragged list.
     whole = ".full_tensor()" if hasattr(value, "full_tensor") else ""  # of a DTensor
     raise InputError(
-      f"{printable(name)} is no array: {printable(error)}. Pass {{name: "
+      f"{printable(name, 100)} is no array: {printable(error, 300)}. Pass {{name: "
       f"t{whole}.detach().cpu().float() ...}}."
     ) from error
 

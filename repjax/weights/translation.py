@@ -157,7 +157,7 @@ def _refusal(
     f"with {num_classes} classes; nothing was converted. Problems: {len(problems)}."
   )
   if removed:
-    headline += f" Names were read without {printable(', '.join(removed))}."
+    headline += f" Names were read without {printable(', '.join(removed), 300)}."
   return "\n  ".join([" ".join([headline, *hints]), *lines_of(problems)])
 
 

@@ -63,7 +63,9 @@ def _text(error: Exception) -> str:
   """
   words = error.args[0] if error.args and isinstance(error, ValueError | EOFError | OSError) else ""
   told = isinstance(words, str) and words.isprintable()
-  return printable(f"{type(error).__name__}: {words}" if told and words else type(error).__name__)
+  return printable(
+    f"{type(error).__name__}: {words}" if told and words else type(error).__name__, 300
+  )
 
 
 def _load_zip(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, memoryview], str]:
