@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from repjax.cli import flags
 from repjax.data.layout import ENDINGS
-from repjax.errors import InputError, one_paragraph
+from repjax.errors import InputError, one_paragraph, printable
 
 if TYPE_CHECKING:
   from repjax.deploy import Predictor
@@ -145,13 +145,13 @@ def write(predictor: Predictor, files: Sequence[Path], k: int, writer: Any) -> i
   skipped = 0
   for file, result in progress(predictor.stream(files), len(files), shown=writer is not None):
     if not hasattr(result, "shape"):  # an error in place of an array of probabilities
-      print(f"skipped: {result}", file=sys.stderr)
+      print(f"skipped: {printable(result)}", file=sys.stderr)
       skipped += 1
       continue
     best = predictor.best(result, k)
     if writer is None:
       labels = ", ".join(f"{label} {probability:.1%}" for label, probability in best)
-      print(f"{file}: {labels}", flush=True)
+      print(f"{printable(file)}: {printable(labels)}", flush=True)
     else:
       cells = (cell for label, probability in best for cell in (label, f"{probability:.6f}"))
       writer.writerow([file, *cells])
