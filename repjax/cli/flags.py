@@ -42,6 +42,11 @@ _SHARED: dict[str, dict[str, Any]] = {
     "default": "float32",
     "help": "float32, bfloat16 or float16: the type to compute in (default: float32)",
   },
+  "--no-verify": {
+    "dest": "verify",
+    "action": "store_false",
+    "help": "read the folder without comparing its files with their checksums",
+  },
 }
 _FIELDS = ("dataset", "data_dir", "batch_size", "num_workers")
 

@@ -69,19 +69,20 @@ class Int8Row(NamedTuple):
   seconds: float | None
 
 
-def read_baseline(folder: Path, count: int, **changes: Any) -> Baseline:
+def read_baseline(folder: Path, count: int, *, verify: bool = True, **changes: Any) -> Baseline:
   """Reads the model of a workdir and the images to calibrate with.
 
   Args:
     folder: folder of a run, or of imported weights.
     count: number of calibration images, taken from the training split.
+    verify: as in `repjax.load`.
     **changes: fields of the run's config and their values; None keeps the run's value.
 
   Raises:
     InputError: the folder, data set or split does not exist, the split for calibration is also the
       one for evaluation, or the split has fewer images than `count`.
   """
-  model, variables, spec = repjax.load(folder)
+  model, variables, spec = repjax.load(folder, verify=verify)
   config = training.read_config(folder, **changes)
   if "train_split" not in config:
     # The config of imported weights names no training split.

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
     "--csv", type=Path, metavar="FILE", help="write the labels to this file instead of printing"
   )
-  flags.add(parser, "--dtype")
+  flags.add(parser, "--dtype", "--no-verify")
   flags.add(
     parser,
     "--batch-size",
@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
       dtype=arguments.dtype,
       batch_sizes=(arguments.batch_size or smallest_batch_size(len(files)),),
       tune=len(files) >= MANY,
+      verify=arguments.verify,
     )
     k = min(arguments.top, len(predictor.labels))
     writer = stack.enter_context(open_csv(arguments.csv, k)) if arguments.csv else None
@@ -102,25 +103,18 @@ def _lines(path: Path) -> list[str]:
 def open_csv(path: Path, k: int) -> Iterator[Any]:
   """Opens a CSV file for rows of `k` labels, and yields its writer.
 
-  The rows go to a file whose name ends in `.part`. The file is renamed after the last row, so that
-  a stopped command leaves no incomplete table under the final name.
+  The file appears after the last row, so that a stopped command leaves no incomplete table.
 
   Raises:
     InputError: the file cannot be written.
   """
-  part = path.with_name(f"{path.name}.part")
-  try:
-    with part.open("w", newline="", encoding="utf-8") as file:
-      writer = csv.writer(file)
-      columns = (f"{kind}{rank}" for rank in range(1, k + 1) for kind in ("label", "probability"))
-      writer.writerow(["image", *columns])
-      yield writer
-    part.replace(path)
-  except InputError:
-    part.unlink(missing_ok=True)
-    raise
-  except OSError as error:
-    raise InputError(f"{path} cannot be written: {error.strerror}") from error
+  from repjax import disk
+
+  with disk.replacing_file(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
+    writer = csv.writer(file)
+    columns = (f"{kind}{rank}" for rank in range(1, k + 1) for kind in ("label", "probability"))
+    writer.writerow(["image", *columns])
+    yield writer
 
 
 def smallest_batch_size(count: int) -> int:

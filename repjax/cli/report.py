@@ -27,11 +27,15 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
     "--output", type=Path, metavar="FILE", help=".png to write (default: report.png in the workdir)"
   )
+  flags.add(parser, "--no-verify")
   arguments = parser.parse_args(argv)
   from repjax.report import write_report
 
   with one_paragraph():
     path, notes = write_report(
-      arguments.workdir, compare=arguments.compare, output=arguments.output
+      arguments.workdir,
+      compare=arguments.compare,
+      output=arguments.output,
+      verify=arguments.verify,
     )
   print("\n".join([*notes, f"saved: {path}"]))

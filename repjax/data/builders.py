@@ -75,7 +75,8 @@ def stored_sets(data_dir: str | None) -> set[str]:
   files = itertools.chain.from_iterable(  # name/version, or name/variant/version
     folder.glob(f"{pattern}/dataset_info.json") for pattern in ("*/*", "*/*/*")
   )
-  return {path.relative_to(folder).parts[0] for path in files}
+  names = (path.relative_to(folder).parts for path in files)
+  return {parts[0] for parts in names if not any(part.startswith(".") for part in parts)}
 
 
 def command(mode: str, name: str, data_dir: str | None) -> str:

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, naming
 from tqdm import tqdm
 
+from repjax import disk
 from repjax.data import layout, storage
 from repjax.data.layout import Classes
 from repjax.data.reading import ImageFile, in_order, read_image_file
@@ -80,13 +81,12 @@ def prepare_folder(
   except OSError as error:
     raise InputError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
   problems = [*name_problems(name), *found.problems]
-  with storage.disk_errors(target):
+  with disk.writing(target, OSError):
     problems += storage.existing_problems(target, replace=replace)
   if problems:
     raise InputError("\n".join(problems))
   workers = num_workers or os.cpu_count() or 1
   with (
-    storage.disk_errors(target),
     storage.whole_set(target, replace=replace) as draft,
     warnings.catch_warnings(action="ignore"),  # Pillow warns about odd files that it can read
   ):

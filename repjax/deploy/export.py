@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from repjax import runs
+from repjax import disk, runs
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
 from repjax.deploy.stablehlo import (
   PLATFORMS,
@@ -83,7 +83,7 @@ def export(
     repjax.deploy.export(*repjax.load("runs/a0"), "exported/a0", dtype="bfloat16")
   """
   path = Path(folder)
-  if path.exists():
+  if disk.real(path).exists():
     raise InputError(f"{path} exists already; give a different path, or remove it first")
   if format not in FORMATS:
     raise unknown("format", format, FORMATS)
@@ -140,6 +140,7 @@ def load_exported(
   *,
   batch_sizes: Iterable[int] = BATCH_SIZES,
   devices: Sequence[Any] | None = None,
+  verify: bool = True,
 ) -> CompiledModel:
   """Reads a StableHLO program that `export` wrote, and compiles it without building a model.
 
@@ -152,6 +153,7 @@ def load_exported(
     folder: a folder that `export` made.
     batch_sizes: as in `repjax.deploy.compile`.
     devices: as in `repjax.deploy.compile`.
+    verify: as in `repjax.load`.
 
   Returns:
     A function of images (N, S, S, 3), uint8 or normalized float32, as export.json says.
@@ -161,23 +163,10 @@ def load_exported(
       platforms.
   """
   path = Path(folder)
-  facts = runs.read_export(path)
-  if facts.get("format") == "onnx":
-    way_out = f"repjax.deploy.compile(*repjax.load({str(path)!r})[:2], ...)"
-    raise InputError(
-      f"{path} holds an ONNX file, which ONNX Runtime, OpenVINO or TensorRT runs and JAX does not."
-      + (f" Run its parameters in JAX by {way_out}." if runs.params_folder(path).exists() else "")
-    )
-  program = deserialize(runs.stablehlo_file(path), path)
-  platform = (devices or jax.local_devices())[0].platform
-  platform = {"gpu": "cuda"}.get(platform, platform)  # The two names that JAX has for NVIDIA.
-  if platform not in program.platforms:
-    raise InputError(
-      f"{path} is for {' and '.join(program.platforms)}, and the devices here are {platform}. "
-      f"Export the model with --platforms {' '.join(program.platforms)} {platform}."
-    )
-  (shapes, images), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
-  params = runs.read_params(path, shapes["params"])
+  facts, program, params = runs.read_exported(
+    path, lambda snapshot: _read(snapshot, devices), verify=verify
+  )
+  _, images = jax.tree.unflatten(program.in_tree, program.in_avals)[0]
   return CompiledModel(
     program.call,
     {"params": params},
@@ -186,6 +175,30 @@ def load_exported(
     batch_sizes=batch_sizes,
     devices=devices,
   )
+
+
+def _read(
+  snapshot: disk.Snapshot, devices: Sequence[Any] | None
+) -> tuple[dict[str, Any], Any, Any]:
+  """Reads the facts, the program and the parameters of a StableHLO folder for some devices."""
+  path = snapshot.folder
+  facts = runs.read_export(snapshot)
+  if facts.get("format") == "onnx":
+    way_out = f"repjax.deploy.compile(*repjax.load({str(path)!r})[:2], ...)"
+    raise InputError(
+      f"{path} holds an ONNX file, which ONNX Runtime, OpenVINO or TensorRT runs and JAX does not."
+      + (f" Run its parameters in JAX by {way_out}." if runs.params_folder(path).exists() else "")
+    )
+  program = deserialize(runs.stablehlo_file(path), path, snapshot.read_bytes)
+  platform = (devices or jax.local_devices())[0].platform
+  platform = {"gpu": "cuda"}.get(platform, platform)  # The two names that JAX has for NVIDIA.
+  if platform not in program.platforms:
+    raise InputError(
+      f"{path} is for {' and '.join(program.platforms)}, and the devices here are {platform}. "
+      f"Export the model with --platforms {' '.join(program.platforms)} {platform}."
+    )
+  shapes, _ = jax.tree.unflatten(program.in_tree, program.in_avals)[0]
+  return facts, program, runs.read_params(snapshot, shapes["params"])
 
 
 def onnx_facts(spec: ModelSpec, dtype: str) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Predictor:
     batch_sizes: Iterable[int] = BATCH_SIZES,
     devices: Sequence[Any] | None = None,
     tune: bool = True,
+    verify: bool = True,
   ):
     """Loads the model and compiles it.
 
@@ -52,12 +53,13 @@ class Predictor:
       batch_sizes: batch sizes to compile for, as in `compile`.
       devices: as in `compile`.
       tune: as in `compile`.
+      verify: as in `repjax.load`.
 
     Raises:
       InputError: the folder holds no model, or `compile` refuses an argument.
     """
     with keep_every_program():  # `load` folds a run without a deploy folder, which compiles too.
-      model, variables, self.spec = load(workdir)
+      model, variables, self.spec = load(workdir, verify=verify)
     self.program = compile(
       model,
       variables,

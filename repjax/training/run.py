@@ -124,6 +124,8 @@ def _begin(
   continuing.check_workdir(workdir, plan.spec)
   continuing.check_continuing(workdir, config)
   state, bookmark = _first_state(config, plan, optimizer, workdir)
+  # A run that was killed after it had saved a checkpoint left one too many.
+  runs.remove_superseded(workdir)
   roundings = quantization.begin(config, plan, state, workdir) if config.qat else None
   continuing.write_start_files(workdir, config, plan.spec, fingerprints)
   return state, bookmark, roundings

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax import config, runs
+from repjax import config, disk, runs
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub, repmlpnet
@@ -121,7 +120,12 @@ def import_weights(
 
 
 def export_weights(
-  workdir: Path, target: Path, *, naming: str = "official", form: str | None = None
+  workdir: Path,
+  target: Path,
+  *,
+  naming: str = "official",
+  form: str | None = None,
+  verify: bool = True,
 ) -> dict[str, np.ndarray]:
   """Writes a folder's model as a .safetensors file with the names of a different project.
 
@@ -130,6 +134,7 @@ def export_weights(
     target: the file to write, which must not exist yet.
     naming: source of the names: "official", "timm" or "mmpretrain".
     form: "train" or "deploy"; None takes the training form if the folder has one.
+    verify: as in `repjax.load`.
 
   Returns:
     The written state dict, name to array. Batch norms have the counter that PyTorch keeps, at zero.
@@ -147,16 +152,15 @@ def export_weights(
   check_new(target)
   if form is None:
     form = "train" if runs.checkpoints(workdir) else "deploy"
-  _, variables, spec = load(workdir, deploy=form == "deploy")
+  _, variables, spec = load(workdir, deploy=form == "deploy", verify=verify)
   state = to_torch(spec.name, variables, naming)
   for name in list(state):
     if name.endswith(".running_var"):
       counter = name.removesuffix("running_var") + "num_batches_tracked"
       state[counter] = np.zeros((), np.int64)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=".export.", dir=target.parent) as draft:
-    save_file(state, Path(draft, target.name), metadata={"format": "pt"})
-    Path(draft, target.name).replace(target)
+  # safetensors raises an error of its own, with the reason in its text.
+  with disk.writing(target), disk.replacing_file(target, exists=False) as draft:
+    save_file(state, draft, metadata={"format": "pt"})
   return state
 
 
@@ -167,7 +171,7 @@ def check_new(path: Path) -> Path:
     InputError: the path exists and is not an empty folder, is the current folder, or leads through
       a file.
   """
-  path = path.resolve()
+  path = disk.real(path)
   if path.is_dir() and not any(path.iterdir()):
     if path == Path.cwd():
       raise InputError("the current folder cannot be replaced; give the path of a new one")

@@ -202,4 +202,4 @@ def test_what_is_stopped_leaves_nothing(photos, tmp_path, number, said, status):
   assert ended.returncode == status
   assert said in ended.stdout + ended.stderr
   assert "Traceback" not in ended.stderr
-  assert not list(sets.iterdir())
+  assert not sets.exists()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax import disk, training
+from repjax import training
+from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.training import processes
 from repjax.training.interruption import Preempted, Stopped
@@ -172,7 +173,7 @@ def test_statistics_and_evaluation_are_those_of_one_process(two, finished, digit
     assert said[0][name]["accuracy"] == value["accuracy"]
   shapes = training_shapes(alone)["batch_stats"]
   ours, theirs = (
-    disk.read_tree(folder / "recalibrated" / "batch_stats", shapes) for folder in (workdir, alone)
+    trees.read_tree(folder / "recalibrated" / "batch_stats", shapes) for folder in (workdir, alone)
   )
   for value, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
     np.testing.assert_allclose(value, other, rtol=1e-4, atol=1e-6)
