@@ -106,6 +106,13 @@ def test_compile_names_what_came(model, variables, change, said, plain):
   assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("change", ["a device axis", "flat, with slashes", "flat, with tuples"])
+def test_to_torch_names_what_came(variables, change):
+  change, said = WRONG_TREES[change]
+  with pytest.raises(InputError, match=said):
+    repjax.weights.to_torch("repvgg_a0", change(variables))
+
+
 @pytest.mark.parametrize("value", [[1], None, np.ones(3), "params"], ids=repr)
 def test_compile_takes_dictionaries_only(model, value):
   with pytest.raises(InputError, match="variables must be nested dictionaries of arrays, got"):

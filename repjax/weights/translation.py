@@ -11,6 +11,7 @@ from repjax.errors import InputError, printable
 from repjax.models.initialize import draw
 from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec
+from repjax.trees import check_tree
 from repjax.weights.misfits import Problem, bad_values, explain, lines_of, misfits
 from repjax.weights.naming import NoNameError, entries
 from repjax.weights.recognition import Recognition, normalised, recognize_model, some
@@ -65,7 +66,7 @@ def from_torch(
   wanted = {name: entry for name, entry in wanted.items() if name not in dropped}
   problems = misfits(state, wanted) + bad_values(state, wanted, dtype)
   if problems:
-    hints = explain(state, wanted, found, num_classes, overrides)
+    hints = explain(state, wanted, found, num_classes, overrides) + _beside(removed, problems)
     raise InputError(_refusal(found, num_classes, removed, problems, hints))
   _refuse_unsaid(found, overrides)
   variables: dict[str, Any] = {}
@@ -109,6 +110,9 @@ def to_torch(
       "batch norms, which repjax folds. Pass params and batch_stats of the training form, or "
       "--form train."
     )
+  check_tree("variables", variables)
+  for name, collection in variables.items():
+    check_tree(f"variables[{name!r}]", collection)
   if "params" not in variables or not variables.keys() <= {"params", "batch_stats"}:
     raise InputError(
       f"to_torch takes {{'params', 'batch_stats'}}, or {{'params'}} of a deploy form, got "
@@ -142,6 +146,20 @@ def _of_several(rivals: Sequence[str]) -> str:
     f"the state dict holds several networks with the same names: {places}. Choose one: "
     f"read(path, entry={chosen!r}), --entry {chosen}, or pass only the tensors of one"
   )
+
+
+def _beside(removed: Sequence[str], problems: Sequence[Problem]) -> list[str]:
+  """Returns the way out if a whole network lies below a prefix, and other tensors beside it."""
+  prefix = next((part for part in removed if part.endswith(".")), "")
+  if not prefix or any(problem.kind != "unexpected" for problem in problems):
+    return []
+  if any(problem.name.startswith(prefix) for problem in problems):
+    return []
+  entry = printable(prefix[:-1], 100)
+  return [
+    f"The whole network is below {entry}. To leave out the tensors beside it, take "
+    f"read(path, entry={entry!r}), or --entry {entry}."
+  ]
 
 
 def _refusal(

@@ -39,7 +39,10 @@ _WRAPPERS = _PRIVATE | {
 }
 """Segments that wrappers add. They are ignored inside names, wanted ones included."""
 
-_COUNTERS = {"num_batches_tracked", "n_averaged", "initted", "step", "total_ops", "total_params"}
+_COUNTERS = {
+  *("num_batches_tracked", "n_averaged", "initted", "step", "num_updates", "decay"),
+  *("total_ops", "total_params"),
+}
 """Last segments of numbers that no computation reads: of norms, averages and the profiler thop."""
 
 _LONGEST = 1000

@@ -84,6 +84,7 @@ def test_a_wrapped_backbone_beside_a_classifier_is_one_network(state):
     {"initted": np.asarray(True), "step": np.asarray(3.0)},
     {"stage0.total_ops": np.zeros(1), "stage0.total_params": np.zeros(1)},
     {"module.n_averaged": np.asarray(5, np.int32)},
+    {"ema.decay": np.asarray(0.999), "ema.num_updates": np.asarray(7)},
   ],
   ids=lambda counters: "+".join(counters),
 )
@@ -122,6 +123,15 @@ def test_a_tensor_that_is_there_twice_is_not_dropped(state):
   twice = {f"model.{n}": x for n, x in state.items()} | {name: state[name] + 1}
   with pytest.raises(InputError, match=rf"unexpected \(the other\) {name}"):
     weights.from_torch("repvgg_a0", twice, **ARGUMENTS)
+
+
+def test_tensors_beside_a_whole_network_are_told_with_the_way_out(tmp_path, state):
+  lightning = {f"model.{name}": value for name, value in state.items()}
+  lightning |= {"criterion.weight": np.ones(10), "accuracy.tp": np.ones(10, np.int64)}
+  with pytest.raises(InputError, match=r"below model\. .*--entry model\."):
+    weights.from_torch("repvgg_a0", lightning, **ARGUMENTS)
+  np.savez(tmp_path / "a.npz", **lightning)
+  assert_same_bits(weights.read(tmp_path / "a.npz", entry="model"), state)
 
 
 def test_many_problems_are_told_in_groups(state):
