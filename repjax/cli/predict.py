@@ -194,7 +194,7 @@ def write(predictor: Predictor, images: Sequence[Path], k: int, writer: Any) -> 
   skipped = 0
   for file, result in progress(predictor.stream(images), len(images), shown=writer is not None):
     if not hasattr(result, "shape"):  # an error in place of an array of probabilities
-      print(f"skipped: {result}", file=sys.stderr)
+      print(f"skipped: {printable(result)}", file=sys.stderr)
       skipped += 1
       continue
     best = predictor.best(result, k)

@@ -16,7 +16,7 @@ from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub, repmlpnet
 from repjax.weights.files import read_entry
 from repjax.weights.misfits import is_half
-from repjax.weights.recognition import Recognition, recognize
+from repjax.weights.recognition import Recognition, recognize, removed_from
 from repjax.weights.repvgg import PREPROCESSING
 from repjax.weights.sources import RELEASED_WITH
 from repjax.weights.translation import from_torch, to_torch
@@ -50,7 +50,8 @@ def import_weights(
 
   Returns:
     The content of import.json: `source`, `file`, `bytes`, `sha256`, `revision` (of the hub),
-    `entry` and `other_entries` (state dicts in the file), `dtypes`, `model`, `naming`, `kind`,
+    `entry` and `other_entries` (state dicts in the file), `removed` (prefixes and wrappers that
+    were taken off the names), `dtypes`, `model`, `naming`, `kind`,
     `num_classes`, `new_head`, `assumed` (overrides that released weights need and the caller has
     not given), and `parameters`.
 
@@ -71,6 +72,7 @@ def import_weights(
   with ThreadPoolExecutor(1) as background:
     checksum = background.submit(_sha256, path)
     found = recognize(state, model_name, hint=source, **overrides)
+    removed = removed_from(state, found, overrides)
     released = RELEASED_WITH.get((found.model, found.naming), {})
     assumed = {name: value for name, (value, _) in released.items() if name not in overrides}
     overrides |= assumed
@@ -99,6 +101,7 @@ def import_weights(
       "revision": fetched.revision if fetched else None,
       "entry": entry,
       "other_entries": others,
+      "removed": removed,
       "dtypes": dtypes,
       **found._asdict(),
       "num_classes": num_classes,
