@@ -1,0 +1,215 @@
+"""Compares a folder after a fault with the same folder before the command and after the command.
+
+A folder is seen in two ways: file by file, and as repjax reads it. Both must show the old content
+or the new content. The new content is known from runs of the command without a fault.
+"""
+
+import contextlib
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from repjax.errors import InputError
+
+Files = dict[str, str]
+"""The path of each file to the hash of its bytes. The path of a folder ends in a slash."""
+
+Reading = str | None
+"""A hash of what a reader found; None: the reader found nothing."""
+
+Reader = Callable[[Path], str]
+"""A function of a folder that returns a reading. It raises InputError where it finds nothing."""
+
+
+class Problem(NamedTuple):
+  """A way in which a folder is not as it should be.
+
+  Attributes:
+    kind: "lost", "wrong", "foreign" or "left over".
+    text: what was found.
+  """
+
+  kind: str
+  text: str
+
+
+class Expected(NamedTuple):
+  """The content before a command, and after it.
+
+  Attributes:
+    before, final: the files.
+    volatile: files whose bytes differ between two runs without a fault.
+    planted: other people's files, which stay.
+    old, new: name of each reader to its reading, in the order in which the command changes them.
+    between: name of a reader to the readings that may be found on the way.
+    targets: paths of the folders and files that the command makes or replaces as a whole.
+    growing: files that the command extends, to their final bytes. A beginning may be found.
+  """
+
+  before: Files
+  final: Files
+  volatile: frozenset[str]
+  planted: Files
+  old: Mapping[str, Reading]
+  new: Mapping[str, Reading]
+  between: Mapping[str, frozenset[Reading]]
+  targets: Sequence[str]
+  growing: Mapping[str, bytes]
+
+
+def files_in(folder: Path) -> Files:
+  """Returns every file and folder below a folder."""
+  found = {}
+  for path in folder.rglob("*"):
+    # Orbax draws the names of some files at random, so these files cannot be compared one by one.
+    name = re.sub(r"[0-9a-f]{32}", "*", path.relative_to(folder).as_posix())
+    if path.is_dir() and not path.is_symlink():
+      found[f"{name}/"] = ""
+    else:
+      found[name] = "" if "*" in name else _hash(path)
+  return found
+
+
+def _hash(path: Path) -> str:
+  if path.is_symlink():
+    return f"a link to {path.readlink()}"
+  return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def plant(folder: Path, targets: Sequence[str]) -> Files:
+  """Writes other people's files beside targets, under names that drafts often have.
+
+  Returns:
+    The written files and their folders.
+  """
+  earlier = files_in(folder)
+  for target in targets:
+    path = folder / target
+    if path.parent.is_dir():
+      path.with_name(f".{path.name}.tmp").write_text(target)
+      for ending in ("old", "draft"):
+        beside = path.with_name(f"{path.name}.{ending}")
+        beside.mkdir()
+        (beside / "mine").write_text(target)
+  return {name: value for name, value in files_in(folder).items() if name not in earlier}
+
+
+def digest(tree: Any) -> str:
+  """Returns a hash of the paths, dtypes, shapes and bits of all arrays in a tree."""
+  result = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    array = np.asarray(leaf)
+    result.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+    result.update(array.tobytes())
+  return result.hexdigest()
+
+
+def read(readers: Mapping[str, Reader], folder: Path) -> dict[str, Reading]:
+  """Returns the reading of each reader. Damaged content becomes a reading that equals no other."""
+  return {name: _read(reader, folder) for name, reader in readers.items()}
+
+
+def _read(reader: Reader, folder: Path) -> Reading:
+  said = io.StringIO()
+  reading = None
+  try:
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+      reading = reader(folder)
+  except InputError as error:
+    said.write(str(error))
+  except Exception as error:  # every other error is a fault of the reader, which a table shall show
+    return f"{type(error).__name__}: {error}"
+  # A reader may take a different checkpoint where one is damaged, and then only prints a warning.
+  return said.getvalue() if "damaged" in said.getvalue() else reading
+
+
+def problems_after_fault(
+  expected: Expected, readers: Mapping[str, Reader], folder: Path, succeeded: bool
+) -> list[Problem]:
+  """Returns how a folder after a fault is neither as before the command nor as after it.
+
+  Args:
+    expected: the content before and after.
+    readers: name to reader.
+    folder: the folder.
+    succeeded: the command reported success, so that only the new content will do.
+  """
+  readings = read(readers, folder)
+  files, found = _without_planted(expected, files_in(folder))
+  found += _reading_problems(expected, readings)
+  found += _file_problems(expected, files, folder)
+  found += _mixtures(expected, files)
+  if succeeded and readings != dict(expected.new):
+    found.append(Problem("wrong", "the command reported success and left the old content"))
+  return found
+
+
+def problems_at_end(
+  expected: Expected, readers: Mapping[str, Reader], folder: Path
+) -> list[Problem]:
+  """Returns how a folder differs from what the command leaves without a fault."""
+  files, found = _without_planted(expected, files_in(folder))
+  for name, reading in read(readers, folder).items():
+    if reading != expected.new[name]:
+      kind = "wrong" if reading else "lost"
+      found.append(Problem(kind, f"at the end, {name} reads as {reading or 'nothing'}"))
+  for name in sorted(expected.final.keys() | files.keys()):
+    if name not in files:
+      found.append(Problem("lost", f"at the end, {name} is missing"))
+    elif name not in expected.final:
+      found.append(Problem("left over", f"at the end, {name} is still there"))
+    elif files[name] != expected.final[name] and name not in expected.volatile:
+      found.append(Problem("wrong", f"at the end, {name} is different"))
+  return found
+
+
+def _without_planted(expected: Expected, files: Files) -> tuple[Files, list[Problem]]:
+  """Returns the files that are not other people's, and what has become of other people's files."""
+  changed = [name for name, value in expected.planted.items() if files.get(name) != value]
+  found = [Problem("foreign", f"{name}, which is not repjax's, was changed") for name in changed]
+  return {name: files[name] for name in files.keys() - expected.planted.keys()}, found
+
+
+def _reading_problems(expected: Expected, readings: Mapping[str, Reading]) -> Iterator[Problem]:
+  """Yields readings that are neither old nor new, or that are new too early."""
+  waiting = None  # the first reading that is not new yet
+  for name, reading in readings.items():
+    old, new = expected.old[name], expected.new[name]
+    if reading not in (old, new, *expected.between.get(name, ())):
+      yield Problem("wrong" if reading else "lost", f"{name} reads as {reading or 'nothing'}")
+    elif waiting and reading == new != old:
+      yield Problem("wrong", f"{name} is new, and {waiting} is not new yet")
+    if reading != new and waiting is None:
+      waiting = name
+
+
+def _file_problems(expected: Expected, files: Files, folder: Path) -> Iterator[Problem]:
+  """Yields files that are neither as before the command nor as after the command."""
+  for name in sorted(expected.before.keys() | expected.final.keys()):
+    sides = [side[name] for side in (expected.before, expected.final) if name in side]
+    if name not in files:
+      if len(sides) == 2:
+        yield Problem("lost", f"{name} is missing")
+    elif name in expected.growing:
+      if not expected.growing[name].startswith((folder / name).read_bytes()):
+        yield Problem("wrong", f"{name} is no beginning of what the command writes")
+    elif files[name] not in sides and name not in expected.volatile:
+      yield Problem("wrong", f"{name} is neither old nor new")
+
+
+def _mixtures(expected: Expected, files: Files) -> Iterator[Problem]:
+  """Yields targets in which one file is old and one is new."""
+  for target in expected.targets:
+    ages = {}
+    for name in sorted(expected.before.keys() | expected.final.keys()):
+      old, new = expected.before.get(name), expected.final.get(name)
+      if f"{name}/".startswith(f"{target}/") and old != new and name not in expected.volatile:
+        ages["old" if files.get(name) == old else "new"] = name
+    if len(ages) == 2:
+      yield Problem("wrong", f"in {target}, {ages['old']} is old and {ages['new']} is new")
