@@ -36,6 +36,7 @@ Examples:
 import argparse
 import collections
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -77,6 +78,8 @@ def main() -> None:
   jax.config.update("jax_platforms", "cpu")
   with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
     base = (arguments.folder or Path(temporary)).resolve()
+    for name in ("prepared", "case"):  # of an earlier call; its compiled programs stay
+      shutil.rmtree(base / name, ignore_errors=True)
     base.mkdir(parents=True, exist_ok=True)
     with Server(base, _environment(base)) as server:
       results = list(_results(arguments, server, base))
@@ -145,23 +148,26 @@ def _environment(base: Path) -> dict[str, str]:
 
 def _results(arguments: argparse.Namespace, server: Server, base: Path) -> Iterator[Result]:
   """Yields a result for each run with a fault."""
-  preparation = Preparation(server, base)
+  preparation, shown = Preparation(server, base), set()
   for command in arguments.commands:
     print(f"preparing {command}", flush=True)
     trial = Trial(server, preparation.case, CASES[command](preparation))
     for name in arguments.faults:
       calls = trial.count(FAULTS[name])
       chosen = arguments.at or range(arguments.first, calls + 1, arguments.every)
-      for at in tqdm.tqdm(chosen, desc=f"{command}, {name}", disable=None):
+      bar = tqdm.tqdm(chosen, desc=f"{command}, {name}", disable=None)
+      for at in bar:
         start = time.perf_counter()
         ended, problems = trial.run(FAULTS[name], at)
         result = Result(command, name, at, ended, problems, time.perf_counter() - start)
         if arguments.at:
           print(*trial.outputs, sep="\n")
         for problem in problems:
-          lines = problem.text.strip().splitlines()
-          text = " ... ".join(dict.fromkeys((lines[0], lines[-1])))
-          tqdm.tqdm.write(f"{command}, {name} at call {at} of {calls}: {problem.kind}: {text}")
+          if (name, problem) not in shown:
+            shown.add((name, problem))
+            lines = problem.text.strip().splitlines()
+            text = " ... ".join(dict.fromkeys((lines[0], lines[-1])))
+            bar.write(f"{command}, {name} at call {at} of {calls}: {problem.kind}: {text}")
         yield result
 
 

@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import jax
@@ -83,7 +83,7 @@ def _hash(path: Path) -> str:
 
 
 def plant(folder: Path, targets: Sequence[str]) -> Files:
-  """Writes other people's files beside targets, under names that drafts often have.
+  """Writes other people's files beside targets, under names that drafts often have, and inside.
 
   Returns:
     The written files and their folders.
@@ -91,6 +91,8 @@ def plant(folder: Path, targets: Sequence[str]) -> Files:
   earlier = files_in(folder)
   for target in targets:
     path = folder / target
+    if path.is_dir():
+      (path / "mine.txt").write_text(target)
     if path.parent.is_dir():
       path.with_name(f".{path.name}.tmp").write_text(target)
       for ending in ("old", "draft"):
@@ -163,7 +165,9 @@ def problems_at_end(
     if name not in files:
       found.append(Problem("lost", f"at the end, {name} is missing"))
     elif name not in expected.final:
-      found.append(Problem("left over", f"at the end, {name} is still there"))
+      # A folder that is left over is named without everything below it.
+      if f"{PurePosixPath(name).parent}/" not in files.keys() - expected.final.keys():
+        found.append(Problem("left over", f"at the end, {name} is still there"))
     elif files[name] != expected.final[name] and name not in expected.volatile:
       found.append(Problem("wrong", f"at the end, {name} is different"))
   return found
@@ -173,7 +177,10 @@ def _without_planted(expected: Expected, files: Files) -> tuple[Files, list[Prob
   """Returns the files that are not other people's, and what has become of other people's files."""
   changed = [name for name, value in expected.planted.items() if files.get(name) != value]
   found = [Problem("foreign", f"{name}, which is not repjax's, was changed") for name in changed]
-  return {name: files[name] for name in files.keys() - expected.planted.keys()}, found
+  # A folder that a command removes stays if other people's files are in it.
+  kept = {f"{parent}/" for name in expected.planted for parent in PurePosixPath(name).parents}
+  kept = (kept - expected.final.keys()) | expected.planted.keys()
+  return {name: files[name] for name in files.keys() - kept}, found
 
 
 def _reading_problems(expected: Expected, readings: Mapping[str, Reading]) -> Iterator[Problem]:
@@ -194,22 +201,25 @@ def _file_problems(expected: Expected, files: Files, folder: Path) -> Iterator[P
   for name in sorted(expected.before.keys() | expected.final.keys()):
     sides = [side[name] for side in (expected.before, expected.final) if name in side]
     if name not in files:
-      if len(sides) == 2:
+      # A folder that is lost is named without everything below it.
+      if len(sides) == 2 and (name.count("/") == 0 or f"{PurePosixPath(name).parent}/" in files):
         yield Problem("lost", f"{name} is missing")
     elif name in expected.growing:
       if not expected.growing[name].startswith((folder / name).read_bytes()):
         yield Problem("wrong", f"{name} is no beginning of what the command writes")
-    elif files[name] not in sides and name not in expected.volatile:
+    # What the command removes may change before it is removed; readers tell whether it was whole.
+    elif name in expected.final and files[name] not in sides and name not in expected.volatile:
       yield Problem("wrong", f"{name} is neither old nor new")
 
 
 def _mixtures(expected: Expected, files: Files) -> Iterator[Problem]:
-  """Yields targets in which one file is old and one is new."""
+  """Yields targets in which one file is old and one is new; a missing file can be either."""
   for target in expected.targets:
     ages = {}
     for name in sorted(expected.before.keys() | expected.final.keys()):
       old, new = expected.before.get(name), expected.final.get(name)
-      if f"{name}/".startswith(f"{target}/") and old != new and name not in expected.volatile:
+      inside = f"{name}/".startswith(f"{target}/") and not name.endswith("/")
+      if inside and old != new and name not in expected.volatile:
         ages["old" if files.get(name) == old else "new"] = name
     if len(ages) == 2:
       yield Problem("wrong", f"in {target}, {ages['old']} is old and {ages['new']} is new")

@@ -120,14 +120,16 @@ class Server:
       fault: the fault. Its kinds of calls are counted.
       at: number of the call at which the fault happens; 0: no fault happens.
     """
-    status, calls = self._ask(arguments=arguments, folder=str(folder), fault=fault, at=at)
-    return Run(status, calls, self._output.read_text(errors="replace"))
+    return self._ask(arguments=arguments, folder=str(folder), fault=fault, at=at)
 
-  def load(self, arguments: Sequence[str]) -> None:
-    """Runs a command once, and imports everything that the command has imported."""
-    self._ask(arguments=arguments, load=True)
+  def load(self, arguments: Sequence[str]) -> Run:
+    """Runs a command without a fault, and then imports everything that the command has imported.
 
-  def _ask(self, **request: Any) -> Any:
+    Later runs of such commands start without these imports.
+    """
+    return self._ask(arguments=arguments, load=True)
+
+  def _ask(self, **request: Any) -> Run:
     assert self._process.stdin is not None
     assert self._process.stdout is not None
     request |= {"timeout": self.timeout, "output": str(self._output)}
@@ -136,7 +138,8 @@ class Server:
     answer = self._process.stdout.readline()
     if not answer:
       raise SystemExit("error: the process that starts the commands has ended by itself")
-    return json.loads(answer)
+    status, calls = json.loads(answer)
+    return Run(status, calls, self._output.read_text(errors="replace"))
 
 
 def _compile(folder: Path) -> Path:

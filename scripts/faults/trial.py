@@ -76,7 +76,8 @@ class Trial:
       # A signal may end a training run with the status 0, although steps are left.
       succeeded=run.status == 0 and not fault.signal,
     )
-    return ended, problems + self._run_again()
+    # What is wrong after the fault is often wrong at the end, and then named once.
+    return ended, list(dict.fromkeys(problems + self._run_again()))
 
   def _run_again(self) -> list[Problem]:
     """Runs the command without a fault in the folder that a fault left, and returns problems.
