@@ -4,6 +4,7 @@ All of them work on a tiny RepVGG on the digits, or on a few small images.
 """
 
 import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,9 @@ import numpy as np
 from PIL import Image
 
 import repjax
-from faults.contents import Reader, Reading, digest, read
+from faults.contents import Reader, Reading, digest
 from faults.server import FAULTS, Server
-from repjax import data, weights
-from repjax.errors import InputError
+from repjax import data, runs, weights
 
 STEPS, EVAL_STEPS = 8, 4
 _OVERRIDES = {
@@ -51,9 +51,23 @@ class Case(NamedTuple):
   refuses: bool = False
 
 
-def _form(path: str, deploy: bool) -> Reader:
-  """Returns a reader of a model in a folder, in either form."""
-  return lambda folder: digest(repjax.load(folder / path, deploy=deploy)[1])
+def _deploy_form(path: str) -> Reader:
+  """Returns a reader of the deploy form in a folder, which must be there if the folder is."""
+  return lambda folder: _digest_of(folder / path, deploy=True)
+
+
+def _training_form(path: str) -> Reader:
+  """Returns a reader of the best checkpoint, which must be there if any checkpoint is."""
+
+  def reader(folder: Path) -> Reading:
+    has_some = runs.checkpoints(folder / path) if (folder / path).exists() else {}
+    return _digest_of(folder / path, deploy=False) if has_some else None
+
+  return reader
+
+
+def _digest_of(folder: Path, deploy: bool) -> Reading:
+  return digest(repjax.load(folder, deploy=deploy)[1]) if folder.exists() else None
 
 
 def _train(folder: Path, **changes: object) -> list[str]:
@@ -146,7 +160,7 @@ class Preparation:
       shutil.rmtree(folder, ignore_errors=True)
       folder.mkdir(parents=True)
       self._server.run(_train(folder / "run"), folder, FAULTS["signal"], number)
-      if read({"train": _form("run", False)}, folder)["train"]:
+      if _training_form("run")(folder):
         return folder
     raise SystemExit("error: no signal stopped a run between its first and its last checkpoint")
 
@@ -157,7 +171,7 @@ class Preparation:
     for steps in range(1, STEPS + 1):
       folder = self._base / f"steps{steps}" / "run"
       self.do(*_train(folder, num_steps=steps, eval_every_epochs=1.0))
-      found.add(read({"train": _form("run", False)}, folder.parent)["train"])
+      found.add(_training_form("run")(folder.parent))
     return frozenset(found)
 
   @functools.cached_property
@@ -208,7 +222,7 @@ class Preparation:
     return Case(
       _train(self.case / "run"),
       before,
-      {"train": _form("run", False), "deploy": _form("run/deploy", True)},
+      {"train": _training_form("run"), "deploy": _deploy_form("run/deploy")},
       ["run/deploy"],
       beside,
       {"train": self.states},
@@ -217,7 +231,7 @@ class Preparation:
 
   def convert(self) -> Case:
     """Replaces a deploy form."""
-    forms = {"train": _form("run", False), "deploy": _form("run", True)}
+    forms = {"train": _training_form("run"), "deploy": _deploy_form("run")}
     return Case(["convert", f"--workdir={self.case / 'run'}"], self.stale, forms, ["run/deploy"])
 
   def recalibrate(self) -> Case:
@@ -232,7 +246,7 @@ class Preparation:
     return Case(
       ["recalibrate", f"--workdir={self.case / 'run'}", flag],
       self.recalibrated,
-      {"statistics": _form("run", False), "deploy": _form("run", True)},
+      {"statistics": _training_form("run"), "deploy": _deploy_form("run")},
       ["run/recalibrated", "run/deploy"],
       refuses=flag == "--undo",
     )
@@ -241,34 +255,33 @@ class Preparation:
     """Imports a checkpoint file."""
     arguments = ["import", f"--from={self.published}", f"--workdir={self.case / 'run'}"]
     arguments += ["--model=repvgg_a0", f"--overrides={json.dumps(_OVERRIDES)}"]
-    reader = {"train": _form("run", False)}
+    reader = {"train": _training_form("run")}
     return Case(arguments, self.nothing, reader, ["run"], refuses=True)
 
   def export(self) -> Case:
     """Writes StableHLO."""
-    return self._new_folder({"deploy": _form("a0", True)}, "export")
+    return self._new_folder({"deploy": _deploy_form("a0")}, "export")
 
   def export_onnx(self) -> Case:
     """Writes ONNX."""
-    return self._new_folder({"deploy": _form("a0", True)}, "export", "--format=onnx")
+    return self._new_folder({"deploy": _deploy_form("a0")}, "export", "--format=onnx")
 
   def quantize(self) -> Case:
     """Writes ONNX in 8 bits."""
     flags = ("--weights-only", "--images=16", "--timed-rounds=1")
-    return self._new_folder({"file": _bytes("a0/model.onnx")}, "quantize", *flags)
+    return self._new_folder({"file": _onnx}, "quantize", *flags)
 
   def export_weights(self) -> Case:
     """Writes a checkpoint file."""
     arguments = ["export-weights", f"--workdir={self.run}", f"--to={self.case}/a0.safetensors"]
-    reader = {"weights": lambda folder: digest(weights.read(folder / "a0.safetensors"))}
-    return Case(arguments, self.nothing, reader, ["a0.safetensors"], refuses=True)
+    return Case(arguments, self.nothing, {"file": _weights}, ["a0.safetensors"], refuses=True)
 
   def _new_folder(self, readers: Mapping[str, Reader], command: str, *flags: str) -> Case:
     arguments = [command, f"--workdir={self.run}", f"--to={self.case / 'a0'}", *flags]
     return Case(arguments, self.nothing, readers, ["a0"], refuses=True)
 
 
-def _examples(folder: Path) -> str:
+def _examples(folder: Path) -> Reading:
   """Reads a data set, every image of both splits."""
   splits = [
     data.open_source("pets", split, data_dir=str(folder)).examples
@@ -277,15 +290,16 @@ def _examples(folder: Path) -> str:
   return digest([examples[index] for examples in splits for index in range(len(examples))])
 
 
-def _bytes(path: str) -> Reader:
-  """Returns a reader of the bytes of a file."""
+def _weights(folder: Path) -> Reading:
+  """Reads a checkpoint file."""
+  path = folder / "a0.safetensors"
+  return digest(weights.read(path)) if path.exists() else None
 
-  def reader(folder: Path) -> str:
-    if not (folder / path).exists():
-      raise InputError(f"{path} does not exist")
-    return digest(np.frombuffer((folder / path).read_bytes(), np.uint8))
 
-  return reader
+def _onnx(folder: Path) -> Reading:
+  """Reads the bytes of an ONNX file, which must be there if the folder is."""
+  path = folder / "a0"
+  return hashlib.sha256((path / "model.onnx").read_bytes()).hexdigest() if path.exists() else None
 
 
 CASES: dict[str, Callable[[Preparation], Case]] = {

@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from repjax.errors import InputError
-
 Files = dict[str, str]
 """The path of each file to the hash of its bytes. The path of a folder ends in a slash."""
 
 Reading = str | None
-"""A hash of what a reader found; None: the reader found nothing."""
+"""A hash of what a reader found; None: there is nothing to read."""
 
-Reader = Callable[[Path], str]
-"""A function of a folder that returns a reading. It raises InputError where it finds nothing."""
+Reader = Callable[[Path], Reading]
+"""A function of a folder that returns a reading. It raises where something cannot be read."""
+
+_UNREADABLE = "unreadable: "
 
 
 class Problem(NamedTuple):
@@ -113,22 +113,24 @@ def digest(tree: Any) -> str:
 
 
 def read(readers: Mapping[str, Reader], folder: Path) -> dict[str, Reading]:
-  """Returns the reading of each reader. Damaged content becomes a reading that equals no other."""
+  """Returns the reading of each reader. What cannot be read equals no other reading."""
   return {name: _read(reader, folder) for name, reader in readers.items()}
 
 
 def _read(reader: Reader, folder: Path) -> Reading:
   said = io.StringIO()
-  reading = None
   try:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
       reading = reader(folder)
-  except InputError as error:
-    said.write(str(error))
-  except Exception as error:  # every other error is a fault of the reader, which a table shall show
-    return f"{type(error).__name__}: {error}"
-  # A reader may take a different checkpoint where one is damaged, and then only prints a warning.
-  return said.getvalue() if "damaged" in said.getvalue() else reading
+  except Exception as error:  # damage may raise anything, and the table shall show it
+    return f"{_UNREADABLE}{type(error).__name__}: {error}"
+  # A loader may take an earlier checkpoint where one is damaged, and then only prints a warning.
+  return f"{_UNREADABLE}{said.getvalue()}" if "damaged" in said.getvalue() else reading
+
+
+def _kind(reading: Reading) -> str:
+  """Returns the kind of the problem that a reading is neither old nor new."""
+  return "lost" if reading is None or reading.startswith(_UNREADABLE) else "wrong"
 
 
 def problems_after_fault(
@@ -159,8 +161,8 @@ def problems_at_end(
   files, found = _without_planted(expected, files_in(folder))
   for name, reading in read(readers, folder).items():
     if reading != expected.new[name]:
-      kind = "wrong" if reading else "lost"
-      found.append(Problem(kind, f"at the end, {name} reads as {reading or 'nothing'}"))
+      text = f"at the end, {name} reads as {reading or 'nothing'}"
+      found.append(Problem(_kind(reading), text))
   for name in sorted(expected.final.keys() | files.keys()):
     if name not in files:
       found.append(Problem("lost", f"at the end, {name} is missing"))
@@ -189,7 +191,7 @@ def _reading_problems(expected: Expected, readings: Mapping[str, Reading]) -> It
   for name, reading in readings.items():
     old, new = expected.old[name], expected.new[name]
     if reading not in (old, new, *expected.between.get(name, ())):
-      yield Problem("wrong" if reading else "lost", f"{name} reads as {reading or 'nothing'}")
+      yield Problem(_kind(reading), f"{name} reads as {reading or 'nothing'}")
     elif waiting and reading == new != old:
       yield Problem("wrong", f"{name} is new, and {waiting} is not new yet")
     if reading != new and waiting is None:

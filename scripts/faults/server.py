@@ -62,6 +62,10 @@ FAULTS = {
 }
 
 
+# A process with threads must not fork, and linear algebra starts threads when it is imported.
+_NO_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
 class Run(NamedTuple):
   """The end of a command.
 
@@ -97,7 +101,7 @@ class Server:
     library = _compile(folder)
     self._process = subprocess.Popen(
       [sys.executable, str(Path(__file__).resolve()), str(library)],
-      env={**os.environ, **environment, "LD_PRELOAD": str(library)},
+      env={**os.environ, **environment, **_NO_THREADS, "LD_PRELOAD": str(library)},
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
@@ -212,7 +216,7 @@ def _wait(process: int, seconds: float) -> int | None:
 def _import(names: Sequence[str]) -> None:
   """Imports modules, so that forked processes have them."""
   for name in names:
-    # A process with threads must not fork, and ONNX Runtime starts one when it is imported.
+    # ONNX Runtime starts a thread when it is imported.
     if not name.startswith(("__main__", "onnxruntime")):
       with contextlib.suppress(Exception):  # some modules are made by others and have no file
         importlib.import_module(name)
