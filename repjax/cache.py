@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,11 @@ from typing import Any
 
 import jax
 
-from repjax import disk
+from repjax import disk, json_files
 from repjax.errors import InputError
+from repjax.schema import anything, record, text
+
+_ANSWER = record({"question": text(), "answer": anything}, required=("answer",))
 
 
 def cache_folder() -> Path:
@@ -33,10 +35,9 @@ def recall(question: str) -> Any:
   None if there is no answer, or if its file cannot be read.
   """
   try:
-    held = json.loads(_file(question).read_text())
-  except (OSError, ValueError):
+    return json_files.read(_file(question), _ANSWER)["answer"]
+  except InputError:
     return None
-  return held.get("answer") if isinstance(held, dict) else None
 
 
 def remember(question: str, answer: Any) -> None:

@@ -9,11 +9,23 @@ subpackage implements. The table holds a copy of these names, and a test compare
 subpackage.
 """
 
-import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from repjax.errors import InputError, unknown
+from repjax import schema
+from repjax.errors import InputError
+from repjax.schema import (
+  Rule,
+  attributes,
+  boolean,
+  identifier,
+  items,
+  number,
+  optional,
+  record,
+  text,
+  whole,
+)
 
 if TYPE_CHECKING:
   import ml_collections
@@ -21,51 +33,21 @@ if TYPE_CHECKING:
 Config: TypeAlias = Any
 """An ml_collections.ConfigDict with the fields of FIELDS; the fields have no static types."""
 
-Check = Callable[[str, Any], None]
-"""Raises InputError if a value does not suit the field of a given name."""
-
-
-def _one_of(*choices: str) -> Check:
-  def check(name: str, value: Any) -> None:
-    if value not in choices:
-      raise unknown(f"value of config.{name}", value, choices)
-
-  return check
-
-
-def _number(test: Callable[[Any], bool], expected: str) -> Check:
-  """Returns a check of a number. NaN fails it, since every comparison with NaN is false."""
-
-  def check(name: str, value: Any) -> None:
-    if not (isinstance(value, numbers.Real) and test(value)):
-      raise InputError(f"config.{name} must be {expected}, got {value}")
-
-  return check
-
-
-def _three_numbers(test: Callable[[Any], bool], expected: str) -> Check:
-  """Returns a check of one number for each colour channel."""
-
-  def check(name: str, value: Any) -> None:
-    given = value if isinstance(value, tuple | list) else ()
-    if len(given) != 3 or not all(isinstance(x, numbers.Real) and test(x) for x in given):
-      raise InputError(f"config.{name} must be three numbers{expected}, got {value}")
-
-  return check
-
-
-_ABOVE_0 = _number(lambda value: value > 0, "above 0")
-_AT_LEAST_0 = _number(lambda value: value >= 0, "at least 0")
-_AT_LEAST_1 = _number(lambda value: value >= 1, "at least 1")
-_BELOW_1 = _number(lambda value: 0 <= value < 1, "at least 0 and below 1")
-_7_OR_8 = _number(lambda value: value in (7, 8), "7 or 8")
-
 DTYPES = ("float32", "bfloat16")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 SCHEDULES = ("cosine", "step", "poly")
 OPTIMIZERS = ("sgd", "adamw")
 DECAY_RULES = ("kernels_and_fast_biases", "all_but_penalised_kernels", "more_than_one_axis")
 QAT_ACTIVATIONS = ("uint8", "int8")
+
+_ABOVE_0 = number(above=0)
+_AT_LEAST_0 = number(0)
+_NO_LIMIT = number(0, finite=False)
+_COUNT = whole(0, 2**63 - 1)
+_AT_LEAST_1 = whole(1)
+_BELOW_1 = number(0, below=1)
+_SIDE = whole(1, 8_192)  # of an image, in pixels
+_RULES = {bool: boolean, int: whole(), float: number(), str: text(), tuple: items(attributes)}
 
 
 class Field(NamedTuple):
@@ -75,7 +57,7 @@ class Field(NamedTuple):
     name: the field is `config.NAME`.
     default: the value in `default()`. The field takes values of its type only.
     text: the documentation.
-    check: refuses values that no run could use. None: every value of the type may pass.
+    limits: the rule of the values that a run could use. None: every value of the type may pass.
     kind: the type of a field whose default is None.
     evaluates: evaluation and conversion read the field too, and check it.
     imported: the value in the config of imported weights. None: the default.
@@ -86,12 +68,17 @@ class Field(NamedTuple):
   name: str
   default: Any
   text: str
-  check: Check | None = None
+  limits: Rule | None = None
   kind: type | None = None
   evaluates: bool = False
   imported: Any = None
   free: bool = False
   before: Any = None
+
+  @property
+  def rule(self) -> Rule:
+    """The rule of the field's values: its limits, or else its type. See `repjax.schema`."""
+    return self.limits or _RULES.get(self.kind or type(self.default), attributes)
 
 
 OVERRIDES = (
@@ -148,13 +135,13 @@ FIELDS = (
     "num_classes",
     1000,
     "Outputs of the classifier. None: as many as the data set has classes.",
-    _AT_LEAST_1,
+    whole(1, 1_000_000),
   ),
   Field(
     "dtype",
     "float32",
     'Type of the computation: "float32" or "bfloat16". Parameters are always float32.',
-    _one_of(*DTYPES),
+    text(*DTYPES),
   ),
   Field("sync_batch_norm", False, "Share the statistics of batch norms between devices."),
   # Data.
@@ -174,12 +161,12 @@ FIELDS = (
   ),
   Field("train_split", "train", "Split of the data set to train on."),
   Field("eval_split", "validation", "Split of the data set to evaluate on.", evaluates=True),
-  Field("image_size", 224, "Side in pixels of the square images in training.", _AT_LEAST_1),
+  Field("image_size", 224, "Side in pixels of the square images in training.", _SIDE),
   Field(
     "eval_image_size",
     None,
     "Side in pixels in evaluation and deployment. None: as in training.",
-    _AT_LEAST_1,
+    _SIDE,
     kind=int,
   ),
   Field(
@@ -189,19 +176,19 @@ FIELDS = (
     "interpolation",
     "bilinear",
     'Method of resizing: "nearest", "bilinear" or "bicubic".',
-    _one_of(*INTERPOLATIONS),
+    text(*INTERPOLATIONS),
   ),
   Field(
     "mean",
     (0.485, 0.456, 0.406),
     "Mean of each channel, subtracted from values in 0 ... 1.",
-    _three_numbers(lambda value: True, ""),
+    items(number(), length=3),
   ),
   Field(
     "std",
     (0.229, 0.224, 0.225),
     "Standard deviation of each channel, by which the difference is divided.",
-    _three_numbers(lambda value: value > 0, " above 0"),
+    items(_ABOVE_0, length=3),
   ),
   Field(
     "augment",
@@ -212,7 +199,7 @@ FIELDS = (
     "num_workers",
     0,
     "Processes that read and augment images. 0: threads of this process.",
-    _AT_LEAST_0,
+    _COUNT,
     evaluates=True,
     free=True,
   ),
@@ -240,7 +227,7 @@ FIELDS = (
     "schedule",
     "cosine",
     'Curve after the warm-up: "cosine", "step" or "poly", see repjax/training/schedules.py.',
-    _one_of(*SCHEDULES),
+    text(*SCHEDULES),
   ),
   Field("warmup_epochs", 0.0, "Epochs of linear warm-up to the peak.", _AT_LEAST_0),
   Field(
@@ -274,7 +261,7 @@ FIELDS = (
     before=1.0,
   ),
   # Optimizer.
-  Field("optimizer", "sgd", 'Optimizer: "sgd" or "adamw".', _one_of(*OPTIMIZERS)),
+  Field("optimizer", "sgd", 'Optimizer: "sgd" or "adamw".', text(*OPTIMIZERS)),
   Field("momentum", 0.9, "Momentum of SGD, or the first beta of AdamW.", _AT_LEAST_0),
   Field("nesterov", False, "Use Nesterov momentum, in SGD only."),
   Field("weight_decay", 1e-4, "Factor of the weight decay.", _AT_LEAST_0),
@@ -282,7 +269,7 @@ FIELDS = (
     "weight_decay_rule",
     "kernels_and_fast_biases",
     "The parameters that decay, and the rate of biases, see repjax/training/optimizer.py.",
-    _one_of(*DECAY_RULES),
+    text(*DECAY_RULES),
   ),
   Field(
     "custom_l2",
@@ -290,7 +277,7 @@ FIELDS = (
     "Weight of RepVGG's custom L2 penalty, see repjax/training/custom_l2.py. 0: off.",
     _AT_LEAST_0,
   ),
-  Field("clip_norm", 0.0, "Largest norm of the whole gradient. 0: no limit.", _AT_LEAST_0),
+  Field("clip_norm", 0.0, "Largest norm of the whole gradient. 0: no limit.", _NO_LIMIT),
   Field(
     "ema_decay",
     0.0,
@@ -311,10 +298,13 @@ FIELDS = (
     "qat_activations",
     "uint8",
     'Type of rounded activations: "uint8", or "int8", which is symmetric, for TensorRT.',
-    _one_of(*QAT_ACTIVATIONS),
+    text(*QAT_ACTIVATIONS),
   ),
   Field(
-    "qat_weight_bits", 7, "Bits of rounded weights. 8 is for CPUs with VNNI and for GPUs.", _7_OR_8
+    "qat_weight_bits",
+    7,
+    "Bits of rounded weights. 8 is for CPUs with VNNI and for GPUs.",
+    whole(7, 8),
   ),
   Field("qat_images", 256, "Images of the training split to calibrate with.", _AT_LEAST_1),
   # Loss.
@@ -330,7 +320,7 @@ FIELDS = (
     "aux_weight", 0.1, "Weight of the loss of each auxiliary head that the model has.", _AT_LEAST_0
   ),
   # The run.
-  Field("seed", 0, "Seed of initialization, data order, augmentation and dropout.", _AT_LEAST_0),
+  Field("seed", 0, "Seed of initialization, data order, augmentation and dropout.", _COUNT),
   Field("log_every_steps", 50, "Steps between two lines of the log.", _AT_LEAST_1, free=True),
   Field(
     "eval_every_epochs",
@@ -343,7 +333,7 @@ FIELDS = (
     "save_every_minutes",
     10.0,
     "Minutes between two checkpoints without evaluation. 0: none.",
-    _AT_LEAST_0,
+    _NO_LIMIT,
     free=True,
   ),
   Field("tensorboard", False, "Write event files for TensorBoard, with tensorboardX.", free=True),
@@ -352,14 +342,14 @@ FIELDS = (
     0,
     "Batches over which batch norms are re-estimated at the end. 0: none. A frozen backbone keeps "
     "its statistics.",
-    _AT_LEAST_0,
+    _COUNT,
     free=True,
   ),
   Field(
     "tolerance",
     1e-5,
     "Largest relative difference between the logits of training form and deploy form.",
-    _ABOVE_0,
+    number(above=0, finite=False),
     evaluates=True,
     free=True,
   ),
@@ -374,6 +364,17 @@ FREE = frozenset(field.name for field in FIELDS if field.free)
 
 BEFORE = {field.name: field.before for field in FIELDS if field.before is not None}
 """The value that older runs used, for each field that they did not have."""
+
+_MODEL_OVERRIDES = record(
+  {field.name: optional(field.rule) for field in OVERRIDES}, others=attributes, name=identifier
+)
+CONFIG_JSON = record(
+  {field.name: optional(field.rule) for field in FIELDS}
+  | {"model_overrides": optional(_MODEL_OVERRIDES)},
+  others=attributes,
+  name=identifier,
+)
+"""The rule of config.json. A config of one's own may have more fields."""
 
 RESUME = ("auto", "must", "never")
 """The values of `resume`: a run may be continued, must be continued, or must not exist yet."""
@@ -463,10 +464,10 @@ def check_config(config: Config) -> None:
 
 
 def _check_value(config: Config, field: Field) -> None:
-  """Applies the check of a field; a field whose default is None may be None."""
+  """Applies the rule of a field; a field whose default is None may be None."""
   value = config[field.name]
-  if field.check is not None and not (value is None and field.default is None):
-    field.check(field.name, value)
+  if field.name != "model_overrides" and not (value is None and field.default is None):
+    schema.check(value, field.rule, f"config.{field.name}")
 
 
 def check_rates(config: Config) -> None:
@@ -521,6 +522,7 @@ def check_qat(config: Config) -> None:
 
 def check_overrides(config: Config) -> None:
   """Raises InputError for attributes of a model that training sets itself."""
+  overrides = config.model_overrides or {}
   for name in ("axis_name", "deploy", "features_only"):
-    if config.model_overrides.get(name):
+    if overrides.get(name):
       raise InputError(f"model_overrides.{name} is not for training; leave it out")

@@ -22,7 +22,9 @@ import jax
 import numpy as np
 from absl import logging
 
+from repjax import json_files
 from repjax.errors import InputError
+from repjax.schema import Rule, anything
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -112,18 +114,19 @@ def _missing(path: Path) -> InputError:
   )
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, rule: Rule = anything) -> Any:
   """Reads a JSON file.
 
+  Args:
+    path: path of the file.
+    rule: the rule of its content, see `repjax.schema`.
+
   Raises:
-    InputError: the file is missing or damaged.
+    InputError: the file is missing or damaged, or holds a value that the rule refuses.
   """
   if not path.exists():
     raise _missing(path)
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise InputError(f"{path} is damaged ({error}); restore it or start in a new folder") from error
+  return json_files.read(path, rule)
 
 
 def by_itself() -> Any:

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax import runs
-from repjax.errors import InputError, unknown
-from repjax.models import create_model, image_size_of
+from repjax import runs, schema
+from repjax.errors import InputError
+from repjax.models import check_model, create_model, image_size_of
 from repjax.reparam import reparameterize
+from repjax.runs import contents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Preprocessing:
     interpolation: "nearest", "bilinear" or "bicubic".
     mean: mean of each channel, for values in 0 ... 1; it is subtracted.
     std: standard deviation of each channel; the difference is divided by it.
+
+  Raises:
+    InputError: a value of a wrong type or out of range.
   """
 
   image_size: int = 224
@@ -38,6 +42,9 @@ class Preprocessing:
   mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
   std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
+  def __post_init__(self):
+    schema.check(vars(self), contents.PREPROCESSING, "preprocessing")
+
   def normalize(self, images: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """Maps uint8 images (..., 3) to (x / 255 - mean) / std in `dtype`."""
     scale = 1 / (255 * jnp.asarray(self.std, jnp.float32))
@@ -45,6 +52,9 @@ class Preprocessing:
     over_pixels = (1,) * (images.ndim - 1) + (3,)
     images = images.astype(jnp.float32) * scale.reshape(over_pixels) + shift.reshape(over_pixels)
     return images.astype(dtype)
+
+
+_PLAIN_FIELDS = ("name", "num_classes", "class_names")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +67,9 @@ class ModelSpec:
     overrides: attributes that replace those of the variant, as in `create_model`.
     preprocessing: steps from images to inputs.
     class_names: names of the classes in the order of the logits; empty if unknown.
+
+  Raises:
+    InputError: an unknown model or override, or a value of a wrong type or out of range.
   """
 
   name: str
@@ -64,6 +77,18 @@ class ModelSpec:
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   preprocessing: Preprocessing = Preprocessing()
   class_names: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    # Overrides come last, since their rules follow from the model.
+    plain = {name: value for name, value in vars(self).items() if name in _PLAIN_FIELDS}
+    schema.check(plain, contents.MODEL)
+    check_model(self.name, self.overrides, "overrides.")
+    named = len(self.class_names)
+    if named not in (0, self.num_classes):
+      raise InputError(
+        f"class_names has {named:,} names, and num_classes is {self.num_classes:,}. Give a name "
+        "for each class, or none"
+      )
 
   @classmethod
   def usual(
@@ -102,21 +127,10 @@ class ModelSpec:
     """Builds a spec from the value that `to_json` returns.
 
     Raises:
-      InputError: the name is missing, or a field is unknown.
+      InputError: a field is missing or unknown, or has a wrong value.
     """
-    fields = {field.name for field in dataclasses.fields(cls)}
-    for name in value:
-      if name not in fields:
-        raise unknown("field of model.json", name, fields)
-    if "name" not in value:
-      raise InputError(
-        f"model.json does not name a model: it has {sorted(value)}. Restore the file"
-      )
+    schema.check(value, contents.MODEL, "")
     preprocessing = dict(value.get("preprocessing", {}))
-    steps = {field.name for field in dataclasses.fields(Preprocessing)}
-    for name in preprocessing:
-      if name not in steps:
-        raise unknown("field of model.json's preprocessing", name, steps)
     for name in ("mean", "std"):
       if name in preprocessing:
         preprocessing[name] = tuple(preprocessing[name])
@@ -137,9 +151,13 @@ class ModelSpec:
     """Reads model.json from a folder.
 
     Raises:
-      InputError: the file does not exist, or is damaged.
+      InputError: the file does not exist, is damaged, or describes no model.
     """
-    return cls.from_json(runs.read_spec(folder))
+    value = runs.read_spec(folder)
+    try:
+      return cls.from_json(value)
+    except InputError as error:
+      raise InputError(f"{runs.model_file(folder)}: {error}") from error
 
 
 @functools.lru_cache(maxsize=128)

@@ -36,6 +36,12 @@ def assert_close(a: Any, b: Any, tolerance: float) -> None:
   assert relative_error(a, b) <= tolerance
 
 
+def assert_one_paragraph(error: Exception) -> None:
+  """Fails unless the text of an error is short, and nothing in it controls a terminal."""
+  assert str(error).isprintable(), str(error)
+  assert len(str(error)) < 2500, len(str(error))
+
+
 def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
   """Compiles like `jax.jit`, but fast and to slow code: tests run a program once or twice."""
   return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})

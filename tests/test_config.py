@@ -11,6 +11,7 @@ import ml_collections
 import pytest
 
 from repjax import config as table
+from repjax import schema
 from repjax.data.transforms import INTERPOLATIONS
 from repjax.errors import InputError
 from repjax.models import create_model, list_models
@@ -19,18 +20,22 @@ from repjax.training import optimizer, planning, schedules
 from tests.training import tiny
 
 ROWS = [*table.FIELDS, *table.OVERRIDES]
-CHECKED = [field for field in table.FIELDS if field.check]
+CHECKED = [field for field in table.FIELDS if field.name != "model_overrides"]
+NAN = float("nan")
 WRONG = {
-  "a name": ("cosin", 3, None),
-  "a number": (-1, float("nan"), "3", (3,)),
-  "three numbers": ((0.5, 0.5), (0.5, 0.5, "0.5"), (0.5, 0.5, None), 0.5, None),
+  str: (3, ["cosine"], "a\0b"),
+  bool: (1, "yes", [True]),
+  int: (1.5, True, "3", NAN, (3,)),
+  float: (NAN, "3", True, (3,)),
+  tuple: ((0.5, 0.5), (0.5, 0.5, "0.5"), (0.5, 0.5, None), (0.5, 0.5, NAN), 0.5),
 }
 
 
-def kind_of(field):
-  if isinstance(field.default, tuple):
-    return "three numbers"
-  return "a name" if isinstance(field.default, str) else "a number"
+def wrong_values(field):
+  """Values that the field refuses, those of a wrong type first."""
+  kind = field.kind or type(field.default)
+  limited = {str: ("cosin",), int: (-1,), float: (-1.0,)}.get(kind, ()) if field.limits else ()
+  return (*WRONG[kind], *limited, *(() if field.default is None else (None,)))
 
 
 @pytest.mark.parametrize("field", ROWS, ids=lambda field: field.name)
@@ -69,17 +74,18 @@ def test_a_field_without_a_default_takes_values_of_its_type_only():
 
 @pytest.mark.parametrize("field", CHECKED, ids=lambda field: field.name)
 def test_every_check_refuses_wrong_values_and_names_the_field(field):
-  field.check(field.name, 1 if field.default is None else field.default)
-  for value in WRONG[kind_of(field)]:
-    with pytest.raises(InputError, match=rf"config\.{field.name}\b"):
-      field.check(field.name, value)
+  if field.default is not None:
+    schema.check(field.default, field.rule, f"config.{field.name}")
+  for value in wrong_values(field):
+    with pytest.raises(InputError, match=rf"^config\.{field.name}\b.*must be.*, got "):
+      schema.check(value, field.rule, f"config.{field.name}")
 
 
 @pytest.mark.parametrize("field", CHECKED, ids=lambda field: field.name)
 def test_a_config_with_a_wrong_value_is_refused_by_its_field(field):
   config = ml_collections.ConfigDict(table.default().to_dict())
   with config.ignore_type():
-    config[field.name] = WRONG[kind_of(field)][0]
+    config[field.name] = wrong_values(field)[0]
   with pytest.raises(InputError, match=rf"config\.{field.name}\b"):
     table.check_config(config)
   if field.evaluates:

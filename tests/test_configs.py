@@ -327,7 +327,7 @@ def test_tiles_and_groups_are_numbers_or_tuples_on_the_command_line_too(monkeypa
   config.model_overrides.update({"tile": 10, "fc3_groups": 8, "widths": (8, 64, 512, 8)})
   assert planning.model_spec(config, ()).create_model().fc3_groups == 8
   config.model_overrides.tile = "ten"
-  with pytest.raises(InputError, match="tile takes a whole number above 0"):
+  with pytest.raises(InputError, match="tile must be a whole number or a list"):
     planning.model_spec(config, ())
 
 

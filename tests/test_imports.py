@@ -13,10 +13,11 @@ import repjax
 PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
 # A room is a file or a folder of the package. Every room may import the leaves.
-LEAVES = {"cache", "disk", "errors", "runs", "timing"}
+LEAVES = {"cache", "disk", "errors", "json_files", "runs", "schema", "timing"}
 # Each room, and the rooms besides the leaves that it may import.
 MAY_IMPORT = {
   **{leaf: set() for leaf in LEAVES},
+  "runs": {"config"},
   "algebra": set(),
   "program": set(),
   "layers": {"algebra"},
@@ -42,7 +43,7 @@ ANYTHING = {"__main__", "cli"}  # may import every room
 # Leaves that a room may not import: these import jax, which a process that reads images must not.
 NOT_LEAVES = {"data": {"cache", "disk", "runs"}}
 # Packages outside the standard library: all that a room may import, and those that it may not.
-ONLY = {"algebra": {"jax"}, "errors": set(), "timing": set()}
+ONLY = {"algebra": {"jax"}, "errors": set(), "timing": set(), "schema": set(), "json_files": set()}
 NEVER = {"data": {"jax", "jaxlib", "flax"}}
 
 

@@ -11,8 +11,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from repjax import json_files
 from repjax.cli import flags
 from repjax.errors import InputError, one_paragraph
+from repjax.schema import MisfitError, anything, shown, table
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
@@ -22,12 +24,12 @@ def parse_overrides(text: str) -> dict[str, Any]:
     InputError: the text is not a JSON object.
   """
   try:
-    value = json.loads(text)
-  except ValueError:
-    value = None
-  if not isinstance(value, dict):
-    raise InputError(f'--overrides takes JSON such as {{"stage_sizes": [1, 2, 2, 1]}}, got {text}')
-  return value
+    return json_files.parse(text, table(anything))
+  except MisfitError as misfit:
+    raise InputError(
+      f'--overrides takes JSON such as {{"stage_sizes": [1, 2, 2, 1]}}, got {text[:200]!r}: '
+      f"{misfit.words(shown)}"
+    ) from None
 
 
 def main(argv: Sequence[str]) -> None:

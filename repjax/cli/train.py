@@ -11,14 +11,15 @@ stopped, the same command continues the run from its last checkpoint.
 """
 
 import argparse
+import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from repjax import configs
+from repjax import configs, schema
 from repjax.cli import flags
-from repjax.config import RESUME
+from repjax.config import FIELDS, OVERRIDES, RESUME
 from repjax.errors import InputError, one_paragraph, unknown
 
 
@@ -100,26 +101,52 @@ def config_file(name: str) -> str:
   """
   if not name.isidentifier():
     return name
+  known = _known_configs()
+  if name not in known:
+    raise unknown("config", name, known)
+  return known[name]
+
+
+def _known_configs() -> dict[str, str]:
+  """Returns the name of each config of `repjax.configs`, and its file."""
   # The path of `repjax.configs` is the folder of the package, or in a checkout also configs/. A
   # file in an earlier folder wins, as in an import.
   folders = [Path(folder) for folder in reversed(configs.__path__)]
   files = [file for folder in folders for file in folder.glob("*.py")]
-  known = {file.stem: str(file) for file in files if file.stem not in ("__init__", "common")}
-  if name not in known:
-    raise unknown("config", name, known)
-  return known[name]
+  return {file.stem: str(file) for file in files if file.stem not in ("__init__", "common")}
 
 
 def load_config(file: str, changes: Sequence[str]) -> Any:
   """Returns the ConfigDict of a file, with the changes of the command line.
 
   Args:
-    file: path of the config.
+    file: path of the config; after a colon may follow an argument of `get_config`.
     changes: arguments such as "--config.batch_size=64".
 
   Raises:
-    InputError: the file cannot be read, or a change names no field of the config.
+    InputError: the file does not exist or cannot be run, or a change names no field of the config
+      or gives it a wrong value.
   """
+  from absl import flags as absl_flags
+
+  path = Path(file.partition(":")[0])
+  if not path.is_file():
+    raise _no_config(path)
+  try:
+    config, rest = _parsed(file, changes)
+  except absl_flags.UnrecognizedFlagError as error:
+    known = ("--config", "--workdir", "--resume", "--distributed")
+    raise unknown("flag", f"--{error.flagname}", known) from error
+  except (AttributeError, KeyError, TypeError, OSError, absl_flags.Error) as error:
+    _check_runs(file)
+    raise _mistake(file, changes, error) from error
+  if rest:
+    raise InputError(f"unexpected arguments {rest}; fields are set as --config.batch_size=64")
+  return config
+
+
+def _parsed(file: str, changes: Sequence[str]) -> tuple[Any, list[str]]:
+  """Returns the config of a file with some changes, and the arguments that change nothing."""
   from absl import flags as absl_flags
   from ml_collections import config_flags
 
@@ -127,20 +154,73 @@ def load_config(file: str, changes: Sequence[str]) -> Any:
   # Flags of this call alone: the global ones would keep the config of an earlier call.
   values = absl_flags.FlagValues()
   holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  rest = values(argv)[1:]
+  _ = rest or holder.value.model  # A file that failed to load says so only now.
+  return holder.value, rest
+
+
+def _no_config(path: Path) -> InputError:
+  """Returns the error for a config file that does not exist, with files of similar names."""
+  files = {file.stem: str(file) for file in path.parent.glob("*.py")} | _known_configs()
+  close = difflib.get_close_matches(path.stem, files, n=3, cutoff=0.5)
+  hint = (
+    f"did you mean {' or '.join(files[name] for name in close)}?"
+    if close
+    else ("give the name of a config, such as digits, or the path of a file")
+  )
+  kind = "is a folder" if path.is_dir() else "does not exist"
+  return InputError(f"the config file {path} {kind}; {hint}")
+
+
+def _check_runs(file: str) -> None:
+  """Raises InputError if a config file cannot be run even without changes."""
   try:
-    rest = values(argv)[1:]
-    if not rest:
-      _ = holder.value.model  # a file that failed to load says so only now
-      return holder.value
-  except OSError as error:
-    text = " ".join(str(error).split()).rpartition("] ")[2]  # leaves out where it was looked for
-    raise InputError(f"the config file cannot be loaded, look at its path: {text}") from error
-  except (AttributeError, KeyError, TypeError) as error:  # raised by ml_collections
-    text = " ".join(str(error).replace("\\n", "; ").replace("\\'", "").split()).strip("'\"")
-    raise InputError(f"unknown config field {text} (all fields: repjax/config.py)") from error
-  except absl_flags.UnrecognizedFlagError as error:
-    known = ("--config", "--workdir", "--resume", "--distributed")
-    raise unknown("flag", f"--{error.flagname}", known) from error
-  except absl_flags.Error as error:
-    raise InputError(str(error)) from error
-  raise InputError(f"unexpected arguments {rest}; fields are set as --config.batch_size=64")
+    _parsed(file, [])
+  except Exception as error:  # The file is a program, which may raise anything.
+    text = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+    raise InputError(
+      f"the config {file} cannot be run: {type(error).__name__}: {text}. Its function get_config() "
+      "must return a config that starts from repjax.config.default()"
+    ) from error
+
+
+def _mistake(file: str, changes: Sequence[str], error: Exception) -> InputError:
+  """Returns the error for changes that a config does not take.
+
+  Args:
+    file: path of the config.
+    changes: arguments such as "--config.batch_size=64".
+    error: exception of ml_collections.
+  """
+  config, _ = _parsed(file, [])
+  for name, value in _assignments(changes):
+    held, path = config, ""
+    for part in name.split("."):
+      known = list(held) if hasattr(held, "keys") else []
+      if part not in known:
+        return unknown("config field", f"{path}{part}", [f"{path}{each}" for each in known])
+      held, path = held[part], f"{path}{part}."
+    # Each error about a value begins with the flag as it was given.
+    if f"--config.{name}={value}:" in str(error):
+      wanted, got = _wanted(name), schema.shown(value)
+      return InputError(f"config.{name} {wanted}, got {got}")
+  return InputError(" ".join(str(error).split()))
+
+
+def _assignments(changes: Sequence[str]) -> Iterator[tuple[str, str]]:
+  """Yields the name and the text of each change."""
+  for change, after in zip(changes, (*changes[1:], "")):
+    name, is_assigned, value = change.partition("=")
+    if name.startswith("--config."):
+      yield name.removeprefix("--config."), value if is_assigned else after
+
+
+def _wanted(name: str) -> str:
+  """Returns the values in words that a field takes."""
+  rows = {field.name: field for field in FIELDS}
+  rows |= {f"model_overrides.{field.name}": field for field in OVERRIDES}
+  if name not in rows:
+    return "does not take this value"
+  field = rows[name]
+  is_tuple = (field.kind or type(field.default)) is tuple
+  return "must be a tuple such as (1, 2)" if is_tuple else f"must be {field.rule.wanted}"

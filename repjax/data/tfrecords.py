@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 import google_crc32c
 from tqdm import tqdm
 
+from repjax import json_files
 from repjax.data import storage
 from repjax.data.builders import builder_of, file_formats
 from repjax.errors import InputError
+from repjax.schema import anything, items, record, text
 
 INFO = "dataset_info.json"
+_INFO = record({"alternativeFileFormats": items(text())}, others=anything)
 
 
 class _Shard(NamedTuple):
@@ -108,7 +111,7 @@ def _copy_to(target: Path, shards: list[_Shard], folder: Path, name: str, num_wo
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
-  return json.loads((folder / INFO).read_text())
+  return json_files.read(folder / INFO, _INFO)
 
 
 def _write_info(folder: Path, info: dict[str, Any]) -> Path:

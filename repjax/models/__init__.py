@@ -1,6 +1,5 @@
 """Models by name."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,9 @@ from flax.core import FrozenDict
 from repjax.errors import unknown
 from repjax.models import parnet, repmlp, repmlp_resnet, repmlpnet, repvgg, resnet, vgg
 from repjax.models.initialize import init
+from repjax.models.overrides import check_overrides
 
-__all__ = ["create_model", "image_size_of", "init", "list_models"]
+__all__ = ["check_model", "create_model", "image_size_of", "init", "list_models"]
 
 _FAMILIES = (
   (repvgg.RepVGG, repvgg.VARIANTS),
@@ -27,7 +27,6 @@ _FAMILIES = (
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
   name: (family, row) for family, variants in _FAMILIES for name, row in variants.items()
 }
-_OWN_ARGUMENTS = {"num_classes", "deploy", "dtype", "param_dtype", "parent", "name"}
 
 
 def list_models() -> list[str]:
@@ -72,17 +71,30 @@ def create_model(
     InputError: the name or an override is unknown (the text lists close matches), or the model does
       not take a value.
   """
-  if name not in _MODELS:
-    raise unknown("model", name, _MODELS)
-  model_class, row = _MODELS[name]
-  known = {field.name for field in dataclasses.fields(model_class)} - _OWN_ARGUMENTS
-  for override in overrides:
-    if override not in known:
-      raise unknown(f"override of {name}", override, known)
+  model_class, row = check_model(name, overrides)
   attributes = row | {key: _hashable(value) for key, value in overrides.items()}
   return model_class(
     num_classes=num_classes, deploy=deploy, dtype=dtype, param_dtype=param_dtype, **attributes
   )
+
+
+def check_model(
+  name: str, overrides: Mapping[str, Any], prefix: str = ""
+) -> tuple[type[nn.Module], dict[str, Any]]:
+  """Returns the class of a model and the attributes of the variant, without building the model.
+
+  Args:
+    name: one of `list_models()`.
+    overrides: attributes by name, as in `create_model`.
+    prefix: words before the name of an attribute in the message.
+
+  Raises:
+    InputError: the name or an override is unknown, or an override has a wrong type.
+  """
+  if name not in _MODELS:
+    raise unknown("model", name, _MODELS)
+  check_overrides(name, _MODELS[name][0], overrides, prefix)
+  return _MODELS[name]
 
 
 def _hashable(value: Any) -> Any:

@@ -28,6 +28,7 @@ from repjax.layers import AuxHead, RepConv, SqueezeExcite
 from repjax.models.base import Block, BlockBuilder, Classifier, Stage
 from repjax.models.checks import check_total_stride, is_whole
 from repjax.models.dilation import Striding, dilate
+from repjax.schema import shown
 
 
 class RepVGGBlock(Block):
@@ -128,9 +129,11 @@ class RepVGG(Classifier, kw_only=True):
     if self.aux_heads and self.stage_sizes[2] < 2:
       raise InputError("aux_heads needs two blocks in stage 3, one on each side of its third head")
     blocks = sum(self.stage_sizes)
-    groups = self.groups if isinstance(self.groups, Mapping) else {1: self.groups}
+    groups = dict(self.groups) if isinstance(self.groups, Mapping) else {1: self.groups}
     if not all(0 < int(block) <= blocks and count > 0 for block, count in groups.items()):
-      raise InputError(f"groups is a number, or {{block 1 to {blocks}: number}}, got {self.groups}")
+      raise InputError(
+        f"groups is a number, or {{block 1 to {blocks}: number}}, got {shown(groups)}"
+      )
     if self.se not in (None, "pre", "post"):
       raise InputError(f'se is None, "pre" or "post" (of the activation), got {self.se!r}')
     super().__post_init__()

@@ -62,7 +62,9 @@ def read_history(workdir: Path, name: str | None = None) -> History:
   config = runs.read_config_json(workdir) if runs.config_file(workdir).exists() else {}
   return History(
     workdir.absolute().name if name is None else name,
-    f"{config['model']} on {config['dataset']}" if config.get("dataset") and curves else "",
+    f"{config['model']} on {config['dataset']}"
+    if {"model", "dataset"} <= config.keys() and config["dataset"] and curves
+    else "",
     config.get("batch_size") if curves else None,
     curves,
     best,

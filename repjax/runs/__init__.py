@@ -19,9 +19,9 @@ import.json               imports only: where the weights came from
 report.png                curves and kernels
 .lock                     while a process writes: which process
 
-paths.py names the files. checkpoint.py writes and reads checkpoints, files.py the .json files,
-records.py the two .jsonl files, folders.py the deploy form, re-estimated statistics, imports and
-exported networks. lock.py keeps a second writer away.
+paths.py names the files, and contents.py says what they may hold. checkpoint.py writes and reads
+checkpoints, files.py the .json files, records.py the two .jsonl files, folders.py the deploy form,
+re-estimated statistics, imports and exported networks. lock.py keeps a second writer away.
 """
 
 # ruff: noqa: F401  (everything imported here is offered to other packages)

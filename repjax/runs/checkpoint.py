@@ -6,7 +6,6 @@ metrics/metrics           {"accuracy": ...}, -1 where the step was not evaluated
 bookmark/metadata         the loop's position, a `Bookmark`
 """
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from absl import logging
 
 from repjax import disk
 from repjax.errors import InputError
-from repjax.runs import paths
+from repjax.runs import contents, paths
 
 _NOT_EVALUATED = -1.0
 
@@ -46,9 +45,9 @@ def checkpoints(workdir: Path) -> dict[int, float]:
   for path in folder.iterdir() if folder.exists() else ():
     if path.name.isdigit():  # a folder that is still being written has a longer name
       try:
-        text = paths.accuracy_file(workdir, int(path.name)).read_text()
-        found[int(path.name)] = json.loads(text)["accuracy"]
-      except (OSError, ValueError, KeyError):
+        file = paths.accuracy_file(workdir, int(path.name))
+        found[int(path.name)] = disk.read_json(file, contents.ACCURACY)["accuracy"]
+      except InputError:
         found[int(path.name)] = _NOT_EVALUATED
   return found
 
@@ -89,11 +88,15 @@ def read_checkpoint(
 
 
 def read_bookmark(workdir: Path, step: int) -> Bookmark:
-  """Reads the bookmark of a checkpoint. Older checkpoints have none; a suitable one is returned."""
-  try:
-    return Bookmark(**disk.read_json(paths.bookmark_file(workdir, step)))
-  except (InputError, TypeError):
+  """Reads the bookmark of a checkpoint. Older checkpoints have none; a suitable one is returned.
+
+  Raises:
+    InputError: the bookmark is damaged, or a field has a wrong value.
+  """
+  path = paths.bookmark_file(workdir, step)
+  if not path.exists():
     return Bookmark(None, [], checkpoints(workdir).get(step, _NOT_EVALUATED) >= 0)
+  return Bookmark(**disk.read_json(path, contents.BOOKMARK))
 
 
 def set_aside(workdir: Path, step: int) -> Path:

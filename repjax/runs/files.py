@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from repjax import disk
-from repjax.errors import InputError
-from repjax.runs import paths
+from repjax.config import CONFIG_JSON
+from repjax.runs import contents, paths
 
 
 def write_start(
@@ -39,13 +39,9 @@ def read_config_json(workdir: Path) -> dict[str, Any]:
   """Reads config.json, the config that a run was last started with.
 
   Raises:
-    InputError: the file is missing or damaged.
+    InputError: the file is missing or damaged, or a field has a wrong value.
   """
-  path = paths.config_file(workdir)
-  value = disk.read_json(path)
-  if not isinstance(value, dict):
-    raise InputError(f"{path} is damaged: it does not hold a config. Restore the file")
-  return value
+  return disk.read_json(paths.config_file(workdir), CONFIG_JSON)
 
 
 def read_data(workdir: Path) -> dict[str, dict[str, Any]] | None:
@@ -55,24 +51,19 @@ def read_data(workdir: Path) -> dict[str, dict[str, Any]] | None:
     The content of the file; None for a run that is older than the file.
 
   Raises:
-    InputError: the file is damaged.
+    InputError: the file is damaged, or a field has a wrong value.
   """
   path = paths.data_file(workdir)
-  if not path.exists():
-    return None
-  value = disk.read_json(path)
-  if not isinstance(value, dict) or not all(isinstance(facts, dict) for facts in value.values()):
-    raise InputError(f"{path} is damaged: it does not hold facts about the data. Restore the file")
-  return value
+  return disk.read_json(path, contents.DATA) if path.exists() else None
 
 
-def read_spec(folder: Path) -> Any:
-  """Reads model.json; `ModelSpec.from_json` checks the content.
+def read_spec(folder: Path) -> dict[str, Any]:
+  """Reads model.json; `ModelSpec` checks the overrides in it.
 
   Raises:
-    InputError: the file is missing or damaged.
+    InputError: the file is missing or damaged, or a field has a wrong value.
   """
-  return disk.read_json(paths.model_file(folder))
+  return disk.read_json(paths.model_file(folder), contents.MODEL)
 
 
 def write_spec(folder: Path, spec: Mapping[str, Any]) -> None:
@@ -84,13 +75,13 @@ def write_spec(folder: Path, spec: Mapping[str, Any]) -> None:
   disk.write_json(paths.model_file(folder), spec)
 
 
-def read_roundings(workdir: Path) -> Any:
+def read_roundings(workdir: Path) -> dict[str, Any]:
   """Reads rounding.json, which says how quantization-aware training rounds tensors.
 
   Raises:
-    InputError: the file is missing or damaged.
+    InputError: the file is missing or damaged, or a field has a wrong value.
   """
-  return disk.read_json(paths.rounding_file(workdir))
+  return disk.read_json(paths.rounding_file(workdir), contents.ROUNDINGS)
 
 
 def write_roundings(workdir: Path, roundings: Mapping[str, Any]) -> None:
@@ -108,15 +99,15 @@ def read_conversion_report(workdir: Path) -> dict[str, Any]:
   """Reads the comparison of both forms from the deploy folder of a run.
 
   Raises:
-    InputError: the file is missing or damaged.
+    InputError: the file is missing or damaged, or a field has a wrong value.
   """
-  return disk.read_json(paths.conversion_file(paths.deploy_folder(workdir)))
+  return disk.read_json(paths.conversion_file(paths.deploy_folder(workdir)), contents.REPORT)
 
 
 def read_export(folder: Path) -> dict[str, Any]:
   """Reads export.json, which says what an exported program takes and returns.
 
   Raises:
-    InputError: the file is missing or damaged.
+    InputError: the file is missing or damaged, or a field has a wrong value.
   """
-  return disk.read_json(paths.export_file(folder))
+  return disk.read_json(paths.export_file(folder), contents.EXPORT)

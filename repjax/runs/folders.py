@@ -17,7 +17,7 @@ import numpy as np
 
 from repjax import disk
 from repjax.errors import InputError
-from repjax.runs import files, paths
+from repjax.runs import contents, files, paths
 from repjax.runs.checkpoint import read_checkpoint
 
 
@@ -276,10 +276,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
   Raises:
     InputError: the file is missing or damaged.
   """
-  record = disk.read_json(paths.recalibration_file(folder))
-  if not isinstance(record, dict) or not {"step", "checkpoint", "batches"} <= record.keys():
-    raise InputError(f"{paths.recalibration_file(folder)} is damaged: fields are missing")
-  return record
+  return disk.read_json(paths.recalibration_file(folder), contents.RECALIBRATION)
 
 
 def _checksum(tree: Any) -> int:

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from repjax import disk
-from repjax.errors import InputError
-from repjax.runs import paths
+from repjax import disk, json_files
+from repjax.errors import InputError, printable
+from repjax.runs import contents, paths
 
 
 @contextlib.contextmanager
@@ -129,9 +129,8 @@ def _sign(file: int, path: Path) -> None:
 def _holder(path: Path) -> str:
   """Returns who holds a lock, in words."""
   try:
-    held = json.loads(path.read_text())
-    return (
-      f"process {held['pid']} on {held['host']} since {held['since']} ({held['command'][:200]})"
-    )
-  except (OSError, ValueError, KeyError, TypeError):
+    held = json_files.read(path, contents.HOLDER)
+    host, since, command = (printable(held[name])[:200] for name in ("host", "since", "command"))
+    return f"process {held['pid']} on {host} since {since} ({command})"
+  except InputError:
     return "another process"  # The holder has locked the file, and has not signed it yet.

@@ -2,12 +2,15 @@
 
 import errno
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
-from repjax import disk
+from repjax import disk, json_files
+from repjax.runs import contents
+from repjax.schema import MisfitError, Rule
+
+_LONGEST_LINE = 2**16
 
 
 class RecordsFile:
@@ -70,6 +73,9 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
   """Returns the records of a file, and the number of lines that hold no record.
 
   A record has a whole step, and all of its values are finite numbers. A missing file is empty.
+
+  Raises:
+    InputError: the file cannot be read.
   """
   lines = _lines(path)
   records = [record for record in map(_parse, lines) if record is not None]
@@ -77,24 +83,31 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _lines(path: Path) -> list[str]:
-  return path.read_text(errors="replace").splitlines() if path.exists() else []
+  """Returns the lines of a file, each up to a length that no record has; a missing file is empty.
+
+  Raises:
+    InputError: the file cannot be read.
+  """
+  if not path.exists():
+    return []
+  lines = []
+  with json_files.opened(path) as file:
+    while line := file.readline(_LONGEST_LINE):
+      lines.append(line.decode(errors="replace").removesuffix("\n"))
+      while len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+        line = file.readline(_LONGEST_LINE)
+  return lines
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-  """Returns a record if its values are finite numbers and its step is whole, else None."""
+def _parse(line: str, rule: Rule = contents.RECORD) -> dict[str, Any] | None:
+  """Returns the record in a line, or None if the line holds no record of the rule."""
   try:
-    record = json.loads(line)
-  except ValueError:
+    return json_files.parse(line, rule)
+  except MisfitError:
     return None
-  if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-    return None
-  numbers = [value for value in record.values() if isinstance(value, int | float)]
-  return record if len(numbers) == len(record) and all(map(math.isfinite, numbers)) else None
 
 
 def _step_of(line: str) -> float:
   """Returns the step of a record; infinity for a line that a crash cut short."""
-  try:
-    return json.loads(line)["step"]
-  except (ValueError, KeyError, TypeError):
-    return float("inf")
+  record = _parse(line, contents.STEP)
+  return float("inf") if record is None else record["step"]

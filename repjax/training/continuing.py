@@ -8,7 +8,7 @@ import jax
 
 from repjax import runs
 from repjax.config import BEFORE, FREE, RESUME, Config
-from repjax.errors import InputError, unknown
+from repjax.errors import InputError, printable, unknown
 from repjax.spec import ModelSpec
 from repjax.training.planning import read_config
 
@@ -162,7 +162,13 @@ def difference(old: dict, new: dict) -> str:
     )
   )
   return ", ".join(
-    f"{key} {flat_old.get(key)} -> {flat_new.get(key)}"
+    f"{_word(key)} {_word(flat_old.get(key))} -> {_word(flat_new.get(key))}"
     for key in sorted({*flat_old, *flat_new})
     if flat_old.get(key) != flat_new.get(key)
   )
+
+
+def _word(value: Any) -> str:
+  """Writes a value on one line and in few characters; the values of a file may be anything."""
+  text = printable(str(value))
+  return text if len(text) <= 200 else f"{text[:200]}..."

@@ -144,10 +144,10 @@ def _read(workdir: Path) -> Roundings:
   """Reads rounding.json of a run."""
   try:
     return Roundings(**runs.read_roundings(workdir))
-  except (TypeError, InputError) as error:
+  except InputError as error:
     raise InputError(
-      f"{runs.rounding_file(workdir)} is missing or damaged. It says how tensors are "
-      "rounded, and without it the run cannot continue as it began; restore it"
+      f"{error}. The file {runs.rounding_file(workdir).name} says how tensors are rounded, and "
+      "without it the run cannot continue as it began"
     ) from error
 
 

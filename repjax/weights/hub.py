@@ -1,17 +1,36 @@
 """Fetches weights from the Hugging Face hub, with the preprocessing that the repository states."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from repjax import json_files, schema
 from repjax.config import INTERPOLATIONS
 from repjax.errors import InputError
+from repjax.schema import anything, items, number, optional, record, text, whole
 from repjax.spec import Preprocessing
 
 PREFIX = "hf:"
 _FILES = ("model.safetensors", "pytorch_model.bin")
 _BY_FILE = "Download the weights and pass --from FILE: then config.json is not read"
+
+_CONFIG = record(
+  {"pretrained_cfg": optional(record({}, others=anything)), "label_names": optional(items(text()))},
+  others=anything,
+)
+_SIDE = whole(1, 8_192)
+# A crop_pct of 0 or null means the default of timm.
+_PREPROCESSING = record(
+  {
+    "input_size": items(_SIDE, length=3),
+    "interpolation": text(*INTERPOLATIONS),
+    "mean": items(number(), length=3),
+    "std": items(number(above=0), length=3),
+    "crop_pct": optional(number(0, 1)),
+  },
+  required=("input_size", "interpolation", "mean", "std"),
+  others=anything,
+)
 
 
 class HubFile(NamedTuple):
@@ -107,10 +126,7 @@ def fetch(reference: str) -> HubFile:
       f"images are prepared, and the hub cannot be reached ({unreachable}). Run `hf download "
       f"{repository}` where it can be reached."
     )
-  try:
-    config = json.loads(config_path.read_text()) if config_path else {}
-  except ValueError as error:
-    raise InputError(f"{config_path} is damaged ({error}); delete it and try again") from error
+  config = json_files.read(config_path, _CONFIG) if config_path else {}
   # The path in the cache is .../snapshots/<commit>/<file>, and a file may be in folders.
   folders = path.parts[: -len(Path(names[0]).parts)]
   return HubFile(path, repository, folders[-1], config)
@@ -129,22 +145,21 @@ def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
     return None
   if stated.get("crop_mode", "center") != "center":
     raise InputError(
-      f"config.json asks for crop_mode {stated['crop_mode']!r}, but only center is read. {_BY_FILE}"
-    )
-  if stated.get("interpolation") not in INTERPOLATIONS:
-    raise InputError(
-      f"config.json asks for interpolation {stated.get('interpolation')!r}, but only "
-      f"{', '.join(INTERPOLATIONS)} are read. {_BY_FILE}"
+      f"config.json asks for crop_mode {schema.shown(stated['crop_mode'])}, but only center is "
+      f"read. {_BY_FILE}"
     )
   try:
-    _, height, width = stated["input_size"]
-    mean, std = ((float(r), float(g), float(b)) for r, g, b in (stated["mean"], stated["std"]))
-    crop_pct = stated.get("crop_pct") or 0.875
-    if height != width or not 0 < crop_pct <= 1:
-      raise ValueError("a square image and a crop_pct in 0 ... 1 are wanted")
-    resize_size = math.floor(width / crop_pct)
-  except (KeyError, TypeError, ValueError) as error:
+    schema.check(stated, _PREPROCESSING, "pretrained_cfg")
+  except InputError as error:
+    raise InputError(f"config.json's {error}. {_BY_FILE}") from error
+  _, height, width = stated["input_size"]
+  if height != width:
     raise InputError(
-      f"config.json's pretrained_cfg cannot be used: {type(error).__name__}: {error}"
-    ) from error
+      f"config.json's pretrained_cfg.input_size is {stated['input_size']}, but only square images "
+      f"are read. {_BY_FILE}"
+    )
+  resize_size = math.floor(width / (stated.get("crop_pct") or 0.875))
+  mean, std = (
+    (float(red), float(green), float(blue)) for red, green, blue in (stated["mean"], stated["std"])
+  )
   return Preprocessing(width, resize_size, stated["interpolation"], mean, std)

@@ -200,6 +200,6 @@ def test_without_flatbuffers_the_way_out_is_said(
   with pytest.raises(SystemExit, match=r"^error: StableHLO files need the package flatbuffers"):
     run_command("export", "--workdir", small_folder, "--to", tmp_path / "out")
   assert list(tmp_path.iterdir()) == []
-  (tmp_path / "export.json").write_text("{}")
+  (tmp_path / "export.json").write_text('{"image_size": 16}')
   with pytest.raises(InputError, match=r"pip install 'repjax\[export\]'"):
     repjax.deploy.load_exported(tmp_path)

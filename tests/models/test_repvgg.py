@@ -385,7 +385,7 @@ class TestRefusals:
       ({"stage_sizes": (1, 2, 3)}, "stage_sizes takes 4 numbers"),
       ({"width_multipliers": (1,) * 5}, "width_multipliers takes 4 numbers"),
       ({"strides": (2, 2)}, "strides takes 5 numbers"),
-      ({"strides": 2}, "strides takes 5 numbers"),
+      ({"strides": 2}, "strides must be a list"),
       ({"output_stride": 12}, "output_stride is one of 2, 4, 8, 16, 32, .* strides=.*, got 12"),
       ({"strides": (1, 2, 1, 2, 2), "output_stride": 16}, "one of 1, 2, 4, 8, .* got 16"),
       ({"se": "before"}, "se is None, .*got 'before'"),

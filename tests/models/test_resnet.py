@@ -293,9 +293,9 @@ class TestRefusals:
     ("overrides", "said"),
     [
       ({"stage_sizes": (1, 2, 3)}, "stage_sizes takes 4 whole numbers above 0, got"),
-      ({"stage_sizes": 3}, "stage_sizes takes 4 whole numbers above 0, got 3"),
+      ({"stage_sizes": 3}, "stage_sizes must be a list, each a whole number, got 3"),
       ({"widths": (8, 8, 8, 0)}, "widths takes 4 whole numbers above 0"),
-      ({"widths": (8, 8, 8, 8.0)}, "widths takes 4 whole numbers above 0"),
+      ({"widths": (8, 8, 8, 8.0)}, r"widths\[3\] must be a whole number, got 8.0"),
       ({"widths": (8, 8, 8, 6)}, "widths must be multiples of 4, got"),
       ({"stem_features": 0}, "stem_features takes a whole number above 0"),
       ({"block": "bottelneck"}, "unknown block of a ResNet 'bottelneck'; did you mean bottleneck"),

@@ -10,7 +10,7 @@ from repjax import disk, runs
 from repjax.spec import ModelSpec
 from repjax.training import optimizer
 from repjax.training.state import create_state, restore_newest
-from tests.helpers import random_variables, relative_error
+from tests.helpers import random_variables
 from tests.training import cluster, tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -100,10 +100,14 @@ def state_of(workdir):
 def test_two_processes_with_two_devices_are_one_with_four(starts_of, finished):
   ours, theirs = state_of(starts_of[0][0] / "runs" / "small"), state_of(finished[0])
   assert ours.keys() == theirs.keys()
-  for path, value in ours.items():
-    # The momentum of the stem's 1x1 is all but zero, so that rounding shows in it.
-    tolerance = 1e-3 if path.startswith(".opt_state") else 1e-5
-    assert relative_error(value, theirs[path]) <= tolerance, path
+  # A batch norm follows every kernel, so that some momenta are sums of terms that all but cancel.
+  # The rounding of such a sum is that of its terms. So errors of momenta are relative to the
+  # largest momentum.
+  momenta = [path for path in ours if path.startswith(".opt_state")]
+  largest = max(np.abs(theirs[path]).max() for path in momenta)
+  for path in ours:
+    scale = largest if path in momenta else np.abs(theirs[path]).max()
+    assert np.abs(ours[path] - theirs[path]).max() <= 1e-5 * scale, path
 
 
 def records(workdir):
