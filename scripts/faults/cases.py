@@ -38,6 +38,7 @@ class Case(NamedTuple):
     beside: more paths beside which other people's files lie.
     between: name of a reader to the readings that may be found on the way.
     growing: files that the command extends.
+    in_steps: the command writes JSON files outside of its targets more than once.
     refuses: the command refuses what is done already, and a second run may say so.
   """
 
@@ -48,6 +49,7 @@ class Case(NamedTuple):
   beside: Sequence[str] = ()
   between: Mapping[str, frozenset[Reading]] = {}
   growing: Sequence[str] = ()
+  in_steps: bool = False
   refuses: bool = False
 
 
@@ -81,7 +83,7 @@ def _train(folder: Path, **changes: object) -> list[str]:
     # The rate of every step is the same, so a shorter run takes the same steps as a longer one.
     "warmup_epochs": 0.0,
     "schedule": "step",
-    "learning_rate": 0.1,
+    "learning_rate": 0.4,
     **changes,
   }
   flags = [f"--config.{name}={value}" for name, value in config.items()]
@@ -166,12 +168,18 @@ class Preparation:
 
   @functools.cached_property
   def states(self) -> frozenset[Reading]:
-    """The readings of the training form after each step of a run."""
-    found = set()
+    """The readings of the training form after each step of a run.
+
+    Raises:
+      SystemExit: the last checkpoint is not the best one, so that readers would not see it.
+    """
+    found = []
     for steps in range(1, STEPS + 1):
       folder = self._base / f"steps{steps}" / "run"
       self.do(*_train(folder, num_steps=steps, eval_every_epochs=1.0))
-      found.add(_training_form("run")(folder.parent))
+      found.append(_training_form("run")(folder.parent))
+    if _training_form(self.run.name)(self.run.parent) != found[-1]:
+      raise SystemExit("error: the tiny run is worse at its end; change its learning rate")
     return frozenset(found)
 
   @functools.cached_property
@@ -227,6 +235,7 @@ class Preparation:
       beside,
       {"train": self.states},
       ["run/metrics.jsonl"],
+      in_steps=True,
     )
 
   def convert(self) -> Case:

@@ -140,6 +140,7 @@ class Trial:
       between=case.between,
       targets=case.targets,
       growing={name: (folder / name).read_bytes() for name in case.growing},
+      in_steps=case.in_steps,
     )
 
 

@@ -91,6 +91,7 @@ def problems(faults, tmp_path):
     between={},
     targets=["target"],
     growing={},
+    in_steps=False,
   )
 
   def found(files, succeeded=False, at_end=False):
