@@ -247,7 +247,7 @@ def test_an_undo_leaves_the_files_of_other_people(recalibrated, workdir):
       (workdir / "recalibrated" / "manifest.json").unlink()
     assert runs.read_best(workdir, shapes_of(workdir))[2] is not None
     assert runs.remove_recalibrated(workdir)
-    assert [path.name for path in (workdir / "recalibrated").iterdir()] == ["notes.txt"]
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
     assert runs.read_best(workdir, shapes_of(workdir))[2] is None
     assert not runs.remove_recalibrated(workdir)
 
