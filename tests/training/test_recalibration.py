@@ -237,14 +237,12 @@ def test_recalibrating_changes_nothing_else_and_can_be_undone(
 
 
 def test_an_undo_leaves_the_files_of_other_people(recalibrated, workdir):
-  shutil.copytree(recalibrated[0] / "recalibrated", workdir / "recalibrated")
-  (workdir / "recalibrated" / "notes.txt").write_text("theirs")
-  for manifest in (True, False):
-    if not manifest:
-      shutil.copytree(
-        recalibrated[0] / "recalibrated", workdir / "recalibrated", dirs_exist_ok=True
-      )
-      (workdir / "recalibrated" / "manifest.json").unlink()
+  folder = workdir / "recalibrated"
+  for has_manifest in (True, False):
+    shutil.copytree(recalibrated[0] / "recalibrated", folder, dirs_exist_ok=True)
+    (folder / "notes.txt").write_text("theirs")
+    if not has_manifest:
+      (folder / "manifest.json").unlink()
     assert runs.read_best(workdir, shapes_of(workdir))[2] is not None
     assert runs.remove_recalibrated(workdir)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
