@@ -87,6 +87,46 @@ def replacing_file(path: Path, *, exists: bool = True) -> Iterator[Path]:
       sync_entries(target.parent)
 
 
+def check_new(path: Path) -> Path:
+  """Checks that a file or folder can be made at a path, before work that takes long.
+
+  Returns:
+    The path without links.
+
+  Raises:
+    InputError: the path exists and is not an empty folder, is the current folder, or cannot be
+      written, see `check_place`.
+  """
+  target = check_place(path)
+  if target.is_dir() and not any(target.iterdir()):
+    if target == Path.cwd():
+      raise InputError("the current folder cannot be replaced; give the path of a new one")
+  elif target.exists():
+    raise _exists(path)
+  return target
+
+
+def check_place(path: Path) -> Path:
+  """Checks that a file or folder can be made or replaced at a path, before work that takes long.
+
+  Returns:
+    The path without links.
+
+  Raises:
+    InputError: the path is a link to nothing, its name is too long, it leads through a file, or
+      this user may not write there.
+  """
+  target = real(path)
+  with writing(path, OSError):
+    nearest = _nearest_folder(target)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+      raise InputError(
+        f"{path} cannot be written: nothing can be made in {nearest}. Change its permissions, or "
+        "give a different place"
+      )
+  return target
+
+
 def current_folder(path: Path) -> Path:
   """Returns the folder to read: `path`, or the old one if a process was killed between renames."""
   return path if path.exists() else old_of(real(path)) or path
@@ -143,9 +183,7 @@ def real(path: Path) -> Path:
 def _parents(target: Path) -> Iterator[None]:
   """Makes the parents of a target; removes those that it made after an error, if still empty."""
   missing = [folder for folder in target.parents if not folder.exists()]
-  nearest = next(folder for folder in target.parents if folder.exists())
-  if not nearest.is_dir():
-    raise InputError(f"{nearest} cannot be a folder: there is a file of that name")
+  _nearest_folder(target)
   target.parent.mkdir(parents=True, exist_ok=True)
   try:
     yield
@@ -157,6 +195,22 @@ def _parents(target: Path) -> Iterator[None]:
     raise
 
 
+def _nearest_folder(target: Path) -> Path:
+  """Returns the nearest parent of a target that exists.
+
+  Raises:
+    InputError: there is a file in its place.
+  """
+  nearest = next(folder for folder in target.parents if folder.exists())
+  if not nearest.is_dir():
+    raise InputError(f"{nearest} cannot be a folder: there is a file of that name")
+  return nearest
+
+
+def _exists(path: Path) -> InputError:
+  return InputError(f"{path} exists already; give a different path, or remove it first")
+
+
 def _check(target: Path, known: Sequence[str], exists: bool) -> None:
   """Raises InputError for a target that must not be replaced."""
   if not target.exists():
@@ -166,7 +220,7 @@ def _check(target: Path, known: Sequence[str], exists: bool) -> None:
   if not any(target.iterdir()):
     return
   if not exists:
-    raise InputError(f"{target} exists already; give a different path, or remove it first")
+    raise _exists(target)
   if known and not any((target / name).exists() for name in (manifest.MANIFEST, *known)):
     raise InputError(
       f"{target} holds files that repjax did not write, so it is not replaced. Move it away, or "

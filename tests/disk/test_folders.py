@@ -222,6 +222,27 @@ def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path):
   replace(path, known=["params"])
 
 
+def test_a_new_place_is_checked_before_any_work(tmp_path, monkeypatch):
+  make(tmp_path / "full", file="theirs")
+  make(tmp_path / "empty")
+  (tmp_path / "link").symlink_to("empty")
+  assert disk.check_new(tmp_path / "link") == tmp_path / "empty"
+  assert disk.check_new(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+  assert disk.check_place(tmp_path / "full" / "file") == tmp_path / "full" / "file"
+  for name in ("full", "full/file"):
+    with pytest.raises(InputError, match=f"{name} exists already"):
+      disk.check_new(tmp_path / name)
+  with pytest.raises(InputError, match="full/file cannot be a folder"):
+    disk.check_place(tmp_path / "full" / "file" / "a" / "b")
+  monkeypatch.chdir(tmp_path / "empty")
+  with pytest.raises(InputError, match="current folder cannot be replaced"):
+    disk.check_new(tmp_path / "link")
+  monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+  with pytest.raises(InputError, match=f"a/b cannot be written: .* in {tmp_path}. Change"):
+    disk.check_place(tmp_path / "a" / "b")
+  assert not (tmp_path / "a").exists()
+
+
 def test_of_a_link_the_folder_behind_it_is_replaced(tmp_path):
   make(tmp_path / "disk" / "real", file="old")
   (tmp_path / "link").symlink_to("disk/real")
