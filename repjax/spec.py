@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax import disk, runs, schema
+from repjax import disk, names, runs, schema
 from repjax.errors import InputError
 from repjax.models import check_model, create_model, image_size_of
 from repjax.reparam import reparameterize
@@ -213,7 +213,7 @@ def load(
     model, variables, spec = repjax.load("runs/digits")
     logits = model.apply(variables, spec.preprocessing.normalize(images))
   """
-  folder = Path(workdir)
+  folder = names.folder(workdir)
   if deploy and runs.find_deploy(folder) is not None:
     return runs.read_deploy(folder, _read_deploy, verify=verify)
   spec = ModelSpec.read(folder, verify=verify)

@@ -38,14 +38,17 @@ def main(argv: Sequence[str]) -> None:
   """Labels the images that the flags name."""
   parser = flags.parser("predict", __doc__)
   parser.add_argument(
-    "images", nargs="+", type=Path, metavar="IMAGE", help="image file, folder, or .txt list"
+    "images", nargs="+", type=flags.file, metavar="IMAGE", help="image file, folder, or .txt list"
   )
   flags.add(parser, "--workdir")
   parser.add_argument(
     "--top", type=int, default=5, metavar="K", help="labels for each image (default: 5)"
   )
   parser.add_argument(
-    "--csv", type=Path, metavar="FILE", help="write the labels to this file instead of printing"
+    "--csv",
+    type=flags.file,
+    metavar="FILE",
+    help="write the labels to this file instead of printing",
   )
   flags.add(parser, "--dtype", "--no-verify")
   flags.add(
@@ -144,7 +147,7 @@ def open_csv(path: Path, k: int) -> Iterator[Any]:
   from repjax import disk
 
   # Names of files need not be UTF-8, and a table with such bytes could not be read by many.
-  how = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+  how: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
   with disk.replacing_file(path) as draft, draft.open("w", **how) as file:
     writer = csv.writer(file)
     columns = (f"{kind}{rank}" for rank in range(1, k + 1) for kind in ("label", "probability"))
@@ -191,7 +194,7 @@ def write(predictor: Predictor, images: Sequence[Path], k: int, writer: Any) -> 
   skipped = 0
   for file, result in progress(predictor.stream(images), len(images), shown=writer is not None):
     if not hasattr(result, "shape"):  # an error in place of an array of probabilities
-      print(f"skipped: {result}", file=sys.stderr)
+      print(f"skipped: {printable(result)}", file=sys.stderr)
       skipped += 1
       continue
     best = predictor.best(result, k)

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,25 +28,20 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
   """Makes the data set that the flags describe."""
-  try:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; nothing was changed"))
-    arguments = parse(argv)
-    with one_paragraph():
-      if arguments.from_folder and not arguments.name:
-        raise InputError("--from-folder needs --name, under which configs will find the set")
-      if arguments.to and not arguments.from_tfrecord:
-        raise InputError("--to goes with --from-tfrecord; use --data-dir to say where the sets are")
-      run(arguments)
-  except KeyboardInterrupt:
-    print("interrupted; nothing was changed")
-    sys.exit(130)
+  arguments = parse(argv)
+  with one_paragraph():
+    if arguments.from_folder and not arguments.name:
+      raise InputError("--from-folder needs --name, under which configs will find the set")
+    if arguments.to and not arguments.from_tfrecord:
+      raise InputError("--to goes with --from-tfrecord; use --data-dir to say where the sets are")
+    run(arguments)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
   """Returns the parsed flags."""
   parser = flags.parser("prepare-dataset", __doc__)
   source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument("--from-folder", type=Path, metavar="FOLDER", help="a folder of images")
+  source.add_argument("--from-folder", type=flags.file, metavar="FOLDER", help="a folder of images")
   source.add_argument(
     "--from-tfrecord", metavar="NAME", help="a TFDS data set on disk in TFRecord files"
   )

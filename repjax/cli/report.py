@@ -6,7 +6,6 @@ Examples:
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from repjax.cli import flags
 from repjax.errors import one_paragraph
@@ -20,12 +19,15 @@ def main(argv: Sequence[str]) -> None:
     "--compare",
     nargs="+",
     default=[],
-    type=Path,
+    type=flags.folder,
     metavar="DIR",
     help="more runs to draw into the same axes",
   )
   parser.add_argument(
-    "--output", type=Path, metavar="FILE", help=".png to write (default: report.png in the workdir)"
+    "--output",
+    type=flags.file,
+    metavar="FILE",
+    help=".png to write (default: report.png in the workdir)",
   )
   flags.add(parser, "--no-verify")
   arguments = parser.parse_args(argv)

@@ -75,9 +75,9 @@ def builder_of(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     )
   plain = naming.camelcase_to_snakecase(parts["name"])
   with tfds_errors(name):
-    for folder in file_utils.list_data_dirs(given_data_dir=data_dir):
+    for folder in file_utils.list_data_dirs(given_data_dir=_given(data_dir)):
       metadata.check_sets(Path(folder).expanduser(), plain, parts["variant"])
-    return tfds.builder(name, data_dir=data_dir)
+    return tfds.builder(name, data_dir=_given(data_dir))
 
 
 _NAME = re.compile(r"(?P<name>\w+)(/(?P<variant>(?!\.+(:|$))[\w.-]+))?(:[\w.*]+)?")
@@ -97,6 +97,11 @@ def tfds_errors(name: str) -> Iterator[None]:
   except Exception as error:
     reason = printable(str(error).strip().partition("\n")[0][:800]) or type(error).__name__
     raise InputError(f"TFDS cannot open {name!r}: {reason}") from error
+
+
+def _given(data_dir: str | None) -> str | None:
+  """Returns the path of `data_dir` for TFDS, which looks in several folders where it is None."""
+  return str(storage.sets_folder(data_dir)) if data_dir else None
 
 
 def stored_sets(data_dir: str | None) -> set[str]:
@@ -131,7 +136,7 @@ def digits_builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
   """
   with tfds_errors("digits"):
     metadata.check_sets(storage.sets_folder(data_dir), Digits.name, None)
-    builder = Digits(data_dir=data_dir, file_format="array_record")
+    builder = Digits(data_dir=_given(data_dir), file_format="array_record")
   if builder.data_path.exists():
     return builder
   print(f"preparing the digits data set in {builder.data_path}", flush=True)

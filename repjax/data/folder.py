@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, naming
 from tqdm import tqdm
 
-from repjax import disk
+from repjax import disk, names
 from repjax.data import layout, storage
 from repjax.data.layout import Classes
 from repjax.data.reading import ImageFile, in_order, read_image_file
@@ -75,9 +75,10 @@ def prepare_folder(
   Raises:
     InputError: the folder, the name or the disk cannot be used. The text lists all problems.
   """
+  folder = names.file(folder)
   target = storage.sets_folder(data_dir) / name / VERSION
   try:
-    found = layout.find_images(Path(folder), validation_ratio, seed)
+    found = layout.find_images(folder, validation_ratio, seed)
   except OSError as error:
     where = printable(error.filename or folder)
     raise InputError(f"{where} cannot be read: {error.strerror}") from error
@@ -91,7 +92,7 @@ def prepare_folder(
     storage.whole_set(target, replace=replace) as draft,
     warnings.catch_warnings(action="ignore"),  # Pillow warns about odd files that it can read
   ):
-    counts, skipped, repeated = _write(draft, Path(folder), found, name, seed, workers)
+    counts, skipped, repeated = _write(draft, folder, found, name, seed, workers)
     if strict and skipped:
       raise InputError(
         f"nothing was written, since {len(skipped):,} of the files cannot be read; without "

@@ -4,6 +4,7 @@ Grain's operations are pure functions of an index: batch n of a pipeline is comp
 reading the batches before it. Therefore a run continues at any step, on any number of workers.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -14,7 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from repjax import forks
+from repjax import forks, signals
 from repjax.data import augmentation, processes, transforms
 from repjax.data.decode import Picture, image_errors
 from repjax.data.sources import Examples
@@ -182,9 +183,13 @@ def _iterate(batches: grain.MapDataset, num_workers: int, batch_bytes: int) -> G
   iterator = iter(iterable)
   try:
     with processes.explained_death():
-      for batch in iterator:
+      # The first item starts the processes.
+      with signals.kept_from_children() if num_workers else contextlib.nullcontext():
+        batch = next(iterator, None)
+      while batch is not None:
         yield batch
         forks.refuse_iterator_of_parent(process)
+        batch = next(iterator, None)
   finally:
     if process == os.getpid():
       iterator.close()  # stops the threads and the worker processes

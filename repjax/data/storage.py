@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from tensorflow_datasets.core import constants, dataset_info, file_adapters, naming
 
-from repjax import disk
+from repjax import disk, names
 from repjax.errors import InputError
 
 INFO = "dataset_info.json"
@@ -38,7 +38,7 @@ class SplitFiles(NamedTuple):
 
 def sets_folder(data_dir: str | os.PathLike[str] | None) -> Path:
   """Returns the folder that holds the sets; None is TFDS's default."""
-  return Path(data_dir or constants.DATA_DIR).expanduser()
+  return names.folder(data_dir or constants.DATA_DIR)
 
 
 @contextlib.contextmanager

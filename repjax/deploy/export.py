@@ -14,14 +14,13 @@ An exported folder:
 import importlib.metadata
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 
-from repjax import disk, runs
+from repjax import disk, names, runs
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
 from repjax.deploy.stablehlo import (
   PLATFORMS,
@@ -82,7 +81,7 @@ def export(
   Example:
     repjax.deploy.export(*repjax.load("runs/a0"), "exported/a0", dtype="bfloat16")
   """
-  path = Path(folder)
+  path = names.folder(folder)
   if disk.real(path).exists():
     raise InputError(f"{path} exists already; give a different path, or remove it first")
   if format not in FORMATS:
@@ -162,7 +161,7 @@ def load_exported(
     InputError: the folder is not an exported one, is damaged, has expired, or is for different
       platforms.
   """
-  path = Path(folder)
+  path = names.folder(folder)
   facts, program, params = runs.read_exported(
     path, lambda snapshot: _read(snapshot, devices), verify=verify
   )

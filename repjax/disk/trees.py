@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
-from repjax import json_files
+from repjax import json_files, saving
 from repjax.disk.flush import writing
 from repjax.disk.manifest import Snapshot
 from repjax.disk.values import missing
@@ -26,8 +25,7 @@ def by_itself() -> Any:
 
   Only one process reads and writes files, so a barrier would never be passed.
   """
-  import orbax.checkpoint as ocp
-
+  ocp = saving.orbax()
   own = jax.process_index()
   return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
 
@@ -44,26 +42,14 @@ def write_tree(path: Path, tree: Any, *, database: bool = False) -> None:
   Raises:
     InputError: the folder cannot be written.
   """
-  import orbax.checkpoint as ocp
-
+  ocp = saving.orbax()
   arrays = jax.tree.map(lambda leaf: np.asarray(leaf).view(_Constant), jax.device_get(tree))
   handler = ocp.PyTreeCheckpointHandler(
     use_ocdbt=database, use_compression=database, multiprocessing_options=by_itself()
   )
   writer = ocp.Checkpointer(handler, multiprocessing_options=by_itself())
-  with writing(path), _quiet_absl(), writer as checkpointer:
+  with writing(path), saving.quietly(), writer as checkpointer:
     checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(arrays))
-
-
-@contextlib.contextmanager
-def _quiet_absl() -> Iterator[None]:
-  """Silences warnings of absl: Orbax warns about every tree that is written without OCDBT."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(min(verbosity, logging.ERROR))
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)
 
 
 class _Constant(np.ndarray):
@@ -126,8 +112,7 @@ def _read_by_orbax(path: Path, like: Any) -> Any:
     InputError: Orbax cannot read it, and the text holds the first sentence of its error; or a
       description of an array is no JSON.
   """
-  import orbax.checkpoint as ocp
-
+  ocp = saving.orbax()
   _check_descriptions(path)
   alone = ocp.StandardCheckpointer(multiprocessing_options=by_itself())
   with _held_back_stderr() as problems, alone as checkpointer:

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from repjax import disk, runs
+from repjax import disk, names, runs
 from repjax.errors import InputError
 from repjax.report.branches import Kernels, read_kernels
 from repjax.report.history import History, distinct_names, read_history
@@ -34,11 +34,11 @@ def write_report(
   """
   if importlib.util.find_spec("matplotlib") is None:
     raise InputError("the picture needs matplotlib: pip install matplotlib (or 'repjax[report]')")
-  workdir = Path(workdir)
-  target = Path(output) if output else runs.picture_file(workdir)
+  workdir = names.folder(workdir)
+  target = names.file(output) if output is not None else runs.picture_file(workdir)
   if target.suffix.lower() != ".png":
     raise InputError(f"{target} is written as PNG; call it {target.stem}.png")
-  histories = read_histories([workdir, *map(Path, compare)])
+  histories = read_histories([workdir, *map(names.folder, compare)])
   kernels, note = _kernels_or_note(workdir, verify)
   if kernels is None and not histories[0].curves:
     raise InputError(f"{workdir} has no curves and no kernels to draw yet: {note}")

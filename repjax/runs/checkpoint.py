@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 
 from repjax import disk
 from repjax.disk import trees
@@ -233,9 +232,6 @@ class CheckpointWriter:
     """
     self._workdir = workdir
     self._saving: Future[None] | None = None  # the save that `settle` has to finish
-    self._verbosity = logging.get_verbosity()
-    if self._verbosity <= logging.WARNING:  # Orbax logs tracebacks of the errors that it raises
-      logging.set_verbosity(logging.FATAL)
     # Made before any record is written: records without this folder mean that it was lost.
     folder = disk.real(paths.checkpoints_folder(workdir))
     with disk.writing(folder, OSError):
@@ -342,7 +338,6 @@ class CheckpointWriter:
       self.settle()
     finally:
       self._thread.shutdown()
-      logging.set_verbosity(self._verbosity)
 
 
 def all_finite(tree: Any) -> bool:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from repjax import disk
+from repjax import disk, names
 from repjax.errors import InputError
 from repjax.runs import paths
 
@@ -26,7 +26,7 @@ def hold(workdir: str | Path) -> Iterator[None]:
   Raises:
     InputError: another process holds the lock, or the folder cannot be made.
   """
-  workdir = Path(workdir)
+  workdir = names.folder(workdir)
   made = _make(workdir)
   path = paths.lock_file(workdir)
   try:

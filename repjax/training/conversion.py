@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repjax import runs
+from repjax import names, runs
 from repjax.cache import use_compilation_cache
 from repjax.config import BEFORE, Config, check_evaluation
 from repjax.data import Source
@@ -48,7 +48,7 @@ def convert(config: Config, workdir: str | Path, *, verify: bool = True) -> dict
       overwritten), or no checkpoint is whole.
   """
   use_compilation_cache()
-  workdir = Path(workdir)
+  workdir = names.folder(workdir)
   config, spec, step, variables, recalibrated = processes.first(_read, config, workdir, verify)
   source = processes.together(planning.open_split, config, config.eval_split, spec)
   with jax.default_matmul_precision("highest"):

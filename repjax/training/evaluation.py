@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import tqdm
 
-from repjax import runs
+from repjax import names, runs
 from repjax.cache import use_compilation_cache
 from repjax.config import Config, check_evaluation
 from repjax.data import Source, eval_batches
@@ -130,7 +130,7 @@ def evaluate(
   """
   use_compilation_cache()
   config, spec, variables, recalibrated = processes.first(
-    _read, config, Path(workdir), deploy, verify
+    _read, config, names.folder(workdir), deploy, verify
   )
   source = processes.together(planning.open_split, config, config.eval_split, spec)
   model = spec.create_model(deploy=deploy)

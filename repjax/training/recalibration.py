@@ -23,7 +23,7 @@ import numpy as np
 import tqdm
 from flax import linen as nn
 
-from repjax import runs
+from repjax import names, runs
 from repjax.cache import use_compilation_cache
 from repjax.config import (
   EVALUATION_FIELDS,
@@ -71,7 +71,7 @@ def recalibrate(
     InputError: no batches, a run with `qat`, a data set of different classes, no whole checkpoint
       in training form, or statistics that are not finite; nothing is written.
   """
-  workdir = Path(workdir)
+  workdir = names.folder(workdir)
   if num_batches < 1:
     raise InputError(f"statistics need at least 1 batch, got {num_batches}")
   use_compilation_cache()

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax import config, disk, runs
+from repjax import config, disk, names, runs
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub, repmlpnet
 from repjax.weights.files import read_entry
 from repjax.weights.misfits import is_half
-from repjax.weights.recognition import Recognition, recognize
+from repjax.weights.recognition import Recognition, recognize, removed_from
 from repjax.weights.repvgg import PREPROCESSING
 from repjax.weights.sources import RELEASED_WITH
 from repjax.weights.translation import from_torch, to_torch
@@ -50,27 +50,29 @@ def import_weights(
 
   Returns:
     The content of import.json: `source`, `file`, `bytes`, `sha256`, `revision` (of the hub),
-    `entry` and `other_entries` (state dicts in the file), `dtypes`, `model`, `naming`, `kind`,
+    `entry` and `other_entries` (state dicts in the file), `removed` (prefixes and wrappers that
+    were taken off the names), `dtypes`, `model`, `naming`, `kind`,
     `num_classes`, `new_head`, `assumed` (overrides that released weights need and the caller has
     not given), and `parameters`.
 
   Raises:
     InputError: the folder is not empty, or the weights cannot be read or do not fit.
   """
-  workdir = check_new(workdir)
+  workdir = check_new(names.folder(workdir))
   overrides = dict(overrides or {})
   if "features_only" in overrides:
     raise InputError("features_only is not part of an import; pass it to create_model afterwards")
   if num_classes is not None and num_classes < 1:
     raise InputError(f"--num-classes must be at least 1, got {num_classes}")
   fetched = hub.fetch(source) if source.startswith(hub.PREFIX) else None
-  path = fetched.path if fetched else Path(source)
+  path = fetched.path if fetched else names.file(source)
   entry, others, state = read_entry(path, entry)
   dtypes = sorted({str(x.dtype) for x in state.values() if x.dtype.kind not in "iu"})
   # The checksum reads the whole file; a thread computes it while the weights are recognized.
   with ThreadPoolExecutor(1) as background:
     checksum = background.submit(_sha256, path)
     found = recognize(state, model_name, hint=source, **overrides)
+    removed = removed_from(state, found, overrides)
     released = RELEASED_WITH.get((found.model, found.naming), {})
     assumed = {name: value for name, (value, _) in released.items() if name not in overrides}
     overrides |= assumed
@@ -99,6 +101,7 @@ def import_weights(
       "revision": fetched.revision if fetched else None,
       "entry": entry,
       "other_entries": others,
+      "removed": removed,
       "dtypes": dtypes,
       **found._asdict(),
       "num_classes": num_classes,
@@ -144,6 +147,7 @@ def export_weights(
     from safetensors.numpy import save_file
   except ImportError:
     raise InputError("writing .safetensors needs: pip install 'repjax[weights]'") from None
+  target = names.file(target)
   if target.suffix != ".safetensors":
     raise InputError(f"{target} must end in .safetensors; call it {target.stem}.safetensors")
   check_new(target)

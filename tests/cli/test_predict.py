@@ -155,7 +155,9 @@ def test_what_is_no_file_is_named_and_left_out(predict_with_errors, images):
   with socket.socket(socket.AF_UNIX) as unix:
     unix.bind(str(images / "unix.png"))
   (images / "device.png").symlink_to("/dev/zero")
-  lines, text = predict_with_errors(images, "\0.png", "--top", 1)
+  listed = images.parent / "list.txt"
+  listed.write_text("\0.png\n")
+  lines, text = predict_with_errors(images, listed, "--top", 1)
   assert len(lines) == 5
   assert text.count("skipped: ") == 4
   assert text.endswith("4 of 9 images could not be read, see above\n")

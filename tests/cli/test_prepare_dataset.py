@@ -197,7 +197,7 @@ cli.main(["prepare-dataset", *sys.argv[1:]])
 
 @pytest.mark.parametrize(
   ("number", "said", "status"),
-  [(signal.SIGTERM, "stopped; nothing was", 1), (signal.SIGINT, "interrupted; nothing was", 130)],
+  [(signal.SIGTERM, "stopped; nothing is half-written", 143), (signal.SIGINT, "stopped;", 130)],
 )
 def test_what_is_stopped_leaves_nothing(photos, tmp_path, number, said, status):
   sets = tmp_path / "sets"

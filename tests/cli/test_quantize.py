@@ -87,6 +87,22 @@ def test_symmetric_activations_take_weights_in_8_bits(run_command, workdir, tmp_
 
 
 @needs_onnx
+def test_a_row_that_is_not_finite_is_named_and_not_printed(
+  run_command, workdir, monkeypatch, capsys
+):
+  def diverged(baseline):
+    del baseline
+    return lambda images: np.full((len(images), 10), np.nan, np.float32), 1
+
+  monkeypatch.setattr("repjax.cli.int8_table._in_jax", diverged)
+  with pytest.raises(SystemExit) as stop:
+    run_command("quantize", "--workdir", workdir, "--images", 16, "--weights-only")
+  assert "the row 'bfloat16, JAX' gives logits that are NaN or infinite on 100%" in stop.value.code
+  assert "XLA_FLAGS=" in stop.value.code
+  assert "nan" not in capsys.readouterr().out
+
+
+@needs_onnx
 def test_mistakes_end_in_one_paragraph(run_command, workdir, tmp_path, monkeypatch, capsys):
   def text(*arguments):
     with pytest.raises(SystemExit) as stop:

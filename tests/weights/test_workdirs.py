@@ -26,7 +26,7 @@ AT_224 = Preprocessing()
 AT_320 = Preprocessing(image_size=320, resize_size=320)
 GATES = TINY | {"se_reduction": 4}
 FIELDS = {
-  *("entry", "other_entries", "dtypes"),
+  *("entry", "other_entries", "removed", "dtypes"),
   *("source", "file", "bytes", "sha256", "revision", "model", "naming", "kind", "num_classes"),
   *("new_head", "assumed", "parameters"),
 }
@@ -100,6 +100,7 @@ def test_the_record_says_what_came_from_where(tmp_path, states, kind):
     "revision": None,
     "entry": "",
     "other_entries": [],
+    "removed": [],
     "dtypes": ["float32"],
     "model": "repvgg_a0",
     "naming": "official",
@@ -379,3 +380,14 @@ def test_json_of_an_import_is_readable(tmp_path, states):
   value = json.loads((workdir / "model.json").read_text())
   assert value["overrides"] == overrides
   assert repjax.load(workdir)[0].groups_of(2) == 2
+
+
+def test_what_wrappers_added_is_taken_off_and_recorded(tmp_path, states):
+  wrapped = {
+    f"lightning.net.{name}".replace("stage1.", "stage1._orig_mod.module."): value
+    for name, value in states["train"].items()
+  }
+  workdir, record = import_state(tmp_path, wrapped | {"n_averaged": np.asarray(3)})
+  assert record["removed"] == ["lightning.net.", "module"]  # `read` takes _orig_mod off
+  expected = weights.from_torch("repvgg_a0", states["train"], num_classes=10, **TINY)
+  jax.tree.map(np.testing.assert_array_equal, repjax.load(workdir, deploy=False)[1], expected)

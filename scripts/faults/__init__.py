@@ -1,0 +1,1 @@
+"""The parts of inject_faults.py: faults at file-system calls, commands, and what must be left."""
