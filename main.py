@@ -2,7 +2,7 @@
 
 import sys
 
-from repjax.cli import train
+from repjax.cli import program
 
 if __name__ == "__main__":
-  train.main(sys.argv[1:])
+  program(["train", *sys.argv[1:]])

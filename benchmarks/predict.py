@@ -29,7 +29,8 @@ import timing
 from PIL import Image
 
 import repjax
-from repjax import disk, runs
+from repjax import runs
+from repjax.disk import trees
 from repjax.errors import one_paragraph
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +46,7 @@ def make_folder(folder: Path, name: str) -> None:
   spec = repjax.ModelSpec.usual(name)
   model = spec.create_model(deploy=True)
   params = repjax.init(model, jax.random.key(0), spec.preprocessing.image_size)["params"]
-  disk.write_tree(runs.params_folder(folder), params)
+  trees.write_tree(runs.params_folder(folder), params)
   spec.write(folder)
   pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
   Image.fromarray(pixels).resize((500, 375)).save(folder / "image.jpg")

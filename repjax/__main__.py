@@ -1,6 +1,6 @@
 """The entry point of `python -m repjax COMMAND`."""
 
-from repjax.cli import main
+from repjax.cli import program
 
 if __name__ == "__main__":
-  main()
+  program()

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 
@@ -9,15 +10,29 @@ from collections.abc import Iterable, Iterator
 class InputError(ValueError):
   """An error about an input of the user: a name, flag or folder. The text says what to do.
 
-  The text may quote files of strangers, so control characters in it are escaped.
+  Texts often quote files of strangers. A terminal would obey control characters in them, so every
+  one except a line's end is escaped. `printable` escapes ends of lines too: pass each foreign
+  string through it, so that it cannot forge a line of the message.
   """
 
   def __init__(self, text: str):
-    super().__init__("\n".join(map(printable, str(text).split("\n"))))
+    super().__init__("\n".join(printable(line) for line in str(text).split("\n")))
 
 
-def printable(text: str) -> str:
-  """Returns a text in which control characters are escaped, so that a terminal can show it."""
+def printable(text: object, longest: int | None = None) -> str:
+  r"""Returns a text as one line that a terminal can show, with control characters escaped.
+
+  Args:
+    text: a name, value or message from a file, from the network or from a library that quotes it.
+    longest: number of characters after which the rest is left out; None leaves nothing out.
+
+  Example:
+    >>> printable("weight\x1b[2J\nall is well")
+    'weight\\x1b[2J\\nall is well'
+  """
+  text = str(text)
+  if longest is not None and len(text) > longest:
+    text = f"{text[:longest]}..."
   return "".join(
     char.encode("unicode_escape").decode() if _controls(char) else char for char in text
   )
@@ -36,7 +51,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     name: the unknown name.
     known: all known names.
   """
-  known = sorted(set(known))
+  known = sorted({printable(each) for each in known})
   # A name from a file can have any length, of which the comparison takes the square.
   text = str(name)
   name = name if len(text) <= 80 else f"{text[:80]}..."
@@ -53,8 +68,37 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
 
 @contextlib.contextmanager
 def one_paragraph() -> Iterator[None]:
-  """Turns an `InputError` in its block into exit status 1 and the text of the error alone."""
+  """Turns an `InputError` in its block into exit status 1 and the text of the error alone.
+
+  So does an error of JAX on a machine that lacks the devices that JAX_PLATFORMS asks for.
+  """
   try:
     yield
   except InputError as error:
     raise SystemExit(f"error: {error}") from None
+  except (AssertionError, RuntimeError):
+    missing = _missing_devices()
+    if missing:
+      raise SystemExit(f"error: {missing}") from None
+    raise
+
+
+def _missing_devices() -> str:
+  """Returns why JAX finds no device of the platforms that were asked for, or "" if it finds one.
+
+  JAX fails at its first use, with an empty AssertionError if a package for GPUs is not installed.
+  """
+  jax = sys.modules.get("jax")
+  if jax is None:
+    return ""
+  try:
+    jax.devices()
+  except (AssertionError, RuntimeError) as error:
+    asked = jax.config.jax_platforms
+    reason = printable(error) or "its package for these devices is not installed"
+    return (
+      f"JAX finds no device of the platform {printable(repr(asked))}, which JAX_PLATFORMS or "
+      f"jax.config asks for: {reason}. Set JAX_PLATFORMS=cpu, or leave it out and JAX takes the "
+      "devices that are there"
+    )
+  return ""

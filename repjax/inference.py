@@ -1,5 +1,6 @@
 """Turns a model in either form into one pure function of its deploy form, ready to be compiled."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,10 @@ import numpy as np
 from flax import linen as nn
 
 from repjax.errors import InputError, unknown
-from repjax.reparam import reparameterize
+from repjax.models.checks import check_image_size
+from repjax.reparam import reparameterize, training_scopes
 from repjax.spec import Preprocessing, shapes_of
+from repjax.trees import check_leaves, check_tree
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -56,7 +59,7 @@ def inference(
     InputError: an argument cannot be used, the variables do not fit the model, or the model has no
       deploy form.
   """
-  _check_image_size(image_size)
+  check_image_size(image_size)
   dtype = checked_dtype(dtype)
   plain, tree = _deploy_form(model, variables, image_size)
   if hasattr(plain, "dtype"):
@@ -96,14 +99,6 @@ def inference(
   return Inference(function, tree, run, plain)
 
 
-def _check_image_size(size: Any) -> None:
-  sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
-  if not all(type(side) is int and side > 0 for side in sides):
-    raise InputError(
-      f"image_size must be a whole number of pixels or a tuple (height, width), got {size!r}"
-    )
-
-
 def checked_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
   """Returns a dtype as NumPy's.
 
@@ -132,12 +127,15 @@ def _deploy_form(
   Raises:
     InputError: the variables do not fit the model in any form.
   """
+  check_tree("variables", variables)
   if "params" not in variables:
     raise InputError(
       'variables must be {"params": ...}, in training form with "batch_stats", as `repjax.load` '
       f"and `repjax.init` return them, got {sorted(variables)}. Wrap a deploy tree as "
       '{"params": tree}.'
     )
+  for name, collection in variables.items():
+    check_tree(f"variables[{name!r}]", collection)
   plain: Any = model
   if not getattr(model, "deploy", True):
     plain = model.clone(deploy=True)
@@ -157,7 +155,29 @@ def _deploy_form(
   if getattr(plain, "features_only", False):
     tree = _without_head(tree, wanted)
   _check_fit(type(model).__name__, tree, wanted)
+  check_leaves((), _where_floating(tree, wanted))
+  _warn_of_branches(type(model).__name__, tree["params"])
   return plain, tree
+
+
+def _where_floating(tree: Any, wanted: Any) -> Any:
+  """Returns the part of a tree for which a model has floating-point numbers."""
+  if not isinstance(tree, Mapping):
+    return tree if jnp.issubdtype(wanted.dtype, jnp.floating) else {}
+  return {name: _where_floating(value, wanted[name]) for name, value in tree.items()}
+
+
+def _warn_of_branches(name: str, params: Mapping[str, Any]) -> None:
+  """Warns if a network is about to be compiled or written with its branches."""
+  scopes = training_scopes(params)
+  if scopes:
+    warnings.warn(
+      f"{name} still has {len(scopes)} layers in training form, such as {scopes[0]}: every branch "
+      "is computed. Only an attribute called `deploy` is set here. Build the network with "
+      "deploy=True in these layers, and pass "
+      '{"params": repjax.reparameterize(variables["params"], variables["batch_stats"])}',
+      stacklevel=5,
+    )
 
 
 def _without_head(tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:

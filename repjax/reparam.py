@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from repjax.errors import InputError
 from repjax.layers import (
   fold_aux_head,
   fold_global_perceptron,
@@ -15,6 +16,7 @@ from repjax.layers import (
   fold_rep_norm,
   fold_skip_squeeze_excite,
 )
+from repjax.trees import check_leaves, check_tree
 
 Tree = Mapping[str, Any]
 Fold = Callable[[Tree, Tree, float], Mapping[str, Any] | None]
@@ -62,6 +64,8 @@ def reparameterize(
     A tree with the structure, shapes and dtypes of the deploy form's `init`.
 
   Raises:
+    InputError: a tree is no nested dictionary, has an axis of devices, or holds numbers that are
+      not floating-point in a layer.
     ValueError: no fold used some statistics, a layer in training form has no statistics, or the two
       trees do not belong together. The text names the path.
 
@@ -81,6 +85,13 @@ def reparameterize(
       f"reparameterize takes two dictionaries, params and batch_stats ({{}} for none), got "
       f"{type(params).__name__} and {type(batch_stats).__name__}"
     )
+  if "params" in params and params.keys() <= {"params", "batch_stats"}:
+    raise InputError(
+      "reparameterize takes params and batch_stats apart, got both in one dictionary. Pass "
+      'reparameterize(variables["params"], variables["batch_stats"])'
+    )
+  check_tree("params", params)
+  check_tree("batch_stats", batch_stats)
   entries = (keep,) if isinstance(keep, str) else keep
   kept = tuple(tuple(entry.strip("/").split("/")) for entry in entries)
   return _walk(params, batch_stats, (), folds, epsilon, kept)
@@ -91,6 +102,27 @@ def layer_name(scope: str, folds: Mapping[str, Fold] = FOLDS) -> str | None:
   # The longest key fits best: beside RepConv, a key RepConv_Wide takes the scope RepConv_Wide_0.
   matches = [name for name in folds if scope == name or scope.startswith(f"{name}_")]
   return max(matches, key=len, default=None)
+
+
+def training_scopes(params: Tree) -> list[str]:
+  """Lists the paths of the layers of repjax in a tree that are in training form."""
+  found = []
+
+  def visit(tree: Tree, path: tuple[str, ...]) -> None:
+    for name, value in tree.items():
+      here = (*path, name)
+      if isinstance(value, Mapping) and layer_name(name) and not _is_plain(value):
+        found.append("/".join(here))
+      elif isinstance(value, Mapping):
+        visit(value, here)
+
+  visit(params, ())
+  return found
+
+
+def _is_plain(params: Tree) -> bool:
+  """Returns True if the parameters of a layer are in deploy form."""
+  return bool(_DEPLOY_KEYS & params.keys()) and "bn" not in params
 
 
 def _walk(
@@ -123,11 +155,14 @@ def _fold(
 ) -> Mapping[str, Any] | None:
   """Folds one layer, or returns a copy of the layer if the layer is in deploy form already."""
   if stats:
+    if fold in FOLDS.values():  # A layer of somebody else may hold anything.
+      check_leaves(path, params)
+      check_leaves(path, stats)
     try:
       return fold(params, stats, epsilon)
     except ValueError as error:
       raise ValueError(f"{'/'.join(path)}: {error}") from error
-  if _DEPLOY_KEYS & params.keys() and "bn" not in params:
+  if _is_plain(params):
     # A walk without folds copies the dictionaries and shares the leaves.
     return _walk(params, {}, path, {}, epsilon, ())
   raise ValueError(

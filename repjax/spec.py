@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax import runs, schema
+from repjax import disk, names, runs, schema
 from repjax.errors import InputError
 from repjax.models import check_model, create_model, image_size_of
 from repjax.reparam import reparameterize
@@ -147,13 +147,26 @@ class ModelSpec:
     runs.write_spec(folder, self.to_json())
 
   @classmethod
-  def read(cls, folder: Path) -> "ModelSpec":
+  def read(cls, folder: Path, *, verify: bool = True) -> "ModelSpec":
     """Reads model.json from a folder.
+
+    Args:
+      folder: any folder that holds a model.
+      verify: compare the file with its checksum, if there is one.
 
     Raises:
       InputError: the file does not exist, is damaged, or describes no model.
     """
-    value = runs.read_spec(folder)
+    return cls._of(folder, runs.read_spec(folder, verify=verify))
+
+  @classmethod
+  def read_from(cls, snapshot: disk.Snapshot) -> "ModelSpec":
+    """Reads model.json from one deploy folder or exported folder, as `read` does."""
+    return cls._of(snapshot.folder, runs.read_spec_of(snapshot))
+
+  @classmethod
+  def _of(cls, folder: Path, value: Mapping[str, Any]) -> "ModelSpec":
+    """Builds a spec from the content of model.json, which an error names."""
     try:
       return cls.from_json(value)
     except InputError as error:
@@ -172,7 +185,7 @@ def shapes_of(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, 
 
 
 def load(
-  workdir: str | os.PathLike[str], *, deploy: bool = True
+  workdir: str | os.PathLike[str], *, deploy: bool = True, verify: bool = True
 ) -> tuple[nn.Module, dict[str, Any], ModelSpec]:
   """Loads a model from a folder.
 
@@ -180,9 +193,14 @@ def load(
   has some. The deploy form comes from the deploy folder. Before there is a deploy folder, the
   training form is re-parameterized here.
 
+  A process may write the folder at the same time. What is loaded is then what was there before or
+  afterwards, never a mixture.
+
   Args:
     workdir: folder of a run, or a deploy folder itself.
     deploy: load the deploy form, not the training form.
+    verify: compare every file that is read with its checksum, and refuse parameters that are not
+      finite. A folder that was written without checksums is loaded with a warning.
 
   Returns:
     The model, its variables, and its ModelSpec. `model.apply(variables, images)` gives logits.
@@ -195,20 +213,23 @@ def load(
     model, variables, spec = repjax.load("runs/digits")
     logits = model.apply(variables, spec.preprocessing.normalize(images))
   """
-  folder = Path(workdir)
-  spec = ModelSpec.read(folder)
-  model = spec.create_model(deploy=deploy)
-  shapes = spec.variable_shapes(deploy=deploy)
-  deploy_folder = runs.find_deploy(folder)
-  if deploy and deploy_folder is not None:
-    params = runs.read_params(deploy_folder, shapes["params"])
-    return model, {"params": params}, spec
+  folder = names.folder(workdir)
+  if deploy and runs.find_deploy(folder) is not None:
+    return runs.read_deploy(folder, _read_deploy, verify=verify)
+  spec = ModelSpec.read(folder, verify=verify)
   if runs.onnx_file(folder).exists():
     raise InputError(
       f"{folder} holds a network as an ONNX file alone. Load the folder of the run or import from "
       "which the file was made"
     )
-  variables = runs.read_best(folder, spec.variable_shapes())[1]
+  variables = runs.read_best(folder, spec.variable_shapes(), verify=verify)[1]
   if deploy:
     variables = {"params": jax.jit(reparameterize)(variables["params"], variables["batch_stats"])}
-  return model, variables, spec
+  return spec.create_model(deploy=deploy), variables, spec
+
+
+def _read_deploy(snapshot: disk.Snapshot) -> tuple[nn.Module, dict[str, Any], ModelSpec]:
+  """Reads spec and parameters from one deploy folder or exported folder."""
+  spec = ModelSpec.read_from(snapshot)
+  params = runs.read_params(snapshot, spec.variable_shapes(deploy=True)["params"])
+  return spec.create_model(deploy=True), {"params": params}, spec

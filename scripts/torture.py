@@ -219,11 +219,17 @@ _TIMED = {
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
-  """Returns all that a run wrote: the bytes of arrays by their path, and of files by their name."""
+  """Returns all that a run wrote: the bytes of arrays by their path, and of files by their name.
+
+  The checksums of files are left out. Orbax notes the time in its files, and names some at random.
+  """
   found = {
     str(path.relative_to(workdir)): path.read_bytes()
     for path in workdir.rglob("*.json*")
-    if "checkpoints" not in path.parts and "params" not in path.parts and path.name not in _TIMED
+    if "checkpoints" not in path.parts
+    and "params" not in path.parts
+    and path.name not in _TIMED
+    and path.name != runs.manifest_file(workdir).name
   }
   folders = [runs.params_folder(runs.deploy_folder(workdir))]
   if runs.recalibrated_folder(workdir).exists():

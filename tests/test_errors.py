@@ -1,8 +1,13 @@
 """Errors for the person at the keyboard."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from repjax.errors import InputError, one_paragraph, unknown
+from repjax.errors import InputError, one_paragraph, printable, unknown
 
 KNOWN = ("repvgg_b1", "repvgg_a0", "resnet50")
 
@@ -37,4 +42,55 @@ def test_an_input_error_ends_the_program_with_its_text_alone():
 @pytest.mark.parametrize("error", [ValueError, KeyError, KeyboardInterrupt])
 def test_other_errors_pass(error):
   with pytest.raises(error), one_paragraph():
+    raise error("a defect")
+
+
+def test_foreign_text_is_one_line_that_moves_no_cursor():
+  assert printable("größe 猫 a.jpg") == "größe 猫 a.jpg"
+  assert printable("a\n\x1b[2J\x9b\u2028\udcff\\") == r"a\n\x1b[2J\x9b\u2028\udcff" + "\\"
+
+
+def test_unknown_lists_foreign_names_on_one_line():
+  text = str(unknown("split", "x", ["a\nb\x1b[2J"]))
+  assert text == r"unknown split 'x'; known: a\nb\x1b[2J"
+
+
+ESCAPES = ("\x1b[2J", "\x9b2J", "\r", "\x07", "\u202e", "\t", "\x00")
+
+
+@pytest.mark.parametrize("escape", ESCAPES, ids=ascii)
+def test_what_a_terminal_would_obey_is_shown(escape):
+  text = str(InputError(f"a{escape}b\nsecond line é 日本"))
+  assert escape not in text
+  assert text.splitlines() == [
+    f"a{escape.encode('unicode_escape').decode()}b",
+    "second line é 日本",
+  ]
+
+
+def test_a_foreign_text_is_one_line_of_bounded_length():
+  assert printable("all is well\nerror: none") == "all is well\\nerror: none"
+  assert printable("x" * 10**6, 20) == "x" * 20 + "..."
+  assert printable("\ud800") == "\\ud800"  # half of a pair cannot be printed
+
+
+@pytest.mark.parametrize("platform", ["cuda", "bogus"])
+def test_missing_devices_are_one_paragraph(platform):
+  done = subprocess.run(
+    [sys.executable, "-m", "repjax", "summary", "--model", "repvgg_a0"],
+    env=os.environ | {"JAX_PLATFORMS": platform},
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=Path(__file__).parents[1],
+  )
+  assert done.returncode == 1
+  assert f"error: JAX finds no device of the platform '{platform}'" in done.stderr
+  assert "JAX_PLATFORMS=cpu" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("error", [AssertionError, RuntimeError])
+def test_errors_with_devices_in_place_pass(error):
+  with pytest.raises(error, match="a defect"), one_paragraph():
     raise error("a defect")

@@ -13,7 +13,10 @@ import repjax
 PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
 # A room is a file or a folder of the package. Every room may import the leaves.
-LEAVES = {"cache", "disk", "errors", "json_files", "runs", "schema", "timing"}
+LEAVES = {
+  *("cache", "disk", "errors", "forks", "json_files", "names", "output", "runs", "saving"),
+  *("schema", "signals", "timing", "trees"),
+}
 # Each room, and the rooms besides the leaves that it may import.
 MAY_IMPORT = {
   **{leaf: set() for leaf in LEAVES},
@@ -26,7 +29,7 @@ MAY_IMPORT = {
   "spec": {"models", "reparam"},
   "analysis": {"models", "program", "reparam", "spec"},
   "weights": {"config", "models", "reparam", "spec"},
-  "inference": {"reparam", "spec"},
+  "inference": {"models", "reparam", "spec"},
   "onnx": {"inference", "program", "spec"},
   "quantization": {"algebra", "inference", "onnx", "program"},
   "deploy": {"algebra", "data", "inference", "models", "onnx", "program", "spec"},
@@ -41,9 +44,13 @@ MAY_IMPORT = {
 }
 ANYTHING = {"__main__", "cli"}  # may import every room
 # Leaves that a room may not import: these import jax, which a process that reads images must not.
-NOT_LEAVES = {"data": {"cache", "disk", "runs"}}
+NOT_LEAVES = {"data": {"cache", "runs", "trees"}}
 # Packages outside the standard library: all that a room may import, and those that it may not.
-ONLY = {"algebra": {"jax"}, "errors": set(), "timing": set(), "schema": set(), "json_files": set()}
+ONLY = {
+  "algebra": {"jax"},
+  **{leaf: set() for leaf in ("errors", "forks", "json_files", "names", "output", "schema")},
+  **{leaf: set() for leaf in ("signals", "timing")},
+}
 NEVER = {"data": {"jax", "jaxlib", "flax"}}
 
 

@@ -1,6 +1,5 @@
 """model.json, preprocessing, and loading a model from a folder."""
 
-import json
 import shutil
 
 import jax
@@ -123,7 +122,8 @@ def workdir(finished, tmp_path):
 
 def test_a_deploy_form_whose_replacement_was_killed_half_way_loads(workdir):
   expected = repjax.load(workdir)[1]
-  (workdir / "deploy").rename(workdir / "deploy.old")
+  (workdir / ".deploy.repjax-0123abcd").mkdir()
+  (workdir / "deploy").rename(workdir / ".deploy.repjax-0123abcd" / "old")
   jax.tree.map(np.testing.assert_array_equal, repjax.load(workdir)[1], expected)
 
 
@@ -140,12 +140,14 @@ def test_a_run_without_a_deploy_form_is_re_parameterized_on_loading(workdir):
 @pytest.mark.usefixtures("no_leftovers")
 def test_a_damaged_deploy_form_is_named(workdir):
   shutil.rmtree(workdir / "deploy" / "params" / "head.bias")
-  with pytest.raises(InputError, match="deploy/params cannot be read"):
+  with pytest.raises(InputError, match=r"head\.bias/.zarray is damaged: it is missing"):
     repjax.load(workdir)
+  with pytest.raises(InputError, match="deploy/params cannot be read"):
+    repjax.load(workdir, verify=False)
 
 
 def test_a_deploy_folder_has_no_training_form(workdir):
-  with pytest.raises(InputError, match="holds no whole checkpoint"):
+  with pytest.raises(InputError, match="holds a deploy form only"):
     repjax.load(workdir / "deploy", deploy=False)
 
 
@@ -158,15 +160,16 @@ def test_a_damaged_model_json_is_named(workdir):
   text = (workdir / "model.json").read_text()
   (workdir / "model.json").write_text(text[: len(text) // 2])
   with pytest.raises(InputError, match=r"model\.json is damaged"):
-    repjax.load(workdir)
+    repjax.load(workdir, deploy=False)
+  repjax.load(workdir)  # which reads the deploy folder alone
 
 
 @pytest.mark.usefixtures("no_leftovers")
 def test_a_model_json_of_another_width_does_not_load_the_params(workdir):
-  path = workdir / "model.json"
-  value = json.loads(path.read_text())
+  value = repjax.ModelSpec.read(workdir).to_json()
   value["overrides"]["width_multipliers"] = [0.25] * 4
-  path.write_text(json.dumps(value))
+  for folder in (workdir, workdir / "deploy"):
+    repjax.ModelSpec.from_json(value).write(folder)
   for deploy in (False, True):
     with pytest.raises(InputError, match=r"cannot be read|no whole checkpoint"):
       repjax.load(workdir, deploy=deploy)

@@ -1,10 +1,12 @@
 """The command line: `repjax COMMAND`, or `python -m repjax COMMAND`."""
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
 import repjax
+from repjax.cli.ending import session, stop, stop_training
 from repjax.errors import one_paragraph, unknown
 
 COMMANDS = {
@@ -42,9 +44,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv: the command's name and arguments. None takes them from `sys.argv`.
 
   Raises:
-    SystemExit: the command failed, or no command has this name.
+    SystemExit: the command failed or was stopped, or no command has this name.
   """
   name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+  with session(stop_training if name == "train" else stop):
+    _run(name, rest)
+
+
+def program(argv: Sequence[str] | None = None) -> None:
+  """Runs one command as the whole program, as `main`; Ctrl-C after its end shows no traceback."""
+  try:
+    main(argv)
+  finally:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _run(name: str, rest: Sequence[str]) -> None:
+  """Runs the command of a name with its arguments."""
   if name in ("-h", "--help"):
     print(_HELP)
   elif name == "--version":

@@ -18,7 +18,7 @@ from repjax.errors import one_paragraph
 def main(argv: Sequence[str]) -> None:
   """Converts the run that the flags name."""
   parser = flags.parser("convert", __doc__)
-  flags.add(parser, "--workdir", "--dataset", "--split", "--data-dir")
+  flags.add(parser, "--workdir", "--dataset", "--split", "--data-dir", "--no-verify")
   parser.add_argument(
     "--tolerance",
     type=float,
@@ -33,5 +33,5 @@ def main(argv: Sequence[str]) -> None:
     config = flags.read_config(arguments, eval_split=arguments.split, tolerance=arguments.tolerance)
     flags.use_noise_for_import(config, arguments, arguments.split)
     with lock.hold(arguments.workdir):
-      report = training.convert(config, arguments.workdir)
+      report = training.convert(config, arguments.workdir, verify=arguments.verify)
   print(format_report(report) + f"\nsaved: {runs.deploy_folder(arguments.workdir)}")

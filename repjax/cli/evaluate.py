@@ -20,6 +20,7 @@ def main(argv: Sequence[str]) -> None:
   flags.add(
     parser, "--workdir", "--dataset", "--split", "--data-dir", "--batch-size", "--num-workers"
   )
+  flags.add(parser, "--no-verify")
   parser.add_argument(
     "--ten-crop", action="store_true", help="average the predictions for ten crops of each image"
   )
@@ -38,7 +39,11 @@ def main(argv: Sequence[str]) -> None:
     recalibrated = 0
     for form in forms:
       result = training.evaluate(
-        config, arguments.workdir, deploy=form == "deploy", ten_crop=arguments.ten_crop
+        config,
+        arguments.workdir,
+        deploy=form == "deploy",
+        ten_crop=arguments.ten_crop,
+        verify=arguments.verify,
       )
       if form == forms[0]:
         print(f"{'form':<8}{'parameters':>14}{'accuracy':>12}{'loss':>10}")

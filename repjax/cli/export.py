@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
     "--format", default="stablehlo", help="stablehlo or onnx (default: stablehlo)"
   )
-  flags.add(parser, "--dtype")
+  flags.add(parser, "--dtype", "--no-verify")
   parser.add_argument(
     "--platforms",
     nargs="+",
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
   )
   arguments = parser.parse_args(argv)
   with one_paragraph():
-    model, variables, spec = repjax.load(arguments.workdir)
+    model, variables, spec = repjax.load(arguments.workdir, verify=arguments.verify)
     facts = repjax.deploy.export(
       model,
       variables,

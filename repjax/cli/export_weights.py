@@ -17,7 +17,7 @@ from repjax.errors import one_paragraph
 def main(argv: Sequence[str]) -> None:
   """Writes the weights that the flags name."""
   parser = flags.parser("export-weights", __doc__)
-  flags.add(parser, "--workdir")
+  flags.add(parser, "--workdir", "--no-verify")
   flags.add(parser, "--to", required=True, metavar="FILE", help=".safetensors file to make")
   parser.add_argument(
     "--naming",
@@ -34,7 +34,11 @@ def main(argv: Sequence[str]) -> None:
 
   with one_paragraph():
     state = weights.export_weights(
-      arguments.workdir, arguments.to, naming=arguments.naming, form=arguments.form
+      arguments.workdir,
+      arguments.to,
+      naming=arguments.naming,
+      form=arguments.form,
+      verify=arguments.verify,
     )
   size = arguments.to.stat().st_size
   # Only the training form has batch norms, and so running variances.

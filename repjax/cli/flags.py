@@ -5,26 +5,52 @@ JAX loads only after a command has parsed its flags, so that `repjax COMMAND --h
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from repjax.errors import unknown
+from repjax import names
+from repjax.errors import InputError, unknown
+
+
+def file(text: str) -> Path:
+  """Returns the file or folder that a flag names; the type of such flags."""
+  return _named(names.file, text)
+
+
+def folder(text: str) -> Path:
+  """Returns the folder of a run, an import or an export that a flag names."""
+  return _named(names.folder, text)
+
+
+def _named(check: Callable[[str], Path], text: str) -> Path:
+  """Returns a checked name, or raises the error that argparse shows."""
+  if text == "-":
+    raise argparse.ArgumentTypeError(
+      '"-" is a stream in other programs, and this flag names a file or folder; write ./- for one '
+      "of that name"
+    )
+  try:
+    return check(text)
+  except InputError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+
 
 _SHARED: dict[str, dict[str, Any]] = {
   "--workdir": {
     "required": True,
-    "type": Path,
+    "type": folder,
     "metavar": "DIR",
     "help": "folder of a run, or of imported weights",
   },
-  "--to": {"type": Path, "metavar": "DIR", "help": "folder to make"},
+  "--to": {"type": folder, "metavar": "DIR", "help": "folder to make"},
   "--dataset": {
     "metavar": "NAME",
     "help": "TFDS data set, or synthetic for noise (default: the run's data set)",
   },
   "--split": {"help": "split to evaluate on (default: the run's evaluation split)"},
   "--data-dir": {
+    "type": folder,
     "metavar": "DIR",
     "help": "folder where TFDS keeps data sets (default: the run's folder, or TFDS's default)",
   },
@@ -41,6 +67,11 @@ _SHARED: dict[str, dict[str, Any]] = {
   "--dtype": {
     "default": "float32",
     "help": "float32, bfloat16 or float16: the type to compute in (default: float32)",
+  },
+  "--no-verify": {
+    "dest": "verify",
+    "action": "store_false",
+    "help": "read the folder without comparing its files with their checksums",
   },
 }
 _FIELDS = ("dataset", "data_dir", "batch_size", "num_workers")
@@ -100,7 +131,9 @@ def add(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
 
 def config_changes(arguments: argparse.Namespace) -> dict[str, Any]:
   """Returns the config fields that shared flags change; None keeps the run's value."""
-  return {field: getattr(arguments, field, None) for field in _FIELDS}
+  found = {field: getattr(arguments, field, None) for field in _FIELDS}
+  # Configs hold JSON, which has no paths.
+  return {field: str(each) if isinstance(each, Path) else each for field, each in found.items()}
 
 
 def read_config(arguments: argparse.Namespace, **changes: Any) -> Any:

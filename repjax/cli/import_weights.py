@@ -13,7 +13,7 @@ from typing import Any
 
 from repjax import json_files
 from repjax.cli import flags
-from repjax.errors import InputError, one_paragraph
+from repjax.errors import InputError, one_paragraph, printable
 from repjax.schema import MisfitError, anything, shown, table
 
 
@@ -92,9 +92,10 @@ def describe(record: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> str
     record: from `repjax.weights.import_weights`.
     preprocessing: from model.json.
   """
-  entry = f"entry: {record['entry']}" if record["entry"] else ""
+  entry = f"entry: {printable(record['entry'])}" if record["entry"] else ""
   if record["other_entries"]:
-    entry += f" (--entry takes {' or '.join(record['other_entries'])} instead)"
+    entry += f" (--entry takes {printable(' or '.join(record['other_entries']))} instead)"
+  removed = printable(", ".join(record["removed"]))
   assumed = "".join(
     f"{name}: {value}, as the released weights need it (--overrides "
     f"'{json.dumps({name: '...'})}' for others)\n"
@@ -105,6 +106,7 @@ def describe(record: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> str
     f"recognized: {record['model']}, {record['naming']} names, {record['kind']} form, "
     f"{record['num_classes']} classes{' with a new classifier' if record['new_head'] else ''}\n"
     + (f"{entry}\n" if entry else "")
+    + (f"names: read without {removed}\n" if removed else "")
     + assumed
     + f"parameters: {record['parameters']:,}, from {', '.join(record['dtypes'])}\n"
     f"images: shorter side to {preprocessing['resize_size']} px, "

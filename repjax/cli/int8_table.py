@@ -19,6 +19,7 @@ import repjax
 from repjax import timing, training
 from repjax.config import Config, check_evaluation, default_of
 from repjax.data import Source
+from repjax.errors import InputError
 from repjax.inference import inference
 from repjax.quantization import runtime
 from repjax.quantization.sensitivity import compared
@@ -68,19 +69,20 @@ class Int8Row(NamedTuple):
   seconds: float | None
 
 
-def read_baseline(folder: Path, count: int, **changes: Any) -> Baseline:
+def read_baseline(folder: Path, count: int, *, verify: bool = True, **changes: Any) -> Baseline:
   """Reads the model of a workdir and the images to calibrate with.
 
   Args:
     folder: folder of a run, or of imported weights.
     count: number of calibration images, taken from the training split.
+    verify: as in `repjax.load`.
     **changes: fields of the run's config and their values; None keeps the run's value.
 
   Raises:
     InputError: the folder, data set or split does not exist, the split for calibration is also the
       one for evaluation, or the split has fewer images than `count`.
   """
-  model, variables, spec = repjax.load(folder)
+  model, variables, spec = repjax.load(folder, verify=verify)
   config = training.read_config(folder, **changes)
   if "train_split" not in config:
     # The config of imported weights names no training split.
@@ -106,6 +108,9 @@ def measure(
     files: name to `onnx.ModelProto`; each model takes uint8 images and returns logits.
     batch_size: images in a timed call.
     rounds: rounds of timed calls.
+
+  Raises:
+    InputError: a row's logits are not finite.
   """
   files = {FLOAT: baseline.proto, **files}
   sessions = {name: session(proto) for name, proto in files.items()}
@@ -113,18 +118,32 @@ def measure(
   sizes = {name: proto.ByteSize() for name, proto in files.items()}
   classifiers[HALF], sizes[HALF] = _in_jax(baseline)
   logits, labels = _outputs(classifiers, baseline)
+  errors = {name: _error(name, found, logits[FLOAT]) for name, found in logits.items()}
   batch = np.resize(baseline.images, (batch_size, *baseline.images.shape[1:]))
   seconds = speeds(sessions, batch, rounds)
   return {
     name: Int8Row(
       float((logits[name].argmax(-1) == labels).mean()),
       _loss(logits[name], labels),
-      compared(logits[name], logits[FLOAT])[0],
+      errors[name],
       sizes[name],
       seconds.get(name),
     )
     for name in (FLOAT, HALF, *(name for name in files if name != FLOAT))
   }
+
+
+def _error(name: str, got: np.ndarray, wanted: np.ndarray) -> float:
+  """Returns the error of a row; raises InputError if the row's logits are not finite."""
+  try:
+    return compared(got, wanted, f"the row {name!r}")[0]
+  except InputError as error:
+    if name != HALF or not np.isfinite(wanted).all():
+      raise
+    raise InputError(
+      f"{error} XLA of jax 0.12 makes such numbers on CPUs from networks that are right: try it "
+      "with the environment variable XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type="
+    ) from None
 
 
 def print_rows(rows: Mapping[str, Int8Row], batch_size: int) -> None:

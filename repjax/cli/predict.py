@@ -4,23 +4,28 @@ Examples:
   repjax predict --workdir runs/a0 cat.jpg
   repjax predict --workdir runs/a0 photographs/ --csv labels.csv
 
-Images are files, folders of files, or .txt files with one path in each line. An image that cannot
-be read is named and left out. The exit status is 1 if no image could be read. For 1,000 images or
+Images are files, folders of files, or .txt files with one path in each line. Folders are searched
+as by prepare-dataset: links are followed, and hidden files are left out. An image that cannot be
+read is named and left out. The exit status is 1 if no image could be read. For 1,000 images or
 more, repjax first measures once which algorithm is fastest for each convolution.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
+import errno
+import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repjax.cli import flags
-from repjax.data.layout import ENDINGS
-from repjax.errors import InputError, one_paragraph
+from repjax.data import files
+from repjax.errors import InputError, one_paragraph, printable
 
 if TYPE_CHECKING:
   from repjax.deploy import Predictor
@@ -33,16 +38,19 @@ def main(argv: Sequence[str]) -> None:
   """Labels the images that the flags name."""
   parser = flags.parser("predict", __doc__)
   parser.add_argument(
-    "images", nargs="+", type=Path, metavar="IMAGE", help="image file, folder, or .txt list"
+    "images", nargs="+", type=flags.file, metavar="IMAGE", help="image file, folder, or .txt list"
   )
   flags.add(parser, "--workdir")
   parser.add_argument(
     "--top", type=int, default=5, metavar="K", help="labels for each image (default: 5)"
   )
   parser.add_argument(
-    "--csv", type=Path, metavar="FILE", help="write the labels to this file instead of printing"
+    "--csv",
+    type=flags.file,
+    metavar="FILE",
+    help="write the labels to this file instead of printing",
   )
-  flags.add(parser, "--dtype")
+  flags.add(parser, "--dtype", "--no-verify")
   flags.add(
     parser,
     "--batch-size",
@@ -52,75 +60,116 @@ def main(argv: Sequence[str]) -> None:
   from repjax.deploy import Predictor
 
   with one_paragraph(), contextlib.ExitStack() as stack:
-    files = image_files(arguments.images)
+    check_arguments(arguments)
+    images = image_files(arguments.images)
     predictor = Predictor(
       arguments.workdir,
       dtype=arguments.dtype,
-      batch_sizes=(arguments.batch_size or smallest_batch_size(len(files)),),
-      tune=len(files) >= MANY,
+      batch_sizes=(batch_size(arguments.batch_size, len(images)),),
+      tune=len(images) >= MANY,
+      verify=arguments.verify,
     )
     k = min(arguments.top, len(predictor.labels))
     writer = stack.enter_context(open_csv(arguments.csv, k)) if arguments.csv else None
-    skipped = write(predictor, files, k, writer)
-    if skipped == len(files):
+    skipped = write(predictor, images, k, writer)
+    if skipped == len(images):
       raise InputError(f"none of the {skipped} images could be read, see above")
   if skipped:
-    print(f"{skipped} of {len(files)} images could not be read, see above", file=sys.stderr)
+    print(f"{skipped} of {len(images)} images could not be read, see above", file=sys.stderr)
   if arguments.csv:
-    print(f"{len(files) - skipped} images\nsaved: {arguments.csv}")
+    print(f"{len(images) - skipped} images\nsaved: {printable(arguments.csv)}")
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+  """Raises if a value cannot be used, before anything is loaded.
+
+  Raises:
+    InputError: the batch size or the number of labels is below 1, or the CSV file cannot be made.
+  """
+  if arguments.batch_size is not None and arguments.batch_size < 1:
+    raise InputError(
+      f"batch_sizes must be whole numbers above 0, got --batch-size {arguments.batch_size}"
+    )
+  if arguments.top < 1:
+    raise InputError(f"the number of labels must be 1 or more, got {arguments.top}")
+  path = arguments.csv
+  if path is None:
+    return
+  if os.path.exists(path) and not files.is_regular(path):
+    raise InputError(f"{printable(path)} cannot be written: it is no file; give a different name")
+  folder = next(each for each in path.absolute().parents if os.path.lexists(each))
+  if not folder.is_dir():
+    raise InputError(f"{printable(folder)} cannot be a folder: there is a file of that name")
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise InputError(
+      f"{printable(path)} cannot be written: {os.strerror(errno.EACCES)}. Change the permissions "
+      f"of {printable(folder)}, or give a different folder"
+    )
 
 
 def image_files(images: Sequence[Path]) -> list[Path]:
   """Returns the files that the given files, folders and lists name, in order.
 
+  A folder inside a folder that cannot be read is named on stderr and left out.
+
   Raises:
     InputError: a folder or a list names no image, or a list cannot be read.
   """
-  files = []
+  found = []
   for path in images:
-    if path.is_dir():
-      found = sorted(each for each in path.rglob("*") if each.name.lower().endswith(ENDINGS))
-    elif path.suffix == ".txt":
-      found = [Path(line) for line in _lines(path)]
+    problems: list[str] = []
+    if os.path.isdir(path):
+      inside = sorted(Path(each) for each in files.walk(path, problems) if files.is_image(each))
+      some = [path / each for each in inside]
+    elif path.suffix.lower() == ".txt":
+      some = files.read_list(path)
     else:
-      found = [path]
-    if not found:
-      raise InputError(f"{path} holds no images; their endings are {', '.join(sorted(ENDINGS))}")
-    files += found
-  return files
-
-
-def _lines(path: Path) -> list[str]:
-  """Returns the lines of a text file that are not blank."""
-  try:
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-  except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f"{path} cannot be read as a list of paths: {error}") from error
+      some = [path]
+    for problem in problems:
+      print(f"skipped: {problem}", file=sys.stderr)
+    if not some:
+      raise InputError(
+        f"{printable(path)} holds no images; their endings are {', '.join(sorted(files.ENDINGS))}"
+      )
+    found += some
+  return found
 
 
 @contextlib.contextmanager
 def open_csv(path: Path, k: int) -> Iterator[Any]:
   """Opens a CSV file for rows of `k` labels, and yields its writer.
 
-  The rows go to a file whose name ends in `.part`. The file is renamed after the last row, so that
-  a stopped command leaves no incomplete table under the final name.
+  The file appears after the last row, so that a stopped command leaves no incomplete table.
 
   Raises:
     InputError: the file cannot be written.
   """
-  part = path.with_name(f"{path.name}.part")
-  try:
-    with part.open("w", newline="", encoding="utf-8") as file:
-      writer = csv.writer(file)
-      columns = (f"{kind}{rank}" for rank in range(1, k + 1) for kind in ("label", "probability"))
-      writer.writerow(["image", *columns])
-      yield writer
-    part.replace(path)
-  except InputError:
-    part.unlink(missing_ok=True)
-    raise
-  except OSError as error:
-    raise InputError(f"{path} cannot be written: {error.strerror}") from error
+  from repjax import disk
+
+  # Names of files need not be UTF-8, and a table with such bytes could not be read by many.
+  how: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+  with disk.replacing_file(path) as draft, draft.open("w", **how) as file:
+    writer = csv.writer(file)
+    columns = (f"{kind}{rank}" for rank in range(1, k + 1) for kind in ("label", "probability"))
+    writer.writerow(["image", *columns])
+    yield writer
+
+
+def cell(text: str) -> str:
+  """Returns a text for a CSV file that no spreadsheet takes for a formula.
+
+  Names of files and classes come from anyone, and a formula can start programs. An apostrophe in
+  front makes such a cell a text.
+
+  References:
+    OWASP, CSV Injection. https://owasp.org/www-community/attacks/CSV_Injection
+  """
+  return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+
+
+def batch_size(given: int | None, count: int) -> int:
+  """Returns the batch size that was given, or the one that fits `count` images."""
+  return smallest_batch_size(count) if given is None else given
 
 
 def smallest_batch_size(count: int) -> int:
@@ -133,28 +182,28 @@ def smallest_batch_size(count: int) -> int:
   return next((size for size in BATCH_SIZES if size >= count), BATCH_SIZES[-1])
 
 
-def write(predictor: Predictor, files: Sequence[Path], k: int, writer: Any) -> int:
+def write(predictor: Predictor, images: Sequence[Path], k: int, writer: Any) -> int:
   """Writes the labels of each image that can be read, and returns how many images cannot be read.
 
   Args:
     predictor: labels the images.
-    files: paths of the images.
+    images: paths of the images.
     k: number of labels for each image.
     writer: from `open_csv`; None prints a line for each image.
   """
   skipped = 0
-  for file, result in progress(predictor.stream(files), len(files), shown=writer is not None):
+  for file, result in progress(predictor.stream(images), len(images), shown=writer is not None):
     if not hasattr(result, "shape"):  # an error in place of an array of probabilities
-      print(f"skipped: {result}", file=sys.stderr)
+      print(f"skipped: {printable(result)}", file=sys.stderr)
       skipped += 1
       continue
     best = predictor.best(result, k)
     if writer is None:
-      labels = ", ".join(f"{label} {probability:.1%}" for label, probability in best)
-      print(f"{file}: {labels}", flush=True)
+      labels = ", ".join(f"{printable(label)} {probability:.1%}" for label, probability in best)
+      print(f"{printable(file)}: {labels}", flush=True)
     else:
-      cells = (cell for label, probability in best for cell in (label, f"{probability:.6f}"))
-      writer.writerow([file, *cells])
+      cells = [(cell(label), f"{probability:.6f}") for label, probability in best]
+      writer.writerow([cell(str(file)), *itertools.chain(*cells)])
   return skipped
 
 

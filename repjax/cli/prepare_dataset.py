@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repjax.cli import flags
-from repjax.data.layout import ENDINGS
-from repjax.errors import InputError, one_paragraph
+from repjax.data.files import ENDINGS
+from repjax.errors import InputError, one_paragraph, printable
 
 if TYPE_CHECKING:
   from repjax.data.folder import PreparedSet
@@ -30,25 +28,20 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
   """Makes the data set that the flags describe."""
-  try:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; nothing was changed"))
-    arguments = parse(argv)
-    with one_paragraph():
-      if arguments.from_folder and not arguments.name:
-        raise InputError("--from-folder needs --name, under which configs will find the set")
-      if arguments.to and not arguments.from_tfrecord:
-        raise InputError("--to goes with --from-tfrecord; use --data-dir to say where the sets are")
-      run(arguments)
-  except KeyboardInterrupt:
-    print("interrupted; nothing was changed")
-    sys.exit(130)
+  arguments = parse(argv)
+  with one_paragraph():
+    if arguments.from_folder and not arguments.name:
+      raise InputError("--from-folder needs --name, under which configs will find the set")
+    if arguments.to and not arguments.from_tfrecord:
+      raise InputError("--to goes with --from-tfrecord; use --data-dir to say where the sets are")
+    run(arguments)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
   """Returns the parsed flags."""
   parser = flags.parser("prepare-dataset", __doc__)
   source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument("--from-folder", type=Path, metavar="FOLDER", help="a folder of images")
+  source.add_argument("--from-folder", type=flags.file, metavar="FOLDER", help="a folder of images")
   source.add_argument(
     "--from-tfrecord", metavar="NAME", help="a TFDS data set on disk in TFRecord files"
   )
@@ -128,8 +121,7 @@ def make_from_folder(arguments: argparse.Namespace) -> str:
     replace=arguments.replace,
     num_workers=arguments.num_workers,
   )
-  text = describe(made, arguments.name, arguments.data_dir)
-  return text.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
+  return describe(made, arguments.name, arguments.data_dir)
 
 
 def describe(made: PreparedSet, name: str, data_dir: str | None) -> str:
@@ -158,7 +150,7 @@ def describe(made: PreparedSet, name: str, data_dir: str | None) -> str:
     f"next: repjax train --config finetune --config.dataset={name}{where} "
     f"--config.init_from=PATH --workdir runs/{name}",
   ]
-  return "\n".join(lines)
+  return "\n".join(map(printable, lines))  # names of files and classes may hold anything
 
 
 def warnings(made: PreparedSet) -> list[str]:

@@ -39,7 +39,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   """Returns the parsed flags."""
   parser = flags.parser("quantize", __doc__)
   flags.add(parser, "--workdir")
-  flags.add(parser, "--to", "--dataset", "--split", "--data-dir", "--num-workers")
+  flags.add(parser, "--to", "--dataset", "--split", "--data-dir", "--num-workers", "--no-verify")
   parser.add_argument(
     "--calibration-split",
     metavar="SPLIT",
@@ -120,6 +120,7 @@ def quantize(arguments: argparse.Namespace) -> None:
     arguments.images,
     eval_split=arguments.split,
     train_split=arguments.calibration_split,
+    verify=arguments.verify,
     **flags.config_changes(arguments),
   )
   proto, images = baseline.proto, baseline.images
@@ -157,7 +158,9 @@ def quantize(arguments: argparse.Namespace) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
   """Raises InputError for flags that no file can satisfy."""
-  if arguments.to and arguments.to.exists():
+  from repjax import disk
+
+  if arguments.to and disk.real(arguments.to).exists():
     raise InputError(f"{arguments.to} exists already; give another path, or remove it first")
   if arguments.float_layers < 0 or arguments.timed_rounds < 1 or arguments.timed_images < 1:
     raise InputError(

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
   action.add_argument(
     "--undo", action="store_true", help="remove the estimates and use the checkpoint's statistics"
   )
-  flags.add(parser, "--dataset", "--data-dir", "--batch-size")
+  flags.add(parser, "--dataset", "--data-dir", "--batch-size", "--no-verify")
   flags.add(parser, "--split", help="split to estimate on (default: the run's training split)")
   parser.add_argument(
     "--eval-split", help="split to evaluate on (default: the run's evaluation split)"
@@ -45,7 +45,9 @@ def main(argv: Sequence[str]) -> None:
         print("the checkpoint's own statistics are in use again", flush=True)
         flags.use_noise_for_import(config, arguments, split=None)
       else:
-        record = training.recalibrate(config, arguments.workdir, num_batches=arguments.batches)
+        record = training.recalibrate(
+          config, arguments.workdir, num_batches=arguments.batches, verify=arguments.verify
+        )
         print(format_recalibration(record), flush=True)
-      report = training.convert(config, arguments.workdir)
+      report = training.convert(config, arguments.workdir, verify=arguments.verify)
   print(format_report(report) + f"\nsaved: {runs.deploy_folder(arguments.workdir)}")

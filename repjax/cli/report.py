@@ -6,7 +6,6 @@ Examples:
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from repjax.cli import flags
 from repjax.errors import one_paragraph
@@ -20,18 +19,25 @@ def main(argv: Sequence[str]) -> None:
     "--compare",
     nargs="+",
     default=[],
-    type=Path,
+    type=flags.folder,
     metavar="DIR",
     help="more runs to draw into the same axes",
   )
   parser.add_argument(
-    "--output", type=Path, metavar="FILE", help=".png to write (default: report.png in the workdir)"
+    "--output",
+    type=flags.file,
+    metavar="FILE",
+    help=".png to write (default: report.png in the workdir)",
   )
+  flags.add(parser, "--no-verify")
   arguments = parser.parse_args(argv)
   from repjax.report import write_report
 
   with one_paragraph():
     path, notes = write_report(
-      arguments.workdir, compare=arguments.compare, output=arguments.output
+      arguments.workdir,
+      compare=arguments.compare,
+      output=arguments.output,
+      verify=arguments.verify,
     )
   print("\n".join([*notes, f"saved: {path}"]))

@@ -21,6 +21,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("name", nargs="?", metavar="MODEL", help="name of a model")
   parser.add_argument("--model", metavar="MODEL", help="name of a model, as the first argument")
   flags.add(parser, "--workdir", required=False)
+  flags.add(parser, "--no-verify")
   parser.add_argument(
     "--num-classes", type=int, default=1000, metavar="N", help="with MODEL (default: 1000)"
   )
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     if len(given) != 1:
       raise InputError("summary takes one model: `repjax summary MODEL`, or --workdir DIR")
     if arguments.workdir:
-      spec = repjax.ModelSpec.read(arguments.workdir)
+      spec = repjax.ModelSpec.read(arguments.workdir, verify=arguments.verify)
     else:
       spec = repjax.ModelSpec.usual(arguments.name or arguments.model, arguments.num_classes)
     image_size = arguments.image_size

@@ -12,7 +12,6 @@ stopped, the same command continues the run from its last checkpoint.
 
 import argparse
 import difflib
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,9 @@ from repjax.errors import InputError, one_paragraph, unknown
 
 def main(argv: Sequence[str]) -> None:
   """Trains, or continues, in the workdir that the flags name."""
-  try:
-    arguments, changes = parse(argv)
-    with one_paragraph():
-      train(arguments, changes)
-  except KeyboardInterrupt as stop:
-    from repjax.training.interruption import status_of
-
-    print("stopped; the same command continues from the last checkpoint, if there is one yet")
-    sys.exit(status_of(stop))
+  arguments, changes = parse(argv)
+  with one_paragraph():
+    train(arguments, changes)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -4,15 +4,18 @@ import contextlib
 import importlib.util
 import io
 import itertools
+import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
-from google.protobuf import json_format
+from tensorflow_datasets.core import naming
+from tensorflow_datasets.core.utils import file_utils
 
-from repjax.data import storage
+from repjax.data import metadata, storage
 from repjax.data.digits import Digits
-from repjax.errors import InputError, unknown
+from repjax.errors import InputError, printable, unknown
 
 PREPARE = "repjax prepare-dataset"
 LARGE_SETS = (
@@ -35,7 +38,7 @@ def find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     )
   formats = file_formats(builder)
   if "array_record" not in formats:
-    stored = formats[0]
+    stored = printable(formats[0])
     way_out = (
       f"Make an array_record copy of it once with: {command('--from-tfrecord', name, data_dir)}"
       if stored == "tfrecord"
@@ -52,21 +55,53 @@ def builder_of(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
   """Returns the TFDS builder of a set, prepared or not.
 
   Raises:
-    InputError: TFDS neither knows the set nor finds it in `data_dir`, or cannot open it.
+    InputError: TFDS neither knows the set nor finds it in `data_dir`, or cannot open it; or its
+      metadata are damaged or name code to import.
   """
+  # TFDS would also take arguments in the name, and the names of places on the internet.
+  parts = _NAME.fullmatch(name)
+  if parts is None:
+    raise InputError(
+      f"{name!r} is no name of a data set. A name has the form NAME, NAME/VARIANT, NAME:1.0.0 or "
+      "NAME/VARIANT:1.0.0"
+    )
   known = tfds.list_builders(with_community_datasets=False)
   own = stored_sets(data_dir)
-  if name.split("/")[0].split(":")[0] not in {*known, *own}:
+  if parts["name"] not in {*known, *own}:
     raise InputError(
       f"{unknown('data set', name, [*known, *own, 'digits', 'synthetic'])} (sets of your own are "
       f"looked for in {storage.sets_folder(data_dir)}; make one from a folder of images with: "
       f"{PREPARE} --from-folder FOLDER --name NAME)"
     )
+  plain = naming.camelcase_to_snakecase(parts["name"])
+  with _tfds_errors(name):
+    for folder in file_utils.list_data_dirs(given_data_dir=_given(data_dir)):
+      metadata.check_sets(Path(folder).expanduser(), plain, parts["variant"])
+    return tfds.builder(name, data_dir=_given(data_dir))
+
+
+_NAME = re.compile(r"(?P<name>\w+)(/(?P<variant>(?!\.+(:|$))[\w.-]+))?(:[\w.*]+)?")
+
+
+@contextlib.contextmanager
+def _tfds_errors(name: str) -> Iterator[None]:
+  """Turns every error in the block into an `InputError` that names the set.
+
+  The set may lack the version or variant, or have damaged metadata, for which TFDS, protobuf and
+  Python raise errors of many classes.
+  """
   try:
-    return tfds.builder(name, data_dir=data_dir)
-  except (AssertionError, OSError, ValueError, json_format.Error) as error:
-    # A version or variant that the set does not have, or damaged metadata.
-    raise InputError(f"TFDS cannot open {name!r}: {str(error).partition(chr(10))[0]}") from error
+    yield
+  except InputError:
+    raise
+  except Exception as error:
+    reason = printable(str(error).strip().partition("\n")[0][:800]) or type(error).__name__
+    raise InputError(f"TFDS cannot open {name!r}: {reason}") from error
+
+
+def _given(data_dir: str | None) -> str | None:
+  """Returns the path of `data_dir` for TFDS, which looks in several folders where it is None."""
+  return str(storage.sets_folder(data_dir)) if data_dir else None
 
 
 def stored_sets(data_dir: str | None) -> set[str]:
@@ -75,7 +110,8 @@ def stored_sets(data_dir: str | None) -> set[str]:
   files = itertools.chain.from_iterable(  # name/version, or name/variant/version
     folder.glob(f"{pattern}/dataset_info.json") for pattern in ("*/*", "*/*/*")
   )
-  return {path.relative_to(folder).parts[0] for path in files}
+  names = (path.relative_to(folder).parts for path in files)
+  return {parts[0] for parts in names if not any(part.startswith(".") for part in parts)}
 
 
 def command(mode: str, name: str, data_dir: str | None) -> str:
@@ -98,7 +134,9 @@ def digits_builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
 
   A printed line says where the set goes. TFDS's progress bars are not shown.
   """
-  builder = Digits(data_dir=data_dir, file_format="array_record")
+  with _tfds_errors("digits"):
+    metadata.check_sets(storage.sets_folder(data_dir), Digits.name, None)
+    builder = Digits(data_dir=_given(data_dir), file_format="array_record")
   if builder.data_path.exists():
     return builder
   print(f"preparing the digits data set in {builder.data_path}", flush=True)
@@ -136,15 +174,15 @@ def download_set(name: str, *, data_dir: str | None = None) -> Path:
       raise InputError(f"TFDS cannot prepare {name}: {_explained(error)}") from error
   if "array_record" not in (formats := file_formats(builder)):
     raise InputError(
-      f"{name} is in {folder} already, stored as {formats[0]}. Make an array_record copy of it "
-      f"with: {command('--from-tfrecord', name, data_dir)}"
+      f"{name} is in {folder} already, stored as {printable(formats[0])}. Make an array_record "
+      f"copy of it with: {command('--from-tfrecord', name, data_dir)}"
     )
   return folder
 
 
 def _explained(error: Exception) -> str:
   """Returns what went wrong in TFDS and what to do about it."""
-  text = " ".join(str(error).split()) or type(error).__name__
+  text = printable(" ".join(str(error).split())) or type(error).__name__
   # Classes are compared by name, since their packages need not be installed.
   names = {each.__name__ for each in type(error).__mro__}
   if isinstance(error, ImportError):

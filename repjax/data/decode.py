@@ -5,68 +5,123 @@ everything else, and explains what is wrong with a file.
 """
 
 import contextlib
-import io
-import struct
 from collections.abc import Iterator
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from repjax.errors import InputError
+from repjax.data import formats
+from repjax.errors import InputError, printable
 
-_ORIENTATION = 0x0112  # the EXIF tag; from 5 on, the stored image lies on its side
+# The orientation in a file is applied here, for every decoder in the same way.
+_PLAIN = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _REDUCED = {
-  1: cv2.IMREAD_COLOR_RGB,
+  1: _PLAIN,
   # OpenCV names these reductions for grey and for BGR only. The bit that IMREAD_REDUCED_COLOR_*
   # adds stands for BGR, so the grey names are combined with RGB instead.
-  2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
-  4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
-  8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+  2: _PLAIN | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+  4: _PLAIN | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+  8: _PLAIN | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 REDUCTIONS = tuple(_REDUCED)
 """The factors by which a JPEG can shrink while it is decoded."""
+
+# Orientation in EXIF to whether rows become columns, and to the flip after that in OpenCV's code:
+# 0 top to bottom, 1 left to right, -1 both.
+_TURNS = {
+  2: (False, 1),
+  3: (False, -1),
+  4: (False, 0),
+  5: (True, None),
+  6: (True, 1),
+  7: (True, -1),
+  8: (True, 0),
+}
+
+
+@contextlib.contextmanager
+def image_errors(name: object) -> Iterator[None]:
+  """Turns every error in the block into an `InputError` that names the image.
+
+  Decoders raise dozens of classes for damaged files. None of them may end more than the one image.
+
+  Raises:
+    InputError: anything was raised; `fault_of` gives the reason.
+  """
+  try:
+    yield
+  except InputError:
+    raise
+  except Exception as error:
+    raise InputError(
+      f"{printable(name)} cannot be decoded: {_reason(error)}. Repair or remove the file. If it is "
+      "in a data set, prepare the set again"
+    ) from error
+
+
+def fault_of(error: InputError) -> str:
+  """Returns the reason in an error of `image_errors`, without the name of the image."""
+  return _reason(error.__cause__ or error)
+
+
+def _reason(error: BaseException) -> str:
+  """Returns what an error says, in one line."""
+  if isinstance(error, MemoryError):
+    return "it needs more memory than there is"
+  return printable(" ".join(str(error).split())[:300]) or type(error).__name__
 
 
 class Picture:
   """An image whose size is known and whose pixels are not decoded yet.
 
   Attributes:
-    image: the encoded bytes or the array that was given.
+    image: the encoded bytes, the array or the Pillow image that was given.
     width: width in pixels as a person sees the image, after the rotation that EXIF asks for.
     height: height in pixels, after the same rotation.
   """
 
-  def __init__(self, image: bytes | np.ndarray, name: str = "the image"):
+  def __init__(self, image: bytes | np.ndarray | Image.Image, name: str = "the image"):
     """Reads the header.
 
     Args:
-      image: an encoded image, or a uint8 array (H, W, 3), which is taken as it is.
+      image: an encoded image, a Pillow image, or a uint8 array (H, W, 3), which is taken as it is.
       name: the image's name in errors.
 
     Raises:
-      InputError: the bytes are no image.
+      InputError: the bytes are no image, or claim more pixels than `formats.check_size` allows.
     """
     self.image, self._name = image, name
-    self._by_opencv = True
+    self._opened: Image.Image | None = None  # None where OpenCV shall decode
+    self._orientation = 1
+    with image_errors(name):
+      self._stored = self._read_header()
+    turned = _TURNS.get(self._orientation, (False, None))[0]
+    self.width, self.height = self._stored[::-1] if turned else self._stored
+
+  def _read_header(self) -> tuple[int, int]:
+    """Returns the width and height of the stored pixels, before any rotation."""
+    image = self.image
     if isinstance(image, np.ndarray):
-      self.height, self.width = image.shape[:2]
-    elif (size := _plain_jpeg_size(image)) is not None:
-      self.width, self.height = size
-    else:
-      with self._named_errors():
-        header = Image.open(io.BytesIO(image))
-        self.width, self.height = header.size
-        orientation = header.getexif().get(_ORIENTATION, 1)
-        if orientation >= 5:
-          self.width, self.height = self.height, self.width
-        # OpenCV's pixels equal Pillow's for these two modes. For CMYK its formula differs. The two
-        # may also see different orientations, since Pillow reads the one in XMP too.
-        self._by_opencv = (
-          header.format == "JPEG"
-          and header.mode in ("RGB", "L")
-          and orientation == _exif_orientation(header)
-        )
+      return image.shape[1], image.shape[0]
+    if isinstance(image, Image.Image):
+      self._opened, self._orientation = image, formats.orientation_of(image)
+      formats.check_size(*image.size, formats.MOST_PIXELS)
+      return image.size
+    is_jpeg = image[:2] == b"\xff\xd8"
+    header = formats.jpeg_header(image) if is_jpeg else None
+    if is_jpeg and header is None:
+      formats.check_scans(image)
+    if header is not None and header.is_plain:
+      formats.check_size(header.width, header.height, len(image))
+      return header.width, header.height
+    opened = _open(image, load=not is_jpeg)
+    self._orientation = formats.orientation_of(opened)
+    # OpenCV's pixels equal Pillow's for these two modes. For CMYK its formula differs. Pillow reads
+    # a header that `jpeg_header` cannot follow.
+    if header is None or opened.format != "JPEG" or opened.mode not in ("RGB", "L"):
+      self._opened = opened
+    return opened.size
 
   def pixels(self, reduction: int = 1) -> np.ndarray:
     """Decodes the image.
@@ -87,68 +142,83 @@ class Picture:
     """
     if isinstance(self.image, np.ndarray):
       return self.image
-    if self._by_opencv:
-      pixels = cv2.imdecode(np.frombuffer(self.image, np.uint8), _REDUCED[reduction])
-      if pixels is not None:
-        return pixels
-    # Either OpenCV must not decode this file, or it failed. Pillow says why.
-    with self._named_errors():
-      return _decode(Image.open(io.BytesIO(self.image)))
+    with image_errors(self._name):
+      pixels = self._by_opencv(reduction)
+      if pixels is None:
+        pixels = self._by_pillow()
+      return _turned(pixels, self._orientation)
 
-  @contextlib.contextmanager
-  def _named_errors(self) -> Iterator[None]:
-    """Turns every error of Pillow into an `InputError` that names the image."""
-    try:
-      yield
-    except Exception as error:  # Pillow raises a dozen classes for damaged files
-      reason = str(error) if not isinstance(error, UnidentifiedImageError) else "not an image"
-      raise InputError(
-        f"{self._name} cannot be decoded: {reason}. Repair or remove the file. If it is in a data "
-        "set, prepare the set again"
-      ) from error
-
-
-def _exif_orientation(header: Image.Image) -> int:
-  """Returns the orientation in EXIF, which OpenCV follows; Pillow looks into XMP too."""
-  exif = Image.Exif()
-  exif.load(header.info.get("exif", b""))
-  return exif.get(_ORIENTATION, 1)
-
-
-def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-  """Returns (width, height) of a grey or colour JPEG without EXIF and XMP.
-
-  Returns None where Pillow has to read the header. Pillow's reading takes 4 % of the time that
-  decoding 500 x 375 pixels takes; this function takes a tenth of Pillow's time.
-
-  A JPEG is the bytes FF D8, then segments. A segment is FF, a marker, two bytes of its length
-  (which counts these two bytes, not the marker), and its content.
-  """
-  position = 2
-  if data[:2] != b"\xff\xd8":
-    return None
-  while data[position : position + 1] == b"\xff" and position + 10 <= len(data):
-    marker = data[position + 1]
-    if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended and progressive frames
-      # After marker and length come a byte for the bits per sample, height, width and channels.
-      height, width, channels = struct.unpack_from(">xHHB", data, position + 4)
-      return (width, height) if channels in (1, 3) and width and height else None
-    if marker == 0xE1:  # EXIF or XMP, which may hold an orientation
+  def _by_opencv(self, reduction: int) -> np.ndarray | None:
+    """Returns the stored pixels by OpenCV, or None where Pillow must decode or explain."""
+    if self._opened is not None or not isinstance(self.image, bytes):
       return None
-    position += 2 + int.from_bytes(data[position + 2 : position + 4])
-  return None
+    pixels = cv2.imdecode(np.frombuffer(self.image, np.uint8), _REDUCED[reduction])
+    width, height = (-(-side // reduction) for side in self._stored)
+    # The size was read by a different parser, which a damaged file may have misled.
+    return pixels if pixels is not None and pixels.shape[:2] == (height, width) else None
+
+  def _by_pillow(self) -> np.ndarray:
+    """Returns the stored pixels by Pillow."""
+    if self._opened is None:
+      assert isinstance(self.image, bytes)
+      self._opened = _open(self.image, load=True)
+    pixels = _rgb(self._opened)
+    height, width = pixels.shape[:2]
+    if (width, height) != self._stored:
+      wanted = " x ".join(map(str, self._stored))
+      raise ValueError(f"its header says {wanted} pixels, and its data are {width} x {height}")
+    return pixels
 
 
-def _decode(image: Image.Image) -> np.ndarray:
-  """Returns the RGB pixels of an image that Pillow opened, upright and on white."""
-  image = ImageOps.exif_transpose(image)
+def _open(data: bytes, *, load: bool) -> Image.Image:
+  """Opens an image with Pillow, also where a part of the file without pixels is damaged.
+
+  Args:
+    data: the encoded image.
+    load: decodes the pixels too.
+  """
+  try:
+    return _open_whole(data, load)
+  except Exception:
+    bare = formats.without_extras(data)
+    if bare != data:
+      # Where the pixels are damaged too, the first error says so better.
+      with contextlib.suppress(Exception):
+        return _open_whole(bare, load)
+    raise
+
+
+def _open_whole(data: bytes, load: bool) -> Image.Image:
+  image = formats.open_image(data)
+  if load:
+    image.load()
+  return image
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+  """Returns stored pixels (H, W, 3) in the orientation that EXIF asks for."""
+  transposed, flip = _TURNS.get(orientation, (False, None))
+  if transposed:
+    pixels = cv2.transpose(pixels)
+  return pixels if flip is None else cv2.flip(pixels, flip)
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+  """Returns the RGB pixels of a Pillow image, as they are stored and on white."""
   if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
     values = np.asarray(image)
     grey = (values >> 8).astype(np.uint8)
     # A grey PNG may name one 16-bit value as transparent; such pixels are white here.
     image = Image.fromarray(np.where(values == image.info.get("transparency"), 255, grey))
-  if image.has_transparency_data:
+  if image.has_transparency_data and not _is_without_alpha(image):
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image)
   return np.asarray(image.convert("RGB"))
+
+
+def _is_without_alpha(image: Image.Image) -> bool:
+  """Tells if the alpha of a BMP is meaningless: all programs but a few leave zeros there."""
+  return (
+    image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
+  )

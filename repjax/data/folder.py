@@ -12,10 +12,11 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, naming
 from tqdm import tqdm
 
+from repjax import disk, names
 from repjax.data import layout, storage
 from repjax.data.layout import Classes
 from repjax.data.reading import ImageFile, in_order, read_image_file
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 
 VERSION = "1.0.0"  # the same for every set made here; the checksum tells sets apart
 SKIPPED = "skipped.txt"  # the list of files that were left out
@@ -74,28 +75,29 @@ def prepare_folder(
   Raises:
     InputError: the folder, the name or the disk cannot be used. The text lists all problems.
   """
+  folder = names.file(folder)
   target = storage.sets_folder(data_dir) / name / VERSION
   try:
-    found = layout.find_images(Path(folder), validation_ratio, seed)
+    found = layout.find_images(folder, validation_ratio, seed)
   except OSError as error:
-    raise InputError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+    where = printable(error.filename or folder)
+    raise InputError(f"{where} cannot be read: {error.strerror}") from error
   problems = [*name_problems(name), *found.problems]
-  with storage.disk_errors(target):
+  with disk.writing(target, OSError):
     problems += storage.existing_problems(target, replace=replace)
   if problems:
     raise InputError("\n".join(problems))
   workers = num_workers or os.cpu_count() or 1
   with (
-    storage.disk_errors(target),
     storage.whole_set(target, replace=replace) as draft,
     warnings.catch_warnings(action="ignore"),  # Pillow warns about odd files that it can read
   ):
-    counts, skipped, repeated = _write(draft, Path(folder), found, name, seed, workers)
+    counts, skipped, repeated = _write(draft, folder, found, name, seed, workers)
     if strict and skipped:
       raise InputError(
         f"nothing was written, since {len(skipped):,} of the files cannot be read; without "
         "--strict they are left out: "
-        + "; ".join(f"{path}: {why}" for path, why in sorted(skipped.items()))
+        + "; ".join(f"{printable(path)}: {why}" for path, why in sorted(skipped.items()))
       )
   class_names = tuple(found.splits["train"])
   return PreparedSet(target, class_names, counts, skipped, found.others, repeated)
@@ -142,10 +144,16 @@ def _write(
   listed = (
     dict.fromkeys(found.others, f"its ending is none of {', '.join(layout.ENDINGS)}") | skipped
   )
-  lines = [f"{path}\t{reason}\n" for path, reason in sorted(listed.items())]
+  # Names keep their bytes, but a line break in a name must not look like two files.
+  lines = [f"{_one_line(path)}\t{reason}\n" for path, reason in sorted(listed.items())]
   if lines:
     (draft / SKIPPED).write_text("".join(lines), "utf-8", "surrogateescape")
   return counts, skipped, repeated
+
+
+def _one_line(path: str) -> str:
+  """Returns a path with its control characters escaped."""
+  return path.translate({code: f"\\x{code:02x}" for code in (*range(32), 127)})
 
 
 def _write_images(
@@ -193,7 +201,8 @@ def _refuse_lost_classes(
     for (name, paths), count in zip(classes.items(), counts[split]):
       if not count:
         first = min(path for path in paths if path in skipped)
-        lost.append(f"{name} in {split} ({len(paths)} of {len(paths)}: {first}: {skipped[first]})")
+        why = f"{printable(first)}: {skipped[first]}"
+        lost.append(f"{name} in {split} ({len(paths)} of {len(paths)}: {why})")
   if lost:
     raise InputError(
       f"no image could be read of {'; '.join(lost)}. Every class needs images in every split. "

@@ -3,14 +3,18 @@
 import collections
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from repjax.data import files
+from repjax.data.files import ENDINGS
+from repjax.errors import printable
+
 Classes = dict[str, list[str]]
 """The name of a class to the paths of its images, relative to the folder that was given."""
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # The name of a folder to the split that it holds.
 SPLITS = {
   **dict.fromkeys(("train", "training"), "train"),
@@ -48,7 +52,7 @@ def find_images(folder: Path, validation_ratio: float | None, seed: int) -> Fold
   if not folder.is_dir():
     what = "is a file" if folder.exists() else "does not exist"
     wanted = f"{folder} {what}; give a folder with one folder per class"
-    return FolderLayout({}, [*problems, wanted], [])
+    return FolderLayout({}, [*problems, printable(wanted)], [])
   folders = _split_folders(folder, problems)
   splits = {split: _classes(path, folder, problems, others) for split, path in folders.items()}
   ratio = DEFAULT_RATIO if validation_ratio is None or problems else validation_ratio
@@ -61,7 +65,7 @@ def find_images(folder: Path, validation_ratio: float | None, seed: int) -> Fold
   problems += _class_problems(folder, splits)
   if not problems:  # with problems, a class may seem small for a reason that is named already
     problems += _single_images(splits)
-  return FolderLayout(splits, list(dict.fromkeys(problems)), others)
+  return FolderLayout(splits, [*dict.fromkeys(map(printable, problems))], others)
 
 
 def rank(seed: int, path: str) -> bytes:
@@ -110,7 +114,8 @@ def _split_folders(folder: Path, problems: list[str]) -> dict[str, Path]:
 
 def _classes(split: Path, folder: Path, problems: list[str], others: list[str]) -> Classes:
   """Returns the classes in the folder of a split, sorted by name; appends to the two lists."""
-  direct = [p.name for p in _entries(split, problems) if _is_image(p.name) and p.is_file()]
+  inside = files.entries(split, problems)
+  direct = [e.name for e in inside if files.is_image(e.name) and not files.is_folder(e)]
   if direct:
     problems.append(
       f"{len(direct)} image{'s lie' if len(direct) > 1 else ' lies'} directly in {split} ("
@@ -124,19 +129,27 @@ def _classes(split: Path, folder: Path, problems: list[str], others: list[str]) 
         f"{path} holds folders for training and validation, so it is no class; did you mean "
         f"--from-folder {path}?"
       )
-    files = _files(path, problems)
-    classes[path.name] = sorted(os.path.join(inside, name) for name in files if _is_image(name))
-    others += [os.path.join(inside, name) for name in files if not _is_image(name)]
-    if not classes[path.name]:
-      endings = collections.Counter(Path(name).suffix or "no ending" for name in files)
-      holds = ", ".join(f"{count} x {ending}" for ending, count in sorted(endings.items()))
+    found = [os.path.join(inside, name) for name in files.walk(path, problems)]
+    # One system writes an accent as a part of its letter, a different system as a second character.
+    name = unicodedata.normalize("NFC", path.name)
+    if name in classes:
+      problems.append(
+        f"{split} has two folders for the class {name}, whose names differ only in how accents are "
+        "encoded; put all of its images into one folder"
+      )
+    classes[name] = sorted(filter(files.is_image, found))
+    others += [path for path in found if not files.is_image(path)]
+    if not classes[name]:
+      endings = collections.Counter(Path(path).suffix or "no ending" for path in found)
+      holds = ", ".join(f"{count} x {end}" for end, count in sorted(endings.items()))
       empty.append(f"{inside} ({holds or 'no files'})")
   if empty:
     problems.append(
       f"class folders in {folder} without any {', '.join(ENDINGS)}: {'; '.join(empty)}. Remove "
       "them, or save their images in one of these formats"
     )
-  return classes
+  # The accents may have changed the order, and all splits need the same order.
+  return dict(sorted(classes.items()))
 
 
 def _class_problems(folder: Path, splits: dict[str, Classes]) -> list[str]:
@@ -192,47 +205,8 @@ def _single_images(splits: dict[str, Classes]) -> list[str]:
   )
 
 
-def _entries(folder: Path, problems: list[str]) -> list[Path]:
-  """Returns the paths in a folder, without the hidden files that file managers leave."""
-  try:
-    return sorted(path for path in folder.iterdir() if not _is_hidden(path.name))
-  except OSError as error:
-    problems.append(f"{folder} cannot be read: {error.strerror}")
-    return []
-
-
 def _subfolders(folder: Path, problems: list[str]) -> list[Path]:
-  return [path for path in _entries(folder, problems) if path.is_dir()]
-
-
-def _files(folder: Path, problems: list[str]) -> list[str]:
-  """Returns the relative paths of all files below a folder.
-
-  Links to folders are followed. No folder is visited twice, so links in a circle do no harm.
-  """
-  found, seen = [], set()
-
-  def fail(error: OSError) -> None:
-    problems.append(f"{error.filename} cannot be read: {error.strerror}")
-
-  for path, inner, names in os.walk(folder, onerror=fail, followlinks=True):
-    real = os.path.realpath(path)
-    if real in seen:
-      inner.clear()
-      continue
-    seen.add(real)
-    inner[:] = sorted(name for name in inner if not _is_hidden(name))  # os.walk enters these
-    above = os.path.relpath(path, folder)
-    found += [os.path.normpath(os.path.join(above, name)) for name in names if not _is_hidden(name)]
-  return found
-
-
-def _is_hidden(name: str) -> bool:
-  return name.startswith((".", "__MACOSX", "@eaDir"))
-
-
-def _is_image(name: str) -> bool:
-  return name.lower().endswith(ENDINGS)
+  return [Path(each) for each in files.entries(folder, problems) if files.is_folder(each)]
 
 
 def _listed(names: Iterable[str]) -> str:

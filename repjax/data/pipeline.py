@@ -4,21 +4,20 @@ Grain's operations are pure functions of an index: batch n of a pipeline is comp
 reading the batches before it. Therefore a run continues at any step, on any number of workers.
 """
 
+import contextlib
 import functools
 import math
-import multiprocessing
 import os
-import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
-import cv2
 import grain
 import numpy as np
 from absl import flags
 
-from repjax.data import augmentation, transforms
-from repjax.data.decode import Picture
+from repjax import forks, signals
+from repjax.data import augmentation, processes, transforms
+from repjax.data.decode import Picture, image_errors
 from repjax.data.sources import Examples
 
 Batch = dict[str, np.ndarray]
@@ -60,7 +59,8 @@ def train_batches(
     {"image": uint8 (B, S, S, 3), "label": int32 (B,)}, B = batch_size / count.
 
   Raises:
-    InputError: an image cannot be decoded; the text names the image.
+    InputError: an image cannot be decoded; the text names the image. Or there is too little shared
+      memory for the workers, or a worker has died.
   """
   index, count = shard
   transform = functools.partial(_augmented, augment, image_size, interpolation)
@@ -73,7 +73,7 @@ def train_batches(
     # Small batches in a row make up a batch over all shards: shard i takes every count-th from i.
     .batch(batch_size // count)[index::count][start_step:]
   )
-  return _iterate(batches, num_workers)
+  return _iterate(batches, num_workers, batch_size // count * 3 * image_size**2)
 
 
 def eval_batches(
@@ -101,14 +101,17 @@ def eval_batches(
     With `ten_crop`, images are (B, 10, S, S, 3).
 
   Raises:
-    InputError: an image cannot be decoded; the text names the image.
+    InputError: an image cannot be decoded; the text names the image. Or there is too little shared
+      memory for the workers, or a worker has died.
   """
   index, count = shard
   size = batch_size // count
   crop = transforms.ten_crop if ten_crop else transforms.resize_and_crop
   transform = functools.partial(_resized, crop, image_size, resize_size, interpolation)
   batches = _iterate(
-    grain.MapDataset.source(examples).map(transform).batch(size)[index::count], num_workers
+    grain.MapDataset.source(examples).map(transform).batch(size)[index::count],
+    num_workers,
+    size * (10 if ten_crop else 1) * 3 * image_size**2,
   )
   empty = {
     "image": np.zeros((0, *[10] * ten_crop, image_size, image_size, 3), np.uint8),
@@ -140,60 +143,58 @@ def _resized(
   crop: Any, size: int, resize_size: int, interpolation: str, example: dict[str, Any]
 ) -> Batch:
   """Makes an evaluation example."""
-  return _example(crop(_picture(example), size, resize_size, interpolation), example)
+  with image_errors(_name(example)):
+    return _example(crop(_picture(example), size, resize_size, interpolation), example)
 
 
 def _picture(example: dict[str, Any]) -> Picture:
-  return Picture(example["image"], example.get("name", "the image"))
+  return Picture(example["image"], _name(example))
+
+
+def _name(example: dict[str, Any]) -> str:
+  return example.get("name", "the image")
 
 
 def _example(pixels: np.ndarray, example: dict[str, Any]) -> Batch:
   return {"image": np.ascontiguousarray(pixels), "label": np.asarray(example["label"], np.int32)}
 
 
-def _iterate(batches: grain.MapDataset, num_workers: int) -> Generator[Batch]:
-  """Yields batches that threads or worker processes make ahead of time."""
+def _iterate(batches: grain.MapDataset, num_workers: int, batch_bytes: int) -> Generator[Batch]:
+  """Yields batches that threads or worker processes make ahead of time.
+
+  Args:
+    batches: the batches.
+    num_workers: worker processes; 0 reads in threads of this process.
+    batch_bytes: bytes of the images in a batch.
+  """
+  process = os.getpid()
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only an absl program has parsed
   # More threads than cores would only wait. The buffer counts whole batches, and every worker
   # process has a buffer of its own.
-  threads = min(16, math.ceil(_cores() / max(1, num_workers)))
+  threads = min(16, math.ceil(processes.cores() / max(1, num_workers)))
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   iterable = batches.to_iter_dataset(options)
-  _one_thread_each()
+  processes.one_thread_each()
   if num_workers:
+    processes.check_shared_memory(num_workers, batch_bytes)
     workers = grain.MultiprocessingOptions(num_workers=num_workers)
-    iterable = iterable.mp_prefetch(workers, _prepare_worker)
+    iterable = iterable.mp_prefetch(workers, processes.prepare)
   iterator = iter(iterable)
   try:
-    yield from iterator
+    with processes.explained_death():
+      # The first item starts the processes.
+      with signals.kept_from_children() if num_workers else contextlib.nullcontext():
+        batch = next(iterator, None)
+      while batch is not None:
+        yield batch
+        forks.refuse_iterator_of_parent(process)
+        batch = next(iterator, None)
   finally:
-    iterator.close()  # stops the threads and the worker processes
+    if process == os.getpid():
+      iterator.close()  # stops the threads and the worker processes
+    else:  # closing would wait for threads that only the parent has, also when it is collected
+      _ABANDONED.append(iterator)
 
 
-def _cores() -> int:
-  """Returns the number of processor cores that this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _one_thread_each() -> None:
-  """Limits OpenCV to one thread per call, because whole images are already handled in parallel."""
-  cv2.setNumThreads(1)
-
-
-def _prepare_worker(*worker: int) -> None:
-  """Prepares a worker process: limits its threads, and ends it together with its parent."""
-  del worker
-  _one_thread_each()
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-  """Waits for the parent process to end, then ends this process.
-
-  A parent that was killed cannot stop its workers, which would wait for ever.
-  """
-  parent = multiprocessing.parent_process()
-  if parent is not None:
-    parent.join()
-    os._exit(1)
+_ABANDONED: list[Any] = []

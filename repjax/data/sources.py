@@ -2,6 +2,7 @@
 
 import hashlib
 import operator
+import os
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,8 +12,9 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 
+from repjax.data import files
 from repjax.data.builders import digits_builder, find_builder
-from repjax.errors import InputError, unknown
+from repjax.errors import InputError, printable, unknown
 
 _EXAMPLE = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
 # The feature that holds the names of the original files; its name differs between TFDS sets.
@@ -88,9 +90,10 @@ class StoredExamples:
         "name": whole_name,
       }
     except Exception as error:  # array_record and protobuf raise classes of their own
+      reason = printable(" ".join(str(error).split()))
       raise InputError(
-        f"{whole_name} cannot be read ({' '.join(str(error).split())}). The files of the set are "
-        "damaged or incomplete. Prepare the set again"
+        f"{whole_name} cannot be read ({reason}). The files of the set are damaged or incomplete. "
+        "Prepare the set again"
       ) from error
     if not 0 <= example["label"] < self._num_classes:
       raise InputError(
@@ -100,7 +103,7 @@ class StoredExamples:
       )
     if self._file_name:
       file_name = found[self._file_name].bytes_list.value[0].decode("utf-8", "replace")
-      example |= {"file_name": file_name, "name": f"{whole_name} ({file_name})"}
+      example |= {"file_name": file_name, "name": f"{whole_name} ({printable(file_name)})"}
     return example
 
 
@@ -136,12 +139,13 @@ def open_source(
       "(config.train_split and config.eval_split choose the splits, or --split of a command)"
     )
   features: Any = builder.info.features
-  if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
+  class_names = _class_names(name, features)
+  if not class_names:
+    known = sorted(features) if hasattr(features, "keys") else type(features).__name__
     raise InputError(
-      f"{name} is not an image classification set: its features are {sorted(features)}. An image "
-      "and a label with class names are needed"
+      f"{name} is not an image classification set: its features are {known}. An image and a label "
+      "with class names are needed"
     )
-  class_names = tuple(features["label"].names)
   file_name = next((key for key in FILE_NAMES if key in features), None)
   examples = StoredExamples(
     _stored_records(name, builder, split), name, split, file_name, len(class_names)
@@ -149,20 +153,54 @@ def open_source(
   return Source(examples, class_names, _fingerprint(builder, split, class_names))
 
 
+def _class_names(name: str, features: Any) -> tuple[str, ...]:
+  """Returns the names of the classes; none where the features are not those of a classification.
+
+  Raises:
+    InputError: the file of the names does not fit the number of classes. TFDS says nothing then.
+  """
+  if not hasattr(features, "keys") or not {"image", "label"} <= set(features):
+    return ()
+  label = features["label"]
+  # A label may have neither names nor a number of classes, and its `names` then raises.
+  if not getattr(label, "num_classes", None):
+    return ()
+  names = tuple(label.names)
+  if len(names) != label.num_classes or len(set(names)) < len(names):
+    raise InputError(
+      f"{name} has {label.num_classes} classes, and its file of labels has {len(names)} names, "
+      f"{len(set(names))} of them different. Copy the data set again, or prepare it again"
+    )
+  return names
+
+
 def _stored_records(name: str, builder: tfds.core.DatasetBuilder, split: str) -> Any:
   """Returns random access to the serialized examples of a split, after checking its files."""
   info: Any = builder.info.splits[split]
   # The set may be stored in two formats; its metadata then gives the file names of the first one.
   template = info.filename_template.replace(filetype_suffix="array_record")
-  files = info.replace(filename_template=template)
-  missing = [path.name for path in files.filepaths if not path.exists()]
+  stored = info.replace(filename_template=template)
+  missing = [path.name for path in stored.filepaths if not files.is_regular(path)]
   if missing:
     raise InputError(
       f"{name} in {builder.data_path} is incomplete: {len(missing)} of its "
-      f"{len(files.filepaths)} {split} files are missing, such as {missing[0]}. Copy the set "
-      "again, or remove it and prepare it again"
+      f"{len(stored.filepaths)} {split} files are missing, such as {printable(missing[0])}. Copy "
+      "the set again, or remove it and prepare it again"
     )
-  return ArrayRecordDataSource(files.file_instructions)
+  for path, images in zip(stored.filepaths, stored.shard_lengths):
+    # A record takes more than a byte. Otherwise the metadata could claim any number of images.
+    if images > (size := os.stat(path).st_size):
+      raise InputError(
+        f"{printable(path)} has {size:,} bytes, and the metadata of {name} says that it holds "
+        f"{images:,} images. Copy the set again, or remove it and prepare it again"
+      )
+  try:
+    return ArrayRecordDataSource(stored.file_instructions)
+  except Exception as error:  # array_record raises classes of its own
+    raise InputError(
+      f"{name} in {builder.data_path} cannot be read ({printable(error)}). Copy the set again, or "
+      "remove it and prepare it again"
+    ) from error
 
 
 def _fingerprint(
@@ -181,7 +219,7 @@ def _fingerprint(
   }
   metadata: Any = builder.info.metadata or {}
   if "checksum" in metadata.keys():  # noqa: SIM118 - TFDS reads its file in keys(), not before
-    values["checksum"] = metadata["checksum"][split]
+    values["checksum"] = metadata["checksum"].get(split)
   return values
 
 

@@ -1,14 +1,11 @@
 """Stores data sets as files: array_record shards beside TFDS's metadata.
 
-A set appears in its place whole or not at all. It is written into a hidden draft folder beside its
-place, which only one process at a time may hold, and is moved by a rename at the end.
+A set appears in its place whole or not at all, as `repjax.disk.replacing` promises.
 """
 
 import contextlib
-import fcntl
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +14,10 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from tensorflow_datasets.core import constants, dataset_info, file_adapters, naming
 
+from repjax import disk, names
 from repjax.errors import InputError
 
+INFO = "dataset_info.json"
 SHARD_BYTES = 256 * 2**20  # a shard that holds this much is full
 # TFDS and Grain read single records, so every record is a group of its own. Images are compressed
 # already.
@@ -39,69 +38,14 @@ class SplitFiles(NamedTuple):
 
 def sets_folder(data_dir: str | os.PathLike[str] | None) -> Path:
   """Returns the folder that holds the sets; None is TFDS's default."""
-  return Path(data_dir or constants.DATA_DIR).expanduser()
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-  """Turns an `OSError`, such as a full disk, into an `InputError` that names the path."""
-  try:
-    yield
-  except OSError as error:
-    where = error.filename or path
-    raise InputError(
-      f"{where} cannot be written ({error.strerror or error}); nothing was changed. Make room or "
-      "get the permission, or choose a different folder"
-    ) from error
-
-
-@contextlib.contextmanager
-def locked_draft(path: Path) -> Iterator[Path]:
-  """Makes an empty folder that one process at a time may hold, and removes it at the end.
-
-  A folder that the block moved to its final place stays. Files that a killed process left in the
-  folder are removed by the next process.
-
-  Raises:
-    InputError: a different process holds the folder.
-  """
-  path.mkdir(parents=True, exist_ok=True)
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    _lock(handle, path)
-    try:
-      for left_over in path.iterdir():
-        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-      yield path
-    finally:
-      # A folder of the same name that is not the locked one belongs to a different process.
-      if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-        shutil.rmtree(path, ignore_errors=True)
-  finally:
-    os.close(handle)
-
-
-def _lock(handle: int, path: Path) -> None:
-  """Locks the open folder, or raises where a different process holds or has just moved it.
-
-  The operating system drops the lock when the process ends, however it ends.
-  """
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if os.path.samestat(os.fstat(handle), path.stat()):  # not moved since it was opened
-      return
-  except (BlockingIOError, FileNotFoundError):
-    pass
-  raise InputError(f"another process is writing {path} right now. Let it finish, or stop it first")
+  return names.folder(data_dir or constants.DATA_DIR)
 
 
 @contextlib.contextmanager
 def whole_set(target: Path, *, replace: bool) -> Iterator[Path]:
-  """Makes a draft folder to write a set into, and moves it to `target` when the block ends well.
+  """Makes an empty folder to write a set into, and moves it to `target` when the block ends well.
 
-  With `replace`, the old set stays in its place until the new one is complete. The exchange is two
-  renames: the old set goes aside, then the draft goes to `target`. If a process is killed between
-  the two, the next call puts the old set back.
+  With `replace`, the old set stays in its place until the new one is complete.
 
   Args:
     target: data_dir / name / version.
@@ -110,26 +54,12 @@ def whole_set(target: Path, *, replace: bool) -> Iterator[Path]:
   Raises:
     InputError: a set is there and must not be replaced, or a different process is writing the set.
   """
-  name, data_dir = target.parent.name, target.parent.parent
-  replaced = data_dir / f".{name}.replaced"
-  with locked_draft(data_dir / f".{name}.incomplete") as draft:
-    if replaced.exists() and not target.exists():  # killed between the two renames below
-      target.parent.mkdir(exist_ok=True)
-      replaced.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if problems := existing_problems(target, replace=replace):
-      raise InputError(problems[0])
+  with disk.writing(target, OSError):
+    problems = existing_problems(target, replace=replace)
+  if problems:
+    raise InputError(problems[0])
+  with disk.replacing(target, known=[INFO], exists=replace) as draft:
     yield draft
-    target.parent.mkdir(exist_ok=True)
-    if target.exists():
-      target.rename(replaced)
-    try:
-      draft.rename(target)
-    except OSError:
-      if replaced.exists():
-        replaced.rename(target)
-      raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def existing_problems(target: Path, *, replace: bool) -> list[str]:

@@ -4,7 +4,6 @@ A TFRecord file can only be read from beginning to end. An array_record file has
 training can read its records in any order.
 """
 
-import json
 import os
 import shutil
 import struct
@@ -16,13 +15,12 @@ from typing import Any, NamedTuple
 import google_crc32c
 from tqdm import tqdm
 
-from repjax import json_files
-from repjax.data import storage
+from repjax import disk, json_files
+from repjax.data import files, storage
 from repjax.data.builders import builder_of, file_formats
 from repjax.errors import InputError
 from repjax.schema import anything, items, record, text
 
-INFO = "dataset_info.json"
 _INFO = record({"alternativeFileFormats": items(text())}, others=anything)
 
 
@@ -69,14 +67,14 @@ def prepare_tfrecord(
     found = f"is stored as {formats[0]}" if formats else "does not exist"
     raise InputError(f"there is no TFRecord set to copy: {folder} {found}")
   shards = _shards(builder)
-  if missing := [shard.source.name for shard in shards if not shard.source.exists()]:
+  if missing := [shard.source.name for shard in shards if not files.is_regular(shard.source)]:
     raise InputError(
       f"{name} in {folder} is incomplete: {len(missing)} of its {len(shards)} files are missing, "
       f"such as {missing[0]}. Copy the set to this place again"
     )
   variant = builder.builder_config.name if builder.builder_config else ""
   target = storage.sets_folder(to) / builder.name / variant / str(builder.version) if to else folder
-  with storage.disk_errors(target):
+  with disk.writing(target, OSError):
     if to is None:
       _copy_beside(shards, folder, name, num_workers)
     else:
@@ -89,13 +87,17 @@ def _copy_beside(shards: list[_Shard], folder: Path, name: str, num_workers: int
 
   The metadata is replaced last, in one rename. Until then the set is a TFRecord set as before.
   """
-  with storage.locked_draft(folder / ".array_record.incomplete") as draft:
+  with disk.private_folder(folder / "array_record", alone=True) as private:
+    draft = private / disk.NEW
+    draft.mkdir()
     _copy_all(shards, draft, name, num_workers)
+    disk.sync(draft)
     for shard in shards:
       (draft / shard.copy).rename(folder / shard.copy)
-    info = _read_info(folder)
-    info["alternativeFileFormats"] = [*info.get("alternativeFileFormats", ()), "array_record"]
-    _write_info(draft, info).replace(folder / INFO)
+    disk.sync_entries(folder)
+  info = _read_info(folder)
+  info["alternativeFileFormats"] = [*info.get("alternativeFileFormats", ()), "array_record"]
+  disk.write_json(folder / storage.INFO, info)
 
 
 def _copy_to(target: Path, shards: list[_Shard], folder: Path, name: str, num_workers: int) -> None:
@@ -103,22 +105,15 @@ def _copy_to(target: Path, shards: list[_Shard], folder: Path, name: str, num_wo
   with storage.whole_set(target, replace=False) as draft:
     _copy_all(shards, draft, name, num_workers)
     for path in folder.iterdir():  # metadata besides dataset_info.json: features, names of classes
-      if path.suffix in (".json", ".txt") and path.name != INFO:
+      if path.suffix in (".json", ".txt") and path.name != storage.INFO:
         shutil.copyfile(path, draft / path.name)
     info = _read_info(folder) | {"fileFormat": "array_record"}
     info.pop("alternativeFileFormats", None)
-    _write_info(draft, info)
+    disk.write_json(draft / storage.INFO, info)
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
-  return json_files.read(folder / INFO, _INFO)
-
-
-def _write_info(folder: Path, info: dict[str, Any]) -> Path:
-  """Writes dataset_info.json into a folder, and returns its path."""
-  path = folder / INFO
-  path.write_text(json.dumps(info, indent=2))
-  return path
+  return json_files.read(folder / storage.INFO, _INFO)
 
 
 def read_tfrecord(path: Path) -> Iterator[bytes]:
@@ -134,18 +129,19 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
   Raises:
     InputError: the file is cut off or damaged.
   """
-  with path.open("rb") as file:
-    index = 0
+  with files.open_regular(path) as file:
+    index, size = 0, os.fstat(file.fileno()).st_size
     while header := file.read(12):
       whole = len(header) == 12
-      # The length is checked before anything of that length is read, since a damaged length could
-      # ask for any amount of memory.
+      # The length is checked before anything of that length is read, since a wrong length could ask
+      # for any amount of memory.
       if whole and masked_crc32c(header[:8]) != struct.unpack("<I", header[8:])[0]:
         raise InputError(f"{path} is damaged at record {index}. Copy this file again")
       length = struct.unpack("<Q", header[:8])[0] if whole else 0
-      data, end = file.read(length), file.read(4)
-      if not whole or len(data) < length or len(end) < 4:
+      # A length with the right checksum may still be more than the file holds.
+      if not whole or length + 4 > size - file.tell():
         raise InputError(f"{path} is cut off in record {index}. Copy this file again")
+      data, end = file.read(length), file.read(4)
       if masked_crc32c(data) != struct.unpack("<I", end)[0]:
         raise InputError(f"{path} is damaged in record {index}. Copy this file again")
       yield data
@@ -185,7 +181,7 @@ def _check_room(folder: Path, wanted: int) -> None:
   free = shutil.disk_usage(folder).free
   if free < wanted:
     raise InputError(
-      f"an array_record copy needs {wanted / 1e9:.1f} GB, and the disk of {folder.parent} has "
+      f"an array_record copy needs {wanted / 1e9:.1f} GB, and the disk of {folder.parents[1]} has "
       f"{free / 1e9:.1f} GB free. Make room, or write to a different disk with --to"
     )
 

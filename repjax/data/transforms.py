@@ -4,15 +4,15 @@ Training's crops are in repjax/data/augmentation.
 """
 
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from repjax.data.decode import Picture
-from repjax.errors import InputError
+from repjax.data import files
+from repjax.data.decode import Picture, image_errors
+from repjax.errors import InputError, printable
 
 
 class Interpolation(NamedTuple):
@@ -52,17 +52,20 @@ def resize_and_crop(
   Returns:
     uint8 (size, size, 3).
   """
-  pixels = _resized(picture, resize_size, interpolation)
-  height, width = pixels.shape[:2]
-  return _cut(pixels, round((height - size) / 2), round((width - size) / 2), size)
+  width, height = _resized_shape(picture, resize_size)
+  corner = round((height - size) / 2), round((width - size) / 2)
+  return _crops(picture, (width, height), [corner], size, interpolation)[0]
 
 
-def read_image(file: str | os.PathLike[str] | bytes, preprocessing: Any) -> np.ndarray:
+def read_image(
+  file: str | os.PathLike[str] | bytes, preprocessing: Any, name: str | None = None
+) -> np.ndarray:
   """Reads an image file as a model sees the image in evaluation.
 
   Args:
     file: a path, or the bytes of a file.
     preprocessing: the `preprocessing` of the model's ModelSpec.
+    name: the image's name in errors; None: its path, if it has one.
 
   Returns:
     uint8 (S, S, 3). `preprocessing.normalize` makes the model's input of a batch of such images.
@@ -75,13 +78,14 @@ def read_image(file: str | os.PathLike[str] | bytes, preprocessing: Any) -> np.n
     image = read_image("cat.jpg", spec.preprocessing)
     logits = model.apply(variables, spec.preprocessing.normalize(image[None]))
   """
-  name = "the image" if isinstance(file, bytes) else str(file)
-  try:
-    data = file if isinstance(file, bytes) else Path(file).read_bytes()
-  except OSError as error:
-    raise InputError(f"{name} cannot be read: {error.strerror}") from error
-  size, resize_size = preprocessing.image_size, preprocessing.resize_size
-  return resize_and_crop(Picture(data, name), size, resize_size, preprocessing.interpolation)
+  name = name or ("the image" if isinstance(file, bytes) else os.fsdecode(file))
+  with image_errors(name):
+    try:
+      data = file if isinstance(file, bytes) else files.read(file)
+    except OSError as error:
+      raise InputError(f"{printable(name)} cannot be read: {error.strerror}") from error
+    size, resize_size = preprocessing.image_size, preprocessing.resize_size
+    return resize_and_crop(Picture(data, name), size, resize_size, preprocessing.interpolation)
 
 
 def ten_crop(picture: Picture, size: int, resize_size: int, interpolation: str) -> np.ndarray:
@@ -97,11 +101,10 @@ def ten_crop(picture: Picture, size: int, resize_size: int, interpolation: str) 
     Krizhevsky et al., ImageNet Classification with Deep Convolutional Neural Networks, NIPS 2012,
       section 4.1.
   """
-  pixels = _resized(picture, resize_size, interpolation)
-  below, right = pixels.shape[0] - size, pixels.shape[1] - size
-  corners = [(0, 0), (0, right), (below, 0), (below, right)]
-  centre = round(below / 2), round(right / 2)
-  crops = np.stack([_cut(pixels, top, left, size) for top, left in [*corners, centre]])
+  width, height = _resized_shape(picture, resize_size)
+  below, right = height - size, width - size
+  corners = [(0, 0), (0, right), (below, 0), (below, right), (round(below / 2), round(right / 2))]
+  crops = np.stack(_crops(picture, (width, height), corners, size, interpolation))
   return np.concatenate([crops, crops[:, :, ::-1]])  # (10, S, S, 3)
 
 
@@ -111,21 +114,63 @@ def resize(pixels: np.ndarray, shape: tuple[int, int], interpolation: str) -> np
   return np.asarray(image)
 
 
-def _resized(picture: Picture, resize_size: int, interpolation: str) -> np.ndarray:
-  """Decodes the image and resizes its shorter side to `resize_size`.
+def _resized_shape(picture: Picture, resize_size: int) -> tuple[int, int]:
+  """Returns the width and height of an image whose shorter side becomes `resize_size`.
 
   The longer side keeps the proportion and is rounded down, as in torchvision.
   """
   width, height = picture.width, picture.height
-  if min(width, height) == resize_size:
-    return picture.pixels()
-  shape = (
-    (resize_size, int(resize_size * height / width))
-    if width <= height
-    else (int(resize_size * width / height), resize_size)
-  )
-  return resize(picture.pixels(), shape, interpolation)
+  if width <= height:
+    return resize_size, int(resize_size * height / width)
+  return int(resize_size * width / height), resize_size
 
 
-def _cut(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
-  return pixels[top : top + size, left : left + size]
+def _crops(
+  picture: Picture,
+  shape: tuple[int, int],
+  corners: list[tuple[int, int]],
+  size: int,
+  interpolation: str,
+) -> list[np.ndarray]:
+  """Returns squares that are cut out of the resized image.
+
+  Args:
+    picture: the image.
+    shape: width and height of the resized image.
+    corners: top and left of each square in the resized image.
+    size: side of the squares.
+    interpolation: a key of INTERPOLATIONS.
+  """
+  pixels = picture.pixels()
+  if max(shape) > _LONGEST * min(shape):
+    return [_cut_of_long(pixels, shape, *corner, size, interpolation) for corner in corners]
+  if shape != (picture.width, picture.height):
+    pixels = resize(pixels, shape, interpolation)
+  return [pixels[top : top + size, left : left + size] for top, left in corners]
+
+
+_LONGEST = 8
+"""Ratio of the sides above which an image is not resized as a whole."""
+
+
+def _cut_of_long(
+  pixels: np.ndarray,
+  shape: tuple[int, int],
+  top: int,
+  left: int,
+  size: int,
+  interpolation: str,
+) -> np.ndarray:
+  """Returns a square of the resized image, and resizes no more than the square.
+
+  A file of a hundred bytes can hold 20,000 x 1 pixels, which would become gigabytes. Other images
+  are resized as a whole, because Pillow takes the corners of a part as float32. The pixels of a
+  part can therefore differ in the last bit, and "nearest" can choose a different pixel.
+  """
+  # Pixels of the image for each pixel of the resized image, by width and height.
+  x, y = pixels.shape[1] / shape[0], pixels.shape[0] / shape[1]
+  # Rounding must not carry the box over the edge of the image.
+  right, bottom = min((left + size) * x, pixels.shape[1]), min((top + size) * y, pixels.shape[0])
+  box = (left * x, top * y, right, bottom)
+  method = INTERPOLATIONS[interpolation].pillow
+  return np.asarray(Image.fromarray(pixels).resize((size, size), method, box=box))

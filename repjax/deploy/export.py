@@ -14,14 +14,13 @@ An exported folder:
 import importlib.metadata
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 
-from repjax import runs
+from repjax import disk, names, runs
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
 from repjax.deploy.stablehlo import (
   PLATFORMS,
@@ -82,8 +81,8 @@ def export(
   Example:
     repjax.deploy.export(*repjax.load("runs/a0"), "exported/a0", dtype="bfloat16")
   """
-  path = Path(folder)
-  if path.exists():
+  path = names.folder(folder)
+  if disk.real(path).exists():
     raise InputError(f"{path} exists already; give a different path, or remove it first")
   if format not in FORMATS:
     raise unknown("format", format, FORMATS)
@@ -140,6 +139,7 @@ def load_exported(
   *,
   batch_sizes: Iterable[int] = BATCH_SIZES,
   devices: Sequence[Any] | None = None,
+  verify: bool = True,
 ) -> CompiledModel:
   """Reads a StableHLO program that `export` wrote, and compiles it without building a model.
 
@@ -152,6 +152,7 @@ def load_exported(
     folder: a folder that `export` made.
     batch_sizes: as in `repjax.deploy.compile`.
     devices: as in `repjax.deploy.compile`.
+    verify: as in `repjax.load`.
 
   Returns:
     A function of images (N, S, S, 3), uint8 or normalized float32, as export.json says.
@@ -160,24 +161,11 @@ def load_exported(
     InputError: the folder is not an exported one, is damaged, has expired, or is for different
       platforms.
   """
-  path = Path(folder)
-  facts = runs.read_export(path)
-  if facts.get("format") == "onnx":
-    way_out = f"repjax.deploy.compile(*repjax.load({str(path)!r})[:2], ...)"
-    raise InputError(
-      f"{path} holds an ONNX file, which ONNX Runtime, OpenVINO or TensorRT runs and JAX does not."
-      + (f" Run its parameters in JAX by {way_out}." if runs.params_folder(path).exists() else "")
-    )
-  program = deserialize(runs.stablehlo_file(path), path)
-  platform = (devices or jax.local_devices())[0].platform
-  platform = {"gpu": "cuda"}.get(platform, platform)  # The two names that JAX has for NVIDIA.
-  if platform not in program.platforms:
-    raise InputError(
-      f"{path} is for {' and '.join(program.platforms)}, and the devices here are {platform}. "
-      f"Export the model with --platforms {' '.join(program.platforms)} {platform}."
-    )
-  (shapes, images), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
-  params = runs.read_params(path, shapes["params"])
+  path = names.folder(folder)
+  facts, program, params = runs.read_exported(
+    path, lambda snapshot: _read(snapshot, devices), verify=verify
+  )
+  _, images = jax.tree.unflatten(program.in_tree, program.in_avals)[0]
   return CompiledModel(
     program.call,
     {"params": params},
@@ -186,6 +174,30 @@ def load_exported(
     batch_sizes=batch_sizes,
     devices=devices,
   )
+
+
+def _read(
+  snapshot: disk.Snapshot, devices: Sequence[Any] | None
+) -> tuple[dict[str, Any], Any, Any]:
+  """Reads the facts, the program and the parameters of a StableHLO folder for some devices."""
+  path = snapshot.folder
+  facts = runs.read_export(snapshot)
+  if facts.get("format") == "onnx":
+    way_out = f"repjax.deploy.compile(*repjax.load({str(path)!r})[:2], ...)"
+    raise InputError(
+      f"{path} holds an ONNX file, which ONNX Runtime, OpenVINO or TensorRT runs and JAX does not."
+      + (f" Run its parameters in JAX by {way_out}." if runs.params_folder(path).exists() else "")
+    )
+  program = deserialize(runs.stablehlo_file(path), path, snapshot.read_bytes)
+  platform = (devices or jax.local_devices())[0].platform
+  platform = {"gpu": "cuda"}.get(platform, platform)  # The two names that JAX has for NVIDIA.
+  if platform not in program.platforms:
+    raise InputError(
+      f"{path} is for {' and '.join(program.platforms)}, and the devices here are {platform}. "
+      f"Export the model with --platforms {' '.join(program.platforms)} {platform}."
+    )
+  shapes, _ = jax.tree.unflatten(program.in_tree, program.in_avals)[0]
+  return facts, program, runs.read_params(snapshot, shapes["params"])
 
 
 def onnx_facts(spec: ModelSpec, dtype: str) -> dict[str, Any]:

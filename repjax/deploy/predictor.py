@@ -2,20 +2,29 @@
 
 import itertools
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import jax
 import numpy as np
 
+from repjax import forks
 from repjax.cache import keep_every_program
 from repjax.deploy.compile import BATCH_SIZES, compile  # noqa: A004
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 from repjax.spec import load
 
-Image = str | os.PathLike[str] | bytes | np.ndarray
-"""A path, the bytes of a file, or uint8 pixels (H, W, 3) of any size."""
+if TYPE_CHECKING:
+  from PIL.Image import Image as PillowImage
+
+# A string, since Pillow is imported late.
+Image = Union[str, os.PathLike[str], bytes, BinaryIO, np.ndarray, "PillowImage"]
+"""A path, the bytes of a file, an open binary file, a Pillow image, or uint8 pixels (H, W, 3).
+
+Images may have any size. A Pillow image is turned as its EXIF asks for, as a file is.
+"""
 
 
 class Predictor:
@@ -43,6 +52,7 @@ class Predictor:
     batch_sizes: Iterable[int] = BATCH_SIZES,
     devices: Sequence[Any] | None = None,
     tune: bool = True,
+    verify: bool = True,
   ):
     """Loads the model and compiles it.
 
@@ -52,12 +62,14 @@ class Predictor:
       batch_sizes: batch sizes to compile for, as in `compile`.
       devices: as in `compile`.
       tune: as in `compile`.
+      verify: as in `repjax.load`.
 
     Raises:
       InputError: the folder holds no model, or `compile` refuses an argument.
     """
+    forks.refuse_lost_devices()
     with keep_every_program():  # `load` folds a run without a deploy folder, which compiles too.
-      model, variables, self.spec = load(workdir)
+      model, variables, self.spec = load(workdir, verify=verify)
     self.program = compile(
       model,
       variables,
@@ -84,6 +96,7 @@ class Predictor:
     Raises:
       InputError: a file is not an image, or pixels are not uint8 (H, W, 3).
     """
+    forks.refuse_lost_devices()
     with ThreadPoolExecutor(_threads()) as threads:
       squares = list(threads.map(self.read, _several(images)))
     size = self.spec.preprocessing.image_size
@@ -112,7 +125,7 @@ class Predictor:
     """Yields the probabilities of any number of images, in order.
 
     While one batch is on the device, threads decode the next batch and no more than that. An image
-    that cannot be read does not stop the stream.
+    that cannot be read does not stop the stream, whatever is wrong with it.
 
     Args:
       images: images, taken from the iterable as they are needed.
@@ -120,8 +133,10 @@ class Predictor:
     Yields:
       The image as it was given, and its probabilities (K,), or the error if it cannot be read.
     """
+    forks.refuse_lost_devices()
     size = self.program.batch_sizes[-1]
-    with ThreadPoolExecutor(_threads()) as threads:
+    threads = ThreadPoolExecutor(_threads())
+    try:
       # A generator: each `next` submits one batch to the threads and does not wait for them.
       batches = (
         [(image, threads.submit(self._read_or_error, image)) for image in batch]
@@ -132,6 +147,9 @@ class Predictor:
         # The next batch begins to be decoded before the results of this one are waited for.
         batch, waiting = waiting, next(batches, None)
         yield from self._probabilities([(image, future.result()) for image, future in batch])
+    finally:
+      # Where the caller stops early, images that wait are not begun.
+      threads.shutdown(cancel_futures=True)
 
   def read(self, image: Image) -> np.ndarray:
     """Returns an image as the model takes it, decoded, resized and cropped to uint8 (S, S, 3).
@@ -142,23 +160,28 @@ class Predictor:
     # Imported late: these modules need OpenCV and Pillow, which a program that resizes its images
     # itself need not install.
     from repjax.data import transforms
-    from repjax.data.decode import Picture
+    from repjax.data.decode import Picture, image_errors
 
-    if not isinstance(image, np.ndarray):
-      if not isinstance(image, str | os.PathLike | bytes):
-        raise InputError(
-          f"an image must be a path, bytes or a uint8 array, got {type(image).__name__}"
-        )
-      return transforms.read_image(image, self.spec.preprocessing)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-      raise InputError(
-        f"an image's pixels must be uint8 (H, W, 3), red first, got {image.dtype} {image.shape}. "
-        "Make a grey image (H, W) fit with np.repeat(grey[..., None], 3, 2)."
-      )
     how = self.spec.preprocessing
-    return transforms.resize_and_crop(
-      Picture(image), how.image_size, how.resize_size, how.interpolation
-    )
+    name = name_of(image)
+    with image_errors(name):
+      if isinstance(image, bytes | bytearray | memoryview):
+        return transforms.read_image(bytes(image), how)
+      if isinstance(image, str | os.PathLike):
+        return transforms.read_image(image, how)
+      if hasattr(image, "read"):
+        return transforms.read_image(_bytes_of(image, name), how, name)
+      if isinstance(image, np.ndarray):
+        _check_pixels(image)
+      elif not _is_pillows(image):
+        raise InputError(
+          "an image must be a Pillow image, an open file, a path, bytes or a uint8 array, got "
+          f"{type(image).__name__}"
+        )
+      picture: Any = image
+      return transforms.resize_and_crop(
+        Picture(picture, name), how.image_size, how.resize_size, how.interpolation
+      )
 
   def _read_or_error(self, image: Image) -> np.ndarray | InputError:
     """Returns the image as in `read`, or the error, since a thread cannot skip an image."""
@@ -177,9 +200,51 @@ class Predictor:
       yield image, next(rows) if isinstance(square, np.ndarray) else square
 
 
+def name_of(image: Image) -> str:
+  """Returns the name of an image in messages: its path where it has one."""
+  path = image if isinstance(image, str | os.PathLike) else getattr(image, "name", None)
+  path = path or getattr(image, "filename", None)  # which images of Pillow have
+  if isinstance(path, str | bytes | os.PathLike) and path:
+    return printable(os.fsdecode(path))
+  return "the image"
+
+
+def _bytes_of(file: Any, name: str) -> bytes:
+  """Returns the rest of an open file, up to the size of the largest image file.
+
+  Raises:
+    InputError: the file gives no bytes, or too many.
+  """
+  from repjax.data.files import LARGEST
+
+  data = file.read(LARGEST + 1)
+  if not isinstance(data, bytes):
+    raise InputError(f"{name} must be opened to read bytes, as by open(path, 'rb')")
+  if len(data) > LARGEST:
+    raise InputError(f"{name} cannot be read: it has more than {LARGEST:,} bytes")
+  return data
+
+
+def _check_pixels(image: np.ndarray) -> None:
+  """Raises unless an array holds RGB pixels."""
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+    raise InputError(
+      f"an image's pixels must be uint8 (H, W, 3), red first, got {image.dtype} {image.shape}. "
+      "Make a grey image (H, W) fit with np.repeat(grey[..., None], 3, 2)."
+    )
+
+
+def _is_pillows(image: Any) -> bool:
+  """Tells if an object is an image of Pillow, and imports Pillow only if it is imported already."""
+  pillow = sys.modules.get("PIL.Image")
+  return pillow is not None and isinstance(image, pillow.Image)
+
+
 def _several(images: Any) -> Iterable[Image]:
   """Returns an iterable of images; a single image is put in a list."""
-  single = isinstance(images, str | os.PathLike | bytes)
+  single = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview)
+  # An open file is iterable too: over its lines.
+  single = single or hasattr(images, "read") or _is_pillows(images)
   return [images] if single or (isinstance(images, np.ndarray) and images.ndim < 4) else images
 
 

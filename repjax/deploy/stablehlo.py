@@ -4,7 +4,7 @@ The format needs the package flatbuffers, which `repjax[export]` installs.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,13 @@ def serialize(
   return bytes(exported.serialize())
 
 
-def deserialize(file: Path, folder: Path) -> Any:
+def deserialize(file: Path, folder: Path, read_bytes: Callable[[Path], bytes]) -> Any:
   """Reads a program as a `jax.export.Exported`.
 
   Args:
     file: the file of the program.
     folder: the folder that the file belongs to, for the error message.
+    read_bytes: reads the file, and may compare it with a checksum.
 
   Raises:
     InputError: the file cannot be read, is damaged, or was written by a version of JAX that is too
@@ -60,7 +61,9 @@ def deserialize(file: Path, folder: Path) -> Any:
 
   need_flatbuffers()
   try:
-    return jax_export.deserialize(bytearray(file.read_bytes()))
+    return jax_export.deserialize(bytearray(read_bytes(file)))
+  except InputError:
+    raise
   except OSError as error:
     raise InputError(f"{file} cannot be read: {error.strerror}") from error
   except Exception as error:  # JAX, flatbuffers and MLIR raise many kinds of errors.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.algebra import wide_dtype
+from repjax.errors import InputError
 
 EPSILON = 1e-5
 MOMENTUM = 0.9  # the weight of the old running value; PyTorch calls the same rule 0.1
@@ -110,7 +111,9 @@ def batch_norm(
 
 
 def refuse_training(deploy: bool, train: bool) -> None:
-  """Raises ValueError if a deploy form is asked to train."""
+  """Raises ValueError if a deploy form is asked to train, or if it is unclear which form it is."""
+  if not isinstance(deploy, bool):
+    raise InputError(f"deploy takes True or False, got {deploy!r}")
   if deploy and train:
     raise ValueError(
       "the deploy form cannot train: its batch norms and branches are gone, and such a network "

@@ -32,6 +32,7 @@ from repjax.algebra import (
 from repjax.errors import InputError
 from repjax.layers.base import RepLayer, refuse_training
 from repjax.layers.linear import bias_init, kernel_init
+from repjax.layers.one_channel import OneChannelConv, is_one_channel
 
 _BRANCH = re.compile(r"(?:conv([1-9]\d*)x([1-9]\d*)|identity|(avg2x2_conv1x1))(?:_\d+)?")
 _PADDING_MODES = ("constant", "edge", "reflect", "wrap")
@@ -214,20 +215,21 @@ class RepConv(RepLayer):
 
     Without `strides`, the convolution has the strides of the layer.
     """
-    return functools.partial(
-      nn.Conv,
+    built = functools.partial(
+      OneChannelConv if is_one_channel(self.dtype, inputs, self.features) else nn.Conv,
       self.features,
       size,
       strides=strides or pair(self.strides),
       padding=[(pad, pad) for pad in padding],
       kernel_dilation=pair(self.dilation),
-      feature_group_count=self.groups,
       use_bias=use_bias,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
-      kernel_init=kernel_init,
       bias_init=bias_init((*size, inputs // self.groups, self.features)),
     )
+    if built.func is OneChannelConv:
+      return built
+    return functools.partial(built, feature_group_count=self.groups, kernel_init=kernel_init)
 
   def _check(self, x: jax.Array, size: tuple[int, int]) -> None:
     """Raises InputError if a branch cannot be part of this layer."""

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from repjax.layers import RepConv, RepLayer, activation, linear
 from repjax.layers.base import dtypes_of, refuse_training
-from repjax.models.checks import check_classifier
+from repjax.models.checks import check_classifier, check_dtypes, check_flags, check_pixels
 
 
 class Block(RepLayer, kw_only=True):
@@ -107,6 +107,8 @@ class Classifier(nn.Module, kw_only=True):
 
   def __post_init__(self):
     check_classifier(self.num_classes, self.dropout, self.act)
+    check_flags(self)
+    check_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
     super().__post_init__()
 
   @nn.compact
@@ -122,11 +124,12 @@ class Classifier(nn.Module, kw_only=True):
       (N, H', W', C').
 
     Raises:
-      InputError: images of a shape that the network does not take.
+      InputError: images of a shape that the network does not take, or of complex numbers.
       ValueError: `train` in deploy form.
     """
     refuse_training(self.deploy, train)
     self.check_images(images)
+    check_pixels(images)
     maps = self.maps(images.astype(self.dtype), train)
     return dict(maps) if self.features_only else self.classify(maps, train)
 

@@ -1,9 +1,12 @@
 """Checks of attributes and of images that networks of several families share."""
 
+import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.errors import InputError
@@ -19,6 +22,47 @@ def is_list(value: Any) -> bool:
 def is_whole(value: Any) -> bool:
   """Tells if a value is a whole number above 0."""
   return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_image_size(size: Any) -> None:
+  """Raises InputError if the size of images is no number of pixels, or two of them."""
+  sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+  if not all(is_whole(side) for side in sides):
+    raise InputError(
+      f"image_size must be a whole number of pixels or a tuple (height, width), got {size!r}"
+    )
+
+
+def check_flags(module: nn.Module) -> None:
+  """Raises InputError if an attribute of a module that is True or False has a different value."""
+  for field in dataclasses.fields(module):
+    value = getattr(module, field.name, None)
+    if field.type in (bool, "bool") and not isinstance(value, bool):
+      raise InputError(f"{field.name} takes True or False, got {value!r}")
+
+
+def check_dtypes(**dtypes: Any) -> None:
+  """Raises InputError if a dtype that a network computes or stores in is not floating-point."""
+  for name, dtype in dtypes.items():
+    try:
+      floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+      floating = False
+    if not floating:
+      raise InputError(f"{name} takes a floating-point type such as jnp.bfloat16, got {dtype!r}")
+
+
+def check_pixels(images: jax.Array) -> None:
+  """Warns of images that nobody normalized, and raises InputError for images that are none."""
+  if jnp.issubdtype(images.dtype, jnp.integer):
+    warnings.warn(
+      f"the network was given images of {images.dtype}, and takes normalized ones. Pass "
+      "spec.preprocessing.normalize(images), with spec from repjax.load, or compile the network "
+      "with repjax.deploy.compile(..., preprocessing=spec.preprocessing)",
+      stacklevel=2,
+    )
+  elif not jnp.issubdtype(images.dtype, jnp.floating):
+    raise InputError(f"images must be floating-point numbers, got {images.dtype}")
 
 
 def check_number(field: str, value: Any) -> None:

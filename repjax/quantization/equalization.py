@@ -33,6 +33,14 @@ ENOUGH = 32
 seldom active looks small on few images. Scaled up to the whole range, it would be cut off on more.
 """
 
+OUTLIER = 64
+"""A range above OUTLIER times the median says nothing about what other channels may reach."""
+
+BIAS_SHARE = 16
+"""A bias divided by BIAS_SHARE is the smallest range that a channel of weights is given. Biases and
+kernels of folded networks are of one size, so this concerns only a kernel that has decayed.
+"""
+
 
 class Pair(NamedTuple):
   """Two layers, the second of which reads the first, channel by channel.
@@ -107,7 +115,8 @@ def equalizing_scale(ranges: jax.Array, kernel: jax.Array) -> jax.Array:
   grouped = kernel.reshape(*kernel.shape[:3], groups, -1)  # (H, W, C/g, g, O/g)
   inputs = jnp.abs(grouped).max((0, 1, 4)).T.reshape(ranges.shape)
   alive = (ranges > 0) & (inputs > 0)
-  return jnp.sqrt(jnp.where(alive, ranges, 1) / jnp.where(alive, inputs, 1))
+  # The quotient of the roots is finite where the quotient itself overflows.
+  return jnp.sqrt(jnp.where(alive, ranges, 1)) / jnp.sqrt(jnp.where(alive, inputs, 1))
 
 
 def _by_group(channels: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -157,6 +166,16 @@ def pairs_of(proto: Any) -> list[Pair]:
   ]
 
 
+def ranges_of(conv: ConvParams) -> np.ndarray:
+  """Returns the range of each output channel of a convolution, for `equalizing_scale`.
+
+  range[c] = max(max|K[..., c]|, |b[c]| / BIAS_SHARE). If a kernel has decayed to almost nothing,
+  its own range would scale the channel up until the bias is far above all values of other channels.
+  The scale of the tensor in between would then have no steps left for these.
+  """
+  return np.maximum(np.abs(conv.kernel).max((0, 1, 2)), np.abs(conv.bias) / BIAS_SHARE)
+
+
 def equalized_by(how: str, proto: Any, images: np.ndarray) -> Any:
   """Returns a model equalized in one of the ways in EQUALIZATIONS.
 
@@ -194,7 +213,7 @@ def equalized(proto: Any, images: np.ndarray | None = None) -> Any:
     change = 0.0
     for pair in pairs:
       first, second = _conv(arrays, pair.first), _conv(arrays, pair.second)
-      ranges = seen.get(pair.between, np.abs(first.kernel).max((0, 1, 2)))
+      ranges = seen.get(pair.between, ranges_of(first))
       first, second, moved = _exchanged(first, second, ranges)
       arrays |= _arrays(pair.first, first) | _arrays(pair.second, second)
       change = max(change, float(moved))
@@ -226,8 +245,14 @@ def _largest(proto: Any, tensors: list[str], images: np.ndarray) -> dict[str, np
       largest = np.abs(maps).max(tuple(axis for axis in range(maps.ndim) if axis != 1))
       found[tensor] = np.maximum(found[tensor], largest) if tensor in found else largest
   check_finite(proto, images, found.values())
-  floor = min(1.0, ENOUGH / len(images))
-  return {tensor: np.maximum(seen, floor * seen.max()) for tensor, seen in found.items()}
+  share = min(1.0, ENOUGH / len(images))
+  return {tensor: np.maximum(seen, share * _usual(seen)) for tensor, seen in found.items()}
+
+
+def _usual(ranges: np.ndarray) -> float:
+  """Returns the largest of some ranges, without single ones that are far above the rest."""
+  alive = ranges[ranges > 0]
+  return min(float(alive.max()), OUTLIER * float(np.median(alive))) if alive.size else 0.0
 
 
 def _conv(arrays: dict[str, Any], layer: GraphLayer) -> ConvParams:

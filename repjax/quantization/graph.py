@@ -87,7 +87,7 @@ def with_constants(proto: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def check_float(proto: Any) -> None:
-  """Raises InputError for a model whose weights are not in float32, or that has no layer."""
+  """Raises InputError for a model with weights that are not float32 or not finite, or no layer."""
   layers = layers_of(proto)
   arrays = constants(proto)
   dtypes = {arrays[layer.weight].dtype.name for layer in layers}
@@ -97,3 +97,10 @@ def check_float(proto: Any) -> None:
       f"8 bits are made of a graph with weights in float32, and this one has {found}. Make one "
       'with repjax.onnx.to_onnx(..., dtype="float32")'
     )
+  for layer in layers:
+    held = [arrays[name] for name in (layer.weight, layer.bias) if name]
+    if not all(np.isfinite(array).all() for array in held):
+      raise InputError(
+        f"the layer {layer.title} holds weights that are NaN or infinite, for which 8 bits have no "
+        "scale. Has the network diverged?"
+      )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
+from repjax.errors import InputError
 from repjax.quantization.correction import corrected
 from repjax.quantization.equalization import equalized_by
 from repjax.quantization.graph import check_float, layers_of
@@ -75,11 +76,40 @@ def sensitivity(
         cache=Path(folder) / "ranges.json",
       )
       got = logits_of(alone, images)
-      rows.append(Sensitivity(layer.title, layer.name, *compared(got, wanted)))
+      rows.append(
+        Sensitivity(layer.title, layer.name, *compared(got, wanted, f"{layer.title} in 8 bits"))
+      )
   return sorted(rows, key=lambda row: -row.error)
 
 
-def compared(got: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-  """Returns the relative root mean square error of logits (N, K), and the share of new classes."""
+def _share(logits: np.ndarray) -> str:
+  """Returns the share of rows that are not finite, in percent."""
+  return f"{(~np.isfinite(logits).all(-1)).mean():.0%}"
+
+
+def compared(
+  got: np.ndarray, wanted: np.ndarray, name: str = "the network in 8 bits"
+) -> tuple[float, float]:
+  """Returns the relative root mean square error of logits (N, K), and the share of new classes.
+
+  Args:
+    got: logits to judge.
+    wanted: logits in float32.
+    name: what gave `got`, for an error message.
+
+  Raises:
+    InputError: logits are not finite, or all that were wanted are 0.
+  """
+  for whose, logits in (("the network in float32", wanted), (name, got)):
+    if not np.isfinite(logits).all():
+      raise InputError(
+        f"{whose} gives logits that are NaN or infinite on {_share(logits)} of the images. Has the "
+        "network diverged, or does a layer overflow?"
+      )
+  if not wanted.any():
+    raise InputError(
+      "the network in float32 gives only zeros, against which no error can be measured. Is it "
+      "trained, and has it the right weights?"
+    )
   error = np.sqrt(np.square(got - wanted).mean() / np.square(wanted).mean())
   return float(error), float((got.argmax(-1) != wanted.argmax(-1)).mean())

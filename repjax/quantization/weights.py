@@ -29,11 +29,11 @@ def quantized(kernel: Array, inputs: tuple[int, ...], bits: int = 8) -> tuple[Ar
 
   Returns:
     int8 of the kernel's shape, and the scales in the kernel's dtype, of size 1 along `inputs`. The
-    scale of zeros is 1.
+    scale of zeros is 1, and so is that of numbers too small to have a scale: they become zeros.
   """
   xp, levels = kernel.__array_namespace__(), LEVELS[bits]
-  largest = xp.abs(kernel).max(inputs, keepdims=True)
-  scale = xp.where(largest > 0, largest, levels) / levels
+  scale = xp.abs(kernel).max(inputs, keepdims=True) / levels
+  scale = xp.where(scale < jnp.finfo(kernel.dtype).tiny, xp.ones_like(scale), scale)
   return xp.round(kernel / scale).astype(xp.int8), scale
 
 

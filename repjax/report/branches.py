@@ -107,7 +107,7 @@ def branch_order(names: Iterable[str]) -> list[str]:
   return sorted(names, key=key)
 
 
-def read_kernels(workdir: Path) -> Kernels:
+def read_kernels(workdir: Path, *, verify: bool = True) -> Kernels:
   """Reads the model that a conversion would use, and measures each of its layers.
 
   This is the best checkpoint, with re-estimated statistics if there are any. A folder without a
@@ -115,18 +115,19 @@ def read_kernels(workdir: Path) -> Kernels:
 
   Args:
     workdir: folder of a run or an import.
+    verify: compare every file that is read with its checksum.
 
   Raises:
     InputError: the folder holds no model, or a damaged model.
   """
-  spec, name = ModelSpec.read(workdir), workdir.absolute().name
+  spec, name = ModelSpec.read(workdir, verify=verify), workdir.absolute().name
   if not runs.checkpoints(workdir):
-    _, variables, _ = load(workdir)
+    _, variables, _ = load(workdir, verify=verify)
     paths, _ = trace(spec, deploy=True)
     layers = [_layer(path, variables["params"], {}) for path in paths]
     return Kernels(name, spec.name, None, layers)
   paths, shapes = trace(spec)
-  step, variables, _ = runs.read_best(workdir, shapes)
+  step, variables, _ = runs.read_best(workdir, shapes, verify=verify)
   layers = [_layer(path, variables["params"], variables["batch_stats"]) for path in paths]
   return Kernels(name, spec.name, step, layers)
 

@@ -21,13 +21,18 @@ LEGEND_COLUMNS = 3
 def legend(figure: Any, runs: Sequence[History]) -> None:
   """Draws the legend that gives the colour of each run."""
   handles = [Line2D([], [], lw=3, **_style(number)) for number in range(len(runs))]
-  names = [clipped(run.name, 36) for run in runs]
+  names = [plain(clipped(run.name, 36)) for run in runs]
   figure.legend(handles, names, loc="center", ncols=LEGEND_COLUMNS, frameon=False)
 
 
 def clipped(name: str, length: int) -> str:
   """Shortens a long name to its end."""
   return name if len(name) <= length else f"...{name[3 - length :]}"
+
+
+def plain(text: str) -> str:
+  """Returns a text that matplotlib draws as it is; a $ would begin a formula otherwise."""
+  return text.replace("$", r"\$")
 
 
 def _style(number: int) -> dict[str, Any]:
@@ -183,7 +188,7 @@ def _accuracy_title(runs: Sequence[History]) -> str:
     return "Accuracy: not evaluated yet"
   value, run = max(best, key=lambda pair: pair[0])
   if len(runs) > 1:
-    return f"Accuracy: best evaluation {value:.2%}, by {clipped(run.name, 20)}"
+    return f"Accuracy: best evaluation {value:.2%}, by {plain(clipped(run.name, 20))}"
   return f"Accuracy: best evaluation {value:.2%}, at step {run.best:,}"
 
 

@@ -32,7 +32,7 @@ def draw(
   """
   runs = [history for history in histories if history.curves]
   headline = _headline(histories[0], kernels, len(runs))
-  lines = [line for note in notes for line in textwrap.wrap(note, 150)]
+  lines = [curves.plain(line) for note in notes for line in textwrap.wrap(note, 150)]
 
   def top(strip: Any) -> None:
     strip.text(0.5, 0.4, headline, fontsize=14, fontweight="bold", ha="center", va="center")
@@ -65,7 +65,7 @@ def _headline(first: History, kernels: Kernels | None, runs: int) -> str:
   what = first.title or (f"{kernels.model}, weights only" if kernels else "")
   steps = max((curve.steps[-1] for curve in first.curves.values()), default=0)
   length = f", {steps:,} steps of {first.batch_size:,} images" if first.batch_size else ""
-  return f"{curves.clipped(first.name, 50)}: {what}{length}"
+  return f"{curves.plain(curves.clipped(first.name, 50))}: {what}{length}"
 
 
 def _curve_sections(runs: Sequence[History]) -> list[_Section]:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 
 from repjax.report.branches import FoldedLayer, Kernels, branch_order, choose
-from repjax.report.curves import tidy
+from repjax.report.curves import plain, tidy
 
 _BRANCH_COLORS = {"3x3": "#0072B2", "1x1": "#E69F00", "identity": "#009E73"}
 _OTHER_COLORS = ("#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -122,9 +122,9 @@ def heat_maps(figure: Any, kernels: Kernels) -> None:
 def _origin(kernels: Kernels) -> str:
   """Says in words where the kernels were read."""
   if kernels.step is None:
-    return f"{kernels.name}, a deploy form: its branches are merged already"
+    return f"{plain(kernels.name)}, a deploy form: its branches are merged already"
   which = f"best checkpoint, step {kernels.step:,}" if kernels.step else "as imported"
-  return f"{kernels.name}, {which}"
+  return f"{plain(kernels.name)}, {which}"
 
 
 def _heat_map(axes: Axes, values: np.ndarray, norm: PowerNorm) -> Any:

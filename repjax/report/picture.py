@@ -1,18 +1,21 @@
 """Writes `report.png`, the picture of a run that has ended or still goes on."""
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from repjax import runs
+from repjax import disk, names, runs
 from repjax.errors import InputError
 from repjax.report.branches import Kernels, read_kernels
 from repjax.report.history import History, distinct_names, read_history
 
 
 def write_report(
-  workdir: str | Path, *, compare: Sequence[str | Path] = (), output: str | Path | None = None
+  workdir: str | Path,
+  *,
+  compare: Sequence[str | Path] = (),
+  output: str | Path | None = None,
+  verify: bool = True,
 ) -> tuple[Path, list[str]]:
   """Draws the curves and the kernels of a folder into one picture.
 
@@ -20,6 +23,7 @@ def write_report(
     workdir: folder of a run, finished or not, or of an import, which has kernels only.
     compare: folders of further runs, whose curves are drawn into the same panels.
     output: the .png file; None: `report.png` in the workdir.
+    verify: compare every file that is read with its checksum.
 
   Returns:
     The path of the picture, and a line for each thing that could not be drawn. The picture shows
@@ -30,12 +34,12 @@ def write_report(
   """
   if importlib.util.find_spec("matplotlib") is None:
     raise InputError("the picture needs matplotlib: pip install matplotlib (or 'repjax[report]')")
-  workdir = Path(workdir)
-  target = Path(output) if output else runs.picture_file(workdir)
+  workdir = names.folder(workdir)
+  target = names.file(output) if output is not None else runs.picture_file(workdir)
   if target.suffix.lower() != ".png":
     raise InputError(f"{target} is written as PNG; call it {target.stem}.png")
-  histories = read_histories([workdir, *map(Path, compare)])
-  kernels, note = _kernels_or_note(workdir)
+  histories = read_histories([workdir, *map(names.folder, compare)])
+  kernels, note = _kernels_or_note(workdir, verify)
   if kernels is None and not histories[0].curves:
     raise InputError(f"{workdir} has no curves and no kernels to draw yet: {note}")
   notes = [text for history in histories for text in history.notes] + ([note] if note else [])
@@ -43,14 +47,8 @@ def write_report(
   from repjax.report import figure
 
   drawn = figure.draw(histories, kernels, notes)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  # Written beside the target and then renamed, so that an earlier picture stays whole.
-  draft = target.with_name(f"{target.name}.{os.getpid()}.draft")
-  try:
+  with disk.replacing_file(target) as draft:
     figure.save(drawn, draft)
-    draft.replace(target)
-  finally:
-    draft.unlink(missing_ok=True)
   return target, notes
 
 
@@ -85,11 +83,11 @@ def draw_at_end(workdir: Path) -> None:
     print("\n".join([*notes, f"picture: {path}"]), flush=True)
 
 
-def _kernels_or_note(workdir: Path) -> tuple[Kernels | None, str | None]:
+def _kernels_or_note(workdir: Path, verify: bool) -> tuple[Kernels | None, str | None]:
   """Returns the kernels of a folder, or a note that says why there are none."""
   if not runs.checkpoints(workdir) and runs.find_deploy(workdir) is None:
     return None, f"{workdir} holds no checkpoint yet, so no kernels are shown"
   try:
-    return read_kernels(workdir), None
+    return read_kernels(workdir, verify=verify), None
   except InputError as error:
     return None, f"no kernels are shown: {error}"

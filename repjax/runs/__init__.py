@@ -11,12 +11,14 @@ metrics.jsonl             losses and accuracies, which the same run would reprod
 timing.jsonl              training speeds
 tensorboard/              event files, on request
 checkpoints/<step>/       variables and training state: the newest and the best
+newest.json               the newest checkpoint that was finished
 damaged/                  checkpoints that could not be read
 recalibrated/             re-estimated batch_stats/ of one checkpoint, recalibration.json
 deploy/                   model.json, params/, report.json: the deploy form
 rounding.json  int8/      quantization-aware training: roundings, and the final ONNX file
 import.json               imports only: where the weights came from
 report.png                curves and kernels
+manifest.json             checksums of model.json and import.json; each folder has its own
 .lock                     while a process writes: which process
 
 paths.py names the files, and contents.py says what they may hold. checkpoint.py writes and reads
@@ -31,8 +33,11 @@ from repjax.runs.checkpoint import (
   CheckpointWriter,
   all_finite,
   checkpoints,
+  newest_finished,
+  note_newest,
   read_bookmark,
   read_checkpoint,
+  remove_superseded,
   set_aside,
 )
 from repjax.runs.files import (
@@ -42,12 +47,15 @@ from repjax.runs.files import (
   read_export,
   read_roundings,
   read_spec,
+  read_spec_of,
   write_roundings,
   write_spec,
   write_start,
 )
 from repjax.runs.folders import (
   read_best,
+  read_deploy,
+  read_exported,
   read_params,
   remove_recalibrated,
   sweep,
@@ -72,8 +80,10 @@ from repjax.runs.paths import (
   import_file,
   int8_folder,
   lock_file,
+  manifest_file,
   metrics_file,
   model_file,
+  newest_file,
   onnx_file,
   params_folder,
   picture_file,

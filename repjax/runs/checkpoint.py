@@ -4,20 +4,27 @@ checkpoints/<step>/
 variables/   training/    trees of arrays; inference reads `variables` alone
 metrics/metrics           {"accuracy": ...}, -1 where the step was not evaluated
 bookmark/metadata         the loop's position, a `Bookmark`
+manifest.json             checksums of all of these files
 """
 
-import tempfile
+import math
+import os
+import re
+import secrets
+import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 
 from repjax import disk
+from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.runs import contents, paths
+from repjax.runs.records import read_records
 
 _NOT_EVALUATED = -1.0
 
@@ -39,21 +46,58 @@ class Bookmark(NamedTuple):
 
 
 def checkpoints(workdir: Path) -> dict[int, float]:
-  """Returns the finished checkpoints of a workdir: step to accuracy, -1 where it is unknown."""
-  folder = paths.checkpoints_folder(workdir)
-  found = {}
-  for path in folder.iterdir() if folder.exists() else ():
-    if path.name.isdigit():  # a folder that is still being written has a longer name
-      try:
-        file = paths.accuracy_file(workdir, int(path.name))
-        found[int(path.name)] = disk.read_json(file, contents.ACCURACY)["accuracy"]
-      except InputError:
-        found[int(path.name)] = _NOT_EVALUATED
+  """Returns the finished checkpoints of a workdir: step to accuracy.
+
+  The accuracy is -1 where the step was not evaluated. It is NaN where it is unknown: the
+  checkpoint's own record cannot be read, and metrics.jsonl does not hold the evaluation.
+  """
+  found = {step: _recorded_accuracy(workdir, step) for step in _steps(workdir)}
+  if any(map(math.isnan, found.values())):
+    evaluated = _evaluations(workdir)
+    for step, accuracy in found.items():
+      if math.isnan(accuracy):
+        found[step] = evaluated.get(step, math.nan)
   return found
 
 
+def _steps(workdir: Path) -> list[int]:
+  """Returns the steps of all finished checkpoints; one that is being written has a longer name."""
+  folder = paths.checkpoints_folder(workdir)
+  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+  return [int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name)]
+
+
+def _recorded_accuracy(workdir: Path, step: int) -> float:
+  """Returns the accuracy that a checkpoint holds itself, NaN if that cannot be read."""
+  try:
+    snapshot = disk.Snapshot(paths.checkpoint_folder(workdir, step))
+    file = paths.accuracy_file(workdir, step)
+    return float(disk.read_json(file, contents.ACCURACY, snapshot.read_bytes)["accuracy"])
+  except (InputError, OSError):
+    return math.nan
+
+
+def _evaluations(workdir: Path) -> dict[int, float]:
+  """Returns the accuracy of each evaluation in metrics.jsonl by which checkpoints are compared."""
+  records, _ = read_records(paths.metrics_file(workdir))
+  found = {}
+  for record in records:
+    # With an average, the checkpoint is judged by the average's accuracy.
+    accuracy = record.get("eval_ema_accuracy", record.get("eval_accuracy"))
+    if accuracy is not None:
+      found[record["step"]] = float(accuracy)
+  return found
+
+
+def _rank(step: int, accuracy: float) -> tuple[int, float, int]:
+  """Returns a value that is larger for a better checkpoint; unknown is not worst."""
+  if math.isnan(accuracy):
+    return 1, 0.0, step
+  return 2 if accuracy >= 0 else 0, accuracy, step
+
+
 def read_checkpoint(
-  workdir: Path, items: Mapping[str, Any], *, best: bool = False
+  workdir: Path, items: Mapping[str, Any], *, best: bool = False, verify: bool = True
 ) -> tuple[int, dict[str, Any]]:
   """Reads the newest or the best checkpoint. A damaged one is reported, and the next one is read.
 
@@ -61,6 +105,7 @@ def read_checkpoint(
     workdir: folder of a run or an import.
     items: name of each item to read, to a tree of the shapes and dtypes that it must have.
     best: read the checkpoint with the highest accuracy instead of the newest one.
+    verify: compare the items with their checksums.
 
   Returns:
     The step, and name to tree for each of the items.
@@ -68,22 +113,44 @@ def read_checkpoint(
   Raises:
     InputError: no checkpoint is whole.
   """
-  found = checkpoints(workdir)
-  deploy = disk.current_folder(paths.deploy_folder(workdir))
-  if not found and paths.params_folder(deploy).exists():
-    raise InputError(f"{workdir} holds a deploy form only; no training form can be made from it")
-  order = sorted(found, key=lambda step: (found[step] if best else 0, step), reverse=True)
-  problems = []
-  for step in order:
+  problems = {}
+  while True:
+    found = {step: each for step, each in checkpoints(workdir).items() if step not in problems}
+    if not found:
+      raise _none_whole(workdir, problems)
+    step = max(found, key=lambda step: _rank(step, found[step]) if best else step)
     folder = paths.checkpoint_folder(workdir, step)
     try:
-      return step, {item: disk.read_tree(folder / item, like) for item, like in items.items()}
+      return step, disk.read_whole(
+        lambda folder=folder: folder,
+        lambda snapshot: _read_items(snapshot, items),
+        verify=verify,
+        warn=workdir,
+      )
     except InputError as error:
-      problems.append(str(error))
-      print(f"checkpoint of step {step} is damaged, trying the next one: {error}", flush=True)
-  raise InputError(
+      # A run beside this reader may have removed the checkpoint, and saved a newer one before.
+      if os.path.lexists(folder):
+        problems[step] = str(error)
+        print(f"checkpoint of step {step} is damaged, trying the next one: {error}", flush=True)
+
+
+def _read_items(snapshot: disk.Snapshot, items: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads the items of a checkpoint; what is to continue a run is checked with its bookmark."""
+  trees_read = {
+    item: trees.read_tree(snapshot.folder / item, like, snapshot) for item, like in items.items()
+  }
+  if set(items) != {"variables"}:
+    snapshot.check(snapshot.folder / "bookmark")
+  return trees_read
+
+
+def _none_whole(workdir: Path, problems: Mapping[int, str]) -> InputError:
+  """Returns the error for a workdir without a checkpoint that can be read."""
+  if not problems and paths.find_deploy(workdir) is not None:
+    return InputError(f"{workdir} holds a deploy form only; no training form can be made from it")
+  return InputError(
     f"{paths.checkpoints_folder(workdir)} holds no whole checkpoint"
-    + (f": {'; '.join(problems)}" if problems else "; has this run saved one yet?")
+    + (f": {'; '.join(problems.values())}" if problems else "; has this run saved one yet?")
   )
 
 
@@ -104,47 +171,85 @@ def set_aside(workdir: Path, step: int) -> Path:
 
   Returns:
     The folder in which the checkpoint now is.
+
+  Raises:
+    InputError: the checkpoint cannot be moved.
   """
-  folder = paths.damaged_folder(workdir)
-  folder.mkdir(exist_ok=True)
   # A step can be damaged more than once, so each time gets a new name.
-  target = Path(tempfile.mkdtemp(prefix=f"{step}-", dir=folder))
-  paths.checkpoint_folder(workdir, step).replace(target)
+  target = paths.damaged_folder(workdir) / f"{step}-{secrets.token_hex(4)}"
+  with disk.writing(target, OSError):
+    target.parent.mkdir(exist_ok=True)
+    # Renames, or copies where `checkpoints` is a link to a different disk.
+    shutil.move(paths.checkpoint_folder(workdir, step), target)
   return target
 
 
-class CheckpointWriter:
-  """A writer of checkpoints that saves in background threads of Orbax.
+def newest_finished(workdir: Path) -> int | None:
+  """Returns the step of the newest checkpoint that was ever finished in a workdir.
 
-  At most one save is under way. A save is finished by `settle`: it waits for the threads, then
-  for the disk, and only then removes the checkpoints that the new one supersedes. So at every
-  moment at least one whole checkpoint is on the disk, whenever the process is killed.
+  None for a run that has finished none, or that is older than the record.
+  """
+  try:
+    return disk.read_json(paths.newest_file(workdir), contents.NEWEST)["step"]
+  except InputError:
+    return None
+
+
+def note_newest(workdir: Path, step: int) -> None:
+  """Records that a run continues from a step, so that a later checkpoint is not missed."""
+  disk.write_json(paths.newest_file(workdir), {"step": step})
+
+
+def remove_superseded(workdir: Path) -> None:
+  """Removes every checkpoint but the newest and the best; one of unknown accuracy stays.
+
+  Raises:
+    InputError: a checkpoint cannot be removed.
+  """
+  found = checkpoints(workdir)
+  if not found:
+    return
+  kept = {max(found), max(found, key=lambda step: _rank(step, found[step]))}
+  for step, accuracy in found.items():
+    if step not in kept and not math.isnan(accuracy):
+      disk.remove(paths.checkpoint_folder(workdir, step))
+
+
+class CheckpointWriter:
+  """A writer of checkpoints that saves in a background thread.
+
+  At most one save is under way. The thread writes a checkpoint and its checksums, waits for the
+  disk, gives the checkpoint its name, and only then removes the checkpoints that the new one
+  supersedes. So at every moment at least one whole checkpoint is on the disk, whenever the process
+  is killed.
   """
 
   def __init__(self, workdir: Path):
-    """Opens the workdir; the caller holds its lock."""
-    import orbax.checkpoint as ocp  # imported late: it takes long, and readers do not need it
+    """Opens the workdir; the caller holds its lock.
 
+    Raises:
+      InputError: the workdir cannot be written.
+    """
     self._workdir = workdir
-    self._saving: int | None = None  # the step whose save `settle` has to finish
-    self._verbosity = logging.get_verbosity()
-    if self._verbosity <= logging.WARNING:  # Orbax logs tracebacks of the errors that it raises
-      logging.set_verbosity(logging.FATAL)
-    for step, accuracy in checkpoints(workdir).items():
-      if accuracy < 0:
-        # Orbax would stop at a file that it cannot read, although the rest may be whole.
-        disk.write_json(paths.accuracy_file(workdir, step), {"accuracy": accuracy})
-    # The options let Orbax keep every checkpoint, because `settle` removes them: only after the new
-    # one is on the disk itself. Every process of a run has a whole copy of the state. So one
-    # process saves and the others go on; if all of them saved, each save would be a barrier.
-    options = ocp.CheckpointManagerOptions(
-      best_fn=lambda metrics: metrics["accuracy"],
-      create=False,  # Orbax makes no folder for one process of several
-      multiprocessing_options=disk.by_itself(),
-    )
-    self._folder = paths.checkpoints_folder(workdir).absolute()
-    self._folder.mkdir(parents=True, exist_ok=True)
-    self._manager = ocp.CheckpointManager(self._folder, options=options)
+    self._saving: Future[None] | None = None  # the save that `settle` has to finish
+    # Made before any record is written: records without this folder mean that it was lost.
+    folder = disk.real(paths.checkpoints_folder(workdir))
+    with disk.writing(folder, OSError):
+      folder.mkdir(parents=True, exist_ok=True)
+    self._thread = ThreadPoolExecutor(1, "repjax-save")
+    self._mend_accuracies()
+
+  def _mend_accuracies(self) -> None:
+    """Writes accuracies that only metrics.jsonl knows into their checkpoints."""
+    for step, accuracy in checkpoints(self._workdir).items():
+      if math.isnan(accuracy):
+        print(
+          f"warning: the accuracy of the checkpoint of step {step} is unknown, since "
+          f"{paths.accuracy_file(self._workdir, step)} cannot be read; the checkpoint is kept",
+          flush=True,
+        )
+      elif math.isnan(_recorded_accuracy(self._workdir, step)):
+        self._write_accuracy(step, accuracy)
 
   def save(
     self,
@@ -169,65 +274,70 @@ class CheckpointWriter:
       InputError: this checkpoint or the one before it cannot be written, or a state that was not
         evaluated holds values that are not finite. Earlier checkpoints are intact.
     """
-    import orbax.checkpoint as ocp
-
     self.settle()
-    # The copy in host memory is what Orbax's threads write, so the caller's arrays are free. Given
-    # arrays on devices, Orbax would save a slice from each and compile programs to cut the slices.
-    trees = jax.device_get(dict(items))
+    # The thread writes a copy in host memory, so the caller's arrays are free. `device_get` alone
+    # may return a view of the memory of a CPU device.
+    copies = jax.tree.map(np.array, jax.device_get(dict(items)))
     if accuracy is None:
-      _check_finite(trees, step)
+      _check_finite(copies, step)
     rows = [dict(row) for row in pending]
     bookmark = Bookmark(records, rows, accuracy is not None, jax.device_count())
-    arguments: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    arguments["bookmark"] = ocp.args.JsonSave(bookmark._asdict())
-    with disk.writing(self._folder / str(step)):
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(**arguments),
-        metrics={"accuracy": _NOT_EVALUATED if accuracy is None else accuracy},
+    held = _NOT_EVALUATED if accuracy is None else accuracy
+    self._saving = self._thread.submit(self._write, step, copies, held, bookmark)
+
+  def _write(
+    self, step: int, items: Mapping[str, Any], accuracy: float, bookmark: Bookmark
+  ) -> None:
+    """Writes a checkpoint, and then removes those that it supersedes; in the thread."""
+    folder = paths.checkpoint_folder(self._workdir, step)
+    with disk.writing(folder), disk.replacing(folder) as draft:
+      for name, tree in items.items():
+        trees.write_tree(draft / name, tree, database=True)
+      accuracy_file, bookmark_file = (
+        draft / path(self._workdir, step).relative_to(folder)
+        for path in (paths.accuracy_file, paths.bookmark_file)
       )
-    self._saving = step
+      disk.write_json(accuracy_file, {"accuracy": accuracy})
+      disk.write_json(bookmark_file, bookmark._asdict())
+      disk.write_manifest(draft)
+    note_newest(self._workdir, step)
+    remove_superseded(self._workdir)
 
   def set_accuracy(self, step: int, accuracy: float) -> None:
     """Writes the accuracy of a checkpoint that was saved before it was evaluated."""
-    disk.write_json(paths.accuracy_file(self._workdir, step), {"accuracy": accuracy})
-    self._remove_superseded()
+    self.settle()
+    self._write_accuracy(step, accuracy)
+    remove_superseded(self._workdir)
+
+  def _write_accuracy(self, step: int, accuracy: float) -> None:
+    """Writes an accuracy and its checksum. After a kill in between, the accuracy is unknown."""
+    folder, file = (
+      path(self._workdir, step) for path in (paths.checkpoint_folder, paths.accuracy_file)
+    )
+    disk.write_json(file, {"accuracy": accuracy})
+    disk.update_manifest(folder, file)
 
   def poll(self) -> None:
-    """Finishes a save whose threads are done, without waiting; raises InputError if it failed."""
-    if not self._manager.is_saving_in_progress():
+    """Finishes a save whose thread is done, without waiting; raises InputError if it failed."""
+    if self._saving is not None and self._saving.done():
       self.settle()
 
   def settle(self) -> None:
-    """Waits until the last save is on the disk itself, and removes the superseded checkpoints.
+    """Waits until the last save is on the disk itself, and the superseded ones are removed.
 
     Raises:
       InputError: the checkpoint could not be written.
     """
-    if self._saving is None:
-      return
-    saved, self._saving = self._folder / str(self._saving), None
-    with disk.writing(saved):
-      self._manager.wait_until_finished()
-      disk.sync(saved)
-      disk.sync_entries(self._folder)
-    self._remove_superseded()
-
-  def _remove_superseded(self) -> None:
-    """Removes every checkpoint but the newest and the best."""
-    found = checkpoints(self._workdir)
-    best = max(found, key=lambda step: (found[step], step))
-    for step in found.keys() - {best, max(found)}:
-      disk.remove_folder(self._folder / str(step))
+    if self._saving is not None:
+      saving, self._saving = self._saving, None
+      saving.result()
 
   def close(self) -> None:
-    """Finishes the last save, and ends the threads of this writer."""
+    """Finishes the last save, and ends the thread of this writer."""
     try:
       self.settle()
-      self._manager.close()
     finally:
-      logging.set_verbosity(self._verbosity)
+      self._thread.shutdown()
 
 
 def all_finite(tree: Any) -> bool:

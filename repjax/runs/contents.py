@@ -116,14 +116,11 @@ BOOKMARK = record(
 ACCURACY = record({"accuracy": number(-1, 1)}, required=("accuracy",), others=anything)
 """The accuracy of a checkpoint; -1 where it was not evaluated."""
 
+NEWEST = record({"step": _COUNT}, required=("step",), others=anything)
+"""newest.json: the newest checkpoint that was finished."""
+
 RECORD = record({"step": _COUNT}, required=("step",), others=number())
 """A line of metrics.jsonl or timing.jsonl."""
 
 STEP = record({"step": _COUNT}, required=("step",), others=_ANY_NUMBER)
 """The same line, of a run that may have diverged."""
-
-HOLDER = record(
-  {"pid": whole(1), **dict.fromkeys(("host", "since", "command"), text())},
-  required=("pid", "host", "since", "command"),
-)
-"""The lock of a folder: the process that holds it."""

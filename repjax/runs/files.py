@@ -32,7 +32,19 @@ def write_start(
   """
   disk.write_json(paths.config_file(workdir), config)
   disk.write_json(paths.data_file(workdir), data)
+  # The manifest goes first and comes last. A kill in between leaves a folder without a manifest,
+  # which is read unchecked, and never one whose manifest is wrong.
+  with disk.writing(paths.manifest_file(workdir)):
+    paths.manifest_file(workdir).unlink(missing_ok=True)
   write_spec(workdir, spec)
+  write_root_manifest(workdir)
+
+
+def write_root_manifest(workdir: Path) -> None:
+  """Writes the checksums of the files in a workdir itself that no person is to edit."""
+  files = [path(workdir) for path in (paths.model_file, paths.import_file)]
+  content = disk.content(workdir, [path for path in files if path.exists()])
+  disk.write_json(paths.manifest_file(workdir), content)
 
 
 def read_config_json(workdir: Path) -> dict[str, Any]:
@@ -57,22 +69,32 @@ def read_data(workdir: Path) -> dict[str, dict[str, Any]] | None:
   return disk.read_json(path, contents.DATA) if path.exists() else None
 
 
-def read_spec(folder: Path) -> dict[str, Any]:
+def read_spec(folder: Path, *, verify: bool = True) -> dict[str, Any]:
   """Reads model.json; `ModelSpec` checks the overrides in it.
+
+  Args:
+    folder: any folder that holds a model.
+    verify: compare the file with its checksum, if the folder has one.
 
   Raises:
     InputError: the file is missing or damaged, or a field has a wrong value.
   """
-  return disk.read_json(paths.model_file(folder), contents.MODEL)
+  return disk.read_whole(lambda: folder, read_spec_of, verify=verify)
+
+
+def read_spec_of(snapshot: disk.Snapshot) -> dict[str, Any]:
+  """Reads model.json of one deploy folder or exported folder, as `read_spec` does."""
+  return disk.read_json(paths.model_file(snapshot.folder), contents.MODEL, snapshot.read_bytes)
 
 
 def write_spec(folder: Path, spec: Mapping[str, Any]) -> None:
-  """Writes model.json.
+  """Writes model.json, and its checksum where the folder has checksums.
 
   Raises:
     InputError: the file cannot be written.
   """
   disk.write_json(paths.model_file(folder), spec)
+  disk.update_manifest(folder, paths.model_file(folder))
 
 
 def read_roundings(workdir: Path) -> dict[str, Any]:
@@ -90,9 +112,7 @@ def write_roundings(workdir: Path, roundings: Mapping[str, Any]) -> None:
   Raises:
     InputError: the file cannot be written.
   """
-  path = paths.rounding_file(workdir)
-  with disk.writing(path):
-    disk.write_json(path, roundings)
+  disk.write_json(paths.rounding_file(workdir), roundings)
 
 
 def read_conversion_report(workdir: Path) -> dict[str, Any]:
@@ -101,13 +121,18 @@ def read_conversion_report(workdir: Path) -> dict[str, Any]:
   Raises:
     InputError: the file is missing or damaged, or a field has a wrong value.
   """
-  return disk.read_json(paths.conversion_file(paths.deploy_folder(workdir)), contents.REPORT)
+  return disk.read_whole(
+    lambda: disk.current_folder(paths.deploy_folder(workdir)),
+    lambda snapshot: disk.read_json(
+      paths.conversion_file(snapshot.folder), contents.REPORT, snapshot.read_bytes
+    ),
+  )
 
 
-def read_export(folder: Path) -> dict[str, Any]:
+def read_export(snapshot: disk.Snapshot) -> dict[str, Any]:
   """Reads export.json, which says what an exported program takes and returns.
 
   Raises:
     InputError: the file is missing or damaged, or a field has a wrong value.
   """
-  return disk.read_json(paths.export_file(folder), contents.EXPORT)
+  return disk.read_json(paths.export_file(snapshot.folder), contents.EXPORT, snapshot.read_bytes)

@@ -3,28 +3,31 @@
 `sweep` removes what killed processes have left.
 """
 
-import os
+import re
 import shutil
-import tempfile
-import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from repjax import disk
+from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.runs import contents, files, paths
 from repjax.runs.checkpoint import read_checkpoint
+
+_T = TypeVar("_T")
+
+_ORBAX_DRAFT = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
 
 def write_deploy(
   workdir: Path, params: Any, model: Mapping[str, Any], report: Mapping[str, Any]
 ) -> None:
-  """Writes the deploy folder next to the old one, and replaces the old one by the finished one.
+  """Writes the deploy folder, or replaces it, as `disk.replacing` promises.
 
   Args:
     workdir: folder of a run or an import.
@@ -35,24 +38,61 @@ def write_deploy(
   Raises:
     InputError: a file cannot be written; the old deploy folder is intact.
   """
-  draft = _new_draft(paths.deploy_folder(workdir))
-  disk.write_tree(paths.params_folder(draft), params)
-  files.write_spec(draft, model)
-  disk.write_json(paths.conversion_file(draft), report)
-  disk.replace_folder(draft, paths.deploy_folder(workdir))
+  folder = paths.deploy_folder(workdir)
+  with disk.replacing(folder, known=[paths.params_folder(folder).name]) as draft:
+    trees.write_tree(paths.params_folder(draft), params)
+    files.write_spec(draft, model)
+    disk.write_json(paths.conversion_file(draft), report)
+    disk.write_manifest(draft)
 
 
-def read_params(folder: Path, shapes: Any) -> Any:
+def read_deploy(folder: Path, read: Callable[[disk.Snapshot], _T], *, verify: bool = True) -> _T:
+  """Reads a deploy folder or an exported folder as one writer left it, see `disk.read_whole`.
+
+  Args:
+    folder: a workdir, or a deploy folder or an exported folder itself.
+    read: reads the folder that holds the deploy form.
+    verify: compare files with their checksums.
+
+  Raises:
+    InputError: there is no deploy form, or it is damaged.
+  """
+
+  def find() -> Path:
+    return paths.find_deploy(folder) or paths.deploy_folder(folder)
+
+  return disk.read_whole(
+    find, lambda snapshot: _checked(snapshot, read), verify=verify, warn=folder
+  )
+
+
+def _checked(snapshot: disk.Snapshot, read: Callable[[disk.Snapshot], _T]) -> _T:
+  """Reads a folder, and then compares the files that were not read, such as an ONNX file."""
+  result = read(snapshot)
+  snapshot.check()
+  return result
+
+
+def read_exported(folder: Path, read: Callable[[disk.Snapshot], _T], *, verify: bool = True) -> _T:
+  """Reads an exported folder, as `read_deploy` does; it need not hold parameters."""
+  return disk.read_whole(
+    lambda: folder, lambda snapshot: _checked(snapshot, read), verify=verify, warn=folder
+  )
+
+
+def read_params(snapshot: disk.Snapshot, shapes: Any) -> Any:
   """Reads the parameters of a deploy folder or an exported folder.
 
   Args:
-    folder: the folder, as from `find_deploy`.
+    snapshot: the folder, as from `find_deploy`.
     shapes: tree of the shapes and dtypes that the parameters must have.
 
   Raises:
-    InputError: the parameters are missing, damaged, or of different shapes.
+    InputError: the parameters are missing, damaged, of different shapes, or not finite. Without
+      checks, parameters that are not finite are returned.
   """
-  return disk.read_tree(paths.params_folder(folder), shapes)
+  folder = paths.params_folder(snapshot.folder)
+  return trees.read_tree(folder, shapes, snapshot, finite=snapshot.verify)
 
 
 def write_import(
@@ -63,9 +103,7 @@ def write_import(
   record: Mapping[str, Any],
   config: Mapping[str, Any],
 ) -> None:
-  """Writes the folder of an import, either completely or not at all.
-
-  The files are written into a draft next to the final place, which is then moved there.
+  """Writes the folder of an import, as `disk.replacing` promises.
 
   Args:
     workdir: the folder to make; an empty folder is replaced.
@@ -76,34 +114,21 @@ def write_import(
     config: content of config.json.
 
   Raises:
-    InputError: a file cannot be written.
+    InputError: a file cannot be written, or the folder is not empty.
   """
-  workdir.parent.mkdir(parents=True, exist_ok=True)
-  draft = Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", dir=workdir.parent))
-  try:
+  with disk.replacing(workdir, exists=False) as draft:
     if record["kind"] == "train":
-      disk.write_tree(paths.variables_folder(draft, 0), variables)
+      trees.write_tree(paths.variables_folder(draft, 0), variables)
+      disk.write_manifest(paths.checkpoint_folder(draft, 0))
     else:
       deploy = paths.deploy_folder(draft)
-      disk.write_tree(paths.params_folder(deploy), variables["params"])
+      trees.write_tree(paths.params_folder(deploy), variables["params"])
       files.write_spec(deploy, spec)
+      disk.write_manifest(deploy)
     files.write_spec(draft, spec)
     disk.write_json(paths.import_file(draft), record)
     disk.write_json(paths.config_file(draft), config)
-    # A temporary folder is closed to other users; this one gets the usual permissions.
-    draft.chmod(0o777 & ~_umask())
-    if workdir.exists():
-      workdir.rmdir()
-    draft.replace(workdir)
-  finally:
-    shutil.rmtree(draft, ignore_errors=True)
-
-
-def _umask() -> int:
-  """Returns the permissions that new files do not get; the system only tells them when set."""
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
+    files.write_root_manifest(draft)
 
 
 def write_export(
@@ -113,10 +138,9 @@ def write_export(
   spec: Mapping[str, Any],
   facts: Mapping[str, Any],
   params: Any = None,
+  exists: bool = False,
 ) -> None:
-  """Writes an exported folder, such as the int8 folder of a run, completely or not at all.
-
-  The files are written into a draft next to the final place, which is then moved there.
+  """Writes an exported folder, such as the int8 folder of a run, as `disk.replacing` promises.
 
   Args:
     folder: the folder to write.
@@ -124,28 +148,23 @@ def write_export(
     spec: content of model.json.
     facts: content of export.json.
     params: the parameters; None writes no params folder.
+    exists: an exported folder that is there is replaced; False: only an empty folder.
 
   Raises:
-    InputError: the folder cannot be written.
+    InputError: the folder cannot be written or must not be replaced.
   """
-  draft = disk.draft_folder(folder)
-  shutil.rmtree(draft, ignore_errors=True)
-  try:
-    with disk.writing(folder):
-      draft.mkdir(parents=True)
-      for name, content in programs.items():
-        (draft / name).write_bytes(content)
-      if params is not None:
-        disk.write_tree(paths.params_folder(draft), params)
-      files.write_spec(draft, spec)
-      disk.write_json(paths.export_file(draft), facts)
-      disk.replace_folder(draft, folder)
-  finally:
-    shutil.rmtree(draft, ignore_errors=True)
+  with disk.replacing(folder, known=[paths.export_file(folder).name], exists=exists) as draft:
+    for name, content in programs.items():
+      (draft / name).write_bytes(content)
+    if params is not None:
+      trees.write_tree(paths.params_folder(draft), params)
+    files.write_spec(draft, spec)
+    disk.write_json(paths.export_file(draft), facts)
+    disk.write_manifest(draft)
 
 
 def read_best(
-  workdir: Path, shapes: dict[str, Any]
+  workdir: Path, shapes: dict[str, Any], *, verify: bool = True
 ) -> tuple[int, dict[str, Any], dict[str, Any] | None]:
   """Reads the best checkpoint as inference uses it, with re-estimated statistics if there are some.
 
@@ -155,6 +174,7 @@ def read_best(
   Args:
     workdir: folder of a run or an import.
     shapes: tree of the shapes and dtypes of the model's variables.
+    verify: compare every file with its checksum, and refuse numbers that are not finite.
 
   Returns:
     The step, the variables, and the record from `write_recalibrated`. The record is None if the
@@ -164,22 +184,32 @@ def read_best(
   Raises:
     InputError: no checkpoint is whole, or the re-estimated statistics are damaged.
   """
-  step, items = read_checkpoint(workdir, {"variables": shapes}, best=True)
+  step, items = read_checkpoint(workdir, {"variables": shapes}, best=True, verify=verify)
   variables = items["variables"]
-  folder = disk.current_folder(paths.recalibrated_folder(workdir))
-  if not folder.exists():
-    return step, variables, None
+  if verify:
+    trees.check_finite(variables, f"the checkpoint of step {step} in {workdir}")
+  key = step, _checksum(variables["batch_stats"])
+
+  def read(snapshot: disk.Snapshot) -> tuple[dict[str, Any] | None, Any]:
+    if not snapshot.folder.exists():
+      return None, None
+    record = _read_record(snapshot)
+    if (record["step"], record["checkpoint"]) != key:
+      return None, None
+    folder = paths.batch_stats_folder(snapshot.folder)
+    return record, trees.read_tree(folder, shapes["batch_stats"], snapshot, finite=verify)
+
+  def find() -> Path:
+    return disk.current_folder(paths.recalibrated_folder(workdir))
+
   try:
-    record = _read_record(folder)
-    if (record["step"], record["checkpoint"]) != (step, _checksum(variables["batch_stats"])):
-      return step, variables, None
-    batch_stats = disk.read_tree(paths.batch_stats_folder(folder), shapes["batch_stats"])
+    record, batch_stats = disk.read_whole(find, read, verify=verify)
   except InputError as error:
     raise InputError(
       f"{error}. To use the checkpoint's own statistics again: "
       f"repjax recalibrate --workdir {workdir} --undo"
     ) from error
-  return step, {**variables, "batch_stats": batch_stats}, record
+  return step, variables if record is None else {**variables, "batch_stats": batch_stats}, record
 
 
 def write_recalibrated(
@@ -199,10 +229,11 @@ def write_recalibrated(
     The content of recalibration.json: the facts with `step` and `checkpoint`, the checksum.
   """
   record = {"step": step, "checkpoint": _checksum(replaced), **facts}
-  draft = _new_draft(paths.recalibrated_folder(workdir))
-  disk.write_tree(paths.batch_stats_folder(draft), batch_stats)
-  disk.write_json(paths.recalibration_file(draft), record)
-  disk.replace_folder(draft, paths.recalibrated_folder(workdir))
+  folder = paths.recalibrated_folder(workdir)
+  with disk.replacing(folder, known=[paths.recalibration_file(folder).name]) as draft:
+    trees.write_tree(paths.batch_stats_folder(draft), batch_stats)
+    disk.write_json(paths.recalibration_file(draft), record)
+    disk.write_manifest(draft)
   return record
 
 
@@ -215,68 +246,31 @@ def remove_recalibrated(workdir: Path) -> None:
   folder = paths.recalibrated_folder(workdir)
   if not disk.current_folder(folder).exists():
     raise InputError(f"{workdir} holds no re-estimated statistics, so there is nothing to undo")
-  # The old folder goes first: `current_folder` would return it as soon as the new one is gone.
-  for path in (disk.old_folder(folder), folder):
-    if path.exists():
-      disk.remove_folder(path)
+  disk.sweep(workdir)  # Puts an old folder back that a kill between two renames has left.
+  disk.remove(folder)
 
 
 def sweep(workdir: Path) -> None:
-  """Removes the drafts and half-written checkpoints of processes that were killed.
-
-  Only the process that holds the workdir's lock may call this, because a draft of a process that
-  still runs looks the same.
-  """
+  """Removes what killed processes have left in a workdir, and nothing that repjax has not made."""
+  disk.sweep(workdir)
   checkpoints = paths.checkpoints_folder(workdir)
-  replaced = [
-    paths.deploy_folder(workdir),
-    paths.int8_folder(workdir),
-    paths.recalibrated_folder(workdir),
-  ]
-  left = [
-    *map(disk.draft_folder, replaced),
-    *(
-      file.with_suffix(".draft")
-      for file in (paths.metrics_file(workdir), paths.timing_file(workdir))
-    ),
-    *workdir.glob("*.json.*.draft"),
-    *workdir.glob(f"{paths.picture_file(workdir).name}.*.draft"),
-    *checkpoints.glob("*.draft"),
-    *checkpoints.glob("*/metrics/*.draft"),
-    *checkpoints.glob("*.orbax-checkpoint-tmp*"),
-    # An old folder whose successor is missing is the only copy, and stays.
-    *(disk.old_folder(folder) for folder in replaced if folder.exists()),
-  ]
-  for path in left:
-    if path.is_dir():
-      _remove(path)
-    else:
-      path.unlink(missing_ok=True)
+  disk.sweep(checkpoints)
+  for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+    if path.name.isdigit():
+      disk.sweep(path)
+      disk.sweep(path / "metrics")
+    elif _ORBAX_DRAFT.fullmatch(path.name):  # from versions that let Orbax name the checkpoint
+      shutil.rmtree(path, ignore_errors=True)
 
 
-def _remove(folder: Path, seconds: float = 10.0) -> None:
-  """Removes a folder into which threads of a save that failed may still be writing."""
-  # A thread can add a file between the listing and the removal, which then fails: try again.
-  deadline = time.monotonic() + seconds
-  while folder.exists():
-    shutil.rmtree(folder, ignore_errors=time.monotonic() < deadline)
-
-
-def _new_draft(folder: Path) -> Path:
-  """Makes an empty folder, in which the successor of `folder` is written."""
-  draft = disk.draft_folder(folder)
-  shutil.rmtree(draft, ignore_errors=True)
-  draft.mkdir(parents=True)
-  return draft
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
+def _read_record(snapshot: disk.Snapshot) -> dict[str, Any]:
   """Reads recalibration.json.
 
   Raises:
     InputError: the file is missing or damaged.
   """
-  return disk.read_json(paths.recalibration_file(folder), contents.RECALIBRATION)
+  path = paths.recalibration_file(snapshot.folder)
+  return disk.read_json(path, contents.RECALIBRATION, snapshot.read_bytes)
 
 
 def _checksum(tree: Any) -> int:

@@ -1,18 +1,16 @@
 """A lock on a workdir, so that only one process at a time writes to it."""
 
 import contextlib
-import datetime
+import errno
 import fcntl
-import json
 import os
-import socket
-import sys
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from repjax import disk, json_files
-from repjax.errors import InputError, printable
-from repjax.runs import contents, paths
+from repjax import disk, names
+from repjax.errors import InputError
+from repjax.runs import paths
 
 
 @contextlib.contextmanager
@@ -28,7 +26,7 @@ def hold(workdir: str | Path) -> Iterator[None]:
   Raises:
     InputError: another process holds the lock, or the folder cannot be made.
   """
-  workdir = Path(workdir)
+  workdir = names.folder(workdir)
   made = _make(workdir)
   path = paths.lock_file(workdir)
   try:
@@ -37,9 +35,7 @@ def hold(workdir: str | Path) -> Iterator[None]:
       yield
     finally:
       if file is not None:
-        # Removed while the lock is held: afterwards the file might be that of the next holder.
-        path.unlink(missing_ok=True)
-        os.close(file)
+        _release(file, path)
   finally:
     # Only empty folders can be removed, so the first that is not empty ends this.
     with contextlib.suppress(OSError):
@@ -49,6 +45,7 @@ def hold(workdir: str | Path) -> Iterator[None]:
 
 def _make(workdir: Path) -> list[Path]:
   """Makes a folder and its parents; returns the folders that were missing, the deepest first."""
+  disk.real(workdir)  # Raises for a link to nothing, and for a name that is too long.
   missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -73,16 +70,23 @@ def _take(path: Path) -> int | None:
   """
   while True:
     try:
-      file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+      # Not through a link, and not into a device: the file is emptied, and then removed.
+      file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
+      if error.errno == errno.ELOOP:
+        raise _not_a_lock(path) from error
       raise InputError(f"{path.parent} cannot be written to: {error.strerror}") from error
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+      os.close(file)
+      raise _not_a_lock(path)
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       os.close(file)
       raise InputError(
-        f"{path.parent} is in use by {_holder(path)}. Wait for that process, stop it, or give a "
-        "different folder"
+        f"{path.parent} is in use by {disk.holder_text(path)}. Wait for that process, "
+        "stop it, or give a different folder"
       ) from None
     except OSError as error:
       os.close(file)
@@ -108,29 +112,29 @@ def _is_at(file: int, path: Path) -> bool:
     return False
 
 
+def _not_a_lock(path: Path) -> InputError:
+  return InputError(
+    f"{path} is a link or no plain file, so repjax has not made it and does not write to it. Move "
+    "it away; it would be the lock of the folder"
+  )
+
+
 def _sign(file: int, path: Path) -> None:
   """Writes into a locked file who holds it; raises InputError, and unlocks, if this fails."""
-  holder = {
-    "pid": os.getpid(),
-    "host": socket.gethostname(),
-    "since": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
-    "command": " ".join(sys.argv),
-  }
   try:
     with disk.writing(path):
       os.ftruncate(file, 0)
-      os.write(file, json.dumps(holder).encode())
+      os.write(file, disk.new_holder())
   except InputError:
-    path.unlink()
-    os.close(file)
+    _release(file, path)
     raise
 
 
-def _holder(path: Path) -> str:
-  """Returns who holds a lock, in words."""
-  try:
-    held = json_files.read(path, contents.HOLDER)
-    host, since, command = (printable(held[name])[:200] for name in ("host", "since", "command"))
-    return f"process {held['pid']} on {host} since {since} ({command})"
-  except InputError:
-    return "another process"  # The holder has locked the file, and has not signed it yet.
+def _release(file: int, path: Path) -> None:
+  """Removes the file of a lock, and unlocks it."""
+  # Removed while the lock is held: afterwards the file might be that of the next holder. A file
+  # that cannot be removed, on a disk that has become read-only, is no error: nobody holds its lock.
+  with contextlib.suppress(OSError):
+    if _is_at(file, path):
+      path.unlink()
+  os.close(file)

@@ -49,6 +49,16 @@ def picture_file(workdir: Path) -> Path:
   return workdir / "report.png"
 
 
+def newest_file(workdir: Path) -> Path:
+  """Returns the path of the record of the newest checkpoint that was finished."""
+  return workdir / "newest.json"
+
+
+def manifest_file(folder: Path) -> Path:
+  """Returns the path of the checksums of a folder's files."""
+  return folder / disk.MANIFEST
+
+
 def lock_file(workdir: Path) -> Path:
   """Returns the path of the lock, which exists while a process writes to the workdir."""
   return workdir / ".lock"

@@ -37,10 +37,9 @@ class RecordsFile:
     kept = [line for line in lines if _step_of(line) <= first_step][:count]
     if count is not None and len(kept) < count:
       print(f"{path} lacks {count - len(kept)} records; the run continues without them", flush=True)
-    draft = path.with_suffix(".draft")
-    with disk.writing(path):
+    with disk.replacing_file(path) as draft:
       draft.write_text("".join(f"{line}\n" for line in kept))
-      disk.put(draft, path)
+    with disk.writing(path):
       # Without a buffer, a record is in the file when `write` returns, even if the process is
       # killed right after.
       self._file = path.open("ab", buffering=0)

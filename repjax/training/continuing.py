@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from repjax import runs
+from repjax import disk, runs
 from repjax.config import BEFORE, FREE, RESUME, Config
 from repjax.errors import InputError, printable, unknown
 from repjax.spec import ModelSpec
@@ -17,16 +17,24 @@ _PATHS_OF_A_RUN = (
   *(runs.checkpoints_folder, runs.deploy_folder),
 )
 
+_FOLLOWS = (runs.recalibrated_folder, runs.deploy_folder, runs.int8_folder)
+_FOLDERS_OF_A_RUN = (runs.checkpoints_folder, *_FOLLOWS)
+
 
 def check_resume(workdir: Path, resume: str) -> None:
-  """Raises InputError if a workdir holds a run that it must not hold, or lacks a required run.
+  """Raises InputError if a workdir holds a run that it must not hold, or lacks what it must hold.
 
   Args:
     workdir: folder of the run.
     resume: "auto" takes both, "must" requires a checkpoint, "never" forbids a run.
+
+  Raises:
+    InputError: as said, or the checkpoints of the workdir's run are lost.
   """
   if resume not in RESUME:
     raise unknown("value of resume", resume, RESUME)
+  for path in _FOLDERS_OF_A_RUN:
+    disk.real(path(workdir))  # Raises for a link to nothing, such as a disk that is not mounted.
   if resume == "must" and not runs.checkpoints(workdir):
     raise InputError(
       f"{workdir} holds no checkpoint to continue from; is it the right folder? --resume=auto "
@@ -38,6 +46,39 @@ def check_resume(workdir: Path, resume: str) -> None:
       f"{workdir} already holds {', '.join(held)} of a run that --resume=never must not touch; "
       "give a different --workdir, or --resume=auto to continue that run"
     )
+  _check_not_lost(workdir)
+
+
+def _check_not_lost(workdir: Path) -> None:
+  """Raises InputError if a run's newest checkpoint is gone, such as after an incomplete copy.
+
+  The run would otherwise begin again, and cut off its records. A run that was killed before its
+  first checkpoint may begin again: its folder of checkpoints is there, and nothing was made of one.
+  """
+  newest, found = runs.newest_finished(workdir), runs.checkpoints(workdir)
+  if runs.import_file(workdir).exists() or (found and max(found) >= (newest or 0)):
+    return
+  folder = runs.checkpoints_folder(workdir)
+  if newest is not None:
+    lost = f"its newest checkpoint, of step {newest:,}, is not in {folder}"
+  elif not folder.exists() and runs.read_records(runs.metrics_file(workdir))[0]:
+    lost = f"{folder} does not exist, though {runs.metrics_file(workdir).name} has records"
+  elif made := [path(workdir).name for path in _FOLLOWS if path(workdir).exists()]:
+    lost = f"{folder} holds no checkpoint, though {' and '.join(made)} was made from one"
+  else:
+    return
+  restart = "continue from an older checkpoint" if found else "begin again"
+  raise InputError(
+    f"{workdir} holds a run that cannot continue: {lost}. Copy the checkpoints to their place "
+    f"again, or give a different --workdir. To {restart} on purpose, move "
+    f"{_named(workdir, found)} away first"
+  )
+
+
+def _named(workdir: Path, found: Mapping[int, float]) -> str:
+  """Returns the names of what shows that a checkpoint is lost."""
+  paths = [runs.newest_file] if found else [runs.newest_file, runs.metrics_file, *_FOLLOWS]
+  return ", ".join(path(workdir).name for path in paths if path(workdir).exists())
 
 
 def check_data(workdir: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> None:

@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repjax import runs
+from repjax import names, runs
 from repjax.cache import use_compilation_cache
 from repjax.config import BEFORE, Config, check_evaluation
 from repjax.data import Source
+from repjax.disk.trees import check_finite
 from repjax.errors import InputError
 from repjax.reparam import layer_name, reparameterize
 from repjax.spec import ModelSpec
 from repjax.training import evaluation, parallel, planning, processes
 
 
-def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
+def convert(config: Config, workdir: str | Path, *, verify: bool = True) -> dict[str, Any]:
   """Re-parameterizes a workdir's best checkpoint into `workdir/deploy`, if both forms agree.
 
   Both forms run over the whole evaluation split at the highest precision of matrix products. The
@@ -29,6 +30,7 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
   Args:
     config: config that names the data set and the tolerance.
     workdir: folder of a run or an import.
+    verify: compare every file that is read with its checksum.
 
   Returns:
     The report, which report.json holds too:
@@ -42,12 +44,12 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
     `layers`: scope of each layer to the largest relative difference of its output.
 
   Raises:
-    InputError: the forms differ by more than the tolerance (nothing is overwritten), or no
-      checkpoint is whole.
+    InputError: the forms differ by more than the tolerance, a parameter is not finite (nothing is
+      overwritten), or no checkpoint is whole.
   """
   use_compilation_cache()
-  workdir = Path(workdir)
-  config, spec, step, variables, recalibrated = processes.first(_read, config, workdir)
+  workdir = names.folder(workdir)
+  config, spec, step, variables, recalibrated = processes.first(_read, config, workdir, verify)
   source = processes.together(planning.open_split, config, config.eval_split, spec)
   with jax.default_matmul_precision("highest"):
     params = jax.jit(reparameterize)(variables["params"], variables["batch_stats"])
@@ -76,12 +78,13 @@ def convert(config: Config, workdir: str | Path) -> dict[str, Any]:
       f"largest logit over {images} images, more than the tolerance of {config.tolerance:.1e}; "
       f"{runs.deploy_folder(workdir)} was left as it was. {_worst_layer(relative)}"
     )
+  check_finite(params, "the deploy form")
   processes.first(runs.write_deploy, workdir, params, spec.to_json(), report)
   return report
 
 
 def _read(
-  config: Config, workdir: Path
+  config: Config, workdir: Path, verify: bool
 ) -> tuple[Config, ModelSpec, int, Any, dict[str, Any] | None]:
   """Checks a config, and reads the spec and the best checkpoint; in the first process.
 
@@ -89,8 +92,8 @@ def _read(
     The config, the spec, and the step, variables and record from `runs.read_best`.
   """
   check_evaluation(config)
-  spec = ModelSpec.read(workdir)
-  return config, spec, *runs.read_best(workdir, spec.variable_shapes())
+  spec = ModelSpec.read(workdir, verify=verify)
+  return config, spec, *runs.read_best(workdir, spec.variable_shapes(), verify=verify)
 
 
 def _compare(

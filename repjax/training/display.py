@@ -180,7 +180,8 @@ class _EventFile:
     # TensorBoard reads files in the order of their names, which begin with the time in seconds.
     # Where a file says that a session starts at a step, TensorBoard drops what earlier files say
     # about this step and later ones. So no step is shown twice.
-    self._file = event_file_writer.EventsWriter(str(folder / "events"), f".{first_step:09}")
+    with disk.writing(folder):
+      self._file = event_file_writer.EventsWriter(str(folder / "events"), f".{first_step:09}")
     start = self._protos[0].SessionLog(status=self._protos[0].SessionLog.START)
     self._write(step=first_step + 1, session_log=start)
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import tqdm
 
-from repjax import runs
+from repjax import names, runs
 from repjax.cache import use_compilation_cache
 from repjax.config import Config, check_evaluation
 from repjax.data import Source, eval_batches
@@ -103,7 +103,12 @@ def run(
 
 
 def evaluate(
-  config: Config, workdir: str | Path, *, deploy: bool = False, ten_crop: bool = False
+  config: Config,
+  workdir: str | Path,
+  *,
+  deploy: bool = False,
+  ten_crop: bool = False,
+  verify: bool = True,
 ) -> dict[str, float]:
   """Evaluates one form of a workdir's model over the whole evaluation split.
 
@@ -114,6 +119,7 @@ def evaluate(
     deploy: evaluate the deploy form instead of the training form. The training form is that of the
       best checkpoint, and there the average, if the run averages parameters and statistics.
     ten_crop: average ten crops of each image, see `repjax.data.transforms.ten_crop`.
+    verify: compare every file that is read with its checksum.
 
   Returns:
     `accuracy` in 0 ... 1, mean `loss`, `count` of images, and `parameters`. If the training form
@@ -123,7 +129,9 @@ def evaluate(
     InputError: the workdir does not hold that form, or the data set cannot be opened.
   """
   use_compilation_cache()
-  config, spec, variables, recalibrated = processes.first(_read, config, Path(workdir), deploy)
+  config, spec, variables, recalibrated = processes.first(
+    _read, config, names.folder(workdir), deploy, verify
+  )
   source = processes.together(planning.open_split, config, config.eval_split, spec)
   model = spec.create_model(deploy=deploy)
   eval_step = parallel.data_parallel(
@@ -136,7 +144,7 @@ def evaluate(
 
 
 def _read(
-  config: Config, workdir: Path, deploy: bool
+  config: Config, workdir: Path, deploy: bool, verify: bool
 ) -> tuple[Config, ModelSpec, Any, dict[str, Any] | None]:
   """Checks a config, and reads what is evaluated; in the first process.
 
@@ -145,10 +153,10 @@ def _read(
   """
   check_evaluation(config)
   if deploy:
-    _, variables, spec = load(workdir)
+    _, variables, spec = load(workdir, verify=verify)
     return config, spec, variables, None
-  spec = ModelSpec.read(workdir)
-  _, variables, recalibrated = runs.read_best(workdir, spec.variable_shapes())
+  spec = ModelSpec.read(workdir, verify=verify)
+  _, variables, recalibrated = runs.read_best(workdir, spec.variable_shapes(), verify=verify)
   return config, spec, variables, recalibrated
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from repjax import runs
+from repjax import names, runs
 from repjax.config import Config, check_fields
 from repjax.data import open_source
 from repjax.errors import InputError
@@ -70,7 +70,7 @@ def resolve(config: Config, workdir: str | Path | None = None) -> Config:
 def _held_spec(config: Config, workdir: str | Path | None) -> ModelSpec | None:
   """Returns the model of the workdir's run, or else of the folder to start from, if any."""
   if workdir is not None:
-    own = Path(workdir)
+    own = names.folder(workdir)
     if config.init_from and Path(config.init_from).resolve() == own.resolve():
       raise InputError(
         f"config.init_from names the workdir itself, {own}; leave it out to continue that run, or "
@@ -117,7 +117,7 @@ def source_spec(folder: str | Path) -> ModelSpec:
     InputError: the path is a file of weights, or not the folder of a run or an import; the folder
       has no training form, or is damaged.
   """
-  text, path = str(folder), Path(folder)
+  text, path = str(folder), names.folder(folder)
   if text.startswith("hf:") or path.is_file() or (not path.exists() and text.endswith(_WEIGHTS)):
     name = text.rpartition("/")[2].partition(".")[0] or "imported"
     raise InputError(
@@ -165,7 +165,7 @@ def first_variables(
   """
   held = source_spec(folder)
   _check_fit(folder, held, spec)
-  step, variables, record = runs.read_best(Path(folder), held.variable_shapes())
+  step, variables, record = runs.read_best(names.folder(folder), held.variable_shapes())
   renamed = bool(held.class_names and spec.class_names) and held.class_names != spec.class_names
   anew = held.num_classes != spec.num_classes or renamed
   params = jax.tree_util.tree_map_with_path(

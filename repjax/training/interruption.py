@@ -1,4 +1,6 @@
-"""Stopping a run by SIGTERM, which clusters send before they take a machine away, or by Ctrl-C.
+"""Stopping a run by Ctrl-C, or by the signals that clusters send before they take a machine away.
+
+These are SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2. All four act alike.
 
 While a step runs, a first signal is noted. The loop looks at the note after a step, saves, and
 leaves `Interruption.deferred`, which raises the signal. So one signal never cuts a step or a save
@@ -9,35 +11,19 @@ spoils no file, see `repjax.disk`.
 import contextlib
 import os
 import signal
-import threading
 from collections.abc import Iterator
-from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from repjax.signals import Preempted, Stopped, error_of, handled, status_of
+
+__all__ = ["Interruption", "Preempted", "Stopped", "status_of"]
+
 _NOTED = b"\nstopping: the step in hand is finished and saved first (Ctrl-C again: stop at once)\n"
 
 
-class Stopped(KeyboardInterrupt):
-  """An error by which Ctrl-C ends a run, which the same command continues.
-
-  Attributes:
-    agreed: True if all processes of the run stop together.
-  """
-
-  def __init__(self, agreed: bool = False):
-    """Makes the error of a signal to this process, or of a stop that all processes agreed on."""
-    super().__init__()
-    self.agreed = agreed
-
-
-class Preempted(Stopped):
-  """An error by which SIGTERM ends a run, which the same command continues."""
-
-
 class Interruption:
-  """A listener to SIGTERM and SIGINT, for as long as it is entered.
+  """A listener to the signals that stop a run, for as long as it is entered.
 
-  Outside of `deferred`, SIGTERM raises `Preempted` and SIGINT raises `Stopped`, at once. Python
+  Outside of `deferred`, Ctrl-C raises `Stopped`, and any other of them `Preempted`, at once. Python
   allows handlers in the main thread only; entered in any other thread, this does nothing.
 
   Attributes:
@@ -50,19 +36,16 @@ class Interruption:
     self.noted: int | None = None
     self.agreed = False
     self._deferring = False
+    self._handling = handled(self._handle)
 
   def __enter__(self) -> "Interruption":
     """Sets the handlers, and keeps the ones that were set before."""
-    self._before = {}
-    if threading.current_thread() is threading.main_thread():
-      self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+    self._handling.__enter__()
     return self
 
   def __exit__(self, *_: object) -> None:
     """Sets the handlers again that were set before."""
-    for number, handler in self._before.items():
-      if handler is not None:  # None: not set by Python, which then cannot set it again
-        signal.signal(number, handler)
+    self._handling.__exit__(None, None, None)
 
   @contextlib.contextmanager
   def deferred(self) -> Iterator[None]:
@@ -76,34 +59,20 @@ class Interruption:
     finally:
       self._deferring = False
     if self.noted is not None:
-      raise _error(self.noted, self.agreed)
+      raise error_of(self.noted, self.agreed)
 
   def agree(self) -> None:
     """Marks that all processes stop, and treats a signal to a different process as SIGTERM here."""
     self.noted = self.noted or signal.SIGTERM
     self.agreed = True
 
-  def _handle(self, number: int, frame: FrameType | None) -> None:
-    """Handles a signal; Python calls this between any two instructions of the main thread."""
-    del frame
+  def _handle(self, number: int) -> None:
+    """Handles a signal."""
     # A person who presses Ctrl-C a second time does not want to wait any longer.
     if not self._deferring or (self.noted is not None and number == signal.SIGINT):
-      raise _error(number)
+      raise error_of(number)
     if self.noted is None:
       self.noted = number
       # Not print: the signal may have interrupted a print, whose buffer is then in use.
-      os.write(2, _NOTED)
-
-
-def _error(number: int, agreed: bool = False) -> Stopped:
-  """Returns the error of a signal."""
-  return Preempted(agreed) if number == signal.SIGTERM else Stopped(agreed)
-
-
-def status_of(stop: KeyboardInterrupt) -> int:
-  """Returns the exit status of a stopped program.
-
-  The status is 0 for SIGTERM, since nothing is wrong where a cluster takes a machine back, and 130
-  for Ctrl-C, as shells expect it.
-  """
-  return 0 if isinstance(stop, Preempted) else 128 + signal.SIGINT
+      with contextlib.suppress(OSError):  # stderr may be closed or full
+        os.write(2, _NOTED)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from repjax import runs
+from repjax import names, runs
 from repjax.config import Config, check_config
 from repjax.data import Source, open_source, parse_augmentation
 from repjax.errors import InputError
@@ -59,7 +59,7 @@ def read_config(workdir: str | Path, **changes: Any) -> Config:
   Raises:
     InputError: the folder holds no run, or its config.json is damaged.
   """
-  value = runs.read_config_json(Path(workdir))
+  value = runs.read_config_json(names.folder(workdir))
   changed = {field: change for field, change in changes.items() if change is not None}
   return ml_collections.ConfigDict({**value, **changed}, convert_dict=True)
 

@@ -23,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from repjax.errors import InputError
+from repjax.training import joining
 from repjax.training.interruption import Stopped, status_of
 
 WAIT_SECONDS = 300
@@ -33,10 +34,6 @@ LOST_SECONDS = 60
 
 _CHUNK = 1 << 24  # bytes that are sent at once
 _ERROR_BYTES = 4096
-_EXAMPLE = (
-  "On two machines, put JAX_COORDINATOR_ADDRESS=HOST_OF_THE_FIRST:1234 JAX_NUM_PROCESSES=2 "
-  "JAX_PROCESS_ID=0 before the command on the first, the same with JAX_PROCESS_ID=1 on the second"
-)
 
 
 class SharedError(InputError):
@@ -60,23 +57,24 @@ def initialize(
     process_id: index of this process, from 0.
 
   Raises:
-    InputError: a value is unknown or impossible, or the processes have different numbers of
-      devices. If a process does not come in time, JAX ends the program.
+    InputError: a value is unknown or impossible, the processes do not fit together or do not come
+      in time, or they have different numbers of devices.
   """
   coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
   count = _number("JAX_NUM_PROCESSES", num_processes)
   index = _number("JAX_PROCESS_ID", process_id)
-  if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
-    raise InputError(f"JAX_COORDINATOR_ADDRESS is HOST:PORT, got {coordinator}. {_EXAMPLE}")
-  if count is not None and index is not None and not 0 <= index < count:
-    raise InputError(f"JAX_PROCESS_ID is in 0 ... {count - 1} of {count} processes, got {index}")
-  if None not in (coordinator, count, index):
-    print(
-      f"process {index} of {count}: waiting for the others at {coordinator}, at most "
-      f"{WAIT_SECONDS} s; see that they run and reach that port if this ends in DEADLINE_EXCEEDED",
-      file=sys.stderr,
-      flush=True,
+  address = joining.Address(coordinator) if coordinator is not None else None
+  if count is not None and count < 1:
+    raise InputError(
+      f"JAX_NUM_PROCESSES counts processes, at least 1; got {count}. {joining.EXAMPLE}"
     )
+  if index is not None and (index < 0 or (count is not None and index >= count)):
+    raise InputError(
+      f"JAX_PROCESS_ID numbers the processes from 0 to one less than their number, "
+      f"{'which is not set' if count is None else count}; got {index}. {joining.EXAMPLE}"
+    )
+  if address is not None and count is not None and index is not None:
+    joining.meet(address, count, index, WAIT_SECONDS)
   try:
     jax.distributed.initialize(
       coordinator,
@@ -103,8 +101,8 @@ def _number(variable: str, value: int | None) -> int | None:
   text = os.environ.get(variable)
   if value is not None or text is None:
     return value
-  if not text.isdigit():
-    raise InputError(f"{variable} takes a number, got {text!r}. {_EXAMPLE}")
+  if not (text.isascii() and text.isdigit() and len(text) < 10):
+    raise InputError(f"{variable} takes a number, got {text[:60]!r}. {joining.EXAMPLE}")
   return int(text)
 
 
@@ -121,11 +119,9 @@ def _why_not(
   if isinstance(error, ValueError) and missing:
     return (
       f"no cluster was found that says who the other processes are, and {', '.join(missing)} "
-      f"{'is' if len(missing) == 1 else 'are'} not set. {_EXAMPLE}"
+      f"{'is' if len(missing) == 1 else 'are'} not set. {joining.EXAMPLE}"
     )
-  reason = " ".join(str(error).split())
-  hint = " Is the port in use? Another will do, the same for all processes." if index == 0 else ""
-  return f"the processes of this run cannot be joined: {reason}.{hint}"
+  return f"the processes of this run cannot be joined: {' '.join(str(error).split())}"
 
 
 def is_first() -> bool:

@@ -127,7 +127,7 @@ def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) 
   }
   folder = runs.int8_folder(workdir)
   programs = {runs.onnx_file(folder).name: made.SerializeToString()}
-  runs.write_export(folder, programs, spec=spec.to_json(), facts=facts)
+  runs.write_export(folder, programs, spec=spec.to_json(), facts=facts, exists=True)
   return facts
 
 

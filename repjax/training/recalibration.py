@@ -23,7 +23,7 @@ import numpy as np
 import tqdm
 from flax import linen as nn
 
-from repjax import runs
+from repjax import names, runs
 from repjax.cache import use_compilation_cache
 from repjax.config import (
   EVALUATION_FIELDS,
@@ -42,7 +42,9 @@ from repjax.training.step import make_eval_step
 _TRAINING = ("train_split", "augment", "seed", "sync_batch_norm")
 
 
-def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dict[str, Any]:
+def recalibrate(
+  config: Config, workdir: str | Path, *, num_batches: int, verify: bool = True
+) -> dict[str, Any]:
   """Re-estimates the running statistics of a workdir's best checkpoint from training batches.
 
   The first batches of the training pipeline run through the training form in training mode, with
@@ -58,6 +60,7 @@ def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dic
     config: config of the run or import, which names the data sets of both splits.
     workdir: folder of a run or an import.
     num_batches: number of batches of `config.batch_size` images, at least 1.
+    verify: compare every file that is read with its checksum.
 
   Returns:
     The content of recalibration.json: `step`, `batches`, `batch_size`, `images`, `dataset`,
@@ -68,11 +71,11 @@ def recalibrate(config: Config, workdir: str | Path, *, num_batches: int) -> dic
     InputError: no batches, a run with `qat`, a data set of different classes, no whole checkpoint
       in training form, or statistics that are not finite; nothing is written.
   """
-  workdir = Path(workdir)
+  workdir = names.folder(workdir)
   if num_batches < 1:
     raise InputError(f"statistics need at least 1 batch, got {num_batches}")
   use_compilation_cache()
-  config, is_import, spec, step, variables = processes.first(_read, config, workdir)
+  config, is_import, spec, step, variables = processes.first(_read, config, workdir, verify)
   train, held_out = processes.together(_open_splits, config, is_import, spec)
   model = spec.create_model(
     dropout=0.0, axis_name=parallel.AXIS if config.sync_batch_norm else None
@@ -145,7 +148,9 @@ def format_recalibration(record: Mapping[str, Any]) -> str:
   )
 
 
-def _read(config: Config, workdir: Path) -> tuple[Config, bool, ModelSpec, int, dict[str, Any]]:
+def _read(
+  config: Config, workdir: Path, verify: bool
+) -> tuple[Config, bool, ModelSpec, int, dict[str, Any]]:
   """Checks a config, and reads the best checkpoint; in the first process.
 
   Returns:
@@ -154,9 +159,9 @@ def _read(config: Config, workdir: Path) -> tuple[Config, bool, ModelSpec, int, 
   """
   is_import = runs.import_file(workdir).exists()
   config = _with_defaults(config, workdir, is_import)
-  spec = ModelSpec.read(workdir)
+  spec = ModelSpec.read(workdir, verify=verify)
   like = {"variables": spec.variable_shapes()}
-  step, items = runs.read_checkpoint(workdir, like, best=True)
+  step, items = runs.read_checkpoint(workdir, like, best=True, verify=verify)
   return config, is_import, spec, step, items["variables"]
 
 

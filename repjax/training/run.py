@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import optax
 
-from repjax import runs
+from repjax import names, output, runs
 from repjax.cache import use_compilation_cache
 from repjax.config import Config
 from repjax.errors import InputError
@@ -41,7 +41,8 @@ from repjax.training.state import TrainState, create_state, restore_newest
 def train(config: Config, workdir: str | Path, *, resume: str = "auto") -> dict[str, Any]:
   """Trains a model from a config, or continues the run in the workdir, and converts it.
 
-  In the main thread, SIGTERM and Ctrl-C end a run after the step in hand, which is saved.
+  In the main thread, Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end a run after the step in hand,
+  which is saved. Where the output can no longer be written, training goes on without it.
 
   Where `processes.initialize` has joined several processes, every process calls this function with
   the same arguments. The config and the workdir are those of the first process. Each process reads
@@ -60,13 +61,17 @@ def train(config: Config, workdir: str | Path, *, resume: str = "auto") -> dict[
       set, is in use by another process, or is not what `resume` says; `config.init_from` cannot be
       started from; a loss is not finite or a file cannot be written (checkpoints stay intact); or
       the two forms differ by more than the tolerance.
-    Preempted: SIGTERM came; the same call continues the run.
+    Preempted: SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 came; the same call continues the run.
     KeyboardInterrupt: Ctrl-C was pressed; the same call continues the run.
   """
-  workdir = Path(workdir)
-  print(f"workdir: {workdir}", flush=True)
-  use_compilation_cache()
-  with Interruption() as interruption, contextlib.ExitStack() as held:
+  workdir = names.folder(workdir)
+  with (
+    output.guarded(output.go_on),
+    Interruption() as interruption,
+    contextlib.ExitStack() as held,
+  ):
+    print(f"workdir: {workdir}", flush=True)
+    use_compilation_cache()
     run = prepare(config, workdir, resume, held)
     _fit(run, workdir, interruption)
     return _finish(run, workdir)
@@ -124,6 +129,8 @@ def _begin(
   continuing.check_workdir(workdir, plan.spec)
   continuing.check_continuing(workdir, config)
   state, bookmark = _first_state(config, plan, optimizer, workdir)
+  # A run that was killed after it had saved a checkpoint left one too many.
+  runs.remove_superseded(workdir)
   roundings = quantization.begin(config, plan, state, workdir) if config.qat else None
   continuing.write_start_files(workdir, config, plan.spec, fingerprints)
   return state, bookmark, roundings

@@ -94,7 +94,10 @@ def restore_newest(workdir: Path, like: TrainState) -> TrainState | None:
   if not found:
     return None
   step, items = runs.read_checkpoint(workdir, to_items(like))
-  for newer in (number for number in found if number > step):
+  damaged = [number for number in found if number > step]
+  if damaged:
+    runs.note_newest(workdir, step)  # Before they are gone: the run continues from here on purpose.
+  for newer in damaged:
     target = runs.set_aside(workdir, newer)
     print(f"the damaged checkpoint of step {newer} is now in {target}", flush=True)
   return from_items(items)

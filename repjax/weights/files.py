@@ -1,5 +1,6 @@
 """`read`: reads a checkpoint file of any usual format into a flat dictionary of arrays."""
 
+import math
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -8,9 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from repjax.errors import InputError
+from repjax import names
+from repjax.errors import InputError, printable
 from repjax.weights import torch_files
-from repjax.weights.naming import plain_name
+from repjax.weights.kinds import kind_of_folder
+from repjax.weights.wrappers import with_plain_names
+
+_COMPRESSION = 64
+"""The arrays in a .npz file may be as many times as large as the file, which may be compressed."""
 
 _USUAL_ENTRIES = ("state_dict", "model", "state_dict_ema")
 
@@ -22,17 +28,18 @@ def read(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str,
     path: a .safetensors, .pth, .pth.tar, .pt, .bin or .npz file. The content decides how the file
       is read, not its name.
     entry: name of the state dict to take if the file holds several, for example "state_dict_ema".
-      None takes the only one, or the first of "state_dict", "model" and "state_dict_ema".
+      A prefix of names, such as "ema_model", takes the tensors below it. None takes the only state
+      dict, or the first of "state_dict", "model" and "state_dict_ema".
 
   Returns:
-    Name to array, in the dtypes of the file, without the prefix that data-parallel training adds.
+    Name to array, in the dtypes of the file, without what PyTorch's wrappers add to names.
     Arrays from .pth files are read-only views of the mapped file, so nothing is held twice.
 
   Raises:
     InputError: the file does not exist, is truncated or damaged, asks for code to be run, or holds
       no state dict.
   """
-  return read_entry(Path(path), entry)[2]
+  return read_entry(names.file(path), entry)[2]
 
 
 def read_entry(
@@ -48,8 +55,9 @@ def read_entry(
     InputError: as in `read`.
   """
   if not path.is_file():
-    what = "is a folder" if path.is_dir() else "does not exist"
-    raise InputError(f"{path} {what}; give the path of a checkpoint file")
+    if path.is_dir():
+      raise InputError(f"{path} is a folder. {kind_of_folder(path)}")
+    raise InputError(f"{path} does not exist; give the path of a checkpoint file")
   try:
     with path.open("rb") as file:
       head = file.read(9)
@@ -65,8 +73,23 @@ def read_entry(
   else:
     value = torch_files.load(path)
   found = state_dicts(value)
+  if entry is not None and entry not in found:
+    found = {**found, **_below(found, entry)}
   name = _choose(path, value, found, entry)
   return name, [other for other in found if other != name], _flat(path, found[name])
+
+
+def _below(found: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, dict[str, Any]]:
+  """Returns the part of a state dict whose names begin with a prefix, under this prefix, or {}.
+
+  A checkpoint in training can hold a network and its average in one state dict.
+  """
+  for state in found.values():
+    start = f"{prefix.removesuffix('.')}."
+    part = {name.removeprefix(start): x for name, x in state.items() if name.startswith(start)}
+    if part:
+      return {prefix: part}
+  return {}
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -79,13 +102,27 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
   try:
     # "pread" reads and does not map the file: mapped pages would need memory beside the arrays.
     with safe_open(path, framework="numpy", backend="pread") as file:
-      return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-  except (AttributeError, TypeError, ValueError) as error:
-    raise InputError(f"{path} holds tensors of a dtype that NumPy lacks: {error}") from error
+      return {name: _safetensor(path, file, name) for name in file.keys()}  # noqa: SIM118
   except SafetensorError as error:
     raise InputError(
-      f"{path} cannot be read: it is truncated or damaged ({error}). Compare its size with the "
-      "original's and fetch it again"
+      f"{path} cannot be read: it is truncated or damaged ({printable(error, 300)}). Compare its "
+      "size with the original's and fetch it again"
+    ) from error
+
+
+def _safetensor(path: Path, file: Any, name: str) -> np.ndarray:
+  """Returns one tensor of an open .safetensors file.
+
+  Raises:
+    InputError: NumPy lacks its dtype.
+  """
+  try:
+    return file.get_tensor(name)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    held = printable(file.get_slice(name).get_dtype(), 100)
+    raise InputError(
+      f"{path} holds {printable(name, 100)} in {held}, a dtype that NumPy lacks. Write the file "
+      "again in float32: for floats of 8 bits, multiply them by their scales first"
     ) from error
 
 
@@ -100,6 +137,7 @@ def _is_npz(path: Path) -> bool:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
   try:
+    _check_claims(path)
     with np.load(path, allow_pickle=False) as file:
       arrays = dict(file)
     for name, array in arrays.items():
@@ -109,9 +147,32 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
   except Exception as error:  # A damaged archive or header can raise nearly anything.
     raise InputError(
       f"{path} cannot be read: it is damaged, or holds something else than plain arrays "
-      f"({type(error).__name__}: {str(error)[:200]}). Fetch the file again, or write its arrays "
-      "with numpy.savez"
+      f"({printable(f'{type(error).__name__}: {error}', 300)}). Fetch the file again, or write its "
+      "arrays with numpy.savez"
     ) from error
+
+
+def _check_claims(path: Path) -> None:
+  """Checks the sizes that a .npz file names, before any of them is allocated.
+
+  Raises:
+    ValueError: an array is larger than its bytes, or all are much larger than the file.
+  """
+  with zipfile.ZipFile(path) as archive:
+    records = archive.infolist()
+    if sum(record.file_size for record in records) > _COMPRESSION * path.stat().st_size + 2**20:
+      raise ValueError(f"arrays that are over {_COMPRESSION} times as large as the file")
+    for record in records:
+      if not record.filename.endswith(".npy"):
+        continue
+      with archive.open(record) as file:
+        version = np.lib.format.read_magic(file)
+        old = version == (1, 0)
+        header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(file)
+      # Arrays of objects are pickles of any size, which NumPy refuses to read.
+      if not dtype.hasobject and math.prod(shape) * dtype.itemsize > record.file_size:
+        raise ValueError(f"{record.filename} is larger than its bytes")
 
 
 def _choose(path: Path, value: Any, found: Mapping[str, Any], entry: str | None) -> str:
@@ -135,7 +196,7 @@ def _choose(path: Path, value: Any, found: Mapping[str, Any], entry: str | None)
     raise InputError(
       f"{path} holds several state dicts, {_shown(found)}; name one with entry= or --entry"
     )
-  held = getattr(value, "class_name", type(value).__name__)
+  held = printable(getattr(value, "class_name", type(value).__name__), 300)
   if isinstance(value, Mapping):
     held = f"a dictionary of {_shown(value)}" if value else "an empty dictionary"
   raise InputError(
@@ -145,12 +206,9 @@ def _choose(path: Path, value: Any, found: Mapping[str, Any], entry: str | None)
 
 
 def _shown(names: Iterable[Any]) -> str:
-  """Joins the first names for an error message, without long ones and without control bytes.
-
-  Names come from the file, and a terminal would obey control bytes in them.
-  """
-  plain = (str(name) for name in names if isinstance(name, str) or type(name) is int)
-  texts = [ascii(name[:60])[1:-1] for name in plain]
+  """Joins the first names for an error message, without long ones."""
+  plain = [name for name in names if isinstance(name, str) or type(name) is int]
+  texts = [printable(name, 60) for name in plain]
   return ", ".join(texts[:12]) + (", ..." if len(texts) > 12 else "")
 
 
@@ -177,15 +235,8 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _flat(path: Path, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Removes the prefixes of wrapped modules from the names.
-
-  Raises:
-    InputError: two names are the same without their prefixes.
-  """
-  plain = {}
-  for key, value in state.items():
-    name = plain_name(key)
-    if name in plain:
-      raise InputError(f"{path} holds {name} twice, with and without a prefix such as module.")
-    plain[name] = value
-  return plain
+  """Returns a state dict by plain names; raises InputError with the file's name if it cannot."""
+  try:
+    return with_plain_names(state)
+  except InputError as error:
+    raise InputError(f"{path} is refused: {error}") from None

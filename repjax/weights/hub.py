@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from repjax import json_files, schema
 from repjax.config import INTERPOLATIONS
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 from repjax.schema import anything, items, number, optional, record, text, whole
 from repjax.spec import Preprocessing
 
@@ -79,9 +79,11 @@ def fetch(reference: str) -> HubFile:
       "and private repositories need `hf auth login` first."
     ) from error
   except errors.HFValidationError as error:
-    raise InputError(f"{reference} is not hf:OWNER/NAME[@REVISION][:FILE]: {error}") from error
+    raise InputError(
+      f"{reference} is not hf:OWNER/NAME[@REVISION][:FILE]: {printable(error, 300)}"
+    ) from error
   except Exception as error:  # The classes of its HTTP library change from version to version.
-    unreachable = error
+    unreachable = printable(error, 300)
 
   def download(name: str) -> Path | None:
     """Returns the path of a file in the cache, or None if the repository or cache lacks it."""
@@ -97,7 +99,9 @@ def fetch(reference: str) -> HubFile:
     except errors.LocalEntryNotFoundError as error:
       if unreachable is not None:
         return None
-      raise InputError(f"{name} of {repository} could not be fetched: {error}") from error
+      raise InputError(
+        f"{name} of {repository} could not be fetched: {printable(error, 300)}"
+      ) from error
     except errors.EntryNotFoundError:
       return None
     except errors.GatedRepoError as error:
@@ -105,7 +109,9 @@ def fetch(reference: str) -> HubFile:
         f"{repository} is gated: accept its terms on its page, then log in with `hf auth login`"
       ) from error
     except Exception as error:  # The classes of the HTTP library again.
-      raise InputError(f"{name} of {repository} could not be fetched: {error}") from error
+      raise InputError(
+        f"{name} of {repository} could not be fetched: {printable(error, 300)}"
+      ) from error
 
   names = (file,) if file else _FILES
   path = next(filter(None, map(download, names)), None)

@@ -1,9 +1,9 @@
-"""Explains why a state dict does not fit: a line for each tensor, and guesses about the cause."""
+"""Explains why a state dict does not fit: a line for each problem, and guesses about the cause."""
 
 import difflib
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,27 +14,71 @@ from repjax.weights.naming import Entry
 from repjax.weights.recognition import Recognition, closest_model, model_as_deep, some
 from repjax.weights.sources import KINDS, expected
 
+_MOST_LINES = 20
 
-def misfits(state: Mapping[str, np.ndarray], wanted: Mapping[str, Entry]) -> list[str]:
-  """Lists tensors that are missing, that are unexpected, or whose shape is wrong: a line each."""
+
+class Problem(NamedTuple):
+  """A tensor that does not fit.
+
+  Attributes:
+    kind: what is wrong, for a heading: "missing", "unexpected", ...
+    name: name of the tensor.
+    text: a line about this tensor.
+  """
+
+  kind: str
+  name: str
+  text: str
+
+
+def misfits(state: Mapping[str, np.ndarray], wanted: Mapping[str, Entry]) -> list[Problem]:
+  """Lists tensors that are missing, that are unexpected, or whose shape is wrong."""
   missing = {name: entry.shape for name, entry in wanted.items() if name not in state}
   unexpected = {name: value.shape for name, value in state.items() if name not in wanted}
   known = {name: entry.shape for name, entry in wanted.items()}
   return [
     *(
-      f"missing {name} {shape}{_closest(name, shape, unexpected)}"
+      Problem("missing", name, f"missing {name} {shape}{_closest(name, shape, unexpected)}")
       for name, shape in missing.items()
     ),
     *(
-      f"unexpected {name} {shape}{_closest(name, shape, missing or known)}"
+      Problem(
+        "unexpected",
+        name,
+        f"unexpected {name} {shape}{_closest(name, shape, missing or known)}",
+      )
       for name, shape in unexpected.items()
     ),
     *(
-      f"{name} is {state[name].shape}, wanted {shape}"
+      Problem("of another shape", name, f"{name} is {state[name].shape}, wanted {shape}")
       for name, shape in known.items()
       if name in state and state[name].shape != shape
     ),
   ]
+
+
+def lines_of(problems: Sequence[Problem]) -> list[str]:
+  """Returns a line for each problem; if there are many, one for each scope and kind of problem."""
+  if len(problems) <= _MOST_LINES:
+    return [problem.text for problem in problems]
+  groups: dict[tuple[str, str], list[Problem]] = {}
+  for problem in problems:
+    groups.setdefault((problem.kind, _scope(problem.name)), []).append(problem)
+  lines = [
+    f"{kind}: {len(group)} tensors of {scope}, such as {group[0].text}"
+    if len(group) > 1
+    else group[0].text
+    for (kind, scope), group in groups.items()
+  ]
+  if len(lines) > _MOST_LINES:
+    lines = [*lines[:_MOST_LINES], f"and {len(lines) - _MOST_LINES} more groups of tensors"]
+  return lines
+
+
+def _scope(name: str) -> str:
+  """Returns the first segment of a name, and the second one if the first says little."""
+  first, *others = name.split(".")[:-1] or [name]
+  return ".".join((first, *others[:1])) if first in ("backbone", "features") else first
 
 
 def _closest(name: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, ...]]) -> str:
@@ -46,24 +90,32 @@ def _closest(name: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, 
 
 def bad_values(
   state: Mapping[str, np.ndarray], wanted: Mapping[str, Entry], dtype: np.dtype
-) -> list[str]:
-  """Lists tensors of the right shape whose numbers cannot be used: a line each."""
-  lines = []
+) -> list[Problem]:
+  """Lists tensors of the right shape whose numbers cannot be used."""
   fitting = [name for name, e in wanted.items() if name in state and state[name].shape == e.shape]
+  found = []
   for name in fitting:
-    value = state[name]
-    if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
-      lines.append(f"{name} holds {value.dtype}, not floating-point numbers")
-    elif is_half(value) and dtype.itemsize > value.dtype.itemsize:
-      lines.append(f"{name} is {value.dtype}")
-    elif not np.isfinite(value).all():
-      count = np.count_nonzero(~np.isfinite(value))
-      lines.append(f"{name} holds {count} of {value.size} numbers that are not finite")
-    elif value.dtype.itemsize > dtype.itemsize and _overflows(value, dtype):
-      lines.append(f"{name} holds numbers too large for {dtype}")
-    elif wanted[name].path[-1] == "var" and (value < 0).any():
-      lines.append(f"{name} holds negative variances")
-  return lines
+    problem = _bad_value(state[name], dtype, is_variance=wanted[name].path[-1] == "var")
+    if problem:
+      kind, text = problem
+      found.append(Problem(kind, name, f"{name} {text}"))
+  return found
+
+
+def _bad_value(value: np.ndarray, dtype: np.dtype, *, is_variance: bool) -> tuple[str, str] | None:
+  """Returns the kind of a problem with a tensor's numbers and a text about it, or None."""
+  if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
+    return "not floating-point", f"holds {value.dtype}, not floating-point numbers"
+  if is_half(value) and dtype.itemsize > value.dtype.itemsize:
+    return "of few bits", f"is {value.dtype}"
+  if not np.isfinite(value).all():
+    count = np.count_nonzero(~np.isfinite(value))
+    return "not finite", f"holds {count} of {value.size} numbers that are not finite"
+  if value.dtype.itemsize > dtype.itemsize and _overflows(value, dtype):
+    return "too large", f"holds numbers too large for {dtype}"
+  if is_variance and (value < 0).any():
+    return "negative variances", "holds negative variances"
+  return None
 
 
 def _overflows(value: np.ndarray, dtype: np.dtype) -> bool:

@@ -122,13 +122,6 @@ class NoNameError(ValueError):
   """An error for a path that a naming has no name for."""
 
 
-def plain_name(name: str) -> str:
-  """Removes the prefixes of DistributedDataParallel and torch.compile from a tensor's name."""
-  while name.startswith(("module.", "_orig_mod.")):
-    name = name.partition(".")[2]
-  return name
-
-
 def entries(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Entry]:
   """Returns the counterpart of every tensor of a state dict, by the tensor's name.
 

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 from repjax.models import create_model, list_models
-from repjax.weights.naming import Entry, Naming, NoNameError, plain_name
+from repjax.weights.naming import Entry, Naming, NoNameError
 from repjax.weights.sources import KINDS, NAMINGS, expected, naming_of
-
-_COUNTER = ".num_batches_tracked"  # Batch norms count batches; no computation reads the count.
+from repjax.weights.wrappers import is_counter, unwrapped, with_plain_names
 
 
 class Recognition(NamedTuple):
@@ -62,19 +61,34 @@ def recognize(
   return closest
 
 
+def removed_from(
+  state_dict: Mapping[str, Any], found: Recognition, overrides: Mapping[str, Any]
+) -> list[str]:
+  """Lists what is taken off the names of a recognized state dict: prefixes and wrappers."""
+  wanted = expected(found.model, found.naming, found.kind, 1000, overrides)
+  return list(unwrapped(normalised(state_dict), wanted).removed)
+
+
 def normalised(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Returns the arrays of a state dict by plain names, without the counters of batch norms.
+  """Returns the arrays of a state dict by plain names, without counters such as batch norms have.
 
   Raises:
-    InputError: the state dict is empty, or a value is not an array.
+    InputError: the state dict is empty, a value is not an array, or a name cannot be a tensor's.
   """
-  if not state_dict:
-    raise InputError("the state dict is empty")
-  return {
-    plain_name(name): _to_numpy(name, value)
-    for name, value in state_dict.items()
-    if not name.endswith(_COUNTER)
-  }
+  if not isinstance(state_dict, Mapping) or not state_dict:
+    held = "is empty" if isinstance(state_dict, Mapping) else f"is a {type(state_dict).__name__}"
+    raise InputError(f"the state dict {held}; pass a dictionary of arrays by name")
+  if strange := [name for name in state_dict if not isinstance(name, str)]:
+    raise InputError(f"a state dict has names for keys, got {printable(repr(strange[0]), 100)}")
+  arrays = {name: _to_numpy(name, value) for name, value in state_dict.items()}
+  flat = [name for name in arrays if name.endswith("flat_param")]
+  if flat:
+    raise InputError(
+      f"{printable(flat[0], 100)} holds the parameters of many layers in one row, as FSDP keeps "
+      "them. Save the model with StateDictType.FULL_STATE_DICT, or get_model_state_dict(model, "
+      "options=StateDictOptions(full_state_dict=True))"
+    )
+  return with_plain_names({n: value for n, value in arrays.items() if not is_counter(n, value)})
 
 
 def _to_numpy(name: str, value: Any) -> np.ndarray:
@@ -83,8 +97,10 @@ def _to_numpy(name: str, value: Any) -> np.ndarray:
     return np.asarray(value)
   except (TypeError, ValueError, RuntimeError) as error:
     # NumPy refuses a tensor that is on a GPU, has a gradient or is in bfloat16, and a ragged list.
+    whole = ".full_tensor()" if hasattr(value, "full_tensor") else ""  # of a DTensor
     raise InputError(
-      f"{name} is no array: {error}. Pass {{name: t.detach().cpu().float() ...}}."
+      f"{printable(name, 100)} is no array: {printable(error, 300)}. Pass {{name: "
+      f"t{whole}.detach().cpu().float() ...}}."
     ) from error
 
 
@@ -134,6 +150,7 @@ def recognize_model(
   if found is None:
     raise InputError(f"no names are known for a {model_name} with {overrides}")
   naming, kind, wanted = found
+  state = unwrapped(state, wanted).state
   if not wanted.keys() & state.keys():
     raise InputError(
       f"no name in this state dict is one of {model_name}'s (in {' or '.join(NAMINGS[model_name])} "
@@ -152,7 +169,7 @@ def _best_naming(
   """
   best, most = None, -1
   for candidate in candidates:
-    shared = len(candidate[2].keys() & state.keys())
+    shared = len(candidate[2].keys() & unwrapped(state, candidate[2]).state.keys())
     if shared > most:
       best, most = candidate, shared
     if shared == len(state) == len(candidate[2]):
@@ -189,6 +206,7 @@ def closest_model(
     InputError: no model takes the overrides.
   """
   check_overrides(overrides)
+  original = state
   plain = hint.lower().replace("-", "_")
   models = [name for name in list_models() if name in NAMINGS]
   likeliest_first = sorted(models, key=lambda name: -len(name) * (name in plain))
@@ -207,6 +225,7 @@ def closest_model(
     shared: collections.Counter[Naming] = collections.Counter()
     try:
       for naming, kind, wanted in candidates(model_name, overrides, tables):
+        state = unwrapped(original, wanted).state
         names = sum(name in state and not entry.in_head for name, entry in wanted.items())
         shared[tables[naming]] += names
         if names > 0.75 * len(state):
@@ -256,4 +275,4 @@ def model_as_deep(
 def some(names: Iterable[str]) -> str:
   """Joins the first of many names, for a message."""
   names = list(names)
-  return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+  return ", ".join(map(printable, names[:4])) + (", ..." if len(names) > 4 else "")

@@ -7,14 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 from repjax.models.initialize import draw
 from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec
-from repjax.weights.misfits import bad_values, explain, misfits
+from repjax.trees import check_tree
+from repjax.weights.misfits import Problem, bad_values, explain, lines_of, misfits
 from repjax.weights.naming import NoNameError, entries
 from repjax.weights.recognition import Recognition, normalised, recognize_model, some
 from repjax.weights.sources import FOLDED, RELEASED_WITH, expected, naming_of
+from repjax.weights.wrappers import unwrapped
 
 
 def from_torch(
@@ -27,6 +29,9 @@ def from_torch(
   **overrides: Any,
 ) -> dict[str, Any]:
   """Makes a model's variables from a PyTorch state dict, whose naming and form are recognized.
+
+  A prefix of all names and the segments that wrappers of modules add to names are taken off.
+  Counters, such as the number of batches that a norm has seen, are left out.
 
   Args:
     model_name: as in `create_model`.
@@ -43,8 +48,9 @@ def from_torch(
 
   Raises:
     InputError: the state dict does not fit. One text lists all missing, unexpected, misshapen,
-      half-precision and non-finite tensors. Also raised if the state dict fits but an override must
-      be given, since no tensor shows its value: `act` for the authors' files of ParNet.
+      half-precision and non-finite tensors, in groups if there are many. Also raised if the state
+      dict holds several networks, or if it fits but an override must be given, since no tensor
+      shows its value: `act` for the authors' files of ParNet.
   """
   dtype = np.dtype(param_dtype)
   if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
@@ -52,13 +58,16 @@ def from_torch(
   state = normalised(state_dict)
   found = recognize_model(state, model_name, overrides)
   wanted = expected(model_name, found.naming, found.kind, num_classes, overrides)
+  state, removed, rivals = unwrapped(state, wanted)
+  if rivals:
+    raise InputError(_of_several(rivals))
   dropped = {name: entry for name, entry in wanted.items() if drop_head and entry.in_head}
   state = {name: value for name, value in state.items() if name not in dropped}
   wanted = {name: entry for name, entry in wanted.items() if name not in dropped}
   problems = misfits(state, wanted) + bad_values(state, wanted, dtype)
   if problems:
-    hints = explain(state, wanted, found, num_classes, overrides)
-    raise InputError(_refusal(found, num_classes, problems, hints))
+    hints = explain(state, wanted, found, num_classes, overrides) + _beside(removed, problems)
+    raise InputError(_refusal(found, num_classes, removed, problems, hints))
   _refuse_unsaid(found, overrides)
   variables: dict[str, Any] = {}
   for name, entry in wanted.items():
@@ -101,6 +110,9 @@ def to_torch(
       "batch norms, which repjax folds. Pass params and batch_stats of the training form, or "
       "--form train."
     )
+  check_tree("variables", variables)
+  for name, collection in variables.items():
+    check_tree(f"variables[{name!r}]", collection)
   if "params" not in variables or not variables.keys() <= {"params", "batch_stats"}:
     raise InputError(
       f"to_torch takes {{'params', 'batch_stats'}}, or {{'params'}} of a deploy form, got "
@@ -126,18 +138,45 @@ def to_torch(
   }
 
 
+def _of_several(rivals: Sequence[str]) -> str:
+  """Returns the error text for a state dict in which several networks have the same names."""
+  places = printable(" and ".join(f"below {p}" if p else "without a prefix" for p in rivals))
+  chosen = printable(next(filter(None, rivals))[:-1])
+  return (
+    f"the state dict holds several networks with the same names: {places}. Choose one: "
+    f"read(path, entry={chosen!r}), --entry {chosen}, or pass only the tensors of one"
+  )
+
+
+def _beside(removed: Sequence[str], problems: Sequence[Problem]) -> list[str]:
+  """Returns the way out if a whole network lies below a prefix, and other tensors beside it."""
+  prefix = next((part for part in removed if part.endswith(".")), "")
+  if not prefix or any(problem.kind != "unexpected" for problem in problems):
+    return []
+  if any(problem.name.startswith(prefix) for problem in problems):
+    return []
+  entry = printable(prefix[:-1], 100)
+  return [
+    f"The whole network is below {entry}. To leave out the tensors beside it, take "
+    f"read(path, entry={entry!r}), or --entry {entry}."
+  ]
+
+
 def _refusal(
-  found: Recognition, num_classes: int, problems: Sequence[str], hints: Sequence[str]
+  found: Recognition,
+  num_classes: int,
+  removed: Sequence[str],
+  problems: Sequence[Problem],
+  hints: Sequence[str],
 ) -> str:
-  """Returns the error text for weights that do not fit: a summary, then a line for each problem."""
+  """Returns the error text for weights that do not fit: a summary, then lines about problems."""
   headline = (
     f"these weights do not fit {found.model} (read as {found.naming} names, {found.kind} form) "
     f"with {num_classes} classes; nothing was converted. Problems: {len(problems)}."
   )
-  text = "\n  ".join([" ".join([headline, *hints]), *problems])
-  if len(problems) > 20:  # The summary is repeated, since a terminal has scrolled it away.
-    text += "\n" + " ".join([f"That was why they do not fit {found.model}.", *hints])
-  return text
+  if removed:
+    headline += f" Names were read without {printable(', '.join(removed), 300)}."
+  return "\n  ".join([" ".join([headline, *hints]), *lines_of(problems)])
 
 
 def _refuse_unsaid(found: Recognition, overrides: Mapping[str, Any]) -> None:

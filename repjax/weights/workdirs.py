@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax import config, runs
+from repjax import config, disk, names, runs
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub, repmlpnet
 from repjax.weights.files import read_entry
 from repjax.weights.misfits import is_half
-from repjax.weights.recognition import Recognition, recognize
+from repjax.weights.recognition import Recognition, recognize, removed_from
 from repjax.weights.repvgg import PREPROCESSING
 from repjax.weights.sources import RELEASED_WITH
 from repjax.weights.translation import from_torch, to_torch
@@ -51,27 +50,29 @@ def import_weights(
 
   Returns:
     The content of import.json: `source`, `file`, `bytes`, `sha256`, `revision` (of the hub),
-    `entry` and `other_entries` (state dicts in the file), `dtypes`, `model`, `naming`, `kind`,
+    `entry` and `other_entries` (state dicts in the file), `removed` (prefixes and wrappers that
+    were taken off the names), `dtypes`, `model`, `naming`, `kind`,
     `num_classes`, `new_head`, `assumed` (overrides that released weights need and the caller has
     not given), and `parameters`.
 
   Raises:
     InputError: the folder is not empty, or the weights cannot be read or do not fit.
   """
-  workdir = check_new(workdir)
+  workdir = check_new(names.folder(workdir))
   overrides = dict(overrides or {})
   if "features_only" in overrides:
     raise InputError("features_only is not part of an import; pass it to create_model afterwards")
   if num_classes is not None and num_classes < 1:
     raise InputError(f"--num-classes must be at least 1, got {num_classes}")
   fetched = hub.fetch(source) if source.startswith(hub.PREFIX) else None
-  path = fetched.path if fetched else Path(source)
+  path = fetched.path if fetched else names.file(source)
   entry, others, state = read_entry(path, entry)
   dtypes = sorted({str(x.dtype) for x in state.values() if x.dtype.kind not in "iu"})
   # The checksum reads the whole file; a thread computes it while the weights are recognized.
   with ThreadPoolExecutor(1) as background:
     checksum = background.submit(_sha256, path)
     found = recognize(state, model_name, hint=source, **overrides)
+    removed = removed_from(state, found, overrides)
     released = RELEASED_WITH.get((found.model, found.naming), {})
     assumed = {name: value for name, (value, _) in released.items() if name not in overrides}
     overrides |= assumed
@@ -100,6 +101,7 @@ def import_weights(
       "revision": fetched.revision if fetched else None,
       "entry": entry,
       "other_entries": others,
+      "removed": removed,
       "dtypes": dtypes,
       **found._asdict(),
       "num_classes": num_classes,
@@ -118,7 +120,12 @@ def import_weights(
 
 
 def export_weights(
-  workdir: Path, target: Path, *, naming: str = "official", form: str | None = None
+  workdir: Path,
+  target: Path,
+  *,
+  naming: str = "official",
+  form: str | None = None,
+  verify: bool = True,
 ) -> dict[str, np.ndarray]:
   """Writes a folder's model as a .safetensors file with the names of a different project.
 
@@ -127,6 +134,7 @@ def export_weights(
     target: the file to write, which must not exist yet.
     naming: source of the names: "official", "timm" or "mmpretrain".
     form: "train" or "deploy"; None takes the training form if the folder has one.
+    verify: as in `repjax.load`.
 
   Returns:
     The written state dict, name to array. Batch norms have the counter that PyTorch keeps, at zero.
@@ -139,21 +147,21 @@ def export_weights(
     from safetensors.numpy import save_file
   except ImportError:
     raise InputError("writing .safetensors needs: pip install 'repjax[weights]'") from None
+  target = names.file(target)
   if target.suffix != ".safetensors":
     raise InputError(f"{target} must end in .safetensors; call it {target.stem}.safetensors")
   check_new(target)
   if form is None:
     form = "train" if runs.checkpoints(workdir) else "deploy"
-  _, variables, spec = load(workdir, deploy=form == "deploy")
+  _, variables, spec = load(workdir, deploy=form == "deploy", verify=verify)
   state = to_torch(spec.name, variables, naming)
   for name in list(state):
     if name.endswith(".running_var"):
       counter = name.removesuffix("running_var") + "num_batches_tracked"
       state[counter] = np.zeros((), np.int64)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=".export.", dir=target.parent) as draft:
-    save_file(state, Path(draft, target.name), metadata={"format": "pt"})
-    Path(draft, target.name).replace(target)
+  # safetensors raises an error of its own, with the reason in its text.
+  with disk.writing(target), disk.replacing_file(target, exists=False) as draft:
+    save_file(state, draft, metadata={"format": "pt"})
   return state
 
 
@@ -164,7 +172,7 @@ def check_new(path: Path) -> Path:
     InputError: the path exists and is not an empty folder, is the current folder, or leads through
       a file.
   """
-  path = path.resolve()
+  path = disk.real(path)
   if path.is_dir() and not any(path.iterdir()):
     if path == Path.cwd():
       raise InputError("the current folder cannot be replaced; give the path of a new one")

@@ -119,6 +119,13 @@ def test_import_weights_says_what_it_recognized_and_from_what(import_weights, ch
   assert last.endswith(" MB of memory at most")
 
 
+def test_import_weights_says_what_it_took_off_the_names(import_weights, tmp_path):
+  state = cases.random_state("repvgg_a0", "train", "timm", **cases.TINY)
+  np.savez(tmp_path / "a.npz", **{f"ema_model.{name}": value for name, value in state.items()})
+  _, printed = import_weights(tmp_path / "a.npz", "--model", "repvgg_a0")
+  assert "names: read without ema_model." in printed.splitlines()
+
+
 def test_import_weights_takes_another_number_of_classes(import_weights, checkpoint):
   path = checkpoint()
   arguments = ("--num-classes", 3, "--model", "repvgg_a1")

@@ -1,12 +1,15 @@
 """Tests of `repjax predict`."""
 
 import csv
+import os
+import socket
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import repjax
+from repjax.data import decode
 from tests.deploy.tiny import NAMES
 
 pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
@@ -30,6 +33,19 @@ def images(tmp_path):
 def predict(run_command, small_folder):
   """Runs `repjax predict` on a small model."""
   return lambda *arguments: run_command("predict", "--workdir", small_folder, *arguments)
+
+
+@pytest.fixture
+def predict_with_errors(predict):
+  """Runs `repjax predict`; returns the lines on stdout, and the text on stderr."""
+
+  def run(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+      said = []
+      patch.setattr("sys.stderr.write", said.append)
+      return predict(*arguments).splitlines(), "".join(said)
+
+  return run
 
 
 @pytest.fixture
@@ -75,16 +91,11 @@ def test_a_csv_holds_a_row_for_each_image(predict, images, best, tmp_path, size)
   assert list(tmp_path.glob("*.part")) == []
 
 
-def test_what_cannot_be_read_is_named_and_counted(run_command, small_folder, images, capsys):
+def test_what_cannot_be_read_is_named_and_counted(predict_with_errors, images):
   (images / "broken.png").write_bytes(b"no image")
   (images / "more" / "cut.jpg").write_bytes((images / "a.JPG").read_bytes()[:300])
-  # run_command reads the captured stderr together with stdout.
-  with pytest.MonkeyPatch.context() as patch:
-    said = []
-    patch.setattr("sys.stderr.write", said.append)
-    printed = run_command("predict", "--workdir", small_folder, images, "--top", 1)
-  assert len(printed.splitlines()) == 5
-  text = "".join(said)
+  lines, text = predict_with_errors(images, "--top", 1)
+  assert len(lines) == 5
   assert f"skipped: {images / 'broken.png'} cannot be decoded: not an image" in text
   assert f"skipped: {images / 'more' / 'cut.jpg'} cannot be decoded" in text
   assert text.endswith("2 of 7 images could not be read, see above\n")
@@ -117,9 +128,114 @@ def test_inputs_without_images_are_one_paragraph(predict, tmp_path, name, said):
 
 
 def test_a_csv_that_cannot_be_written_and_no_labels_are_one_paragraph(predict, images, tmp_path):
-  with pytest.raises(SystemExit, match=r"^error: .*labels\.csv cannot be written: No such file"):
-    predict(images / "a.JPG", "--csv", tmp_path / "none" / "labels.csv")
+  (tmp_path / "file").touch()
+  with pytest.raises(SystemExit, match=r"^error: .*/file cannot be a folder"):
+    predict(images / "a.JPG", "--csv", tmp_path / "file" / "labels.csv")
   with pytest.raises(SystemExit, match=r"^error: the number of labels must be 1 or more, got 0"):
     predict(images / "a.JPG", "--top", 0)
   with pytest.raises(SystemExit, match=r"^error: batch_sizes must be whole numbers above 0"):
     predict(images / "a.JPG", "--batch-size", -1)
+
+
+def test_folders_are_searched_as_by_prepare_dataset(predict, images, best, tmp_path):
+  for name in ("._b.png", ".hidden.png", "__MACOSX"):
+    (images / name).write_bytes(b"no image")
+  (images / "more").rename(tmp_path / "more")
+  (images / "more").symlink_to(tmp_path / "more")
+  (tmp_path / "more" / "loop").symlink_to(images)
+  (images / "folder.png").mkdir()
+  names = ["a.JPG", "b.png", "more/c.webp", "more/d.bmp", "more/e.jpeg"]
+  assert predict(images, "--top", 1).splitlines() == [
+    line(images / name, best(images / name, 1)) for name in names
+  ]
+
+
+def test_what_is_no_file_is_named_and_left_out(predict_with_errors, images):
+  os.mkfifo(images / "pipe.png")
+  with socket.socket(socket.AF_UNIX) as unix:
+    unix.bind(str(images / "unix.png"))
+  (images / "device.png").symlink_to("/dev/zero")
+  listed = images.parent / "list.txt"
+  listed.write_text("\0.png\n")
+  lines, text = predict_with_errors(images, listed, "--top", 1)
+  assert len(lines) == 5
+  assert text.count("skipped: ") == 4
+  assert text.endswith("4 of 9 images could not be read, see above\n")
+  assert "pipe.png cannot be read: it is no file but a pipe" in text
+
+
+def test_names_that_are_not_utf8_are_printed_and_written(predict_with_errors, images, tmp_path):
+  name = os.fsdecode(b"caf\xe9 \x1b[31m\n.png")
+  (images / "a.JPG").rename(images / name)
+  shown = rf"{images}/caf\udce9 \x1b[31m\n.png: "
+  assert predict_with_errors(images / name, "--top", 1)[0][0].startswith(shown)
+  (images / os.fsdecode(b"\xff\r.png")).write_bytes(b"")
+  _, text = predict_with_errors(images, "--top", 1, "--csv", tmp_path / "t.csv")
+  assert rf"skipped: {images}/\udcff\r.png cannot be decoded" in text
+  rows = list(csv.reader((tmp_path / "t.csv").open(encoding="utf-8", newline="")))
+  assert f"{images}/caf\\udce9 \x1b[31m\n.png" in [row[0] for row in rows]
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "t.csv"]
+
+
+def test_a_list_of_windows_is_read(predict, images, best, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  text = '"images\\b.png"\r\nimages\\more\\e.jpeg\r\n'
+  (tmp_path / "list.TXT").write_bytes(b"\xff\xfe" + text.encode("utf-16-le"))
+  printed = predict("list.TXT", "--top", 1)
+  assert [each.partition(":")[0] for each in printed.splitlines()] == [
+    "images/b.png",
+    "images/more/e.jpeg",
+  ]
+
+
+def test_an_error_of_any_class_ends_one_image_only(predict_with_errors, images, monkeypatch):
+  errors = iter([MemoryError(), OverflowError("large"), RuntimeError("x\ny\x1b[2J")])
+  original = decode._rgb
+
+  def failing(image):
+    for error in errors:
+      raise error
+    return original(image)
+
+  monkeypatch.setattr(decode, "_rgb", failing)
+  monkeypatch.setattr(decode.cv2, "imdecode", lambda *_: None)
+  lines, text = predict_with_errors(images, "--top", 1, "--batch-size", 2)
+  assert len(lines) == 2
+  assert text.endswith("3 of 5 images could not be read, see above\n")
+  assert text.count("cannot be decoded: ") == 3
+  assert r"x y\x1b[2J" in text
+
+
+@pytest.mark.parametrize(
+  "name", ["=cmd.png", "+1.png", "-x.png", "@sum.png", "\tt.png", "plain.png"]
+)
+def test_no_cell_of_a_table_is_a_formula(predict, images, tmp_path, monkeypatch, name):
+  monkeypatch.chdir(images)
+  (images / "b.png").rename(images / name)
+  predict("--top", 1, "--csv", tmp_path / "t.csv", "--", name)
+  _, row = csv.reader((tmp_path / "t.csv").open(newline=""))
+  assert row[0] == (name if name == "plain.png" else f"'{name}")
+
+
+def test_mistakes_are_found_before_the_model_is_loaded(run_command, images, tmp_path):
+  command = ("predict", "--workdir", tmp_path / "no model", images / "a.JPG")
+  os.mkfifo(tmp_path / "pipe.csv")
+  for arguments, said in (
+    (("--batch-size", 0), "above 0, got --batch-size 0"),
+    (("--top", -1), "the number of labels must be 1 or more, got -1"),
+    (("--csv", images / "a.JPG" / "more" / "t.csv"), "a.JPG cannot be a folder"),
+    (("--csv", tmp_path / "pipe.csv"), "it is no file"),
+    (("--csv", images), "it is no file"),
+  ):
+    with pytest.raises(SystemExit, match=f"^error: .*{said}"):
+      run_command(*command, *arguments)
+
+
+def test_a_stopped_command_leaves_no_part_of_a_table(predict, images, tmp_path, monkeypatch):
+  def stopped(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(repjax.deploy.Predictor, "best", stopped)
+  with pytest.raises((KeyboardInterrupt, SystemExit)):
+    predict(images, "--csv", tmp_path / "t.csv")
+  assert [path.name for path in tmp_path.iterdir()] == ["images"]

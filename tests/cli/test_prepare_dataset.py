@@ -170,6 +170,16 @@ def test_tfds_does_not_prepare_what_is_there_as_tfrecord(run_command, tfrecord_s
   assert text.endswith(f"--from-tfrecord pets --data-dir {tfrecord_set}")
 
 
+def test_names_of_classes_and_files_are_printed_on_one_line(run_command, photos, tmp_path):
+  write_image(photos / "ant" / "a\x1b[31m\nb.jpg")
+  (photos / "ant" / "c\x1b[0m\nd.jpg").write_bytes(b"")
+  printed = run_command(
+    "prepare-dataset", "--from-folder", photos, "--name", "pets", "--data-dir", tmp_path
+  )
+  assert "\x1b" not in printed
+  assert r"such as ant/c\x1b[0m\nd.jpg (empty file)" in printed
+
+
 SIGNALLED = """
 import os, sys
 from repjax import cli
@@ -187,7 +197,7 @@ cli.main(["prepare-dataset", *sys.argv[1:]])
 
 @pytest.mark.parametrize(
   ("number", "said", "status"),
-  [(signal.SIGTERM, "stopped; nothing was", 1), (signal.SIGINT, "interrupted; nothing was", 130)],
+  [(signal.SIGTERM, "stopped; nothing is half-written", 143), (signal.SIGINT, "stopped;", 130)],
 )
 def test_what_is_stopped_leaves_nothing(photos, tmp_path, number, said, status):
   sets = tmp_path / "sets"
@@ -202,4 +212,4 @@ def test_what_is_stopped_leaves_nothing(photos, tmp_path, number, said, status):
   assert ended.returncode == status
   assert said in ended.stdout + ended.stderr
   assert "Traceback" not in ended.stderr
-  assert not list(sets.iterdir())
+  assert not sets.exists()

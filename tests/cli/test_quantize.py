@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import repjax
+from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.quantization import processor, runtime
 from tests.helpers import random_variables
@@ -23,7 +24,7 @@ def workdir(tmp_path):
   model = SPEC.create_model(deploy=True)
   params = random_variables(model, np.zeros((1, 16, 16, 3), np.float32))["params"]
   folder = tmp_path / "run"
-  repjax.disk.write_tree(folder / "params", params)
+  trees.write_tree(folder / "params", params)
   SPEC.write(folder)
   config = json.loads(tiny.config(tmp_path, dataset="synthetic").to_json_best_effort())
   (folder / "config.json").write_text(json.dumps(config))
@@ -47,7 +48,7 @@ def test_quantize_writes_a_folder_and_a_table(run_command, workdir, tmp_path, mo
   for name in ("float32", "bfloat16, JAX", "int8 weights", "int8"):
     assert name in table
   assert "calibrated with 16 of its train split" in printed
-  names = {"model.onnx", "export.json", "model.json"}
+  names = {"model.onnx", "export.json", "model.json", "manifest.json"}
   if importlib.util.find_spec("matplotlib"):
     names |= {"sensitivity.png"}
     assert (target / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
@@ -68,7 +69,7 @@ def test_int8_weights_come_without_a_ranking(run_command, workdir, tmp_path, mon
   assert "no VNNI" not in printed
   assert "layer alone in int8" not in printed
   assert {path.name for path in (tmp_path / "small").iterdir()} == {
-    *("model.onnx", "export.json", "model.json")
+    *("model.onnx", "export.json", "model.json", "manifest.json")
   }
   facts = json.loads((tmp_path / "small" / "export.json").read_text())
   assert facts["dtype"] == "int8 weights"
@@ -83,6 +84,22 @@ def test_symmetric_activations_take_weights_in_8_bits(run_command, workdir, tmp_
   assert "no VNNI" not in printed  # sums of int8 and int8 do not overflow
   settings = json.loads((tmp_path / "int8" / "export.json").read_text())["settings"]
   assert (settings["activations"], settings["weight_bits"]) == ("int8", 8)
+
+
+@needs_onnx
+def test_a_row_that_is_not_finite_is_named_and_not_printed(
+  run_command, workdir, monkeypatch, capsys
+):
+  def diverged(baseline):
+    del baseline
+    return lambda images: np.full((len(images), 10), np.nan, np.float32), 1
+
+  monkeypatch.setattr("repjax.cli.int8_table._in_jax", diverged)
+  with pytest.raises(SystemExit) as stop:
+    run_command("quantize", "--workdir", workdir, "--images", 16, "--weights-only")
+  assert "the row 'bfloat16, JAX' gives logits that are NaN or infinite on 100%" in stop.value.code
+  assert "XLA_FLAGS=" in stop.value.code
+  assert "nan" not in capsys.readouterr().out
 
 
 @needs_onnx

@@ -1,14 +1,28 @@
 """Decoding: Pillow's pixels, whatever the file's mode, and errors that name the image."""
 
 import io
+import struct
 
+import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from repjax.data import decode as decoding
+from repjax.data import formats
 from repjax.data.decode import REDUCTIONS, Picture
+from repjax.data.reading import find_fault
 from repjax.errors import InputError
+from tests.data.hostile import (
+  EPS,
+  bmp,
+  chunk,
+  claiming,
+  claiming_png,
+  claiming_webp,
+  many_scans,
+  png,
+)
 from tests.data.images import encoded, noise, rotated, smooth
 
 
@@ -39,7 +53,7 @@ def test_a_jpeg_has_pillows_pixels(options, size):
 def test_a_plain_jpeg_is_not_decoded_by_pillow(monkeypatch):
   data = encoded(noise(33, 47), "JPEG")
   expected = pillows(data)
-  monkeypatch.setattr(decoding.Image, "open", None)
+  monkeypatch.setattr(decoding.formats, "open_image", None)
   np.testing.assert_array_equal(Picture(data).pixels(), expected)
 
 
@@ -193,3 +207,183 @@ def test_a_damaged_header_never_gives_a_size_that_differs_from_the_pixels(seed):
   except InputError:
     return
   assert pixels.shape[:2] == (picture.height, picture.width)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 99, 65535])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_an_unknown_orientation_is_upright(orientation, file_format):
+  data = rotated(noise(400, 100), orientation, file_format)
+  picture = Picture(data)
+  assert (picture.width, picture.height) == (400, 100)
+  np.testing.assert_array_equal(picture.pixels(), pillows(data))
+
+
+def pillows_on_white(data):
+  """Returns the pixels that Pillow converts to RGBA, laid on white."""
+  image = Image.open(io.BytesIO(data)).convert("RGBA")
+  white = Image.new("RGBA", image.size, "white")
+  return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("value", [0, 1, "middle", "last"])
+def test_a_transparent_grey_is_what_pillow_makes_of_it(depth, value):
+  last = 2**depth - 1
+  values = np.random.default_rng(depth).integers(0, last + 1, (16, 20))
+  number = {"middle": last // 2, "last": last}.get(value, value)
+  data = png(values, depth, 0, tRNS=struct.pack(">H", number))
+  np.testing.assert_array_equal(Picture(data).pixels(), pillows_on_white(data))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("table", [b"\0", b"\xff\0", b"\x80\x40"], ids=["first", "second", "both"])
+def test_a_transparency_table_of_a_palette_is_what_pillow_makes_of_it(depth, table):
+  count = 2**depth
+  colours = np.random.default_rng(depth).integers(0, 256, 3 * count, np.uint8).tobytes()
+  values = np.random.default_rng(1).permutation(np.arange(320) % count).reshape(16, 20)
+  data = png(values, depth, 3, PLTE=colours, tRNS=table)
+  pixels = Picture(data).pixels()
+  np.testing.assert_array_equal(pixels, pillows_on_white(data))
+  first = np.frombuffer(colours, np.uint8)[:3] if table[0] else [255] * 3
+  if table[0] in (0, 255):
+    assert (pixels[values == 0] == first).all()
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0, "opaque"), (255, "opaque"), (128, "mixed")])
+def test_a_bmp_whose_alpha_is_zero_everywhere_is_opaque(alpha, expected):
+  pixels = noise(7, 5)
+  decoded = Picture(bmp(pixels, alpha)).pixels()
+  wanted = pixels if expected == "opaque" else on_white(pixels.astype(float), 128)
+  assert np.abs(decoded - wanted).max() <= 1
+
+
+def text_chunk(image, kind):
+  """Returns a PNG with a text: damaged, or too large when it is unpacked."""
+  info = PngImagePlugin.PngInfo()
+  info.add_text("Comment", "hello " * (10 if kind == "damaged" else 500_000), zip=kind != "damaged")
+  data = bytearray(encoded(image, pnginfo=info))
+  if kind == "damaged":
+    data[data.index(b"hello") + 2] ^= 1
+  return bytes(data)
+
+
+def late_chunk(image, kind):
+  """Returns a PNG with a damaged text after its pixels."""
+  data = encoded(image)
+  end = data.index(b"IEND") - 4
+  return data[:end] + chunk(b"tEXt", b"Comment\0hello")[:-1] + b"!" + data[end:]
+
+
+def broken_exif(image, kind):
+  """Returns an image whose EXIF is noise, or in a WebP image longer than the file."""
+  tags = Image.Exif()
+  tags[0x010E] = "a description that is long enough"
+  data = bytearray(encoded(image, kind.split()[0], exif=tags, **LOSSLESS[kind.split()[0]]))
+  name = {"JPEG": b"Exif", "WEBP": b"EXIF", "PNG": b"eXIf"}[kind.split()[0]]
+  start = data.index(name)
+  if kind.endswith("length"):
+    data[start + 4 : start + 8] = b"\xff\xff\xff\x0f"
+  else:
+    data[start + 6 : start + 30] = b"\xff" * 24
+  return bytes(data)
+
+
+LOSSLESS = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "PNG": {}}
+
+
+@pytest.mark.parametrize(
+  ("make", "kind"),
+  [
+    (text_chunk, "damaged"),
+    (text_chunk, "too large"),
+    (late_chunk, ""),
+    (broken_exif, "PNG"),
+    (broken_exif, "JPEG"),
+    (broken_exif, "WEBP"),
+    (broken_exif, "WEBP length"),
+  ],
+)
+def test_damaged_metadata_do_not_spoil_a_picture(make, kind):
+  pixels = smooth(40, 30)
+  data = make(Image.fromarray(pixels), kind)
+  assert find_fault(data) is None
+  assert np.abs(Picture(data).pixels().astype(int) - pixels).max() <= (12 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize(
+  ("data", "said"),
+  [
+    (claiming(32000, 32000), "32000 x 32000 pixels, and at most 268,435,456"),
+    (claiming(16000, 16000), "claims 16000 x 16000 pixels and has 3.. bytes"),
+    (claiming(65500, 65500), "at most"),
+    (claiming_png(10**6, 10**6), "1000000 x 1000000"),
+    (claiming_png(10**4, 10**4), "claims 10000 x 10000"),
+    (many_scans(200), "more than 100 scans"),
+    (EPS, r"not an image of a known kind \(JPEG, PNG, WEBP, BMP, GIF\)"),
+    (encoded(noise(4, 4), "TIFF"), "not an image of a known kind"),
+    (b"GIF89a" + struct.pack("<HH", 65000, 65000) + bytes(40), "65000 x 65000"),
+    (claiming_webp(16000, 16000), "claims 16000 x 16000"),
+  ],
+  ids=["1 GP", "256 MP", "4 GP", "PNG", "PNG 2", "scans", "EPS", "TIFF", "GIF", "WebP"],
+)
+def test_what_is_refused_is_refused_before_decoding_and_by_prepare_too(data, said, monkeypatch):
+  def fail(*_):
+    raise AssertionError("decoded")
+
+  monkeypatch.setattr(decoding.cv2, "imdecode", fail)
+  monkeypatch.setattr(Image.core, "new", fail)
+  monkeypatch.setattr(Image.core, "fill", fail)
+  with pytest.raises(InputError, match=rf"^cat.jpg cannot be decoded: .*{said}"):
+    Picture(data, "cat.jpg").pixels()
+  assert find_fault(data) in str(refused(data))
+
+
+def refused(data):
+  """Returns the error of an image."""
+  with pytest.raises(InputError) as caught:
+    Picture(data).pixels()
+  return caught.value
+
+
+def test_a_film_after_the_image_is_no_scan():
+  data = encoded(noise(16, 16), "JPEG", progressive=True)
+  expected = pillows(data)
+  film = b"\xff\xda\0\0film" * 300
+  np.testing.assert_array_equal(Picture(data + film).pixels(), expected)
+
+
+def test_a_large_photograph_is_read_by_all_or_by_none(monkeypatch):
+  monkeypatch.setattr(formats, "MOST_PIXELS", 5000)
+  for size in ((70, 70), (71, 71)):
+    data = encoded(noise(*size), "JPEG")
+    assert (find_fault(data) is None) == (size == (70, 70))
+    if size == (71, 71):
+      assert "at most 5,000" in str(refused(data))
+    else:
+      assert Picture(data).pixels().shape == (70, 70, 3)
+
+
+@pytest.mark.parametrize(
+  "error", [MemoryError(), OverflowError("x"), cv2.error("bad"), KeyError(1)]
+)
+def test_whatever_a_decoder_raises_names_the_image(error, monkeypatch):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(decoding.cv2, "imdecode", fail)
+  with pytest.raises(InputError, match=r"^a\\nb\.jpg cannot be decoded: ") as caught:
+    Picture(JPEG, "a\nb.jpg").pixels()
+  assert caught.value.__cause__ is error
+
+
+def test_a_size_that_decoders_disagree_about_is_an_error(monkeypatch):
+  monkeypatch.setattr(decoding.cv2, "imdecode", lambda *_: np.zeros((5, 5, 3), np.uint8))
+  np.testing.assert_array_equal(Picture(JPEG).pixels(), pillows(JPEG))  # by Pillow
+  monkeypatch.setattr(decoding, "_rgb", lambda _: np.zeros((5, 5, 3), np.uint8))
+  with pytest.raises(InputError, match="header says 64 x 64 pixels, and its data are 5 x 5"):
+    Picture(JPEG).pixels()
+
+
+def test_an_image_of_pillow_is_decoded_as_its_file():
+  data = rotated(noise(33, 47), 6, "PNG")
+  np.testing.assert_array_equal(Picture(Image.open(io.BytesIO(data))).pixels(), pillows(data))

@@ -1,9 +1,14 @@
 """Image folders become sets: what is stored, what is left out, and what the fingerprint says."""
 
+import _thread
 import hashlib
 import itertools
 import json
+import os
 import shutil
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -107,7 +112,7 @@ def test_strict_lists_every_unreadable_file_and_writes_nothing(photos, tmp_path)
   text = refusal(photos, "pets", data_dir=tmp_path / "sets", strict=True)
   assert text.startswith(f"nothing was written, since {len(reasons)} of the files cannot be")
   assert all(f"{name}: " in text for name in reasons)
-  assert not list((tmp_path / "sets").iterdir())
+  assert not (tmp_path / "sets").exists()
 
 
 def test_a_class_without_readable_images_is_an_error(photos, tmp_path):
@@ -116,7 +121,7 @@ def test_a_class_without_readable_images_is_an_error(photos, tmp_path):
   text = refusal(photos, "pets", data_dir=tmp_path / "sets")
   assert "dog in validation (2 of 2: val/dog/val0.jpg: empty file)" in text
   assert "cat" not in text
-  assert not list((tmp_path / "sets").iterdir())
+  assert not (tmp_path / "sets").exists()
 
 
 def test_images_in_both_splits_are_named(photos, tmp_path):
@@ -211,3 +216,40 @@ def test_the_size_of_a_split_is_the_size_of_its_records(photos, tmp_path):
   prepare_folder(photos, "pets", data_dir=tmp_path)
   images = sum(path.stat().st_size for path in (photos / "train").rglob("*.jpg"))
   assert images < fingerprints("pets", tmp_path)["train"]["bytes"] < images + 8 * 200
+
+
+def test_what_is_no_file_is_left_out_at_once(photos, tmp_path):
+  os.mkfifo(photos / "train" / "cat" / "pipe.jpg")
+  with socket.socket(socket.AF_UNIX) as unix:
+    unix.bind(str(photos / "train" / "cat" / "unix.jpg"))
+  (photos / "val" / "dog" / "device.jpg").symlink_to("/dev/zero")
+  (photos / "val" / "dog" / "line\nbreak\x1b.jpg").write_bytes(b"")
+  made = prepare_folder(photos, "pets", data_dir=tmp_path)
+  assert made.counts == {"train": [4, 4], "validation": [2, 2]}
+  assert {Path(name).stem.split("\n")[0] for name in made.skipped} == {
+    "pipe",
+    "unix",
+    "device",
+    "line",
+  }
+  lines = (made.path / "skipped.txt").read_text().splitlines()
+  assert len(lines) == 4
+  assert "train/cat/pipe.jpg\tit is no file but a pipe, a socket or a device" in lines
+  assert r"val/dog/line\x0abreak\x1b.jpg" + "\tempty file" in lines
+
+
+def test_no_thread_goes_on_after_a_signal(photos, tmp_path, monkeypatch):
+  read, begun = folder_module.read_image_file, []
+
+  def stopped(*arguments):
+    begun.append(threading.current_thread())
+    if len(begun) == 3:
+      _thread.interrupt_main()
+    time.sleep(0.05)
+    return read(*arguments)
+
+  monkeypatch.setattr(folder_module, "read_image_file", stopped)
+  with pytest.raises(KeyboardInterrupt):
+    prepare_folder(photos, "pets", data_dir=tmp_path / "sets", num_workers=2)
+  assert not any(thread.is_alive() for thread in begun)
+  assert len(begun) < 8

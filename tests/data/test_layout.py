@@ -4,7 +4,7 @@ import fractions
 import itertools
 import os
 import shutil
-from pathlib import Path
+import unicodedata
 
 import pytest
 
@@ -242,28 +242,40 @@ def test_training_images_alone_are_divided_on_request(photos, tmp_path):
   assert made.counts == {"train": [2, 2], "validation": [2, 2]}
 
 
-@pytest.mark.parametrize("method", ["iterdir", "is_dir"])
-def test_folders_that_may_not_be_read_are_named(photos, tmp_path, monkeypatch, method):
-  original = getattr(Path, method)
-
-  def refuse(path):
-    if path == photos / "val":
-      raise PermissionError(13, "Permission denied", str(path))
-    return original(path)
-
-  monkeypatch.setattr(Path, method, refuse)
-  text = refusal(photos, "pets", data_dir=tmp_path / "sets")
-  assert f"{photos}/val cannot be read: Permission denied" in text.splitlines()
-
-
-def test_inner_folders_that_may_not_be_read_are_named(photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("inner", ["val", "val/dog"])
+def test_folders_that_may_not_be_read_are_named(photos, tmp_path, monkeypatch, inner):
   scandir = os.scandir
 
   def refuse(path):
-    if str(path).endswith("/val/dog"):
+    if str(path).endswith(f"/{inner}"):
       raise PermissionError(13, "Permission denied", str(path))
     return scandir(path)
 
   monkeypatch.setattr(os, "scandir", refuse)
   text = refusal(photos, "pets", data_dir=tmp_path / "sets")
-  assert text.splitlines()[0] == f"{photos}/val/dog cannot be read: Permission denied"
+  assert f"{photos}/{inner} cannot be read: Permission denied" in text.splitlines()
+
+
+def test_an_accent_in_one_or_two_code_points_is_the_same_class(photos, tmp_path):
+  for split, form in (("train", "NFC"), ("val", "NFD")):
+    (photos / split / "dog").rename(photos / split / unicodedata.normalize(form, "école"))
+    write_image(photos / split / "zebra" / "1.jpg")
+  made = prepare_folder(photos, "pets", data_dir=tmp_path)
+  assert made.class_names == ("cat", "zebra", "école")
+  assert made.counts == {"train": [4, 1, 4], "validation": [2, 1, 2]}
+  names = {label for _, label in stored("pets", "validation", tmp_path).values()}
+  assert names == set(made.class_names)
+
+
+def test_two_folders_of_one_class_are_named(photos, tmp_path):
+  for form in ("NFC", "NFD"):
+    write_image(photos / "train" / unicodedata.normalize(form, "é") / "1.jpg")
+  text = refusal(photos, "pets", data_dir=tmp_path / "sets")
+  assert "has two folders for the class é, whose names differ only in how accents are" in text
+
+
+def test_what_is_printed_of_names_is_one_line_without_control_characters(photos, tmp_path):
+  (photos / "train" / "a\x1b[2J\nb").mkdir()
+  text = refusal(photos, "pets", data_dir=tmp_path / "sets")
+  assert r"a\x1b[2J\nb" in text
+  assert "\x1b" not in text

@@ -213,10 +213,10 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path):
   script = tmp_path / "hold.py"
   script.write_text("""
 import multiprocessing, os, sys, time
-from repjax.data import pipeline
+from repjax.data import processes
 
 def work():
-  pipeline._prepare_worker(0, 1)
+  processes.prepare(0, 1)
   print(os.getpid(), flush=True)
   time.sleep(600)
 

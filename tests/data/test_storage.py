@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from repjax import disk
 from repjax.data import open_source, storage
 from repjax.data.folder import prepare_folder
 from repjax.errors import InputError
@@ -50,30 +51,28 @@ def test_the_old_set_stays_where_the_new_one_fails(photos, tmp_path):
   assert {path.name for path in tmp_path.iterdir()} == {"photos", "pets"}
 
 
-def test_the_old_set_comes_back_where_the_new_one_cannot_be_moved(photos, tmp_path, monkeypatch):
-  made = prepare_folder(photos, "pets", data_dir=tmp_path)
-  before, rename = files_below(made.path), Path.rename
-
-  def fail(path, target):
-    if path.name == ".pets.incomplete":
-      raise OSError(5, "Input/output error")
-    return rename(path, target)
-
-  monkeypatch.setattr(Path, "rename", fail)
-  (photos / "train/cat/train0.jpg").unlink()
-  text = refusal(photos, "pets", data_dir=tmp_path, replace=True)
-  assert "cannot be written (Input/output error); nothing was changed" in text
-  assert files_below(made.path) == before
-  assert {path.name for path in tmp_path.iterdir()} == {"photos", "pets"}
-
-
-def test_a_set_that_was_moved_aside_comes_back(photos, tmp_path):
+def test_the_old_set_stays_where_the_new_one_cannot_be_moved(photos, tmp_path, monkeypatch):
   made = prepare_folder(photos, "pets", data_dir=tmp_path)
   before = files_below(made.path)
-  made.path.rename(tmp_path / ".pets.replaced")  # as if killed between two renames
-  (photos / "train/cat/train0.jpg").write_bytes(b"")
-  refusal(photos, "pets", data_dir=tmp_path, replace=True, strict=True)
+
+  def fail(*_):
+    raise OSError(5, "Input/output error")
+
+  monkeypatch.setattr(disk.folders, "_renamed", fail)
+  (photos / "train/cat/train0.jpg").unlink()
+  text = refusal(photos, "pets", data_dir=tmp_path, replace=True)
+  assert "1.0.0 could not be written: Input/output error" in text
   assert files_below(made.path) == before
+  assert {path.name for path in tmp_path.rglob("*") if path.is_dir()} >= {"photos", "pets"}
+  assert [path.name for path in (tmp_path / "pets").iterdir()] == ["1.0.0"]
+
+
+def test_a_folder_that_is_no_set_is_not_replaced(photos, tmp_path):
+  (tmp_path / "pets" / "1.0.0").mkdir(parents=True)
+  (tmp_path / "pets" / "1.0.0" / "thesis").touch()
+  text = refusal(photos, "pets", data_dir=tmp_path, replace=True)
+  assert "holds files that repjax did not write" in text
+  assert (tmp_path / "pets" / "1.0.0" / "thesis").exists()
 
 
 KILLED = """
@@ -98,24 +97,25 @@ def test_a_kill_in_the_middle_leaves_nothing_that_opens(photos, tmp_path):
     env={**os.environ, "PYTHONPATH": "."},
   )
   assert ended.returncode == -signal.SIGKILL
-  assert (tmp_path / ".pets.incomplete").exists()
+  (left,) = (tmp_path / "pets").iterdir()
+  assert left.name.startswith(".1.0.0.repjax-")
   with pytest.raises(InputError, match="unknown data set 'pets'"):
     open_source("pets", "train", data_dir=str(tmp_path))
-  (tmp_path / ".pets.incomplete" / "more").mkdir()
   made = prepare_folder(photos, "pets", data_dir=tmp_path)
   assert {path.name for path in tmp_path.iterdir()} == {"photos", "pets"}
+  assert [path.name for path in (tmp_path / "pets").iterdir()] == ["1.0.0"]
   fresh = prepare_folder(photos, "pets", data_dir=tmp_path / "fresh")
   assert files_below(made.path) == files_below(fresh.path)
   assert {path.name for path in made.path.iterdir()} == {path.name for path in fresh.path.iterdir()}
 
 
 def test_two_processes_do_not_write_one_set(photos, tmp_path):
-  with storage.locked_draft(tmp_path / ".pets.incomplete") as draft:
+  with disk.replacing(tmp_path / "pets" / "1.0.0") as draft:
     (draft / "theirs").touch()
     text = refusal(photos, "pets", data_dir=tmp_path)
-    assert f"another process is writing {draft} right now" in text
+    assert f"another process is writing {tmp_path}/pets/1.0.0 right now" in text
     assert (draft / "theirs").exists()
-  prepare_folder(photos, "pets", data_dir=tmp_path)
+  prepare_folder(photos, "pets", data_dir=tmp_path / "sets")
 
 
 def test_a_full_disk_is_one_paragraph_and_leaves_nothing(photos, tmp_path, monkeypatch):
@@ -128,15 +128,14 @@ def test_a_full_disk_is_one_paragraph_and_leaves_nothing(photos, tmp_path, monke
 
   monkeypatch.setattr(storage.array_record_module, "ArrayRecordWriter", Full)
   text = refusal(photos, "pets", data_dir=tmp_path / "sets")
-  assert "cannot be written (No space left on device); nothing was changed" in text
-  assert not list((tmp_path / "sets").iterdir())
+  assert "1.0.0 could not be written: No space left on device" in text
+  assert not (tmp_path / "sets").exists()
 
 
 def test_a_data_dir_that_cannot_be_made_is_one_paragraph(photos, tmp_path):
   (tmp_path / "file").write_text("")
   text = refusal(photos, "pets", data_dir=tmp_path / "file")
-  assert text.startswith(f"{tmp_path}/file")
-  assert "cannot be written (Not a directory)" in text
+  assert f"{tmp_path}/file cannot be a folder" in text
 
 
 def test_a_data_dir_that_may_not_be_read_is_one_paragraph(photos, tmp_path, monkeypatch):
@@ -149,4 +148,4 @@ def test_a_data_dir_that_may_not_be_read_is_one_paragraph(photos, tmp_path, monk
 
   monkeypatch.setattr(Path, "exists", refuse)
   text = refusal(photos, "pets", data_dir=tmp_path / "sets")
-  assert text.startswith(f"{tmp_path}/sets/pets/1.0.0 cannot be written (Permission denied)")
+  assert f"{tmp_path}/sets/pets/1.0.0 could not be written: Permission denied" in text

@@ -1,6 +1,7 @@
 """TFRecord sets are copied without TensorFlow: checksums, copies, damage."""
 
 import json
+import os
 import struct
 
 import numpy as np
@@ -238,3 +239,20 @@ def test_a_variant_keeps_its_folder(tfrecord_set, tmp_path):
 def test_a_set_that_is_not_there_cannot_be_copied(tfrecord_set, name, said):
   with pytest.raises(InputError, match=said):
     prepare_tfrecord(name, data_dir=str(tfrecord_set))
+
+
+@pytest.mark.parametrize("length", [10**6, 2**40, 2**63, 2**64 - 1])
+def test_a_length_beyond_the_end_of_the_file_is_not_allocated(tmp_path, length):
+  header = struct.pack("<Q", length)
+  path = tmp_path / "a.tfrecord"
+  path.write_bytes(header + struct.pack("<I", masked(header)) + bytes(100))
+  with pytest.raises(InputError, match="is cut off in record 0"):
+    list(read_tfrecord(path))
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tfrecord_set):
+  path = next((tfrecord_set / "pets" / "1.0.0").glob("*tfrecord*"))
+  path.unlink()
+  os.mkfifo(path)
+  with pytest.raises(InputError, match=r"is incomplete: 1 of its .* files are missing"):
+    prepare_tfrecord("pets", data_dir=str(tfrecord_set))

@@ -4,6 +4,7 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from repjax.data.decode import Picture
 from repjax.data.transforms import INTERPOLATIONS, read_image, resize_and_crop, ten_crop
@@ -88,3 +89,46 @@ def test_the_fifth_of_ten_crops_is_the_central_one():
   np.testing.assert_array_equal(
     ten_crop(picture, 8, 16, "bicubic")[4], resize_and_crop(picture, 8, 16, "bicubic")
   )
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (65_000, 3)], ids=str)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_a_long_image_is_resized_no_further_than_the_crop_needs(size, interpolation, monkeypatch):
+  shapes, original = [], Image.Image.resize
+
+  def noted(image, shape, *arguments, **options):
+    shapes.append(shape)
+    return original(image, shape, *arguments, **options)
+
+  monkeypatch.setattr(Image.Image, "resize", noted)
+  data = encoded(np.full((*size[::-1], 3), (10, 200, 30), np.uint8))
+  for crops in (
+    resize_and_crop(Picture(data), 224, 256, interpolation)[None],
+    ten_crop(Picture(data), 224, 256, interpolation),
+  ):
+    assert crops.shape[1:] == (224, 224, 3)
+    assert (crops == (10, 200, 30)).all()
+  assert max(max(shape) for shape in shapes) == 224
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_long_image_has_the_pixels_of_the_whole_resized_image(interpolation):
+  pixels = smooth(900, 60)
+  whole = by_pillow(pixels, (int(32 * 900 / 60), 32), interpolation)
+  left, top = round((whole.width - 24) / 2), round((32 - 24) / 2)
+  expected = np.asarray(whole.crop((left, top, left + 24, top + 24))).astype(int)
+  result = resize_and_crop(Picture(pixels), 24, 32, interpolation)
+  assert np.abs(result - expected).max() <= 1
+
+
+def test_an_error_of_any_step_names_the_file(tmp_path, monkeypatch):
+  def fail(*_, **__):
+    raise MemoryError
+
+  (tmp_path / "a.jpg").write_bytes(encoded(noise(30, 20), "JPEG"))
+  monkeypatch.setattr(Image.Image, "resize", fail)
+  preprocessing = types.SimpleNamespace(image_size=16, resize_size=18, interpolation="bicubic")
+  with pytest.raises(InputError, match=r"a\.jpg cannot be decoded: it needs more memory"):
+    read_image(tmp_path / "a.jpg", preprocessing)
+  with pytest.raises(InputError, match=r"b\\x00\.jpg cannot be read: its name holds a NUL"):
+    read_image("b\0.jpg", preprocessing)

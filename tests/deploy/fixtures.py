@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax import disk
+from repjax.disk import trees
 from repjax.quantization import equalization, runtime
 from repjax.quantization.graph import constants, layers_of, with_constants
 from tests.deploy.tiny import SPEC
@@ -29,7 +29,7 @@ def small_folder(small, tmp_path_factory):
   """The small model's deploy folder, which no test may change."""
   folder = tmp_path_factory.mktemp("small") / "deploy"
   params = jax.jit(repjax.reparameterize)(*halves(small[1]))
-  disk.write_tree(folder / "params", params)
+  trees.write_tree(folder / "params", params)
   SPEC.write(folder)
   return folder
 

@@ -157,11 +157,15 @@ def test_damage_expiry_and_other_platforms_are_refused(exported, small, tmp_path
   program = folder / "model.stablehlo"
   whole = program.read_bytes()
   program.write_bytes(whole[: len(whole) // 2])
+  with pytest.raises(InputError, match=r"model\.stablehlo is damaged: it has \d+ bytes instead"):
+    repjax.deploy.load_exported(folder)
   with pytest.raises(InputError, match=r"model\.stablehlo cannot be read by jax .*repjax export"):
-    repjax.deploy.load_exported(folder)
+    repjax.deploy.load_exported(folder, verify=False)
   program.unlink()
-  with pytest.raises(InputError, match=r"model\.stablehlo cannot be read: No such file"):
+  with pytest.raises(InputError, match=r"model\.stablehlo is damaged: it is missing"):
     repjax.deploy.load_exported(folder)
+  with pytest.raises(InputError, match=r"model\.stablehlo cannot be read: No such file"):
+    repjax.deploy.load_exported(folder, verify=False)
   with pytest.raises(InputError, match=r"export\.json does not exist"):
     repjax.deploy.load_exported(tmp_path)
   repjax.deploy.export(*small, SPEC, tmp_path / "cuda", platforms=["cuda"])
@@ -174,7 +178,7 @@ def test_nothing_is_left_where_writing_fails(small, tmp_path, monkeypatch):
   def fail(path, tree):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr("repjax.disk.write_tree", fail)
+  monkeypatch.setattr("repjax.disk.trees.write_tree", fail)
   with pytest.raises(InputError, match="could not be written: No space left"):
     repjax.deploy.export(*small, SPEC, tmp_path / "out")
   assert list(tmp_path.iterdir()) == []

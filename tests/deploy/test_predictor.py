@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import os
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -142,10 +144,17 @@ def test_the_dtype_is_the_programs(small_folder, small):
     (np.zeros((8, 8, 3), np.float32), r"got float32 \(8, 8, 3\)"),
     (np.zeros((0, 8, 3), np.uint8), r"got uint8 \(0, 8, 3\)"),
     ([7], "path, bytes or a uint8 array, got int"),
+    (io.StringIO("text"), r"must be opened to read bytes"),
+    (types.SimpleNamespace(read=lambda _: 1 / 0, name="a.png"), "a.png cannot be decoded: .*zero"),
+    ("a\0b.png", "holds a NUL character"),
+    ("/dev/zero", "no file but a pipe"),
     ("none.png", "none.png cannot be read: No such file"),
     (b"GIF", "the image cannot be decoded"),
   ],
-  ids=["grey", "alpha", "float", "empty", "number", "path", "bytes"],
+  ids=[
+    *("grey", "alpha", "float", "empty", "number", "text file", "broken file", "NUL", "device"),
+    *("path", "bytes"),
+  ],
 )
 def test_what_is_no_image_is_refused(predictor, image, said):
   with pytest.raises(InputError, match=said):
@@ -155,3 +164,43 @@ def test_what_is_no_image_is_refused(predictor, image, said):
 def test_a_folder_without_a_model_is_refused(tmp_path):
   with pytest.raises(InputError, match=r"model\.json does not exist"):
     repjax.deploy.Predictor(tmp_path)
+
+
+def test_open_files_and_images_of_pillow_are_taken(predictor, tmp_path):
+  pixels = picture(1)
+  path = tmp_path / "image.png"
+  path.write_bytes(png(pixels))
+  rows = predictor(pixels)
+  with path.open("rb") as file:
+    assert_close(predictor(file), rows, 1e-6)
+  for image in (Image.open(path), Image.fromarray(pixels), bytearray(png(pixels))):
+    assert_close(predictor(image), rows, 1e-6)
+  both = list(predictor.stream([io.BytesIO(png(pixels)), Image.open(path)]))
+  assert_close(np.stack([row for _, row in both]), np.tile(rows, (2, 1)), 1e-6)
+  tags = Image.Exif()
+  tags[0x0112] = 6
+  turned = io.BytesIO()
+  Image.fromarray(np.rot90(pixels)).save(turned, "png", exif=tags)
+  assert_close(predictor(Image.open(turned)), rows, 1e-6)
+
+
+def test_any_error_ends_one_image_of_a_stream_only(predictor, files, monkeypatch):
+  odd = ["a\0b", "x" * 5000, object(), types.SimpleNamespace(read=lambda _: 1 / 0), b"", files[0]]
+  results = list(predictor.stream(odd))
+  assert [image for image, _ in results] == odd
+  assert [isinstance(result, InputError) for _, result in results] == [True] * 5 + [False]
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")
+def test_a_forked_process_says_that_it_would_wait_for_ever(predictor):
+  read, write = os.pipe()
+  if (child := os.fork()) == 0:
+    try:
+      predictor([picture(1)])
+    except InputError as error:
+      os.write(write, str(error).encode())
+    os._exit(0)
+  os.close(write)
+  os.waitpid(child, 0)
+  with os.fdopen(read) as said:
+    assert "forked from one that had used JAX" in said.read()

@@ -1,6 +1,7 @@
 """The picture: what is on it, where it goes, and what happens where it cannot be."""
 
 import importlib.util
+import io
 import shutil
 import subprocess
 import sys
@@ -210,6 +211,18 @@ def test_runs_are_laid_over_one_another_in_colours_that_differ():
   assert [line.get_xdata().tolist() for line in stars[:2]] == [[10], [20]]
   legend = [text.get_text() for text in found["Loss"].get_legend().get_texts()]
   assert legend == ["training", "evaluation", "most accurate evaluation"]
+
+
+@pytest.mark.parametrize("name", ["$x$", "a$b^{$", r"$\frac$", "$"])
+def test_a_dollar_in_a_name_begins_no_formula(name):
+  def picture(first):
+    runs = [RUN._replace(name=first, notes=(f"{first}: a note",)), RUN._replace(name="other")]
+    found = io.BytesIO()
+    kernels = KERNELS._replace(name=first)
+    figures.save(figures.draw(runs, kernels, [f"{first}: a note"]), found)
+    return found.getvalue()
+
+  assert picture(name) != picture(name.replace("$", ""))  # the character itself is drawn
 
 
 def test_runs_of_other_batch_sizes_are_compared_by_images():

@@ -1,6 +1,9 @@
 """Checkpoints come back exactly, the newest and the best are kept, and damage is survived."""
 
+import json
+import math
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +64,10 @@ def garble(path):
   path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
 
 
+def worsen(path):
+  path.write_text(path.read_text().replace("0.", "0.0"))
+
+
 def largest_file(folder):
   """Returns the largest file below a folder, which holds numbers."""
   files = [path for path in folder.rglob("*") if path.is_file()]
@@ -82,10 +89,10 @@ def workdir(saved, tmp_path):
 
 
 def test_only_numbered_folders_are_checkpoints(tmp_path):
-  for name in ("3", "20", "20.orbax-checkpoint-tmp-5", "notes"):
+  for name in ("3", "20", "020", ".20.repjax-0123abcd", "20.orbax-checkpoint-tmp-5", "notes"):
     (tmp_path / "checkpoints" / name / "metrics").mkdir(parents=True)
   (tmp_path / "checkpoints" / "3" / "metrics" / "metrics").write_text('{"accuracy": 0.5}')
-  assert runs.checkpoints(tmp_path) == {3: 0.5, 20: -1.0}
+  assert runs.checkpoints(tmp_path) == {3: 0.5, 20: math.nan}
 
 
 def test_a_workdir_without_checkpoints_has_none(tmp_path):
@@ -157,7 +164,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before(workdir, capsys, item, dam
   assert tiny.contents(moved) == held
   assert runs.checkpoints(workdir) == {4: 0.9}
   printed = capsys.readouterr().out
-  assert f"checkpoint of step 8 is damaged, trying the next one: {newest / item} " in printed
+  assert f"checkpoint of step 8 is damaged, trying the next one: {newest / item}" in printed
   assert f"the damaged checkpoint of step 8 is now in {moved}\n" in printed
 
 
@@ -193,13 +200,29 @@ def test_where_all_are_damaged_nothing_is_moved_and_all_are_named(workdir):
   assert tiny.contents(workdir) == before
 
 
-@pytest.mark.parametrize("damage", [delete, truncate, garble])
-def test_a_damaged_accuracy_neither_stops_a_run_nor_costs_its_checkpoint(workdir, damage):
-  damage(workdir / "checkpoints" / "8" / "metrics" / "metrics")
-  assert runs.checkpoints(workdir) == {4: 0.9, 8: -1.0}
+@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("damage", [delete, truncate, garble, worsen])
+def test_a_checkpoint_of_unknown_accuracy_is_kept(workdir, damage, step, capsys):
+  damage(runs.accuracy_file(workdir, step))
+  assert runs.checkpoints(workdir) == {4: 0.9, 8: 0.3} | {step: math.nan}
   assert_same(restore_newest(workdir, make_state(0)), make_state(8))
+  save(workdir, {10: 0.1, 12: 0.0})
+  assert {4, 12, step} == runs.checkpoints(workdir).keys() - ({8} - {step})
+  assert f"accuracy of the checkpoint of step {step} is unknown" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["eval_accuracy", "eval_ema_accuracy"])
+@pytest.mark.parametrize("damage", [delete, truncate, garble, worsen])
+def test_an_accuracy_that_cannot_be_read_is_taken_from_the_records(workdir, damage, name):
+  damage(runs.accuracy_file(workdir, 4))
+  lines = [{"step": 3, "loss": 0.1}, {"step": 4, "eval_accuracy": 0.2} | {name: 0.9}]
+  runs.metrics_file(workdir).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+  assert runs.checkpoints(workdir) == {4: 0.9, 8: 0.3}
   save(workdir, {10: 0.1})
-  assert {4, 10} <= runs.checkpoints(workdir).keys()
+  assert runs.checkpoints(workdir) == {4: 0.9, 10: 0.1}
+  runs.metrics_file(workdir).unlink()
+  assert runs.checkpoints(workdir) == {4: 0.9, 10: 0.1}  # mended in the checkpoint itself
+  disk.Snapshot(workdir / "checkpoints" / "4").check()
 
 
 def test_a_folder_that_was_never_finished_is_not_a_checkpoint(workdir):
@@ -264,9 +287,97 @@ def test_a_checkpoint_without_a_bookmark_is_an_older_one(workdir):
 
 def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(tmp_path, monkeypatch):
   seen = []
-  monkeypatch.setattr(disk, "sync", lambda path: seen.append(("synced", path.name)))
-  monkeypatch.setattr(disk, "remove_folder", lambda path: seen.append(("removed", path.name)))
-  save(tmp_path, {2: 0.5, 4: 0.6})
-  assert [entry for entry in seen if entry[1].isdigit()] == [
-    *(("synced", "2"), ("synced", "4"), ("removed", "2")),
-  ]
+  real_sync, real_remove = disk.folders.sync, disk.remove
+
+  def note_sync(path):
+    seen.append(("synced", sorted(each.name for each in (tmp_path / "checkpoints").iterdir())[-1]))
+    real_sync(path)
+
+  def note_remove(path):
+    seen.append(("removed", path.name))
+    real_remove(path)
+
+  monkeypatch.setattr(disk.folders, "sync", note_sync)
+  monkeypatch.setattr(disk, "remove", note_remove)
+  save(tmp_path, {2: 0.5})
+  del seen[:]
+  save(tmp_path, {4: 0.6})
+  assert seen[-1] == ("removed", "2")
+  assert ("removed", "2") not in seen[:-1]
+  assert len(seen) > 1
+
+
+def test_every_file_of_a_checkpoint_has_a_checksum(workdir):
+  for folder in (workdir / "checkpoints").iterdir():
+    disk.Snapshot(folder).check()
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    assert {*listed, "manifest.json"} == {*tiny.contents(folder)}
+
+
+@pytest.mark.parametrize("item", ["variables", "training", "bookmark"])
+def test_every_flipped_byte_of_the_newest_is_noticed_when_a_run_continues(workdir, item, capsys):
+  files = [path for path in (workdir / "checkpoints/8" / item).rglob("*") if path.is_file()]
+  assert files
+  for path in files:
+    copy = shutil.copytree(workdir, workdir.with_name("copy"))
+    flip(copy / path.relative_to(workdir))
+    assert_same(restore_newest(copy, make_state(0)), make_state(4))
+    assert f"{copy / path.relative_to(workdir)} is damaged: its bytes" in capsys.readouterr().out
+    assert runs.newest_finished(copy) == 4
+    shutil.rmtree(copy)
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def test_the_newest_checkpoint_that_was_finished_is_recorded(tmp_path):
+  assert runs.newest_finished(tmp_path) is None
+  save(tmp_path, {2: 0.5, 4: 0.1})
+  assert runs.newest_finished(tmp_path) == 4
+  runs.newest_file(tmp_path).write_text("{")
+  assert runs.newest_finished(tmp_path) is None
+
+
+def test_a_checkpoint_too_many_is_removed_and_of_a_link_the_link_alone(workdir):
+  for step in ("5", "6"):
+    shutil.copytree(workdir / "checkpoints" / "8", workdir / "checkpoints" / step)
+  shutil.move(workdir / "checkpoints" / "6", workdir / "elsewhere")
+  (workdir / "checkpoints" / "6").symlink_to("../elsewhere")
+  before = tiny.contents(workdir / "elsewhere")
+  runs.remove_superseded(workdir)
+  assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "8"}
+  assert tiny.contents(workdir / "elsewhere") == before
+  runs.remove_superseded(workdir / "none")
+
+
+def test_checkpoints_may_be_a_link_to_a_different_folder(workdir):
+  shutil.move(workdir / "checkpoints", workdir.parent / "other")
+  (workdir / "checkpoints").symlink_to(workdir.parent / "other")
+  save(workdir, {10: 0.8, 12: 0.2})
+  assert (workdir / "checkpoints").is_symlink()
+  assert {path.name for path in (workdir.parent / "other").iterdir()} == {"4", "12"}
+  assert_same(restore_newest(workdir, make_state(0)), make_state(12))
+  flip(largest_file(workdir / "checkpoints" / "12" / "variables"))
+  assert_same(restore_newest(workdir, make_state(0)), make_state(4))
+
+
+def test_a_reader_beside_a_run_that_saves_finds_a_whole_checkpoint(tmp_path):
+  like = {"variables": to_items(make_state(0))["variables"]}
+  save(tmp_path, {1: 0.0})
+  steps, seen = iter(range(2, 8)), set()
+  writer = threading.Thread(target=lambda: save(tmp_path, {step: step / 10 for step in steps}))
+  writer.start()
+  while writer.is_alive():
+    step, items = runs.read_checkpoint(tmp_path, like, best=True)
+    assert_same(items["variables"], make_state(step).variables)
+    seen.add(step)
+  assert len(seen) > 1
+
+
+def test_a_step_that_is_a_link_to_nothing_is_a_damaged_one(workdir):
+  (workdir / "checkpoints" / "12").symlink_to("gone")
+  assert_same(restore_newest(workdir, make_state(0)), make_state(8))
+  assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "8"}

@@ -3,18 +3,19 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 
 import ml_collections
 import pytest
 
 import repjax
-from repjax import cache, config, json_files, runs, schema
-from repjax.data import tfrecords
+from repjax import cache, config, disk, json_files, runs, schema
+from repjax.data import storage, tfrecords
 from repjax.errors import InputError
 from repjax.quantization.roundings import Roundings
 from repjax.report import history
-from repjax.runs import contents, folders, lock, paths
+from repjax.runs import contents, folders, paths
 from repjax.spec import Preprocessing
 from repjax.training import continuing, planning, quantization
 from repjax.weights import hub
@@ -139,12 +140,17 @@ STRICT = {
   "export": (
     paths.export_file,
     {"format": "stablehlo", "image_size": 16, "platforms": ["cpu"]},
-    lambda folder: runs.read_export(folder)["image_size"] + 1,
+    lambda folder: runs.read_export(disk.Snapshot(folder))["image_size"] + 1,
   ),
   "recalibration": (
     paths.recalibration_file,
     {"step": 4, "checkpoint": 7, "batches": 2, "loss": {"before": 1.5, "after": 1.25}},
-    lambda folder: folders._read_record(folder)["step"] + 1,
+    lambda folder: folders._read_record(disk.Snapshot(folder))["step"] + 1,
+  ),
+  "manifest": (
+    paths.manifest_file,
+    {"algorithm": "crc32c", "files": {}},
+    lambda folder: disk.Snapshot(folder).check(),
   ),
   "rounding": (paths.rounding_file, ROUNDINGS, read_rounding),
   "bookmark": (
@@ -158,7 +164,7 @@ STRICT = {
     read_hub_config,
   ),
   "data set": (
-    lambda folder: folder / tfrecords.INFO,
+    lambda folder: folder / storage.INFO,
     {"fileFormat": "tfrecord", "alternativeFileFormats": ["riegeli"], "splits": [{"name": "a"}]},
     read_roundtrip_info,
   ),
@@ -275,27 +281,28 @@ def test_no_file_of_records_is_read_from_a_folder_or_a_pipe(tmp_path, damage):
     history.read_history(tmp_path)
 
 
-def test_a_checkpoint_with_an_edited_accuracy_is_one_that_was_not_evaluated(tmp_path):
+def test_a_checkpoint_with_an_edited_accuracy_is_one_of_unknown_accuracy(tmp_path):
   path = put(paths.accuracy_file(tmp_path, 4), {"accuracy": 0.5})
   assert runs.checkpoints(tmp_path) == {4: 0.5}
   for edited in edits({"accuracy": 0.5}):
     path.write_text(json.dumps(edited))
-    assert -1 <= runs.checkpoints(tmp_path)[4] <= 1
+    accuracy = runs.checkpoints(tmp_path)[4]
+    assert math.isnan(accuracy) or -1 <= accuracy <= 1
   for damage in (*NO_JSON, "pipe"):
     spoil(path, damage)
-    assert runs.checkpoints(tmp_path) == {4: -1}
+    assert runs.checkpoints(tmp_path) == {4: math.nan}
 
 
 def test_the_holder_of_a_lock_is_named_without_control_characters(tmp_path):
   holder = {"pid": 7, "host": "here", "since": "today", "command": "repjax train"}
   path = put(tmp_path / "lock", holder)
-  assert lock._holder(path) == "process 7 on here since today (repjax train)"
+  assert disk.holder_text(path) == "process 7 on here since today (repjax train)"
   for edited in edits(holder):
     path.write_text(json.dumps(edited))
-    assert lock._holder(path).isprintable()
-    assert len(lock._holder(path)) < 1000
+    assert disk.holder_text(path).isprintable()
+    assert len(disk.holder_text(path)) < 1000
   for damage in (*NO_JSON, "pipe"):
-    assert lock._holder(spoil(path, damage)) == "another process"
+    assert disk.holder_text(spoil(path, damage)) == "another process"
 
 
 def test_a_damaged_measurement_is_none(tmp_path, monkeypatch):

@@ -111,3 +111,48 @@ def test_a_file_where_the_folder_should_be_is_named(tmp_path):
   (tmp_path / "run").touch()
   with pytest.raises(InputError, match="run cannot be a folder"), lock.hold(tmp_path / "run"):
     pytest.fail("held")
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard", "fifo", "folder"])
+def test_a_lock_that_is_not_ours_is_refused_and_left_as_it_is(tmp_path, kind):
+  path, theirs = lock_file(tmp_path / "run"), tmp_path / "theirs"
+  path.parent.mkdir()
+  if kind != "dangling":
+    theirs.write_text("thesis")
+  if kind == "hard":
+    os.link(theirs, path)
+  elif kind == "fifo":
+    os.mkfifo(path)
+  elif kind == "folder":
+    path.mkdir()
+  else:
+    path.symlink_to(theirs)
+  with (
+    pytest.raises(InputError, match=r"\.lock is a link or no plain file|cannot be written to"),
+    lock.hold(tmp_path / "run"),
+  ):
+    pytest.fail("held")
+  assert path.exists() or path.is_symlink()
+  assert kind == "dangling" or theirs.read_text() == "thesis"
+
+
+def test_a_lock_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch):
+  def refuse(path, **options):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+  def work():
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)
+    raise InputError("the real message")
+
+  with pytest.raises(InputError, match="the real message"), lock.hold(tmp_path / "run"):
+    work()
+
+
+def test_a_workdir_that_is_a_link_to_nothing_is_refused(tmp_path):
+  (tmp_path / "run").symlink_to("gone")
+  with (
+    pytest.raises(InputError, match="run is a link to gone, which does not exist"),
+    lock.hold(tmp_path / "run"),
+  ):
+    pytest.fail("held")
+  assert not (tmp_path / "gone").exists()

@@ -30,7 +30,11 @@ FILES = [
 ]
 JOINS = {"join", "joinpath", "Path", "glob", "rglob", "with_name"}
 # Repositories of the Hugging Face hub also have a config.json, with a different content.
-ELSEWHERE = {PACKAGE / "weights" / "hub.py": {"config.json"}}
+# The manifest is a matter of the disk.
+ELSEWHERE = {
+  PACKAGE / "weights" / "hub.py": {"config.json"},
+  PACKAGE / "disk" / "manifest.py": {"manifest.json"},
+}
 
 
 def spelt(source):
@@ -89,5 +93,7 @@ def test_a_deploy_form_is_found_in_a_workdir_in_its_folder_and_while_it_is_repla
   (tmp_path / "deploy" / "params").mkdir(parents=True)
   assert runs.find_deploy(tmp_path) == tmp_path / "deploy"
   assert runs.find_deploy(tmp_path / "deploy") == tmp_path / "deploy"
-  (tmp_path / "deploy").rename(tmp_path / "deploy.old")
-  assert runs.find_deploy(tmp_path) == tmp_path / "deploy.old"
+  aside = tmp_path / ".deploy.repjax-0123abcd"
+  aside.mkdir()
+  (tmp_path / "deploy").rename(aside / "old")
+  assert runs.find_deploy(tmp_path) == aside / "old"

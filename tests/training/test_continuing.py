@@ -1,10 +1,13 @@
 """A workdir belongs to one model, one data set and one way to learn: nothing else may continue."""
 
 import json
+import re
+import shutil
 
 import pytest
 
 import repjax
+from repjax import disk, runs, training
 from repjax.config import BEFORE, FIELDS, FREE
 from repjax.errors import InputError
 from repjax.training import continuing, planning
@@ -35,7 +38,12 @@ def claimed(digits_dir, tmp_path):
 def test_a_claimed_workdir_holds_config_and_model(claimed, digits_dir):
   workdir, _ = claimed
   config = tiny.config(digits_dir)
-  assert sorted(tiny.contents(workdir)) == ["config.json", "data.json", "model.json"]
+  assert sorted(tiny.contents(workdir)) == [
+    "config.json",
+    "data.json",
+    "manifest.json",
+    "model.json",
+  ]
   assert json.loads((workdir / "data.json").read_text()) == DATA
   read = planning.read_config(workdir)
   assert json.dumps(read.to_dict()) == json.dumps(config.to_dict())  # lists and tuples are one
@@ -239,3 +247,99 @@ def test_imported_weights_are_started_from_not_trained_on(claimed):
   (workdir / "import.json").touch()
   with pytest.raises(InputError, match=f"--config.init_from={workdir} to start from them"):
     claim()
+
+
+RECORD = '{"step": 3, "loss": 1.0}\n'
+
+
+def lost_checkpoint(workdir):
+  shutil.rmtree(workdir / "checkpoints" / str(tiny.STEPS))
+
+
+def lost_folder_of_an_older_run(workdir):
+  shutil.rmtree(workdir / "checkpoints")
+  (workdir / "newest.json").unlink()
+
+
+def emptied_folder_of_an_older_run(workdir):
+  lost_folder_of_an_older_run(workdir)
+  (workdir / "checkpoints").mkdir()
+
+
+def dangling_link(workdir):
+  shutil.rmtree(workdir / "checkpoints")
+  (workdir / "checkpoints").symlink_to("/no/such/disk")
+
+
+@pytest.mark.parametrize(
+  ("lose", "said"),
+  [
+    (lambda workdir: shutil.rmtree(workdir / "checkpoints"), "step 12, is not in"),
+    (lost_checkpoint, "step 12, is not in"),
+    (lost_folder_of_an_older_run, "does not exist, though metrics.jsonl has records"),
+    (emptied_folder_of_an_older_run, "holds no checkpoint, though deploy was made from one"),
+    (dangling_link, "checkpoints is a link to /no/such/disk, which does not exist"),
+  ],
+)
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_a_run_whose_newest_checkpoint_is_gone_is_refused_and_left_as_it_is(
+  finished, digits_dir, tmp_path, lose, said, resume
+):
+  workdir = shutil.copytree(finished[0], tmp_path / "run")
+  lose(workdir)
+  before = tiny.contents(workdir)
+  with pytest.raises(InputError, match=said if resume == "auto" else "."):
+    training.train(tiny.config(digits_dir), workdir, resume=resume)
+  assert tiny.contents(workdir) == before
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["begins again", "continues"])
+def test_what_is_to_be_moved_away_is_named_and_is_enough(finished, tmp_path, older):
+  workdir = shutil.copytree(finished[0], tmp_path / "run")
+  (workdir / "checkpoints" / str(tiny.STEPS)).rename(workdir / "checkpoints" / "4")
+  if not older:
+    shutil.rmtree(workdir / "checkpoints")
+  with pytest.raises(InputError, match=r"on purpose, move .* away first") as caught:
+    continuing.check_resume(workdir, "auto")
+  (names,) = re.findall("on purpose, move (.*) away first", str(caught.value))
+  assert names == ("newest.json" if older else "newest.json, metrics.jsonl, deploy")
+  for name in names.split(", "):
+    (workdir / name).rename(tmp_path / name)
+  continuing.check_resume(workdir, "auto")
+
+
+@pytest.mark.parametrize("records", ["", RECORD])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path, records):
+  (tmp_path / "config.json").write_text("{}")
+  (tmp_path / "metrics.jsonl").write_text(records)
+  (tmp_path / "checkpoints").mkdir()
+  continuing.check_resume(tmp_path, "auto")
+
+
+def test_a_run_that_was_killed_before_its_first_record_begins_again(tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  continuing.check_resume(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("linked", ["checkpoints", "deploy", "."])
+def test_a_run_whose_folders_are_links_continues(finished, digits_dir, tmp_path, linked):
+  workdir, elsewhere = shutil.copytree(finished[0], tmp_path / "run"), tmp_path / "disk"
+  shutil.move(workdir / linked if linked != "." else workdir, elsewhere)
+  (workdir / linked if linked != "." else workdir).symlink_to(elsewhere)
+  (tmp_path / "disk" / "notes").write_text("theirs")
+  assert training.train(tiny.config(digits_dir), workdir) == finished[1]
+  assert (workdir / linked if linked != "." else workdir).is_symlink()
+  assert (tmp_path / "disk" / "notes").read_text() == "theirs"
+  assert {path.name for path in tmp_path.iterdir()} == {"run", "disk"}
+
+
+def test_a_run_that_continues_removes_a_checkpoint_that_a_kill_left_too_many(
+  finished, digits_dir, tmp_path
+):
+  workdir = shutil.copytree(finished[0], tmp_path / "run")
+  before = runs.checkpoints(workdir)
+  shutil.copytree(workdir / "checkpoints" / "12", workdir / "checkpoints" / "3")
+  disk.write_json(runs.accuracy_file(workdir, 3), {"accuracy": -1.0})
+  disk.update_manifest(workdir / "checkpoints" / "3", runs.accuracy_file(workdir, 3))
+  training.train(tiny.config(digits_dir), workdir)
+  assert runs.checkpoints(workdir) == before

@@ -1,6 +1,7 @@
 """The conversion that ends a run: both forms compared on every image, or nothing written."""
 
 import json
+import math
 import re
 import shutil
 
@@ -10,6 +11,7 @@ import pytest
 
 import repjax
 from repjax import disk, runs, training
+from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.training import conversion
 from tests.helpers import leaves
@@ -86,7 +88,7 @@ def test_the_deploy_folder_holds_the_folded_best_checkpoint_the_model_and_the_re
   folded = jax.jit(repjax.reparameterize)(trained["params"], trained["batch_stats"])
   expected = leaves(folded)
   held = leaves(
-    disk.read_tree(workdir / "deploy" / "params", spec.variable_shapes(deploy=True)["params"])
+    trees.read_tree(workdir / "deploy" / "params", spec.variable_shapes(deploy=True)["params"])
   )
   assert held.keys() == expected.keys()
   for path, value in held.items():
@@ -155,12 +157,29 @@ def test_a_crash_while_writing_leaves_the_old_deploy_folder(
     raise OSError("the disk is full")
 
   with monkeypatch.context() as patch:
-    patch.setattr(disk, name, crash)
-    with pytest.raises(OSError, match="the disk is full"):
+    patch.setattr(trees if name == "write_tree" else disk, name, crash)
+    with pytest.raises(InputError, match="deploy could not be written: the disk is full"):
       training.convert(tiny.config(digits_dir), workdir)
   assert tiny.contents(workdir / "deploy") == before
   assert training.convert(tiny.config(digits_dir), workdir) == finished[1]
   deployed(workdir)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_parameters_that_are_not_finite_are_refused_and_named(workdir, digits_dir, verify):
+  (step,) = runs.checkpoints(workdir)
+  _, variables, _ = repjax.load(workdir, deploy=False)
+  bn = variables["params"]["stem"]["RepConv_0"]["conv3x3"]["bn"]
+  bn["bias"] = bn["bias"].at[0].set(-math.inf)  # no logit shows it, since a ReLU follows
+  folder = runs.checkpoint_folder(workdir, step)
+  shutil.rmtree(folder / "variables")
+  trees.write_tree(folder / "variables", variables)
+  disk.write_manifest(folder)
+  before = tiny.contents(workdir / "deploy")
+  named = "conv3x3/bn/bias" if verify else "the deploy form .* in stem/RepConv_0/conv/bias"
+  with pytest.raises(InputError, match=f"not finite .*{named}" if verify else named):
+    training.convert(tiny.config(digits_dir), workdir, verify=verify)
+  assert tiny.contents(workdir / "deploy") == before
 
 
 def test_a_run_without_a_checkpoint_cannot_be_converted(workdir, digits_dir):

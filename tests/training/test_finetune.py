@@ -11,6 +11,7 @@ import pytest
 import repjax
 from repjax import disk, training, weights
 from repjax.configs import finetune as finetune_config
+from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
 from repjax.training import finetune, optimizer, planning, run
@@ -239,7 +240,7 @@ def with_heads(folder, class_names):
     "repvgg_a0", 3, tiny.WITH_GATES_AND_HEADS, Preprocessing(16, 16), class_names
   )
   variables = randomise(spec.variable_shapes(), seed=3)
-  disk.write_tree(folder / "checkpoints" / "0" / "variables", variables)
+  trees.write_tree(folder / "checkpoints" / "0" / "variables", variables)
   spec.write(folder)
   return spec, variables
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: noted while a step is in hand, raised elsewhere."""
+"""Signals that stop a run: noted while a step is in hand, raised elsewhere."""
 
 import os
 import signal
@@ -10,7 +10,11 @@ from repjax.training.interruption import Interruption, Preempted, Stopped
 
 pytest_plugins = ["tests.training.fixtures"]
 
-BOTH = [(signal.SIGTERM, Preempted), (signal.SIGINT, Stopped)]
+STOPS = [
+  (signal.SIGINT, Stopped),
+  *((number, Preempted) for number in (signal.SIGTERM, signal.SIGHUP)),
+  *((number, Preempted) for number in (signal.SIGUSR1, signal.SIGUSR2)),
+]
 
 
 def send(*numbers):
@@ -18,7 +22,7 @@ def send(*numbers):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize(("number", "error"), BOTH)
+@pytest.mark.parametrize(("number", "error"), STOPS)
 def test_a_signal_raises_at_once_where_nothing_is_deferred(number, error):
   with Interruption() as interruption:
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -27,7 +31,7 @@ def test_a_signal_raises_at_once_where_nothing_is_deferred(number, error):
     assert interruption.noted is None
 
 
-@pytest.mark.parametrize(("number", "error"), BOTH)
+@pytest.mark.parametrize(("number", "error"), STOPS)
 def test_a_deferred_signal_is_noted_and_raised_at_the_end(number, error, capfd):
   noted = []
 
@@ -70,10 +74,10 @@ def test_an_error_wins_over_a_noted_signal():
 
 
 def test_the_handlers_before_are_put_back():
-  before = [signal.getsignal(number) for number, _ in BOTH]
+  before = [signal.getsignal(number) for number, _ in STOPS]
   with Interruption():
-    assert [signal.getsignal(number) for number, _ in BOTH] != before
-  assert [signal.getsignal(number) for number, _ in BOTH] == before
+    assert [signal.getsignal(number) for number, _ in STOPS] != before
+  assert [signal.getsignal(number) for number, _ in STOPS] == before
 
 
 def test_other_threads_have_no_handlers():

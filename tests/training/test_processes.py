@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax import disk, training
+from repjax import training
+from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.training import processes
 from repjax.training.interruption import Preempted, Stopped
@@ -172,7 +173,7 @@ def test_statistics_and_evaluation_are_those_of_one_process(two, finished, digit
     assert said[0][name]["accuracy"] == value["accuracy"]
   shapes = training_shapes(alone)["batch_stats"]
   ours, theirs = (
-    disk.read_tree(folder / "recalibrated" / "batch_stats", shapes) for folder in (workdir, alone)
+    trees.read_tree(folder / "recalibrated" / "batch_stats", shapes) for folder in (workdir, alone)
   )
   for value, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
     np.testing.assert_allclose(value, other, rtol=1e-4, atol=1e-6)
@@ -242,9 +243,16 @@ def environment(monkeypatch):
     (("machine", "2", "0"), "JAX_COORDINATOR_ADDRESS is HOST:PORT, got machine. On two machines,"),
     (("machine:", "2", "0"), "JAX_COORDINATOR_ADDRESS is HOST:PORT, got machine:. On two"),
     (("machine:1", "two", "0"), "JAX_NUM_PROCESSES takes a number, got 'two'. On two machines,"),
+    (("machine:1", "2" * 5000, "0"), "JAX_NUM_PROCESSES takes a number, got '222"),
     (("machine:1", "2", "-1"), "JAX_PROCESS_ID takes a number, got '-1'. On two machines,"),
-    (("machine:1", "2", "2"), "JAX_PROCESS_ID is in 0 ... 1 of 2 processes, got 2"),
-    (("machine:1", "0", "0"), "JAX_PROCESS_ID is in 0 ... -1 of 0 processes, got 0"),
+    (
+      ("machine:1", "2", "2"),
+      "JAX_PROCESS_ID numbers the processes from 0 to one less than",
+    ),
+    (
+      ("machine:1", "0", "0"),
+      "JAX_NUM_PROCESSES counts processes, at least 1; got 0. On",
+    ),
   ],
   ids=str,
 )
@@ -269,27 +277,31 @@ def test_without_a_cluster_what_is_missing_is_named(cache_home, tmp_path):
   )
 
 
-def test_a_port_in_use_is_said_to_be(environment, monkeypatch):
+def test_what_else_jax_says_is_one_paragraph(environment, monkeypatch):
   def start(*arguments, **keywords):
     raise RuntimeError("UNKNOWN: Failed to\n start RPC server")
 
   monkeypatch.setattr(jax.distributed, "initialize", start)
-  environment("machine:1234", "2", "0")
-  with pytest.raises(InputError, match=r"joined: UNKNOWN: Failed to start RPC .*the port in use"):
+  environment("localhost:1234", "1", "0")
+  monkeypatch.setattr(processes.joining, "meet", lambda *arguments: None)
+  with pytest.raises(InputError, match="joined: UNKNOWN: Failed to start RPC"):
     processes.initialize()
 
 
 def test_arguments_win_over_the_environment(environment, monkeypatch):
-  calls = []
+  calls, met = [], []
   monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append(a))
+  monkeypatch.setattr(processes.joining, "meet", lambda address, *a: met.append((address.text, *a)))
   environment("machine:1234", "4", "3")
   processes.initialize()
   processes.initialize("other:5678", 2, 0)
   assert calls == [("machine:1234", 4, 3), ("other:5678", 2, 0)]
+  assert [each[:3] for each in met] == calls
 
 
 def test_processes_with_different_numbers_of_devices_are_refused(environment, monkeypatch):
   monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: None)
+  monkeypatch.setattr(processes.joining, "meet", lambda *arguments: None)
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(jax, "local_devices", lambda process: [0] * (4 - process))
   environment("machine:1234", "2", "0")

@@ -70,12 +70,10 @@ def test_a_run_leaves_these_files_and_no_others(finished):
   names = {path.name for path in workdir.iterdir()}
   assert names == {
     *("config.json", "model.json", "data.json", "metrics.jsonl", "timing.jsonl"),
-    *("checkpoints", "deploy", "report.png"),
+    *("checkpoints", "deploy", "report.png", "manifest.json", "newest.json"),
   }
   assert {path.name for path in (workdir / "deploy").iterdir()} == {
-    "model.json",
-    "report.json",
-    "params",
+    *("model.json", "report.json", "params", "manifest.json"),
   }
 
 
@@ -161,7 +159,9 @@ def test_a_finished_run_started_again_trains_no_further(
 
   def files():
     held = tiny.contents(workdir).items()
-    return {name: data for name, data in held if not name.startswith("deploy/params/")}
+    # Orbax notes the time at which it writes.
+    with_time = ("deploy/params/", "deploy/manifest.json")
+    return {name: data for name, data in held if not name.startswith(with_time)}
 
   before = files()
   monkeypatch.setattr(loop, "train_batches", None)
@@ -176,6 +176,7 @@ def test_a_run_that_continues_on_other_devices_says_so(finished, digits_dir, tmp
   workdir = shutil.copytree(finished[0], tmp_path / "run")
   path = workdir / "checkpoints" / "12" / "bookmark" / "metadata"
   disk.write_json(path, {**disk.read_json(path), "devices": 8})
+  disk.update_manifest(workdir / "checkpoints" / "12", path)
   training.train(tiny.config(digits_dir), workdir)
   assert "had 8 devices so far and now has 4" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 
 import repjax
 from repjax import disk, runs, training, weights
+from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
 from tests import helpers
@@ -24,7 +26,7 @@ AT_224 = Preprocessing()
 AT_320 = Preprocessing(image_size=320, resize_size=320)
 GATES = TINY | {"se_reduction": 4}
 FIELDS = {
-  *("entry", "other_entries", "dtypes"),
+  *("entry", "other_entries", "removed", "dtypes"),
   *("source", "file", "bytes", "sha256", "revision", "model", "naming", "kind", "num_classes"),
   *("new_head", "assumed", "parameters"),
 }
@@ -55,7 +57,7 @@ def states():
 def test_a_training_form_becomes_a_checkpoint_of_step_0(tmp_path, states):
   workdir, _ = import_state(tmp_path, states["train"])
   assert sorted(path.name for path in workdir.iterdir()) == [
-    *("checkpoints", "config.json", "import.json", "model.json"),
+    *("checkpoints", "config.json", "import.json", "manifest.json", "model.json"),
   ]
   assert runs.checkpoints(workdir).keys() == {0}
   expected = weights.from_torch("repvgg_a0", states["train"], num_classes=10, **TINY)
@@ -74,7 +76,7 @@ def test_a_training_form_becomes_a_checkpoint_of_step_0(tmp_path, states):
 def test_a_deploy_form_becomes_the_deploy_folder(tmp_path, states):
   workdir, _ = import_state(tmp_path, states["deploy"])
   assert sorted(path.name for path in workdir.iterdir()) == [
-    *("config.json", "deploy", "import.json", "model.json"),
+    *("config.json", "deploy", "import.json", "manifest.json", "model.json"),
   ]
   expected = weights.from_torch("repvgg_a0", states["deploy"], num_classes=10, **TINY)
   for folder in (workdir, workdir / "deploy"):
@@ -98,6 +100,7 @@ def test_the_record_says_what_came_from_where(tmp_path, states, kind):
     "revision": None,
     "entry": "",
     "other_entries": [],
+    "removed": [],
     "dtypes": ["float32"],
     "model": "repvgg_a0",
     "naming": "official",
@@ -273,8 +276,9 @@ def test_a_deploy_form_is_read_rather_than_made_again(tmp_path, states):
   config = training.read_config(workdir, dataset="synthetic", eval_split="sample")
   training.convert(config, workdir)
   marked = jax.tree.map(lambda leaf: leaf + 1, repjax.load(workdir)[1]["params"])
-  disk.replace_folder(workdir / "deploy" / "params", tmp_path / "old")
-  disk.write_tree(workdir / "deploy" / "params", marked)
+  shutil.rmtree(workdir / "deploy" / "params")
+  trees.write_tree(workdir / "deploy" / "params", marked)
+  disk.write_manifest(workdir / "deploy")
   jax.tree.map(np.testing.assert_array_equal, repjax.load(workdir)[1]["params"], marked)
 
 
@@ -376,3 +380,14 @@ def test_json_of_an_import_is_readable(tmp_path, states):
   value = json.loads((workdir / "model.json").read_text())
   assert value["overrides"] == overrides
   assert repjax.load(workdir)[0].groups_of(2) == 2
+
+
+def test_what_wrappers_added_is_taken_off_and_recorded(tmp_path, states):
+  wrapped = {
+    f"lightning.net.{name}".replace("stage1.", "stage1._orig_mod.module."): value
+    for name, value in states["train"].items()
+  }
+  workdir, record = import_state(tmp_path, wrapped | {"n_averaged": np.asarray(3)})
+  assert record["removed"] == ["lightning.net.", "module"]  # `read` takes _orig_mod off
+  expected = weights.from_torch("repvgg_a0", states["train"], num_classes=10, **TINY)
+  jax.tree.map(np.testing.assert_array_equal, repjax.load(workdir, deploy=False)[1], expected)

@@ -11,12 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
+from repjax.weights.kinds import kind_of_file
 from repjax.weights.torch_files.pickles import Reader, Unpickler
 from repjax.weights.torch_files.tensors import Storage, Tensor, numpy_dtype
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
+_PADDLE = "StructuredToParameterName@@"
+
+EXPANSION = 8
+"""All tensors together may be as many times as large as the file, and one MiB for small files."""
 
 
 def load(path: Path) -> Any:
@@ -38,36 +43,29 @@ def load(path: Path) -> Any:
       buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     read = _load_zip if buffer[:2] == b"PK" else _load_legacy
     value, storages, byteorder = read(path, buffer)
-    return _arrays(value, storages, byteorder, {})
+    return _Arrays(storages, byteorder, len(buffer)).of(value)
   except InputError as error:
     raise type(error)(f"{path} is refused: {error}") from None
   except Exception as error:  # A damaged pickle can raise nearly anything.
+    other = kind_of_file(path)
+    if other:
+      raise InputError(f"{path} cannot be read: it is {other}") from None
     raise InputError(
-      f"{path} cannot be read: {_guess(path)} ({_text(error)}). Compare its size with the "
-      "original's and fetch it again"
+      f"{path} cannot be read: it is truncated, damaged or not a checkpoint ({_text(error)}). "
+      "Compare its size with the original's and fetch it again"
     ) from None
 
 
 def _text(error: Exception) -> str:
-  """Returns an exception's class, and its text if the text is safe to show.
+  """Returns an exception's class, and its text if the text is this package's or a library's.
 
-  Texts of this package and of libraries are shown. Other texts may quote bytes of the file, which
-  must not reach a terminal.
+  Texts of other exceptions quote bytes of the file.
   """
   words = error.args[0] if error.args and isinstance(error, ValueError | EOFError | OSError) else ""
-  printable = isinstance(words, str) and words.isprintable()
-  return f"{type(error).__name__}: {words[:200]}" if printable and words else type(error).__name__
-
-
-def _guess(path: Path) -> str:
-  """Guesses why a file cannot be read, from its first bytes."""
-  with path.open("rb") as file:
-    head = file.read(64).lstrip()
-  if head.startswith(b"version https://git-lfs"):
-    return "it is the placeholder that Git LFS leaves for a large file"
-  if head.startswith(b"<"):
-    return "it is a web page"
-  return "it is truncated, damaged or not a checkpoint"
+  told = isinstance(words, str) and words.isprintable()
+  return printable(
+    f"{type(error).__name__}: {words}" if told and words else type(error).__name__, 300
+  )
 
 
 def _load_zip(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, memoryview], str]:
@@ -124,13 +122,12 @@ def _load_legacy(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, memoryvi
   del path
   file = Reader(memoryview(buffer))
   announced: dict[str, Storage] = {}
-  magic, version, system = (Unpickler(file).load() for _ in range(3))
-  if (
-    magic != _LEGACY_MAGIC
-    or version != _LEGACY_VERSION
-    or not (isinstance(system, dict) and system)
-  ):
-    raise ValueError("no magic number of PyTorch in it")
+  magic = Unpickler(file).load()
+  if magic != _LEGACY_MAGIC:
+    raise InputError(_of_other_pickle(magic))
+  version, system = (Unpickler(file).load() for _ in range(2))
+  if version != _LEGACY_VERSION or not (isinstance(system, dict) and system):
+    raise ValueError("no version of PyTorch in it")
   value = Unpickler(file, lambda storage: announced.setdefault(storage.key, storage)).load()
   storages = {}
   for key in Unpickler(file).load():
@@ -146,29 +143,68 @@ def _load_legacy(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, memoryvi
   return value, storages, "little"  # PyTorch writes this format so on every machine.
 
 
-def _arrays(
-  value: Any, storages: Mapping[str, memoryview], byteorder: str, done: dict[int, Any]
-) -> Any:
-  """Replaces each `Tensor` in a value by an array.
+def _of_other_pickle(value: Any) -> str:
+  """Returns the error text for a pickle that another program than `torch.save` wrote."""
+  if isinstance(value, dict) and _PADDLE in value:
+    return (
+      "Paddle wrote it, and not PyTorch. Load it with paddle.load, rename its tensors as PyTorch "
+      "names them, and write them with numpy.savez"
+    )
+  return (
+    f"it is a Python pickle that torch.save did not write (a {type(value).__name__}). If it holds "
+    "NumPy arrays by name, load it with the program that wrote it, and write them with numpy.savez"
+  )
 
-  A pickle can hold the same list any number of times, and lists that contain themselves. `done`
-  maps the id of each container to its converted copy, so each is converted once.
+
+class _Arrays:
+  """The conversion of descriptions of tensors into arrays, which are views of the mapped file.
+
+  Tensors may share storages, and strides of 0 repeat numbers without holding them. A few bytes
+  could therefore claim any size. All tensors together may be EXPANSION times as large as the file.
+
+  Args:
+    storages: bytes of each storage by key.
+    byteorder: "little" or "big".
+    size: number of bytes in the file.
   """
-  if isinstance(value, Tensor):
-    if value.storage.key not in storages:
+
+  def __init__(self, storages: Mapping[str, memoryview], byteorder: str, size: int):
+    self._storages, self._byteorder = storages, byteorder
+    self._left = EXPANSION * size + 2**20
+    # Id of each converted container and tensor to its copy. A pickle can hold the same list any
+    # number of times, and lists that contain themselves.
+    self._done: dict[int, Any] = {}
+
+  def of(self, value: Any) -> Any:
+    """Replaces each `Tensor` in a value by an array.
+
+    Raises:
+      InputError: the tensors claim more than the file can stand for.
+    """
+    if id(value) in self._done or not isinstance(value, dict | list | tuple):
+      return self._done.get(id(value), value)
+    if isinstance(value, Tensor):
+      return self._done.setdefault(id(value), self._array(value))
+    # The copy is entered before it is filled: a container that contains itself finds it there.
+    if isinstance(value, dict):
+      converted = self._done[id(value)] = {}
+      for key, item in value.items():
+        converted[key] = self.of(item)
+    else:
+      converted = self._done[id(value)] = []
+      converted += [self.of(item) for item in value]
+    return converted
+
+  def _array(self, tensor: Tensor) -> np.ndarray:
+    if tensor.storage.key not in self._storages:
       raise EOFError("a storage is missing")
-    return _array(value, storages[value.storage.key], byteorder)
-  if id(value) in done or not isinstance(value, dict | list | tuple):
-    return done.get(id(value), value)
-  # The copy is entered before it is filled: a container that contains itself finds it there.
-  if isinstance(value, dict):
-    converted = done[id(value)] = {}
-    for key, item in value.items():
-      converted[key] = _arrays(item, storages, byteorder, done)
-  else:
-    converted = done[id(value)] = []
-    converted += [_arrays(item, storages, byteorder, done) for item in value]
-  return converted
+    self._left -= math.prod(tensor.shape) * numpy_dtype(tensor.dtype).itemsize
+    if self._left < 0:
+      raise InputError(
+        f"its tensors claim more than {EXPANSION} times the bytes of the file, as tensors do that "
+        "repeat few numbers (torch.expand). Save tensor.contiguous()"
+      )
+    return _array(tensor, self._storages[tensor.storage.key], self._byteorder)
 
 
 def _array(tensor: Tensor, held: memoryview, byteorder: str) -> np.ndarray:
@@ -185,8 +221,6 @@ def _array(tensor: Tensor, held: memoryview, byteorder: str) -> np.ndarray:
     return np.zeros(tensor.shape, dtype)
   # The stride of an axis with one element is never used and may be any number, too large for NumPy.
   strides = [s * dtype.itemsize * (n > 1) for n, s in zip(tensor.shape, tensor.strides)]
-  if math.prod(tensor.shape) * dtype.itemsize >= 2**48:  # strides of 0 repeat one element
-    raise ValueError("a tensor of an impossible size")
   swapped = dtype.newbyteorder() if dtype.itemsize > 1 and byteorder != sys.byteorder else dtype
   offset = tensor.offset * dtype.itemsize
   array = np.ndarray(tensor.shape, swapped, held, offset, strides)

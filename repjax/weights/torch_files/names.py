@@ -62,6 +62,9 @@ _DATA_CLASSES = {
 _STANDARD_LIBRARY = sys.stdlib_module_names | {"__builtin__", "copy_reg", "nt", "posix"}
 
 
+_SUBCLASSES = ("DTensor", "ShardedTensor", "DistributedTensor", "AffineQuantizedTensor")
+
+
 class RefusedPickleError(InputError):
   """An error for a pickle that asks for something that no state dict needs."""
 
@@ -100,7 +103,15 @@ def find(module: str, name: str) -> Any:
 
   Raises:
     RefusedPickleError: the name may be a function, or a class that can do harm.
+    InputError: the file holds tensors of a subclass.
   """
+  if (module, name) == ("torch._utils", "_rebuild_wrapper_subclass") or name in _SUBCLASSES:
+    raise InputError(
+      "it holds tensors of a subclass: DTensors (FSDP2, tensor parallelism), of which each process "
+      "has a part, or quantized ones. Save plain tensors: on all processes take {name: "
+      "t.full_tensor() for name, t in model.state_dict().items()}, or dequantize() quantized ones; "
+      "then torch.save the dictionary on one process"
+    )
   if (module, name) in _STATE_DICT_NAMES:
     return _STATE_DICT_NAMES[module, name]
   if name in _DATA_CLASSES.get(module, ()):

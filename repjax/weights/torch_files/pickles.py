@@ -7,6 +7,7 @@ take unbounded time or memory.
 """
 
 import pickle
+import struct
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -117,6 +118,11 @@ class Unpickler(_PURE_PYTHON):
     what, *arguments = self.pop_mark()
     self._make(what, tuple(arguments))
 
+  def load_bytearray8(self) -> None:
+    # Python's method allocates as many bytes as the pickle names, before it reads any.
+    (count,) = struct.unpack("<Q", self.read(8))
+    self.append(bytearray(self.read(count)))
+
   def load_build(self) -> None:
     # Sets attributes of the object on the stack. No state dict needs them, and one of them could
     # change a function of this package.
@@ -170,6 +176,7 @@ class Unpickler(_PURE_PYTHON):
     pickle.NEWOBJ_EX[0]: load_newobj_ex,
     pickle.INST[0]: load_inst,
     pickle.OBJ[0]: load_obj,
+    pickle.BYTEARRAY8[0]: load_bytearray8,
     pickle.BUILD[0]: load_build,
     pickle.SETITEM[0]: load_setitem,
     pickle.SETITEMS[0]: load_setitems,

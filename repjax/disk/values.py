@@ -1,0 +1,66 @@
+"""JSON files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from repjax import json_files
+from repjax.disk import manifest
+from repjax.disk.folders import replacing_file
+from repjax.errors import InputError
+from repjax.schema import Rule, anything
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a JSON file that nobody ever sees half-written, and makes its folder.
+
+  Raises:
+    InputError: the file cannot be written; an earlier file of that name is intact.
+  """
+  text = json.dumps(value, indent=2) + "\n"
+  with replacing_file(path) as draft:
+    draft.write_text(text)
+
+
+def missing(path: Path) -> InputError:
+  """Returns the error for a file or folder that is to be read and is not there."""
+  if not path.parent.exists():
+    return InputError(
+      f"the folder {path.parent} does not exist. Give the folder of a run, an import or an export"
+    )
+  return InputError(
+    f"{path} does not exist; is {path.parent} the right folder? Give the folder of a run, an "
+    "import or an export"
+  )
+
+
+def read_json(
+  path: Path, rule: Rule = anything, read_bytes: Callable[[Path], bytes] | None = None
+) -> Any:
+  """Reads a JSON file.
+
+  Args:
+    path: path of the file.
+    rule: the rule of its content, see `repjax.schema`.
+    read_bytes: `Snapshot.read_bytes`, which compares the file with its checksum; None: unchecked.
+
+  Raises:
+    InputError: the file is missing or damaged, or holds a value that the rule refuses.
+  """
+  if not path.exists():
+    raise missing(path)
+  if read_bytes is None:
+    return json_files.read(path, rule)
+  return json_files.content(path, read_bytes(path), rule)
+
+
+def update_manifest(folder: Path, path: Path) -> None:
+  """Renews the checksum of one file of a folder, if the folder has checksums.
+
+  Raises:
+    InputError: the manifest cannot be written.
+  """
+  changed = manifest.with_file(folder, path)
+  if changed is not None:
+    write_json(folder / manifest.MANIFEST, changed)

@@ -1,0 +1,103 @@
+"""Names of folders and files, as users give them: checked before any work begins."""
+
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+from repjax.errors import InputError, printable
+
+_LONGEST_PART = 255  # bytes of one name, in all common file systems
+_LONGEST = 3600  # bytes of a path: Linux allows 4096, and the files below a folder need the rest
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
+
+
+def file(name: str | os.PathLike[str]) -> Path:
+  """Returns the path of a file or folder that a user names, with "~" as the home folder.
+
+  The path stays relative where the name is, so that messages show the name that was given.
+
+  Args:
+    name: the name; it may hold any byte that the system allows.
+
+  Raises:
+    InputError: the name is empty, too long, a URL, or holds a NUL byte.
+  """
+  text = os.fsdecode(name)
+  shown = f"the name {_shown(text)}"
+  if not text:
+    raise InputError("the name of a file or folder is empty; use . for the current folder")
+  if "\0" in text:
+    raise InputError(f"{shown} holds a NUL character, which no file name can; leave it out")
+  if _URL.match(text):
+    raise InputError(
+      f"{shown} is a URL. Give a folder or file of this machine: mount the bucket, for example by "
+      "gcsfuse, or copy the files"
+    )
+  try:
+    path = Path(text).expanduser() if text.startswith("~") else Path(text)
+  except RuntimeError as error:
+    raise InputError(
+      f"{shown} begins with ~, which names no known home folder; write ./~ for such a name"
+    ) from error
+  for part in path.parts:
+    if len(os.fsencode(part)) > _LONGEST_PART:
+      raise InputError(
+        f"{shown} is too long: a file system takes {_LONGEST_PART} bytes between two slashes, got "
+        f"{len(os.fsencode(part))}; give a shorter name"
+      )
+  length = len(os.fsencode(path.absolute()))
+  if length > _LONGEST:
+    raise InputError(
+      f"{shown} is too long: the whole path has {length} bytes and may have {_LONGEST}; use a "
+      "folder nearer to the root"
+    )
+  return path
+
+
+def folder(name: str | os.PathLike[str]) -> Path:
+  """Returns the path of a folder that a user names and that holds arrays, such as a workdir.
+
+  The libraries that store arrays read a backslash as a slash, list folders by patterns, and take
+  UTF-8 only. They would write a run to its end into a folder that nothing can read.
+
+  Args:
+    name: the name; "~" is the home folder.
+
+  Raises:
+    InputError: as in `file`; or the path holds a backslash, one of * ? [, control characters, a
+      part such as "gs:", or bytes that are not UTF-8.
+  """
+  path = file(name)
+  text = str(path.absolute())
+  shown = f"the folder {_shown(text)}"
+  way_out = "give a folder whose path has none"
+  if "\\" in text:
+    raise InputError(f"{shown} has a backslash in its path, which array files cannot; {way_out}")
+  if any(each in text for each in "*?["):
+    raise InputError(
+      f"{shown} has one of * ? [ in its path, which array files take for a pattern of several "
+      f"names; {way_out}"
+    )
+  if not text.isprintable() and any(unicodedata.category(each) == "Cc" for each in text):
+    raise InputError(
+      f"{shown} has a control character in its path, such as a line break; {way_out}"
+    )
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise InputError(f"{shown} has bytes in its path that are not UTF-8; {way_out}") from error
+  for part in path.absolute().parts:
+    if _SCHEME.fullmatch(part):
+      raise InputError(
+        f"{shown} has the part {part!r}, which array files take for the beginning of a URL; "
+        f"{way_out}"
+      )
+  # A path that ends in ".." or is "." has no name beside which a draft could be written.
+  return path.resolve() if path.name in ("", "..") and path != Path() else path
+
+
+def _shown(text: str) -> str:
+  """Returns a name between quotation marks, shortened to its beginning."""
+  return f'"{printable(text[:60])}{"..." if len(text) > 60 else ""}"'

@@ -1,0 +1,163 @@
+"""Signals that stop a program: which there are, their errors, and the exit status they lead to."""
+
+import _thread
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Ctrl-C, and the signals that schedulers and terminals send before they take a machine away."""
+
+
+_MOMENT, _LONGER = 0.05, 0.5  # seconds
+
+
+class Stopped(KeyboardInterrupt):
+  """An error by which Ctrl-C ends a run, which the same command continues.
+
+  Attributes:
+    agreed: True if all processes of the run stop together.
+    number: number of the signal.
+  """
+
+  number: int = signal.SIGINT
+
+  def __init__(self, agreed: bool = False):
+    """Makes the error of a signal to this process, or of a stop that all processes agreed on."""
+    super().__init__()
+    self.agreed = agreed
+
+
+class Preempted(Stopped):
+  """An error by which SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 ends a run.
+
+  The same command continues the run.
+  """
+
+  number = signal.SIGTERM
+
+
+def error_of(number: int, agreed: bool = False) -> Stopped:
+  """Returns the error of a signal."""
+  if number == signal.SIGINT:
+    return Stopped(agreed)
+  error = Preempted(agreed)
+  error.number = number
+  return error
+
+
+def status_of(stop: KeyboardInterrupt) -> int:
+  """Returns the exit status of a stopped run.
+
+  The status is 0 for SIGTERM and its like, since nothing is wrong where a cluster takes a machine
+  back, and 130 for Ctrl-C, as shells expect it.
+  """
+  return 0 if isinstance(stop, Preempted) else 128 + signal.SIGINT
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int], None]) -> Iterator[None]:
+  """Handles every stopping signal inside the block, and puts the earlier handlers back.
+
+  A signal that the program was started to ignore stays ignored, as `nohup` and shells want it.
+  Python allows handlers in the main thread only; in any other thread, this does nothing.
+
+  Args:
+    handler: function of the number of a signal, which may raise `error_of` it.
+  """
+  insistent, before = _Insistent(handler), {}
+  try:
+    if threading.current_thread() is threading.main_thread():
+      for number in STOPPING:
+        # None is a handler that was not set by Python, which then cannot set it again.
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+          before[number] = signal.signal(number, insistent)
+    yield
+  finally:
+    for number, earlier in before.items():
+      signal.signal(number, earlier)
+    insistent.close()
+
+
+class _Insistent:
+  """A handler of signals whose errors are not lost.
+
+  Python raises the error of a handler between any two instructions. In the middle of an import,
+  packages in C print it or fail in ways of their own, so the handler waits for the end of imports.
+  Callbacks from C and finalizers drop the error. So the handler looks again a little later, and
+  raises again unless the error is on its way.
+  """
+
+  def __init__(self, handler: Callable[[int], None]):
+    """Wraps a handler."""
+    self._handler = handler
+    self._timer: threading.Timer | None = None
+    self._again = False  # True: the timer has sent the signal, not a person or a scheduler
+
+  def __call__(self, number: int, frame: FrameType | None) -> None:
+    """Handles a signal; Python calls this between any two instructions of the main thread."""
+    again, self._again = self._again, False
+    if _importing(frame):
+      self._look_again(number, _MOMENT)
+    elif again and _is_on_its_way():
+      self._look_again(number, _LONGER)
+    else:
+      try:
+        self._handler(number)
+      except Stopped:
+        self._look_again(number, _LONGER)
+        raise
+
+  def close(self) -> None:
+    """Stops looking."""
+    if self._timer is not None:
+      self._timer.cancel()
+      self._timer.join()
+
+  def _look_again(self, number: int, seconds: float) -> None:
+    """Sends the signal to the main thread once more, after a while."""
+
+    def send() -> None:
+      self._again = True
+      _thread.interrupt_main(signal.Signals(number))
+
+    if self._timer is not None:
+      self._timer.cancel()
+    self._timer = threading.Timer(seconds, send)
+    self._timer.daemon = True
+    self._timer.start()
+
+
+def _importing(frame: FrameType | None) -> bool:
+  """Checks whether a module is being imported."""
+  while frame is not None:
+    if frame.f_code.co_filename.startswith("<frozen importlib"):
+      return True
+    frame = frame.f_back
+  return False
+
+
+def _is_on_its_way() -> bool:
+  """Checks whether a `finally` or `except` block in this thread handles the error of a signal."""
+  error = sys.exc_info()[1]
+  while error is not None and not isinstance(error, Stopped):
+    error = error.__context__
+  return error is not None
+
+
+@contextlib.contextmanager
+def kept_from_children() -> Iterator[None]:
+  """Lets processes that this thread starts inside the block ignore all stopping signals.
+
+  Terminals and schedulers signal all processes of a program. Helper processes then would end before
+  the program has made use of their work. They end when the program ends them, or has ended.
+  """
+  # Unlike handlers, the mask of blocked signals is passed on to programs that are started.
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)

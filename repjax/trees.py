@@ -1,0 +1,85 @@
+"""Checks of trees of variables that come from outside: one sentence names what came."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from repjax.errors import InputError, printable
+
+_RANKS = (2, 4, 7)
+"""Numbers of axes that kernels have."""
+
+
+def check_tree(where: str, tree: Any) -> None:
+  """Checks that a tree is made of nested dictionaries, and belongs to one device.
+
+  Args:
+    where: name of the tree, for the message.
+    tree: parameters, statistics, or both by collection.
+
+  Raises:
+    InputError: the tree is no dictionary, is a flat one, or has an axis of devices.
+  """
+  if not isinstance(tree, Mapping):
+    raise InputError(f"{where} must be nested dictionaries of arrays, got {_kind(tree)}")
+  flat = next((key for key in tree if isinstance(key, tuple) or "/" in str(key)), None)
+  if flat is not None:
+    separator = "" if isinstance(flat, tuple) else ', sep="/"'
+    raise InputError(
+      f"{where} must be nested dictionaries, got a flat one with the key "
+      f"{printable(repr(flat), 100)}. Nest it: flax.traverse_util.unflatten_dict(tree{separator})"
+    )
+  shapes = {path: jnp.shape(leaf) for path, leaf in _leaves(tree) if hasattr(leaf, "shape")}
+  kernels = [len(shape) for path, shape in shapes.items() if path[-1] == "kernel"]
+  if not kernels or any(rank - 1 not in _RANKS or rank in _RANKS for rank in kernels):
+    return
+  leading = {shape[:1] for shape in shapes.values()}
+  if len(leading) == 1:
+    ((count,),) = leading
+    raise InputError(
+      f"every leaf of {where} has a first axis of {count}, as a tree has that is replicated over "
+      f"{count} devices for pmap. Take one copy: jax.tree.map(lambda leaf: leaf[0], tree)"
+    )
+
+
+def check_leaves(path: tuple[str, ...], tree: Any) -> None:
+  """Checks that all leaves of a tree are arrays of floating-point numbers.
+
+  Args:
+    path: place of the tree, for the message.
+    tree: parameters or statistics below this path.
+
+  Raises:
+    InputError: a leaf is something else.
+  """
+  for below, leaf in _leaves(tree):
+    place = printable("/".join((*path, *map(str, below))))
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+      raise InputError(f"{place} must be an array, got {_kind(leaf)}")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise InputError(
+        f"{place} must hold floating-point numbers, got {leaf.dtype}. Integers are weights in 8 "
+        "bits perhaps, which must be multiplied by their scales first"
+        if jnp.issubdtype(leaf.dtype, jnp.integer)
+        else f"{place} must hold floating-point numbers, got {leaf.dtype}"
+      )
+
+
+def _leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+  """Yields the path and value of everything in a tree that is no dictionary."""
+  if isinstance(tree, Mapping):
+    for key, value in tree.items():
+      yield from _leaves(value, (*path, key))
+  else:
+    yield path, tree
+
+
+def _kind(value: Any) -> str:
+  """Describes a value for a message."""
+  if isinstance(value, list | tuple):
+    return f"a {type(value).__name__} of {len(value)}"
+  if isinstance(value, jax.Array):
+    return f"one array {value.shape}"
+  return f"{printable(repr(value), 60)}, of type {type(value).__name__}"
