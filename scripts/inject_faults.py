@@ -36,6 +36,7 @@ Examples:
 
 import argparse
 import collections
+import contextlib
 import json
 import shutil
 import sys
@@ -82,17 +83,22 @@ def main() -> None:
     for name in ("prepared", "case"):  # of an earlier call; its compiled programs stay
       shutil.rmtree(base / name, ignore_errors=True)
     base.mkdir(parents=True, exist_ok=True)
-    with Server(base, _environment(base)) as server:
-      results = list(_results(arguments, server, base))
+    results = []
+    with contextlib.ExitStack() as stack:
+      server = stack.enter_context(Server(base, _environment(base)))
+      file = stack.enter_context(arguments.json.open("w")) if arguments.json else None
+      for result in _results(arguments, server, base):
+        results.append(result)
+        if file:
+          print(_as_json(result), file=file, flush=True)
   print(format_table(results))
-  if arguments.json:
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-      {**result._asdict(), "problems": [problem._asdict() for problem in result.problems]}
-      for result in results
-    ]
-    arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
   sys.exit(1 if any(result.problems for result in results) else 0)
+
+
+def _as_json(result: Result) -> str:
+  """Returns a run as one line of JSON."""
+  problems = [problem._asdict() for problem in result.problems]
+  return json.dumps({**result._asdict(), "problems": problems})
 
 
 def _parse() -> argparse.Namespace:
@@ -129,7 +135,9 @@ def _parse() -> argparse.Namespace:
     help="take these calls only, and show what the command prints",
   )
   parser.add_argument("--folder", type=Path, help="where to run (default: a temporary folder)")
-  parser.add_argument("--json", type=Path, help="also write every run to this file")
+  parser.add_argument(
+    "--json", type=Path, help="also write each run to this file, as a line of JSON, when it ends"
+  )
   return parser.parse_args()
 
 
