@@ -74,7 +74,7 @@ def builder_of(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
       f"{PREPARE} --from-folder FOLDER --name NAME)"
     )
   plain = naming.camelcase_to_snakecase(parts["name"])
-  with _tfds_errors(name):
+  with tfds_errors(name):
     for folder in file_utils.list_data_dirs(given_data_dir=_given(data_dir)):
       metadata.check_sets(Path(folder).expanduser(), plain, parts["variant"])
     return tfds.builder(name, data_dir=_given(data_dir))
@@ -84,7 +84,7 @@ _NAME = re.compile(r"(?P<name>\w+)(/(?P<variant>(?!\.+(:|$))[\w.-]+))?(:[\w.*]+)
 
 
 @contextlib.contextmanager
-def _tfds_errors(name: str) -> Iterator[None]:
+def tfds_errors(name: str) -> Iterator[None]:
   """Turns every error in the block into an `InputError` that names the set.
 
   The set may lack the version or variant, or have damaged metadata, for which TFDS, protobuf and
@@ -134,7 +134,7 @@ def digits_builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
 
   A printed line says where the set goes. TFDS's progress bars are not shown.
   """
-  with _tfds_errors("digits"):
+  with tfds_errors("digits"):
     metadata.check_sets(storage.sets_folder(data_dir), Digits.name, None)
     builder = Digits(data_dir=_given(data_dir), file_format="array_record")
   if builder.data_path.exists():

@@ -13,7 +13,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 
 from repjax.data import files
-from repjax.data.builders import digits_builder, find_builder
+from repjax.data.builders import digits_builder, find_builder, tfds_errors
 from repjax.errors import InputError, printable, unknown
 
 _EXAMPLE = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
@@ -133,6 +133,15 @@ def open_source(
   if name == "synthetic":
     return _synthetic(split, num_classes, image_size)
   builder = digits_builder(data_dir) if name == "digits" else find_builder(name, data_dir)
+  with tfds_errors(name):
+    return _opened(name, split, builder)
+
+
+def _opened(name: str, split: str, builder: tfds.core.DatasetBuilder) -> Source:
+  """Returns a split of a set whose builder has been found.
+
+  Raises: as in `open_source`.
+  """
   if split not in builder.info.splits:
     raise InputError(
       f"{unknown(f'split of {name}', split, builder.info.splits)} "
@@ -194,13 +203,7 @@ def _stored_records(name: str, builder: tfds.core.DatasetBuilder, split: str) ->
         f"{printable(path)} has {size:,} bytes, and the metadata of {name} says that it holds "
         f"{images:,} images. Copy the set again, or remove it and prepare it again"
       )
-  try:
-    return ArrayRecordDataSource(stored.file_instructions)
-  except Exception as error:  # array_record raises classes of its own
-    raise InputError(
-      f"{name} in {builder.data_path} cannot be read ({printable(error)}). Copy the set again, or "
-      "remove it and prepare it again"
-    ) from error
+  return ArrayRecordDataSource(stored.file_instructions)
 
 
 def _fingerprint(

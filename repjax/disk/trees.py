@@ -109,9 +109,11 @@ def _read_by_orbax(path: Path, like: Any) -> Any:
   """Reads a tree in any format of Orbax.
 
   Raises:
-    InputError: Orbax cannot read it; the text holds the first sentence of its error.
+    InputError: Orbax cannot read it, and the text holds the first sentence of its error; or a
+      description of an array is no JSON.
   """
   ocp = saving.orbax()
+  _check_descriptions(path)
   alone = ocp.StandardCheckpointer(multiprocessing_options=by_itself())
   with _held_back_stderr() as problems, alone as checkpointer:
     try:
@@ -120,6 +122,25 @@ def _read_by_orbax(path: Path, like: Any) -> Any:
       first_sentence = str(error).partition("\n")[0].partition(". ")[0]
       problems.append(f"{type(error).__name__}: {first_sentence}"[:300])
   raise InputError(f"{path} cannot be read: {problems[0]}")
+
+
+def _check_descriptions(path: Path) -> None:
+  """Raises unless the files that describe the arrays of a tree are JSON.
+
+  TensorStore parses them by recursion, and a file that is nested deep would end the process.
+
+  Raises:
+    InputError: a file is no JSON, or lists and tables in it are nested deep.
+  """
+  for each in sorted(path.rglob("*")):
+    if each.name in (".zarray", "_METADATA", "_CHECKPOINT_METADATA"):
+      with json_files.opened(each) as file:
+        data = file.read(json_files.LARGEST + 1)
+      try:
+        json_files.parse(data)
+      except MisfitError as misfit:
+        what = f"{each.relative_to(path)}: {misfit.words(repr)[:200]}"
+        raise InputError(f"{path} cannot be read: {what}") from None
 
 
 def _read_plain(path: Path, like: Any, snapshot: Snapshot) -> Any:

@@ -377,6 +377,7 @@ def test_a_disk_that_cannot_be_written_is_one_paragraph(tmp_path, monkeypatch):
     (2**22 + 1, os.uname().nodename, True),
     (1, "x", False),
   ],
+  ids=["alive", "dead", "elsewhere"],
 )
 def test_without_locks_the_number_of_the_process_decides(tmp_path, monkeypatch, pid, host, swept):
   def none(file, operation):

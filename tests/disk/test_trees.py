@@ -111,3 +111,13 @@ def test_a_tree_is_compared_with_the_manifest_as_it_is_read(tmp_path, file):
   (tmp_path / file).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
   with pytest.raises(InputError, match=f"{file} is damaged: its bytes are not those"):
     trees.read_tree(tmp_path / file.split("/")[0], TREE, disk.Snapshot(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["a/.zarray", "_METADATA", "_CHECKPOINT_METADATA"])
+def test_json_that_is_nested_deep_does_not_end_the_process(tmp_path, file):
+  # TensorStore parses by recursion, and would end the process by a segmentation fault.
+  trees.write_tree(tmp_path / "tree", TREE)
+  (tmp_path / "tree" / "a" / "0.0").unlink()  # so that Orbax would read the tree
+  (tmp_path / "tree" / file).write_text("[" * 100_000 + "]" * 100_000)
+  with pytest.raises(InputError, match=r"tree cannot be read: .*lists and tables are nested"):
+    trees.read_tree(tmp_path / "tree", TREE)
