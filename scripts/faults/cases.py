@@ -258,7 +258,6 @@ class Preparation:
       self.recalibrated,
       {"statistics": _training_form("run"), "deploy": _deploy_form("run")},
       ["run/recalibrated", "run/deploy"],
-      refuses=flag == "--undo",
     )
 
   def import_(self) -> Case:
