@@ -64,7 +64,8 @@ def replacing_file(path: Path, *, exists: bool = True) -> Iterator[Path]:
   """Yields the path of a file to write, and puts the file at `path` when the block ends well.
 
   The guarantees are those of `replacing`. A file in the draft of a folder is written in its place,
-  since it shares the guarantees of the folder. Several processes may write one file; the last one wins.
+  since it shares the guarantees of the folder. Several processes may write one file; the last one
+  wins.
 
   Args:
     path: the file to make or replace.

@@ -362,11 +362,10 @@ def test_a_file_is_replaced_whole_through_links_too(tmp_path):
 
 
 def test_a_file_in_a_draft_needs_no_draft_of_its_own(tmp_path, monkeypatch):
-  with disk.replacing(tmp_path / "folder") as draft:
+  with disk.replacing(tmp_path / "folder") as draft, monkeypatch.context() as patch:
     # A private folder that could not be removed again would become a part of the new folder.
-    with monkeypatch.context() as patch:
-      patch.setattr(folders, "private_folder", None)
-      disk.write_json(draft / "below" / "file.json", [1])
+    patch.setattr(folders, "private_folder", None)
+    disk.write_json(draft / "below" / "file.json", [1])
   assert texts(tmp_path) == {"folder/below/file.json": "[\n  1\n]\n"}
 
 
