@@ -213,6 +213,8 @@ def load(
     model, variables, spec = repjax.load("runs/digits")
     logits = model.apply(variables, spec.preprocessing.normalize(images))
   """
+  schema.check(deploy, schema.boolean, "deploy")
+  schema.check(verify, schema.boolean, "verify")
   folder = names.folder(workdir)
   if deploy and runs.find_deploy(folder) is not None:
     return runs.read_deploy(folder, _read_deploy, verify=verify)

@@ -113,10 +113,10 @@ def make_pictures(folder: Path) -> None:
 
 def read_picture(path: Path) -> None:
   """Reads a picture as preparation, prediction, evaluation and training do."""
-  fault = find_fault(files.read(path))
+  fault = find_fault(path.read_bytes())
   try:
     read_image(path, PREPROCESSING)
-    picture = Picture(files.read(path), str(path))
+    picture = Picture(path.read_bytes(), str(path))
     transforms.ten_crop(picture, 32, 36, "bicubic")
     crops.random_resized_crop()(picture, 32, "bilinear", np.random.default_rng(0))
   except InputError:

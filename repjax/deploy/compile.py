@@ -14,6 +14,7 @@ from repjax.deploy.devices import PlacedTree
 from repjax.deploy.streams import PlacedStreams, device_groups
 from repjax.errors import InputError, unknown
 from repjax.inference import inference
+from repjax.schema import MisfitError, shown, whole
 from repjax.spec import Preprocessing
 
 BATCH_SIZES = (1, 8, 32)
@@ -209,7 +210,16 @@ def compile(  # noqa: A001
 
 def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
   """Returns batch sizes in ascending order, each once; raises InputError if one is not positive."""
-  sizes = (batch_sizes,) if isinstance(batch_sizes, int) else tuple(batch_sizes)
-  if not sizes or not all(type(size) is int and size > 0 for size in sizes):
-    raise InputError(f"batch_sizes must be whole numbers above 0 like (1, 8, 32), got {sizes}")
-  return tuple(sorted(set(sizes)))
+  several = isinstance(batch_sizes, Iterable) and not isinstance(batch_sizes, str)
+  sizes = tuple(batch_sizes) if several else (batch_sizes,)
+  rule = whole(1)
+  try:
+    for size in sizes:
+      rule.check(size, "")
+  except MisfitError:
+    sizes = ()
+  if not sizes:
+    raise InputError(
+      f"batch_sizes must be whole numbers above 0 like (1, 8, 32), got {shown(batch_sizes)}"
+    )
+  return tuple(sorted({int(size) for size in sizes}))
