@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -70,12 +71,19 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
 def one_paragraph() -> Iterator[None]:
   """Turns an `InputError` in its block into exit status 1 and the text of the error alone.
 
-  So does an error of JAX on a machine that lacks the devices that JAX_PLATFORMS asks for.
+  So does an error of the system about a file, such as a folder that this user may not read; and an
+  error of JAX on a machine that lacks the devices that JAX_PLATFORMS asks for.
   """
   try:
     yield
   except InputError as error:
     raise SystemExit(f"error: {error}") from None
+  except OSError as error:
+    if error.filename is None:
+      raise
+    path = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    reason = error.strerror or type(error).__name__
+    raise SystemExit(f"error: {printable(path)} cannot be used: {printable(reason)}") from None
   except (AssertionError, RuntimeError):
     missing = _missing_devices()
     if missing:

@@ -2,9 +2,11 @@
 
 import _thread
 import contextlib
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -12,7 +14,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 """Ctrl-C, and the signals that schedulers and terminals send before they take a machine away."""
 
 
-_MOMENT, _LONGER = 0.05, 0.5  # seconds
+_MOMENT, _LONGER, _PATIENCE = 0.05, 0.5, 20.0  # seconds
 
 
 class Stopped(KeyboardInterrupt):
@@ -86,7 +88,10 @@ class _Insistent:
   """A handler of signals whose errors are not lost.
 
   Python raises the error of a handler between any two instructions. In the middle of an import,
-  packages in C print it or fail in ways of their own, so the handler waits for the end of imports.
+  packages in C print it or fail in ways of their own. In the middle of a call of Orbax, threads are
+  left behind that print tracebacks. So the handler waits for the end of both, but not for ever,
+  because a disk may hang.
+
   Callbacks from C and finalizers drop the error. So the handler looks again a little later, and
   raises again unless the error is on its way.
   """
@@ -96,20 +101,28 @@ class _Insistent:
     self._handler = handler
     self._timer: threading.Timer | None = None
     self._again = False  # True: the timer has sent the signal, not a person or a scheduler
+    self._waits_until: float | None = None  # set while the handler waits for the end of a call
 
   def __call__(self, number: int, frame: FrameType | None) -> None:
     """Handles a signal; Python calls this between any two instructions of the main thread."""
     again, self._again = self._again, False
-    if _importing(frame):
+    if _is_in_foreign_call(frame) and self._may_wait():
       self._look_again(number, _MOMENT)
     elif again and _is_on_its_way():
       self._look_again(number, _LONGER)
     else:
+      self._waits_until = None
       try:
         self._handler(number)
       except Stopped:
         self._look_again(number, _LONGER)
         raise
+
+  def _may_wait(self) -> bool:
+    """Checks whether the handler has waited for less than `_PATIENCE` seconds."""
+    now = time.monotonic()
+    self._waits_until = self._waits_until or now + _PATIENCE
+    return now < self._waits_until
 
   def close(self) -> None:
     """Stops looking."""
@@ -131,10 +144,11 @@ class _Insistent:
     self._timer.start()
 
 
-def _importing(frame: FrameType | None) -> bool:
-  """Checks whether a module is being imported."""
+def _is_in_foreign_call(frame: FrameType | None) -> bool:
+  """Checks whether a module is being imported, or Orbax reads or writes."""
   while frame is not None:
-    if frame.f_code.co_filename.startswith("<frozen importlib"):
+    name = frame.f_code.co_filename
+    if name.startswith("<frozen importlib") or f"{os.sep}orbax{os.sep}" in name:
       return True
     frame = frame.f_back
   return False

@@ -143,6 +143,21 @@ def test_parameters_that_are_not_finite_are_named_on_loading(folder, name):
   READERS[name](folder, verify=False)
 
 
+@pytest.mark.parametrize("is_rewritten", [False, True])
+def test_a_flipped_byte_in_the_roundings_of_a_run_is_noticed(tmp_path, is_rewritten):
+  facts = {"activations": "uint8", "weight_bits": 7, "tensors": {"x": [0.5, 128.0]}, "weights": {}}
+  runs.write_roundings(tmp_path, facts)
+  runs.write_start(tmp_path, config={}, data={}, spec=SPEC.to_json())
+  if is_rewritten:
+    facts["tensors"] = {"x": [0.25, 128.0]}
+    runs.write_roundings(tmp_path, facts)
+  assert runs.read_roundings(tmp_path) == facts
+  path = runs.rounding_file(tmp_path)
+  path.write_text(path.read_text().replace("128.0", "129.0"))
+  with pytest.raises(InputError, match=r"rounding\.json is damaged: its bytes are not those"):
+    runs.read_roundings(tmp_path)
+
+
 def test_a_command_names_damage_and_the_way_out(folder, run_command, tmp_path):
   flip(folder / "run" / "deploy" / "report.json")
   target = tmp_path / "weights.safetensors"

@@ -1,5 +1,6 @@
 """Errors for the person at the keyboard."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -43,6 +44,15 @@ def test_an_input_error_ends_the_program_with_its_text_alone():
 def test_other_errors_pass(error):
   with pytest.raises(error), one_paragraph():
     raise error("a defect")
+
+
+@pytest.mark.parametrize("name", ["a\nb", b"a\nb"])
+def test_a_file_that_the_system_refuses_ends_the_program_with_its_name(name):
+  with pytest.raises(SystemExit) as stop, one_paragraph():
+    raise PermissionError(errno.EACCES, "Permission denied", name)
+  assert stop.value.code == r"error: a\nb cannot be used: Permission denied"
+  with pytest.raises(OSError, match="about no file"), one_paragraph():
+    raise OSError(errno.EPERM, "about no file")
 
 
 def test_foreign_text_is_one_line_that_moves_no_cursor():

@@ -80,6 +80,34 @@ def test_a_stop_waits_for_the_end_of_an_import(tmp_path, monkeypatch):
     work()
 
 
+def _in_orbax(done, seconds):
+  """Calls a function of a file in a folder `orbax`, which gets a signal and then takes a while."""
+  source = "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(seconds)\ndone.append(True)\n"
+  code = compile(source, os.sep + os.path.join("any", "orbax", "writer.py"), "exec")
+  names = {"os": os, "signal": signal, "time": time, "done": done, "seconds": seconds}
+  exec(code, names)
+
+
+def test_a_stop_waits_for_the_end_of_what_orbax_does():
+  done = []
+
+  def work():
+    _in_orbax(done, 0.2)
+    wait()
+
+  with signals.handled(stop), pytest.raises(signals.Preempted):
+    work()
+  assert done
+
+
+def test_a_stop_does_not_wait_for_ever(monkeypatch):
+  monkeypatch.setattr(signals, "_PATIENCE", 0.1)
+  done = []
+  with signals.handled(stop), pytest.raises(signals.Preempted):
+    _in_orbax(done, 5)
+  assert not done
+
+
 def test_what_cleans_up_after_a_stop_is_left_in_peace():
   cleaned = []
 

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
       form=arguments.form,
       verify=arguments.verify,
     )
-  size = arguments.to.stat().st_size
+    size = arguments.to.stat().st_size
   # Only the training form has batch norms, and so running variances.
   form = "train" if any(name.endswith("running_var") for name in state) else "deploy"
   print(

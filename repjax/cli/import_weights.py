@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
       entry=arguments.entry,
       overrides=parse_overrides(arguments.overrides),
     )
-  preprocessing = runs.read_spec(arguments.workdir)["preprocessing"]
+    preprocessing = runs.read_spec(arguments.workdir)["preprocessing"]
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # from KiB
   print(
     describe(record, preprocessing)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import errno
 import itertools
 import os
 import sys
@@ -24,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repjax import regular_files
+from repjax import disk, regular_files
 from repjax.cli import flags
 from repjax.data import files
 from repjax.errors import InputError, one_paragraph, printable
@@ -101,14 +100,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     return
   if os.path.exists(path) and not regular_files.is_regular(path):
     raise InputError(f"{printable(path)} cannot be written: it is no file; give a different name")
-  folder = next(each for each in path.absolute().parents if os.path.lexists(each))
-  if not folder.is_dir():
-    raise InputError(f"{printable(folder)} cannot be a folder: there is a file of that name")
-  if not os.access(folder, os.W_OK | os.X_OK):
-    raise InputError(
-      f"{printable(path)} cannot be written: {os.strerror(errno.EACCES)}. Change the permissions "
-      f"of {printable(folder)}, or give a different folder"
-    )
+  disk.check_place(path)
 
 
 def refuse_to_replace(path: Path, inputs: Sequence[Path]) -> None:
@@ -164,8 +156,6 @@ def open_csv(path: Path, k: int) -> Iterator[Any]:
   Raises:
     InputError: the file cannot be written.
   """
-  from repjax import disk
-
   # Names of files need not be UTF-8, and a table with such bytes could not be read by many.
   how: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
   with disk.replacing_file(path) as draft, draft.open("w", **how) as file:

@@ -155,7 +155,7 @@ def describe(made: PreparedSet, name: str, data_dir: str | None) -> str:
 
 def warnings(made: PreparedSet) -> list[str]:
   """Returns a line for each kind of file that was left out, and for repeated images."""
-  from repjax.data.folder import SKIPPED
+  from repjax.data.storage import SKIPPED
 
   lines = []
   if made.skipped:

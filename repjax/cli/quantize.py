@@ -160,8 +160,8 @@ def check(arguments: argparse.Namespace) -> None:
   """Raises InputError for flags that no file can satisfy."""
   from repjax import disk
 
-  if arguments.to and disk.real(arguments.to).exists():
-    raise InputError(f"{arguments.to} exists already; give another path, or remove it first")
+  if arguments.to:
+    disk.check_new(arguments.to)
   if arguments.float_layers < 0 or arguments.timed_rounds < 1 or arguments.timed_images < 1:
     raise InputError(
       "--float-layers is at least 0; --timed-rounds and --timed-images are at least 1"

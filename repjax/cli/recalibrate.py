@@ -41,8 +41,9 @@ def main(argv: Sequence[str]) -> None:
     )
     with lock.hold(arguments.workdir):
       if arguments.undo:
-        runs.remove_recalibrated(arguments.workdir)
-        print("the checkpoint's own statistics are in use again", flush=True)
+        # A command that was stopped after this has not converted yet, so this one always does.
+        removed = runs.remove_recalibrated(arguments.workdir)
+        print(f"the checkpoint's own statistics are in use{' again' * removed}", flush=True)
         flags.use_noise_for_import(config, arguments, split=None)
       else:
         record = training.recalibrate(

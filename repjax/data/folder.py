@@ -19,7 +19,6 @@ from repjax.data.reading import ImageFile, in_order, read_image_file
 from repjax.errors import InputError, printable
 
 VERSION = "1.0.0"  # the same for every set made here; the checksum tells sets apart
-SKIPPED = "skipped.txt"  # the list of files that were left out
 
 
 class PreparedSet(NamedTuple):
@@ -147,7 +146,7 @@ def _write(
   # Names keep their bytes, but a line break in a name must not look like two files.
   lines = [f"{_one_line(path)}\t{reason}\n" for path, reason in sorted(listed.items())]
   if lines:
-    (draft / SKIPPED).write_text("".join(lines), "utf-8", "surrogateescape")
+    (draft / storage.SKIPPED).write_text("".join(lines), "utf-8", "surrogateescape")
   return counts, skipped, repeated
 
 

@@ -18,6 +18,7 @@ from repjax import disk, names
 from repjax.errors import InputError
 
 INFO = "dataset_info.json"
+SKIPPED = "skipped.txt"  # the list of files that were left out
 SHARD_BYTES = 256 * 2**20  # a shard that holds this much is full
 # TFDS and Grain read single records, so every record is a group of its own. Images are compressed
 # already.
@@ -58,7 +59,8 @@ def whole_set(target: Path, *, replace: bool) -> Iterator[Path]:
     problems = existing_problems(target, replace=replace)
   if problems:
     raise InputError(problems[0])
-  with disk.replacing(target, known=[INFO], exists=replace) as draft:
+  own = [f"{target.parent.name}-*-of-*", SKIPPED]  # an old set may have more splits and shards
+  with disk.replacing(target, known=[INFO], exists=replace, own=own) as draft:
     yield draft
 
 

@@ -14,7 +14,7 @@ from repjax.deploy.devices import PlacedTree
 from repjax.deploy.streams import PlacedStreams, device_groups
 from repjax.errors import InputError, unknown
 from repjax.inference import inference
-from repjax.schema import MisfitError, shown, whole
+from repjax.schema import MisfitError, items, shown, whole
 from repjax.spec import Preprocessing
 
 BATCH_SIZES = (1, 8, 32)
@@ -210,16 +210,15 @@ def compile(  # noqa: A001
 
 def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
   """Returns batch sizes in ascending order, each once; raises InputError if one is not positive."""
-  several = isinstance(batch_sizes, Iterable) and not isinstance(batch_sizes, str)
-  sizes = tuple(batch_sizes) if several else (batch_sizes,)
-  rule = whole(1)
+  given: Any = batch_sizes
+  several = isinstance(given, Iterable) and not isinstance(given, str)
+  sizes: tuple[Any, ...] = tuple(given) if several else (given,)
   try:
-    for size in sizes:
-      rule.check(size, "")
+    items(whole(1)).check(sizes, "")
   except MisfitError:
     sizes = ()
   if not sizes:
     raise InputError(
-      f"batch_sizes must be whole numbers above 0 like (1, 8, 32), got {shown(batch_sizes)}"
+      f"batch_sizes must be whole numbers above 0 like (1, 8, 32), got {shown(given)}"
     )
   return tuple(sorted({int(size) for size in sizes}))

@@ -75,15 +75,14 @@ def export(
     The content of export.json.
 
   Raises:
-    InputError: the folder exists, the package flatbuffers or onnx is missing, or an argument is
-      refused as in `compile` and `to_onnx`.
+    InputError: the folder cannot be made, the package flatbuffers or onnx is missing, or an
+      argument is refused as in `compile` and `to_onnx`.
 
   Example:
     repjax.deploy.export(*repjax.load("runs/a0"), "exported/a0", dtype="bfloat16")
   """
   path = names.folder(folder)
-  if disk.real(path).exists():
-    raise InputError(f"{path} exists already; give a different path, or remove it first")
+  disk.check_new(path)
   if format not in FORMATS:
     raise unknown("format", format, FORMATS)
   for platform in platforms:

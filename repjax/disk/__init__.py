@@ -11,7 +11,15 @@ trees.py     trees of arrays; imported by its own name, since only this file nee
 # ruff: noqa: F401  (everything imported here is offered to other packages)
 
 from repjax.disk.flush import sync, sync_entries, writing
-from repjax.disk.folders import current_folder, real, remove, replacing, replacing_file
+from repjax.disk.folders import (
+  check_new,
+  check_place,
+  current_folder,
+  real,
+  remove,
+  replacing,
+  replacing_file,
+)
 from repjax.disk.manifest import MANIFEST, Snapshot, content, read_whole, write_manifest
 from repjax.disk.private import NEW, holder_text, new_holder, private_folder, sweep
 from repjax.disk.values import missing, read_json, update_manifest, write_json

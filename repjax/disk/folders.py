@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import errno
+import fnmatch
+import glob
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,9 @@ _CURRENT_FOLDER, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # constants of Linux
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, known: Sequence[str] = (), exists: bool = True) -> Iterator[Path]:
+def replacing(
+  path: Path, *, known: Sequence[str] = (), exists: bool = True, own: Sequence[str] = ()
+) -> Iterator[Path]:
   """Yields an empty folder to write into, and puts it at `path` when the block ends well.
 
   Guarantees, for every folder that this package replaces:
@@ -28,7 +32,9 @@ def replacing(path: Path, *, known: Sequence[str] = (), exists: bool = True) -> 
   - The new folder is on the disk itself before it has its name, so a power cut changes nothing.
   - An error in the block, a signal included, leaves the old folder and no trace of the new one.
   - If `path` is a link, the folder that the link names is replaced, and the link stays.
-  - Files that the manifest of the old folder does not list are somebody else's. They move over.
+  - Files that the manifest of the old folder does not list are somebody else's. They move over. If
+    there is no manifest that can be read, so does every entry whose name the new folder lacks and
+    `own` does not have.
   - Two processes cannot write one folder at a time.
 
   Args:
@@ -36,6 +42,7 @@ def replacing(path: Path, *, known: Sequence[str] = (), exists: bool = True) -> 
     known: names of which an old folder without a manifest must hold one to be replaced; any other
       folder is somebody else's. Empty: any folder is replaced.
     exists: an old folder may be replaced; False: only an empty one.
+    own: patterns, as of `fnmatch`, of names that this package gives in some such folders only.
 
   Raises:
     InputError: the folder cannot be written or must not be replaced.
@@ -47,7 +54,7 @@ def replacing(path: Path, *, known: Sequence[str] = (), exists: bool = True) -> 
       draft = private / NEW
       draft.mkdir()
       yield draft
-      _keep_others(target, draft)
+      _keep_others(target, draft, (*own, *map(glob.escape, os.listdir(draft))))
       sync(draft)
       _put(draft, target, private / OLD, exists)
 
@@ -80,13 +87,60 @@ def replacing_file(path: Path, *, exists: bool = True) -> Iterator[Path]:
       sync_entries(target.parent)
 
 
+def check_new(path: Path) -> Path:
+  """Checks that a file or folder can be made at a path, before work that takes long.
+
+  Returns:
+    The path without links.
+
+  Raises:
+    InputError: the path exists and is not an empty folder, is the current folder, or cannot be
+      written, see `check_place`.
+  """
+  target = check_place(path)
+  if target.is_dir() and not any(target.iterdir()):
+    if target == Path.cwd():
+      raise InputError("the current folder cannot be replaced; give the path of a new one")
+  elif target.exists():
+    raise _exists(path)
+  return target
+
+
+def check_place(path: Path) -> Path:
+  """Checks that a file or folder can be made or replaced at a path, before work that takes long.
+
+  Returns:
+    The path without links.
+
+  Raises:
+    InputError: the path is a link to nothing, its name is too long, it leads through a file, or
+      this user may not write there.
+  """
+  target = real(path)
+  with writing(path, OSError):
+    nearest = _nearest_folder(target)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+      raise InputError(
+        f"{path} cannot be written: nothing can be made in {nearest}. Change its permissions, or "
+        "give a different place"
+      )
+  return target
+
+
 def current_folder(path: Path) -> Path:
   """Returns the folder to read: `path`, or the old one if a process was killed between renames."""
   return path if path.exists() else old_of(real(path)) or path
 
 
-def remove(path: Path) -> None:
+def remove(path: Path, own: Sequence[str]) -> None:
   """Removes a folder so that nobody ever sees a part of it under its name; of a link, the link.
+
+  Somebody else's files in the folder stay in their place, and with them the folder.
+
+  Args:
+    path: the folder.
+    own: patterns, as of `fnmatch`, of all names that this package gives in such a folder. They say
+      what is somebody else's where there is no manifest that can be read.
 
   Raises:
     InputError: the folder cannot be removed.
@@ -96,8 +150,15 @@ def remove(path: Path) -> None:
       path.unlink()
       return
     with private_folder(path, alone=True) as private:
-      path.rename(private / NEW)
-      sync_entries(path.parent)
+      rest = private / NEW
+      rest.mkdir()
+      _keep_others(path, rest, own)
+      if any(rest.iterdir()):
+        sync(rest)
+        _put(rest, path, private / OLD, exists=True)
+      else:
+        path.rename(rest)  # Over the empty folder. Under the name OLD, a kill would put it back.
+        sync_entries(path.parent)
 
 
 def real(path: Path) -> Path:
@@ -122,9 +183,7 @@ def real(path: Path) -> Path:
 def _parents(target: Path) -> Iterator[None]:
   """Makes the parents of a target; removes those that it made after an error, if still empty."""
   missing = [folder for folder in target.parents if not folder.exists()]
-  nearest = next(folder for folder in target.parents if folder.exists())
-  if not nearest.is_dir():
-    raise InputError(f"{nearest} cannot be a folder: there is a file of that name")
+  _nearest_folder(target)
   target.parent.mkdir(parents=True, exist_ok=True)
   try:
     yield
@@ -136,6 +195,22 @@ def _parents(target: Path) -> Iterator[None]:
     raise
 
 
+def _nearest_folder(target: Path) -> Path:
+  """Returns the nearest parent of a target that exists.
+
+  Raises:
+    InputError: there is a file in its place.
+  """
+  nearest = next(folder for folder in target.parents if folder.exists())
+  if not nearest.is_dir():
+    raise InputError(f"{nearest} cannot be a folder: there is a file of that name")
+  return nearest
+
+
+def _exists(path: Path) -> InputError:
+  return InputError(f"{path} exists already; give a different path, or remove it first")
+
+
 def _check(target: Path, known: Sequence[str], exists: bool) -> None:
   """Raises InputError for a target that must not be replaced."""
   if not target.exists():
@@ -145,7 +220,7 @@ def _check(target: Path, known: Sequence[str], exists: bool) -> None:
   if not any(target.iterdir()):
     return
   if not exists:
-    raise InputError(f"{target} exists already; give a different path, or remove it first")
+    raise _exists(target)
   if known and not any((target / name).exists() for name in (manifest.MANIFEST, *known)):
     raise InputError(
       f"{target} holds files that repjax did not write, so it is not replaced. Move it away, or "
@@ -153,24 +228,34 @@ def _check(target: Path, known: Sequence[str], exists: bool) -> None:
     )
 
 
-def _keep_others(target: Path, draft: Path) -> None:
-  """Puts into a draft the files of the old folder that its manifest does not list."""
+def _keep_others(target: Path, draft: Path, own: Sequence[str]) -> None:
+  """Puts into a draft what the old folder holds of other people."""
+  for path in _others(target, own):
+    kept = draft / path.relative_to(target)
+    if os.path.lexists(kept):
+      continue
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      os.link(path, kept, follow_symlinks=False)
+    except OSError:  # Not every file system has hard links.
+      shutil.copy2(path, kept, follow_symlinks=False)
+
+
+def _others(target: Path, own: Sequence[str]) -> Iterator[Path]:
+  """Yields the files and links in a folder that this package has not made."""
   listed = manifest.listed(target)
-  if listed is None:
-    return
   for folder, folders, files in os.walk(target):
+    if listed is None and Path(folder) == target:
+      own = (*own, manifest.MANIFEST)
+      folders[:], files = (
+        [name for name in some if not any(fnmatch.fnmatchcase(name, each) for each in own)]
+        for some in (folders, files)
+      )
     folders[:] = [name for name in folders if not is_private(name)]
-    for name in files:
-      path = Path(folder, name)
-      inside = path.relative_to(target)
-      kept = draft / inside
-      if inside.as_posix() in listed or os.path.lexists(kept):
-        continue
-      kept.parent.mkdir(parents=True, exist_ok=True)
-      try:
-        os.link(path, kept, follow_symlinks=False)
-      except OSError:  # Not every file system has hard links.
-        shutil.copy2(path, kept, follow_symlinks=False)
+    for path in (Path(folder, name) for name in (*folders, *files)):
+      is_listed = listed is not None and path.relative_to(target).as_posix() in listed
+      if not is_listed and (path.is_symlink() or not path.is_dir()):
+        yield path
 
 
 def _put(draft: Path, target: Path, old: Path, exists: bool) -> None:

@@ -265,7 +265,8 @@ def _compare(path: Path, wanted: str, found: str) -> None:
 def _damaged(path: Path, reason: str) -> InputError:
   return InputError(
     f"{path} is damaged: {reason}. Restore it from a copy, or make its folder again. If it was "
-    "changed on purpose, read it without the check (verify=False, or --no-verify)"
+    "changed on purpose, read it without the check (verify=False, or --no-verify), or move "
+    f"{MANIFEST} of its folder away"
   )
 
 

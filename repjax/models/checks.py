@@ -31,7 +31,7 @@ _LONGEST_SIDE = 2**15
 
 def check_image_size(size: Any) -> None:
   """Raises InputError if the size of images is no number of pixels, or two of them."""
-  sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+  sides: Any = size if isinstance(size, tuple) and len(size) == 2 else (size,)
   if not all(is_whole(side) and side <= _LONGEST_SIDE for side in sides):
     raise InputError(
       "image_size must be a whole number of pixels or a tuple (height, width), at most "

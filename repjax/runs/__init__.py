@@ -18,7 +18,8 @@ deploy/                   model.json, params/, report.json: the deploy form
 rounding.json  int8/      quantization-aware training: roundings, and the final ONNX file
 import.json               imports only: where the weights came from
 report.png                curves and kernels
-manifest.json             checksums of model.json and import.json; each folder has its own
+manifest.json             checksums of model.json, import.json and rounding.json; each folder has
+                          its own
 .lock                     while a process writes: which process
 
 paths.py names the files, and contents.py says what they may hold. checkpoint.py writes and reads

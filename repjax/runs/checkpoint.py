@@ -7,6 +7,7 @@ bookmark/metadata         the loop's position, a `Bookmark`
 manifest.json             checksums of all of these files
 """
 
+import fnmatch
 import math
 import os
 import re
@@ -27,6 +28,8 @@ from repjax.runs import contents, paths
 from repjax.runs.records import read_records
 
 _NOT_EVALUATED = -1.0
+# Names in the folder of a checkpoint, also of checkpoints that Orbax named.
+_OWN = ("variables", "training", "metrics", "bookmark", "descriptor", "commit_success.txt", "_*")
 
 
 class Bookmark(NamedTuple):
@@ -61,10 +64,24 @@ def checkpoints(workdir: Path) -> dict[int, float]:
 
 
 def _steps(workdir: Path) -> list[int]:
-  """Returns the steps of all finished checkpoints; one that is being written has a longer name."""
+  """Returns the steps of all finished checkpoints; one that is being written has a longer name.
+
+  A folder that holds nothing but files of other people is no checkpoint.
+  """
   folder = paths.checkpoints_folder(workdir)
   names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-  return [int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name)]
+  steps = [int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name)]
+  return [step for step in steps if _is_checkpoint(paths.checkpoint_folder(workdir, step))]
+
+
+def _is_checkpoint(folder: Path) -> bool:
+  """Checks whether a folder is a checkpoint, whole or damaged: not other people's files alone."""
+  try:
+    names = os.listdir(folder)
+  except OSError:  # such as a link to nothing
+    return True
+  own = (paths.manifest_file(folder).name, *_OWN)
+  return not names or any(fnmatch.filter(names, each) for each in own)
 
 
 def _recorded_accuracy(workdir: Path, step: int) -> float:
@@ -212,7 +229,7 @@ def remove_superseded(workdir: Path) -> None:
   kept = {max(found), max(found, key=lambda step: _rank(step, found[step]))}
   for step, accuracy in found.items():
     if step not in kept and not math.isnan(accuracy):
-      disk.remove(paths.checkpoint_folder(workdir, step))
+      disk.remove(paths.checkpoint_folder(workdir, step), _OWN)
 
 
 class CheckpointWriter:
@@ -290,7 +307,7 @@ class CheckpointWriter:
   ) -> None:
     """Writes a checkpoint, and then removes those that it supersedes; in the thread."""
     folder = paths.checkpoint_folder(self._workdir, step)
-    with disk.writing(folder), disk.replacing(folder) as draft:
+    with disk.writing(folder), disk.replacing(folder, own=_OWN) as draft:
       for name, tree in items.items():
         trees.write_tree(draft / name, tree, database=True)
       accuracy_file, bookmark_file = (

@@ -42,7 +42,7 @@ def write_start(
 
 def write_root_manifest(workdir: Path) -> None:
   """Writes the checksums of the files in a workdir itself that no person is to edit."""
-  files = [path(workdir) for path in (paths.model_file, paths.import_file)]
+  files = [path(workdir) for path in (paths.model_file, paths.import_file, paths.rounding_file)]
   content = disk.content(workdir, [path for path in files if path.exists()])
   disk.write_json(paths.manifest_file(workdir), content)
 
@@ -103,16 +103,22 @@ def read_roundings(workdir: Path) -> dict[str, Any]:
   Raises:
     InputError: the file is missing or damaged, or a field has a wrong value.
   """
-  return disk.read_json(paths.rounding_file(workdir), contents.ROUNDINGS)
+  return disk.read_whole(
+    lambda: workdir,
+    lambda snapshot: disk.read_json(
+      paths.rounding_file(snapshot.folder), contents.ROUNDINGS, snapshot.read_bytes
+    ),
+  )
 
 
 def write_roundings(workdir: Path, roundings: Mapping[str, Any]) -> None:
-  """Writes rounding.json.
+  """Writes rounding.json, and its checksum where the folder has checksums.
 
   Raises:
     InputError: the file cannot be written.
   """
   disk.write_json(paths.rounding_file(workdir), roundings)
+  disk.update_manifest(workdir, paths.rounding_file(workdir))
 
 
 def read_conversion_report(workdir: Path) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def read_best(
   key = step, _checksum(variables["batch_stats"])
 
   def read(snapshot: disk.Snapshot) -> tuple[dict[str, Any] | None, Any]:
-    if not snapshot.folder.exists():
+    if not _has_statistics(snapshot.folder):
       return None, None
     record = _read_record(snapshot)
     if (record["step"], record["checkpoint"]) != key:
@@ -230,24 +230,38 @@ def write_recalibrated(
   """
   record = {"step": step, "checkpoint": _checksum(replaced), **facts}
   folder = paths.recalibrated_folder(workdir)
-  with disk.replacing(folder, known=[paths.recalibration_file(folder).name]) as draft:
+  with disk.replacing(folder) as draft:
     trees.write_tree(paths.batch_stats_folder(draft), batch_stats)
     disk.write_json(paths.recalibration_file(draft), record)
     disk.write_manifest(draft)
   return record
 
 
-def remove_recalibrated(workdir: Path) -> None:
-  """Removes re-estimated statistics, so that the statistics of the checkpoint are used again.
+def remove_recalibrated(workdir: Path) -> bool:
+  """Removes re-estimated statistics, so that those of the checkpoint are used again.
+
+  Returns:
+    True if there were some.
 
   Raises:
-    InputError: the workdir holds no re-estimated statistics.
+    InputError: they cannot be removed.
   """
-  folder = paths.recalibrated_folder(workdir)
-  if not disk.current_folder(folder).exists():
-    raise InputError(f"{workdir} holds no re-estimated statistics, so there is nothing to undo")
   disk.sweep(workdir)  # Puts an old folder back that a kill between two renames has left.
-  disk.remove(folder)
+  folder = paths.recalibrated_folder(workdir)
+  if not _has_statistics(folder):
+    return False
+  own = (paths.recalibration_file(folder).name, paths.batch_stats_folder(folder).name)
+  disk.remove(folder, own)
+  return True
+
+
+def _has_statistics(folder: Path) -> bool:
+  """Checks whether a folder holds re-estimated statistics, whole or damaged.
+
+  Other people's files, which nobody removes, may be all that is left in it.
+  """
+  files = (paths.recalibration_file, paths.batch_stats_folder, paths.manifest_file)
+  return any(file(folder).exists() for file in files)
 
 
 def sweep(workdir: Path) -> None:

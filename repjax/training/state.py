@@ -95,8 +95,9 @@ def restore_newest(workdir: Path, like: TrainState) -> TrainState | None:
     return None
   step, items = runs.read_checkpoint(workdir, to_items(like))
   damaged = [number for number in found if number > step]
-  if damaged:
-    runs.note_newest(workdir, step)  # Before they are gone: the run continues from here on purpose.
+  if runs.newest_finished(workdir) != step:
+    # A kill came before the note about this checkpoint, or newer ones are damaged and go now.
+    runs.note_newest(workdir, step)
   for newer in damaged:
     target = runs.set_aside(workdir, newer)
     print(f"the damaged checkpoint of step {newer} is now in {target}", flush=True)

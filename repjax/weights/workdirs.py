@@ -58,7 +58,7 @@ def import_weights(
   Raises:
     InputError: the folder is not empty, or the weights cannot be read or do not fit.
   """
-  workdir = check_new(names.folder(workdir))
+  workdir = disk.check_new(names.folder(workdir))
   overrides = dict(overrides or {})
   if "features_only" in overrides:
     raise InputError("features_only is not part of an import; pass it to create_model afterwards")
@@ -150,7 +150,7 @@ def export_weights(
   target = names.file(target)
   if target.suffix != ".safetensors":
     raise InputError(f"{target} must end in .safetensors; call it {target.stem}.safetensors")
-  check_new(target)
+  disk.check_new(target)
   if form is None:
     form = "train" if runs.checkpoints(workdir) else "deploy"
   _, variables, spec = load(workdir, deploy=form == "deploy", verify=verify)
@@ -163,25 +163,6 @@ def export_weights(
   with disk.writing(target), disk.replacing_file(target, exists=False) as draft:
     save_file(state, draft, metadata={"format": "pt"})
   return state
-
-
-def check_new(path: Path) -> Path:
-  """Checks that a file or folder can be made at a path, and returns the path without links.
-
-  Raises:
-    InputError: the path exists and is not an empty folder, is the current folder, or leads through
-      a file.
-  """
-  path = disk.real(path)
-  if path.is_dir() and not any(path.iterdir()):
-    if path == Path.cwd():
-      raise InputError("the current folder cannot be replaced; give the path of a new one")
-  elif path.exists():
-    raise InputError(f"{path} exists already; give a different path, or remove it first")
-  nearest = next(parent for parent in path.parents if parent.exists())
-  if not nearest.is_dir():
-    raise InputError(f"{path} cannot be made: {nearest} is a file")
-  return path
 
 
 def _sha256(path: Path) -> str:

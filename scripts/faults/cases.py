@@ -154,7 +154,8 @@ class Preparation:
 
   @functools.cached_property
   def stopped(self) -> Path:
-    """A folder with a run that SIGTERM has stopped at its first evaluation."""
+    """A folder with a run that SIGTERM has stopped after its first checkpoint."""
+    final = _training_form(self.run.name)(self.run.parent)
     folder = self._base / "stopped"
     calls = self._server.run(_train(self.case / "run"), self.case, FAULTS["signal"]).calls
     shutil.rmtree(self.case)
@@ -162,7 +163,7 @@ class Preparation:
       shutil.rmtree(folder, ignore_errors=True)
       folder.mkdir(parents=True)
       self._server.run(_train(folder / "run"), folder, FAULTS["signal"], number)
-      if _training_form("run")(folder):
+      if _training_form("run")(folder) not in (None, final):
         return folder
     raise SystemExit("error: no signal stopped a run between its first and its last checkpoint")
 
@@ -220,21 +221,21 @@ class Preparation:
 
   def train(self) -> Case:
     """Trains a network."""
-    return self._training(self.nothing, beside=["run"])
+    return self._training(self.nothing)
 
   def continue_(self) -> Case:
     """Continues a run."""
-    return self._training(self.stopped, beside=["run"])
+    return self._training(self.stopped)
 
-  def _training(self, before: Path, beside: Sequence[str]) -> Case:
+  def _training(self, before: Path) -> Case:
     return Case(
       _train(self.case / "run"),
       before,
       {"train": _training_form("run"), "deploy": _deploy_form("run/deploy")},
-      ["run/deploy"],
-      beside,
-      {"train": self.states},
-      ["run/metrics.jsonl"],
+      targets=["run/deploy"],
+      beside=["run"],
+      between={"train": self.states},
+      growing=["run/metrics.jsonl"],
       in_steps=True,
     )
 
@@ -257,7 +258,6 @@ class Preparation:
       self.recalibrated,
       {"statistics": _training_form("run"), "deploy": _deploy_form("run")},
       ["run/recalibrated", "run/deploy"],
-      refuses=flag == "--undo",
     )
 
   def import_(self) -> Case:

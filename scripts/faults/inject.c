@@ -2,7 +2,8 @@
 
    A library for LD_PRELOAD: the functions below come before those of the C library with the same
    names. Each one asks `outcome_of` whether the call shall go on, and then calls the real function.
-   So calls of Python and calls of C++ libraries are all seen, from every thread.
+   So calls of Python and calls of C++ libraries are all seen, from every thread. A library that
+   calls the kernel itself is not seen: safetensors, in Rust, renames its temporary file so.
 
    Nothing is counted before `inject_arm`. The count lies in memory that a forked child shares with
    its parent, so a parent can read the count of a child that was killed. */

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from repjax import disk
-from repjax.data import open_source, storage
+from repjax.data import builders, open_source, storage
 from repjax.data.folder import prepare_folder
 from repjax.errors import InputError
 from tests.data.folders import files_below, fingerprints, refusal, stored
@@ -73,6 +73,17 @@ def test_a_folder_that_is_no_set_is_not_replaced(photos, tmp_path):
   text = refusal(photos, "pets", data_dir=tmp_path, replace=True)
   assert "holds files that repjax did not write" in text
   assert (tmp_path / "pets" / "1.0.0" / "thesis").exists()
+
+
+def test_a_set_opens_beside_its_unfinished_successor(photos, tmp_path):
+  made = prepare_folder(photos, "pets", data_dir=tmp_path)
+  draft = made.path.parent / ".1.0.0.repjax-0123abcd" / "new"
+  draft.mkdir(parents=True)
+  (draft / "features.json").touch()
+  assert builders.builder_of("pets", str(tmp_path)).version == "1.0.0"
+  (made.path / "features.json").write_text("")  # the check itself is still there
+  with pytest.raises(InputError, match=r"features\.json"):
+    builders.builder_of("pets", str(tmp_path))
 
 
 KILLED = """

@@ -185,6 +185,7 @@ def test_nothing_is_left_where_writing_fails(small, tmp_path, monkeypatch):
 
 
 def test_platforms_and_folders_are_checked_first(small, tmp_path):
+  (tmp_path / "theirs").touch()
   with pytest.raises(InputError, match="exists already"):
     repjax.deploy.export(*small, SPEC, tmp_path)
   with pytest.raises(InputError, match=r"unknown platform .gpu.; did you mean tpu or cpu"):

@@ -57,7 +57,7 @@ def replace_and_fail(path, error):
 def test_a_finished_folder_takes_the_place_of_the_old_one(tmp_path, old):
   if old is not None:
     make(tmp_path / "folder", **old)
-  replace(tmp_path / "folder")
+  replace(tmp_path / "folder", own=["more"])
   assert texts(tmp_path) == {"folder/file": "new"}
   assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
@@ -174,6 +174,7 @@ def test_what_a_folder_holds_of_other_people_moves_over(tmp_path):
   disk.write_manifest(path)
   make(path / "below", theirs="theirs")
   (path / "notes").symlink_to("nowhere")
+  (path / "data").symlink_to(tmp_path)
   for _ in range(2):
     with disk.replacing(path) as draft:
       (draft / "file").write_text("new")
@@ -181,6 +182,33 @@ def test_what_a_folder_holds_of_other_people_moves_over(tmp_path):
   assert set(texts(path)) == {"file", "below/theirs", "manifest.json"}
   assert (path / "file").read_text() == "new"
   assert os.readlink(path / "notes") == "nowhere"
+  assert os.readlink(path / "data") == str(tmp_path)
+
+
+@pytest.mark.parametrize("manifest", [None, "{"], ids=["missing", "damaged"])
+def test_without_a_manifest_names_tell_what_is_of_other_people(tmp_path, manifest):
+  path = make(tmp_path / "folder", file="old", shard0="old", theirs="theirs")
+  make(path / "params", stale="old")
+  make(path / "below", theirs="theirs")
+  if manifest is not None:
+    (path / "manifest.json").write_text(manifest)
+  with disk.replacing(path, own=["shard*"]) as draft:
+    (draft / "file").write_text("new")
+    make(draft / "params", fresh="new")
+  kept = {"theirs": "theirs", "below/theirs": "theirs"}
+  assert texts(path) == {"file": "new", "params/fresh": "new", **kept}
+  disk.remove(path, ["file", "params"])
+  assert texts(path) == kept
+
+
+def test_to_remove_a_folder_leaves_what_is_of_other_people(tmp_path):
+  path = make(tmp_path / "folder", file="old")
+  disk.write_manifest(path)
+  make(path / "below", theirs="theirs")
+  (path / "data").symlink_to(tmp_path)
+  disk.remove(path, ["file"])
+  assert {each.name for each in path.iterdir()} == {"below", "data"}
+  assert [each.name for each in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path):
@@ -192,6 +220,27 @@ def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path):
   assert texts(tmp_path) == {"deploy/thesis": "theirs"}
   make(path / "params")
   replace(path, known=["params"])
+
+
+def test_a_new_place_is_checked_before_any_work(tmp_path, monkeypatch):
+  make(tmp_path / "full", file="theirs")
+  make(tmp_path / "empty")
+  (tmp_path / "link").symlink_to("empty")
+  assert disk.check_new(tmp_path / "link") == tmp_path / "empty"
+  assert disk.check_new(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+  assert disk.check_place(tmp_path / "full" / "file") == tmp_path / "full" / "file"
+  for name in ("full", "full/file"):
+    with pytest.raises(InputError, match=f"{name} exists already"):
+      disk.check_new(tmp_path / name)
+  with pytest.raises(InputError, match="full/file cannot be a folder"):
+    disk.check_place(tmp_path / "full" / "file" / "a" / "b")
+  monkeypatch.chdir(tmp_path / "empty")
+  with pytest.raises(InputError, match="current folder cannot be replaced"):
+    disk.check_new(tmp_path / "link")
+  monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+  with pytest.raises(InputError, match=f"a/b cannot be written: .* in {tmp_path}. Change"):
+    disk.check_place(tmp_path / "a" / "b")
+  assert not (tmp_path / "a").exists()
 
 
 def test_of_a_link_the_folder_behind_it_is_replaced(tmp_path):
@@ -210,9 +259,9 @@ def test_of_a_link_the_folder_behind_it_is_replaced(tmp_path):
 def test_to_remove_a_link_leaves_what_it_names(tmp_path):
   make(tmp_path / "real", file="kept")
   (tmp_path / "link").symlink_to("real")
-  disk.remove(tmp_path / "link")
+  disk.remove(tmp_path / "link", [])
   assert texts(tmp_path) == {"real/file": "kept"}
-  disk.remove(tmp_path / "real")
+  disk.remove(tmp_path / "real", ["file"])
   assert list(tmp_path.iterdir()) == []
 
 

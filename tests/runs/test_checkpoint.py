@@ -293,9 +293,9 @@ def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(tmp_path, mo
     seen.append(("synced", sorted(each.name for each in (tmp_path / "checkpoints").iterdir())[-1]))
     real_sync(path)
 
-  def note_remove(path):
+  def note_remove(path, own):
     seen.append(("removed", path.name))
-    real_remove(path)
+    real_remove(path, own)
 
   monkeypatch.setattr(disk.folders, "sync", note_sync)
   monkeypatch.setattr(disk, "remove", note_remove)
@@ -351,6 +351,18 @@ def test_a_checkpoint_too_many_is_removed_and_of_a_link_the_link_alone(workdir):
   assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "8"}
   assert tiny.contents(workdir / "elsewhere") == before
   runs.remove_superseded(workdir / "none")
+
+
+def test_other_people_may_keep_files_in_a_checkpoint(workdir):
+  theirs = workdir / "checkpoints" / "4" / "notes.txt"
+  theirs.write_text("theirs")
+  save(workdir, {9: 0.9})
+  assert theirs.read_text() == "theirs"
+  assert [path.name for path in theirs.parent.iterdir()] == ["notes.txt"]
+  assert set(runs.checkpoints(workdir)) == {9}
+  save(workdir, {4: 0.95})
+  assert theirs.read_text() == "theirs"
+  assert set(runs.checkpoints(workdir)) == {4, 9}
 
 
 def test_checkpoints_may_be_a_link_to_a_different_folder(workdir):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax import disk, training
+from repjax import disk, runs, training
 from repjax.data import Source, open_source
 from repjax.errors import InputError
 from repjax.quantization import roundings_of, simulated
@@ -114,7 +114,7 @@ def _goes_on_as_it_began(config, workdir):
   facts = disk.read_json(path)
   scale, zero = facts["tensors"]["images"]
   facts["tensors"]["images"] = [2 * scale, zero]
-  disk.write_json(path, facts)
+  runs.write_roundings(workdir, facts)
   plan = planning.make_plan(config)
   roundings = quantization.begin(config, plan, None, workdir)
   assert roundings.tensors["images"] == [2 * scale, zero]

@@ -227,14 +227,27 @@ def test_recalibrating_changes_nothing_else_and_can_be_undone(
   assert {path: data for path, data in after.items() if path in before} == before
   assert {path.split("/")[0] for path in after.keys() - before.keys()} == {"recalibrated"}
   assert training.evaluate(tiny.config(digits_dir), workdir)["recalibrated"] == BATCHES
-  runs.remove_recalibrated(workdir)
+  assert runs.remove_recalibrated(workdir)
   assert tiny.contents(workdir) == before
   assert not list(workdir.glob("recalibrated*"))
   jax.tree.map(
     np.testing.assert_array_equal, repjax.load(workdir, deploy=False)[1], own_variables(workdir)
   )
-  with pytest.raises(InputError, match="holds no re-estimated statistics"):
-    runs.remove_recalibrated(workdir)
+  assert not runs.remove_recalibrated(workdir)
+
+
+def test_an_undo_leaves_the_files_of_other_people(recalibrated, workdir):
+  folder = workdir / "recalibrated"
+  for has_manifest in (True, False):
+    shutil.copytree(recalibrated[0] / "recalibrated", folder, dirs_exist_ok=True)
+    (folder / "notes.txt").write_text("theirs")
+    if not has_manifest:
+      (folder / "manifest.json").unlink()
+    assert runs.read_best(workdir, shapes_of(workdir))[2] is not None
+    assert runs.remove_recalibrated(workdir)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert runs.read_best(workdir, shapes_of(workdir))[2] is None
+    assert not runs.remove_recalibrated(workdir)
 
 
 def test_an_undo_that_is_killed_has_undone_and_leaves_nothing(recalibrated, tmp_path, monkeypatch):
