@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax import disk, names, runs, schema
+from repjax import disk, forks, names, runs, schema
 from repjax.errors import InputError
 from repjax.models import check_model, create_model, image_size_of
 from repjax.reparam import reparameterize
@@ -224,6 +224,7 @@ def load(
       f"{folder} holds a network as an ONNX file alone. Load the folder of the run or import from "
       "which the file was made"
     )
+  forks.refuse_lost_devices()
   variables = runs.read_best(folder, spec.variable_shapes(), verify=verify)[1]
   if deploy:
     variables = {"params": jax.jit(reparameterize)(variables["params"], variables["batch_stats"])}

@@ -222,11 +222,22 @@ def test_any_error_ends_one_image_of_a_stream_only(predictor, files, monkeypatch
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")
-def test_a_forked_process_says_that_it_would_wait_for_ever(predictor):
+@pytest.mark.parametrize(
+  "use",
+  [
+    lambda predictor: predictor([picture(1)]),
+    lambda predictor: predictor.program(np.zeros((1, 16, 16, 3), np.uint8)),
+    lambda predictor: next(predictor.stream([picture(1)])),
+    lambda _: repjax.init(repjax.create_model("repvgg_a0"), None, 32),
+    lambda _: repjax.deploy.compile(repjax.create_model("repvgg_a0"), {}, image_size=32),
+  ],
+  ids=["predictor", "program", "stream", "init", "compile"],
+)
+def test_a_forked_process_says_that_it_would_wait_for_ever(predictor, use):
   read, write = os.pipe()
   if (child := os.fork()) == 0:
     try:
-      predictor([picture(1)])
+      use(predictor)
     except InputError as error:
       os.write(write, str(error).encode())
     os._exit(0)
