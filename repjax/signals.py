@@ -106,7 +106,8 @@ class _Insistent:
   def __call__(self, number: int, frame: FrameType | None) -> None:
     """Handles a signal; Python calls this between any two instructions of the main thread."""
     again, self._again = self._again, False
-    if _is_in_foreign_call(frame) and self._may_wait():
+    insisted = self._waits_until is not None and not again  # by a person who presses Ctrl-C twice
+    if _is_in_foreign_call(frame) and not insisted and self._may_wait():
       self._look_again(number, _MOMENT)
     elif again and _is_on_its_way():
       self._look_again(number, _LONGER)

@@ -44,7 +44,7 @@ import safetensors.numpy
 from PIL import Image
 
 import repjax
-from repjax import disk
+from repjax import disk, runs
 from repjax.data import files, open_source, read_image, tfrecords, transforms
 from repjax.data.augmentation import crops
 from repjax.data.decode import Picture
@@ -202,7 +202,7 @@ def make_deploy(folder: Path) -> None:
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
   for name in ("old", "new"):
     (folder / name).mkdir()
-    trees.write_tree(folder / name / "params", zeros)
+    trees.write_tree(runs.params_folder(folder / name), zeros)
     spec.write(folder / name)
   disk.write_manifest(folder / "new")
 
@@ -231,7 +231,7 @@ def change(rng: random.Random, target: Path, others: list[bytes]) -> None:
   """Changes one file of a target, or removes one."""
   inside = sorted(path for path in target.rglob("*") if path.is_file()) or [target]
   # With their checksums, folders would show every change before anything else could go wrong.
-  for manifest in [path for path in inside if path.name == "manifest.json"]:
+  for manifest in [path for path in inside if path.name == disk.MANIFEST]:
     if rng.random() < 0.8:
       manifest.unlink()
       inside.remove(manifest)

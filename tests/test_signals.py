@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -98,6 +99,14 @@ def test_a_stop_waits_for_the_end_of_what_orbax_does():
   with signals.handled(stop), pytest.raises(signals.Preempted):
     work()
   assert done
+
+
+def test_a_second_signal_does_not_wait():
+  done = []
+  threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+  with signals.handled(stop), pytest.raises(signals.Stopped):
+    _in_orbax(done, 5)
+  assert not done
 
 
 def test_a_stop_does_not_wait_for_ever(monkeypatch):

@@ -63,7 +63,9 @@ def replacing(
 def replacing_file(path: Path, *, exists: bool = True) -> Iterator[Path]:
   """Yields the path of a file to write, and puts the file at `path` when the block ends well.
 
-  The guarantees are those of `replacing`. Several processes may write one file; the last one wins.
+  The guarantees are those of `replacing`. A file in the draft of a folder is written in its place,
+  since it shares the guarantees of the folder. Several processes may write one file; the last one
+  wins.
 
   Args:
     path: the file to make or replace.
@@ -76,6 +78,9 @@ def replacing_file(path: Path, *, exists: bool = True) -> Iterator[Path]:
   with writing(path, OSError), _parents(target):
     if target.is_dir():
       raise InputError(f"{path} cannot be a file: there is a folder of that name")
+    if any(map(is_private, target.parts)):
+      yield target  # Nobody reads a draft, which goes to the disk and gets its name as a whole.
+      return
     with private_folder(target, alone=False) as private:
       draft = private / NEW
       yield draft

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from repjax.errors import InputError
@@ -43,7 +44,7 @@ def check_flags(module: nn.Module) -> None:
   """Raises InputError if an attribute of a module that is True or False has a different value."""
   for field in dataclasses.fields(module):
     value = getattr(module, field.name, None)
-    if field.type in (bool, "bool") and not isinstance(value, bool):
+    if field.type in (bool, "bool") and not isinstance(value, bool | np.bool_):
       raise InputError(f"{field.name} takes True or False, got {value!r}")
 
 

@@ -361,6 +361,14 @@ def test_a_file_is_replaced_whole_through_links_too(tmp_path):
   assert texts(tmp_path) == {"file": "new", "real": "new"}
 
 
+def test_a_file_in_a_draft_needs_no_draft_of_its_own(tmp_path, monkeypatch):
+  with disk.replacing(tmp_path / "folder") as draft, monkeypatch.context() as patch:
+    # A private folder that could not be removed again would become a part of the new folder.
+    patch.setattr(folders, "private_folder", None)
+    disk.write_json(draft / "below" / "file.json", [1])
+  assert texts(tmp_path) == {"folder/below/file.json": "[\n  1\n]\n"}
+
+
 def test_a_disk_that_cannot_be_written_is_one_paragraph(tmp_path, monkeypatch):
   def refuse(*arguments, **options):
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))

@@ -72,7 +72,7 @@ class TestOutputs:
   def test_both_forms_agree_where_the_last_map_is_pooled(self):
     x, model, deploy = (
       random_input(2, 37, 70, 3),
-      *(tiny(deploy=d, act="gelu", **F64) for d in (0, 1)),
+      *(tiny(deploy=d, act="gelu", **F64) for d in (False, True)),
     )
     variables = random_variables(model, x)
 

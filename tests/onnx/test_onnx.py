@@ -363,6 +363,7 @@ def test_the_command_writes_a_folder_and_compares(run_command, small_folder, sma
   assert 0 < facts["checked"]["relative_error"] <= 1e-5
   assert {path.name for path in (tmp_path / "out").iterdir()} == {
     "export.json",
+    "manifest.json",
     "model.json",
     "model.onnx",
     "params",
