@@ -47,6 +47,11 @@ _COUNT = whole(0, 2**63 - 1)
 _AT_LEAST_1 = whole(1)
 _BELOW_1 = number(0, below=1)
 _SIDE = whole(1, 8_192)  # of an image, in pixels
+MEAN = items(number(-1_000_000, 1_000_000), length=3)
+STD = items(number(1e-6, 1_000_000), length=3)
+"""What is subtracted from pixels between 0 and 1, and what they are then divided by. Numbers beyond
+these bounds would make inputs that float32 does not hold.
+"""
 _RULES = {bool: boolean, int: whole(), float: number(), str: text(), tuple: items(attributes)}
 
 
@@ -182,13 +187,13 @@ FIELDS = (
     "mean",
     (0.485, 0.456, 0.406),
     "Mean of each channel, subtracted from values in 0 ... 1.",
-    items(number(), length=3),
+    MEAN,
   ),
   Field(
     "std",
     (0.229, 0.224, 0.225),
     "Standard deviation of each channel, by which the difference is divided.",
-    items(_ABOVE_0, length=3),
+    STD,
   ),
   Field(
     "augment",

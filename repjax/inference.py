@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from repjax import forks
 from repjax.errors import InputError, unknown
 from repjax.models.checks import check_image_size
-from repjax.reparam import reparameterize, training_scopes
+from repjax.reparam import FOLDS, reparameterize
 from repjax.spec import Preprocessing, shapes_of
 from repjax.trees import check_leaves, check_tree
 
@@ -59,6 +60,7 @@ def inference(
     InputError: an argument cannot be used, the variables do not fit the model, or the model has no
       deploy form.
   """
+  forks.refuse_lost_devices()
   check_image_size(image_size)
   dtype = checked_dtype(dtype)
   plain, tree = _deploy_form(model, variables, image_size)
@@ -156,7 +158,8 @@ def _deploy_form(
     tree = _without_head(tree, wanted)
   _check_fit(type(model).__name__, tree, wanted)
   check_leaves((), _where_floating(tree, wanted))
-  _warn_of_branches(type(model).__name__, tree["params"])
+  if "batch_stats" in tree:
+    _warn_of_branches(plain, image_size)
   return plain, tree
 
 
@@ -167,14 +170,33 @@ def _where_floating(tree: Any, wanted: Any) -> Any:
   return {name: _where_floating(value, wanted[name]) for name, value in tree.items()}
 
 
-def _warn_of_branches(name: str, params: Mapping[str, Any]) -> None:
+def training_layers(network: nn.Module, image_size: int | tuple[int, int]) -> list[str]:
+  """Lists the scopes of the layers of repjax in a network that are in training form.
+
+  The network is traced, because a scope can have any name.
+  """
+  found = []
+
+  def note(method: Any, arguments: Any, options: Any, context: Any) -> Any:
+    layer = context.module
+    if type(layer).__name__ in FOLDS and not layer.deploy:
+      found.append("/".join(layer.path))
+    return method(*arguments, **options)
+
+  trace: Any = shapes_of.__wrapped__  # the function without its memory of results
+  with nn.intercept_methods(note):
+    trace(network, image_size)
+  return list(dict.fromkeys(found))
+
+
+def _warn_of_branches(network: nn.Module, image_size: int | tuple[int, int]) -> None:
   """Warns if a network is about to be compiled or written with its branches."""
-  scopes = training_scopes(params)
+  scopes = training_layers(network, image_size)
   if scopes:
     warnings.warn(
-      f"{name} still has {len(scopes)} layers in training form, such as {scopes[0]}: every branch "
-      "is computed. Only an attribute called `deploy` is set here. Build the network with "
-      "deploy=True in these layers, and pass "
+      f"{type(network).__name__} still has {len(scopes)} layers in training form, such as "
+      f"{scopes[0]}: every branch is computed. Only an attribute called `deploy` is set "
+      "here. Build the network with deploy=True in these layers, and pass "
       '{"params": repjax.reparameterize(variables["params"], variables["batch_stats"])}',
       stacklevel=5,
     )

@@ -6,11 +6,10 @@ encoding, or no files at all.
 
 import collections
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from repjax import regular_files
 from repjax.errors import InputError
 from repjax.schema import MisfitError, Rule, anything, below
 
@@ -59,20 +58,12 @@ def opened(path: Path) -> BinaryIO:
   """Opens a file to read its bytes.
 
   Raises:
-    InputError: the file cannot be read, or is no regular file. A pipe would be waited for.
+    InputError: the file cannot be read, or is no regular file.
   """
-
-  def without_waiting(name: str, flags: int) -> int:
-    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
   try:
-    file = open(path, "rb", opener=without_waiting)  # noqa: SIM115 - the caller closes it
+    return regular_files.opened(path)
   except OSError as error:
     raise InputError(f"{path} cannot be read: {error.strerror}") from error
-  if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-    file.close()
-    raise InputError(f"{path} cannot be read: it is a pipe or a device. Put a file in its place")
-  return file
 
 
 def parse(data: bytes | str, rule: Rule = anything) -> Any:

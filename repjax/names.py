@@ -22,9 +22,13 @@ def file(name: str | os.PathLike[str]) -> Path:
     name: the name; it may hold any byte that the system allows.
 
   Raises:
-    InputError: the name is empty, too long, a URL, or holds a NUL byte.
+    InputError: the name is no text, empty, too long, a URL, or holds a NUL byte.
   """
-  text = os.fsdecode(name)
+  try:
+    text = os.fsdecode(name)
+  except TypeError as error:
+    kind = type(name).__name__
+    raise InputError(f"the name of a file or folder must be text or a path, got {kind}") from error
   shown = f"the name {_shown(text)}"
   if not text:
     raise InputError("the name of a file or folder is empty; use . for the current folder")

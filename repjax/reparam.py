@@ -104,22 +104,6 @@ def layer_name(scope: str, folds: Mapping[str, Fold] = FOLDS) -> str | None:
   return max(matches, key=len, default=None)
 
 
-def training_scopes(params: Tree) -> list[str]:
-  """Lists the paths of the layers of repjax in a tree that are in training form."""
-  found = []
-
-  def visit(tree: Tree, path: tuple[str, ...]) -> None:
-    for name, value in tree.items():
-      here = (*path, name)
-      if isinstance(value, Mapping) and layer_name(name) and not _is_plain(value):
-        found.append("/".join(here))
-      elif isinstance(value, Mapping):
-        visit(value, here)
-
-  visit(params, ())
-  return found
-
-
 def _is_plain(params: Tree) -> bool:
   """Returns True if the parameters of a layer are in deploy form."""
   return bool(_DEPLOY_KEYS & params.keys()) and "bn" not in params

@@ -216,7 +216,8 @@ def record(
     name: rule of unknown names; None: any string.
   """
   required = tuple(required)
-  wanted = f"a table of fields such as {', '.join([*(required or fields)][:3])}"
+  named = ", ".join([*(required or fields)][:3])
+  wanted = f"a table of fields such as {named}" if named else "a table"
 
   def check(value: Any, path: str) -> None:
     if not isinstance(value, Mapping):

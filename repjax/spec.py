@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax import disk, names, runs, schema
+from repjax import disk, forks, names, runs, schema
 from repjax.errors import InputError
 from repjax.models import check_model, create_model, image_size_of
 from repjax.reparam import reparameterize
@@ -213,6 +213,8 @@ def load(
     model, variables, spec = repjax.load("runs/digits")
     logits = model.apply(variables, spec.preprocessing.normalize(images))
   """
+  schema.check(deploy, schema.boolean, "deploy")
+  schema.check(verify, schema.boolean, "verify")
   folder = names.folder(workdir)
   if deploy and runs.find_deploy(folder) is not None:
     return runs.read_deploy(folder, _read_deploy, verify=verify)
@@ -222,6 +224,7 @@ def load(
       f"{folder} holds a network as an ONNX file alone. Load the folder of the run or import from "
       "which the file was made"
     )
+  forks.refuse_lost_devices()
   variables = runs.read_best(folder, spec.variable_shapes(), verify=verify)[1]
   if deploy:
     variables = {"params": jax.jit(reparameterize)(variables["params"], variables["batch_stats"])}

@@ -24,13 +24,18 @@ def check_tree(where: str, tree: Any) -> None:
   """
   if not isinstance(tree, Mapping):
     raise InputError(f"{where} must be nested dictionaries of arrays, got {_kind(tree)}")
-  flat = next((key for key in tree if isinstance(key, tuple) or "/" in str(key)), None)
+  flat = next((key for key, value in tree.items() if _is_path(key, value)), None)
   if flat is not None:
-    separator = "" if isinstance(flat, tuple) else ', sep="/"'
+    separator = "" if isinstance(flat, tuple) else f', sep="{"/" if "/" in flat else "."}"'
     raise InputError(
       f"{where} must be nested dictionaries, got a flat one with the key "
       f"{printable(repr(flat), 100)}. Nest it: flax.traverse_util.unflatten_dict(tree{separator})"
     )
+  for path, _ in _leaves(tree):
+    if odd := [key for key in path if not isinstance(key, str | tuple)]:
+      raise InputError(
+        f"{where} must have names of scopes for keys, got {printable(repr(odd[0]), 100)}"
+      )
   shapes = {path: jnp.shape(leaf) for path, leaf in _leaves(tree) if hasattr(leaf, "shape")}
   kernels = [len(shape) for path, shape in shapes.items() if path[-1] == "kernel"]
   if not kernels or any(rank - 1 not in _RANKS or rank in _RANKS for rank in kernels):
@@ -65,6 +70,13 @@ def check_leaves(path: tuple[str, ...], tree: Any) -> None:
         if jnp.issubdtype(leaf.dtype, jnp.integer)
         else f"{place} must hold floating-point numbers, got {leaf.dtype}"
       )
+
+
+def _is_path(key: Any, value: Any) -> bool:
+  """Tells if a key of a tree is the path of a leaf, not the name of a scope."""
+  if isinstance(key, tuple):
+    return True
+  return isinstance(key, str) and ("/" in key or ("." in key and not isinstance(value, Mapping)))
 
 
 def _leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

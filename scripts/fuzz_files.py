@@ -77,7 +77,7 @@ class Reader(NamedTuple):
 
 
 class Finding(NamedTuple):
-  """What went wrong in an attempt; findings with the same signature count as one."""
+  """A fault that an attempt has shown. Findings with the same signature count as one."""
 
   signature: str
   text: str
@@ -113,10 +113,10 @@ def make_pictures(folder: Path) -> None:
 
 def read_picture(path: Path) -> None:
   """Reads a picture as preparation, prediction, evaluation and training do."""
-  fault = find_fault(files.read(path))
+  fault = find_fault(path.read_bytes())
   try:
     read_image(path, PREPROCESSING)
-    picture = Picture(files.read(path), str(path))
+    picture = Picture(path.read_bytes(), str(path))
     transforms.ten_crop(picture, 32, 36, "bicubic")
     crops.random_resized_crop()(picture, 32, "bilinear", np.random.default_rng(0))
   except InputError:
@@ -523,10 +523,7 @@ def copy_target(source: Path, target: Path) -> None:
 def report(name: str, finding: Finding, target: Path, kept: Path) -> None:
   """Prints a finding, and keeps what was read."""
   kept.mkdir(parents=True, exist_ok=True)
-  copy = kept / target.name
-  shutil.copytree(target, copy, dirs_exist_ok=True) if target.is_dir() else shutil.copy(
-    target, copy
-  )
+  copy_target(target, kept / target.name)
   (kept / "finding.txt").write_text(f"{finding.signature}\n\n{finding.text}\n", errors="replace")
   print(f"{name}: {finding.signature}, kept in {kept}", flush=True)
 

@@ -11,9 +11,8 @@ from flax.traverse_util import flatten_dict
 
 import repjax
 from repjax.errors import InputError
+from repjax.inference import training_layers
 from repjax.layers import RepConv, linear
-from repjax.reparam import training_scopes
-from repjax.spec import shapes_of
 from tests.helpers import random_variables
 from tests.models import families
 from tests.training import tiny
@@ -47,6 +46,14 @@ WRONG_TREES = {
   "flat, with slashes": (
     lambda v: {name: flatten_dict(tree, sep="/") for name, tree in v.items()},
     'flat one.*unflatten_dict.tree, sep="/"',
+  ),
+  "flat, with dots": (
+    lambda v: {name: flatten_dict(tree, sep=".") for name, tree in v.items()},
+    'flat one.*unflatten_dict.tree, sep="."',
+  ),
+  "numbers for names": (
+    lambda v: {name: {0: tree} for name, tree in v.items()},
+    "names of scopes for keys, got 0",
   ),
   "flat, with tuples": (
     lambda v: {name: flatten_dict(tree) for name, tree in v.items()},
@@ -130,6 +137,25 @@ def test_flags_of_models_are_true_or_false(name, value):
 
 
 @pytest.mark.parametrize("value", FLAGS, ids=repr)
+@pytest.mark.parametrize("name", ["deploy", "verify"])
+def test_flags_of_load_are_true_or_false(tmp_path, name, value):
+  with pytest.raises(InputError, match=f"{name} must be true or false, got {value!r}"):
+    repjax.load(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("value", ["3", True, 2.5, None, 0], ids=repr)
+def test_the_number_of_classes_is_a_whole_number(value):
+  with pytest.raises(InputError, match=f"num_classes must be .* got {value!r}"):
+    repjax.create_model("repvgg_a0", num_classes=value)
+
+
+@pytest.mark.parametrize("name", [None, 5, ["a"]], ids=repr)
+def test_the_name_of_a_folder_is_text_or_a_path(name):
+  with pytest.raises(InputError, match=f"text or a path, got {type(name).__name__}"):
+    repjax.load(name)
+
+
+@pytest.mark.parametrize("value", FLAGS, ids=repr)
 def test_flags_of_layers_are_true_or_false(value):
   with pytest.raises(InputError, match=f"deploy takes True or False, got {value!r}"):
     RepConv(4, deploy=value).init(jax.random.key(0), np.zeros((1, 8, 8, 4), np.float32))
@@ -142,7 +168,9 @@ def test_dtypes_of_models_are_floating_point(name, value):
     repjax.create_model("repvgg_a0", **{name: value})
 
 
-@pytest.mark.parametrize("size", ["64", 64.0, [64, 64], (64,), (64, "64"), True, None], ids=repr)
+@pytest.mark.parametrize(
+  "size", ["64", 64.0, [64, 64], (64,), (64, "64"), True, None, 10**9], ids=repr
+)
 def test_sizes_of_images_are_whole_numbers(model, variables, size):
   for call in (
     lambda: repjax.init(model, jax.random.key(0), image_size=size),
@@ -176,10 +204,12 @@ class Fused(nn.Module):
   """Somebody's network, whose attribute for the deploy form is not called `deploy`."""
 
   fused: bool = False
+  layer_name: str | None = None
 
   @nn.compact
   def __call__(self, x, train=False):
-    x = nn.relu(RepConv(4, ("conv3x3", "conv1x1"), deploy=self.fused)(x, train))
+    layer = RepConv(4, ("conv3x3", "conv1x1"), deploy=self.fused, name=self.layer_name)
+    x = nn.relu(layer(x, train))
     return linear(x.mean((1, 2)), 3, name="head", dtype=jnp.float32, param_dtype=jnp.float32)
 
 
@@ -203,6 +233,9 @@ def test_a_network_that_keeps_its_branches_is_warned_of(tmp_path, write):
     UserWarning, match=r"1 layers in training form, such as RepConv_0.*deploy=True"
   ):
     call(Fused(), held, "a")
+  named = Fused(layer_name="stem")
+  with pytest.warns(UserWarning, match=r"1 layers in training form, such as stem:"):
+    call(named, random_variables(named, IMAGES), "c")
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     call(Fused(fused=True), plain, "b")
@@ -211,8 +244,5 @@ def test_a_network_that_keeps_its_branches_is_warned_of(tmp_path, write):
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_deploy_forms_hold_no_layer_in_training_form(name):
   size = 64 if name != "repmlp_cifar" else 16
-  train, plain = (
-    shapes_of(families.small(name, deploy=deploy), size)["params"] for deploy in (False, True)
-  )
-  assert training_scopes(train)
-  assert not training_scopes(plain)
+  assert training_layers(families.small(name), size)
+  assert not training_layers(families.small(name, deploy=True), size)

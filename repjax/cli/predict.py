@@ -18,11 +18,12 @@ import csv
 import itertools
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repjax import disk
+from repjax import disk, regular_files
 from repjax.cli import flags
 from repjax.data import files
 from repjax.errors import InputError, one_paragraph, printable
@@ -62,6 +63,8 @@ def main(argv: Sequence[str]) -> None:
   with one_paragraph(), contextlib.ExitStack() as stack:
     check_arguments(arguments)
     images = image_files(arguments.images)
+    if arguments.csv:
+      refuse_to_replace(arguments.csv, [*arguments.images, *images])
     predictor = Predictor(
       arguments.workdir,
       dtype=arguments.dtype,
@@ -95,9 +98,25 @@ def check_arguments(arguments: argparse.Namespace) -> None:
   path = arguments.csv
   if path is None:
     return
-  if os.path.exists(path) and not files.is_regular(path):
+  if os.path.exists(path) and not regular_files.is_regular(path):
     raise InputError(f"{printable(path)} cannot be written: it is no file; give a different name")
   disk.check_place(path)
+
+
+def refuse_to_replace(path: Path, inputs: Sequence[Path]) -> None:
+  """Raises if a table would take the place of an image or of a list.
+
+  Raises:
+    InputError: the path is that of an input.
+  """
+  for each in inputs:
+    # Names are compared first, since looking up a million files takes long.
+    both = each.name == path.name and os.path.exists(each) and os.path.exists(path)
+    if both and os.path.samefile(each, path):
+      raise InputError(
+        f"{printable(path)} is read as an image or a list, and --csv would replace it; give a "
+        "different name"
+      )
 
 
 def image_files(images: Sequence[Path]) -> list[Path]:
@@ -155,12 +174,18 @@ def cell(text: str) -> str:
   References:
     OWASP, CSV Injection. https://owasp.org/www-community/attacks/CSV_Injection
   """
-  return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+  # Some programs skip blanks in front, and read the wide forms of these signs as the usual ones.
+  plain = unicodedata.normalize("NFKC", text)
+  risky = plain.startswith(("\t", "\r", "\n")) or plain.lstrip().startswith(("=", "+", "-", "@"))
+  return f"'{text}" if risky else text
 
 
 def batch_size(given: int | None, count: int) -> int:
-  """Returns the batch size that was given, or the one that fits `count` images."""
-  return smallest_batch_size(count) if given is None else given
+  """Returns the batch size that was given, or the one that fits `count` images.
+
+  A batch larger than all images together would be filled up with nothing.
+  """
+  return smallest_batch_size(count) if given is None else min(given, count)
 
 
 def smallest_batch_size(count: int) -> int:

@@ -69,6 +69,8 @@ def _reason(error: BaseException) -> str:
   """Returns what an error says, in one line."""
   if isinstance(error, MemoryError):
     return "it needs more memory than there is"
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
   return printable(" ".join(str(error).split())[:300]) or type(error).__name__
 
 
@@ -103,11 +105,14 @@ class Picture:
     """Returns the width and height of the stored pixels, before any rotation."""
     image = self.image
     if isinstance(image, np.ndarray):
+      formats.check_size(image.shape[1], image.shape[0], formats.MOST_PIXELS)
       return image.shape[1], image.shape[0]
     if isinstance(image, Image.Image):
       self._opened, self._orientation = image, formats.orientation_of(image)
       formats.check_size(*image.size, formats.MOST_PIXELS)
       return image.size
+    if not image:
+      raise ValueError("empty file")
     is_jpeg = image[:2] == b"\xff\xd8"
     header = formats.jpeg_header(image) if is_jpeg else None
     if is_jpeg and header is None:

@@ -1,17 +1,15 @@
 """Files and folders that users name: what is read, what is found, and how a list is understood.
 
-Nothing here trusts a name. A pipe or a device is not read, a link in a circle is not followed
-twice, and a file that is too large is refused before anything is allocated.
+Nothing here trusts a name. A link in a circle is not followed twice, and a list that is too large
+is refused before anything is allocated.
 """
 
-import errno
 import os
-import stat
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
+from repjax import regular_files
 from repjax.errors import InputError, printable
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -19,50 +17,6 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LARGEST = 2**29
 """Bytes of the largest image file that is read."""
 _LARGEST_LIST = 2**26
-
-
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-  """Opens a regular file, or a link to one, to read its bytes.
-
-  Raises:
-    OSError: the file cannot be read, or is a pipe, a socket or a device.
-  """
-  if "\0" in os.fsdecode(path):
-    raise OSError(errno.EINVAL, "its name holds a NUL character, which no file has")
-  # Without O_NONBLOCK, opening a pipe would wait until a different program writes to it.
-  file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-  mode = os.fstat(file).st_mode
-  if stat.S_ISREG(mode):
-    return open(file, "rb")
-  os.close(file)
-  if stat.S_ISDIR(mode):
-    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-  raise OSError(errno.EINVAL, "it is no file but a pipe, a socket or a device", os.fspath(path))
-
-
-def read(path: str | os.PathLike[str], largest: int = LARGEST) -> bytes:
-  """Reads a regular file.
-
-  Args:
-    path: path of the file, which may be a link.
-    largest: number of bytes that the file may have.
-
-  Raises:
-    OSError: as in `open_regular`, or the file is too large.
-  """
-  with open_regular(path) as stream:
-    size = os.fstat(stream.fileno()).st_size
-    if size > largest:
-      raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {largest:,} are read")
-    return stream.read()
-
-
-def is_regular(path: str | os.PathLike[str]) -> bool:
-  """Tells if a path, or the target of a link, is a regular file."""
-  try:
-    return stat.S_ISREG(os.stat(path).st_mode)
-  except (OSError, ValueError):
-    return False
 
 
 def walk(folder: str | os.PathLike[str], problems: list[str]) -> Iterator[str]:
@@ -135,7 +89,7 @@ def read_list(path: str | os.PathLike[str]) -> list[Path]:
     InputError: the file cannot be read or is no text.
   """
   try:
-    text = _decoded(read(path, _LARGEST_LIST))
+    text = _decoded(regular_files.read(path, _LARGEST_LIST))
   except (OSError, UnicodeError) as error:
     reason = getattr(error, "strerror", None) or error
     raise InputError(f"{printable(path)} cannot be read as a list of paths: {reason}") from error
@@ -151,14 +105,16 @@ def _decoded(data: bytes) -> str:
     UnicodeError: the bytes are no text.
   """
   if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-    return data.decode("utf-16")
+    text = data.decode("utf-16")
   # No path holds a zero byte. Every second byte of western text in UTF-16 is zero.
-  if b"\0" in data[:2]:
-    return data.decode("utf-16-be" if data[0] == 0 else "utf-16-le")
-  if b"\0" in data:
-    raise UnicodeError("it holds zero bytes, so it is no text")
-  # The name of a file may be any bytes. The escapes stand for bytes that are not UTF-8.
-  return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+  elif b"\0" in data[:2]:
+    text = data.decode("utf-16-be" if data[0] == 0 else "utf-16-le")
+  else:
+    # The name of a file may be any bytes. The escapes stand for bytes that are not UTF-8.
+    text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+  if "\0" in text:
+    raise UnicodeError("it is neither UTF-8 nor UTF-16, or no text")
+  return text.removesuffix("\x1a")  # with which editors for DOS end a text
 
 
 def _existing(line: str) -> Path:

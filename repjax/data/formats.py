@@ -81,12 +81,11 @@ def check_size(width: int, height: int, length: int) -> None:
     length: bytes of the encoded image.
 
   Raises:
-    UnknownFormatError: the image has no pixels.
-    ValueError: the image has too many pixels.
+    ValueError: the image has no pixels, or too many.
   """
   pixels = width * height
   if width < 1 or height < 1:
-    raise UnknownFormatError
+    raise ValueError(f"it has {width} x {height} pixels, and needs at least one")
   if pixels > MOST_PIXELS:
     raise ValueError(
       f"it has {width} x {height} pixels, and at most {MOST_PIXELS:,} are decoded; make it smaller"

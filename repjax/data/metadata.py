@@ -14,8 +14,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from repjax import json_files
-from repjax.data import files
+from repjax import json_files, regular_files
 from repjax.schema import MisfitError
 
 MOST_CLASSES = 10**6
@@ -77,7 +76,7 @@ def _refuse(path: Path, problem: str) -> ValueError:
 def _read(path: Path) -> bytes:
   """Returns the bytes of a file of metadata."""
   try:
-    return files.read(path, _LARGEST)
+    return regular_files.read(path, _LARGEST)
   except OSError as error:
     raise _refuse(path, error.strerror or str(error)) from error
 
@@ -207,6 +206,10 @@ def _check_labels(path: Path) -> None:
   data = _read(path)
   if data.count(b"\n") > MOST_CLASSES:
     raise _refuse(path, f"it has more than {MOST_CLASSES:,} names")
+  if not data.strip():  # TFDS would take numbers for names
+    raise _refuse(path, "it is empty")
+  if data.startswith(b"\xef\xbb\xbf") or b"\0" in data:
+    raise _refuse(path, "it holds a byte order mark or zero bytes, which no name of a class has")
   try:
     data.decode()
   except UnicodeDecodeError as error:

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from repjax import regular_files
 from repjax.data import files
-from repjax.data.decode import REDUCTIONS, Picture, fault_of
+from repjax.data.decode import REDUCTIONS, Picture, fault_of, image_errors
 from repjax.errors import InputError
 
 
@@ -35,13 +36,12 @@ def read_image_file(path: Path, name: str, label: int) -> ImageFile:
   """Reads a file and checks whether it is an image; a problem becomes the result's `fault`."""
   data, digest = b"", b""
   try:
-    data = files.read(path)
-    digest = hashlib.sha256(data).digest()
+    with image_errors(name):
+      data = regular_files.read(path, files.LARGEST)
+      digest = hashlib.sha256(data).digest()
     fault = find_fault(data)
-  except OSError as error:
-    fault = error.strerror or str(error)
-  except MemoryError:
-    fault = "it needs more memory than there is"
+  except InputError as error:
+    fault = fault_of(error)
   return ImageFile(name, label, data if fault is None else b"", digest, fault)
 
 
@@ -50,8 +50,6 @@ def find_fault(data: bytes) -> str | None:
 
   The rules are those of `Picture`, which training, evaluation and predictions read images by.
   """
-  if not data:
-    return "empty file"
   try:
     # A JPEG is decoded at an eighth of its size. All of its bytes are read, in less time.
     Picture(data).pixels(max(REDUCTIONS))

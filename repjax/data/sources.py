@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 
-from repjax.data import files
+from repjax import regular_files
 from repjax.data.builders import digits_builder, find_builder, tfds_errors
 from repjax.errors import InputError, printable, unknown
 
@@ -189,7 +189,7 @@ def _stored_records(name: str, builder: tfds.core.DatasetBuilder, split: str) ->
   # The set may be stored in two formats; its metadata then gives the file names of the first one.
   template = info.filename_template.replace(filetype_suffix="array_record")
   stored = info.replace(filename_template=template)
-  missing = [path.name for path in stored.filepaths if not files.is_regular(path)]
+  missing = [path.name for path in stored.filepaths if not regular_files.is_regular(path)]
   if missing:
     raise InputError(
       f"{name} in {builder.data_path} is incomplete: {len(missing)} of its "

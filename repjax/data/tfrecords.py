@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import google_crc32c
 from tqdm import tqdm
 
-from repjax import disk, json_files
-from repjax.data import files, storage
+from repjax import disk, json_files, regular_files
+from repjax.data import storage
 from repjax.data.builders import builder_of, file_formats
 from repjax.errors import InputError
 from repjax.schema import anything, items, record, text
@@ -67,7 +67,9 @@ def prepare_tfrecord(
     found = f"is stored as {formats[0]}" if formats else "does not exist"
     raise InputError(f"there is no TFRecord set to copy: {folder} {found}")
   shards = _shards(builder)
-  if missing := [shard.source.name for shard in shards if not files.is_regular(shard.source)]:
+  if missing := [
+    shard.source.name for shard in shards if not regular_files.is_regular(shard.source)
+  ]:
     raise InputError(
       f"{name} in {folder} is incomplete: {len(missing)} of its {len(shards)} files are missing, "
       f"such as {missing[0]}. Copy the set to this place again"
@@ -129,7 +131,7 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
   Raises:
     InputError: the file is cut off or damaged.
   """
-  with files.open_regular(path) as file:
+  with regular_files.opened(path) as file:
     index, size = 0, os.fstat(file.fileno()).st_size
     while header := file.read(12):
       whole = len(header) == 12

@@ -10,8 +10,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from repjax import regular_files
 from repjax.data import files
 from repjax.data.decode import Picture, image_errors
+from repjax.data.formats import FREE_PIXELS
 from repjax.errors import InputError, printable
 
 
@@ -81,7 +83,7 @@ def read_image(
   name = name or ("the image" if isinstance(file, bytes) else os.fsdecode(file))
   with image_errors(name):
     try:
-      data = file if isinstance(file, bytes) else files.read(file)
+      data = file if isinstance(file, bytes) else regular_files.read(file, files.LARGEST)
     except OSError as error:
       raise InputError(f"{printable(name)} cannot be read: {error.strerror}") from error
     size, resize_size = preprocessing.image_size, preprocessing.resize_size
@@ -142,8 +144,8 @@ def _crops(
     interpolation: a key of INTERPOLATIONS.
   """
   pixels = picture.pixels()
-  if max(shape) > _LONGEST * min(shape):
-    return [_cut_of_long(pixels, shape, *corner, size, interpolation) for corner in corners]
+  if max(shape) > _LONGEST * min(shape) or shape[0] * shape[1] > FREE_PIXELS:
+    return [_cut_of_large(pixels, shape, *corner, size, interpolation) for corner in corners]
   if shape != (picture.width, picture.height):
     pixels = resize(pixels, shape, interpolation)
   return [pixels[top : top + size, left : left + size] for top, left in corners]
@@ -153,7 +155,7 @@ _LONGEST = 8
 """Ratio of the sides above which an image is not resized as a whole."""
 
 
-def _cut_of_long(
+def _cut_of_large(
   pixels: np.ndarray,
   shape: tuple[int, int],
   top: int,
@@ -163,7 +165,8 @@ def _cut_of_long(
 ) -> np.ndarray:
   """Returns a square of the resized image, and resizes no more than the square.
 
-  A file of a hundred bytes can hold 20,000 x 1 pixels, which would become gigabytes. Other images
+  A file of a hundred bytes can hold 20,000 x 1 pixels, which would become gigabytes. So would an
+  image of any size, if a model asks for a shorter side of thousands of pixels. Other images
   are resized as a whole, because Pillow takes the corners of a part as float32. The pixels of a
   part can therefore differ in the last bit, and "nearest" can choose a different pixel.
   """

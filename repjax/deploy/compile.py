@@ -9,11 +9,13 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from repjax import forks
 from repjax.cache import keep_every_program
 from repjax.deploy.devices import PlacedTree
 from repjax.deploy.streams import PlacedStreams, device_groups
 from repjax.errors import InputError, unknown
 from repjax.inference import inference
+from repjax.schema import MisfitError, items, shown, whole
 from repjax.spec import Preprocessing
 
 BATCH_SIZES = (1, 8, 32)
@@ -56,6 +58,7 @@ class CompiledModel:
       devices: devices of this process; None takes all.
       place: copies a tree to devices; `PlacedTree`, or `PlacedStreams` for a network in streams.
     """
+    forks.refuse_lost_devices()
     self.batch_sizes = _checked_batch_sizes(batch_sizes)
     self.image_size, self.input_dtype = image_size, np.dtype(input_dtype)
     self.plans, self._programs = {}, {}
@@ -76,8 +79,10 @@ class CompiledModel:
       a model with `features_only`.
 
     Raises:
-      InputError: the images have a different rank, size or dtype.
+      InputError: the images have a different rank, size or dtype; or this process was forked from
+        one that had used JAX.
     """
+    forks.refuse_lost_devices()
     self._check(images)
     largest, count = self.batch_sizes[-1], len(images)
     if count not in self.batch_sizes:
@@ -209,7 +214,15 @@ def compile(  # noqa: A001
 
 def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
   """Returns batch sizes in ascending order, each once; raises InputError if one is not positive."""
-  sizes = (batch_sizes,) if isinstance(batch_sizes, int) else tuple(batch_sizes)
-  if not sizes or not all(type(size) is int and size > 0 for size in sizes):
-    raise InputError(f"batch_sizes must be whole numbers above 0 like (1, 8, 32), got {sizes}")
-  return tuple(sorted(set(sizes)))
+  given: Any = batch_sizes
+  several = isinstance(given, Iterable) and not isinstance(given, str)
+  sizes: tuple[Any, ...] = tuple(given) if several else (given,)
+  try:
+    items(whole(1)).check(sizes, "")
+  except MisfitError:
+    sizes = ()
+  if not sizes:
+    raise InputError(
+      f"batch_sizes must be whole numbers above 0 like (1, 8, 32), got {shown(given)}"
+    )
+  return tuple(sorted({int(size) for size in sizes}))

@@ -1,6 +1,7 @@
 """`Predictor`: computes class probabilities of image files or pixels."""
 
 import itertools
+import numbers
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Union
 import jax
 import numpy as np
 
-from repjax import forks
+from repjax import forks, schema
 from repjax.cache import keep_every_program
 from repjax.deploy.compile import BATCH_SIZES, compile  # noqa: A004
 from repjax.errors import InputError, printable
@@ -114,21 +115,23 @@ class Predictor:
       k: number of labels; all K if k is larger.
 
     Raises:
-      InputError: k is below 1.
+      InputError: k is no whole number above 0.
     """
-    if k < 1:
-      raise InputError(f"the number of labels must be 1 or more, got {k}")
+    if not isinstance(k, numbers.Integral) or k < 1:
+      raise InputError(f"the number of labels must be 1 or more, got {schema.shown(k)}")
     order = np.argsort(-row, kind="stable")[:k]
     return [(self.labels[index], float(row[index])) for index in order]
 
-  def stream(self, images: Iterable[Image]) -> Iterator[tuple[Image, np.ndarray | InputError]]:
+  def stream(
+    self, images: Image | Iterable[Image]
+  ) -> Iterator[tuple[Image, np.ndarray | InputError]]:
     """Yields the probabilities of any number of images, in order.
 
     While one batch is on the device, threads decode the next batch and no more than that. An image
     that cannot be read does not stop the stream, whatever is wrong with it.
 
     Args:
-      images: images, taken from the iterable as they are needed.
+      images: images, taken from the iterable as they are needed, or one image.
 
     Yields:
       The image as it was given, and its probabilities (K,), or the error if it cannot be read.
@@ -140,7 +143,7 @@ class Predictor:
       # A generator: each `next` submits one batch to the threads and does not wait for them.
       batches = (
         [(image, threads.submit(self._read_or_error, image)) for image in batch]
-        for batch in _batched(images, size)
+        for batch in _batched(_several(images), size)
       )
       waiting = next(batches, None)
       while waiting is not None:
@@ -204,9 +207,10 @@ def name_of(image: Image) -> str:
   """Returns the name of an image in messages: its path where it has one."""
   path = image if isinstance(image, str | os.PathLike) else getattr(image, "name", None)
   path = path or getattr(image, "filename", None)  # which images of Pillow have
-  if isinstance(path, str | bytes | os.PathLike) and path:
-    return printable(os.fsdecode(path))
-  return "the image"
+  try:
+    return printable(os.fsdecode(path)) if path else "the image"
+  except Exception:  # not a path; and somebody's class of paths can raise anything
+    return "the image"
 
 
 def _bytes_of(file: Any, name: str) -> bytes:
@@ -220,6 +224,8 @@ def _bytes_of(file: Any, name: str) -> bytes:
   data = file.read(LARGEST + 1)
   if not isinstance(data, bytes):
     raise InputError(f"{name} must be opened to read bytes, as by open(path, 'rb')")
+  if not data:
+    raise InputError(f"{name} gives no bytes. If it was read before, go back by seek(0)")
   if len(data) > LARGEST:
     raise InputError(f"{name} cannot be read: it has more than {LARGEST:,} bytes")
   return data
@@ -241,11 +247,19 @@ def _is_pillows(image: Any) -> bool:
 
 
 def _several(images: Any) -> Iterable[Image]:
-  """Returns an iterable of images; a single image is put in a list."""
+  """Returns an iterable of images; a single image is put in a list.
+
+  Raises:
+    InputError: what was given is neither.
+  """
   single = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview)
   # An open file is iterable too: over its lines.
   single = single or hasattr(images, "read") or _is_pillows(images)
-  return [images] if single or (isinstance(images, np.ndarray) and images.ndim < 4) else images
+  if single or (isinstance(images, np.ndarray) and images.ndim < 4):
+    return [images]
+  if not isinstance(images, Iterable):
+    raise InputError(f"images must be one image or several, got {schema.shown(images)}")
+  return images
 
 
 def _batched(images: Iterable[Image], size: int) -> Iterator[list[Image]]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from repjax import json_files
+from repjax import json_files, regular_files
 from repjax.errors import InputError
 from repjax.schema import below, record, table, text
 
@@ -62,7 +62,7 @@ def with_file(folder: Path, path: Path) -> dict[str, Any] | None:
   None if the folder has no manifest that can be read.
   """
   try:
-    files = _parse(folder, (folder / MANIFEST).read_bytes())
+    files = _parse(folder, _bytes_of(folder))
   except (OSError, InputError):
     return None
   name = path.relative_to(folder).as_posix()
@@ -75,7 +75,7 @@ def listed(folder: Path) -> frozenset[str] | None:
   None if the folder has no manifest that can be read.
   """
   try:
-    return frozenset({MANIFEST, *_parse(folder, (folder / MANIFEST).read_bytes())})
+    return frozenset({MANIFEST, *_parse(folder, _bytes_of(folder))})
   except (OSError, InputError):
     return None
 
@@ -96,12 +96,15 @@ class Snapshot:
       verify: compare files with the manifest.
 
     Raises:
-      InputError: the manifest is damaged.
+      InputError: the manifest is damaged or cannot be read.
     """
     self.folder, self.verify = folder, verify
     self._files: dict[str, str] | None = None
     self._compared: set[str] = set()
-    data = _read_manifest(folder) if verify else None
+    try:
+      data = _read_manifest(folder) if verify else None
+    except OSError as error:
+      raise InputError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from error
     if data is not None:
       self._files = _parse(folder, data)
 
@@ -212,9 +215,18 @@ def _identity(folder: Path) -> Any:
 
 def _read_manifest(folder: Path) -> bytes | None:
   try:
-    return (folder / MANIFEST).read_bytes()
+    return _bytes_of(folder)
   except (FileNotFoundError, NotADirectoryError):
     return None
+
+
+def _bytes_of(folder: Path) -> bytes:
+  """Returns the bytes of a folder's manifest.
+
+  Raises:
+    OSError: there is none, or it cannot be read.
+  """
+  return regular_files.read(folder / MANIFEST, json_files.LARGEST)
 
 
 def _parse(folder: Path, data: bytes) -> dict[str, str]:

@@ -13,6 +13,7 @@ from flax import linen as nn
 from repjax.errors import InputError
 from repjax.layers import activation
 from repjax.layers.rep_conv import pair
+from repjax.schema import shown
 
 
 def is_list(value: Any) -> bool:
@@ -25,12 +26,17 @@ def is_whole(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+_LONGEST_SIDE = 2**15
+"""Pixels along the longest side of an image. XLA ends the process at sizes that overflow."""
+
+
 def check_image_size(size: Any) -> None:
   """Raises InputError if the size of images is no number of pixels, or two of them."""
-  sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
-  if not all(is_whole(side) for side in sides):
+  sides: Any = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+  if not all(is_whole(side) and side <= _LONGEST_SIDE for side in sides):
     raise InputError(
-      f"image_size must be a whole number of pixels or a tuple (height, width), got {size!r}"
+      "image_size must be a whole number of pixels or a tuple (height, width), at most "
+      f"{_LONGEST_SIDE}, got {shown(size)}"
     )
 
 
@@ -118,8 +124,8 @@ def check_kernels(local_kernels: Any, *tiles: int | Sequence[int]) -> None:
 
 def check_classifier(num_classes: Any, dropout: float, act: str) -> None:
   """Raises InputError if one of these attributes, which every network has, is out of range."""
-  if not isinstance(num_classes, int) or num_classes < 1:
-    raise InputError(f"num_classes must be at least 1, got {num_classes}")
+  if not is_whole(num_classes):
+    raise InputError(f"num_classes must be at least 1 and a whole number, got {shown(num_classes)}")
   if not 0 <= dropout < 1:
     raise InputError(f"dropout is at least 0 and below 1, got {dropout}")
   activation(act)

@@ -172,8 +172,12 @@ def ranges_of(conv: ConvParams) -> np.ndarray:
   range[c] = max(max|K[..., c]|, |b[c]| / BIAS_SHARE). If a kernel has decayed to almost nothing,
   its own range would scale the channel up until the bias is far above all values of other channels.
   The scale of the tensor in between would then have no steps left for these.
+
+  A ReLU makes a channel with a very negative bias zero. Such a bias counts no more than the largest
+  kernel. Otherwise the weights that read the channel would grow above all other weights.
   """
-  return np.maximum(np.abs(conv.kernel).max((0, 1, 2)), np.abs(conv.bias) / BIAS_SHARE)
+  kernels, biases = np.abs(conv.kernel).max((0, 1, 2)), conv.bias / BIAS_SHARE
+  return np.maximum(kernels, np.where(biases > 0, biases, np.minimum(-biases, kernels.max())))
 
 
 def equalized_by(how: str, proto: Any, images: np.ndarray) -> Any:

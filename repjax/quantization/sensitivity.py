@@ -111,5 +111,6 @@ def compared(
       "the network in float32 gives only zeros, against which no error can be measured. Is it "
       "trained, and has it the right weights?"
     )
+  got, wanted = got.astype(np.float64), wanted.astype(np.float64)  # squares may overflow float32
   error = np.sqrt(np.square(got - wanted).mean() / np.square(wanted).mean())
   return float(error), float((got.argmax(-1) != wanted.argmax(-1)).mean())

@@ -4,7 +4,7 @@ Some files hold facts that only people read. Such facts may be any values, so th
 earlier and later versions can be read.
 """
 
-from repjax.config import INTERPOLATIONS
+from repjax.config import INTERPOLATIONS, MEAN, STD
 from repjax.schema import (
   anything,
   boolean,
@@ -27,8 +27,8 @@ PREPROCESSING = record(
     "image_size": whole(1, MOST_PIXELS),
     "resize_size": whole(1, 8 * MOST_PIXELS),
     "interpolation": text(*INTERPOLATIONS),
-    "mean": items(number(), length=3),
-    "std": items(number(above=0), length=3),
+    "mean": MEAN,
+    "std": STD,
   }
 )
 """The preprocessing in model.json."""

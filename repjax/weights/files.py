@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from repjax import names
+from repjax import names, regular_files
 from repjax.errors import InputError, printable
 from repjax.weights import torch_files
 from repjax.weights.kinds import kind_of_folder
@@ -54,13 +54,13 @@ def read_entry(
   Raises:
     InputError: as in `read`.
   """
-  if not path.is_file():
-    if path.is_dir():
-      raise InputError(f"{path} is a folder. {kind_of_folder(path)}")
-    raise InputError(f"{path} does not exist; give the path of a checkpoint file")
+  if path.is_dir():
+    raise InputError(f"{path} is a folder. {kind_of_folder(path)}")
   try:
-    with path.open("rb") as file:
-      head = file.read(9)
+    with regular_files.opened(path) as file:
+      head = file.read(9) or b""  # None: a file of the kernel that would have to be waited for
+  except FileNotFoundError:
+    raise InputError(f"{path} does not exist; give the path of a checkpoint file") from None
   except OSError as error:
     raise InputError(f"{path} cannot be opened: {error.strerror}") from error
   if len(head) < 9:
@@ -171,7 +171,7 @@ def _check_claims(path: Path) -> None:
         header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
         shape, _, dtype = header(file)
       # Arrays of objects are pickles of any size, which NumPy refuses to read.
-      if not dtype.hasobject and math.prod(shape) * dtype.itemsize > record.file_size:
+      if not dtype.hasobject and math.prod(shape) * max(dtype.itemsize, 1) > record.file_size:
         raise ValueError(f"{record.filename} is larger than its bytes")
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from repjax import json_files, schema
-from repjax.config import INTERPOLATIONS
+from repjax.config import INTERPOLATIONS, MEAN, STD
 from repjax.errors import InputError, printable
+from repjax.runs import contents
 from repjax.schema import anything, items, number, optional, record, text, whole
 from repjax.spec import Preprocessing
 
@@ -18,14 +19,13 @@ _CONFIG = record(
   {"pretrained_cfg": optional(record({}, others=anything)), "label_names": optional(items(text()))},
   others=anything,
 )
-_SIDE = whole(1, 8_192)
 # A crop_pct of 0 or null means the default of timm.
 _PREPROCESSING = record(
   {
-    "input_size": items(_SIDE, length=3),
+    "input_size": items(whole(1, contents.MOST_PIXELS), length=3),
     "interpolation": text(*INTERPOLATIONS),
-    "mean": items(number(), length=3),
-    "std": items(number(above=0), length=3),
+    "mean": MEAN,
+    "std": STD,
     "crop_pct": optional(number(0, 1)),
   },
   required=("input_size", "interpolation", "mean", "std"),
@@ -158,14 +158,20 @@ def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
     schema.check(stated, _PREPROCESSING, "pretrained_cfg")
   except InputError as error:
     raise InputError(f"config.json's {error}. {_BY_FILE}") from error
-  _, height, width = stated["input_size"]
-  if height != width:
+  channels, height, width = stated["input_size"]
+  if channels != 3 or height != width:
     raise InputError(
       f"config.json's pretrained_cfg.input_size is {stated['input_size']}, but only square images "
-      f"are read. {_BY_FILE}"
+      f"of 3 channels are read. {_BY_FILE}"
     )
   resize_size = math.floor(width / (stated.get("crop_pct") or 0.875))
   mean, std = (
     (float(red), float(green), float(blue)) for red, green, blue in (stated["mean"], stated["std"])
   )
-  return Preprocessing(width, resize_size, stated["interpolation"], mean, std)
+  try:
+    return Preprocessing(width, resize_size, stated["interpolation"], mean, std)
+  except InputError as error:  # a share so small that the resized image has no size
+    raise InputError(
+      f"config.json's pretrained_cfg.crop_pct is {stated['crop_pct']}, and gives no size: {error}. "
+      f"{_BY_FILE}"
+    ) from error

@@ -1,9 +1,13 @@
 """Recognizes files that are no checkpoints of a known format, so that an error can name them."""
 
+import re
 from pathlib import Path
+
+from repjax import regular_files
 
 _KINDS = (
   (b"version https://git-lfs", "the placeholder that Git LFS leaves: run `git lfs pull`"),
+  (b"<?xml", "an XML file, as OpenVINO has. Get the checkpoint that it was made from"),
   (b"<", "a web page. Download the file itself"),
   (b"\x89HDF\r\n", "an HDF5 file, as Keras writes them. Write its arrays with numpy.savez"),
   (b"\x93NUMPY", "one array of NumPy. Write all arrays by name with numpy.savez"),
@@ -14,8 +18,15 @@ _KINDS = (
   (b"\x28\xb5\x2f\xfd", "packed by zstd. Unpack it first: unzstd FILE"),
   (b"7z\xbc\xaf", "packed by 7-Zip. Unpack it first"),
   (b"Rar!", "packed by RAR. Unpack it first"),
+  (
+    b"model_checkpoint_path",
+    "a text that names a checkpoint of TensorFlow. Write its arrays with numpy.savez",
+  ),
 )
 """First bytes of a file to what the file is, and the way out."""
+
+# A table of 1 to 15 fields, the first of which has a name of 1 to 31 letters.
+_MESSAGE_PACK = re.compile(rb"[\x81-\x8f][\xa1-\xbf][\w.]")
 
 _INDEX = (
   "the index of a checkpoint in several files, and holds no weights. Read each file that it names "
@@ -26,12 +37,19 @@ _INDEX = (
 
 def kind_of_file(path: Path) -> str:
   """Returns what a file is, for an error message, or "" if its first bytes do not tell."""
-  with path.open("rb") as file:
+  with regular_files.opened(path) as file:
     head = file.read(4096)
   start = head.lstrip()
   for magic, what in _KINDS:
     if (head if len(magic) > 1 else start).startswith(magic):
       return what
+  if head[4:8] == b"TFL3":
+    return "a TFLite file. Get the checkpoint that it was made from"
+  if _MESSAGE_PACK.match(head):
+    return (
+      "packed by MessagePack, as Flax does. Read it with flax.serialization.msgpack_restore, and "
+      "write its arrays with numpy.savez"
+    )
   if head[257:262] == b"ustar":
     return "a tar archive. Unpack it first: tar xf FILE"
   if start.startswith((b"{", b"[")) and _is_text(head):

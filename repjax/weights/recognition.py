@@ -88,7 +88,10 @@ def normalised(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
       "them. Save the model with StateDictType.FULL_STATE_DICT, or get_model_state_dict(model, "
       "options=StateDictOptions(full_state_dict=True))"
     )
-  return with_plain_names({n: value for n, value in arrays.items() if not is_counter(n, value)})
+  found = {n: value for n, value in arrays.items() if not is_counter(n, value)}
+  if not found:
+    raise InputError(f"the state dict holds no weights, but only numbers: {some(arrays)}")
+  return with_plain_names(found)
 
 
 def _to_numpy(name: str, value: Any) -> np.ndarray:
@@ -275,4 +278,4 @@ def model_as_deep(
 def some(names: Iterable[str]) -> str:
   """Joins the first of many names, for a message."""
   names = list(names)
-  return ", ".join(map(printable, names[:4])) + (", ..." if len(names) > 4 else "")
+  return ", ".join(printable(name, 100) for name in names[:4]) + (", ..." if len(names) > 4 else "")

@@ -37,7 +37,10 @@ _WRAPPERS = _PRIVATE | {
   *("module", "_module", "model", "_model", "net", "network", "backbone", "wrapped", "inner"),
   *("ema", "ema_model", "model_ema", "averaged_model", "online_model", "student", "encoder"),
 }
-"""Segments that wrappers add. They are ignored inside names, wanted ones included."""
+"""Segments that wrappers add. They are ignored inside names, wanted ones included.
+
+So are all that begin with an underscore, since published networks have no such names.
+"""
 
 _COUNTERS = {
   *("num_batches_tracked", "n_averaged", "initted", "step", "num_updates", "decay"),
@@ -115,7 +118,7 @@ def unwrapped(state: Mapping[str, Any], wanted: Collection[str]) -> Unwrapped:
   for name in state:
     for prefix, start, key in _tails(name):
       # A wrapper belongs to the prefix, unless wanted names begin with it.
-      if key in by_key and (start not in _WRAPPERS or start in starts):
+      if key in by_key and (not _is_wrapper(start) or start in starts):
         found[prefix].setdefault(by_key[key], name)
   enough = min(len(wanted), len(state)) / 2
   likely = [prefix for prefix, names in found.items() if not prefix or len(names) >= enough]
@@ -180,7 +183,11 @@ def _parts(prefix: str) -> list[str]:
 def _key(name: str) -> str:
   """Returns a name without the segments that wrappers add."""
   *scopes, last = name.split(".")
-  return ".".join([*(segment for segment in scopes if segment not in _WRAPPERS), last])
+  return ".".join([*(segment for segment in scopes if not _is_wrapper(segment)), last])
+
+
+def _is_wrapper(segment: str) -> bool:
+  return segment in _WRAPPERS or segment.startswith("_")
 
 
 @functools.lru_cache(maxsize=2**14)

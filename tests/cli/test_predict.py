@@ -207,7 +207,8 @@ def test_an_error_of_any_class_ends_one_image_only(predict_with_errors, images, 
 
 
 @pytest.mark.parametrize(
-  "name", ["=cmd.png", "+1.png", "-x.png", "@sum.png", "\tt.png", "plain.png"]
+  "name",
+  ["=cmd.png", "+1.png", "-x.png", "@sum.png", "\tt.png", " =x.png", "\uff1dx.png", "plain.png"],
 )
 def test_no_cell_of_a_table_is_a_formula(predict, images, tmp_path, monkeypatch, name):
   monkeypatch.chdir(images)
@@ -226,9 +227,22 @@ def test_mistakes_are_found_before_the_model_is_loaded(run_command, images, tmp_
     (("--csv", images / "a.JPG" / "more" / "t.csv"), "a.JPG cannot be a folder"),
     (("--csv", tmp_path / "pipe.csv"), "it is no file"),
     (("--csv", images), "it is no file"),
+    (("--csv", images / "a.JPG"), "is read as an image or a list, and --csv would replace it"),
   ):
     with pytest.raises(SystemExit, match=f"^error: .*{said}"):
       run_command(*command, *arguments)
+
+
+def test_an_image_is_not_replaced_by_the_table(predict, images):
+  before = (images / "more" / "c.webp").read_bytes()
+  (images / "link").symlink_to("more")
+  with pytest.raises(SystemExit, match="would replace it"):
+    predict(images, "--csv", images / "link" / "c.webp")
+  assert (images / "more" / "c.webp").read_bytes() == before
+
+
+def test_a_batch_is_no_larger_than_all_images(predict, images):
+  assert len(predict(images, "--batch-size", 10**12, "--top", 1).splitlines()) == 5
 
 
 def test_a_stopped_command_leaves_no_part_of_a_table(predict, images, tmp_path, monkeypatch):

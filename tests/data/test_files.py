@@ -8,6 +8,7 @@ import unicodedata
 
 import pytest
 
+from repjax import regular_files
 from repjax.data import files
 from repjax.errors import InputError
 
@@ -43,15 +44,24 @@ def odd_files(tmp_path):
 )
 def test_what_is_no_file_is_refused_at_once(odd_files, name, said):
   with pytest.raises(OSError, match=said):
-    files.read(odd_files / name)
-  assert not files.is_regular(odd_files / name) or name == "large.jpg"
+    regular_files.read(odd_files / name, files.LARGEST)
+  assert not regular_files.is_regular(odd_files / name) or name == "large.jpg"
 
 
 def test_a_link_to_a_file_is_the_file(tmp_path):
   (tmp_path / "a").write_bytes(b"content")
   (tmp_path / "b").symlink_to("a")
-  assert files.read(tmp_path / "b") == b"content"
-  assert files.is_regular(tmp_path / "b")
+  assert regular_files.read(tmp_path / "b", 7) == b"content"
+  assert regular_files.is_regular(tmp_path / "b")
+
+
+def test_no_more_is_read_than_the_size_of_a_file_says():
+  status = "/proc/self/status"  # a file of the kernel, whose size is 0
+  if not os.path.exists(status):
+    pytest.skip("needs /proc")
+  with open(status) as file:
+    assert file.read()
+  assert regular_files.read(status, 100) == b""
 
 
 def test_a_walk_follows_links_once_and_leaves_hidden_files_out(tmp_path):
@@ -135,7 +145,12 @@ def test_a_line_means_the_file_that_exists(tmp_path, monkeypatch, line, name):
 
 @pytest.mark.parametrize(
   ("content", "said"),
-  [(b"ab\0c", "zero bytes"), (b"\xff\xfea", "truncated data"), (None, "no file but a pipe")],
+  [
+    (b"ab\0c", "neither UTF-8"),
+    ("a.jpg".encode("utf-32"), "neither UTF-8"),
+    (b"\xff\xfea", "truncated data"),
+    (None, "no file but a pipe"),
+  ],
 )
 def test_what_is_no_list_is_one_sentence(tmp_path, content, said):
   path = tmp_path / "list.txt"

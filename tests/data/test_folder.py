@@ -15,6 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from repjax.data import folder as folder_module
+from repjax.data import reading
 from repjax.data.folder import prepare_folder
 from tests.data.folders import files_below, fingerprints, refusal, stored, write_image
 
@@ -73,7 +74,7 @@ def spoil(folder):
   spoilt = {
     "train/cat/empty.jpg": (b"", "empty file"),
     "train/cat/text.png": (b"no image at all", "not an image of a known kind"),
-    "train/cat/icon.jpg": (b"GIF89a" + bytes(40), "not an image of a known kind"),
+    "train/cat/icon.jpg": (b"GIF89a" + bytes(40), "0 x 0 pixels"),
     "train/dog/cut.jpg": (whole["jpg"][: len(whole["jpg"]) // 2], "truncated"),
     "train/dog/nearly.jpg": (whole["jpg"][:-200], "truncated"),
     "train/dog/header.jpg": (whole["jpg"][:50], ""),
@@ -113,6 +114,17 @@ def test_strict_lists_every_unreadable_file_and_writes_nothing(photos, tmp_path)
   assert text.startswith(f"nothing was written, since {len(reasons)} of the files cannot be")
   assert all(f"{name}: " in text for name in reasons)
   assert not (tmp_path / "sets").exists()
+
+
+@pytest.mark.parametrize("error", [TypeError("odd"), OverflowError("odd"), MemoryError("odd")])
+def test_whatever_reading_one_file_raises_is_that_files_fault(tmp_path, monkeypatch, error):
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(reading.regular_files, "read", fail)
+  read = reading.read_image_file(tmp_path / "a.jpg", "a.jpg", 3)
+  assert read.fault in ("odd", "it needs more memory than there is")
+  assert (read.name, read.label, read.data) == ("a.jpg", 3, b"")
 
 
 def test_a_class_without_readable_images_is_an_error(photos, tmp_path):

@@ -111,6 +111,19 @@ def test_a_long_image_is_resized_no_further_than_the_crop_needs(size, interpolat
   assert max(max(shape) for shape in shapes) == 224
 
 
+def test_a_model_that_asks_for_huge_images_takes_the_memory_of_its_crop(monkeypatch):
+  shapes, original = [], Image.Image.resize
+
+  def noted(image, shape, *arguments, **options):
+    shapes.append(shape)
+    return original(image, shape, *arguments, **options)
+
+  monkeypatch.setattr(Image.Image, "resize", noted)
+  crop = resize_and_crop(Picture(noise(30, 20)), 24, 65_536, "bicubic")
+  assert crop.shape == (24, 24, 3)
+  assert shapes == [(24, 24)]
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_a_long_image_has_the_pixels_of_the_whole_resized_image(interpolation):
   pixels = smooth(900, 60)

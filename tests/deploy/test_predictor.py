@@ -41,6 +41,13 @@ def png(pixels):
   return stream.getvalue()
 
 
+class OddPath:
+  """Somebody's path, which cannot be named."""
+
+  def __fspath__(self):
+    raise OverflowError("too long")
+
+
 @pytest.fixture
 def files(tmp_path):
   """Seven images of different sizes in files, and the third is none."""
@@ -150,10 +157,14 @@ def test_the_dtype_is_the_programs(small_folder, small):
     ("/dev/zero", "no file but a pipe"),
     ("none.png", "none.png cannot be read: No such file"),
     (b"GIF", "the image cannot be decoded"),
+    (io.BytesIO(), "gives no bytes.*seek"),
+    (np.broadcast_to(np.uint8(1), (10**5, 10**5, 3)), "100000 x 100000 pixels"),
+    (7, "one image or several, got 7"),
+    (None, "one image or several, got None"),
   ],
   ids=[
     *("grey", "alpha", "float", "empty", "number", "text file", "broken file", "NUL", "device"),
-    *("path", "bytes"),
+    *("path", "bytes", "read before", "repeated", "no image", "None"),
   ],
 )
 def test_what_is_no_image_is_refused(predictor, image, said):
@@ -184,19 +195,49 @@ def test_open_files_and_images_of_pillow_are_taken(predictor, tmp_path):
   assert_close(predictor(Image.open(turned)), rows, 1e-6)
 
 
+@pytest.mark.parametrize("sizes", [0, -1, 1.5, "2", (), [0], [True], None], ids=repr)
+def test_batch_sizes_are_whole_numbers_above_0(small_folder, sizes):
+  with pytest.raises(InputError, match="batch_sizes must be whole numbers above 0"):
+    repjax.deploy.Predictor(small_folder, batch_sizes=sizes, tune=False)
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, "1"], ids=repr)
+def test_the_number_of_labels_is_a_whole_number_above_0(predictor, k):
+  with pytest.raises(InputError, match=f"number of labels must be 1 or more, got {k!r}"):
+    predictor.top(picture(1), k)
+
+
+def test_a_stream_of_one_image_is_one_result(predictor, files):
+  for image in (files[0], str(files[0]), Image.open(files[0]), picture(1), png(picture(1))):
+    ((_, row),) = predictor.stream(image)
+    assert row.shape == (len(predictor.labels),)
+
+
 def test_any_error_ends_one_image_of_a_stream_only(predictor, files, monkeypatch):
   odd = ["a\0b", "x" * 5000, object(), types.SimpleNamespace(read=lambda _: 1 / 0), b"", files[0]]
+  odd[0:0] = [OddPath()]
   results = list(predictor.stream(odd))
   assert [image for image, _ in results] == odd
-  assert [isinstance(result, InputError) for _, result in results] == [True] * 5 + [False]
+  assert [isinstance(result, InputError) for _, result in results] == [True] * 6 + [False]
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")
-def test_a_forked_process_says_that_it_would_wait_for_ever(predictor):
+@pytest.mark.parametrize(
+  "use",
+  [
+    lambda predictor: predictor([picture(1)]),
+    lambda predictor: predictor.program(np.zeros((1, 16, 16, 3), np.uint8)),
+    lambda predictor: next(predictor.stream([picture(1)])),
+    lambda _: repjax.init(repjax.create_model("repvgg_a0"), None, 32),
+    lambda _: repjax.deploy.compile(repjax.create_model("repvgg_a0"), {}, image_size=32),
+  ],
+  ids=["predictor", "program", "stream", "init", "compile"],
+)
+def test_a_forked_process_says_that_it_would_wait_for_ever(predictor, use):
   read, write = os.pipe()
   if (child := os.fork()) == 0:
     try:
-      predictor([picture(1)])
+      use(predictor)
     except InputError as error:
       os.write(write, str(error).encode())
     os._exit(0)

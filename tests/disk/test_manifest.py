@@ -89,6 +89,18 @@ def test_a_damaged_manifest_is_named(tmp_path, text):
   assert read(tmp_path, verify=False) == [b"old"] * 3
 
 
+@pytest.mark.parametrize("target", [None, "/dev/zero"])
+def test_a_manifest_that_is_no_file_is_not_waited_for(tmp_path, target):
+  write(tmp_path, "old")
+  (tmp_path / "manifest.json").unlink()
+  if target is None:
+    os.mkfifo(tmp_path / "manifest.json")
+  else:
+    (tmp_path / "manifest.json").symlink_to(target)
+  with pytest.raises(InputError, match=r"manifest\.json cannot be read: it is no file but a pipe"):
+    read(tmp_path)
+
+
 def test_a_folder_without_a_manifest_is_read_with_one_warning(tmp_path, capsys):
   write(tmp_path, "old")
   os.unlink(tmp_path / "manifest.json")

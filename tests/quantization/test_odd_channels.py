@@ -21,6 +21,7 @@ ODD = {
   "decayed, with a large bias": (1e-6, 3.0, 1.0),
   "dead": (0.0, 0.0, 1.0),
   "never active": (0.0, -0.1, 1.0),
+  "never active, with a large bias": (1.0, -1e6, 1.0),
   "constant": (0.0, 0.1, 1.0),
   "subnormal": (1e-40, 1e-41, 1.0),
   "constant and subnormal": (1e-40, 0.3, 1.0),
@@ -85,6 +86,11 @@ def test_weights_that_are_not_finite_are_named(small_proto, part, value, correct
     repjax.quantization.quantize(broken, IMAGES, equalize="weights", correct_bias=correct_bias)
   with pytest.raises(InputError, match=f"{layer.title} holds weights that are NaN or infinite"):
     repjax.quantization.quantize_weights(broken)
+
+
+def test_the_error_of_large_logits_is_a_number():
+  wanted = np.asarray([[1e30, 2e30]], np.float32)
+  assert compared(wanted * np.float32(1.5), wanted) == (pytest.approx(0.5), 0.0)
 
 
 @pytest.mark.parametrize(

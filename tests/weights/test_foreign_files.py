@@ -1,6 +1,7 @@
 """Files of other programs and hostile files: each is named for what it is, and costs little."""
 
 import json
+import os
 import pickle
 import struct
 import tracemalloc
@@ -65,11 +66,27 @@ class TestFilesOfOtherPrograms:
       (b"weights".ljust(257, b"\0") + b"ustar\x0000", "tar xf"),
       (b"\x08\x08\x12\x07pytorch\x1a\x062.4.0", "ONNX"),
       (b'{"epoch": 3}', "JSON"),
+      (b"\x1c\0\0\0TFL3", "TFLite"),
+      (b"\x82\xa6params\x81\xa4head", "msgpack_restore"),
+      (b'model_checkpoint_path: "model.ckpt-1"\n', "TensorFlow"),
+      (b'<?xml version="1.0"?>\n<net name="a">', "OpenVINO"),
     ],
     ids=lambda value: repr(value[:12]),
   )
   def test_known_first_bytes(self, tmp_path, head, said):
     assert said in self.said(tmp_path / "a.bin", head + b" " * 600)
+
+  @pytest.mark.parametrize("name", ["model.weights.h5", "archive/readme.txt"])
+  def test_other_zip_archives(self, tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+      archive.writestr(name, "x")
+    assert name in self.said(tmp_path / "a.zip", (tmp_path / "a.zip").read_bytes())
+
+  def test_pipes_and_devices(self, tmp_path):
+    os.mkfifo(tmp_path / "a.pth")
+    (tmp_path / "b.pth").symlink_to("/dev/zero")
+    assert "pipe" in refusal(tmp_path / "a.pth")
+    assert "device" in refusal(tmp_path / "b.pth")
 
   def test_folders_of_distributed_checkpoints(self, tmp_path):
     (tmp_path / ".metadata").touch()

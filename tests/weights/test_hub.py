@@ -220,6 +220,11 @@ def test_a_config_may_say_nothing_about_images(config):
   ("change", "said"),
   [
     ({"crop_mode": "border"}, "crop_mode 'border'"),
+    ({"std": [1e-320] * 3}, r"std\[0\] must be a number from .*--from FILE"),
+    ({"std": [0, 1, 1]}, r"std\[0\] must be a number from .*--from FILE"),
+    ({"mean": [1e300] * 3}, r"mean\[0\] must be a number from .*--from FILE"),
+    ({"input_size": [1, 224, 224]}, "square images of 3 channels.*--from FILE"),
+    ({"crop_pct": 1e-9}, "crop_pct is 1e-09, and gives no size.*--from FILE"),
     ({"interpolation": "lanczos"}, "interpolation must be one of .*'lanczos'.*--from FILE"),
   ],
 )

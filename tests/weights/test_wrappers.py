@@ -37,6 +37,7 @@ WRAPPED = {
   "a data-parallel part": inside("module"),
   "an old FSDP unit": inside("_fpw_module"),
   "data-parallel and compiled": in_front("module._orig_mod"),
+  "a wrapper that nobody knows": inside("_somebodys_wrapper"),
   "Lightning": in_front("model"),
   "Lightning around a compiled network": in_front("net._orig_mod"),
   "Fabric": in_front("_forward_module"),

@@ -38,6 +38,9 @@ def load(path: Path) -> Any:
     InputError: the file is truncated or damaged, asks for code to be run, or holds tensors of a
       kind that a state dict does not have.
   """
+  other = kind_of_file(path)
+  if other:
+    raise InputError(f"{path} cannot be read: it is {other}")
   try:
     with path.open("rb") as file:
       buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -47,9 +50,6 @@ def load(path: Path) -> Any:
   except InputError as error:
     raise type(error)(f"{path} is refused: {error}") from None
   except Exception as error:  # A damaged pickle can raise nearly anything.
-    other = kind_of_file(path)
-    if other:
-      raise InputError(f"{path} cannot be read: it is {other}") from None
     raise InputError(
       f"{path} cannot be read: it is truncated, damaged or not a checkpoint ({_text(error)}). "
       "Compare its size with the original's and fetch it again"
@@ -80,6 +80,13 @@ def _load_zip(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, memoryview]
     records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
   if "constants.pkl" in records:
     raise InputError("it is a TorchScript program, not a state dict; save model.state_dict()")
+
+  if "data.pkl" not in records:
+    held = ", ".join(printable(info.filename, 60) for info in list(records.values())[:4])
+    raise InputError(
+      "it is a ZIP archive without data.pkl, so torch.save did not write it. It holds "
+      f"{held or 'nothing'}. Unpack it, or get the checkpoint that it was made from"
+    )
 
   def content(name: str) -> memoryview:
     info = records.get(name)
