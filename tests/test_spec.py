@@ -1,5 +1,6 @@
 """model.json, preprocessing, and loading a model from a folder."""
 
+import json
 import shutil
 
 import jax
@@ -194,7 +195,7 @@ def test_the_usual_spec_has_the_image_size_that_the_model_is_made_for(
 
 
 def test_a_square_that_is_larger_than_the_resized_image_is_refused():
-  value = SPEC.to_json()
+  value = json.loads(json.dumps(SPEC.to_json()))
   value["preprocessing"] |= {"image_size": 64, "resize_size": 63}
   with pytest.raises(InputError, match=r"resize_size of model\.json is 63"):
     repjax.ModelSpec.from_json(value)
