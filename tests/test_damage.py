@@ -181,7 +181,7 @@ def test_commands_that_read_a_folder_have_a_flag_against_the_check(command, caps
 
 def test_a_reader_beside_conversions_sees_one_network_or_the_other(tmp_path):
   networks = [params_of(seed) for seed in (0, 1)]
-  specs = [dataclasses.replace(SPEC, preprocessing=Preprocessing(size, 16)) for size in (16, 32)]
+  specs = [dataclasses.replace(SPEC, preprocessing=Preprocessing(size, 32)) for size in (16, 32)]
   runs.write_deploy(tmp_path, networks[0], specs[0].to_json(), {})
   ended = threading.Event()
 
