@@ -134,10 +134,17 @@ class ModelSpec:
     for name in ("mean", "std"):
       if name in preprocessing:
         preprocessing[name] = tuple(preprocessing[name])
+    steps = Preprocessing(**preprocessing)
+    if steps.resize_size < steps.image_size:
+      raise InputError(
+        f"preprocessing.resize_size of model.json is {steps.resize_size}, below "
+        f"preprocessing.image_size, which is {steps.image_size}. The square is cut out of the "
+        "resized image, so it cannot be larger; make resize_size at least as large"
+      )
     return cls(
       **{
         **value,
-        "preprocessing": Preprocessing(**preprocessing),
+        "preprocessing": steps,
         "class_names": tuple(value.get("class_names", ())),
       }
     )

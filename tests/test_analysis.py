@@ -77,7 +77,7 @@ def test_images_may_be_oblong():
 
 
 def test_nothing_is_computed():
-  assert summary(small(), 2**17).train.macs > 2**35
+  assert summary(small(), 2**15).train.macs > 2**31
 
 
 class Plain(nn.Module):

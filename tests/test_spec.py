@@ -1,5 +1,6 @@
 """model.json, preprocessing, and loading a model from a folder."""
 
+import json
 import shutil
 
 import jax
@@ -191,3 +192,10 @@ def test_the_usual_spec_has_the_image_size_that_the_model_is_made_for(
   assert (spec.name, spec.num_classes, spec.overrides) == (name, 7, overrides)
   assert (spec.preprocessing.image_size, spec.preprocessing.resize_size) == (size, resize)
   assert repjax.ModelSpec.from_json(spec.to_json()) == spec
+
+
+def test_a_square_that_is_larger_than_the_resized_image_is_refused():
+  value = json.loads(json.dumps(SPEC.to_json()))
+  value["preprocessing"] |= {"image_size": 64, "resize_size": 63}
+  with pytest.raises(InputError, match=r"resize_size of model\.json is 63"):
+    repjax.ModelSpec.from_json(value)

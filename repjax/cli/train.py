@@ -21,6 +21,8 @@ from repjax.cli import flags
 from repjax.config import FIELDS, OVERRIDES, RESUME
 from repjax.errors import InputError, one_paragraph, unknown
 
+_FLAGS = ("--config", "--workdir", "--resume", "--distributed")
+
 
 def main(argv: Sequence[str]) -> None:
   """Trains, or continues, in the workdir that the flags name."""
@@ -66,6 +68,10 @@ def train(arguments: argparse.Namespace, changes: Sequence[str]) -> None:
     InputError: there is no such config or field, or a value that no run could use.
   """
   if arguments.config is None:
+    for change in changes:
+      name = change.partition("=")[0]
+      if name.startswith("--") and not name.startswith("--config."):
+        raise unknown("flag", name, _FLAGS)
     raise InputError(
       "no --config given; name one of the configs, such as digits, or its file, such as "
       "configs/digits.py"
@@ -128,8 +134,7 @@ def load_config(file: str, changes: Sequence[str]) -> Any:
   try:
     config, rest = _parsed(file, changes)
   except absl_flags.UnrecognizedFlagError as error:
-    known = ("--config", "--workdir", "--resume", "--distributed")
-    raise unknown("flag", f"--{error.flagname}", known) from error
+    raise unknown("flag", f"--{error.flagname}", _FLAGS) from error
   except (AttributeError, KeyError, TypeError, OSError, absl_flags.Error) as error:
     _check_runs(file)
     raise _mistake(file, changes, error) from error

@@ -15,9 +15,9 @@ from repjax.errors import InputError
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROMISE = (
-  "JAX promises that versions up to six months younger than the one that wrote this program read "
-  "it, and versions up to three weeks older; later, write it again from params and model.json, "
-  "which do not expire"
+  "JAX promises that this program can be read for six months: by newer versions up to that age, "
+  "and by versions that are up to three weeks older. After that, write it again from params and "
+  "model.json, which do not expire"
 )
 """The sentence of export.json that says for how long a program can be read."""
 

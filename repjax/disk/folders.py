@@ -12,7 +12,7 @@ from pathlib import Path
 
 from repjax.disk import manifest
 from repjax.disk.flush import sync, sync_entries, writing
-from repjax.disk.private import NEW, OLD, is_private, old_of, private_folder
+from repjax.disk.private import NEW, OLD, is_private, old_of, private_folder, sweep
 from repjax.errors import InputError
 
 _CURRENT_FOLDER, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # constants of Linux
@@ -114,6 +114,9 @@ def check_new(path: Path) -> Path:
 def check_place(path: Path) -> Path:
   """Checks that a file or folder can be made or replaced at a path, before work that takes long.
 
+  Private folders that dead processes left beside the path are removed, of any target. Otherwise
+  those of a target that is never written again would stay for ever.
+
   Returns:
     The path without links.
 
@@ -129,6 +132,7 @@ def check_place(path: Path) -> Path:
         f"{path} cannot be written: nothing can be made in {nearest}. Change its permissions, or "
         "give a different place"
       )
+  sweep(nearest, this_host=True)
   return target
 
 

@@ -79,7 +79,13 @@ def private_folder(target: Path, *, alone: bool) -> Iterator[Path]:
       os.close(owner)
 
 
-def sweep(folder: Path, target: Path | None = None, *, but: Path | None = None) -> list[Path]:
+def sweep(
+  folder: Path,
+  target: Path | None = None,
+  *,
+  but: Path | None = None,
+  this_host: bool = False,
+) -> list[Path]:
   """Removes the private folders that dead processes left, and nothing else.
 
   If a process died between two renames, its target goes back to its place. What cannot be removed
@@ -89,6 +95,8 @@ def sweep(folder: Path, target: Path | None = None, *, but: Path | None = None) 
     folder: folder to look in.
     target: remove the private folders of this target only; None: of all targets.
     but: a private folder to leave out.
+    this_host: leave out the folders of processes on other machines. Some file systems that machines
+      share keep locks for each machine alone.
 
   Returns:
     The private folders whose processes live.
@@ -99,7 +107,7 @@ def sweep(folder: Path, target: Path | None = None, *, but: Path | None = None) 
       fits = is_private(path.name) if target is None else _is_for(path.name, target)
       if fits and path != but and not path.is_symlink():
         with contextlib.suppress(OSError):
-          living += _sweep_one(path)
+          living += _sweep_one(path, this_host)
   return living
 
 
@@ -208,7 +216,7 @@ def _is_at(file: int, path: Path) -> bool:
     return False
 
 
-def _sweep_one(folder: Path) -> list[Path]:
+def _sweep_one(folder: Path, this_host: bool) -> list[Path]:
   """Removes a private folder if its process is dead; returns it if its process lives."""
   try:
     file = _open(folder / _OWNER)
@@ -219,6 +227,8 @@ def _sweep_one(folder: Path) -> list[Path]:
     return []
   try:
     held = _parsed(os.read(file, 2**16))
+    if this_host and held.get("host") != socket.gethostname():
+      return []
     ended = _has_ended(file, held)
     if not ended:
       return [] if ended is None else [folder]

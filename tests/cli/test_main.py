@@ -131,3 +131,7 @@ def test_a_run_goes_into_a_folder_called_like_its_config(run_main, finished, tmp
   held = json.loads((tmp_path / "runs" / "small" / "config.json").read_text())
   assert held["log_every_steps"] == 5
   assert (tmp_path / "runs" / "small" / "deploy" / "report.json").exists()
+
+
+def test_a_misspelt_config_flag_is_named(train):
+  assert "unknown flag '--confg'; did you mean --config?" in stop_of(train, "--confg", "digits")

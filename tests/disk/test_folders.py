@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -350,6 +351,17 @@ def test_a_folder_without_an_owner_that_holds_anything_else_stays(tmp_path):
   make(tmp_path / ".tree.repjax-0123abcd" / "new", file="somebody's")
   disk.sweep(tmp_path)
   assert texts(tmp_path) == {".tree.repjax-0123abcd/new/file": "somebody's"}
+
+
+@pytest.mark.parametrize(("host", "stays"), [(socket.gethostname(), False), ("elsewhere", True)])
+def test_a_check_of_a_place_removes_what_dead_processes_of_this_machine_left(tmp_path, host, stays):
+  owner = json.loads(disk.new_holder(target="mistyped")) | {"host": host}
+  left = make(tmp_path / ".mistyped.repjax-0123abcd", **{"owner.json": json.dumps(owner)})
+  make(left / "new", file="")
+  make(tmp_path / ".mine.tmp", file="")
+  disk.check_new(tmp_path / "other")
+  assert left.exists() == stays
+  assert (tmp_path / ".mine.tmp" / "file").exists()
 
 
 def test_everything_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):

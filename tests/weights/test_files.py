@@ -222,7 +222,7 @@ def test_a_file_that_cannot_be_opened_is_refused(tmp_path, monkeypatch):
   def denied(*_, **__):
     raise PermissionError(13, "Permission denied", str(path))
 
-  monkeypatch.setattr("pathlib.Path.open", denied)
+  monkeypatch.setattr("repjax.regular_files.opened", denied)
   assert "Permission denied" in refusal(path)
 
 
