@@ -9,6 +9,7 @@ from repjax.errors import InputError, printable
 
 _LONGEST_PART = 255  # bytes of one name, in all common file systems
 _LONGEST = 3600  # bytes of a path: Linux allows 4096, and the files below a folder need the rest
+_DEEPEST = 200  # parts of a path; making very many parents is recursion in Python
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 
@@ -45,6 +46,17 @@ def file(name: str | os.PathLike[str]) -> Path:
     raise InputError(
       f"{shown} begins with ~, which names no known home folder; write ./~ for such a name"
     ) from error
+  try:
+    os.fsencode(path)
+  except UnicodeEncodeError as error:
+    raise InputError(f"{shown} holds half a character, which no file name can; leave it out") from (
+      error
+    )
+  if len(path.parts) > _DEEPEST:
+    raise InputError(
+      f"{shown} is too deep: it has {len(path.parts):,} parts between slashes and may have "
+      f"{_DEEPEST}; use a folder nearer to the root"
+    )
   for part in path.parts:
     if len(os.fsencode(part)) > _LONGEST_PART:
       raise InputError(

@@ -100,11 +100,16 @@ class _Insistent:
     """Wraps a handler."""
     self._handler = handler
     self._timer: threading.Timer | None = None
+    self._setting = False  # True: the timer is being set
     self._again = False  # True: the timer has sent the signal, not a person or a scheduler
     self._waits_until: float | None = None  # set while the handler waits for the end of a call
 
   def __call__(self, number: int, frame: FrameType | None) -> None:
     """Handles a signal; Python calls this between any two instructions of the main thread."""
+    if self._setting:
+      # In the middle of the handling of an earlier signal, which is enough to stop. The timer's
+      # locks are held, so setting it again would wait for ever.
+      return
     again, self._again = self._again, False
     insisted = self._waits_until is not None and not again  # by a person who presses Ctrl-C twice
     if _is_in_foreign_call(frame) and not insisted and self._may_wait():
@@ -127,6 +132,7 @@ class _Insistent:
 
   def close(self) -> None:
     """Stops looking."""
+    self._setting = True
     if self._timer is not None:
       self._timer.cancel()
       self._timer.join()
@@ -138,11 +144,15 @@ class _Insistent:
       self._again = True
       _thread.interrupt_main(signal.Signals(number))
 
-    if self._timer is not None:
-      self._timer.cancel()
-    self._timer = threading.Timer(seconds, send)
-    self._timer.daemon = True
-    self._timer.start()
+    self._setting = True
+    try:
+      if self._timer is not None:
+        self._timer.cancel()
+      self._timer = threading.Timer(seconds, send)
+      self._timer.daemon = True
+      self._timer.start()
+    finally:
+      self._setting = False
 
 
 def _is_in_foreign_call(frame: FrameType | None) -> bool:
@@ -157,10 +167,17 @@ def _is_in_foreign_call(frame: FrameType | None) -> bool:
 
 def _is_on_its_way() -> bool:
   """Checks whether a `finally` or `except` block in this thread handles the error of a signal."""
-  error = sys.exc_info()[1]
+  return stop_within(sys.exc_info()[1]) is not None
+
+
+def stop_within(error: BaseException | None) -> Stopped | None:
+  """Returns the error of a signal that led to an error; None if no signal did.
+
+  Libraries turn any error into one of their own, so that a stop looks like a damaged file.
+  """
   while error is not None and not isinstance(error, Stopped):
     error = error.__context__
-  return error is not None
+  return error
 
 
 @contextlib.contextmanager

@@ -117,6 +117,13 @@ def test_arrays_that_changed_places_are_noticed(folder, name):
     READERS[name](folder)
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_checksums_that_are_missing_in_one_folder_are_said(folder, name, capsys):
+  (folder / name / "manifest.json").unlink()
+  READERS[name](folder)
+  assert capsys.readouterr().err.count("cannot be checked for damage") == 1
+
+
 @pytest.mark.parametrize("name", ["run/deploy", "run/checkpoints/4", "run/recalibrated"])
 def test_folders_without_checksums_load_with_one_warning(folder, name, capsys):
   for path in (folder / "run").rglob("manifest.json"):

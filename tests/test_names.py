@@ -14,6 +14,8 @@ from repjax.errors import InputError
 from repjax.report import write_report
 
 REFUSED = {
+  "levels": ("a/" * 300, "too deep"),
+  "surrogate": ("a\ud800", "half a character"),
   "empty": ("", "empty"),
   "nul": ("a\0b", "NUL"),
   "bucket": ("gs://bucket/run", "URL"),

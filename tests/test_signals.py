@@ -1,5 +1,6 @@
 """Signals: handled, ignored, kept from children, and insisted on."""
 
+import faulthandler
 import importlib
 import os
 import signal
@@ -152,3 +153,47 @@ def test_children_do_not_see_the_signals_of_their_group():
     ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
   assert ended.stdout == "alive\n"
   assert subprocess.run(["sh", "-c", command], capture_output=True).returncode != 0
+
+
+@pytest.mark.parametrize("method", ["start", "cancel"])
+def test_a_signal_while_a_timer_is_set_waits_for_no_lock(monkeypatch, method):
+  class Interrupted(threading.Timer):
+    pass
+
+  def interrupted(timer):
+    if isinstance(signal.getsignal(signal.SIGUSR1), signals._Insistent):
+      with timer.finished._cond:  # the lock that a timer takes when it is cancelled
+        send(signal.SIGUSR1)
+        came.append(True)
+    usual(timer)
+
+  def send_twice():
+    try:
+      send(signal.SIGUSR2)
+    finally:
+      send(signal.SIGUSR2)
+
+  came, usual = [], getattr(threading.Timer, method)
+  monkeypatch.setattr(Interrupted, method, interrupted)
+  monkeypatch.setattr(signals.threading, "Timer", Interrupted)
+  faulthandler.dump_traceback_later(60, exit=True)
+  try:
+    with signals.handled(stop), pytest.raises(signals.Stopped):
+      send_twice()
+  finally:
+    faulthandler.cancel_dump_traceback_later()
+  assert came
+
+
+def test_a_stop_is_found_within_the_error_of_a_library():
+  def wrapped():
+    try:
+      try:
+        raise signals.Preempted
+      except BaseException as error:
+        raise RuntimeError("cannot read") from error
+    except RuntimeError as error:
+      return error
+
+  assert isinstance(signals.stop_within(wrapped()), signals.Preempted)
+  assert signals.stop_within(RuntimeError("cannot read")) is None

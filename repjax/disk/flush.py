@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from repjax import signals
 from repjax.errors import InputError
 
 
@@ -48,6 +49,8 @@ def writing(path: Path, kind: type[Exception] = Exception) -> Iterator[None]:
   except InputError:
     raise
   except kind as error:
+    if stop := signals.stop_within(error):
+      raise stop from None
     code = re.search(r"os_error_code='(\d+)'", str(error))
     number = int(code[1]) if code else getattr(error, "errno", None)
     text = getattr(error, "strerror", None) or str(error).partition("\n")[0][:300]

@@ -1,9 +1,11 @@
 """Checksums of all files of a folder, and reading a folder as one writer left it.
 
 manifest.json
-{"algorithm": "crc32c", "files": {"params/head.bias/0": "40 1c291ca3", ...}}
+{"algorithm": "crc32c", "files": {"params/head.bias/0": "40 1c291ca3 0000c03f", ...}}
 
-Each file has its size in bytes and its CRC-32C. A writer makes the manifest last, before its folder
+Each file has its size in bytes, its CRC-32C and its last four bytes. Many files of Orbax end with
+their own CRC-32C. The CRC-32C of all such files is the same number, so only the last bytes tell two
+of them apart. A writer makes the manifest last, before its folder
 gets its name. Equal folders have equal manifests.
 """
 
@@ -26,7 +28,10 @@ _ALGORITHM = "crc32c"
 _RULE = record(
   {"algorithm": text(_ALGORITHM), "files": table(text())}, required=("algorithm", "files")
 )
-_FACTS = re.compile("[0-9]{1,18} [0-9a-f]{8}")
+_FACTS = re.compile(
+  "[0-9]{1,18} [0-9a-f]{8}( [0-9a-f]{2,8})?"
+)  # Earlier versions wrote no last bytes.
+_LONGEST_NAME = 1000  # characters
 _CHUNK = 2**22
 # A reader beside a writer that replaces a folder all the time fails this often, and then gives up.
 _ATTEMPTS = 50
@@ -123,9 +128,7 @@ class Snapshot:
     with json_files.opened(path) as file:
       data = file.read()
     if wanted is not None:
-      import google_crc32c  # imported late: a second package for `import repjax`
-
-      _compare(path, wanted, f"{len(data)} {google_crc32c.value(data):08x}")
+      _compare(path, wanted, _facts_of([data]))
       self._compared.add(path.relative_to(self.folder).as_posix())
     return data
 
@@ -141,6 +144,10 @@ class Snapshot:
     """
     left_out = {*self._compared, *(path.relative_to(self.folder).as_posix() for path in but)}
     start = "" if below is None else below.relative_to(self.folder).as_posix() + "/"
+    listed = self._files is None or any(name.startswith(start) for name in self._files)
+    if not listed and below is not None and below.exists():
+      # Otherwise an empty manifest, or that of a different folder, would pass for a check.
+      raise _damaged(self.folder / MANIFEST, f"it lists no file of {below}")
     for name, wanted in (self._files or {}).items():
       if name.startswith(start) and name not in left_out:
         path = self.folder / name
@@ -234,26 +241,36 @@ def _parse(folder: Path, data: bytes) -> dict[str, str]:
   path = folder / MANIFEST
   files = json_files.content(path, data, _RULE)["files"]
   for name, facts in files.items():
-    # No name may lead out of the folder.
-    if not _FACTS.fullmatch(facts) or name.startswith("/") or ".." in name.split("/"):
+    if not _FACTS.fullmatch(facts) or not _is_inside(name):
       raise _damaged(path, f"{below('files', name)[:200]} is no file with a size and a checksum")
   return files
 
 
+def _is_inside(name: str) -> bool:
+  """Checks whether a name is that of a file in the folder; no name may lead out of the folder."""
+  return len(name) <= _LONGEST_NAME and not {"", ".", ".."} & set(name.split("/"))
+
+
 def _facts(path: Path) -> str:
-  """Returns size and CRC-32C of a file, as a manifest lists them; InputError: it cannot be read."""
+  """Returns the facts about a file, as a manifest lists them; InputError: it cannot be read."""
+  with json_files.opened(path) as file:
+    return _facts_of(iter(lambda: file.read(_CHUNK), b""))
+
+
+def _facts_of(chunks: Iterable[bytes]) -> str:
+  """Returns size, CRC-32C and last four bytes of a file whose content comes in chunks."""
   import google_crc32c  # imported late: a second package for `import repjax`
 
-  size = crc = 0
-  with json_files.opened(path) as file:
-    while chunk := file.read(_CHUNK):
-      size, crc = size + len(chunk), google_crc32c.extend(crc, chunk)
-  return f"{size} {crc:08x}"
+  size, crc, last = 0, 0, b""
+  for chunk in chunks:
+    size, crc = size + len(chunk), google_crc32c.extend(crc, chunk)
+    last = (last + chunk[-4:])[-4:]
+  return f"{size} {crc:08x} {last.hex()}".rstrip()
 
 
 def _compare(path: Path, wanted: str, found: str) -> None:
-  if wanted != found:
-    (size, _), (found_size, _) = wanted.split(), found.split()
+  if not f"{found} ".startswith(f"{wanted} "):
+    size, found_size = wanted.split()[0], found.split()[0]
     raise _damaged(
       path,
       "its bytes are not those that were written"

@@ -30,6 +30,8 @@ from repjax.errors import InputError, printable
 from repjax.schema import MisfitError, record, text, whole
 
 _OWNER, NEW, OLD = "owner.json", "new", "old"
+_ORBAX_DRAFT = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax has not finished
+_LATE = 0.2  # seconds that such threads may take
 _HOLDER = record(
   {"pid": whole(1, 2**31 - 1), **dict.fromkeys(("host", "since", "command", "target"), text())},
   required=("pid", "host", "since", "command"),
@@ -219,6 +221,8 @@ def _sweep_one(folder: Path, this_host: bool) -> list[Path]:
   try:
     file = _open(folder / _OWNER)
   except FileNotFoundError:
+    if _is_late(folder):
+      shutil.rmtree(folder / NEW)
     folder.rmdir()  # Only an empty folder: killed before it was signed, or after it was emptied.
     return []
   try:
@@ -241,6 +245,17 @@ def _sweep_one(folder: Path, this_host: bool) -> list[Path]:
   return []
 
 
+def _is_late(folder: Path) -> bool:
+  """Checks whether threads of a save that failed made a folder again after it was removed.
+
+  TensorStore makes the folders of each file that it writes. Only drafts of Orbax are in them.
+  """
+  new = folder / NEW
+  if os.listdir(folder) != [NEW] or new.is_symlink() or not new.is_dir():
+    return False
+  return all(_ORBAX_DRAFT in name for name in os.listdir(new))
+
+
 def _open(path: Path) -> int:
   """Opens an owner.json; on NFS, only what is open for writing can be locked."""
   try:
@@ -259,8 +274,10 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 def _discard(folder: Path, seconds: float = 5.0) -> None:
   """Removes a private folder, owner.json last, so that what is left by a kill is still known."""
-  # Threads of a save that failed may still add files, so that a removal fails: try again.
+  # Threads of a save that failed may still add files, so that a removal fails: try again. They may
+  # even make the folder again, after it was removed.
   deadline = time.monotonic() + seconds
+  has_threads = any((folder / NEW).glob(f"*{_ORBAX_DRAFT}*"))
   with contextlib.suppress(OSError):
     for path in (folder / NEW, folder / OLD):
       while os.path.lexists(path):
@@ -270,3 +287,7 @@ def _discard(folder: Path, seconds: float = 5.0) -> None:
           path.unlink()
     (folder / _OWNER).unlink(missing_ok=True)
     folder.rmdir()
+    if has_threads:
+      time.sleep(_LATE)
+      if _is_late(folder):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax import json_files, saving
+from repjax import json_files, saving, signals
 from repjax.disk.flush import writing
 from repjax.disk.manifest import Snapshot
 from repjax.disk.values import missing
@@ -119,6 +119,8 @@ def _read_by_orbax(path: Path, like: Any) -> Any:
     try:
       return checkpointer.restore(path.absolute(), _on_default_device(like))
     except Exception as error:  # Orbax and TensorStore raise many kinds when a file is damaged
+      if stop := signals.stop_within(error):
+        raise stop from None
       first_sentence = str(error).partition("\n")[0].partition(". ")[0]
       problems.append(f"{type(error).__name__}: {first_sentence}"[:300])
   raise InputError(f"{path} cannot be read: {problems[0]}")

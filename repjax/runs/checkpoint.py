@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from repjax import disk
+from repjax import disk, json_files
 from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.runs import contents, paths
@@ -205,11 +205,20 @@ def newest_finished(workdir: Path) -> int | None:
   """Returns the step of the newest checkpoint that was ever finished in a workdir.
 
   None for a run that has finished none, or that is older than the record.
+
+  Raises:
+    InputError: the record is damaged.
   """
-  try:
-    return disk.read_json(paths.newest_file(workdir), contents.NEWEST)["step"]
-  except InputError:
+  path = paths.newest_file(workdir)
+  if not os.path.lexists(path):
     return None
+  try:
+    return json_files.read(path, contents.NEWEST)["step"]
+  except InputError as error:
+    raise InputError(
+      f"{error}. Without this file, nothing tells whether the newest checkpoint is missing: remove "
+      f"it if {paths.checkpoints_folder(workdir)} is whole"
+    ) from error
 
 
 def note_newest(workdir: Path, step: int) -> None:

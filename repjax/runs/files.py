@@ -79,7 +79,7 @@ def read_spec(folder: Path, *, verify: bool = True) -> dict[str, Any]:
   Raises:
     InputError: the file is missing or damaged, or a field has a wrong value.
   """
-  return disk.read_whole(lambda: folder, read_spec_of, verify=verify)
+  return disk.read_whole(lambda: folder, read_spec_of, verify=verify, warn=folder)
 
 
 def read_spec_of(snapshot: disk.Snapshot) -> dict[str, Any]:

@@ -203,7 +203,8 @@ def read_best(
     return disk.current_folder(paths.recalibrated_folder(workdir))
 
   try:
-    record, batch_stats = disk.read_whole(find, read, verify=verify)
+    warn = workdir if _has_statistics(find()) else None
+    record, batch_stats = disk.read_whole(find, read, verify=verify, warn=warn)
   except InputError as error:
     raise InputError(
       f"{error}. To use the checkpoint's own statistics again: "

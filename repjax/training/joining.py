@@ -50,9 +50,16 @@ class Address:
       InputError: the text has a different form, or no such port exists.
     """
     host, colon, port = text.rpartition(":")
-    self.host, self.text = host.removeprefix("[").removesuffix("]"), text
-    if not (colon and self.host and port.isascii() and port.isdigit()):
+    bare = host.removeprefix("[").removesuffix("]")
+    self.host, self.text = bare, text
+    if not (colon and bare and port.isascii() and port.isdigit()):
       raise InputError(f"JAX_COORDINATOR_ADDRESS is HOST:PORT, got {text}. {EXAMPLE}")
+    # JAX waits for minutes at a number of IPv6 without brackets, and then ends with a dump.
+    if (host == f"[{bare}]") != (":" in bare):
+      raise InputError(
+        f"JAX_COORDINATOR_ADDRESS has brackets around a number of IPv6 and nothing else, as in "
+        f"[::1]:1234, got {text}"
+      )
     self.port = int(port) if len(port) < 10 else 0
     if not 1 <= self.port <= 65535:
       raise InputError(

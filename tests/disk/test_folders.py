@@ -330,6 +330,29 @@ def test_only_what_dead_processes_left_is_swept(tmp_path):
   assert texts(tmp_path) == {"living/file": "new"}
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_threads_of_a_failed_save_make_again_is_removed(tmp_path, monkeypatch, ends):
+  """`ends`: the process ends before, so that the next one has to remove it."""
+
+  def late(seconds):
+    make(private / "new" / "tree.orbax-checkpoint-tmp" / "d", file="late")
+
+  if not ends:
+    monkeypatch.setattr("repjax.disk.private.time.sleep", late)
+  with disk.private_folder(tmp_path / "tree", alone=True) as private:
+    make(private / "new" / "tree.orbax-checkpoint-tmp")
+  if ends:
+    late(0)
+    disk.sweep(tmp_path)
+  assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_without_an_owner_that_holds_anything_else_stays(tmp_path):
+  make(tmp_path / ".tree.repjax-0123abcd" / "new", file="somebody's")
+  disk.sweep(tmp_path)
+  assert texts(tmp_path) == {".tree.repjax-0123abcd/new/file": "somebody's"}
+
+
 @pytest.mark.parametrize(("host", "stays"), [(socket.gethostname(), False), ("elsewhere", True)])
 def test_a_check_of_a_place_removes_what_dead_processes_of_this_machine_left(tmp_path, host, stays):
   owner = json.loads(disk.new_holder(target="mistyped")) | {"host": host}

@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 
+import google_crc32c
 import pytest
 
 from repjax import disk
@@ -33,8 +34,8 @@ def test_a_manifest_lists_every_file_with_size_and_checksum(tmp_path):
   write(tmp_path / "folder", "123456789")
   assert json.loads((tmp_path / "folder" / "manifest.json").read_text()) == {
     "algorithm": "crc32c",
-    # The check value of CRC-32C, Castagnoli.
-    "files": dict.fromkeys(("a", "b", "below/c"), "9 e3069283"),
+    # The check value of CRC-32C, Castagnoli, and the last four digits.
+    "files": dict.fromkeys(("a", "b", "below/c"), "9 e3069283 36373839"),
   }
 
 
@@ -163,10 +164,49 @@ def test_a_folder_that_is_gone_is_an_error_of_its_own(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["/etc/hostname", "../folder/a", "below/../../folder/a"])
+@pytest.mark.parametrize(
+  "name", ["/etc/hostname", "../folder/a", "below/../../folder/a", "a/", "./a", "a" * 1001]
+)
 def test_no_manifest_leads_out_of_its_folder(tmp_path, name):
   write(tmp_path / "folder", "old")
   manifest = {"algorithm": "crc32c", "files": {name: "3 00000000"}}
   (tmp_path / "folder" / "manifest.json").write_text(json.dumps(manifest))
   with pytest.raises(InputError, match=r"manifest\.json is damaged: .* is no file with a size"):
     disk.Snapshot(tmp_path / "folder")
+
+
+def test_a_manifest_without_last_bytes_is_read(tmp_path):
+  write(tmp_path, "old")
+  file = tmp_path / "manifest.json"
+  content = json.loads(file.read_text())
+  content["files"] = {name: facts.rpartition(" ")[0] for name, facts in content["files"].items()}
+  file.write_text(json.dumps(content))
+  assert read(tmp_path) == [b"old"] * 3
+  flip(tmp_path / "a")
+  with pytest.raises(InputError, match="a is damaged"):
+    read(tmp_path)
+
+
+def test_files_that_end_with_their_own_checksum_are_told_apart(tmp_path):
+  def with_checksum(data):
+    return data + google_crc32c.value(data).to_bytes(4, "little")
+
+  (tmp_path / "a").write_bytes(with_checksum(b"first"))
+  disk.write_manifest(tmp_path)
+  (tmp_path / "a").write_bytes(with_checksum(b"other"))
+  for check in (disk.Snapshot.check, lambda snapshot: snapshot.read_bytes(tmp_path / "a")):
+    with pytest.raises(InputError, match="its bytes are not those that were written"):
+      check(disk.Snapshot(tmp_path))
+
+
+def test_a_manifest_that_lists_nothing_of_a_folder_is_no_check(tmp_path):
+  write(tmp_path, "old")
+  file = tmp_path / "manifest.json"
+  content = json.loads(file.read_text())
+  del content["files"]["below/c"]
+  file.write_text(json.dumps(content))
+  snapshot = disk.Snapshot(tmp_path)
+  snapshot.check()
+  snapshot.check(tmp_path / "none")
+  with pytest.raises(InputError, match=r"manifest\.json is damaged: it lists no file of .*below"):
+    snapshot.check(tmp_path / "below")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repjax import disk
+from repjax import disk, saving, signals
 from repjax.disk import trees
 from repjax.errors import InputError
 
@@ -121,3 +121,19 @@ def test_json_that_is_nested_deep_does_not_end_the_process(tmp_path, file):
   (tmp_path / "tree" / file).write_text("[" * 100_000 + "]" * 100_000)
   with pytest.raises(InputError, match=r"tree cannot be read: .*lists and tables are nested"):
     trees.read_tree(tmp_path / "tree", TREE)
+
+
+@pytest.mark.usefixtures("no_leftovers")
+@pytest.mark.parametrize("method", ["restore", "save"])
+def test_a_stop_is_no_damage_and_no_error_of_the_disk(tmp_path, monkeypatch, method):
+  def stopped(*arguments, **options):
+    try:
+      raise signals.Preempted
+    except BaseException as error:
+      raise RuntimeError("Encountered error while reading array") from error  # as Orbax does
+
+  trees.write_tree(tmp_path / "tree", TREE, database=True)
+  monkeypatch.setattr(saving.orbax().Checkpointer, method, stopped)
+  work = trees.read_tree if method == "restore" else trees.write_tree
+  with pytest.raises(signals.Preempted):
+    work(tmp_path / ("tree" if method == "restore" else "new"), TREE)

@@ -337,8 +337,10 @@ def test_the_newest_checkpoint_that_was_finished_is_recorded(tmp_path):
   assert runs.newest_finished(tmp_path) is None
   save(tmp_path, {2: 0.5, 4: 0.1})
   assert runs.newest_finished(tmp_path) == 4
-  runs.newest_file(tmp_path).write_text("{")
-  assert runs.newest_finished(tmp_path) is None
+  for text in ("{", '{"step": 1.5}'):
+    runs.newest_file(tmp_path).write_text(text)
+    with pytest.raises(InputError, match=r"newest\.json is damaged: .* remove it if"):
+      runs.newest_finished(tmp_path)
 
 
 def test_a_checkpoint_too_many_is_removed_and_of_a_link_the_link_alone(workdir):
