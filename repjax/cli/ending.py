@@ -44,21 +44,25 @@ def session(stopped: Callable[[int], NoReturn]) -> Iterator[None]:
     SystemExit: a signal came, or the output cannot be written to.
   """
   came: list[int] = []
+  ends = False
 
   def handle(number: int) -> None:
-    came.append(number)
-    raise signals.error_of(number)
+    if not ends:  # Otherwise a further signal would interrupt the one line that is printed.
+      came.append(number)
+      raise signals.error_of(number)
 
   with output.guarded(output.end), _quiet_after(came), signals.handled(handle):
     try:
       yield
     except KeyboardInterrupt as error:
+      ends = True
       number = getattr(error, "number", signal.SIGINT)
     except Exception:
       # A stop in the middle of an import, or in a callback from C, can come out as a different
       # error.
       if not came:
         raise
+      ends = True
       number = came[-1]
     else:
       return

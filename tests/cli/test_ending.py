@@ -1,12 +1,14 @@
 """How commands end: by names that cannot be, by signals, and without a reader of their output."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from repjax import cli, runs
+from repjax import cli, runs, signals
+from repjax.cli import ending
 from tests.cli.helpers import stop_of
 from tests.training import tiny
 
@@ -220,3 +222,14 @@ def test_ctrl_c_in_the_middle_of_a_command_is_one_line(monkeypatch, capsys):
   monkeypatch.setattr("repjax.cli.summary.main", interrupted)
   assert stop_of(cli.main, ["summary", "repvgg_a0"]) == 130
   assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_further_signal_does_not_interrupt_the_last_line(number):
+  def stopped(first):
+    os.kill(os.getpid(), number)
+    sys.exit(first)
+
+  with pytest.raises(SystemExit) as caught, ending.session(stopped):
+    raise signals.error_of(signal.SIGTERM)
+  assert caught.value.code == signal.SIGTERM
