@@ -49,8 +49,9 @@ _BELOW_1 = number(0, below=1)
 _SIDE = whole(1, 8_192)  # of an image, in pixels
 MEAN = items(number(-1_000_000, 1_000_000), length=3)
 STD = items(number(1e-6, 1_000_000), length=3)
-"""What is subtracted from pixels between 0 and 1, and what they are then divided by. Numbers beyond
-these bounds would make inputs that float32 does not hold.
+"""Rules of the mean and the standard deviation of pixels between 0 and 1.
+
+Numbers beyond these bounds would make inputs that float32 does not hold.
 """
 _RULES = {bool: boolean, int: whole(), float: number(), str: text(), tuple: items(attributes)}
 

@@ -88,9 +88,9 @@ class _Insistent:
   """A handler of signals whose errors are not lost.
 
   Python raises the error of a handler between any two instructions. In the middle of an import,
-  packages in C print it or fail in ways of their own. In the middle of a call of Orbax, threads are
-  left behind that print tracebacks. So the handler waits for the end of both, but not for ever,
-  because a disk may hang.
+  packages in C print it or fail in ways of their own. In the middle of a call of Orbax, it abandons
+  threads that then print tracebacks. So the handler waits until the import or the call has ended.
+  It waits for at most `_PATIENCE` seconds, because a disk may hang.
 
   Callbacks from C and finalizers drop the error. So the handler looks again a little later, and
   raises again unless the error is on its way.

@@ -5,6 +5,7 @@ import gzip
 import inspect
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from flax import linen as nn
 
 import repjax
 from repjax import program
+from repjax.errors import InputError
 from repjax.layers.linear import uniform_bound
 from repjax.weights.naming import Naming, entries, tensor_name
 from repjax.weights.repvgg import NAMINGS
@@ -306,3 +308,18 @@ def assert_golden(array: Any, record: dict[str, Any], tolerance: float = 1e-9) -
   if "argmax" in record:
     per_row = isinstance(record["argmax"], list)
     assert np.argmax(array, -1 if per_row else None).tolist() == record["argmax"]
+
+
+def error_in_child(call):
+  """Calls a function in a forked process, and returns the text of the InputError that it raises."""
+  read, write = os.pipe()
+  if (child := os.fork()) == 0:
+    try:
+      call()
+    except InputError as error:
+      os.write(write, str(error).encode())
+    os._exit(0)
+  os.close(write)
+  os.waitpid(child, 0)
+  with os.fdopen(read) as said:
+    return said.read()

@@ -29,7 +29,7 @@ def test_a_save_succeeds_while_the_clock_is_set(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shown(monkeypatch):
-  """What reaches the hook for errors that nobody can raise."""
+  """Collects the errors that reach the hook for errors that nobody can raise."""
   found = []
   monkeypatch.setattr(sys, "unraisablehook", lambda problem: found.append(str(problem.exc_value)))
   return found
@@ -50,7 +50,7 @@ def test_a_folder_that_vanishes_is_one_error_without_noise(tmp_path, shown, capf
 
 
 class _Problem:
-  """What Python passes to `sys.unraisablehook`."""
+  """An argument of `sys.unraisablehook`, as Python makes it."""
 
   def __init__(self, text, thing=None):
     self.exc_value, self.object = RuntimeError(text), thing

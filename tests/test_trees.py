@@ -1,4 +1,4 @@
-"""What people pass in place of a tree, a flag or a size is named in one sentence."""
+"""A value in place of a tree, a flag or a size is named in one sentence."""
 
 import warnings
 

@@ -13,7 +13,7 @@ import cv2
 from repjax.errors import InputError
 
 _SHARED_MEMORY = "/dev/shm"
-"""Where Linux keeps the memory that processes share, and through which workers hand on batches."""
+"""The folder of the memory that processes share on Linux. Workers hand on batches through it."""
 _WAY_OUT = (
   "Give the container more shared memory (docker run --shm-size=2g, or --ipc=host), use fewer "
   "workers or smaller batches, or read in threads by num_workers=0"

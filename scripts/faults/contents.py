@@ -220,7 +220,7 @@ def _file_problems(expected: Expected, files: Files, folder: Path) -> Iterator[P
 
 def _may_differ(expected: Expected, name: str, path: Path) -> bool:
   """Checks whether a file may be neither old nor new."""
-  # What the command removes may change before it is removed; readers tell whether it was whole.
+  # A file that the command removes may change first. The readers check that it was whole.
   removed = name not in expected.final
   return removed or name in expected.volatile or (expected.in_steps and _is_json(path))
 

@@ -76,7 +76,7 @@ class Trial:
       # A signal may end a training run with the status 0, although steps are left.
       succeeded=run.status == 0 and not fault.signal,
     )
-    # What is wrong after the fault is often wrong at the end, and then named once.
+    # A problem after the fault often remains until the end, and is then named once.
     return ended, list(dict.fromkeys(problems + self._run_again()))
 
   def _run_again(self) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""What commands leave of other people's files, and what they say where nothing can be written."""
+"""Commands keep other people's files, and name places where nothing can be written."""
 
 import errno
 import os

@@ -12,6 +12,7 @@ import pytest
 from repjax.data import processes, train_batches
 from repjax.errors import InputError
 from tests.data.test_pipeline import Numbered
+from tests.helpers import error_in_child
 
 
 @pytest.fixture
@@ -88,16 +89,7 @@ def test_a_worker_that_is_killed_is_explained():
 def test_a_forked_process_is_told_that_it_would_wait_for_ever():
   iterator = batches(batch_size=4, image_size=8, num_workers=0)
   next(iterator)
-  read, write = os.pipe()
-  if (child := os.fork()) == 0:
-    try:
-      next(iterator)
-    except InputError as error:
-      os.write(write, str(error).encode())
-    os._exit(0)
-  os.close(write)
-  os.waitpid(child, 0)
-  with os.fdopen(read) as said:
-    assert "threads of the process from which this one was forked" in said.read()
+  text = error_in_child(lambda: next(iterator))
+  assert "threads of the process from which this one was forked" in text
   next(iterator)
   iterator.close()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import os
 import shutil
 import types
 
@@ -16,7 +15,7 @@ import repjax
 from repjax.data import read_image
 from repjax.errors import InputError
 from tests.deploy.tiny import NAMES, SPEC
-from tests.helpers import assert_close
+from tests.helpers import assert_close, error_in_child
 
 pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
 
@@ -234,14 +233,4 @@ def test_any_error_ends_one_image_of_a_stream_only(predictor, files, monkeypatch
   ids=["predictor", "program", "stream", "init", "compile"],
 )
 def test_a_forked_process_says_that_it_would_wait_for_ever(predictor, use):
-  read, write = os.pipe()
-  if (child := os.fork()) == 0:
-    try:
-      use(predictor)
-    except InputError as error:
-      os.write(write, str(error).encode())
-    os._exit(0)
-  os.close(write)
-  os.waitpid(child, 0)
-  with os.fdopen(read) as said:
-    assert "forked from one that had used JAX" in said.read()
+  assert "forked from one that had used JAX" in error_in_child(lambda: use(predictor))

@@ -116,7 +116,7 @@ class TestFilesOfOtherPrograms:
 
 
 class TestClaims:
-  """What a file claims is compared with its bytes before it is allocated."""
+  """The sizes that a file claims are compared with its bytes before anything is allocated."""
 
   @pytest.mark.parametrize("save", writer.FORMATS.values(), ids=writer.FORMATS)
   @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What wrappers add to names is taken off, wherever it stands, and is never guessed at."""
+"""Parts of names that wrappers add are removed wherever they stand, and never by a guess."""
 
 import re
 
