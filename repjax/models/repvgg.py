@@ -25,6 +25,7 @@ from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.layers import AuxHead, RepConv, SqueezeExcite
+from repjax.layers.rep_conv import branch_size
 from repjax.models.base import Block, BlockBuilder, Classifier, Stage
 from repjax.models.checks import check_total_stride, is_whole
 from repjax.models.dilation import Striding, dilate
@@ -39,6 +40,8 @@ class RepVGGBlock(Block):
     striding: stride and dilation. A block that shrinks the map has no identity branch, and neither
       has a block that dilates instead: both then have the same parameters.
     groups: number of groups of the convolutions.
+    branches: names of the branches of the RepConv. An identity among them is left out of blocks
+      that change the shape of the map.
     se: squeeze-and-excitation: None, "pre" (before the activation) or "post".
     se_reduction: ratio of `features` to the width of its hidden layer.
   """
@@ -46,6 +49,7 @@ class RepVGGBlock(Block):
   features: int
   striding: Striding
   groups: int
+  branches: Sequence[str]
   se: str | None
   se_reduction: int
 
@@ -55,7 +59,7 @@ class RepVGGBlock(Block):
     keeps_shape = x.shape[-1] == self.features and not self.striding.shrinks
     conv = RepConv(
       self.features,
-      branches=("conv3x3", "conv1x1") + ("identity",) * keeps_shape,
+      branches=[name for name in self.branches if keeps_shape or branch_size(name)],
       strides=self.striding.strides,
       groups=self.groups,
       dilation=self.striding.dilation_before,
@@ -104,6 +108,8 @@ class RepVGG(Classifier, kw_only=True):
     width_multipliers: factors of 64, 128, 256 and 512 channels. The stem has at most 64 channels.
     groups: number of groups of blocks 2, 4, ..., 26, counted from 1 after the stem; or a table
       {block number: groups}.
+    branches: names of the branches of every block, as in `RepConv`. Plain networks have
+      ("conv3x3",). Blocks that change the shape of the map have no identity branch.
     se: squeeze-and-excitation: None, "pre" (before the activation) or "post".
     se_reduction: ratio of a block's channels to the width of its hidden layer.
     strides: strides of the stem and of the first block of each stage.
@@ -117,6 +123,7 @@ class RepVGG(Classifier, kw_only=True):
   stage_sizes: Sequence[int]
   width_multipliers: Sequence[float]
   groups: int | Mapping[int, int] = 1
+  branches: Sequence[str] = ("conv3x3", "conv1x1", "identity")
   se: str | None = None
   se_reduction: int = 16
   strides: Sequence[int] = (2, 2, 2, 2, 2)
@@ -134,6 +141,7 @@ class RepVGG(Classifier, kw_only=True):
       raise InputError(
         f"groups is a number, or {{block 1 to {blocks}: number}}, got {shown(groups)}"
       )
+    _check_branches(self)
     if self.se not in (None, "pre", "post"):
       raise InputError(f'se is None, "pre" or "post" (of the activation), got {self.se!r}')
     super().__post_init__()
@@ -193,6 +201,7 @@ class RepVGG(Classifier, kw_only=True):
       features=features,
       striding=striding,
       groups=self.groups_of(number),
+      branches=self.branches,
       se=self.se,
       se_reduction=self.se_reduction,
     )
@@ -238,6 +247,20 @@ def _check_sizes(network: RepVGG) -> None:
     raise InputError(f"stage_sizes and strides are whole numbers, got {sizes} and {strides}")
   if int(64 * min(network.width_multipliers)) < 1:
     raise InputError(f"width_multipliers {network.width_multipliers} leave a stage no channel")
+
+
+def _check_branches(network: RepVGG) -> None:
+  """Raises InputError if the branches make no block with a 3x3 kernel."""
+  names = network.branches
+  try:
+    sizes = [] if isinstance(names, str) else [branch_size(name) for name in names]
+  except ValueError as error:
+    raise InputError(f"branches: {error}") from None
+  if (3, 3) not in sizes or len(set(names)) != len(names):
+    raise InputError(
+      "branches takes different names with a 3x3 convolution among them, such as "
+      f"('conv3x3', 'conv1x1', 'identity'), got {shown(names)}"
+    )
 
 
 def _check_output_stride(network: RepVGG) -> None:
