@@ -14,6 +14,7 @@ from repjax.layers import (
   fold_rep_ffn,
   fold_rep_head,
   fold_rep_norm,
+  fold_scaled_conv,
   fold_skip_squeeze_excite,
 )
 from repjax.trees import check_leaves, check_tree
@@ -29,6 +30,7 @@ FOLDS: dict[str, Fold] = {
   "RepFFN": fold_rep_ffn,
   "RepHead": fold_rep_head,
   "RepNorm": fold_rep_norm,
+  "ScaledConv": fold_scaled_conv,
   "SkipSqueezeExcite": fold_skip_squeeze_excite,
 }
 """Class name of a layer to its fold. Extend a copy: `folds={**repjax.FOLDS, "MyLayer": fold}`."""

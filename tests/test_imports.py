@@ -38,7 +38,7 @@ MAY_IMPORT = {
   "configs": {"config"},
   "training": {
     *("algebra", "config", "data", "deploy", "inference", "models", "onnx", "quantization"),
-    *("reparam", "report", "spec"),
+    *("reparam", "report", "spec", "weights"),
   },
   "data": set(),
 }

@@ -16,6 +16,7 @@ from repjax.layers.rep_dense import RepDense, fold_rep_dense
 from repjax.layers.rep_ffn import RepFFN, fold_rep_ffn
 from repjax.layers.rep_head import RepHead, fold_rep_head
 from repjax.layers.rep_norm import RepNorm, fold_rep_norm
+from repjax.layers.scaled_conv import ScaledConv, fold_scaled_conv
 
 __all__ = [
   "AuxHead",
@@ -27,6 +28,7 @@ __all__ = [
   "RepHead",
   "RepLayer",
   "RepNorm",
+  "ScaledConv",
   "SkipSqueezeExcite",
   "SqueezeExcite",
   "activation",
@@ -37,6 +39,7 @@ __all__ = [
   "fold_rep_ffn",
   "fold_rep_head",
   "fold_rep_norm",
+  "fold_scaled_conv",
   "fold_skip_squeeze_excite",
   "linear",
 ]

@@ -1,9 +1,10 @@
-"""RepVGG's names in the authors' repository, in timm and in mmpretrain, and their preprocessing.
+"""RepVGG's names in four repositories: the authors', timm, mmpretrain and RepOptimizer's.
 
 References:
   https://github.com/DingXiaoH/RepVGG
   https://github.com/huggingface/pytorch-image-models, timm/models/byobnet.py
   https://github.com/open-mmlab/mmpretrain, mmpretrain/models/backbones/repvgg.py
+  https://github.com/DingXiaoH/RepOptimizers, repoptimizer/repoptvgg_model.py
 """
 
 from repjax.models.repvgg import VARIANTS
@@ -63,7 +64,28 @@ _MMPRETRAIN = (
   Row("SqueezeExcite_0/up", "se_layer.conv2.conv", DENSE_AS_CONV),
 )
 
-_NAMINGS: dict[str, Naming] = {"official": _OFFICIAL, "timm": _TIMM, "mmpretrain": _MMPRETRAIN}
+# The authors of RepOptimizer train plain networks, and networks with scales for the hyper-search.
+_REPOPT = (
+  Row("stem", "stage0"),
+  Row(r"(stage[1-4])/block(\d+)", r"\1.\2"),
+  Row("head", "linear"),
+  Row("RepConv_0/conv3x3/conv", "conv"),
+  Row("RepConv_0/conv3x3/bn", "bn"),
+  Row("ScaledConv_0/conv3x3/conv", "conv"),
+  Row("ScaledConv_0/conv3x3", "scale_conv"),
+  Row("ScaledConv_0/conv1x1/conv", "conv_1x1"),
+  Row("ScaledConv_0/conv1x1", "scale_1x1"),
+  Row("ScaledConv_0/identity", "scale_identity"),
+  Row("ScaledConv_0/bn", "bn"),
+  Row("SqueezeExcite_0/(down|up)", r"post_se.\1", DENSE_AS_CONV),
+)
+
+_NAMINGS: dict[str, Naming] = {
+  "official": _OFFICIAL,
+  "timm": _TIMM,
+  "mmpretrain": _MMPRETRAIN,
+  "repopt": _REPOPT,
+}
 
 NAMINGS: dict[str, dict[str, Naming]] = {
   **dict.fromkeys(VARIANTS, _NAMINGS),
@@ -77,6 +99,8 @@ PREPROCESSING: dict[tuple[str, str], Preprocessing] = {
   ("repvgg_d2se", "official"): _AT_320,
   ("repvgg_d2se", "timm"): _AT_320,
   ("repvggplus_l2pse", "official"): _AT_320,
+  # RepOptimizer's script resizes the shorter side to the size of the crop.
+  **{(name, "repopt"): Preprocessing(resize_size=224) for name in VARIANTS},
 }
 """(model, source) to the preprocessing with which its published accuracy was measured.
 
