@@ -1,6 +1,6 @@
 """The hyper-search of RepOptimizer on handwritten digits, done in two minutes on two cores.
 
-Model: the network of configs/digits.py with scales in its branches. The scales are what is searched.
+Model: the network of configs/digits.py, whose branches have scales in place of batch norms.
 Data and recipe: those of configs/digits.py.
 Expected: TODO
 

@@ -312,8 +312,8 @@ def scale_branches(conv3x3: jax.Array, conv1x1: jax.Array, scales: BranchScales)
     (3, 3, I/g, O), in the widest dtype involved, at least float32.
 
   References:
-    Ding et al., Re-parameterizing Your Optimizers rather than Architectures, ICLR 2023, the "Rule of
-      Initialization". https://arxiv.org/abs/2205.15242
+    Ding et al., Re-parameterizing Your Optimizers rather than Architectures, ICLR 2023, the rule
+      of initialization. https://arxiv.org/abs/2205.15242
   """
   k3, k1, s3, s1 = _widen(conv3x3, conv1x1, scales.conv3x3, scales.conv1x1)
   kernel = k3 * _over_outputs(s3) + pad_kernel(k1 * _over_outputs(s1), (3, 3))
@@ -343,8 +343,8 @@ def gradient_multiplier(
     M (3, 3, I/g, O), in the dtype of the scales, at least float32.
 
   References:
-    Ding et al., Re-parameterizing Your Optimizers rather than Architectures, ICLR 2023, the "Rule of
-      Iteration". https://arxiv.org/abs/2205.15242
+    Ding et al., Re-parameterizing Your Optimizers rather than Architectures, ICLR 2023, the rule
+      of iteration. https://arxiv.org/abs/2205.15242
   """
   s3, s1 = (jnp.abs(s) ** power for s in _widen(scales.conv3x3, scales.conv1x1))
   centre = pad_kernel(jnp.broadcast_to(_over_outputs(s1), (1, 1, *shape[2:])), (3, 3))

@@ -533,8 +533,9 @@ def check_repoptimizer(config: Config) -> None:
   chosen = f"config.optimizer = {config.optimizer!r}"
   if not config.scales:
     raise InputError(
-      f"{chosen} needs config.scales: the folder of the run of a hyper-search, or a file of scales. "
-      "Train the hyper-search first, for example repjax train --config digits_repopt_search"
+      f"{chosen} needs config.scales: the folder of the run of a hyper-search, or a file of "
+      "scales. Train the hyper-search first, for example by repjax train --config "
+      "digits_repopt_search"
     )
   if config.clip_norm:
     raise InputError(

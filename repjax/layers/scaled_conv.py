@@ -146,7 +146,9 @@ def fold_scaled_conv(
     ValueError: a branch or `bn` is missing, or shapes do not fit.
   """
   missing = sorted({"conv3x3", "conv1x1", "bn"} - params.keys())
-  strange = sorted((params.keys() - {"conv3x3", "conv1x1", "identity", "bn"}) | stats.keys() - {"bn"})
+  strange = sorted(
+    (params.keys() - {"conv3x3", "conv1x1", "identity", "bn"}) | stats.keys() - {"bn"}
+  )
   if missing or strange:
     raise ValueError(
       "a ScaledConv holds conv3x3, conv1x1, perhaps identity, and bn; "

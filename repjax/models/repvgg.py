@@ -32,7 +32,6 @@ from repjax.models.checks import check_total_stride, is_whole
 from repjax.models.dilation import Striding, dilate
 from repjax.schema import shown
 
-
 _BRANCHES = ("conv3x3", "conv1x1", "identity")
 
 
@@ -211,9 +210,7 @@ class RepVGG(Classifier, kw_only=True):
     return (logits, auxiliary) if auxiliary and train else logits
 
   @nn.nowrap
-  def build(
-    self, features: int, striding: Striding, number: int, index: int = 0
-  ) -> BlockBuilder:
+  def build(self, features: int, striding: Striding, number: int, index: int = 0) -> BlockBuilder:
     """Returns the builder of a block.
 
     Args:

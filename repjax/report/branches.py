@@ -33,7 +33,7 @@ class KernelStats(NamedTuple):
 
 
 class FoldedLayer(NamedTuple):
-  """Statistics of a RepConv after the fold.
+  """Statistics of a RepConv or a ScaledConv after the fold.
 
   Attributes:
     path: path of its scope, such as "stage1/block0/RepConv_0".
@@ -55,7 +55,7 @@ class FoldedLayer(NamedTuple):
 
 
 class Kernels(NamedTuple):
-  """Statistics of every RepConv of a model, in the order of the forward pass.
+  """Statistics of every RepConv and ScaledConv of a model, in the order of the forward pass.
 
   Attributes:
     name: name of the folder.
@@ -96,6 +96,27 @@ def fold_weighted(params: Tree, stats: Tree, weights: Mapping[str, Any]) -> Any:
   return FOLDS["RepConv"](weighted, stats, EPSILON)
 
 
+def fold_weighted_scales(params: Tree, stats: Tree, weights: Mapping[str, Any]) -> Any:
+  """Folds a ScaledConv in which the output of each branch is multiplied by a weight.
+
+  The kernel is linear in the scales of the branches, as in `fold_weighted`. The one norm after the
+  sum stays, so the bias is not cut into parts.
+
+  Args:
+    params: {branch: {conv: {kernel}, scale}, bn: {scale, bias}}; an identity has no conv.
+    stats: {bn: {mean, var}}.
+    weights: branch to its weight, for every branch.
+
+  Returns:
+    {conv: {kernel (3, 3, I/g, O), bias (O,)}}, as the fold returns it.
+  """
+  weighted = {
+    name: {**params[name], "scale": params[name]["scale"] * jnp.asarray(weight, jnp.float32)}
+    for name, weight in weights.items()
+  }
+  return FOLDS["ScaledConv"]({**params, **weighted}, stats, EPSILON)
+
+
 def branch_order(names: Iterable[str]) -> list[str]:
   """Sorts branch names: larger kernels first, the identity last."""
 
@@ -133,9 +154,10 @@ def read_kernels(workdir: Path, *, verify: bool = True) -> Kernels:
 
 
 def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...]], Any]:
-  """Returns the paths of a model's RepConvs in the order of calls, and the shapes of its variables.
+  """Returns the paths of a model's layers of branches in the order of calls, and all shapes.
 
-  A RepConv inside another layer with a fold is left out, since that fold removes or absorbs it.
+  The layers are RepConvs and ScaledConvs. A layer inside another layer with a fold is left out,
+  since that fold removes or absorbs it.
   """
   paths = []
 
@@ -143,7 +165,7 @@ def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...
     path = context.module.path
     layers = [layer_name(scope) for scope in path]
     is_call = context.method_name == "__call__" and path not in paths
-    if is_call and layers[-1:] == ["RepConv"] and not any(layers[:-1]):
+    if is_call and layers[-1:] in (["RepConv"], ["ScaledConv"]) and not any(layers[:-1]):
       paths.append(path)
     return method(*arguments, **keywords)
 
@@ -179,10 +201,10 @@ def _middle(stage: list[FoldedLayer]) -> FoldedLayer:
 
 
 def _layer(path: tuple[str, ...], params: Tree, stats: Tree) -> FoldedLayer:
-  """Measures the RepConv at a path, in training form or deploy form."""
+  """Measures the layer of branches at a path, in training form or deploy form."""
   for scope in path:
     params, stats = params[scope], stats.get(scope, {})
-  names = () if "conv" in params else tuple(branch_order(params))
+  names = () if "conv" in params else tuple(branch_order(params.keys() - {"bn"}))
   taps, norms = jax.device_get(_measure(params, stats, names) if names else _measure_fused(params))
   if not np.isfinite(norms).all():
     raise InputError(f"the weights of {'/'.join(path)} are not finite; has this run diverged?")
@@ -198,9 +220,10 @@ def _layer(path: tuple[str, ...], params: Tree, stats: Tree) -> FoldedLayer:
 @functools.partial(jax.jit, static_argnums=2)
 def _measure(params: Tree, stats: Tree, names: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
   """Returns `_statistics` of the fused kernel and of each branch, stacked on a first axis."""
+  fold = fold_weighted_scales if "bn" in params else fold_weighted
 
   def measure(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _statistics(fold_weighted(params, stats, dict(zip(names, weights))))
+    return _statistics(fold(params, stats, dict(zip(names, weights))))
 
   # The first row keeps all branches, row i only branch i. `lax.map` compiles one fold and runs the
   # rows one after another, so that only one fused kernel is in memory.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repjax import names, runs, weights
+from repjax.algebra import BranchScales
 from repjax.errors import InputError, printable
 from repjax.reparam import layer_name
 from repjax.spec import ModelSpec
@@ -71,8 +72,8 @@ def _in_folder(folder: Path, search: ModelSpec) -> _Held:
   shapes = spec.variable_shapes()
   if not list(_scales(shapes["params"])):
     raise InputError(
-      f"config.scales: {folder} holds a {spec.name} without scales. Give the run of a hyper-search, "
-      "whose model has model_overrides.scaled=True"
+      f"config.scales: {folder} holds a {spec.name} without scales. Give the run of a "
+      "hyper-search, whose model has model_overrides.scaled=True"
     )
   _, variables, _ = runs.read_best(folder, shapes)
   wanted = _scales(search.variable_shapes()["params"])
@@ -106,7 +107,9 @@ def _scales(params: Mapping[str, Any]) -> Iterator[tuple[Place, Any]]:
 
 def _is_scale(path: Sequence[str]) -> bool:
   """Returns whether a leaf is the scale of a branch of a ScaledConv."""
-  return path[-1] == "scale" and len(path) > 2 and layer_name(path[-3]) == "ScaledConv"
+  if len(path) < 3 or layer_name(path[-3]) != "ScaledConv":
+    return False
+  return path[-2] in BranchScales._fields and path[-1] == "scale"
 
 
 def _check_fit(path: Path, search: ModelSpec, held: _Held) -> None:

@@ -7,12 +7,17 @@ import optax
 import pytest
 
 import repjax
-from repjax.algebra import BranchScales
 from repjax.layers.scaled_conv import merged_kernel
 from repjax.training import optimizer, repoptimizer
-from repjax.training.multipliers import MultipliedState, map_layers
-from tests.helpers import F64, init_shapes, leaves, quick_jit, random_input, randomise
-from tests.helpers import relative_error
+from tests.helpers import (
+  F64,
+  init_shapes,
+  leaves,
+  quick_jit,
+  random_input,
+  randomise,
+  relative_error,
+)
 
 pytest_plugins = ["tests.training.fixtures"]
 
@@ -82,7 +87,9 @@ def both_trained(make, loss_scale=1.0, **options):
   scaled = randomise(init_shapes(SCALED, IMAGES), seed=1)
   rng = np.random.default_rng(0)
   scaled["params"] = optimizer.map_by_path(
-    lambda path, leaf: leaf * rng.choice([1.0, -1.0], leaf.shape) if constant_scales(path) else leaf,
+    lambda path, leaf: (
+      leaf * rng.choice([1.0, -1.0], leaf.shape) if constant_scales(path) else leaf
+    ),
     scaled["params"],
   )
   scales = repoptimizer.scales_in(scaled["params"])
