@@ -132,7 +132,7 @@ def export_weights(
   Args:
     workdir: the folder of a run or an import.
     target: the file to write, which must not exist yet.
-    naming: source of the names: "official", "timm" or "mmpretrain".
+    naming: source of the names, as in `to_torch`.
     form: "train" or "deploy"; None takes the training form if the folder has one.
     verify: as in `repjax.load`.
 
