@@ -31,6 +31,8 @@ from repjax.models.checks import check_total_stride, is_whole
 from repjax.models.dilation import Striding, dilate
 from repjax.schema import shown
 
+BRANCHES = ("conv3x3", "conv1x1", "identity")
+
 
 class RepVGGBlock(Block):
   """A RepConv, an activation, and perhaps squeeze-and-excitation before or after the activation.
@@ -40,18 +42,18 @@ class RepVGGBlock(Block):
     striding: stride and dilation. A block that shrinks the map has no identity branch, and neither
       has a block that dilates instead: both then have the same parameters.
     groups: number of groups of the convolutions.
-    branches: names of the branches of the RepConv. An identity among them is left out of blocks
-      that change the shape of the map.
     se: squeeze-and-excitation: None, "pre" (before the activation) or "post".
     se_reduction: ratio of `features` to the width of its hidden layer.
+    branches: names of the branches of the RepConv. An identity among them is left out of blocks
+      that change the shape of the map.
   """
 
   features: int
   striding: Striding
   groups: int
-  branches: Sequence[str]
   se: str | None
   se_reduction: int
+  branches: Sequence[str] = BRANCHES
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -123,7 +125,7 @@ class RepVGG(Classifier, kw_only=True):
   stage_sizes: Sequence[int]
   width_multipliers: Sequence[float]
   groups: int | Mapping[int, int] = 1
-  branches: Sequence[str] = ("conv3x3", "conv1x1", "identity")
+  branches: Sequence[str] = BRANCHES
   se: str | None = None
   se_reduction: int = 16
   strides: Sequence[int] = (2, 2, 2, 2, 2)

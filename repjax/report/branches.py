@@ -12,7 +12,8 @@ from flax import linen as nn
 
 from repjax import runs
 from repjax.errors import InputError
-from repjax.reparam import FOLDS, layer_name
+from repjax.layers import RepConv, fold_rep_conv
+from repjax.recognition import LAYERS
 from repjax.spec import ModelSpec, load
 
 Tree = Mapping[str, Any]
@@ -93,7 +94,7 @@ def fold_weighted(params: Tree, stats: Tree, weights: Mapping[str, Any]) -> Any:
     name: {**params[name], "bn": times(weight, params[name]["bn"])}
     for name, weight in weights.items()
   }
-  return FOLDS["RepConv"](weighted, stats, EPSILON)
+  return fold_rep_conv(weighted, stats, EPSILON)
 
 
 def branch_order(names: Iterable[str]) -> list[str]:
@@ -132,6 +133,14 @@ def read_kernels(workdir: Path, *, verify: bool = True) -> Kernels:
   return Kernels(name, spec.name, step, layers)
 
 
+def _is_inside_a_layer(module: nn.Module) -> bool:
+  """Tells if a module is part of a layer with a fold."""
+  parent = module.parent
+  return isinstance(parent, nn.Module) and (
+    isinstance(parent, LAYERS) or _is_inside_a_layer(parent)
+  )
+
+
 def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...]], Any]:
   """Returns the paths of a model's RepConvs in the order of calls, and the shapes of its variables.
 
@@ -140,11 +149,10 @@ def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...
   paths = []
 
   def note(method: Callable[..., Any], arguments: Any, keywords: Any, context: Any) -> Any:
-    path = context.module.path
-    layers = [layer_name(scope) for scope in path]
-    is_call = context.method_name == "__call__" and path not in paths
-    if is_call and layers[-1:] == ["RepConv"] and not any(layers[:-1]):
-      paths.append(path)
+    layer = context.module
+    is_call = context.method_name == "__call__" and layer.path not in paths
+    if is_call and isinstance(layer, RepConv) and not _is_inside_a_layer(layer):
+      paths.append(layer.path)
     return method(*arguments, **keywords)
 
   size = spec.preprocessing.image_size
