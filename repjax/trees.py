@@ -1,5 +1,6 @@
 """Checks of trees of variables that come from outside: one sentence names what came."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,25 @@ from repjax.errors import InputError, printable
 
 _RANKS = (2, 4, 7)
 """Numbers of axes that kernels have."""
+_LIFTED = ("Vmap", "Scan")
+"""Linen begins the automatic names of layers under `nn.vmap` and `nn.scan` so."""
+
+
+def pure(tree: Mapping[Any, Any]) -> Mapping[Any, Any]:
+  """Returns a tree of arrays for a tree of variables of Flax NNX; other trees as they are.
+
+  The leaves of an `nnx.State` are such variables.
+  """
+  nnx = sys.modules.get("flax.nnx")
+  if nnx is None or not any(isinstance(leaf, nnx.Variable) for _, leaf in _leaves(tree)):
+    return tree
+
+  def values(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+      return {key: values(value) for key, value in tree.items()}
+    return tree.get_value() if isinstance(tree, nnx.Variable) else tree
+
+  return values(tree)
 
 
 def check_tree(where: str, tree: Any) -> None:
@@ -32,7 +52,8 @@ def check_tree(where: str, tree: Any) -> None:
       f"{printable(repr(flat), 100)}. Nest it: flax.traverse_util.unflatten_dict(tree{separator})"
     )
   for path, _ in _leaves(tree):
-    if odd := [key for key in path if not isinstance(key, str | tuple)]:
+    # Lists of Flax NNX have numbers for names, but never at the top.
+    if odd := [key for key in path[:1] if not isinstance(key, str | tuple)]:
       raise InputError(
         f"{where} must have names of scopes for keys, got {printable(repr(odd[0]), 100)}"
       )
@@ -41,11 +62,14 @@ def check_tree(where: str, tree: Any) -> None:
   if not kernels or any(rank - 1 not in _RANKS or rank in _RANKS for rank in kernels):
     return
   leading = {shape[:1] for shape in shapes.values()}
-  if len(leading) == 1:
+  lifted = any(str(key).startswith(_LIFTED) for path in shapes for key in path)
+  if len(leading) == 1 and not lifted:
     ((count,),) = leading
     raise InputError(
       f"every leaf of {where} has a first axis of {count}, as a tree has that is replicated over "
-      f"{count} devices for pmap. Take one copy: jax.tree.map(lambda leaf: leaf[0], tree)"
+      f"{count} devices for pmap, or that holds {count} networks. Take one copy: "
+      "jax.tree.map(lambda leaf: leaf[0], tree), or map the function over all: "
+      "jax.vmap(function)(...)"
     )
 
 

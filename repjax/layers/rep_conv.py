@@ -30,7 +30,7 @@ from repjax.algebra import (
   pad_kernel,
 )
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, refuse_training
+from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
 from repjax.layers.linear import bias_init, kernel_init
 from repjax.layers.one_channel import OneChannelConv, is_one_channel
 
@@ -271,6 +271,41 @@ class RepConv(RepLayer):
       )
 
 
+def convolution_branches(params: Mapping[str, Any]) -> list[str]:
+  """Returns the names in a scope that look like convolution branches of a RepConv."""
+  return [
+    name
+    for name, held in params.items()
+    if _BRANCH.fullmatch(str(name)) and branch_size(name) and _holds_branch(held)
+  ]
+
+
+def _holds_branch(held: Any) -> bool:
+  """Tells if a scope holds a convolution or a batch norm, or both, and nothing else."""
+  return isinstance(held, Mapping) and bool(held) and held.keys() <= {"conv", "bn"}
+
+
+def recognize_rep_conv(params: Mapping[str, Any]) -> int | None:
+  """Tells if a scope holds a RepConv in training form.
+
+  Such a scope holds branches alone, and at least one of them is a convolution.
+
+  Args:
+    params: parameters of the scope.
+
+  Returns:
+    The number of leading axes of the kernels, from `nn.vmap` or `nn.scan`; None for other scopes.
+  """
+  convs = convolution_branches(params)
+  if not convs or not all(
+    _BRANCH.fullmatch(str(name)) and _holds_branch(held) for name, held in params.items()
+  ):
+    return None
+  counts = [leading_axes(params[name], ("conv", "kernel"), 4) for name in convs]
+  # A branch without a kernel is for the fold to refuse.
+  return max((count for count in counts if count is not None), default=0)
+
+
 def fold_rep_conv(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
@@ -316,6 +351,7 @@ def merge_branches(
   Raises:
     ValueError: the two trees do not hold the same branches, or shapes do not fit.
   """
+  stats, epsilon = read_notes(stats, epsilon)
   norms = sorted(f"{name}/{norm}" for name in stats for norm in stats[name])
   if norms != sorted(f"{name}/bn" for name in params):
     raise ValueError(

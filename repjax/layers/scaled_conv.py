@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from repjax.algebra import BranchScales, ConvParams, fuse_bn, scale_branches, wide_dtype
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, refuse_training
+from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
 from repjax.layers.linear import bias_init, kernel_init
 from repjax.layers.one_channel import OneChannelConv, is_one_channel
 
@@ -128,6 +128,23 @@ def merged_kernel(params: Mapping[str, Any]) -> jax.Array:
   return scale_branches(k3, k1, scales_of(params))
 
 
+def recognize_scaled_conv(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope is a ScaledConv in training form, else None.
+
+  A ScaledConv holds `bn`, the branches `conv3x3` and `conv1x1`, each with `conv` and `scale`, and
+  perhaps `identity` with `scale` alone.
+  """
+  wanted = {"conv3x3": {"conv", "scale"}, "conv1x1": {"conv", "scale"}, "identity": {"scale"}}
+  names = params.keys() - {"bn"}
+  if "bn" not in params or not wanted.keys() - {"identity"} <= names <= wanted.keys():
+    return None
+  if any(
+    not isinstance(params[name], Mapping) or params[name].keys() != wanted[name] for name in names
+  ):
+    return None
+  return leading_axes(params, ("conv3x3", "conv", "kernel"), 4)
+
+
 def fold_scaled_conv(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
@@ -145,6 +162,7 @@ def fold_scaled_conv(
   Raises:
     ValueError: a branch or `bn` is missing, or shapes do not fit.
   """
+  stats, epsilon = read_notes(stats, epsilon)
   missing = sorted({"conv3x3", "conv1x1", "bn"} - params.keys())
   strange = sorted(
     (params.keys() - {"conv3x3", "conv1x1", "identity", "bn"}) | stats.keys() - {"bn"}

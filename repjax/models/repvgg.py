@@ -32,7 +32,7 @@ from repjax.models.checks import check_total_stride, is_whole
 from repjax.models.dilation import Striding, dilate
 from repjax.schema import shown
 
-_BRANCHES = ("conv3x3", "conv1x1", "identity")
+BRANCHES = ("conv3x3", "conv1x1", "identity")
 
 
 class RepVGGBlock(Block):
@@ -43,21 +43,21 @@ class RepVGGBlock(Block):
     striding: stride and dilation. A block that shrinks the map has no identity branch, and neither
       has a block that dilates instead: both then have the same parameters.
     groups: number of groups of the convolutions.
+    se: squeeze-and-excitation: None, "pre" (before the activation) or "post".
+    se_reduction: ratio of `features` to the width of its hidden layer.
     branches: names of the branches of the RepConv. An identity among them is left out of blocks
       that change the shape of the map.
     first_scale: build a ScaledConv, whose scales begin with this value, in place of the RepConv.
       None: build the RepConv.
-    se: squeeze-and-excitation: None, "pre" (before the activation) or "post".
-    se_reduction: ratio of `features` to the width of its hidden layer.
   """
 
   features: int
   striding: Striding
   groups: int
-  branches: Sequence[str]
-  first_scale: float | None
   se: str | None
   se_reduction: int
+  branches: Sequence[str] = BRANCHES
+  first_scale: float | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -137,7 +137,7 @@ class RepVGG(Classifier, kw_only=True):
   stage_sizes: Sequence[int]
   width_multipliers: Sequence[float]
   groups: int | Mapping[int, int] = 1
-  branches: Sequence[str] = _BRANCHES
+  branches: Sequence[str] = BRANCHES
   scaled: bool = False
   se: str | None = None
   se_reduction: int = 16
@@ -320,9 +320,9 @@ def _check_branches(network: RepVGG) -> None:
       "branches takes different names with a 3x3 convolution among them, such as "
       f"('conv3x3', 'conv1x1', 'identity'), got {shown(names)}"
     )
-  if network.scaled and tuple(names) != _BRANCHES:
+  if network.scaled and tuple(names) != BRANCHES:
     raise InputError(
-      f"scaled builds the branches {shown(_BRANCHES)}, got branches={shown(names)}. Leave branches "
+      f"scaled builds the branches {shown(BRANCHES)}, got branches={shown(names)}. Leave branches "
       "out, or scaled"
     )
 

@@ -12,7 +12,8 @@ from flax import linen as nn
 
 from repjax import runs
 from repjax.errors import InputError
-from repjax.reparam import FOLDS, layer_name
+from repjax.layers import RepConv, ScaledConv, fold_rep_conv, fold_scaled_conv
+from repjax.recognition import LAYERS
 from repjax.spec import ModelSpec, load
 
 Tree = Mapping[str, Any]
@@ -93,7 +94,7 @@ def fold_weighted(params: Tree, stats: Tree, weights: Mapping[str, Any]) -> Any:
     name: {**params[name], "bn": times(weight, params[name]["bn"])}
     for name, weight in weights.items()
   }
-  return FOLDS["RepConv"](weighted, stats, EPSILON)
+  return fold_rep_conv(weighted, stats, EPSILON)
 
 
 def fold_weighted_scales(params: Tree, stats: Tree, weights: Mapping[str, Any]) -> Any:
@@ -114,7 +115,7 @@ def fold_weighted_scales(params: Tree, stats: Tree, weights: Mapping[str, Any]) 
     name: {**params[name], "scale": params[name]["scale"] * jnp.asarray(weight, jnp.float32)}
     for name, weight in weights.items()
   }
-  return FOLDS["ScaledConv"]({**params, **weighted}, stats, EPSILON)
+  return fold_scaled_conv({**params, **weighted}, stats, EPSILON)
 
 
 def branch_order(names: Iterable[str]) -> list[str]:
@@ -153,6 +154,14 @@ def read_kernels(workdir: Path, *, verify: bool = True) -> Kernels:
   return Kernels(name, spec.name, step, layers)
 
 
+def _is_inside_a_layer(module: nn.Module) -> bool:
+  """Tells if a module is part of a layer with a fold."""
+  parent = module.parent
+  return isinstance(parent, nn.Module) and (
+    isinstance(parent, LAYERS) or _is_inside_a_layer(parent)
+  )
+
+
 def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...]], Any]:
   """Returns the paths of a model's layers of branches in the order of calls, and all shapes.
 
@@ -162,11 +171,10 @@ def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...
   paths = []
 
   def note(method: Callable[..., Any], arguments: Any, keywords: Any, context: Any) -> Any:
-    path = context.module.path
-    layers = [layer_name(scope) for scope in path]
-    is_call = context.method_name == "__call__" and path not in paths
-    if is_call and layers[-1:] in (["RepConv"], ["ScaledConv"]) and not any(layers[:-1]):
-      paths.append(path)
+    layer = context.module
+    is_call = context.method_name == "__call__" and layer.path not in paths
+    if is_call and isinstance(layer, RepConv | ScaledConv) and not _is_inside_a_layer(layer):
+      paths.append(layer.path)
     return method(*arguments, **keywords)
 
   size = spec.preprocessing.image_size

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from repjax.algebra import bn_affine
 from repjax.errors import InputError
-from repjax.reparam import layer_name
+from repjax.layers import recognize_rep_conv
 
 Tree = Mapping[str, Any]
 
@@ -67,7 +67,7 @@ def _layers(params: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
   """Yields the path of every RepConv that holds both branches."""
   for name, value in params.items():
     if isinstance(value, Mapping):
-      if layer_name(name) != "RepConv":
+      if recognize_rep_conv(value) is None:
         yield from _layers(value, (*path, name))
       elif value.keys() >= set(_BRANCHES):
         yield (*path, name)

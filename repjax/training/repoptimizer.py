@@ -13,7 +13,7 @@ import jax
 from repjax.algebra import BranchScales, scale_branches
 from repjax.errors import InputError
 from repjax.models import init
-from repjax.reparam import layer_name
+from repjax.recognition import layer_name
 from repjax.schema import shown
 from repjax.spec import ModelSpec
 from repjax.training.multipliers import Scales, Tree, map_layers, with_kernel

@@ -12,7 +12,7 @@ import numpy as np
 from repjax import names, runs, weights
 from repjax.algebra import BranchScales
 from repjax.errors import InputError, printable
-from repjax.reparam import layer_name
+from repjax.recognition import layer_name
 from repjax.spec import ModelSpec
 from repjax.training.repoptimizer import scales_in, search_spec
 from repjax.weights.sources import expected
