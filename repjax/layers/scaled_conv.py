@@ -134,14 +134,12 @@ def recognize_scaled_conv(params: Mapping[str, Any]) -> int | None:
   A ScaledConv holds `bn`, the branches `conv3x3` and `conv1x1`, each with `conv` and `scale`, and
   perhaps `identity` with `scale` alone.
   """
-  wanted = {"conv3x3": {"conv", "scale"}, "conv1x1": {"conv", "scale"}, "identity": {"scale"}}
-  names = params.keys() - {"bn"}
-  if "bn" not in params or not wanted.keys() - {"identity"} <= names <= wanted.keys():
+  if params.keys() - {"identity"} != {"bn", "conv3x3", "conv1x1"}:
     return None
-  if any(
-    not isinstance(params[name], Mapping) or params[name].keys() != wanted[name] for name in names
-  ):
-    return None
+  for name, held in params.items():
+    wanted = {"scale"} if name == "identity" else {"conv", "scale"}
+    if name != "bn" and not (isinstance(held, Mapping) and held.keys() == wanted):
+      return None
   return leading_axes(params, ("conv3x3", "conv", "kernel"), 4)
 
 
