@@ -7,6 +7,10 @@ References:
   https://github.com/DingXiaoH/RepOptimizers, repoptimizer/repoptvgg_model.py
 """
 
+import re
+from collections.abc import Iterable
+from typing import Any
+
 from repjax.models.repvgg import VARIANTS
 from repjax.spec import Preprocessing
 from repjax.weights.naming import DENSE_AS_CONV, Naming, Row
@@ -79,6 +83,32 @@ _REPOPT = (
   Row("ScaledConv_0/bn", "bn"),
   Row("SqueezeExcite_0/(down|up)", r"post_se.\1", DENSE_AS_CONV),
 )
+
+_REPOPT_BLOCK = re.compile(r"(?:.*\.)?stage([1-4])\.(\d+)\.conv\.weight")
+
+
+def repopt_overrides(names: Iterable[str]) -> dict[str, Any]:
+  """Returns the attributes that names of RepOptimizer's authors show, such as `branches`.
+
+  Their networks have no models of their own here. B1 and B2 are plain networks of the same name,
+  and L1 and L2 have the widths of B1 and B2 with more blocks.
+
+  Args:
+    names: names of a state dict. Names of other sources give {}.
+  """
+  names = list(names)
+  stem = {name.rpartition("stage0.")[2] for name in names if "stage0." in name}
+  if not {"conv.weight", "bn.weight"} <= stem:
+    return {}
+  found: dict[str, Any] = (
+    {"scaled": True} if "scale_conv.weight" in stem else {"branches": ["conv3x3"]}
+  )
+  blocks = {match.groups() for name in names if (match := _REPOPT_BLOCK.fullmatch(name))}
+  sizes = [sum(stage == str(number) for stage, _ in blocks) for number in (1, 2, 3, 4)]
+  if all(sizes) and tuple(sizes) != VARIANTS["repvgg_b1"]["stage_sizes"]:
+    found["stage_sizes"] = sizes
+  return found
+
 
 _NAMINGS: dict[str, Naming] = {
   "official": _OFFICIAL,

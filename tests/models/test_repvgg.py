@@ -405,7 +405,13 @@ class TestScaled:
   @pytest.mark.usefixtures("x64")
   @pytest.mark.parametrize(
     "overrides",
-    [{}, {"groups": 2}, {"output_stride": 8}, {"se": "post", "se_reduction": 4}],
+    [
+      {},
+      {"groups": 2},
+      {"output_stride": 8},
+      {"aux_heads": True},
+      {"se": "post", "se_reduction": 4},
+    ],
     ids=str,
   )
   def test_both_forms_agree(self, overrides):

@@ -7,6 +7,8 @@ import pytest
 import repjax
 from repjax import weights
 from repjax.errors import InputError
+from repjax.weights.repvgg import repopt_overrides
+from tests import helpers
 from tests.weights import cases
 from tests.weights.cases import assert_same_bits
 
@@ -60,10 +62,14 @@ def test_the_authors_files_come_in_and_go_out_as_they_were(overrides):
   ids=["B1", "B2", "L1"],
 )
 def test_the_whole_networks_are_those_of_the_authors(name, stage_sizes, widths):
-  overrides = {"branches": ["conv3x3"], "stage_sizes": list(stage_sizes)}
   shapes = authors_shapes(stage_sizes, widths, 1000, searched=False)
   state = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-  assert weights.recognize(state, **overrides, hint=name).model == name
+  overrides = repopt_overrides(state)
+  deeper = stage_sizes != (4, 6, 16, 1)
+  assert overrides == {"branches": ["conv3x3"]} | (
+    {"stage_sizes": [*stage_sizes]} if deeper else {}
+  )
+  assert weights.recognize(state, **overrides).model == name
 
 
 def test_a_released_file_becomes_a_folder_that_runs(tmp_path):
@@ -73,9 +79,10 @@ def test_a_released_file_becomes_a_folder_that_runs(tmp_path):
     str(tmp_path / "RepOpt-VGG-acc.npz"),
     tmp_path / "run",
     model_name="repvgg_a0",
-    overrides=PLAIN,
+    overrides={"width_multipliers": PLAIN["width_multipliers"]},
   )
   assert (record["naming"], record["kind"]) == ("repopt", "train")
+  assert record["assumed"] == {"branches": ["conv3x3"], "stage_sizes": [1, 1, 2, 1]}
   preprocessing = repjax.ModelSpec.read(tmp_path / "run").preprocessing
   assert (preprocessing.resize_size, preprocessing.image_size) == (224, 224)
   model, variables, _ = repjax.load(tmp_path / "run")
@@ -83,6 +90,19 @@ def test_a_released_file_becomes_a_folder_that_runs(tmp_path):
   assert kernel.shape == (3, 3, 8, 8)
   logits = jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct((1, 224, 224, 3), "float32"))
   assert logits.shape == (1, 1000)
+
+
+def test_names_show_what_an_import_need_not_be_told():
+  sizes = {"stage_sizes": [1, 1, 2, 1]}
+  for prefix in ("", "module."):
+    plain, search = (
+      [prefix + name for name in authors_shapes((1, 1, 2, 1), (8,) * 5, 7, searched)]
+      for searched in (False, True)
+    )
+    assert repopt_overrides(plain) == {"branches": ["conv3x3"], **sizes}
+    assert repopt_overrides(search) == {"scaled": True, **sizes}
+  for model in ("repvgg_a0", "repvggplus_l2pse"):
+    assert repopt_overrides(helpers.keys("official", model)["train"]) == {}
 
 
 def test_networks_with_norms_in_their_branches_have_no_such_names():
