@@ -65,10 +65,8 @@ def test_the_whole_networks_are_those_of_the_authors(name, stage_sizes, widths):
   shapes = authors_shapes(stage_sizes, widths, 1000, searched=False)
   state = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
   overrides = repopt_overrides(state)
-  deeper = stage_sizes != (4, 6, 16, 1)
-  assert overrides == {"branches": ["conv3x3"]} | (
-    {"stage_sizes": [*stage_sizes]} if deeper else {}
-  )
+  deeper = {} if stage_sizes == (4, 6, 16, 1) else {"stage_sizes": [*stage_sizes]}
+  assert overrides == {"branches": ["conv3x3"], **deeper}
   assert weights.recognize(state, **overrides).model == name
 
 
