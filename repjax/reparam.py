@@ -190,7 +190,8 @@ def _fold(
   try:
     return fold(params, stats, epsilon)
   except ValueError as error:
-    raise ValueError(f"{shown(path)}: {error}") from error
+    kind = InputError if isinstance(error, InputError) else ValueError
+    raise kind(f"{shown(path)}: {error}") from error
 
 
 def _without_statistics(params: Tree, path: Path) -> ValueError:
