@@ -76,6 +76,11 @@ def layer_name(scope: str, folds: Iterable[str] = FOLDS) -> str | None:
   return max((name for name in folds if is_named(scope, name)), key=len, default=None)
 
 
+def is_known(name: str, fold: Fold) -> bool:
+  """Tells if a fold is the one that repjax has for the layer of a class name."""
+  return name in KINDS and KINDS[name].fold is fold
+
+
 def kind_of(name: str, params: Tree, stats: Tree) -> Kind | None:
   """Returns the kind of the repjax layer that a scope holds in training form, or None.
 

@@ -28,6 +28,7 @@ from repjax.recognition import (
   Kind,
   Path,
   Tree,
+  is_known,
   kind_of,
   layer_name,
   shown,
@@ -125,7 +126,7 @@ class _Rules(NamedTuple):
 
   def foreign(self) -> dict[str, Fold]:
     """Returns the folds of other people's layers, and those that replace a fold of repjax."""
-    return {name: fold for name, fold in self.folds.items() if FOLDS.get(name) is not fold}
+    return {name: fold for name, fold in self.folds.items() if not is_known(name, fold)}
 
 
 def _walk(params: Tree, stats: Tree, path: Path, rules: _Rules) -> Mapping[str, Any] | None:
