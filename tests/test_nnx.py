@@ -312,7 +312,7 @@ class TestTransforms:
     with pytest.raises(InputError, match=r"first axis of 3.*jax.vmap"):
       repjax.reparameterize(*halves(model))
     deploy = nnx.eval_shape(lambda: several(deploy=True))
-    load(deploy, jax.vmap(repjax.reparameterize)(*trees(model).values()))
+    load(deploy, jax.vmap(repjax.reparameterize)(*halves(model)))
     run = nnx.vmap(lambda model, x: model(x, False), in_axes=(0, None))
     x = jnp.asarray(X)
     assert relative_error(run(deploy, x), run(model, x)) <= 1e-12
