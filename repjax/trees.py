@@ -73,6 +73,23 @@ def check_tree(where: str, tree: Any) -> None:
     )
 
 
+def check_apart(params: Any) -> None:
+  """Checks that no statistics of batch norms lie among parameters.
+
+  Args:
+    params: nested dictionaries of parameters.
+
+  Raises:
+    InputError: a scope called `bn` holds statistics.
+  """
+  for path, _ in leaves(params):
+    if path[-2:] in (("bn", "mean"), ("bn", "var")):
+      raise InputError(
+        f"params hold statistics too: {printable('/'.join(map(str, path)))}. Pass the two apart; of "
+        "an NNX model, nnx.state(model, nnx.Param) and nnx.state(model, nnx.BatchStat)"
+      )
+
+
 def check_leaves(path: tuple[str, ...], tree: Any) -> None:
   """Checks that all leaves of a tree are arrays of floating-point numbers.
 

@@ -304,6 +304,15 @@ class TestTransforms:
     with pytest.raises(InputError, match="batch_stats foreign/mean is missing"):
       load(nnx.eval_shape(lambda: self.build(deploy=True)), params)
 
+  @pytest.mark.parametrize("also", [{}, None], ids=["no statistics", "statistics"])
+  def test_parameters_and_statistics_come_apart(self, also):
+    model = random_model(lambda: Block(False, nnx.Rngs(0)))
+    stats = nnx.state(model, nnx.BatchStat) if also is None else also
+    for both in (nnx.state(model), nnx.to_pure_dict(nnx.state(model))):
+      with pytest.raises(InputError, match=r"statistics too: .*bn/.*nnx\.Param") as told:
+        repjax.reparameterize(both, stats)
+      helpers.assert_one_paragraph(told.value)
+
   def test_an_ensemble_is_told_to_be_mapped(self):
     def several(deploy=False):
       return nnx.vmap(lambda rngs: Block(deploy, rngs))(nnx.Rngs(0).split(3))
