@@ -152,6 +152,30 @@ def pad_kernel(
   return jnp.pad(kernel, ((before[0], after[0]), (before[1], after[1]), (0, 0), (0, 0)))
 
 
+def dilate_kernel(kernel: jax.Array, rate: int) -> jax.Array:
+  """Writes a dilated convolution as a larger convolution without dilation.
+
+  K'[r h, r w, i, o] = K[h, w, i, o], all else zero. Always exact.
+
+  Args:
+    kernel: (H, W, I/g, O).
+    rate: distance r from tap to tap, at least 1.
+
+  Returns:
+    ((H - 1) r + 1, (W - 1) r + 1, I/g, O), dtype of `kernel`.
+
+  Raises:
+    ValueError: the rate is below 1.
+
+  References:
+    Ding et al., UniRepLKNet, CVPR 2024, section 3.1. https://arxiv.org/abs/2311.15599
+  """
+  if rate < 1:
+    raise ValueError(f"the distance from tap to tap is at least 1, got {rate}")
+  between = [(0, 0, rate - 1), (0, 0, rate - 1), (0, 0, 0), (0, 0, 0)]
+  return lax.pad(kernel, jnp.zeros((), kernel.dtype), between)
+
+
 def _diagonal(features: int, groups: int, dtype: jax.typing.DTypeLike) -> jax.Array:
   """Returns (C/g, C) with a one where input and output are the same channel: i = o mod (C/g)."""
   if features % groups:

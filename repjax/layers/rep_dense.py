@@ -16,8 +16,10 @@ from jax import lax
 from repjax.algebra import AffineParams, bn_affine, conv_to_dense, wide_dtype
 from repjax.errors import InputError
 from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.branches import merge_branches
+from repjax.layers.composition import pair
 from repjax.layers.linear import TILE_AXES, bias_init, tile_kernel_init
-from repjax.layers.rep_conv import RepConv, merge_branches, pair
+from repjax.layers.rep_conv import RepConv
 
 
 def check_tiles(where: str, shape: Sequence[int], tile: tuple[int, int]) -> None:

@@ -128,6 +128,26 @@ def merged_kernel(params: Mapping[str, Any]) -> jax.Array:
   return scale_branches(k3, k1, scales_of(params))
 
 
+def branch_kernels(
+  params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
+) -> dict[str, jax.Array]:
+  """Returns the part of each branch in the kernel of the deploy form; the sum is that kernel.
+
+  Args:
+    params: as in `fold_scaled_conv`.
+    stats: as in `fold_scaled_conv`.
+    epsilon: as in `fold_scaled_conv`.
+  """
+
+  def alone(name: str) -> Mapping[str, Any]:
+    others = params.keys() - {name, "bn"}
+    zeros = {other: jnp.zeros_like(params[other]["scale"]) for other in others}
+    return {**params, **{other: {**params[other], "scale": zeros[other]} for other in others}}
+
+  names = [name for name in params if name != "bn"]
+  return {name: fold_scaled_conv(alone(name), stats, epsilon)["conv"]["kernel"] for name in names}
+
+
 def recognize_scaled_conv(params: Mapping[str, Any]) -> int | None:
   """Returns the number of leading axes if a scope is a ScaledConv in training form, else None.
 

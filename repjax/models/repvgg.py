@@ -26,7 +26,7 @@ from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.layers import AuxHead, RepConv, RepLayer, ScaledConv, SqueezeExcite
-from repjax.layers.rep_conv import branch_size
+from repjax.layers.grammar import parse
 from repjax.models.base import Block, BlockBuilder, Classifier, Stage
 from repjax.models.checks import check_total_stride, is_whole
 from repjax.models.dilation import Striding, dilate
@@ -80,7 +80,7 @@ class RepVGGBlock(Block):
     }
     if self.first_scale is not None:
       return ScaledConv(self.features, keeps_shape, first_scale=self.first_scale, **attributes)
-    names = [name for name in self.branches if keeps_shape or branch_size(name)]
+    names = [name for name in self.branches if keeps_shape or not parse(name).is_input]
     return RepConv(self.features, branches=names, **attributes)
 
 
@@ -312,7 +312,7 @@ def _check_branches(network: RepVGG) -> None:
   """Raises InputError if the branches make no block with a 3x3 kernel."""
   names = network.branches
   try:
-    sizes = [] if isinstance(names, str) else [branch_size(name) for name in names]
+    sizes = [] if isinstance(names, str) else [parse(name).size for name in names]
   except ValueError as error:
     raise InputError(f"branches: {error}") from None
   if (3, 3) not in sizes or len(set(names)) != len(names):
