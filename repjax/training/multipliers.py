@@ -10,8 +10,8 @@ Both networks then compute the same after every step:
 | SGD       | yes, with any schedule and momentum, Nesterov's too                    |
 | AdamW     | nearly: to the ratio of Adam's constant 1e-8 to the sizes of gradients |
 
-Weight decay keeps this exact if K3, K1 and s0 decay by one factor, and K by the same. That is so
-with every rule of `repjax.training.optimizer`. A limit on the norm of the whole gradient would
+Weight decay keeps this exact if K3, K1 and s0 decay by one factor, and K by the same. Every rule of
+`repjax.training.optimizer` does this. A limit on the norm of the whole gradient would
 break it, because the gradient of the branches has a different norm.
 
 References:
@@ -66,7 +66,7 @@ def multiplied(
   References:
     https://github.com/DingXiaoH/RepOptimizers at 1d41318, repoptimizer_sgd.py and
       repoptimizer_adamw.py. The authors' factors of Adam are sums of scales, not of their absolute
-      values. The two differ where a scale has become negative, and the law then needs the latter.
+      values. The two differ where a scale has become negative. The law then needs absolute values.
   """
   power = 1 if adaptive else 2
 
