@@ -5,7 +5,6 @@ names of branches mean, and `repjax.layers.branches` holds the forward pass and 
 is the layer in Flax Linen.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +24,7 @@ from repjax.layers.branches import (
 )
 from repjax.layers.composition import Conv
 from repjax.layers.grammar import find, is_skip
-from repjax.layers.linear import bias_init, kernel_init
-from repjax.layers.one_channel import OneChannelConv, is_one_channel
+from repjax.layers.one_channel import convolution
 
 
 class _Inside(nn.Module):
@@ -51,7 +49,7 @@ class _LinenScope:
 
   def conv(self, x: jax.Array, conv: Conv) -> jax.Array:
     """Applies a convolution."""
-    return self._layer.build(conv)(name="conv")(x)
+    return convolution(conv, **self._layer.dtypes())(name="conv")(x)
 
   def norm(self, x: jax.Array) -> jax.Array:
     """Applies the batch norm of the layer."""
@@ -157,25 +155,6 @@ class RepConv(RepLayer):
         f"with the skips {noted}. Build the layer with the branches of its variables, and keep "
         "the notes in batch_stats"
       )
-
-  @nn.nowrap
-  def build(self, conv: Conv) -> Callable[..., nn.Module]:
-    """Returns a function that builds a convolution, given its name."""
-    built = functools.partial(
-      OneChannelConv if is_one_channel(self.dtype, conv.inputs, conv.features) else nn.Conv,
-      conv.features,
-      conv.size,
-      strides=conv.strides,
-      padding=[(pad, pad) for pad in conv.padding],
-      kernel_dilation=conv.dilation,
-      use_bias=conv.use_bias,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      bias_init=bias_init((*conv.size, conv.inputs // conv.groups, conv.features)),
-    )
-    if built.func is OneChannelConv:
-      return built
-    return functools.partial(built, feature_group_count=conv.groups, kernel_init=kernel_init)
 
 
 def convolution_branches(params: Mapping[str, Any]) -> list[str]:
