@@ -56,7 +56,7 @@ class Conv(NamedTuple):
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
   """Returns (vertical, horizontal) from one number for both, or from two numbers."""
-  return (value, value) if isinstance(value, Integral) else (value[0], value[1])
+  return (value[0], value[1]) if isinstance(value, Sequence) else (value, value)
 
 
 # What a layer consists of.
@@ -191,7 +191,7 @@ def _check_numbers(layer: Layer, where: str) -> None:
     is_free = field == "padding" and layer.padding_mode == "constant"
     least = None if is_free else 0 if field == "padding" else 1
     fits = (not is_pair or len(value) == 2) and all(
-      isinstance(number, Integral) and (least is None or number >= least) for number in numbers
+      isinstance(number, Integral) and (least is None or int(number) >= least) for number in numbers
     )
     if not fits and not (field == "padding" and value is None):
       pairs = "" if field in ("features", "groups") else ", or two for (vertical, horizontal)"

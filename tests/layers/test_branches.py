@@ -1,6 +1,7 @@
 """Every branch of the grammar against its definition in NumPy, in training and in deploy form."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -349,7 +350,8 @@ class TestRefusals:
     helpers.assert_one_paragraph(told.value)
 
   def test_numbers_of_numpy_are_numbers(self):
-    layer = RepConv(4, ("conv3x3",), strides=np.int64(2), padding=(np.int64(1), 1))
+    numbers: dict[str, Any] = {"strides": np.int64(2), "padding": (np.int64(1), 1)}
+    layer = RepConv(4, ("conv3x3",), **numbers)
     x = jnp.ones((1, 6, 6, 4))
     y, _ = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
     assert y.shape == (1, 3, 3, 4)
