@@ -96,6 +96,38 @@ def check_leaves(path: tuple[str, ...], tree: Any) -> None:
       )
 
 
+def misfits(given: Any, wanted: Any) -> list[str]:
+  """Lists where the paths and shapes of a tree are not those of a different tree.
+
+  Args:
+    given: a tree of arrays.
+    wanted: a tree of arrays or of shapes.
+
+  Returns:
+    A clause for each difference; empty if there is none.
+  """
+  held, expected = _shapes(given), _shapes(wanted)
+  problems = [f"{path} is missing" for path in expected if path not in held]
+  problems += [f"{path} is unknown" for path in held if path not in expected]
+  problems += [
+    f"{path} is {held[path]} where the model has {expected[path]}"
+    for path in expected
+    if path in held and held[path] != expected[path]
+  ]
+  return problems
+
+
+def few(problems: list[str]) -> str:
+  """Returns the first three of several clauses, and how many more there are."""
+  more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+  return printable("; ".join(problems[:3])) + more
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of a tree's leaves by path."""
+  return {"/".join(map(str, path)): jnp.shape(leaf) for path, leaf in _leaves(tree)}
+
+
 def _is_path(key: Any, value: Any) -> bool:
   """Tells if a key of a tree is the path of a leaf, not the name of a scope."""
   if isinstance(key, tuple):

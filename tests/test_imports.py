@@ -27,6 +27,7 @@ MAY_IMPORT = {
   "recognition": {"layers"},
   "reparam": {"layers", "recognition"},
   "models": {"layers"},
+  "expansion": {"algebra", "layers", "models", "recognition", "reparam"},
   "spec": {"models", "reparam"},
   "analysis": {"models", "program", "reparam", "spec"},
   "weights": {"config", "models", "recognition", "reparam", "spec"},

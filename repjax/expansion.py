@@ -1,0 +1,434 @@
+"""`expand`: the way back from a plain network to its training form, with branches and batch norms.
+
+A plain network is expanded in two steps.
+
+1. Every layer is expanded by itself, as its kind says. Its norms have fresh statistics, mean 0 and
+   variance 1, and the layer folds into what it was.
+2. With images, the training form runs on them once. Each norm takes the statistics of what it sees,
+   and a new scale and bias with which it computes the same as before. So the second step changes no
+   map in evaluation mode. In training mode every norm then finds the statistics that it has.
+"""
+
+import contextlib
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from repjax.algebra import rebase_bn
+from repjax.errors import InputError, printable
+from repjax.layers import AuxHead
+from repjax.layers.base import EPSILON, RepLayer
+from repjax.layers.remainder import cast
+from repjax.models import image_size_of
+from repjax.recognition import Kind, Path, Tree, kind_of, shown
+from repjax.reparam import reparameterize
+from repjax.trees import check_leaves, check_tree, few, misfits, pure
+
+
+def expand(
+  model: nn.Module, deploy_params: Tree, key: jax.Array, *, images: Any = None
+) -> dict[str, Any]:
+  """Returns variables of a training form that computes the same as a plain network.
+
+  This is the way back from `reparameterize`, for fine-tuning a network of which only the deploy
+  form is at hand:
+
+    reparameterize(**expand(model, deploy_params, key)) == deploy_params,  up to rounding.
+
+  Many training forms compute the same. In this one, small branches are drawn as `init` draws them,
+  at a tenth of the size of the whole kernel. The largest branch takes what remains. Auxiliary heads
+  are drawn anew.
+
+  With images, the training form computes the same in training mode too, for these images and
+  without dropout. Its statistics are those of the images. Without images statistics are fresh, so
+  that the first step in training mode starts from a different function.
+
+  The function is pure, and works under `jit`. What depends on the values of traced arrays is then
+  not checked.
+
+  Args:
+    model: the network in training form. Its layers are recognised as by `reparameterize`.
+    deploy_params: the "params" collection of the deploy form.
+    key: a JAX random key for the small branches and for auxiliary heads.
+    images: a batch (N, H, W, C) as the model takes it, normalised. Several hundred images make good
+      statistics. A `jax.ShapeDtypeStruct` says only which shape the model takes; None stands for
+      one image of the size that the model is made for.
+
+  Returns:
+    {"params", "batch_stats"} with the structure, shapes and dtypes of `model.init`.
+
+  Raises:
+    InputError: the model is in deploy form, `deploy_params` do not belong to the model, no training
+      form computes the same, or the images or the key cannot be used.
+
+  Example:
+    >>> import jax, repjax
+    >>> plain = repjax.create_model("repvgg_a0", num_classes=10, deploy=True)
+    >>> deploy_params = repjax.init(plain, jax.random.key(0), image_size=32)["params"]
+    >>> model = repjax.create_model("repvgg_a0", num_classes=10)
+    >>> variables = repjax.expand(model, deploy_params, jax.random.key(1))
+    >>> sorted(variables["params"]["stem"]["RepConv_0"])
+    ['conv1x1', 'conv3x3']
+  """
+  _check_arguments(model, key)
+  form = _trace(model, _checked_images(model, images))
+  held = _checked_params(model, deploy_params, form)
+  params, errors = jax.jit(lambda held, key: _expand_layers(form, held, key))(
+    {path: _at(held, path) for path in form.layers}, key
+  )
+  _check_errors(form, errors)
+  variables = {"params": _joined(form.params, held, params), "batch_stats": form.stats}
+  if isinstance(images, jax.ShapeDtypeStruct) or images is None:
+    return variables
+  return _with_statistics(model, variables, jnp.asarray(images), form)
+
+
+_TOLERANCE = 1e-4
+"""Relative difference of a fold from the deploy form that rounding in float32 can explain."""
+
+
+class _Form(NamedTuple):
+  """What a trace tells about a training form.
+
+  Attributes:
+    params: shapes and dtypes of the parameters.
+    stats: fresh statistics, with the notes of layers.
+    layers: path of each layer to its kind and its number of leading axes.
+  """
+
+  params: Tree
+  stats: dict[str, Any]
+  layers: dict[Path, tuple[Kind, int]]
+
+
+def _check_arguments(model: Any, key: Any) -> None:
+  """Raises InputError if the model is no training form, or the key is none."""
+  if not isinstance(model, nn.Module):
+    raise InputError(
+      f"model must be a flax.linen.Module in training form, got {printable(repr(model), 60)}"
+    )
+  if getattr(model, "deploy", False):
+    raise InputError(
+      f"model is the deploy form of {type(model).__name__}, and expand returns variables of the "
+      "training form. Pass the training form: create_model(..., deploy=False)"
+    )
+  dtype = getattr(key, "dtype", None)
+  if dtype is None or not (dtype == jnp.uint32 or jnp.issubdtype(dtype, jax.dtypes.prng_key)):
+    raise InputError(
+      f"key must be a JAX random key such as jax.random.key(0), got {printable(repr(key), 60)}"
+    )
+
+
+def _checked_images(model: nn.Module, images: Any) -> Any:
+  """Returns images, or the shape of those that the model is made for; raises InputError."""
+  if images is None:
+    size = image_size_of(model)
+    return jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", None)
+  if shape is None or dtype is None:
+    raise InputError(f"images must be an array (N, H, W, C), got {printable(repr(images), 60)}")
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise InputError(
+      f"images must be floating-point numbers, normalised as the model takes them, got {dtype}. "
+      "Pass spec.preprocessing.normalize(images), with spec from repjax.load"
+    )
+  if not shape or not min(shape):
+    raise InputError(f"images must be at least one, got an array of shape {tuple(shape)}")
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _trace(model: nn.Module, images: jax.ShapeDtypeStruct) -> _Form:
+  """Traces a training form, and finds its layers.
+
+  Raises:
+    InputError: there is no layer in training form, or a batch norm outside of the layers.
+  """
+  epsilons: dict[Path, float] = {}
+
+  def note(method: Any, arguments: Any, options: Any, context: Any) -> Any:
+    if isinstance(context.module, RepLayer):
+      epsilons[context.module.path] = context.module.epsilon
+    return method(*arguments, **options)
+
+  with nn.intercept_methods(note):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+  params, stats = shapes.get("params", {}), shapes.get("batch_stats", {})
+  layers = dict(_layers(params, stats, ()))
+  if not layers:
+    raise InputError(
+      f"{type(model).__name__} holds no layer of repjax in training form, so there is nothing to "
+      "expand. Build its layers with deploy=False"
+    )
+  return _Form(params, _fresh(stats, epsilons, ()), layers)
+
+
+def _layers(params: Tree, stats: Tree, path: Path) -> Iterator[tuple[Path, tuple[Kind, int]]]:
+  """Yields the layers of a scope: the path of each, its kind and its number of leading axes."""
+  if kind := kind_of(path[-1] if path else "", params, stats):
+    yield path, (kind, kind.recognize(params) or 0)
+    return
+  for name, held in stats.items():
+    if not (isinstance(held, Mapping) and isinstance(params.get(name), Mapping)):
+      raise InputError(
+        f"{shown(path)} holds statistics of a batch norm that belongs to no layer of repjax. A "
+        "deploy form does not hold such statistics, so expand cannot know them. Use a RepNorm, or "
+        "expand the parts of the network around this norm one by one"
+      )
+    yield from _layers(params[name], held, (*path, name))
+
+
+def _fresh(shapes: Tree, epsilons: Mapping[Path, float], path: Path) -> dict[str, Any]:
+  """Returns fresh statistics: mean 0, variance 1, and the notes of layers."""
+  values = {"mean": 0.0, "var": 1.0, "epsilon": epsilons.get(path, EPSILON)}
+  return {
+    name: _fresh(leaf, epsilons, (*path, name))
+    if isinstance(leaf, Mapping)
+    else jnp.full(leaf.shape, values.get(name, 1.0), leaf.dtype)  # 1 is the value of marks
+    for name, leaf in shapes.items()
+  }
+
+
+def _checked_params(model: nn.Module, deploy_params: Any, form: _Form) -> Tree:
+  """Returns the parameters of a deploy form as a tree that fits the model; raises InputError."""
+  check_tree("deploy_params", deploy_params)
+  held, name = pure(deploy_params), type(model).__name__
+  if "params" in held and held.keys() <= {"params", "batch_stats"}:
+    raise InputError(
+      'expand takes the "params" of a deploy form alone, got a dictionary of collections. Pass '
+      'deploy_variables["params"]'
+    )
+  if not misfits(held, form.params):
+    raise InputError(
+      f"deploy_params are in training form already: they have the branches of {name}. Pass them "
+      "through reparameterize first, or go on training with them as they are"
+    )
+  wanted = jax.eval_shape(reparameterize, form.params, form.stats)
+  if problems := misfits(held, wanted):
+    raise InputError(
+      f"deploy_params do not fit the deploy form of {name}: {few(problems)}. Pass the deploy form "
+      "of the same model with the same classes and overrides, and images of the size for which it "
+      "was made"
+    )
+  check_leaves((), held)
+  return held
+
+
+def _at(tree: Any, path: Path) -> Any:
+  """Returns what lies at a path of a tree, None where nothing does."""
+  for name in path:
+    tree = tree.get(name) if isinstance(tree, Mapping) else None
+  return tree
+
+
+def _expand_layers(
+  form: _Form, held: Mapping[Path, Any], key: jax.Array
+) -> tuple[dict[Path, Any], dict[Path, jax.Array]]:
+  """Expands every layer by itself.
+
+  Returns:
+    Parameters of each layer by path, and the largest relative difference of its fold from `held`.
+  """
+  params, errors = {}, {}
+  for path, (kind, axes) in form.layers.items():
+    own = jax.random.fold_in(key, np.uint32(zlib.crc32("/".join(path).encode())))
+    shapes, stats = _at(form.params, path), _at(form.stats, path)
+    try:
+      params[path], error = _expand_layer(kind, axes, held[path], shapes, stats, own)
+    except ValueError as problem:
+      raise InputError(f"{shown(path)}: {problem}") from problem
+    errors[path] = error
+  return params, errors
+
+
+def _expand_layer(
+  kind: Kind, axes: int, deploy: Any, shapes: Tree, stats: Tree, key: jax.Array
+) -> tuple[Any, jax.Array]:
+  """Expands one layer, along its leading axes if there are any, and compares its fold."""
+  own = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), shapes)
+  lengths = jax.tree.leaves(shapes)[0].shape[:axes]
+
+  def expand_one(deploy: Any, stats: Tree, key: jax.Array) -> tuple[Any, jax.Array]:
+    params = cast(kind.expand(deploy, own, stats, EPSILON, key), own)
+    return params, _difference(kind.fold(params, stats, EPSILON), deploy)
+
+  keys = jax.random.split(key, lengths) if axes else key
+  for _ in range(axes):
+    expand_one = jax.vmap(expand_one)
+  params, difference = expand_one(deploy, stats, keys)
+  return params, difference.max()
+
+
+def _difference(folded: Any, deploy: Any) -> jax.Array:
+  """Returns the largest difference of two trees, relative to the largest number and to rounding.
+
+  The result is at most 1 for trees that differ by rounding alone.
+  """
+  largest, apart, tolerance = jnp.zeros(()), jnp.zeros(()), _TOLERANCE
+  for ours, theirs in zip(jax.tree.leaves(folded), jax.tree.leaves(deploy), strict=True):
+    for leaf in (ours, theirs):
+      tolerance = max(tolerance, 32 * float(jnp.finfo(leaf.dtype).eps))
+    ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
+    largest = jnp.maximum(largest, jnp.abs(theirs).max())
+    apart = jnp.maximum(apart, jnp.abs(ours - theirs).max())
+  return jnp.where(apart == 0, 0, apart / (tolerance * largest))
+
+
+def _check_errors(form: _Form, errors: Mapping[Path, Any]) -> None:
+  """Raises InputError if a layer does not fold into what it was; traced values pass."""
+  for path, error in errors.items():
+    # Written so that a NaN fails too.
+    if not isinstance(error, jax.core.Tracer) and not error <= 1:
+      raise InputError(
+        f"{shown(path)}: no training form of this {form.layers[path][0].layer.__name__} computes "
+        "the same. The parameters are not finite, or a plain network was trained as such: a bias "
+        "then differs between the pixels of a share-set, or does not follow from a gate's weights. "
+        "Pass a deploy form that comes from a training form"
+      )
+
+
+def _joined(shapes: Tree, held: Tree, layers: Mapping[Path, Any], path: Path = ()) -> Any:
+  """Returns parameters of the training form: expanded layers, and everything else as it was."""
+  if path in layers:
+    return layers[path]
+  result = {}
+  for name, leaf in shapes.items():
+    here = (*path, name)
+    if isinstance(leaf, Mapping):
+      result[name] = _joined(leaf, held.get(name, {}), layers, here)
+    else:
+      own = held[name]
+      result[name] = own if own.dtype == leaf.dtype else jnp.asarray(own, leaf.dtype)
+  return result
+
+
+def _with_statistics(
+  model: nn.Module, variables: Tree, images: jax.Array, form: _Form
+) -> dict[str, Any]:
+  """Gives norms the statistics of images, and the scales and biases that compute the same.
+
+  Raises:
+    InputError: the model does not call a norm, or calls it more than once.
+  """
+
+  @jax.jit
+  def compute(variables: Tree, images: jax.Array) -> dict[str, Any]:
+    with _statistics_of_inputs():
+      _, updates = model.apply(
+        {**variables, "batch_stats": _marked(variables["batch_stats"])},
+        images,
+        mutable=["batch_stats"],
+      )
+    # What is drawn anew computes nothing that must be kept, so that its norms stay as drawn.
+    anew = {path for path, (kind, _) in form.layers.items() if kind.layer is AuxHead}
+    params, stats = _rebased(variables["params"], form.stats, updates["batch_stats"], anew)
+    return {"params": params, "batch_stats": stats}
+
+  result = compute(variables, images)
+  _check_means(result["batch_stats"], ())
+  return result
+
+
+def _marked(stats: Tree) -> dict[str, Any]:
+  """Returns statistics whose means are NaN: the mark of a norm that has not been called."""
+  return {
+    name: _marked(held)
+    if isinstance(held, Mapping)
+    else (jnp.full_like(held, jnp.nan) if name == "mean" else held)
+    for name, held in stats.items()
+  }
+
+
+@contextlib.contextmanager
+def _statistics_of_inputs() -> Iterator[None]:
+  """Lets every norm that runs in evaluation mode note the statistics of its input.
+
+  The norm itself computes with mean 0 and variance 1. A second call of the same norm turns the mean
+  into infinity, because one norm cannot have two statistics. Values tell this, since Linen may
+  trace a call several times.
+  """
+
+  def note(method: Any, arguments: Any, options: Any, context: Any) -> Any:
+    norm: Any = context.module
+    own = isinstance(norm, nn.BatchNorm) and norm.use_running_average
+    if not own or context.method_name != "__call__":
+      return method(*arguments, **options)
+    held = {name: norm.get_variable("batch_stats", name) for name in ("mean", "var")}
+    fresh = {"mean": jnp.zeros_like(held["mean"]), "var": jnp.ones_like(held["var"])}
+    # With no momentum, the new running statistics are those of the input.
+    alone = norm.clone(
+      parent=None, name=None, use_running_average=False, momentum=0.0, axis_name=None
+    )
+    variables = {"params": norm.variables["params"], "batch_stats": fresh}
+    _, updates = alone.apply(variables, *arguments, mutable=["batch_stats"])
+    for name, value in fresh.items():
+      norm.put_variable("batch_stats", name, value)
+    result = method(*arguments, **options)
+    found = updates["batch_stats"]
+    first = jnp.isnan(held["mean"])
+    found["mean"] = jnp.where(first, found["mean"], jnp.full_like(held["mean"], jnp.inf))
+    for name in fresh:
+      norm.put_variable("batch_stats", name, found[name])
+    return result
+
+  with nn.intercept_methods(note):
+    yield
+
+
+def _rebased(
+  params: Tree,
+  old: Tree,
+  new: Tree,
+  anew: Collection[Path],
+  epsilon: Any = EPSILON,
+  path: Path = (),
+) -> tuple[Any, Any]:
+  """Gives all norms new statistics, and the scales and biases that compute the same.
+
+  Args:
+    params: parameters of a scope.
+    old: statistics that belong to them, with the notes of layers.
+    new: statistics to take.
+    anew: paths of layers that keep their scales and biases.
+    epsilon: number that the norms of the scope add to the variance.
+    path: place of the scope.
+
+  Returns:
+    The parameters and the statistics.
+  """
+  epsilon = old.get("epsilon", epsilon)
+  if "mean" in old:
+    stats = {name: new[name] for name in old}
+    if any(path[: len(layer)] == layer for layer in anew):
+      return params, stats
+    return cast(rebase_bn(params, old, stats, epsilon), params), stats
+  result, stats = dict(params), {}
+  for name, held in old.items():
+    if isinstance(held, Mapping):
+      below = (*path, name)
+      result[name], stats[name] = _rebased(params[name], held, new[name], anew, epsilon, below)
+    else:
+      stats[name] = held
+  return result, stats
+
+
+def _check_means(stats: Tree, path: Path) -> None:
+  """Raises InputError if a norm was not called just once, or its input is not finite."""
+  for name, held in stats.items():
+    if isinstance(held, Mapping):
+      _check_means(held, (*path, name))
+    elif name == "mean" and not isinstance(held, jax.core.Tracer) and not jnp.isfinite(held).all():
+      twice = bool(jnp.isinf(held).any())
+      reason = (
+        "the model calls this norm several times, and one norm cannot have the statistics of each"
+        if twice
+        else "the images are not finite, or the model does not call this norm in evaluation mode"
+      )
+      raise InputError(
+        f"{shown(path)} has no statistics of these images: {reason}. Leave images out, and "
+        "the training form computes the same in evaluation mode alone"
+      )
