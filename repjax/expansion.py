@@ -10,6 +10,7 @@ A plain network is expanded in two steps.
 """
 
 import contextlib
+import functools
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -78,10 +79,10 @@ def expand(
   _check_arguments(model, key)
   form = _trace(model, _checked_images(model, images))
   held = _checked_params(model, deploy_params, form)
-  params, errors = jax.jit(lambda held, key: _expand_layers(form, held, key))(
-    {path: _at(held, path) for path in form.layers}, key
-  )
-  _check_errors(form, errors)
+  params = {
+    path: _expand_layer(path, kind, axes, _at(held, path), form, key)
+    for path, (kind, axes) in form.layers.items()
+  }
   variables = {"params": _joined(form.params, held, params), "batch_stats": form.stats}
   if isinstance(images, jax.ShapeDtypeStruct) or images is None:
     return variables
@@ -225,38 +226,69 @@ def _at(tree: Any, path: Path) -> Any:
   return tree
 
 
-def _expand_layers(
-  form: _Form, held: Mapping[Path, Any], key: jax.Array
-) -> tuple[dict[Path, Any], dict[Path, jax.Array]]:
-  """Expands every layer by itself.
+def _expand_layer(
+  path: Path, kind: Kind, axes: int, deploy: Any, form: _Form, key: jax.Array
+) -> Any:
+  """Expands one layer, and compares its fold with the deploy form.
 
   Returns:
-    Parameters of each layer by path, and the largest relative difference of its fold from `held`.
+    Parameters of the layer in training form.
+
+  Raises:
+    InputError: no training form of this layer computes the same.
   """
-  params, errors = {}, {}
-  for path, (kind, axes) in form.layers.items():
-    own = jax.random.fold_in(key, np.uint32(zlib.crc32("/".join(path).encode())))
-    shapes, stats = _at(form.params, path), _at(form.stats, path)
-    try:
-      params[path], error = _expand_layer(kind, axes, held[path], shapes, stats, own)
-    except ValueError as problem:
-      raise InputError(f"{shown(path)}: {problem}") from problem
-    errors[path] = error
-  return params, errors
+  own = jax.random.fold_in(key, np.uint32(zlib.crc32("/".join(path).encode())))
+  leaves, structure = jax.tree.flatten(_at(form.params, path))
+  try:
+    params, error = _expanded(
+      kind, axes, tuple(leaves), structure, deploy, _at(form.stats, path), own
+    )
+  except ValueError as problem:
+    raise InputError(f"{shown(path)}: {problem}") from problem
+  # Written so that a NaN fails too.
+  if not isinstance(error, jax.core.Tracer) and not error <= 1:
+    raise InputError(
+      f"{shown(path)}: no training form of this {kind.layer.__name__} computes the same. The "
+      "parameters are not finite, or a plain network was trained as such: a bias then differs "
+      "between the pixels of a share-set, or does not follow from a gate's weights. Pass a deploy "
+      "form that comes from a training form"
+    )
+  return params
 
 
-def _expand_layer(
-  kind: Kind, axes: int, deploy: Any, shapes: Tree, stats: Tree, key: jax.Array
+# Layers of the same shapes share one compiled program.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _expanded(
+  kind: Kind,
+  axes: int,
+  leaves: tuple[jax.ShapeDtypeStruct, ...],
+  structure: Any,
+  deploy: Any,
+  stats: Tree,
+  key: jax.Array,
 ) -> tuple[Any, jax.Array]:
-  """Expands one layer, along its leading axes if there are any, and compares its fold."""
-  own = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype), shapes)
-  lengths = jax.tree.leaves(shapes)[0].shape[:axes]
+  """Expands one layer, along its leading axes if there are any.
+
+  Args:
+    kind: kind of the layer.
+    axes: number of leading axes.
+    leaves, structure: shapes and dtypes of the parameters in training form, flattened.
+    deploy: parameters in deploy form; None if the deploy form has no such layer.
+    stats: fresh statistics.
+    key: a JAX random key.
+
+  Returns:
+    The parameters in training form, and the error of their fold, see `_difference`.
+  """
+  shapes = jax.tree.unflatten(
+    structure, [jax.ShapeDtypeStruct(leaf.shape[axes:], leaf.dtype) for leaf in leaves]
+  )
 
   def expand_one(deploy: Any, stats: Tree, key: jax.Array) -> tuple[Any, jax.Array]:
-    params = cast(kind.expand(deploy, own, stats, EPSILON, key), own)
+    params = cast(kind.expand(deploy, shapes, stats, EPSILON, key), shapes)
     return params, _difference(kind.fold(params, stats, EPSILON), deploy)
 
-  keys = jax.random.split(key, lengths) if axes else key
+  keys = jax.random.split(key, leaves[0].shape[:axes]) if axes else key
   for _ in range(axes):
     expand_one = jax.vmap(expand_one)
   params, difference = expand_one(deploy, stats, keys)
@@ -276,19 +308,6 @@ def _difference(folded: Any, deploy: Any) -> jax.Array:
     largest = jnp.maximum(largest, jnp.abs(theirs).max())
     apart = jnp.maximum(apart, jnp.abs(ours - theirs).max())
   return jnp.where(apart == 0, 0, apart / (tolerance * largest))
-
-
-def _check_errors(form: _Form, errors: Mapping[Path, Any]) -> None:
-  """Raises InputError if a layer does not fold into what it was; traced values pass."""
-  for path, error in errors.items():
-    # Written so that a NaN fails too.
-    if not isinstance(error, jax.core.Tracer) and not error <= 1:
-      raise InputError(
-        f"{shown(path)}: no training form of this {form.layers[path][0].layer.__name__} computes "
-        "the same. The parameters are not finite, or a plain network was trained as such: a bias "
-        "then differs between the pixels of a share-set, or does not follow from a gate's weights. "
-        "Pass a deploy form that comes from a training form"
-      )
 
 
 def _joined(shapes: Tree, held: Tree, layers: Mapping[Path, Any], path: Path = ()) -> Any:
