@@ -42,7 +42,7 @@ _MODULE_OF = {
 }
 _MODULES = (
   *("algebra", "analysis", "data", "deploy", "disk", "errors", "expansion", "layers", "models"),
-  *("onnx", "quantization", "recognition", "reparam", "report", "runs", "spec", "training"),
+  *("nnx", "onnx", "quantization", "recognition", "reparam", "report", "runs", "spec", "training"),
   "weights",
 )
 

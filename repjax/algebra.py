@@ -101,7 +101,7 @@ def rebase_bn(
   bn: Mapping[str, jax.Array],
   old: Mapping[str, jax.Array],
   new: Mapping[str, jax.Array],
-  epsilon: jax.Array,
+  epsilon: float | jax.Array,
 ) -> dict[str, jax.Array]:
   """Returns the scale and bias with which a batch norm of new statistics computes the same.
 
@@ -109,17 +109,15 @@ def rebase_bn(
   s = gamma / sqrt(var + epsilon).
 
   Args:
-    bn: `scale` (gamma) and `bias` (beta), both (..., C).
+    bn: `scale` (gamma) and `bias` (beta), of any shape.
     old: `mean` and `var` that belong to them.
     new: `mean` and `var` to which the result belongs.
-    epsilon: number added to the variance; a scalar, or with the first axes of the vectors.
+    epsilon: number added to the variance by the batch norm.
 
   Returns:
-    {scale, bias} (..., C), in the widest dtype involved, at least float32.
+    {scale, bias}, in the widest dtype involved, at least float32.
   """
   gamma, beta, mean, var = _widen(bn["scale"], bn["bias"], old["mean"], old["var"])
-  epsilon = jnp.asarray(epsilon, gamma.dtype)
-  epsilon = epsilon.reshape(*epsilon.shape, *(1,) * (gamma.ndim - epsilon.ndim))
   scale = gamma * lax.rsqrt(var + epsilon)
   return affine_bn(AffineParams(scale, beta - mean * scale), new, epsilon)
 
@@ -196,6 +194,30 @@ def pad_kernel(
       f"a {old[0]}x{old[1]} kernel with {before} taps in front does not fit in {size[0]}x{size[1]}"
     )
   return jnp.pad(kernel, ((before[0], after[0]), (before[1], after[1]), (0, 0), (0, 0)))
+
+
+def dilate_kernel(kernel: jax.Array, rate: int) -> jax.Array:
+  """Writes a dilated convolution as a larger convolution without dilation.
+
+  K'[r h, r w, i, o] = K[h, w, i, o], all else zero. Always exact.
+
+  Args:
+    kernel: (H, W, I/g, O).
+    rate: distance r from tap to tap, at least 1.
+
+  Returns:
+    ((H - 1) r + 1, (W - 1) r + 1, I/g, O), dtype of `kernel`.
+
+  Raises:
+    ValueError: the rate is below 1.
+
+  References:
+    Ding et al., UniRepLKNet, CVPR 2024, section 3.1. https://arxiv.org/abs/2311.15599
+  """
+  if rate < 1:
+    raise ValueError(f"the distance from tap to tap is at least 1, got {rate}")
+  between = [(0, 0, rate - 1), (0, 0, rate - 1), (0, 0, 0), (0, 0, 0)]
+  return lax.pad(kernel, jnp.zeros((), kernel.dtype), between)
 
 
 def _diagonal(features: int, groups: int, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -334,18 +334,15 @@ def _with_statistics(
     InputError: the model does not call a norm, or calls it more than once.
   """
 
+  # What is drawn anew computes nothing that must be kept, so that its norms stay as drawn.
+  anew = [path for path, (kind, _) in form.layers.items() if kind.layer is AuxHead]
+
   @jax.jit
   def compute(variables: Tree, images: jax.Array) -> dict[str, Any]:
-    with _statistics_of_inputs():
-      _, updates = model.apply(
-        {**variables, "batch_stats": _marked(variables["batch_stats"])},
-        images,
-        mutable=["batch_stats"],
-      )
-    # What is drawn anew computes nothing that must be kept, so that its norms stay as drawn.
-    anew = {path for path, (kind, _) in form.layers.items() if kind.layer is AuxHead}
-    params, stats = _rebased(variables["params"], form.stats, updates["batch_stats"], anew)
-    return {"params": params, "batch_stats": stats}
+    marked = {**variables, "batch_stats": _marked(variables["batch_stats"])}
+    with _rebasing(anew):
+      _, updates = model.apply(marked, images, mutable=["params", "batch_stats"])
+    return {name: dict(updates[name]) for name in variables}
 
   result = compute(variables, images)
   _check_means(result["batch_stats"], ())
@@ -363,12 +360,14 @@ def _marked(stats: Tree) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _statistics_of_inputs() -> Iterator[None]:
-  """Lets every norm that runs in evaluation mode note the statistics of its input.
+def _rebasing(anew: Collection[Path]) -> Iterator[None]:
+  """Gives every norm that runs in evaluation mode the statistics of its input.
 
-  The norm itself computes with mean 0 and variance 1. A second call of the same norm turns the mean
-  into infinity, because one norm cannot have two statistics. Values tell this, since Linen may
-  trace a call several times.
+  Scale and bias change with the statistics, so that the norm computes the same as before, with mean
+  0 and variance 1. Norms in the scopes `anew` keep their scale and bias.
+
+  A second call of the same norm turns the mean into infinity, because one norm cannot have two
+  statistics. Values tell this, since Linen may trace a call several times.
   """
 
   def note(method: Any, arguments: Any, options: Any, context: Any) -> Any:
@@ -378,61 +377,34 @@ def _statistics_of_inputs() -> Iterator[None]:
       return method(*arguments, **options)
     held = {name: norm.get_variable("batch_stats", name) for name in ("mean", "var")}
     fresh = {"mean": jnp.zeros_like(held["mean"]), "var": jnp.ones_like(held["var"])}
+    params = dict(norm.variables["params"])
     # With no momentum, the new running statistics are those of the input.
     alone = norm.clone(
       parent=None, name=None, use_running_average=False, momentum=0.0, axis_name=None
     )
-    variables = {"params": norm.variables["params"], "batch_stats": fresh}
+    variables = {"params": params, "batch_stats": fresh}
     _, updates = alone.apply(variables, *arguments, mutable=["batch_stats"])
-    for name, value in fresh.items():
-      norm.put_variable("batch_stats", name, value)
+    found = dict(updates["batch_stats"])
+    _put(norm, "batch_stats", fresh)
     result = method(*arguments, **options)
-    found = updates["batch_stats"]
-    first = jnp.isnan(held["mean"])
-    found["mean"] = jnp.where(first, found["mean"], jnp.full_like(held["mean"], jnp.inf))
-    for name in fresh:
-      norm.put_variable("batch_stats", name, found[name])
+    if not any(norm.path[: len(path)] == path for path in anew):
+      _put(norm, "params", cast(rebase_bn(params, fresh, found, norm.epsilon), params))
+    again = jnp.full_like(held["mean"], jnp.inf)
+    _put(
+      norm,
+      "batch_stats",
+      found | {"mean": jnp.where(jnp.isnan(held["mean"]), found["mean"], again)},
+    )
     return result
 
   with nn.intercept_methods(note):
     yield
 
 
-def _rebased(
-  params: Tree,
-  old: Tree,
-  new: Tree,
-  anew: Collection[Path],
-  epsilon: Any = EPSILON,
-  path: Path = (),
-) -> tuple[Any, Any]:
-  """Gives all norms new statistics, and the scales and biases that compute the same.
-
-  Args:
-    params: parameters of a scope.
-    old: statistics that belong to them, with the notes of layers.
-    new: statistics to take.
-    anew: paths of layers that keep their scales and biases.
-    epsilon: number that the norms of the scope add to the variance.
-    path: place of the scope.
-
-  Returns:
-    The parameters and the statistics.
-  """
-  epsilon = old.get("epsilon", epsilon)
-  if "mean" in old:
-    stats = {name: new[name] for name in old}
-    if any(path[: len(layer)] == layer for layer in anew):
-      return params, stats
-    return cast(rebase_bn(params, old, stats, epsilon), params), stats
-  result, stats = dict(params), {}
-  for name, held in old.items():
-    if isinstance(held, Mapping):
-      below = (*path, name)
-      result[name], stats[name] = _rebased(params[name], held, new[name], anew, epsilon, below)
-    else:
-      stats[name] = held
-  return result, stats
+def _put(module: nn.Module, collection: str, values: Tree) -> None:
+  """Writes variables of a module."""
+  for name, value in values.items():
+    module.put_variable(collection, name, value)
 
 
 def _check_means(stats: Tree, path: Path) -> None:

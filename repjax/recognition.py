@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from repjax import layers
 from repjax.errors import printable
 from repjax.layers.base import RepLayer, is_named
-from repjax.layers.rep_conv import convolution_branches
+from repjax.layers.rep_conv import convolution_branches, other_names
 
 Tree = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -115,7 +115,7 @@ def why_unclear(params: Tree, path: Path) -> str | None:
   """
   where, name = shown(path), printable(path[-1]) if path else "MyLayer"
   if branches := sorted(convolution_branches(params)):
-    others = sorted(params.keys() - {*branches, "identity"})
+    others = sorted(other_names(params)) or ["bn"]
     norms = ", ".join(repr("/".join((*path, branch, "bn"))) for branch in branches)
     return (
       f"{where} holds {_listed(branches)}, as a RepConv does, beside {_listed(others)}, which no "

@@ -18,6 +18,7 @@ from flax import linen as nn
 import repjax
 from repjax import program
 from repjax.errors import InputError
+from repjax.layers.grammar import is_skip
 from repjax.layers.linear import uniform_bound
 from repjax.weights.naming import Naming, entries, tensor_name
 from repjax.weights.repvgg import NAMINGS
@@ -116,7 +117,7 @@ def randomise(variables: Any, seed: int = 0, epsilon: float = 0.1) -> Any:
   """Draws random values for every leaf of a tree of arrays or shapes, in the dtype of the leaf.
 
   Fresh variables (mean 0, variance 1, scale 1) hide every folding bug. Notes of layers get the
-  given epsilon, and one for marks.
+  given epsilon, and one for marks and skips.
   """
   rng = np.random.default_rng(seed)
 
@@ -130,7 +131,7 @@ def randomise(variables: Any, seed: int = 0, epsilon: float = 0.1) -> Any:
       values = rng.uniform(-0.3, 0.3, leaf.shape)
     elif kind == "epsilon":
       values = np.full(leaf.shape, epsilon)
-    elif kind in repjax.FOLDS:  # the mark of a layer, whose value means nothing
+    elif kind in repjax.FOLDS or is_skip(kind):  # notes of layers, whose values mean nothing
       values = np.ones(leaf.shape)
     else:
       raise ValueError(f"no rule for a leaf called {kind!r}")

@@ -117,6 +117,31 @@ class TestPadKernel:
     assert algebra.pad_kernel(jnp.ones((1, 1, 1, 1), jnp.bfloat16), (3, 3)).dtype == jnp.bfloat16
 
 
+class TestDilateKernel:
+  @pytest.mark.parametrize("rate", [1, 2, 3])
+  @pytest.mark.parametrize("size", [(3, 3), (1, 4), (2, 3), (1, 1)])
+  @pytest.mark.parametrize(("strides", "dilation"), [((1, 1), (1, 1)), ((2, 1), (1, 2))])
+  def test_the_larger_kernel_without_dilation_is_the_same(self, rate, size, strides, dilation):
+    x, conv = random_input(1, 9, 14, 4, seed=rate), random_conv(*size, 2, 6)
+    dilated = algebra.dilate_kernel(conv.kernel, rate)
+    assert dilated.shape[:2] == tuple((taps - 1) * rate + 1 for taps in size)
+    how = {"strides": strides, "padding": (4, 4), "groups": 2}
+    wider = {"dilation": (rate * dilation[0], rate * dilation[1])}
+    expected = convolve(x, conv.kernel, **how | wider)
+    assert relative_error(convolve(x, dilated, dilation=dilation, **how), expected) <= EXACT
+
+  def test_taps_are_copied_in_their_dtype(self):
+    kernel = jnp.asarray(random_input(3, 2, 1, 2), jnp.bfloat16)
+    dilated = algebra.dilate_kernel(kernel, 2)
+    assert dilated.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(dilated[::2, ::2], kernel)
+    assert jnp.count_nonzero(dilated) == kernel.size
+
+  def test_taps_cannot_coincide(self):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+      algebra.dilate_kernel(jnp.ones((3, 3, 1, 1)), 0)
+
+
 class TestIdentityKernel:
   @pytest.mark.parametrize("groups", [1, 2, 8])
   @pytest.mark.parametrize("size", [(1, 1), (3, 3), (5, 1)])

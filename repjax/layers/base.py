@@ -61,11 +61,16 @@ class RepLayer(nn.Module, kw_only=True):
     `epsilon` is written if it is not 1e-5. `mark` is written, as a leaf of that name, in a scope
     whose name does not begin with the class name. Other people's scopes may hold the same.
     """
-    if not self.is_initializing():
-      return
     notes = {"epsilon": self.epsilon} if self.epsilon != EPSILON else {}
     if self.mark and self.name and not is_named(self.name, self.mark):
       notes[self.mark] = 1.0
+    self.write_notes(notes)
+
+  @nn.nowrap
+  def write_notes(self, notes: Mapping[str, float]) -> None:
+    """Writes scalars into "batch_stats" of new variables, each as a leaf of its name."""
+    if not self.is_initializing():
+      return
     for name, value in notes.items():
       self.put_variable("batch_stats", name, jnp.asarray(value, wide_dtype(self.param_dtype)))
 

@@ -9,9 +9,9 @@ from flax import linen as nn
 from repjax.algebra import absorb_affine, bn_affine
 from repjax.errors import InputError
 from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.composition import pair
 from repjax.layers.linear import TwoLayers
 from repjax.layers.remainder import identity_norm
-from repjax.layers.rep_conv import pair
 from repjax.layers.rep_dense import check_tiles
 
 

@@ -7,7 +7,6 @@ Many sums of branches are the same convolution. This file chooses one of them, w
 - The largest branch gets the rest of the kernel, and the rest of the bias.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +15,9 @@ import jax.numpy as jnp
 
 from repjax.algebra import AffineParams, ConvParams, affine_bn
 from repjax.layers.base import read_notes
+from repjax.layers.branches import branch_parts, merge_branches
 from repjax.layers.drawing import draw
-from repjax.layers.rep_conv import merge_branches
+from repjax.layers.grammar import find
 
 Tree = Mapping[str, Any]
 
@@ -27,8 +27,6 @@ SHARE = 0.1
 Large branches that nearly cancel would amplify the noise of training. A branch of zeros would learn
 slowly at first.
 """
-
-_PLAIN = re.compile(r"conv\d+x\d+(?:_\d+)?")
 
 
 def expand_rep_conv(
@@ -72,12 +70,9 @@ def expand_branches(
   zero = ConvParams(jnp.zeros_like(conv.kernel), jnp.zeros_like(conv.bias))
   params = draw({name: held for name, held in shapes.items() if name != largest}, key)
   params = _put(zero, params, largest, shapes, stats, epsilon)
-  for name in shapes.keys() - {largest, "bn"}:
-    scope = {name, largest, "bn"}
-    alone = {key: held for key, held in params.items() if key in scope}
-    own = {key: held for key, held in stats.items() if key in scope or key not in shapes}
-    kernel = merge_branches(alone, own, epsilon).kernel
-    params[name] = scaled_branch(params[name], share_of(conv.kernel, kernel))
+  for name, part in branch_parts(params, stats, epsilon).branches.items():
+    if name in params and name != largest:  # a skip holds nothing that could be scaled
+      params[name] = scaled_branch(params[name], share_of(conv.kernel, part.kernel))
   rest = merge_branches(params, stats, epsilon)
   kernel, bias = (leaf.astype(rest.kernel.dtype) for leaf in conv)
   remainder = ConvParams(kernel - rest.kernel, bias - rest.bias)
@@ -131,13 +126,11 @@ def share_of(whole: jax.Array, part: jax.Array) -> jax.Array:
 
 
 def scaled_branch(held: Tree, factors: jax.Array) -> dict[str, Any]:
-  """Multiplies the output of a branch: in its norm, or without a norm in its convolution.
-
-  A branch without parameters stays as it is.
-  """
-  name = "bn" if "bn" in held else "conv"
-  if name not in held:
-    return dict(held)
+  """Multiplies the output of a branch: in its norm, or without a norm in its convolution."""
+  # The steps of a branch are called `first` and `second`. Only the last one may lack parameters.
+  name = next(name for name in ("second", "first", "bn", "conv") if name in held)
+  if name in ("second", "first"):
+    return {**held, name: scaled_branch(held[name], factors)}
   # A norm has scale and bias, a convolution kernel and perhaps bias. All have outputs last.
   return {
     **held,
@@ -148,7 +141,9 @@ def scaled_branch(held: Tree, factors: jax.Array) -> dict[str, Any]:
 def _largest(shapes: Tree, kernel_shape: tuple[int, ...]) -> str:
   """Returns the name of the first branch that is one convolution with a kernel of this shape."""
   for name, held in shapes.items():
-    if _PLAIN.fullmatch(name) and held["conv"]["kernel"].shape == kernel_shape:
+    branch = find(name)
+    is_plain = branch is not None and branch.kind == "conv" and not branch.two_steps
+    if is_plain and held["conv"]["kernel"].shape == kernel_shape:
       return name
   height, width = kernel_shape[:2]
   raise ValueError(

@@ -16,10 +16,12 @@ from jax import lax
 from repjax.algebra import AffineParams, bn_affine, conv_to_dense, wide_dtype
 from repjax.errors import InputError
 from repjax.layers.base import RepLayer, Tree, leading_axes, read_notes, refuse_training
+from repjax.layers.branches import branch_parts, merge_branches
+from repjax.layers.composition import pair
 from repjax.layers.drawing import draw
 from repjax.layers.linear import TILE_AXES, bias_init, tile_kernel_init
 from repjax.layers.remainder import identity_norm, scaled_branch, share_of
-from repjax.layers.rep_conv import RepConv, merge_branches, pair
+from repjax.layers.rep_conv import RepConv
 
 
 def check_tiles(where: str, shape: Sequence[int], tile: tuple[int, int]) -> None:
@@ -339,9 +341,7 @@ def _drawn_local(
     dense = dense.transpose(1, 2, 3, 4, 5, 0, 6)
     return dense.reshape(-1, groups * dense.shape[-1])
 
-  for name in shapes:
-    held = {key: value for key, value in stats.items() if key == name or key not in shapes}
-    alone = merge_branches({name: params[name]}, held, epsilon)
-    part = rows(conv_to_dense(alone, tile, groups)[0])
-    params[name] = scaled_branch(params[name], share_of(rows(kernel), part))
+  for name, part in branch_parts(params, stats, epsilon).branches.items():
+    share = share_of(rows(kernel), rows(conv_to_dense(part, tile, groups)[0]))
+    params[name] = scaled_branch(params[name], share)
   return params, conv_to_dense(merge_branches(params, stats, epsilon), tile, groups)

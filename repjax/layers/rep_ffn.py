@@ -9,9 +9,10 @@ from flax import linen as nn
 from repjax.algebra import ConvParams, absorb_affine, bn_affine
 from repjax.layers.activations import activation
 from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.branches import merge_branches
 from repjax.layers.linear import TwoLayers
 from repjax.layers.remainder import expand_branches, identity_norm
-from repjax.layers.rep_conv import RepConv, merge_branches, recognize_rep_conv
+from repjax.layers.rep_conv import RepConv, recognize_rep_conv
 
 
 class RepFFN(RepLayer):

@@ -25,7 +25,7 @@ from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.layers import AuxHead, RepConv, SqueezeExcite
-from repjax.layers.rep_conv import branch_size
+from repjax.layers.grammar import parse
 from repjax.models.base import Block, BlockBuilder, Classifier, Stage
 from repjax.models.checks import check_total_stride, is_whole
 from repjax.models.dilation import Striding, dilate
@@ -61,7 +61,7 @@ class RepVGGBlock(Block):
     keeps_shape = x.shape[-1] == self.features and not self.striding.shrinks
     conv = RepConv(
       self.features,
-      branches=[name for name in self.branches if keeps_shape or branch_size(name)],
+      branches=[name for name in self.branches if keeps_shape or not parse(name).is_input],
       strides=self.striding.strides,
       groups=self.groups,
       dilation=self.striding.dilation_before,
@@ -255,7 +255,7 @@ def _check_branches(network: RepVGG) -> None:
   """Raises InputError if the branches make no block with a 3x3 kernel."""
   names = network.branches
   try:
-    sizes = [] if isinstance(names, str) else [branch_size(name) for name in names]
+    sizes = [] if isinstance(names, str) else [parse(name).size for name in names]
   except ValueError as error:
     raise InputError(f"branches: {error}") from None
   if (3, 3) not in sizes or len(set(names)) != len(names):
