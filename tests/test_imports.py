@@ -41,7 +41,7 @@ MAY_IMPORT = {
   "configs": {"config"},
   "training": {
     *("algebra", "config", "data", "deploy", "inference", "models", "onnx", "quantization"),
-    *("layers", "recognition", "reparam", "report", "spec"),
+    *("expansion", "layers", "recognition", "reparam", "report", "spec"),
   },
   "data": set(),
 }

@@ -148,9 +148,8 @@ def _first_state(
     InputError: no checkpoint is whole, the folder cannot be started from, or the config needs a
       folder to start from and names none.
   """
-  variables = init(
-    plan.spec.create_model(), jax.random.key(config.seed), plan.spec.preprocessing.image_size
-  )
+  key = jax.random.key(config.seed)
+  variables = init(plan.spec.create_model(), key, plan.spec.preprocessing.image_size)
   fresh = create_state(variables, optimizer, ema=config.ema_decay > 0)
   restored = restore_newest(workdir, fresh)
   if restored is not None:
@@ -159,9 +158,17 @@ def _first_state(
   if not config.init_from:
     _check_needs_no_start(config)
     return fresh, start
-  variables, text = finetune.first_variables(config.init_from, plan.spec, variables)
+  variables, text = finetune.first_variables(
+    config.init_from, plan.spec, variables, key=key, images=lambda: _first_images(config, plan)
+  )
   print(text, flush=True)
   return create_state(variables, optimizer, ema=config.ema_decay > 0), start
+
+
+def _first_images(config: Config, plan: Plan) -> jax.Array:
+  """Reads the images of the first step, all of them in this process, and normalises them."""
+  with contextlib.closing(loop.training_batches(config, plan)) as batches:
+    return plan.spec.preprocessing.normalize(next(batches)["image"])
 
 
 def _say_continuing(config: Config, workdir: Path, step: int) -> runs.Bookmark:
