@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from repjax.algebra import rebase_bn
+from repjax.algebra import rebase_bn, wide_dtype
 from repjax.errors import InputError, printable
 from repjax.layers import AuxHead
 from repjax.layers.base import EPSILON, RepLayer
@@ -243,8 +243,8 @@ def _expand_layer(
     params, error = _expanded(
       kind, axes, tuple(leaves), structure, deploy, _at(form.stats, path), own
     )
-  except ValueError as problem:
-    raise InputError(f"{shown(path)}: {problem}") from problem
+  except InputError as error:
+    raise InputError(f"{shown(path)}: {error}") from error
   # Written so that a NaN fails too.
   if not isinstance(error, jax.core.Tracer) and not error <= 1:
     raise InputError(
@@ -300,14 +300,16 @@ def _difference(folded: Any, deploy: Any) -> jax.Array:
 
   The result is at most 1 for trees that differ by rounding alone.
   """
-  largest, apart, tolerance = jnp.zeros(()), jnp.zeros(()), _TOLERANCE
-  for ours, theirs in zip(jax.tree.leaves(folded), jax.tree.leaves(deploy), strict=True):
-    for leaf in (ours, theirs):
-      tolerance = max(tolerance, 32 * float(jnp.finfo(leaf.dtype).eps))
-    ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
+  pairs = list(zip(jax.tree.leaves(folded), jax.tree.leaves(deploy), strict=True))
+  dtypes = [leaf.dtype for pair in pairs for leaf in pair]
+  tolerance = max([_TOLERANCE, *(32 * float(jnp.finfo(dtype).eps) for dtype in dtypes)])
+  largest = apart = jnp.zeros((), wide_dtype(*dtypes))
+  for ours, theirs in pairs:
+    ours, theirs = ours.astype(largest.dtype), theirs.astype(largest.dtype)
     largest = jnp.maximum(largest, jnp.abs(theirs).max())
     apart = jnp.maximum(apart, jnp.abs(ours - theirs).max())
-  return jnp.where(apart == 0, 0, apart / (tolerance * largest))
+  # Two layers of zeros are equal, though 0 / 0 is no number.
+  return jnp.where(apart == 0, 0.0, apart / (tolerance * largest))
 
 
 def _joined(shapes: Tree, held: Tree, layers: Mapping[Path, Any], path: Path = ()) -> Any:

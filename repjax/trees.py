@@ -85,8 +85,8 @@ def check_apart(params: Any) -> None:
   for path, _ in leaves(params):
     if path[-2:] in (("bn", "mean"), ("bn", "var")):
       raise InputError(
-        f"params hold statistics too: {printable('/'.join(map(str, path)))}. Pass the two apart; "
-        "of an NNX model, nnx.state(model, nnx.Param) and nnx.state(model, nnx.BatchStat)"
+        f"params hold statistics too: {printable('/'.join(map(str, path)))}. Pass the two apart. "
+        "An NNX model has nnx.state(model, nnx.Param) and nnx.state(model, nnx.BatchStat)"
       )
 
 

@@ -18,6 +18,10 @@ from tests import helpers
 from tests.helpers import F64, quick_jit, random_input, relative_error
 
 X = random_input(4, 6, 6, 4)
+GRAMMAR = {
+  "branches": ("conv3x3", "conv1x1_conv3x3", "conv3x3_d2", "skip"),
+  "norms": ("conv3x3", "conv1x1_conv3x3", "sum"),
+}
 POOLED = ("conv3x3", "conv1x1", "avg2x2_conv1x1")
 LAYERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
   "RepConv": (RepConv, layers.RepConv, {"features": 4}),
@@ -25,6 +29,7 @@ LAYERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
   "groups": (RepConv, layers.RepConv, {"features": 4, "groups": 2, "conv_bias": True}),
   "reflect": (RepConv, layers.RepConv, {"features": 4, "padding": 3, "padding_mode": "reflect"}),
   "epsilon": (RepConv, layers.RepConv, {"features": 4, "epsilon": 1e-2, "dilation": [2, 1]}),
+  "grammar": (RepConv, layers.RepConv, {"features": 4, **GRAMMAR}),
   "RepNorm": (RepNorm, layers.RepNorm, {}),
   "norm with epsilon": (RepNorm, layers.RepNorm, {"epsilon": 1e-2}),
 }

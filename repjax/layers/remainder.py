@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from repjax.algebra import AffineParams, ConvParams, affine_bn
+from repjax.errors import InputError
 from repjax.layers.base import read_notes
 from repjax.layers.branches import branch_parts, merge_branches
 from repjax.layers.drawing import draw
@@ -45,7 +46,7 @@ def expand_rep_conv(
     Parameters of the training form that fold into `deploy` with these statistics.
 
   Raises:
-    ValueError: no branch is as large as the kernel.
+    InputError: no branch is as large as the kernel.
   """
   conv = ConvParams(deploy["conv"]["kernel"], deploy["conv"]["bias"])
   return expand_branches(conv, shapes, stats, epsilon, key)
@@ -64,7 +65,7 @@ def expand_branches(
     Parameters of all branches.
 
   Raises:
-    ValueError: no branch is as large as the kernel.
+    InputError: no branch is as large as the kernel.
   """
   largest = _largest(shapes, conv.kernel.shape)
   zero = ConvParams(jnp.zeros_like(conv.kernel), jnp.zeros_like(conv.bias))
@@ -131,11 +132,13 @@ def scaled_branch(held: Tree, factors: jax.Array) -> dict[str, Any]:
   name = next(name for name in ("second", "first", "bn", "conv") if name in held)
   if name in ("second", "first"):
     return {**held, name: scaled_branch(held[name], factors)}
-  # A norm has scale and bias, a convolution kernel and perhaps bias. All have outputs last.
-  return {
-    **held,
-    name: {key: (leaf * factors).astype(leaf.dtype) for key, leaf in held[name].items()},
-  }
+
+  def scaled(leaf: jax.Array) -> jax.Array:
+    # A norm has scale and bias, a convolution kernel and perhaps bias. All have outputs last.
+    over_outputs = factors.reshape((1,) * (leaf.ndim - 1) + factors.shape)
+    return (leaf.astype(factors.dtype) * over_outputs).astype(leaf.dtype)
+
+  return {**held, name: {key: scaled(leaf) for key, leaf in held[name].items()}}
 
 
 def _largest(shapes: Tree, kernel_shape: tuple[int, ...]) -> str:
@@ -146,7 +149,7 @@ def _largest(shapes: Tree, kernel_shape: tuple[int, ...]) -> str:
     if is_plain and held["conv"]["kernel"].shape == kernel_shape:
       return name
   height, width = kernel_shape[:2]
-  raise ValueError(
+  raise InputError(
     f"none of the branches {', '.join(shapes)} is a {height}x{width} convolution, which could take "
     f"what remains of the kernel. Give the layer a branch conv{height}x{width}"
   )
