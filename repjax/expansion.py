@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.core import Tracer
 
+from repjax import forks
 from repjax.algebra import rebase_bn, wide_dtype
 from repjax.errors import InputError, printable
 from repjax.layers import AuxHead
@@ -76,6 +78,7 @@ def expand(
     >>> sorted(variables["params"]["stem"]["RepConv_0"])
     ['conv1x1', 'conv3x3']
   """
+  forks.refuse_lost_devices()
   _check_arguments(model, key)
   form = _trace(model, _checked_images(model, images))
   held = _checked_params(model, deploy_params, form)
@@ -246,7 +249,7 @@ def _expand_layer(
   except InputError as error:
     raise InputError(f"{shown(path)}: {error}") from error
   # Written so that a NaN fails too.
-  if not isinstance(error, jax.core.Tracer) and not error <= 1:
+  if not isinstance(error, Tracer) and not error <= 1:
     raise InputError(
       f"{shown(path)}: no training form of this {kind.layer.__name__} computes the same. The "
       "parameters are not finite, or a plain network was trained as such: a bias then differs "
@@ -386,7 +389,7 @@ def _rebasing(anew: Collection[Path]) -> Iterator[None]:
     )
     variables = {"params": params, "batch_stats": fresh}
     _, updates = alone.apply(variables, *arguments, mutable=["batch_stats"])
-    found = dict(updates["batch_stats"])
+    found: dict[str, Any] = dict(updates["batch_stats"])
     _put(norm, "batch_stats", fresh)
     result = method(*arguments, **options)
     if not any(norm.path[: len(path)] == path for path in anew):
@@ -414,7 +417,7 @@ def _check_means(stats: Tree, path: Path) -> None:
   for name, held in stats.items():
     if isinstance(held, Mapping):
       _check_means(held, (*path, name))
-    elif name == "mean" and not isinstance(held, jax.core.Tracer) and not jnp.isfinite(held).all():
+    elif name == "mean" and not isinstance(held, Tracer) and not jnp.isfinite(held).all():
       twice = bool(jnp.isinf(held).any())
       reason = (
         "the model calls this norm several times, and one norm cannot have the statistics of each"

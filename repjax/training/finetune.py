@@ -217,7 +217,7 @@ def _expanded(
 
   The two models may differ in what a deploy form does not show, such as branches.
   """
-  ours = dataclasses.replace(spec, num_classes=held.num_classes)
+  ours = dataclasses.replace(spec, num_classes=held.num_classes, class_names=())
   theirs = dataclasses.replace(held, preprocessing=spec.preprocessing)
   if _deploy_program(ours) != _deploy_program(theirs):
     _check_fit(folder, held, spec)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from repjax import names, output, runs
@@ -168,7 +169,7 @@ def _first_state(
 def _first_images(config: Config, plan: Plan) -> jax.Array:
   """Reads the images of the first step, all of them in this process, and normalises them."""
   with contextlib.closing(loop.training_batches(config, plan)) as batches:
-    return plan.spec.preprocessing.normalize(next(batches)["image"])
+    return plan.spec.preprocessing.normalize(jnp.asarray(next(batches)["image"]))
 
 
 def _say_continuing(config: Config, workdir: Path, step: int) -> runs.Bookmark:
