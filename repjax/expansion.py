@@ -240,14 +240,15 @@ def _expand_layer(
   Raises:
     InputError: no training form of this layer computes the same.
   """
-  own = jax.random.fold_in(key, np.uint32(zlib.crc32("/".join(path).encode())))
+  place = "/".join(map(str, path))
+  own = jax.random.fold_in(key, np.uint32(zlib.crc32(place.encode())))
   leaves, structure = jax.tree.flatten(_at(form.params, path))
   try:
     params, error = _expanded(
       kind, axes, tuple(leaves), structure, deploy, _at(form.stats, path), own
     )
-  except InputError as error:
-    raise InputError(f"{shown(path)}: {error}") from error
+  except InputError as problem:
+    raise InputError(f"{shown(path)}: {problem}") from problem
   # Written so that a NaN fails too.
   if not isinstance(error, Tracer) and not error <= 1:
     raise InputError(
