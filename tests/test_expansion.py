@@ -200,6 +200,7 @@ class TestChoice:
     kernel, variables = self.expanded(branches=("conv3x3",))
     np.testing.assert_array_equal(variables["params"]["conv3x3"]["conv"]["kernel"], kernel)
 
+  @pytest.mark.usefixtures("x64")
   def test_everything_else_is_passed_by_reference_without_images(self):
     model = Around(lambda deploy: RepConv(4, deploy=deploy, **F64))
     params = {**folded(model, X32)}
@@ -333,6 +334,7 @@ class TestRefusals:
     model = RepConv(4, ("conv1x3", "conv3x1"))
     refused("conv1x3, conv3x1 is a 3x3.*branch conv3x3", model, folded(model, X32), images=X32)
 
+  @pytest.mark.usefixtures("x64")
   def test_a_gate_that_was_trained_in_deploy_form(self):
     model = Around(lambda deploy: SkipSqueezeExcite(deploy=deploy))
     params = folded(model, X32)
@@ -345,6 +347,7 @@ class TestRefusals:
     params["dense"]["bias"] = params["dense"]["bias"].at[0, 0].add(1)
     refused("no training form of this RepDense", model, params, images=X32)
 
+  @pytest.mark.usefixtures("x64")
   def test_a_layer_that_is_called_twice(self):
     model = Around(lambda deploy: RepConv(4, deploy=deploy), calls=2)
     params = folded(model, X32)

@@ -41,7 +41,7 @@ MAY_IMPORT = {
   "configs": {"config"},
   "training": {
     *("algebra", "config", "data", "deploy", "inference", "models", "onnx", "quantization"),
-    *("expansion", "layers", "recognition", "reparam", "report", "spec"),
+    *("expansion", "layers", "recognition", "reparam", "report", "spec", "weights"),
   },
   "data": set(),
 }

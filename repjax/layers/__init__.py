@@ -24,6 +24,12 @@ from repjax.layers.rep_dense import RepDense, expand_rep_dense, fold_rep_dense, 
 from repjax.layers.rep_ffn import RepFFN, expand_rep_ffn, fold_rep_ffn, recognize_rep_ffn
 from repjax.layers.rep_head import RepHead, expand_rep_head, fold_rep_head, recognize_rep_head
 from repjax.layers.rep_norm import RepNorm, expand_rep_norm, fold_rep_norm, recognize_rep_norm
+from repjax.layers.scaled_conv import (
+  ScaledConv,
+  expand_scaled_conv,
+  fold_scaled_conv,
+  recognize_scaled_conv,
+)
 
 __all__ = [
   "AuxHead",
@@ -35,6 +41,7 @@ __all__ = [
   "RepHead",
   "RepLayer",
   "RepNorm",
+  "ScaledConv",
   "SkipSqueezeExcite",
   "SqueezeExcite",
   "activation",
@@ -45,6 +52,7 @@ __all__ = [
   "expand_rep_ffn",
   "expand_rep_head",
   "expand_rep_norm",
+  "expand_scaled_conv",
   "expand_skip_squeeze_excite",
   "fold_aux_head",
   "fold_global_perceptron",
@@ -53,6 +61,7 @@ __all__ = [
   "fold_rep_ffn",
   "fold_rep_head",
   "fold_rep_norm",
+  "fold_scaled_conv",
   "fold_skip_squeeze_excite",
   "linear",
   "recognize_aux_head",
@@ -62,5 +71,6 @@ __all__ = [
   "recognize_rep_ffn",
   "recognize_rep_head",
   "recognize_rep_norm",
+  "recognize_scaled_conv",
   "recognize_skip_squeeze_excite",
 ]

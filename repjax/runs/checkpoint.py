@@ -165,8 +165,8 @@ def _none_whole(workdir: Path, problems: Mapping[int, str]) -> InputError:
   """Returns the error for a workdir without a checkpoint that can be read."""
   if not problems and paths.find_deploy(workdir) is not None:
     return InputError(
-      f"{workdir} holds a deploy form only, and this needs the training form. To fine-tune it, start "
-      f"a run from it: repjax train --config finetune --config.init_from={workdir}"
+      f"{workdir} holds a deploy form only, and this needs the training form. To fine-tune it, "
+      f"start a run from it: repjax train --config finetune --config.init_from={workdir}"
     )
   return InputError(
     f"{paths.checkpoints_folder(workdir)} holds no whole checkpoint"
