@@ -203,9 +203,8 @@ class TestChoice:
   @pytest.mark.usefixtures("x64")
   def test_everything_else_is_passed_by_reference_without_images(self):
     model = Around(lambda deploy: RepConv(4, deploy=deploy, **F64))
-    params = {**folded(model, X32)}
-    params["own"] = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params["own"])
-    variables = repjax.expand(model, params, KEY, images=shape_of(X32))
+    params = folded(model, X)
+    variables = repjax.expand(model, params, KEY, images=shape_of(X))
     assert variables["params"]["own"]["kernel"] is params["own"]["kernel"]
 
 
