@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import os
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 
@@ -85,28 +84,8 @@ def one_paragraph() -> Iterator[None]:
     reason = error.strerror or type(error).__name__
     raise SystemExit(f"error: {printable(path)} cannot be used: {printable(reason)}") from None
   except (AssertionError, RuntimeError):
-    missing = _missing_devices()
-    if missing:
+    from repjax.devices import missing_devices  # imported here: that module imports this one
+
+    if missing := missing_devices():
       raise SystemExit(f"error: {missing}") from None
     raise
-
-
-def _missing_devices() -> str:
-  """Returns why JAX finds no device of the platforms that were asked for, or "" if it finds one.
-
-  JAX fails at its first use, with an empty AssertionError if a package for GPUs is not installed.
-  """
-  jax = sys.modules.get("jax")
-  if jax is None:
-    return ""
-  try:
-    jax.devices()
-  except (AssertionError, RuntimeError) as error:
-    asked = jax.config.jax_platforms
-    reason = printable(error) or "its package for these devices is not installed"
-    return (
-      f"JAX finds no device of the platform {printable(repr(asked))}, which JAX_PLATFORMS or "
-      f"jax.config asks for: {reason}. Set JAX_PLATFORMS=cpu, or leave it out and JAX takes the "
-      "devices that are there"
-    )
-  return ""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from repjax import forks
+from repjax.devices import need_devices
 from repjax.errors import InputError, unknown
 from repjax.models.checks import check_image_size
 from repjax.reparam import FOLDS, reparameterize
@@ -60,7 +60,7 @@ def inference(
     InputError: an argument cannot be used, the variables do not fit the model, or the model has no
       deploy form.
   """
-  forks.refuse_lost_devices()
+  need_devices()
   check_image_size(image_size)
   dtype = checked_dtype(dtype)
   plain, tree = _deploy_form(model, variables, image_size)

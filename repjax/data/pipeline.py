@@ -15,10 +15,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from repjax import forks, signals
+from repjax import signals
 from repjax.data import augmentation, processes, transforms
 from repjax.data.decode import Picture, image_errors
 from repjax.data.sources import Examples
+from repjax.devices import refuse_iterator_of_parent
 
 Batch = dict[str, np.ndarray]
 
@@ -188,7 +189,7 @@ def _iterate(batches: grain.MapDataset, num_workers: int, batch_bytes: int) -> G
         batch = next(iterator, None)
       while batch is not None:
         yield batch
-        forks.refuse_iterator_of_parent(process)
+        refuse_iterator_of_parent(process)
         batch = next(iterator, None)
   finally:
     if process == os.getpid():
