@@ -141,6 +141,30 @@ def test_convolutions_and_products_are_computed_in_the_dtype(small, dtype):
     assert set(re.findall(r"x(b?f\d\d)>", line)) == {short}, line
 
 
+class TwoConvolutionsAndAPool(nn.Module):
+  """What XLA of jax 0.12 computes to NaN in bfloat16 on CPUs, unless options tell it not to."""
+
+  dtype: jnp.dtype = jnp.float32  # pyright: ignore[reportInvalidTypeForm]
+
+  @nn.compact
+  def __call__(self, x):
+    for _ in range(2):
+      x = nn.relu(nn.Conv(128, (3, 3), bias_init=nn.initializers.normal(), dtype=self.dtype)(x))
+    return nn.max_pool(x, (2, 2), (2, 2)).mean((1, 2))
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("tune", [False, True])
+def test_pools_after_convolutions_are_finite_in_bfloat16(tune):
+  model = TwoConvolutionsAndAPool()
+  images = noise(4, 8)
+  variables = model.init(jax.random.key(0), images)
+  compiled = repjax.deploy.compile(
+    model, variables, image_size=8, dtype="bfloat16", batch_sizes=(4,), devices=ONE, tune=tune
+  )
+  assert_close(compiled(images), logits_of(model, variables, images), TOLERANCES["bfloat16"])
+
+
 def test_both_forms_of_a_model_give_the_same(small):
   images = noise(4)
   of_train, of_deploy = (
