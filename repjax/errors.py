@@ -38,6 +38,27 @@ def printable(text: object, longest: int | None = None) -> str:
   )
 
 
+def listed(
+  things: Iterable[object], most: int = 5, *, between: str = ", ", longest: int | None = 100
+) -> str:
+  """Joins the first of some things for a message.
+
+  Args:
+    things: names, values or sentences, of which a file or folder may hold thousands.
+    most: number of things after which only the number of the others is said.
+    between: text between two things.
+    longest: number of characters of a thing after which its rest is left out; None: whole things.
+
+  Example:
+    >>> listed("abcdef", 2)
+    'a, b and 4 more'
+  """
+  texts = [str(thing) for thing in things]
+  shown = between.join(printable(text, longest) for text in texts[:most])
+  more = len(texts) - most
+  return f"{shown}{between if between.isspace() else ' '}and {more:,} more" if more > 0 else shown
+
+
 def _controls(char: str) -> bool:
   """Tells if a character is a control character, or changes the direction or the line of a text."""
   return not char.isprintable() and unicodedata.category(char) != "Zs"  # Zs: spaces of all kinds

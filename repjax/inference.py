@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from repjax.devices import need_devices
-from repjax.errors import InputError, unknown
+from repjax.errors import InputError, listed, unknown
 from repjax.models.checks import check_image_size
 from repjax.reparam import FOLDS, reparameterize
 from repjax.spec import Preprocessing, shapes_of
@@ -224,11 +224,11 @@ def _check_fit(name: str, tree: Any, wanted: Any) -> None:
     if given[path] != expected[path]
   ]
   if problems:
-    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise InputError(
-      f"these variables do not fit {name} in its deploy form: {'; '.join(problems[:3])}{more}. "
-      "Pass variables of the same model with the same classes, overrides and image size. They may "
-      'be in deploy form, or in training form with their "batch_stats".'
+      f"these variables do not fit {name} in its deploy form: "
+      f"{listed(problems, 3, between='; ', longest=300)}. Pass variables of the same model with "
+      "the same classes, overrides and image size. They may be in deploy form, or in training form "
+      'with their "batch_stats".'
     )
 
 

@@ -10,7 +10,7 @@ from repjax import json_files, saving, signals
 from repjax.disk.flush import writing
 from repjax.disk.manifest import Snapshot
 from repjax.disk.values import missing
-from repjax.errors import InputError
+from repjax.errors import InputError, listed
 from repjax.schema import MisfitError
 
 
@@ -83,9 +83,8 @@ def read_tree(
 def check_finite(tree: Any, what: Any) -> None:
   """Raises InputError if a tree holds NaN or infinity; the text names the arrays."""
   if names := not_finite(tree):
-    more = f" and {len(names) - 3} more arrays" if len(names) > 3 else ""
     raise InputError(
-      f"{what} holds numbers that are not finite (NaN or infinity), in {', '.join(names[:3])}{more}"
+      f"{what} holds numbers that are not finite (NaN or infinity), in {listed(names, 3)}"
       ". No image would get a sensible result; take an earlier checkpoint, or make the folder again"
     )
 

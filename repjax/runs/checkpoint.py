@@ -23,7 +23,7 @@ import numpy as np
 
 from repjax import disk, json_files
 from repjax.disk import trees
-from repjax.errors import InputError
+from repjax.errors import InputError, listed
 from repjax.runs import contents, paths
 from repjax.runs.records import read_records
 
@@ -165,9 +165,10 @@ def _none_whole(workdir: Path, problems: Mapping[int, str]) -> InputError:
   """Returns the error for a workdir without a checkpoint that can be read."""
   if not problems and paths.find_deploy(workdir) is not None:
     return InputError(f"{workdir} holds a deploy form only; no training form can be made from it")
+  why = f": {listed(problems.values(), 3, between='; ', longest=None)}"
   return InputError(
     f"{paths.checkpoints_folder(workdir)} holds no whole checkpoint"
-    + (f": {'; '.join(problems.values())}" if problems else "; has this run saved one yet?")
+    + (why if problems else "; has this run saved one yet?")
   )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, listed, printable
 from repjax.weights.kinds import kind_of_file
 from repjax.weights.torch_files.pickles import Reader, Unpickler
 from repjax.weights.torch_files.tensors import Storage, Tensor, numpy_dtype
@@ -82,7 +82,7 @@ def _load_zip(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, memoryview]
     raise InputError("it is a TorchScript program, not a state dict; save model.state_dict()")
 
   if "data.pkl" not in records:
-    held = ", ".join(printable(info.filename, 60) for info in list(records.values())[:4])
+    held = listed((info.filename for info in records.values()), 4)
     raise InputError(
       "it is a ZIP archive without data.pkl, so torch.save did not write it. It holds "
       f"{held or 'nothing'}. Unpack it, or get the checkpoint that it was made from"
