@@ -6,6 +6,7 @@ everything else, and explains what is wrong with a file.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import cv2
 import numpy as np
@@ -167,7 +168,10 @@ class Picture:
     if self._opened is None:
       assert isinstance(self.image, bytes)
       self._opened = _open(self.image, load=True)
-    pixels = _rgb(self._opened)
+    if isinstance(self.image, bytes) and self._opened.format == "PNG":
+      pixels = _rgb_of_png(self._opened, self.image)
+    else:
+      pixels = _rgb(self._opened)
     height, width = pixels.shape[:2]
     if (width, height) != self._stored:
       wanted = " x ".join(map(str, self._stored))
@@ -206,6 +210,30 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
   if transposed:
     pixels = cv2.transpose(pixels)
   return pixels if flip is None else cv2.flip(pixels, flip)
+
+
+def _rgb_of_png(image: Image.Image, data: bytes) -> np.ndarray:
+  """Returns the pixels of a PNG as `_rgb` does, with the transparent colour that the file names.
+
+  Pillow gives grey of 2 and 4 bits the range of 8 bits, and drops the lower 8 bits of RGB of 16. It
+  then compares the pixels with the colour as the file has it, which fits none or the wrong ones.
+
+  Args:
+    image: the PNG, as Pillow opened it.
+    data: the encoded image.
+  """
+  depth, colour = formats.png_depth(data), image.info.get("transparency")
+  if image.mode == "L" and depth in (2, 4) and colour is not None:
+    image = image.copy()  # the pixels may be asked for again
+    image.info["transparency"] = colour * (255 // (2**depth - 1))
+  elif image.mode == "RGB" and depth == 16 and colour is not None:
+    # OpenCV decodes to blue, green, red and alpha of 16 bits each.
+    encoded = np.frombuffer(formats.without_extras(data), np.uint8)
+    pixels: Any = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype != np.uint16 or pixels.shape[2:] != (4,):
+      raise ValueError("its transparent colour cannot be told from similar colours")
+    return np.where(pixels[..., 3:] == 0, 255, pixels[..., 2::-1] >> 8).astype(np.uint8)
+  return _rgb(image)
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
