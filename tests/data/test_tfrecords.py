@@ -265,7 +265,7 @@ def test_an_empty_record_is_an_image_that_cannot_be_read(tfrecord_set):
   path.write_bytes(tfrecord([b""]) + data[16 + struct.unpack("<Q", data[:8])[0] :])
   prepare_tfrecord("pets", data_dir=str(tfrecord_set))
   for num_workers in (0, 2):
-    with pytest.raises(InputError, match="image 0 of the train split .* has no image"):
+    with pytest.raises(InputError, match=r"image 0 of the train split .* has no image"):
       examples_in_batches(tfrecord_set, num_workers)
 
 
