@@ -59,6 +59,18 @@ def listed(
   return f"{shown}{between if between.isspace() else ' '}and {more:,} more" if more > 0 else shown
 
 
+def sentences(*texts: object) -> str:
+  """Joins texts to sentences, with a full stop after each that has no mark at its end but the last.
+
+  Example:
+    >>> sentences("unknown name; did you mean b?", "no file", "Give one")
+    'unknown name; did you mean b? no file. Give one'
+  """
+  parts = [str(text) for text in texts]
+  ends = ["" if part.endswith((".", "?", "!")) else "." for part in parts[:-1]]
+  return " ".join(part + end for part, end in zip(parts, [*ends, ""]))
+
+
 def _controls(char: str) -> bool:
   """Tells if a character is a control character, or changes the direction or the line of a text."""
   return not char.isprintable() and unicodedata.category(char) != "Zs"  # Zs: spaces of all kinds

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from repjax import regular_files
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, printable, sentences
 from repjax.schema import MisfitError, Rule, anything, below
 
 LARGEST = 32 * 2**20
@@ -48,10 +48,8 @@ def content(path: Path, data: bytes, rule: Rule = anything) -> Any:
   try:
     return parse(data, rule)
   except MisfitError as misfit:
-    raise InputError(
-      f"{path} is damaged: {misfit.words(shown)}. Mend this place or restore the file, or start "
-      "in a new folder"
-    ) from None
+    way_out = "Mend this place or restore the file, or start in a new folder"
+    raise InputError(sentences(f"{path} is damaged: {misfit.words(shown)}", way_out)) from None
 
 
 def opened(path: Path) -> BinaryIO:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from repjax.errors import InputError, listed, one_paragraph, printable, unknown
+from repjax.errors import InputError, listed, one_paragraph, printable, sentences, unknown
 
 KNOWN = ("repvgg_b1", "repvgg_a0", "resnet50")
 
@@ -76,6 +76,10 @@ def test_unknown_lists_foreign_names_on_one_line():
 def test_a_list_in_a_message_is_short(options, text):
   assert listed([*"abcdef", *1000 * ["x"]], **options) == text
   assert listed(["a\n" + "b" * 200]) == "a\\n" + "b" * 98 + "..."
+
+
+def test_sentences_end_with_one_mark():
+  assert sentences("did you mean b?", "so", "Do c.", "d") == "did you mean b? so. Do c. d"
 
 
 ESCAPES = ("\x1b[2J", "\x9b2J", "\r", "\x07", "\u202e", "\t", "\x00")

@@ -41,11 +41,19 @@ _TURNS = {
 }
 
 
+REPAIR = "Repair or remove the file"
+"""The way out for an image that cannot be decoded."""
+
+
 @contextlib.contextmanager
-def image_errors(name: object) -> Iterator[None]:
+def image_errors(name: object, way_out: str = REPAIR) -> Iterator[None]:
   """Turns every error in the block into an `InputError` that names the image.
 
   Decoders raise dozens of classes for damaged files. None of them may end more than the one image.
+
+  Args:
+    name: the image's name in the text.
+    way_out: what to do about it, the end of the text.
 
   Raises:
     InputError: anything was raised; `fault_of` gives the reason.
@@ -55,10 +63,7 @@ def image_errors(name: object) -> Iterator[None]:
   except InputError:
     raise
   except Exception as error:
-    raise InputError(
-      f"{printable(name)} cannot be decoded: {_reason(error)}. Repair or remove the file. If it is "
-      "in a data set, prepare the set again"
-    ) from error
+    raise InputError(f"{printable(name)} cannot be decoded: {_reason(error)}. {way_out}") from error
 
 
 def fault_of(error: InputError) -> str:
@@ -84,20 +89,26 @@ class Picture:
     height: height in pixels, after the same rotation.
   """
 
-  def __init__(self, image: bytes | np.ndarray | Image.Image, name: str = "the image"):
+  def __init__(
+    self,
+    image: bytes | np.ndarray | Image.Image,
+    name: str = "the image",
+    way_out: str = REPAIR,
+  ):
     """Reads the header.
 
     Args:
       image: an encoded image, a Pillow image, or a uint8 array (H, W, 3), which is taken as it is.
       name: the image's name in errors.
+      way_out: as in `image_errors`.
 
     Raises:
       InputError: the bytes are no image, or claim more pixels than `formats.check_size` allows.
     """
-    self.image, self._name = image, name
+    self.image, self._name, self._way_out = image, name, way_out
     self._opened: Image.Image | None = None  # None where OpenCV shall decode
     self._orientation = 1
-    with image_errors(name):
+    with image_errors(name, way_out):
       self._stored = self._read_header()
     turned = _TURNS.get(self._orientation, (False, None))[0]
     self.width, self.height = self._stored[::-1] if turned else self._stored
@@ -148,7 +159,7 @@ class Picture:
     """
     if isinstance(self.image, np.ndarray):
       return self.image
-    with image_errors(self._name):
+    with image_errors(self._name, self._way_out):
       pixels = self._by_opencv(reduction)
       if pixels is None:
         pixels = self._by_pillow()

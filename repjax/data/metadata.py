@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from repjax import json_files, regular_files
+from repjax.errors import sentences
 from repjax.schema import MisfitError
 
 MOST_CLASSES = 10**6
@@ -68,9 +69,8 @@ def check_set(folder: Path) -> None:
 
 def _refuse(path: Path, problem: str) -> ValueError:
   """Returns the error for a file of metadata."""
-  return ValueError(
-    f"{path} cannot be used: {problem}. Copy the data set again, or prepare it again"
-  )
+  way_out = "Copy the data set again, or prepare it again"
+  return ValueError(sentences(f"{path} cannot be used: {problem}", way_out))
 
 
 def _read(path: Path) -> bytes:

@@ -23,6 +23,8 @@ from repjax.devices import refuse_iterator_of_parent
 
 Batch = dict[str, np.ndarray]
 
+_WAY_OUT = "Repair or remove the file, and prepare the data set again"
+
 
 def train_batches(
   examples: Examples,
@@ -144,12 +146,12 @@ def _resized(
   crop: Any, size: int, resize_size: int, interpolation: str, example: dict[str, Any]
 ) -> Batch:
   """Makes an evaluation example."""
-  with image_errors(_name(example)):
+  with image_errors(_name(example), _WAY_OUT):
     return _example(crop(_picture(example), size, resize_size, interpolation), example)
 
 
 def _picture(example: dict[str, Any]) -> Picture:
-  return Picture(example["image"], _name(example))
+  return Picture(example["image"], _name(example), _WAY_OUT)
 
 
 def _name(example: dict[str, Any]) -> str:
