@@ -1,5 +1,6 @@
 """Turns a model in either form into one pure function of its deploy form, ready to be compiled."""
 
+import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -232,7 +233,14 @@ def _check_fit(name: str, tree: Any, wanted: Any) -> None:
     )
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of a tree's leaves by path."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {"/".join(str(entry.key) for entry in path): jnp.shape(leaf) for path, leaf in flat}
+def _shapes(tree: Any) -> dict[str, Any]:
+  """Returns the shapes of a tree's leaves by path; a leaf that is no array gives its type."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree, lambda each: not isinstance(each, Mapping))
+  return {"/".join(str(entry.key) for entry in path): _shape(leaf) for path, leaf in flat}
+
+
+def _shape(leaf: Any) -> Any:
+  """Returns the shape of an array or number, else its type in words."""
+  if isinstance(leaf, numbers.Number):
+    return ()
+  return getattr(leaf, "shape", f"a {type(leaf).__name__}")

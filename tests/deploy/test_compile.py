@@ -304,7 +304,9 @@ def test_probabilities_need_a_classifier(small):
     compiled_plainly(model, small[1], image_size=16, probabilities=True)
 
 
-@pytest.mark.parametrize("case", ["bare", "no statistics", "classes", "other", "more", "strays"])
+@pytest.mark.parametrize(
+  "case", ["bare", "no statistics", "classes", "other", "more", "strays", "int8", "list"]
+)
 def test_variables_that_do_not_fit_are_refused(small, case):
   model, variables = small
   plain = deploy_form(*small)[1]["params"]
@@ -317,6 +319,14 @@ def test_variables_that_do_not_fit_are_refused(small, case):
     ),
     "other": ({"params": {"stem": plain["stem"]}}, "params/head/bias is missing.* and .* more"),
     "more": ({"params": {**plain, "neck": plain["stem"]}}, "params/neck/.* is unknown"),
+    "int8": (
+      {"params": {**plain, "head": jax.tree.map(lambda x: x.astype(jnp.int8), plain["head"])}},
+      "params/head/bias must hold floating-point numbers, got int8",
+    ),
+    "list": (
+      {"params": {**plain, "head": {**plain["head"], "bias": [[0.0], [0.0, 1.0]]}}},
+      "params/head/bias is a list where the model has",
+    ),
     "strays": (
       {**variables, "batch_stats": {**variables["batch_stats"], "neck": np.ones(3)}},
       "batch_stats hold neck, which no fold has used",
