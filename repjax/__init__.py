@@ -12,7 +12,8 @@ import repjax.devices  # noqa: F401
 
 if TYPE_CHECKING:
   from repjax.models import create_model, init, list_models
-  from repjax.reparam import FOLDS, reparameterize
+  from repjax.recognition import FOLDS
+  from repjax.reparam import reparameterize
   from repjax.spec import ModelSpec, load
 
 __version__ = "0.1.0"
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-  "FOLDS": "reparam",
+  "FOLDS": "recognition",
   "ModelSpec": "spec",
   "create_model": "models",
   "init": "models",
@@ -37,8 +38,18 @@ _MODULE_OF = {
   "reparameterize": "reparam",
 }
 _MODULES = (
-  *("algebra", "analysis", "data", "deploy", "disk", "errors", "layers", "models", "onnx"),
-  *("quantization", "reparam", "report", "runs", "spec", "training", "weights"),
+  *("algebra", "analysis", "data", "deploy", "disk", "errors", "layers", "models", "nnx"),
+  *(
+    "onnx",
+    "quantization",
+    "recognition",
+    "reparam",
+    "report",
+    "runs",
+    "spec",
+    "training",
+    "weights",
+  ),
 )
 
 

@@ -13,7 +13,8 @@ from flax import linen as nn
 from repjax.devices import need_devices
 from repjax.errors import InputError, listed, unknown
 from repjax.models.checks import check_image_size
-from repjax.reparam import FOLDS, reparameterize
+from repjax.recognition import LAYERS
+from repjax.reparam import reparameterize
 from repjax.spec import Preprocessing, shapes_of
 from repjax.trees import check_leaves, check_tree
 
@@ -180,7 +181,7 @@ def training_layers(network: nn.Module, image_size: int | tuple[int, int]) -> li
 
   def note(method: Any, arguments: Any, options: Any, context: Any) -> Any:
     layer = context.module
-    if type(layer).__name__ in FOLDS and not layer.deploy:
+    if isinstance(layer, LAYERS) and not layer.deploy:
       found.append("/".join(layer.path))
     return method(*arguments, **options)
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from repjax.layers.base import RepLayer
+from repjax.layers.base import RepLayer, leading_axes
 from repjax.layers.linear import linear
 from repjax.layers.rep_conv import RepConv
 
@@ -28,9 +28,12 @@ class AuxHead(RepLayer):
   num_classes: int
   dilation: int = 1
 
+  mark = "AuxHead"
+
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (N, H, W, C) to logits (N, num_classes)."""
+    self.note()
     conv = RepConv(
       x.shape[-1],
       branches=("conv3x3",),
@@ -40,6 +43,17 @@ class AuxHead(RepLayer):
     )
     x = jax.nn.relu(conv(x, train)).mean((1, 2))  # (N, C)
     return linear(x, self.num_classes, name="head", **self.dtypes())
+
+
+def recognize_aux_head(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope could be an AuxHead in training form, else None.
+
+  Any scope with nothing but `RepConv_0` of one 3x3 branch and `head` could be one.
+  """
+  conv = params.get("RepConv_0")
+  if params.keys() != {"RepConv_0", "head"} or not isinstance(conv, Mapping):
+    return None
+  return leading_axes(params, ("head", "kernel"), 2) if conv.keys() == {"conv3x3"} else None
 
 
 def fold_aux_head(params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float) -> None:

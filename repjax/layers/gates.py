@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine, wide_dtype
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, dtypes_of, refuse_training
+from repjax.layers.base import RepLayer, dtypes_of, leading_axes, read_notes, refuse_training
 from repjax.layers.linear import kernel_init, linear
 from repjax.layers.rep_norm import Affine
 
@@ -119,6 +119,8 @@ class SkipSqueezeExcite(RepLayer):
     Goyal et al., Non-deep Networks, NeurIPS 2022, section 3.1. https://arxiv.org/abs/2110.07641
   """
 
+  mark = "SkipSqueezeExcite"
+
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (N, H, W, C) to the same shape.
@@ -141,6 +143,17 @@ class SkipSqueezeExcite(RepLayer):
     return z.astype(self.dtype) * gate  # (N, H, W, C)
 
 
+def recognize_skip_squeeze_excite(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope could be a SkipSqueezeExcite, else None.
+
+  Any scope with nothing but `bn` and a fully connected layer `dense` without a bias could be one
+  in training form.
+  """
+  if params.keys() != {"bn", "dense"} or leading_axes(params, ("dense", "bias"), 1) is not None:
+    return None
+  return leading_axes(params, ("dense", "kernel"), 2)
+
+
 def fold_skip_squeeze_excite(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
@@ -158,6 +171,7 @@ def fold_skip_squeeze_excite(
   Raises:
     ValueError: the two trees do not belong together.
   """
+  stats, epsilon = read_notes(stats, epsilon, SkipSqueezeExcite.mark)
   if params.keys() != {"bn", "dense"} or stats.keys() != {"bn"}:
     raise ValueError(
       f"a SkipSqueezeExcite holds bn and dense, with statistics of bn; got parameters of "

@@ -8,9 +8,9 @@ from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, refuse_training
+from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.composition import pair
 from repjax.layers.linear import TwoLayers
-from repjax.layers.rep_conv import pair
 from repjax.layers.rep_dense import check_tiles
 
 
@@ -86,6 +86,20 @@ class GlobalPerceptron(RepLayer):
         )
 
 
+def recognize_global_perceptron(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope is a GlobalPerceptron in training form.
+
+  Returns None for all other scopes. A GlobalPerceptron holds `bn`, and `dense` with `fc1` and
+  `fc2`.
+  """
+  dense = params.get("dense")
+  if params.keys() != {"bn", "dense"} or not isinstance(dense, Mapping):
+    return None
+  if dense.keys() != {"fc1", "fc2"}:
+    return None
+  return leading_axes(dense, ("fc1", "kernel"), 2)
+
+
 def fold_global_perceptron(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
@@ -106,6 +120,7 @@ def fold_global_perceptron(
   References:
     Ding et al., RepMLP, 2021, section 3.2. https://arxiv.org/abs/2105.01883
   """
+  stats, epsilon = read_notes(stats, epsilon)
   if params.keys() != {"bn", "dense"} or stats.keys() != {"bn"}:
     raise ValueError(
       f"a GlobalPerceptron holds bn and dense, with statistics of bn; got parameters of "

@@ -15,9 +15,11 @@ from jax import lax
 
 from repjax.algebra import AffineParams, bn_affine, conv_to_dense, wide_dtype
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, refuse_training
-from repjax.layers.linear import bias_init, tile_kernel_init
-from repjax.layers.rep_conv import RepConv, merge_branches, pair
+from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.branches import merge_branches
+from repjax.layers.composition import pair
+from repjax.layers.linear import TILE_AXES, bias_init, tile_kernel_init
+from repjax.layers.rep_conv import RepConv
 
 
 def check_tiles(where: str, shape: Sequence[int], tile: tuple[int, int]) -> None:
@@ -214,6 +216,19 @@ class RepDense(RepLayer):
       )
 
 
+def recognize_rep_dense(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope is a RepDense in training form, else None.
+
+  A RepDense holds `fc`, with a kernel over tiles and a norm, and perhaps `local`.
+  """
+  fc = params.get("fc")
+  if not {"fc"} <= params.keys() <= {"fc", "local"} or not isinstance(fc, Mapping):
+    return None
+  if "bn" not in fc:
+    return None
+  return leading_axes(fc, ("dense", "kernel"), TILE_AXES)
+
+
 def fold_rep_dense(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
@@ -243,7 +258,8 @@ def fold_rep_dense(
       f"statistics of {sorted(stats)}"
     )
   kernel = params["fc"]["dense"]["kernel"]
-  scale, bias = _tile_affine(params["fc"]["bn"], stats["fc"].get("bn", {}), kernel, epsilon)
+  fc_stats, fc_epsilon = read_notes(stats["fc"], epsilon)
+  scale, bias = _tile_affine(params["fc"]["bn"], fc_stats.get("bn", {}), kernel, fc_epsilon)
   wide, dtype = kernel.astype(wide_dtype(kernel.dtype, scale.dtype)), kernel.dtype
   # The scale belongs to the outputs: (g, h, w, O/g) broadcasts over the input axes (h, w, C/g).
   fused = wide * scale[:, None, None, None]

@@ -8,9 +8,10 @@ from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine
 from repjax.layers.activations import activation
-from repjax.layers.base import RepLayer, refuse_training
+from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.branches import merge_branches
 from repjax.layers.linear import TwoLayers
-from repjax.layers.rep_conv import RepConv, merge_branches
+from repjax.layers.rep_conv import RepConv, recognize_rep_conv
 
 
 class RepFFN(RepLayer):
@@ -51,6 +52,21 @@ class RepFFN(RepLayer):
     return RepConv(features, **one_branch, name="project")(y, train)
 
 
+def recognize_rep_ffn(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope is a RepFFN in training form, else None.
+
+  A RepFFN holds `bn`, and the RepConvs `expand` and `project` of one 1x1 branch.
+  """
+  if params.keys() != {"bn", "expand", "project"}:
+    return None
+  layers = [params["expand"], params["project"]]
+  if not all(isinstance(layer, Mapping) and layer.keys() == {"conv1x1"} for layer in layers):
+    return None
+  if any(recognize_rep_conv(layer) is None for layer in layers):
+    return None
+  return leading_axes(params, ("expand", "conv1x1", "conv", "kernel"), 4)
+
+
 def fold_rep_ffn(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
@@ -69,6 +85,7 @@ def fold_rep_ffn(
   Raises:
     ValueError: the two trees do not belong together, or a kernel is not 1x1.
   """
+  stats, epsilon = read_notes(stats, epsilon)
   wanted = {"bn", "expand", "project"}
   if params.keys() != wanted or stats.keys() != wanted:
     raise ValueError(

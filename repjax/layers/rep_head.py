@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine
-from repjax.layers.base import RepLayer, refuse_training
+from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
 from repjax.layers.linear import linear
 
 
@@ -31,6 +31,8 @@ class RepHead(RepLayer):
   num_classes: int
   dropout: float = 0.0
 
+  mark = "RepHead"
+
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (N, H, W, C) to logits (N, num_classes).
@@ -44,6 +46,16 @@ class RepHead(RepLayer):
     x = x.mean((1, 2))  # (N, C)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     return linear(x, self.num_classes, name="dense", **self.dtypes())
+
+
+def recognize_rep_head(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope could be a RepHead in training form, else None.
+
+  Any scope with nothing but `bn` and a fully connected layer `dense` with a bias could be one.
+  """
+  if params.keys() != {"bn", "dense"} or leading_axes(params, ("dense", "bias"), 1) is None:
+    return None
+  return leading_axes(params, ("dense", "kernel"), 2)
 
 
 def fold_rep_head(
@@ -62,6 +74,7 @@ def fold_rep_head(
   Raises:
     ValueError: the two trees do not belong together.
   """
+  stats, epsilon = read_notes(stats, epsilon, RepHead.mark)
   if params.keys() != {"bn", "dense"} or stats.keys() != {"bn"}:
     raise ValueError(
       f"a RepHead holds bn and dense, with statistics of bn; got parameters of {sorted(params)} "

@@ -11,7 +11,9 @@ import numpy as np
 from flax import linen as nn
 
 from repjax.devices import need_devices
+from repjax.layers.grammar import is_skip
 from repjax.layers.linear import from_orthogonal, is_orthogonal, uniform_bound
+from repjax.models.base import Classifier
 from repjax.models.checks import check_image_size
 
 
@@ -40,8 +42,8 @@ def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) ->
   check_image_size(image_size)
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-  shapes = jax.eval_shape(model.init, key, images)
-  return draw(shapes, key)
+  variables = draw(jax.eval_shape(model.init, key, images), key)
+  return model.start(variables) if isinstance(model, Classifier) else variables
 
 
 def draw(shapes: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def _draw(shapes: Mapping[str, Any], path: tuple[str, ...], seed: list[int]) -> 
       else:
         # The bias of a layer has the bound of the kernel beside it.
         values[name] = _uniform(rng, uniform_bound(shapes["kernel"].shape), leaf)
-    elif name in ("scale", "var"):
+    elif name in ("scale", "var") or is_skip(name):
       values[name] = jnp.ones(leaf.shape, leaf.dtype)
     elif name in ("bias", "mean"):
       values[name] = jnp.zeros(leaf.shape, leaf.dtype)

@@ -21,15 +21,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.errors import InputError
-from repjax.layers import AuxHead, RepConv, SqueezeExcite
-from repjax.layers.rep_conv import branch_size
+from repjax.layers import AuxHead, RepConv, RepLayer, ScaledConv, SqueezeExcite
+from repjax.layers.grammar import parse
 from repjax.models.base import Block, BlockBuilder, Classifier, Stage
 from repjax.models.checks import check_total_stride, is_whole
 from repjax.models.dilation import Striding, dilate
 from repjax.schema import shown
+
+BRANCHES = ("conv3x3", "conv1x1", "identity")
 
 
 class RepVGGBlock(Block):
@@ -40,37 +43,45 @@ class RepVGGBlock(Block):
     striding: stride and dilation. A block that shrinks the map has no identity branch, and neither
       has a block that dilates instead: both then have the same parameters.
     groups: number of groups of the convolutions.
-    branches: names of the branches of the RepConv. An identity among them is left out of blocks
-      that change the shape of the map.
     se: squeeze-and-excitation: None, "pre" (before the activation) or "post".
     se_reduction: ratio of `features` to the width of its hidden layer.
+    branches: names of the branches of the RepConv. An identity among them is left out of blocks
+      that change the shape of the map.
+    first_scale: build a ScaledConv, whose scales begin with this value, in place of the RepConv.
+      None: build the RepConv.
   """
 
   features: int
   striding: Striding
   groups: int
-  branches: Sequence[str]
   se: str | None
   se_reduction: int
+  branches: Sequence[str] = BRANCHES
+  first_scale: float | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Maps (N, H, W, C) to (N, H / strides, W / strides, features)."""
-    keeps_shape = x.shape[-1] == self.features and not self.striding.shrinks
-    conv = RepConv(
-      self.features,
-      branches=[name for name in self.branches if keeps_shape or branch_size(name)],
-      strides=self.striding.strides,
-      groups=self.groups,
-      dilation=self.striding.dilation_before,
-      **self.shared(),
-    )
-    x = conv(x, train)
+    x = self.conv(x.shape[-1] == self.features and not self.striding.shrinks)(x, train)
     gate = SqueezeExcite(self.se_reduction, **self.dtypes()) if self.se else None
     if gate and self.se == "pre":
       x = gate(x)
     x = self.activate(x)
     return gate(x) if gate and self.se == "post" else x
+
+  @nn.nowrap
+  def conv(self, keeps_shape: bool) -> RepLayer:
+    """Builds the sum of branches, with an identity among them if the block keeps the shape."""
+    attributes = {
+      "strides": self.striding.strides,
+      "groups": self.groups,
+      "dilation": self.striding.dilation_before,
+      **self.shared(),
+    }
+    if self.first_scale is not None:
+      return ScaledConv(self.features, keeps_shape, first_scale=self.first_scale, **attributes)
+    names = [name for name in self.branches if keeps_shape or not parse(name).is_input]
+    return RepConv(self.features, branches=names, **attributes)
 
 
 class StageSpec(NamedTuple):
@@ -110,6 +121,9 @@ class RepVGG(Classifier, kw_only=True):
       {block number: groups}.
     branches: names of the branches of every block, as in `RepConv`. Plain networks have
       ("conv3x3",). Blocks that change the shape of the map have no identity branch.
+    scaled: end each branch with a trained scale for each channel in place of a batch norm, and the
+      sum of the branches with one batch norm. The hyper-search of RepOptimizer trains such a
+      network.
     se: squeeze-and-excitation: None, "pre" (before the activation) or "post".
     se_reduction: ratio of a block's channels to the width of its hidden layer.
     strides: strides of the stem and of the first block of each stage.
@@ -123,7 +137,8 @@ class RepVGG(Classifier, kw_only=True):
   stage_sizes: Sequence[int]
   width_multipliers: Sequence[float]
   groups: int | Mapping[int, int] = 1
-  branches: Sequence[str] = ("conv3x3", "conv1x1", "identity")
+  branches: Sequence[str] = BRANCHES
+  scaled: bool = False
   se: str | None = None
   se_reduction: int = 16
   strides: Sequence[int] = (2, 2, 2, 2, 2)
@@ -166,6 +181,7 @@ class RepVGG(Classifier, kw_only=True):
           stage.features,
           stage.striding.later if index else stage.striding,
           stage.first_block + index,
+          index,
         )
         for index in range(stage.blocks)
       ]
@@ -194,17 +210,38 @@ class RepVGG(Classifier, kw_only=True):
     return (logits, auxiliary) if auxiliary and train else logits
 
   @nn.nowrap
-  def build(self, features: int, striding: Striding, number: int) -> BlockBuilder:
-    """Returns the builder of a block, by its number from 1 after the stem."""
+  def build(self, features: int, striding: Striding, number: int, index: int = 0) -> BlockBuilder:
+    """Returns the builder of a block.
+
+    Args:
+      features: number of output channels.
+      striding: stride and dilation.
+      number: number of the block, from 1 after the stem, which is 0.
+      index: number of the block in its stage, from 0.
+    """
     return functools.partial(
       self.builder(RepVGGBlock),
       features=features,
       striding=striding,
       groups=self.groups_of(number),
       branches=self.branches,
+      first_scale=_first_scale(index) if self.scaled else None,
       se=self.se,
       se_reduction=self.se_reduction,
     )
+
+  @nn.nowrap
+  def start(self, variables: dict[str, Any]) -> dict[str, Any]:
+    """Returns freshly drawn variables with the scales of branches at their initial values."""
+    if not self.scaled or self.deploy:
+      return variables
+    params = dict(variables["params"])
+    for stage in self.stages():
+      params[stage.name] = {
+        name: _with_scales(block, _first_scale(int(name.removeprefix("block"))))
+        for name, block in params[stage.name].items()
+      }
+    return {**variables, "params": params}
 
   def stages(self) -> Iterator[StageSpec]:
     """Yields the description of each stage after the stem, in order."""
@@ -235,6 +272,28 @@ class RepVGG(Classifier, kw_only=True):
     return ("stage1", "stage2", "stage3_first") if present else ()
 
 
+def _first_scale(index: int) -> float:
+  """Returns the initial value of the scales of the convolutions in a block: sqrt(2 / index).
+
+  Args:
+    index: number of the block in its stage, from 0. The first block, and the stem, begin with 1.
+
+  References:
+    https://github.com/DingXiaoH/RepOptimizers at 1d41318, repoptimizer/repoptvgg_model.py
+  """
+  return math.sqrt(2 / index) if index else 1.0
+
+
+def _with_scales(block: Mapping[str, Any], value: float) -> dict[str, Any]:
+  """Returns the parameters of a block in which the scales of both convolutions have a value."""
+  conv = block["ScaledConv_0"]
+  scaled = {
+    name: {**conv[name], "scale": jnp.full_like(conv[name]["scale"], value)}
+    for name in ("conv3x3", "conv1x1")
+  }
+  return {**block, "ScaledConv_0": {**conv, **scaled}}
+
+
 # Functions, not methods: interceptors of methods cannot take a module that is not set up yet.
 def _check_sizes(network: RepVGG) -> None:
   """Raises InputError if sizes, widths or strides make no network."""
@@ -253,13 +312,18 @@ def _check_branches(network: RepVGG) -> None:
   """Raises InputError if the branches make no block with a 3x3 kernel."""
   names = network.branches
   try:
-    sizes = [] if isinstance(names, str) else [branch_size(name) for name in names]
+    sizes = [] if isinstance(names, str) else [parse(name).size for name in names]
   except ValueError as error:
     raise InputError(f"branches: {error}") from None
   if (3, 3) not in sizes or len(set(names)) != len(names):
     raise InputError(
       "branches takes different names with a 3x3 convolution among them, such as "
       f"('conv3x3', 'conv1x1', 'identity'), got {shown(names)}"
+    )
+  if network.scaled and tuple(names) != BRANCHES:
+    raise InputError(
+      f"scaled builds the branches {shown(BRANCHES)}, got branches={shown(names)}. Leave branches "
+      "out, or scaled"
     )
 
 
