@@ -78,6 +78,50 @@ def bn_affine(
   return AffineParams(scale, beta - mean * scale)
 
 
+def affine_bn(
+  affine: AffineParams, stats: Mapping[str, jax.Array], epsilon: float | jax.Array
+) -> dict[str, jax.Array]:
+  """Returns the scale and bias with which a batch norm computes an affine map: undoes `bn_affine`.
+
+  gamma = scale * sqrt(var + epsilon);  beta = bias + mean * scale.
+
+  Args:
+    affine: scale and bias, in the shape of the statistics.
+    stats: running `mean` and `var`, of any shape.
+    epsilon: number added to the variance by the batch norm.
+
+  Returns:
+    {scale, bias}, in the widest dtype of the four, at least float32.
+  """
+  scale, bias, mean, var = _widen(*affine, stats["mean"], stats["var"])
+  return {"scale": scale * jnp.sqrt(var + epsilon), "bias": bias + mean * scale}
+
+
+def rebase_bn(
+  bn: Mapping[str, jax.Array],
+  old: Mapping[str, jax.Array],
+  new: Mapping[str, jax.Array],
+  epsilon: float | jax.Array,
+) -> dict[str, jax.Array]:
+  """Returns the scale and bias with which a batch norm of new statistics computes the same.
+
+  gamma' = s * sqrt(var' + epsilon);  beta' = beta + (mean' - mean) * s, with the old scale
+  s = gamma / sqrt(var + epsilon).
+
+  Args:
+    bn: `scale` (gamma) and `bias` (beta), of any shape.
+    old: `mean` and `var` that belong to them.
+    new: `mean` and `var` to which the result belongs.
+    epsilon: number added to the variance by the batch norm.
+
+  Returns:
+    {scale, bias}, in the widest dtype involved, at least float32.
+  """
+  gamma, beta, mean, var = _widen(bn["scale"], bn["bias"], old["mean"], old["var"])
+  scale = gamma * lax.rsqrt(var + epsilon)
+  return affine_bn(AffineParams(scale, beta - mean * scale), new, epsilon)
+
+
 def fuse_bn(
   conv: ConvParams,
   bn: Mapping[str, jax.Array],

@@ -1,6 +1,5 @@
 """Turns a model in either form into one pure function of its deploy form, ready to be compiled."""
 
-import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from repjax.models.checks import check_image_size
 from repjax.recognition import LAYERS
 from repjax.reparam import reparameterize
 from repjax.spec import Preprocessing, shapes_of
-from repjax.trees import check_leaves, check_tree
+from repjax.trees import check_leaves, check_tree, misfits
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -217,14 +216,7 @@ def _without_head(tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[st
 
 def _check_fit(name: str, tree: Any, wanted: Any) -> None:
   """Raises InputError if the paths and shapes of a tree are not those of the model."""
-  given, expected = _shapes(tree), _shapes(wanted)
-  problems = [f"{path} is missing" for path in expected if path not in given]
-  problems += [f"{path} is unknown" for path in given if path not in expected]
-  problems += [
-    f"{path} is {given[path]} where the model has {expected[path]}"
-    for path in given.keys() & expected.keys()
-    if given[path] != expected[path]
-  ]
+  problems = misfits(tree, wanted)
   if problems:
     raise InputError(
       f"these variables do not fit {name} in its deploy form: "
@@ -232,16 +224,3 @@ def _check_fit(name: str, tree: Any, wanted: Any) -> None:
       "the same classes, overrides and image size. They may be in deploy form, or in training form "
       'with their "batch_stats".'
     )
-
-
-def _shapes(tree: Any) -> dict[str, Any]:
-  """Returns the shapes of a tree's leaves by path; a leaf that is no array gives its type."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree, lambda each: not isinstance(each, Mapping))
-  return {"/".join(str(entry.key) for entry in path): _shape(leaf) for path, leaf in flat}
-
-
-def _shape(leaf: Any) -> Any:
-  """Returns the shape of an array or number, else its type in words."""
-  if isinstance(leaf, numbers.Number):
-    return ()
-  return getattr(leaf, "shape", f"a {type(leaf).__name__}")

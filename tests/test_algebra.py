@@ -61,6 +61,38 @@ class TestBnAffine:
       algebra.bn_affine(*jax.tree.map(lambda leaf: leaf[0], random_norm(1)), EPSILON)
 
 
+class TestAffineBn:
+  @pytest.mark.parametrize("shape", [(6,), (2, 3)])
+  def test_the_norm_computes_the_map(self, shape):
+    affine = AffineParams(*(jnp.asarray(random_input(*shape, seed=seed)) for seed in (1, 2)))
+    stats = {"mean": affine.scale - 2, "var": jnp.abs(affine.bias)}
+    bn = algebra.affine_bn(affine, stats, EPSILON)
+    x = random_input(50, *shape)
+    assert (
+      relative_error(normalise(x, bn, stats), x * affine.scale[None] + affine.bias[None]) <= EXACT
+    )
+
+  def test_it_undoes_bn_affine(self):
+    bn, stats = random_norm(6)
+    again = algebra.affine_bn(algebra.bn_affine(bn, stats, EPSILON), stats, EPSILON)
+    for name in ("scale", "bias"):
+      assert relative_error(again[name], bn[name]) <= EXACT
+
+  def test_half_precision_is_computed_in_float32(self):
+    bn, stats = random_norm(6, dtype=jnp.bfloat16)
+    affine = AffineParams(bn["scale"], bn["bias"])
+    assert algebra.affine_bn(affine, stats, EPSILON)["bias"].dtype == jnp.float32
+
+
+class TestRebaseBn:
+  @pytest.mark.parametrize("var", [0.0, 1e-12, 7.0])
+  def test_a_norm_of_new_statistics_computes_the_same(self, var):
+    x, (bn, old) = random_input(50, 6), random_norm(6)
+    new = {"mean": old["mean"] + 3, "var": jnp.full((6,), var)}
+    rebased = algebra.rebase_bn(bn, old, new, EPSILON)
+    assert relative_error(normalise(x, rebased, new), normalise(x, bn, old)) <= EXACT
+
+
 class TestFuseBn:
   @pytest.mark.parametrize("groups", [1, 2])
   @pytest.mark.parametrize("size", [(1, 1), (3, 3), (4, 2)])

@@ -28,6 +28,7 @@ MAY_IMPORT = {
   "recognition": {"layers"},
   "reparam": {"layers", "recognition"},
   "models": {"layers"},
+  "expansion": {"algebra", "layers", "models", "recognition", "reparam"},
   "spec": {"models", "reparam"},
   "analysis": {"models", "program", "reparam", "spec"},
   "weights": {"config", "models", "recognition", "reparam", "spec"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {
   "configs": {"config"},
   "training": {
     *("algebra", "config", "data", "deploy", "inference", "models", "onnx", "quantization"),
-    *("layers", "recognition", "reparam", "report", "spec", "weights"),
+    *("expansion", "layers", "recognition", "reparam", "report", "spec", "weights"),
   },
   "data": set(),
 }

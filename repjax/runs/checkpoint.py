@@ -170,7 +170,10 @@ def _read_items(snapshot: disk.Snapshot, items: Mapping[str, Any]) -> dict[str, 
 def _none_whole(workdir: Path, problems: Mapping[int, str]) -> InputError:
   """Returns the error for a workdir without a checkpoint that can be read."""
   if not problems and paths.find_deploy(workdir) is not None:
-    return InputError(f"{workdir} holds a deploy form only; no training form can be made from it")
+    return InputError(
+      f"{workdir} holds a deploy form only, and this needs the training form. To fine-tune it, "
+      f"start a run from it: repjax train --config finetune --config.init_from={workdir}"
+    )
   listing = listed(problems.values(), 3, between="; ", longest=None)
   why = f": {listing}" if problems else "; has this run saved one yet?"
   return InputError(f"{paths.checkpoints_folder(workdir)} holds no whole checkpoint{why}")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from repjax.config import Config
@@ -305,20 +306,37 @@ def _until_stopped(
       yield batch
 
 
+def training_batches(
+  config: Config,
+  plan: Plan,
+  *,
+  start_step: int = 0,
+  shard: tuple[int, int] = (0, 1),
+  num_workers: int = 0,
+) -> Generator[dict[str, np.ndarray]]:
+  """Yields the batches that a run trains on; arguments as in `repjax.data.train_batches`."""
+  return train_batches(
+    plan.train.examples,
+    batch_size=config.batch_size,
+    image_size=config.image_size,
+    augment=config.augment,
+    interpolation=plan.spec.preprocessing.interpolation,
+    seed=config.seed,
+    start_step=start_step,
+    shard=shard,
+    num_workers=num_workers,
+  )
+
+
 def _read_ahead(run: Prepared) -> ReadAhead:
   """Starts a thread that reads the batches of the steps that are left onto the devices."""
-  config, plan = run.config, run.plan
   return parallel.prefetch(
-    train_batches(
-      plan.train.examples,
-      batch_size=config.batch_size,
-      image_size=config.image_size,
-      augment=config.augment,
-      interpolation=plan.spec.preprocessing.interpolation,
-      seed=config.seed,
+    training_batches(
+      run.config,
+      run.plan,
       start_step=int(run.state.step),
       shard=parallel.shard(),
-      num_workers=config.num_workers,
+      num_workers=run.config.num_workers,
     )
   )
 

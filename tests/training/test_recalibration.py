@@ -330,7 +330,9 @@ def test_fine_tuning_starts_from_them(recalibrated):
   workdir, record = recalibrated
   spec = repjax.ModelSpec.read(workdir)
   drawn = randomise(spec.variable_shapes(), seed=5)
-  variables, text = finetune.first_variables(workdir, spec, drawn)
+  variables, text = finetune.first_variables(
+    workdir, spec, drawn, key=jax.random.key(0), images=None
+  )
   assert text == (
     f"starting from {workdir}, step {record['step']}, statistics re-estimated over {BATCHES} "
     "batches; classifier kept"
