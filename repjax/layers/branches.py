@@ -1,7 +1,8 @@
 """The forward pass of a sum of branches, and its fold into one convolution, side by side.
 
 `forward` is written on four functions of a framework, the methods of `Scope`. `RepConv` passes
-those of Flax Linen. The fold, `merge_branches`, reads the tree that any such layer holds:
+those of Flax Linen. The fold, `merge_branches`, reads the tree of such a layer. The table says
+what the scopes of the tree hold.
 
 | scope                  | holds                                                        |
 |------------------------|--------------------------------------------------------------|
@@ -155,7 +156,7 @@ def _two_steps(
     return y, _of_zero(*scope.held())
 
   y, zero = scope.inside("first", first, x)
-  # What repeats pixels of the map may do so after the first step, which acts on single pixels.
+  # The first step acts on single pixels. Modes that repeat pixels may therefore pad after it.
   y = _pad(padded(y), padding, border=zero)
   if branch.kind == "avg":
     y = _average(y, layer, branch)
@@ -384,9 +385,6 @@ def _scaled(conv: ConvParams, scale: jax.Array) -> ConvParams:
   return ConvParams(
     conv.kernel.astype(dtype) * scale[None, None, None, :], conv.bias.astype(dtype) * scale
   )
-
-
-# What a tree must hold.
 
 
 def holds_branch(branch: Branch, held: Any) -> bool:

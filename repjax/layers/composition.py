@@ -1,9 +1,9 @@
-"""What a sum of branches consists of, and of what it may consist.
+"""The composition of a sum of branches: what a layer holds, and which branches fit together.
 
-Both come from the attributes of a layer alone, whatever its framework.
+Both follow from the attributes of a layer alone, whatever its framework.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from repjax.errors import InputError
@@ -56,9 +56,6 @@ class Conv(NamedTuple):
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
   """Returns (vertical, horizontal) from one number for both, or from two numbers."""
   return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-# What a layer consists of.
 
 
 def is_normed(layer: Layer, branch: Branch) -> bool:
@@ -219,18 +216,22 @@ def _check_pooled(layer: Layer, name: str, size: tuple[int, int], where: str) ->
     )
 
 
+def _check_names(value: Any, known: set[str], where: str) -> None:
+  """Raises InputError if a value is no list of known names."""
+  is_list = isinstance(value, Collection) and not isinstance(value, str)
+  if not is_list or not all(name in known for name in value):
+    raise InputError(
+      f"{where} takes names of branches of the layer, a subset of {sorted(known)}, got {value!r}"
+    )
+
+
 def _check_norms(layer: Layer, branches: Sequence[Branch], where: str) -> None:
   """Raises InputError if `norms` or `conv_bias` names something else than branches of the layer."""
   names = {branch.name for branch in branches}
-  for field, value in (("norms", layer.norms), ("conv_bias", layer.conv_bias)):
-    known = names | {AFTER_SUM} if field == "norms" else names
-    if value is None or isinstance(value, bool):
-      continue
-    if isinstance(value, str) or not set(value) <= known:
-      raise InputError(
-        f"{where}: {field} takes names of branches of the layer, a subset of {sorted(known)}, got "
-        f"{value!r}"
-      )
+  if layer.norms is not None:
+    _check_names(layer.norms, names | {AFTER_SUM}, f"{where}: norms")
+  if not isinstance(layer.conv_bias, bool):
+    _check_names(layer.conv_bias, names, f"{where}: conv_bias")
   for branch in branches:
     if branch.kind == "skip" and layer.norms is not None and branch.name in layer.norms:
       raise InputError(
@@ -238,7 +239,7 @@ def _check_norms(layer: Layer, branches: Sequence[Branch], where: str) -> None:
       )
     if branch.kind != "skip" and not branch.has_kernel and not is_normed(layer, branch):
       raise InputError(
-        f"{where}: {branch.name} holds nothing but a norm, so that norms must name it. The input "
+        f"{where}: {branch.name} holds nothing but a norm, so that norms must name it. An identity "
         "without a norm is called skip"
       )
   bare = [branch for branch in branches if branch.has_kernel and not is_normed(layer, branch)]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -228,6 +229,41 @@ class TestTraining:
       repjax.reparameterize(*halves(renamed))
 
 
+class Block(nn.Module):
+  """The body of a scan."""
+
+  deploy: bool = False
+
+  @nn.compact
+  def __call__(self, x, train):
+    branches, norms = (*BORDERED, "skip"), ("conv1x1_avg3x3", "sum")
+    return jnp.tanh(RepConv(4, branches, norms=norms, deploy=self.deploy, **F64)(x, train)), None
+
+
+class Lifted(nn.Module):
+  """Layers in a scan, under remat, and under vmap."""
+
+  deploy: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
+    stacked = nn.scan(nn.remat(Block, static_argnums=(2,)), in_axes=nn.broadcast, length=3, **axes)
+    x = stacked(self.deploy)(x, train)[0]
+    each = nn.vmap(RepConv, in_axes=(0, None), **axes)
+    return each(4, BORDERED, deploy=self.deploy, **F64)(x[:, None], train)
+
+
+@pytest.mark.usefixtures("x64")
+def test_lifted_layers_compute_and_train_the_same():
+  x = random_input(2, 5, 4, 4)
+  assert helpers.forms_differ_by(Lifted(), x) <= 1e-12
+  variables = random_variables(Lifted(), x)
+  train = helpers.quick_jit(lambda v: Lifted().apply(v, x, True, mutable=["batch_stats"]))
+  _, updates = train(variables)
+  assert jax.tree.structure(updates["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
+
+
 class TestTree:
   X = jnp.ones((1, 6, 6, 4))
 
@@ -276,6 +312,26 @@ class TestTree:
   def test_other_scopes_are_no_layer(self, params):
     assert recognize_rep_conv(params) is None
 
+  @pytest.mark.parametrize(
+    ("params", "words"),
+    [
+      ({"conv3x3": {"conv": {}, "bn": {}}, "bn": {}}, "beside bn"),
+      ({"conv3x3": {"conv": {}, "bn": {}}, "bn": {}, "gate": {}}, "beside gate"),
+      ({"conv3x3": {"conv": {}, "bn": {}}, "conv1x1": {"gate": {}}}, "beside conv1x1"),
+    ],
+    ids=str,
+  )
+  def test_a_scope_with_two_readings_is_refused(self, params, words):
+    norm, stats = {"scale": jnp.ones(4), "bias": jnp.ones(4)}, {"mean": jnp.zeros(4)}
+    params = jax.tree.map(lambda _: None, {"block": params}, is_leaf=lambda x: x == {})
+    filled = jax.tree_util.tree_map_with_path(
+      lambda path, _: norm if path[-1].key == "bn" else {"kernel": jnp.ones((3, 3, 4, 4))},
+      params,
+      is_leaf=lambda x: x is None,
+    )
+    with pytest.raises(ValueError, match=words):
+      repjax.reparameterize(filled, {"block": {"conv3x3": {"bn": stats}}})
+
   def test_parts_add_up_to_the_whole(self):
     layer = RepConv(4, DEPTHWISE, groups=4, norms=("avg3x3", "identity", "sum"))
     variables = random_variables(layer, np.ones((1, 6, 6, 4), np.float32))
@@ -319,6 +375,8 @@ class TestRefusals:
       ({"branches": ("conv3x3_relu",), "deploy": True}, "conv3x3_relu .* no deploy form"),
       ({"norms": ("conv3x3", "conv5x5")}, "norms takes names .*'conv5x5'"),
       ({"norms": "conv3x3"}, "norms takes names"),
+      ({"norms": True}, "norms takes names"),
+      ({"conv_bias": None}, "conv_bias takes names"),
       ({"conv_bias": ("sum",)}, "conv_bias takes names"),
       ({"branches": QAREP, "norms": ("skip", "sum")}, "skip has no norm"),
       ({"norms": ("conv3x3", "sum")}, "identity holds nothing but a norm"),
