@@ -38,8 +38,18 @@ _MODULE_OF = {
   "reparameterize": "reparam",
 }
 _MODULES = (
-  *("algebra", "analysis", "data", "deploy", "disk", "errors", "layers", "models", "onnx"),
-  *("quantization", "recognition", "reparam", "report", "runs", "spec", "training", "weights"),
+  *("algebra", "analysis", "data", "deploy", "disk", "errors", "layers", "models", "nnx"),
+  *(
+    "onnx",
+    "quantization",
+    "recognition",
+    "reparam",
+    "report",
+    "runs",
+    "spec",
+    "training",
+    "weights",
+  ),
 )
 
 

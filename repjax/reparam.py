@@ -34,7 +34,7 @@ from repjax.recognition import (
   shown,
   why_unclear,
 )
-from repjax.trees import check_leaves, check_tree, pure
+from repjax.trees import check_apart, check_leaves, check_tree, pure
 
 
 def reparameterize(
@@ -76,7 +76,7 @@ def reparameterize(
 
   Raises:
     InputError: a tree is no nested dictionary, has an axis of devices, or holds numbers that are
-      not floating-point in a layer.
+      not floating-point in a layer. Or statistics lie among the parameters.
     ValueError: no fold used some statistics, a layer in training form has no statistics, or the two
       trees do not belong together. The text names the path.
 
@@ -104,6 +104,7 @@ def reparameterize(
   params, batch_stats = pure(params), pure(batch_stats)
   check_tree("params", params)
   check_tree("batch_stats", batch_stats)
+  check_apart(params)
   entries = (keep,) if isinstance(keep, str) else keep
   kept = [tuple(entry.strip("/").split("/")) for entry in entries]
   return dict(_walk(params, batch_stats, (), _Rules(folds, epsilon, kept)) or {})

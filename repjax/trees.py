@@ -21,7 +21,7 @@ def pure(tree: Mapping[Any, Any]) -> Mapping[Any, Any]:
   The leaves of an `nnx.State` are such variables.
   """
   nnx = sys.modules.get("flax.nnx")
-  if nnx is None or not any(isinstance(leaf, nnx.Variable) for _, leaf in _leaves(tree)):
+  if nnx is None or not any(isinstance(leaf, nnx.Variable) for _, leaf in leaves(tree)):
     return tree
 
   def values(tree: Any) -> Any:
@@ -51,13 +51,13 @@ def check_tree(where: str, tree: Any) -> None:
       f"{where} must be nested dictionaries, got a flat one with the key "
       f"{printable(repr(flat), 100)}. Nest it: flax.traverse_util.unflatten_dict(tree{separator})"
     )
-  for path, _ in _leaves(tree):
+  for path, _ in leaves(tree):
     # Lists of Flax NNX have numbers for names, but never at the top.
     if odd := [key for key in path[:1] if not isinstance(key, str | tuple)]:
       raise InputError(
         f"{where} must have names of scopes for keys, got {printable(repr(odd[0]), 100)}"
       )
-  shapes = {path: jnp.shape(leaf) for path, leaf in _leaves(tree) if hasattr(leaf, "shape")}
+  shapes = {path: jnp.shape(leaf) for path, leaf in leaves(tree) if hasattr(leaf, "shape")}
   kernels = [len(shape) for path, shape in shapes.items() if path[-1] == "kernel"]
   if not kernels or any(rank - 1 not in _RANKS or rank in _RANKS for rank in kernels):
     return
@@ -73,6 +73,23 @@ def check_tree(where: str, tree: Any) -> None:
     )
 
 
+def check_apart(params: Any) -> None:
+  """Checks that no statistics of batch norms lie among parameters.
+
+  Args:
+    params: nested dictionaries of parameters.
+
+  Raises:
+    InputError: a scope called `bn` holds statistics.
+  """
+  for path, _ in leaves(params):
+    if path[-2:] in (("bn", "mean"), ("bn", "var")):
+      raise InputError(
+        f"params hold statistics too: {printable('/'.join(map(str, path)))}. Pass the two apart. "
+        "An NNX model has nnx.state(model, nnx.Param) and nnx.state(model, nnx.BatchStat)"
+      )
+
+
 def check_leaves(path: tuple[str, ...], tree: Any) -> None:
   """Checks that all leaves of a tree are arrays of floating-point numbers.
 
@@ -83,7 +100,7 @@ def check_leaves(path: tuple[str, ...], tree: Any) -> None:
   Raises:
     InputError: a leaf is something else.
   """
-  for below, leaf in _leaves(tree):
+  for below, leaf in leaves(tree):
     place = printable("/".join((*path, *map(str, below))))
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
       raise InputError(f"{place} must be an array, got {_kind(leaf)}")
@@ -103,11 +120,11 @@ def _is_path(key: Any, value: Any) -> bool:
   return isinstance(key, str) and ("/" in key or ("." in key and not isinstance(value, Mapping)))
 
 
-def _leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
   """Yields the path and value of everything in a tree that is no dictionary."""
   if isinstance(tree, Mapping):
     for key, value in tree.items():
-      yield from _leaves(value, (*path, key))
+      yield from leaves(value, (*path, key))
   else:
     yield path, tree
 

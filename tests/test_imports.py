@@ -24,6 +24,7 @@ MAY_IMPORT = {
   "algebra": set(),
   "program": set(),
   "layers": {"algebra"},
+  "nnx": {"layers"},
   "recognition": {"layers"},
   "reparam": {"layers", "recognition"},
   "models": {"layers"},
@@ -188,9 +189,10 @@ def test_the_names_of_repjax_load_nothing_beyond_jax_and_linen(loaded):
   names = {*loaded[0]["names of repjax"]} - {*loaded[0]["jax and linen"]}
   assert "repjax.reparam" in names
   rooms = {name.split(".")[1] for name in names if name.startswith("repjax.")}
-  assert not rooms & {"analysis", "data", "deploy", "training", "weights"}
+  assert not rooms & {"analysis", "data", "deploy", "nnx", "training", "weights"}
   others = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
   assert {name for name in others if name.split(".")[0] != "repjax"} == set()
+  assert "flax.nnx" not in loaded[0]["names of repjax"]
 
 
 def test_importing_repjax_starts_no_backend(loaded):
