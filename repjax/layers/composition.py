@@ -41,6 +41,7 @@ class Conv(NamedTuple):
     dilation: distance from tap to tap.
     groups: number of groups.
     use_bias: add a bias.
+    is_dirac: the kernel is the sum of an identity and a normalised kernel, see `dirac_kernel`.
   """
 
   inputs: int
@@ -51,6 +52,7 @@ class Conv(NamedTuple):
   dilation: tuple[int, int]
   groups: int
   use_bias: bool
+  is_dirac: bool = False
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -93,15 +95,12 @@ def centred_padding(layer: Layer, size: tuple[int, int], span: tuple[int, int]) 
   return padding[0] - dilation[0] * margins[0], padding[1] - dilation[1] * margins[1]
 
 
-def contents(layer: Layer, inputs: int) -> tuple[dict[Path, Conv], dict[Path, int]]:
-  """Returns what a layer holds in its form, so that a framework can build it before any call.
+def convolutions(layer: Layer, inputs: int) -> dict[Path, Conv]:
+  """Returns the convolutions of a layer in its form, by their paths in the tree.
 
   Args:
     layer: the layer.
     inputs: number of input channels.
-
-  Returns:
-    The convolutions by path, and the number of channels of each norm by path.
   """
   branches = [parse(name) for name in layer.branches]
   size = layer_size(branches)
@@ -116,23 +115,15 @@ def contents(layer: Layer, inputs: int) -> tuple[dict[Path, Conv], dict[Path, in
     use_bias=True,
   )
   if layer.deploy:
-    return {("conv",): plain}, {}
-  convs, norms = {}, {}
-  for branch in branches:
-    own = plain._replace(use_bias=_is_biased(layer, branch))
-    for path, conv in _convolutions(layer, branch, own):
-      convs[path] = conv
-    last = (branch.name, "second") if branch.two_steps else (branch.name,)
-    if branch.two_steps:
-      norms[branch.name, "first", "bn"] = convs[branch.name, "first", "conv"].features
-    if is_normed(layer, branch):
-      norms[*last, "bn"] = layer.features
-  if is_normed_after_sum(layer):
-    norms[("bn",)] = layer.features
-  return convs, norms
+    return {("conv",): plain}
+  return {
+    path: conv
+    for branch in branches
+    for path, conv in _of_branch(layer, branch, plain._replace(use_bias=_is_biased(layer, branch)))
+  }
 
 
-def _convolutions(layer: Layer, branch: Branch, plain: Conv) -> Iterator[tuple[Path, Conv]]:
+def _of_branch(layer: Layer, branch: Branch, plain: Conv) -> Iterator[tuple[Path, Conv]]:
   """Yields the convolutions of a branch by path, made from the one with the layer's kernel."""
   pointwise = plain._replace(size=(1, 1), strides=(1, 1), padding=(0, 0))
   rate = branch.dilation
@@ -149,9 +140,9 @@ def _convolutions(layer: Layer, branch: Branch, plain: Conv) -> Iterator[tuple[P
   elif branch.kind == POOLED:
     # The pool has the stride already, and its zeros at an odd edge are the only padding.
     yield (branch.name, "conv"), pointwise
-  elif branch.kind == "conv":
-    padding = centred_padding(layer, plain.size, branch.span)
-    yield (branch.name, "conv"), spatial._replace(padding=padding)
+  elif branch.kind in ("conv", "dirac"):
+    padding, is_dirac = centred_padding(layer, plain.size, branch.span), branch.kind == "dirac"
+    yield (branch.name, "conv"), spatial._replace(padding=padding, is_dirac=is_dirac)
 
 
 def check(layer: Layer, inputs: int, where: str) -> None:
@@ -197,6 +188,11 @@ def _check_branch(
     raise InputError(
       f"{where}: {name} has no centre in the layer's {size[0]}x{size[1]} kernel; "
       "heights must be all odd or all even, and widths too"
+    )
+  if branch.kind == "dirac" and (layer.groups != 1 or is_even):
+    raise InputError(
+      f"{where}: {name} needs one group and an odd kernel, got {layer.groups} groups and a kernel "
+      f"{size[0]}x{size[1]}. Use conv{name.removeprefix('dirac')} and a skip"
     )
   if not branch.has_kernel and branch.kind == "avg" and not keeps_channels:
     raise InputError(

@@ -22,6 +22,7 @@ from repjax.layers.branches import (
   skips,
 )
 from repjax.layers.composition import Conv
+from repjax.layers.dirac import DiracConv
 from repjax.layers.grammar import find
 from repjax.layers.linear import bias_init, kernel_init
 from repjax.layers.one_channel import OneChannelConv, is_one_channel
@@ -141,6 +142,8 @@ class RepConv(RepLayer):
   @nn.nowrap
   def build(self, conv: Conv) -> Callable[..., nn.Module]:
     """Returns a function that builds a convolution, given its name."""
+    if conv.is_dirac:
+      return functools.partial(DiracConv, conv, **self.dtypes())
     built = functools.partial(
       OneChannelConv if is_one_channel(self.dtype, conv.inputs, conv.features) else nn.Conv,
       conv.features,

@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from repjax import forks
+from repjax.layers.dirac import DIRAC_GAIN
 from repjax.layers.grammar import is_skip
 from repjax.layers.linear import from_orthogonal, is_orthogonal, uniform_bound
 from repjax.models.checks import check_image_size
@@ -66,8 +67,10 @@ def _draw(shapes: Mapping[str, Any], path: tuple[str, ...], seed: list[int]) -> 
       else:
         # The bias of a layer has the bound of the kernel beside it.
         values[name] = _uniform(rng, uniform_bound(shapes["kernel"].shape), leaf)
-    elif name in ("scale", "var") or is_skip(name):
+    elif name in ("scale", "var", "diagonal") or is_skip(name):
       values[name] = jnp.ones(leaf.shape, leaf.dtype)
+    elif name == "gain":
+      values[name] = jnp.full(leaf.shape, DIRAC_GAIN, leaf.dtype)
     elif name in ("bias", "mean"):
       values[name] = jnp.zeros(leaf.shape, leaf.dtype)
     else:
