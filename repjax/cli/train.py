@@ -4,10 +4,12 @@ Examples:
   repjax train --config digits
   repjax train --config repvgg_a2 --workdir runs/a2 --config.batch_size=64
   repjax train --config my_config.py
+  repjax train --config digits_ablation:plain
 
-A config is a Python file with a function get_config(). Every field of a config can be changed on
-the command line, as in --config.batch_size=64; repjax/config.py documents the fields. When a run is
-stopped, the same command continues the run from its last checkpoint.
+A config is a Python file with a function get_config(). After a colon follows an argument of this
+function, for configs that take one. Every field of a config can be changed on the command line, as
+in --config.batch_size=64; repjax/config.py documents the fields. When a run is stopped, the same
+command continues the run from its last checkpoint.
 """
 
 import argparse

@@ -141,8 +141,8 @@ def layer_size(branches: Iterable[Branch]) -> tuple[int, int]:
 def branch_order(names: Iterable[str]) -> list[str]:
   """Sorts branch names for people: larger kernels first, the input itself last."""
 
-  def key(name: str) -> tuple[bool, int, str]:
+  def key(name: str) -> tuple[bool, int, bool, str]:
     branch = parse(name)
-    return branch.is_input, -branch.size[0] * branch.size[1], name
+    return branch.is_input, -branch.span[0] * branch.span[1], branch.two_steps, name
 
   return sorted(names, key=key)

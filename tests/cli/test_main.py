@@ -76,6 +76,7 @@ def test_a_config_of_the_package_wins_over_one_of_a_later_folder(tmp_path, monke
   assert config_file("digits") == str(tiny.ROOT / "configs" / "digits.py")
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
 def test_a_config_may_have_an_argument():
   file = config_file("digits_ablation:plain")
   assert file == f"{tiny.ROOT / 'configs' / 'digits_ablation.py'}:plain"

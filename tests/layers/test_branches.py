@@ -449,7 +449,7 @@ def test_a_name_says_what_a_branch_is(name, kind, span, two_steps):
 
 def test_branches_come_in_the_order_in_which_people_name_them():
   names = ["skip", "identity", "conv1x1", "conv1x3", "conv3x3_1", "conv10x10", "conv3x3"]
-  assert branch_order([*names, "conv1x1_avg5x5"]) == [
-    *("conv10x10", "conv1x1_avg5x5", "conv3x3", "conv3x3_1", "conv1x3", "conv1x1"),
+  assert branch_order([*names, "conv1x1_avg3x3", "conv3x3_d2"]) == [
+    *("conv10x10", "conv3x3_d2", "conv3x3", "conv3x3_1", "conv1x1_avg3x3", "conv1x3", "conv1x1"),
     *("identity", "skip"),
   ]
