@@ -119,6 +119,42 @@ def get_repmlpnet_config() -> ml_collections.ConfigDict:
   return config
 
 
+def get_repopt_config() -> ml_collections.ConfigDict:
+  """Returns the recipe of RepOptimizer's authors on ImageNet; a config adds model and scales."""
+  config = get_config()
+  config.model_overrides.branches = ("conv3x3",)
+  config.resize_size = 224
+  config.optimizer = "repoptimizer"
+  rand_augment = 'rand_augment(2, 15, noise="uniform", probability=1, cutout=True)'
+  config.augment = f"random_resized_crop | flip | {rand_augment}"
+  config.warmup_epochs = 5.0
+  config.warmup_overlaps = True
+  config.nesterov = True
+  config.weight_decay = 4e-5
+  config.weight_decay_rule = "more_than_one_axis"
+  config.label_smoothing = 0.1
+  return config
+
+
+def get_repopt_search_config() -> ml_collections.ConfigDict:
+  """Returns the hyper-search of RepOptimizer's authors on CIFAR-100; a config adds the model."""
+  config = get_cifar_config()
+  config.model_overrides.scaled = True
+  config.num_classes = 100
+  config.dataset = "cifar100"
+  config.mean, config.std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+  config.batch_size = 256
+  config.num_epochs = 240.0
+  config.warmup_epochs = 10.0
+  config.warmup_overlaps = True
+  config.nesterov = True
+  config.weight_decay = 4e-5
+  config.weight_decay_rule = "more_than_one_axis"
+  config.clip_norm = 5.0
+  config.label_smoothing = 0.1
+  return config
+
+
 def get_parnet_config(erasing: float) -> ml_collections.ConfigDict:
   """Returns the recipe of ParNet's authors, with the learning rate of their paper.
 

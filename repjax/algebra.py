@@ -5,7 +5,7 @@ affine maps are affine again, so that each can be written as one convolution. Al
 in float32 or wider, at the highest matrix-product precision. Callers cast the results.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -337,6 +337,86 @@ def compose(first: ConvParams, second: ConvParams) -> ConvParams:
   kernel = jnp.einsum("igm,hwmgo->hwigo", k1, k2, precision=lax.Precision.HIGHEST)
   shift = jnp.einsum("gm,hwmgo->go", b1, k2, precision=lax.Precision.HIGHEST)
   return ConvParams(kernel.reshape(*kernel.shape[:3], outputs), b2 + shift.reshape(outputs))
+
+
+class BranchScales(NamedTuple):
+  """The scales of y = s3 * conv3x3(x) + s1 * conv1x1(x) + s0 * x, each (O,).
+
+  Attributes:
+    conv3x3: s3, on the output of the 3x3 convolution.
+    conv1x1: s1, on the output of the 1x1 convolution.
+    identity: s0, on the input; None where there is no identity.
+  """
+
+  conv3x3: jax.Array
+  conv1x1: jax.Array
+  identity: jax.Array | None
+
+
+def scale_branches(conv3x3: jax.Array, conv1x1: jax.Array, scales: BranchScales) -> jax.Array:
+  """Merges a scaled 3x3 convolution, a scaled 1x1 convolution and a scaled identity into one 3x3.
+
+  K = s3 K3 + pad(s1 K1) + s0 I, with the identity kernel I. Always exact.
+
+  Args:
+    conv3x3: K3, (3, 3, I/g, O).
+    conv1x1: K1, (1, 1, I/g, O).
+    scales: the scales s3, s1 and s0.
+
+  Returns:
+    (3, 3, I/g, O), in the widest dtype involved, at least float32.
+
+  References:
+    Ding et al., Re-parameterizing Your Optimizers rather than Architectures, ICLR 2023, the rule
+      of initialization. https://arxiv.org/abs/2205.15242
+  """
+  k3, k1, s3, s1 = _widen(conv3x3, conv1x1, scales.conv3x3, scales.conv1x1)
+  kernel = k3 * _over_outputs(s3) + pad_kernel(k1 * _over_outputs(s1), (3, 3))
+  if scales.identity is None:
+    return kernel
+  kernel, s0 = _widen(kernel, scales.identity)
+  return kernel + _identity_beside(kernel.shape, kernel.dtype) * _over_outputs(s0)
+
+
+def gradient_multiplier(
+  shape: tuple[int, int, int, int], scales: BranchScales, power: int
+) -> jax.Array:
+  """Returns the factors by which a plain kernel learns as the kernel that `scale_branches` returns.
+
+  M = |s3|^power + pad(|s1|^power) + I, with the identity kernel I where there is an identity.
+
+  By the chain rule, the gradients of K3, K1 and s0 are s3 G, s1 G and G at their taps, where G is
+  the gradient of K. In K, they count s3, s1 and 1 times. One step of SGD on the three thus moves K
+  by (s3^2 + ...) G, so the power is 2. Adam divides by the size of a gradient, which leaves 1.
+
+  Args:
+    shape: (3, 3, I/g, O), shape of K.
+    scales: s3 and s1 are constants. s0 learns, so its value does not matter.
+    power: 2 for SGD, 1 for Adam.
+
+  Returns:
+    M (3, 3, I/g, O), in the dtype of the scales, at least float32.
+
+  References:
+    Ding et al., Re-parameterizing Your Optimizers rather than Architectures, ICLR 2023, the rule
+      of iteration. https://arxiv.org/abs/2205.15242
+  """
+  s3, s1 = (jnp.abs(s) ** power for s in _widen(scales.conv3x3, scales.conv1x1))
+  centre = pad_kernel(jnp.broadcast_to(_over_outputs(s1), (1, 1, *shape[2:])), (3, 3))
+  multiplier = _over_outputs(s3) + centre
+  if scales.identity is None:
+    return multiplier
+  return multiplier + _identity_beside(shape, multiplier.dtype)
+
+
+def _over_outputs(scale: jax.Array) -> jax.Array:
+  """Returns a vector (O,) as (1, 1, 1, O), to multiply kernels."""
+  return scale[None, None, None, :]
+
+
+def _identity_beside(shape: Sequence[int], dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Returns the identity kernel of a shape (H, W, I/g, O), whose I and O must be the same."""
+  return identity_kernel(shape[3], shape[3] // shape[2], (shape[0], shape[1]), dtype)
 
 
 def absorb_affine(

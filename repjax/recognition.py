@@ -52,6 +52,7 @@ KINDS: dict[str, Kind] = {
     Kind(layers.RepFFN, layers.fold_rep_ffn, layers.recognize_rep_ffn),
     Kind(layers.RepHead, layers.fold_rep_head, layers.recognize_rep_head),
     Kind(layers.RepNorm, layers.fold_rep_norm, layers.recognize_rep_norm),
+    Kind(layers.ScaledConv, layers.fold_scaled_conv, layers.recognize_scaled_conv),
     Kind(
       layers.SkipSqueezeExcite,
       layers.fold_skip_squeeze_excite,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from repjax import algebra
-from repjax.algebra import AffineParams, ConvParams
+from repjax.algebra import AffineParams, BranchScales, ConvParams
 from tests.helpers import convolve, quick_jit, random_input, randomise, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -303,6 +303,60 @@ class TestAbsorbAffine:
   def test_inputs_must_be_a_multiple_of_the_channels(self):
     with pytest.raises(ValueError, match=r"an affine map of 4 channels .* with 6 inputs"):
       algebra.absorb_affine(AffineParams(np.ones(4), np.ones(4)), np.ones((6, 2)), np.ones(2))
+
+
+def random_scales(features, identity=True):
+  """Returns scales of both signs."""
+  vectors = (jnp.asarray(random_input(features, seed=seed)) for seed in (5, 6, 7))
+  s3, s1, s0 = vectors
+  return BranchScales(s3, s1, s0 if identity else None)
+
+
+class TestScaledBranches:
+  @staticmethod
+  def branches(x, k3, k1, scales, groups=1, strides=(1, 1)):
+    """The sum of the branches by their definition."""
+    y = convolve(x, k3, strides=strides, padding=(1, 1), groups=groups) * np.asarray(scales.conv3x3)
+    y = y + convolve(x, k1, strides=strides, groups=groups) * np.asarray(scales.conv1x1)
+    return y if scales.identity is None else y + x * np.asarray(scales.identity)
+
+  @pytest.mark.parametrize(
+    ("inputs", "features", "groups", "strides", "identity"),
+    [(4, 4, 1, 1, True), (6, 6, 3, 1, True), (4, 6, 1, 1, False), (4, 4, 2, 2, False)],
+  )
+  def test_one_kernel_computes_the_sum(self, inputs, features, groups, strides, identity):
+    x, scales = random_input(2, 6, 5, inputs), random_scales(features, identity)
+    k3 = random_conv(3, 3, inputs // groups, features, seed=1).kernel
+    k1 = random_conv(1, 1, inputs // groups, features, seed=2).kernel
+    strides = (strides, strides)
+    kernel = algebra.scale_branches(k3, k1, scales)
+    merged = convolve(x, kernel, strides=strides, padding=(1, 1), groups=groups)
+    assert relative_error(merged, self.branches(x, k3, k1, scales, groups, strides)) <= EXACT
+
+  @pytest.mark.parametrize("groups", [1, 2])
+  @pytest.mark.parametrize("identity", [False, True])
+  def test_a_step_of_the_branches_is_a_multiplied_step_of_the_kernel(self, groups, identity):
+    gradient = random_conv(3, 3, 4 // groups, 4, seed=3).kernel
+    k3 = random_conv(3, 3, 4 // groups, 4, seed=1).kernel
+    k1 = random_conv(1, 1, 4 // groups, 4, seed=2).kernel
+    scales = random_scales(4, identity)
+
+    def loss(k3, k1, s0):
+      return jnp.vdot(gradient, algebra.scale_branches(k3, k1, scales._replace(identity=s0)))
+
+    moves = jax.grad(loss, argnums=(0, 1, 2) if identity else (0, 1))(k3, k1, scales.identity)
+    s0 = scales.identity - moves[2] if identity else None
+    moved = algebra.scale_branches(k3 - moves[0], k1 - moves[1], scales._replace(identity=s0))
+    multiplier = algebra.gradient_multiplier(gradient.shape, scales, 2)
+    expected = algebra.scale_branches(k3, k1, scales) - multiplier * gradient
+    assert relative_error(moved, expected) <= EXACT
+
+  def test_adams_multiplier_is_the_sum_of_sizes(self):
+    scales = random_scales(4)
+    multiplier = np.asarray(algebra.gradient_multiplier((3, 3, 4, 4), scales, 1))
+    s3, s1 = (np.abs(np.asarray(scale)) for scale in scales[:2])
+    np.testing.assert_allclose(multiplier[0, 2, 1], s3)
+    np.testing.assert_allclose(multiplier[1, 1], s3 + s1 + np.eye(4))
 
 
 class TestConvToDense:

@@ -40,7 +40,7 @@ MAY_IMPORT = {
   "configs": {"config"},
   "training": {
     *("algebra", "config", "data", "deploy", "inference", "models", "onnx", "quantization"),
-    *("layers", "recognition", "reparam", "report", "spec"),
+    *("layers", "recognition", "reparam", "report", "spec", "weights"),
   },
   "data": set(),
 }

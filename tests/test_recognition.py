@@ -20,6 +20,7 @@ from repjax.layers import (
   RepFFN,
   RepHead,
   RepNorm,
+  ScaledConv,
   SkipSqueezeExcite,
 )
 from tests import helpers
@@ -34,6 +35,7 @@ LAYERS = {
   "RepFFN": RepFFN,
   "RepHead": functools.partial(RepHead, 4),
   "RepNorm": RepNorm,
+  "ScaledConv": functools.partial(ScaledConv, 4),
   "SkipSqueezeExcite": SkipSqueezeExcite,
 }
 

@@ -21,6 +21,7 @@ from repjax.layers.rep_dense import RepDense, fold_rep_dense, recognize_rep_dens
 from repjax.layers.rep_ffn import RepFFN, fold_rep_ffn, recognize_rep_ffn
 from repjax.layers.rep_head import RepHead, fold_rep_head, recognize_rep_head
 from repjax.layers.rep_norm import RepNorm, fold_rep_norm, recognize_rep_norm
+from repjax.layers.scaled_conv import ScaledConv, fold_scaled_conv, recognize_scaled_conv
 
 __all__ = [
   "AuxHead",
@@ -32,6 +33,7 @@ __all__ = [
   "RepHead",
   "RepLayer",
   "RepNorm",
+  "ScaledConv",
   "SkipSqueezeExcite",
   "SqueezeExcite",
   "activation",
@@ -42,6 +44,7 @@ __all__ = [
   "fold_rep_ffn",
   "fold_rep_head",
   "fold_rep_norm",
+  "fold_scaled_conv",
   "fold_skip_squeeze_excite",
   "linear",
   "recognize_aux_head",
@@ -51,5 +54,6 @@ __all__ = [
   "recognize_rep_ffn",
   "recognize_rep_head",
   "recognize_rep_norm",
+  "recognize_scaled_conv",
   "recognize_skip_squeeze_excite",
 ]

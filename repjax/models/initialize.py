@@ -14,6 +14,7 @@ from repjax import forks
 from repjax.layers.dirac import DIRAC_GAIN
 from repjax.layers.grammar import is_skip
 from repjax.layers.linear import from_orthogonal, is_orthogonal, uniform_bound
+from repjax.models.base import Classifier
 from repjax.models.checks import check_image_size
 
 
@@ -42,8 +43,8 @@ def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) ->
   check_image_size(image_size)
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-  shapes = jax.eval_shape(model.init, key, images)
-  return draw(shapes, key)
+  variables = draw(jax.eval_shape(model.init, key, images), key)
+  return model.start(variables) if isinstance(model, Classifier) else variables
 
 
 def draw(shapes: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:

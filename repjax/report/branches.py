@@ -11,9 +11,10 @@ from flax import linen as nn
 
 from repjax import runs
 from repjax.errors import InputError
-from repjax.layers import RepConv
+from repjax.layers import RepConv, ScaledConv, fold_scaled_conv, recognize_scaled_conv
 from repjax.layers.branches import branch_names, branch_parts, merge_branches
 from repjax.layers.grammar import branch_order
+from repjax.layers.scaled_conv import branch_kernels
 from repjax.recognition import LAYERS
 from repjax.spec import ModelSpec, load
 
@@ -35,7 +36,7 @@ class KernelStats(NamedTuple):
 
 
 class FoldedLayer(NamedTuple):
-  """Statistics of a RepConv after the fold.
+  """Statistics of a RepConv or a ScaledConv after the fold.
 
   Attributes:
     path: path of its scope, such as "stage1/block0/RepConv_0".
@@ -57,7 +58,7 @@ class FoldedLayer(NamedTuple):
 
 
 class Kernels(NamedTuple):
-  """Statistics of every RepConv of a model, in the order of the forward pass.
+  """Statistics of every RepConv and ScaledConv of a model, in the order of the forward pass.
 
   Attributes:
     name: name of the folder.
@@ -106,16 +107,17 @@ def _is_inside_a_layer(module: nn.Module) -> bool:
 
 
 def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...]], Any]:
-  """Returns the paths of a model's RepConvs in the order of calls, and the shapes of its variables.
+  """Returns the paths of a model's layers of branches in the order of calls, and all shapes.
 
-  A RepConv inside another layer with a fold is left out, since that fold removes or absorbs it.
+  The layers are RepConvs and ScaledConvs. A layer inside another layer with a fold is left out,
+  since that fold removes or absorbs it.
   """
   paths = []
 
   def note(method: Callable[..., Any], arguments: Any, keywords: Any, context: Any) -> Any:
     layer = context.module
     is_call = context.method_name == "__call__" and layer.path not in paths
-    if is_call and isinstance(layer, RepConv) and not _is_inside_a_layer(layer):
+    if is_call and isinstance(layer, RepConv | ScaledConv) and not _is_inside_a_layer(layer):
       paths.append(layer.path)
     return method(*arguments, **keywords)
 
@@ -151,7 +153,7 @@ def _middle(stage: list[FoldedLayer]) -> FoldedLayer:
 
 
 def _layer(path: tuple[str, ...], params: Tree, stats: Tree) -> FoldedLayer:
-  """Measures the RepConv at a path, in training form or deploy form."""
+  """Measures the layer of branches at a path, in training form or deploy form."""
   for scope in path:
     params, stats = params[scope], stats.get(scope, {})
   is_deployed = "conv" in params
@@ -171,18 +173,26 @@ def _kernel_stats(path: tuple[str, ...], taps: Any, norm: Any) -> KernelStats:
 
 
 def _outputs(params: Tree, stats: Tree) -> int:
-  """Returns the number of output channels of a RepConv in either form."""
+  """Returns the number of output channels of a layer in either form."""
   if "conv" in params:
     return params["conv"]["bias"].shape[0]
-  return jax.eval_shape(lambda: merge_branches(params, stats, EPSILON)).bias.shape[0]
+  return jax.eval_shape(_kernels, params, stats)[""].shape[-1]
+
+
+def _kernels(params: Tree, stats: Tree) -> dict[str, jax.Array]:
+  """Returns the part of each branch in the fused kernel by name, and the fused kernel under ""."""
+  if recognize_scaled_conv(params) is not None:
+    fused = fold_scaled_conv(params, stats, EPSILON)["conv"]["kernel"]
+    return {"": fused, **branch_kernels(params, stats, EPSILON)}
+  parts = branch_parts(params, stats, EPSILON).branches
+  fused = merge_branches(params, stats, EPSILON).kernel
+  return {"": fused, **{name: part.kernel for name, part in parts.items()}}
 
 
 @jax.jit
 def _measure(params: Tree, stats: Tree) -> dict[str, tuple[jax.Array, jax.Array]]:
   """Returns `_statistics` of each branch by name, and of the fused kernel under ""."""
-  parts = branch_parts(params, stats, EPSILON).branches
-  fused = merge_branches(params, stats, EPSILON)
-  return {name: _statistics(part.kernel) for name, part in {"": fused, **parts}.items()}
+  return {name: _statistics(kernel) for name, kernel in _kernels(params, stats).items()}
 
 
 @jax.jit

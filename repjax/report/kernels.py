@@ -82,7 +82,7 @@ def _short(path: str) -> str:
   A named layer keeps its name: ".../RepConv_conv1" becomes "stage1.block0.conv1".
   """
   *scopes, last = path.split("/")
-  layer = last.removeprefix("RepConv").lstrip("_") if scopes else last
+  layer = last.removeprefix("RepConv").removeprefix("ScaledConv").lstrip("_") if scopes else last
   return ".".join(scopes if layer.isdigit() or not layer else [*scopes, layer])
 
 

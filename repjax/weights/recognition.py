@@ -18,7 +18,8 @@ class Recognition(NamedTuple):
 
   Attributes:
     model: name of the model, as in `create_model`.
-    naming: source of the names: "official", "timm", "mmpretrain" or "repmlp", see `NAMINGS`.
+    naming: source of the names: "official", "timm", "mmpretrain", "repopt" or "repmlp", see
+      `NAMINGS`.
     kind: the form, "train" or "deploy".
     num_classes: number of outputs of the classifier; None if the state dict has no classifier.
   """

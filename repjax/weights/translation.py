@@ -93,7 +93,8 @@ def to_torch(
   Args:
     model_name: as in `create_model`.
     variables: {"params", "batch_stats"} of the training form, or {"params"} of the deploy form.
-    naming: source of the names: "official", "timm", "mmpretrain" or "repmlp", see `NAMINGS`.
+    naming: source of the names: "official", "timm", "mmpretrain", "repopt" or "repmlp", see
+      `NAMINGS`.
 
   Returns:
     Name to contiguous array, in PyTorch's layout and the dtype of the variables. The counters
@@ -124,7 +125,7 @@ def to_torch(
     raise InputError(f"{naming} names of {model_name} do not cover {error}") from error
   # Parameters of a training form that come without statistics are not a deploy form, which has no
   # batch norms.
-  norms = {entry.path[1:-1] for entry in wanted.values() if entry.path[-1] == "scale"}
+  norms = {entry.path[1:-1] for entry in wanted.values() if entry.path[-2:] == ("bn", "scale")}
   lacking = norms - {entry.path[1:-1] for entry in wanted.values() if entry.path[-1] == "var"}
   if lacking:
     raise InputError(

@@ -10,7 +10,7 @@ import repjax
 from repjax import runs
 from repjax.disk import trees
 from repjax.errors import InputError
-from repjax.layers import fold_rep_conv
+from repjax.layers import fold_rep_conv, fold_scaled_conv
 from repjax.layers.branches import branch_parts
 from repjax.report.branches import (
   FoldedLayer,
@@ -20,7 +20,7 @@ from repjax.report.branches import (
   trace,
 )
 from repjax.spec import ModelSpec
-from tests.helpers import random_input, random_variables, relative_error
+from tests.helpers import random_input, random_variables, randomise, relative_error
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -120,6 +120,27 @@ def test_layers_of_one_branch_are_the_fused_kernel(tmp_path):
   params, stats = variables["params"]["stem"], variables["batch_stats"]["stem"]
   fused = fold_rep_conv(params["RepConv_0"], stats["RepConv_0"], EPSILON)["conv"]["kernel"]
   assert relative_error(layers[0].fused.taps, np.abs(fused).mean((2, 3))) < 1e-5
+
+
+@pytest.mark.parametrize("deploy", [False, True])
+def test_branches_with_scales_are_layers_too(tmp_path, deploy):
+  spec = ModelSpec("repvgg_a0", 3, {**tiny.OVERRIDES, "scaled": True})
+  variables = randomise(spec.variable_shapes())
+  trees.write_tree(tmp_path / "checkpoints" / "0" / "variables", variables)
+  spec.write(tmp_path)
+  layers = read_kernels(tmp_path).layers
+  names = [each.path for each in layers]
+  assert names == ["/".join(path) for path in trace(spec, deploy=deploy)[0]]
+  assert list(layers[1].branches) == ["conv3x3", "conv1x1", "identity"]
+  params, stats = (variables[part]["stage1"]["block0"] for part in ("params", "batch_stats"))
+  params, stats = params["ScaledConv_0"], stats["ScaledConv_0"]
+  fused = fold_scaled_conv(params, stats, EPSILON)["conv"]["kernel"]
+  assert relative_error(layers[1].fused.taps, np.abs(fused).mean((2, 3))) < 1e-5
+  norm = np.asarray(params["bn"]["scale"]) / np.sqrt(np.asarray(stats["bn"]["var"]) + EPSILON)
+  for name, part in layers[1].branches.items():
+    kernel = params[name]["conv"]["kernel"] if name != "identity" else np.eye(8)
+    own = np.asarray(kernel) * np.asarray(params[name]["scale"]) * norm
+    assert part.norm == pytest.approx(np.linalg.norm(np.ravel(own)), rel=1e-5)
 
 
 @pytest.mark.parametrize("deploy", [False, True])
