@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Notes from now on whether a process that is forked can use its devices.
-import repjax.forks  # noqa: F401
+import repjax.devices  # noqa: F401
 
 if TYPE_CHECKING:
   from repjax.expansion import expand

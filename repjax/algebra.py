@@ -257,6 +257,37 @@ def identity_kernel(
   return pad_kernel(_diagonal(features, groups, dtype)[None, None], size)
 
 
+def dirac_kernel(kernel: jax.Array, diagonal: jax.Array, gain: jax.Array) -> jax.Array:
+  """Returns the kernel of DiracNet: an identity, and a normalised kernel, each with a scale.
+
+  K'[h,w,i,o] = a[o] D[h,w,i,o] + c[o] K[h,w,i,o] / |K[..., o]|, with D one at the centre from
+  channel o to itself, else zero. |.| is the square root of the sum of squares of one output.
+
+  Args:
+    kernel: (H, W, I, O) of one group, with odd H and W.
+    diagonal: a, (O,).
+    gain: c, (O,).
+
+  Returns:
+    (H, W, I, O), in the widest dtype involved, at least float32.
+
+  Raises:
+    ValueError: an even size, which has no centre.
+
+  References:
+    Zagoruyko and Komodakis, DiracNets, 2017, section 3. https://arxiv.org/abs/1706.00388
+  """
+  height, width, inputs, outputs = kernel.shape
+  if not (height % 2 and width % 2):
+    raise ValueError(f"a kernel with an identity needs odd sizes, got {height}x{width}")
+  kernel, diagonal, gain = _widen(kernel, diagonal, gain)
+  identity = pad_kernel(jnp.eye(inputs, outputs, dtype=kernel.dtype)[None, None], (height, width))
+  # A filter of zeros stays zero; 1e-12 is the least norm that the authors divide by.
+  norms = jnp.sqrt(lax.max(jnp.square(kernel).sum((0, 1, 2)), jnp.asarray(1e-24, kernel.dtype)))
+  scale = gain / norms
+  return identity * diagonal[None, None, None, :] + kernel * scale[None, None, None, :]
+
+
 def average_pool_kernel(
   features: int, groups: int, size: tuple[int, int], dtype: jax.typing.DTypeLike
 ) -> jax.Array:

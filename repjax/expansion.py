@@ -23,14 +23,14 @@ from jax.core import Tracer
 
 from repjax import forks
 from repjax.algebra import rebase_bn, wide_dtype
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, listed, printable
 from repjax.layers import AuxHead
 from repjax.layers.base import EPSILON, RepLayer
 from repjax.layers.remainder import cast
 from repjax.models import image_size_of
 from repjax.recognition import Kind, Path, Tree, kind_of, shown
 from repjax.reparam import reparameterize
-from repjax.trees import check_leaves, check_tree, few, misfits, pure
+from repjax.trees import check_leaves, check_tree, misfits, pure
 
 
 def expand(
@@ -214,9 +214,9 @@ def _checked_params(model: nn.Module, deploy_params: Any, form: _Form) -> Tree:
   wanted = jax.eval_shape(reparameterize, form.params, form.stats)
   if problems := misfits(held, wanted):
     raise InputError(
-      f"deploy_params do not fit the deploy form of {name}: {few(problems)}. Pass the deploy form "
-      "of the same model with the same classes and overrides, and images of the size for which it "
-      "was made"
+      f"deploy_params do not fit the deploy form of {name}: "
+      f"{listed(problems, 3, between='; ', longest=300)}. Pass the deploy form of "
+      "the same model with the same classes and overrides, and images of its size"
     )
   check_leaves((), held)
   return held

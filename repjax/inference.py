@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from repjax import forks
-from repjax.errors import InputError, unknown
+from repjax.devices import need_devices
+from repjax.errors import InputError, listed, unknown
 from repjax.models.checks import check_image_size
 from repjax.recognition import LAYERS
 from repjax.reparam import reparameterize
 from repjax.spec import Preprocessing, shapes_of
-from repjax.trees import check_leaves, check_tree, few, misfits
+from repjax.trees import check_leaves, check_tree, misfits
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,7 +61,7 @@ def inference(
     InputError: an argument cannot be used, the variables do not fit the model, or the model has no
       deploy form.
   """
-  forks.refuse_lost_devices()
+  need_devices()
   check_image_size(image_size)
   dtype = checked_dtype(dtype)
   plain, tree = _deploy_form(model, variables, image_size)
@@ -219,7 +219,8 @@ def _check_fit(name: str, tree: Any, wanted: Any) -> None:
   problems = misfits(tree, wanted)
   if problems:
     raise InputError(
-      f"these variables do not fit {name} in its deploy form: {few(problems)}. "
-      "Pass variables of the same model with the same classes, overrides and image size. They may "
-      'be in deploy form, or in training form with their "batch_stats".'
+      f"these variables do not fit {name} in its deploy form: "
+      f"{listed(problems, 3, between='; ', longest=300)}. Pass variables of the same model with "
+      "the same classes, overrides and image size. They may be in deploy form, or in training form "
+      'with their "batch_stats".'
     )

@@ -121,7 +121,7 @@ def why_unclear(params: Tree, path: Path) -> str | None:
   """
   where, name = shown(path), printable(path[-1]) if path else "MyLayer"
   if branches := sorted(convolution_branches(params)):
-    others = sorted(other_names(params)) or ["bn"]
+    others = sorted(other_names(params))
     norms = ", ".join(repr("/".join((*path, branch, "bn"))) for branch in branches)
     return (
       f"{where} holds {_listed(branches)}, as a RepConv does, beside {_listed(others)}, which no "

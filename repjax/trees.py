@@ -1,5 +1,6 @@
 """Checks of trees of variables that come from outside: one sentence names what came."""
 
+import numbers
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -134,15 +135,16 @@ def misfits(given: Any, wanted: Any) -> list[str]:
   return problems
 
 
-def few(problems: list[str]) -> str:
-  """Returns the first three of several clauses, and how many more there are."""
-  more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-  return printable("; ".join(problems[:3])) + more
+def _shapes(tree: Any) -> dict[str, Any]:
+  """Returns the shapes of a tree's leaves by path; a leaf that is no array gives its type."""
+  return {"/".join(map(str, path)): _shape(leaf) for path, leaf in leaves(tree)}
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of a tree's leaves by path."""
-  return {"/".join(map(str, path)): jnp.shape(leaf) for path, leaf in leaves(tree)}
+def _shape(leaf: Any) -> Any:
+  """Returns the shape of an array or number, else its type in words."""
+  if isinstance(leaf, numbers.Number):
+    return ()
+  return getattr(leaf, "shape", f"a {type(leaf).__name__}")
 
 
 def _is_path(key: Any, value: Any) -> bool:

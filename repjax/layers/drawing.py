@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repjax.layers.dirac import DIRAC_GAIN
 from repjax.layers.grammar import is_skip
 from repjax.layers.linear import is_orthogonal, tile_kernel_init, uniform_bound
 
@@ -33,8 +34,10 @@ def fill(shapes: Tree, random: Random, path: tuple[str, ...] = ()) -> dict[str, 
       values[name] = fill(leaf, random, here)
     elif name == "kernel" or (name == "bias" and "kernel" in shapes):
       values[name] = random(here, leaf, shapes["kernel"].shape)
-    elif name in ("scale", "var") or is_skip(name):
+    elif name in ("scale", "var", "diagonal") or is_skip(name):
       values[name] = jnp.ones(leaf.shape, leaf.dtype)
+    elif name == "gain":
+      values[name] = jnp.full(leaf.shape, DIRAC_GAIN, leaf.dtype)
     elif name in ("bias", "mean"):
       values[name] = jnp.zeros(leaf.shape, leaf.dtype)
     else:

@@ -22,6 +22,7 @@ from repjax.layers.branches import (
   skips,
 )
 from repjax.layers.composition import Conv
+from repjax.layers.dirac import DiracConv
 from repjax.layers.grammar import find
 from repjax.layers.linear import bias_init, kernel_init
 from repjax.layers.one_channel import OneChannelConv, is_one_channel
@@ -141,6 +142,8 @@ class RepConv(RepLayer):
   @nn.nowrap
   def build(self, conv: Conv) -> Callable[..., nn.Module]:
     """Returns a function that builds a convolution, given its name."""
+    if conv.is_dirac:
+      return functools.partial(DiracConv, conv, **self.dtypes())
     built = functools.partial(
       OneChannelConv if is_one_channel(self.dtype, conv.inputs, conv.features) else nn.Conv,
       conv.features,
@@ -164,8 +167,14 @@ def convolution_branches(params: Mapping[str, Any]) -> list[str]:
 
 
 def other_names(params: Mapping[str, Any]) -> list[str]:
-  """Returns the names in a scope that are of no branch, nor of a norm after the sum."""
-  return [name for name in params if find(name) is None and name != "bn"]
+  """Returns the names in a scope that look like no branch of a RepConv."""
+  others = [
+    name
+    for name, held in params.items()
+    if (branch := find(name)) is None or not holds_branch(branch, held)
+  ]
+  # A norm after the sum belongs to a RepConv, unless every convolution has a norm of its own.
+  return [name for name in others if name != "bn"] or others
 
 
 def _holds_kernel(name: object, held: Any) -> bool:

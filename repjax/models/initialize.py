@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from repjax import forks
+from repjax.devices import need_devices
 from repjax.layers.drawing import fill
 from repjax.layers.linear import from_orthogonal, is_orthogonal, uniform_bound
 from repjax.models.base import Classifier
@@ -38,7 +38,7 @@ def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) ->
     InputError: the image size is too small for the model.
     ValueError: a leaf is of a kind that no model of repjax has.
   """
-  forks.refuse_lost_devices()
+  need_devices()
   check_image_size(image_size)
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)

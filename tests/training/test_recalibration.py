@@ -458,7 +458,7 @@ def named(*names):
   ("names", "said"),
   [
     (("a", "b"), "digits has 2 classes, the model has 10"),
-    (tuple("abcdefghij"), "other classes than the model: a, b, c, ... instead of 0, 1, 2, ..."),
+    (tuple("abcdefghij"), "than the model: a, b, c and 7 more instead of 0, 1, 2 and 7 more"),
   ],
   ids=["number", "names"],
 )
