@@ -1,13 +1,62 @@
 """Recipes that several configs share. `repjax.config` documents every field."""
 
+import types
+from collections.abc import Mapping
+from typing import Any
+
 import ml_collections
 
 from repjax.config import default
+from repjax.errors import unknown
+
+_ACNET = ("conv3x3", "conv1x3", "conv3x1")
+_BARE = ("conv3x3", "conv1x1", "skip")
+_DIVERSE = ("conv3x3", "conv1x1", "conv1x1_conv3x3", "conv1x1_avg3x3")
+_RELU = ("conv3x3_relu", "conv1x1_relu", "identity_relu")
+ABLATIONS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
+  {
+    "full": {},
+    "plain": {"branches": ("conv3x3",)},
+    "only_1x1": {"branches": ("conv3x3", "conv1x1")},
+    "only_identity": {"branches": ("conv3x3", "identity")},
+    "identity_without_norm": {"branches": _BARE},
+    "norm_after_sum": {"branches": _BARE, "norms": ("sum",)},
+    "relu_in_branches": {"branches": _RELU},
+    "diracnet": {"branches": ("dirac3x3",)},
+    "trivial": {"branches": ("conv3x3", "skip"), "norms": ("sum",)},
+    "acb": {"branches": _ACNET},
+    "residual_reorg": {"branches": ("conv3x3",), "residual": True},
+    "dbb": {"branches": _DIVERSE},
+    "qarepvgg": {"branches": _BARE, "norms": ("conv3x3", "sum")},
+  }
+)
+"""Name of an ablation of RepVGG to its overrides of the network.
+
+The names are those of Tables 6 and 7 of the RepVGG paper, and of two later blocks. The paper does
+not say where the norm of DiracNet is; here one norm follows the convolution. A ReLU in the branches
+cannot be converted.
+
+References:
+  Ding et al., RepVGG, CVPR 2021, section 4.2. https://arxiv.org/abs/2101.03697
+  Ding et al., Diverse Branch Block, CVPR 2021. https://arxiv.org/abs/2103.13425
+  Chu et al., Make RepVGG Greater Again (QARepVGG), AAAI 2024. https://arxiv.org/abs/2212.01593
+"""
 
 
 def get_config() -> ml_collections.ConfigDict:
   """Returns the defaults of all fields: the simple recipe of the RepVGG paper on ImageNet."""
   return default()
+
+
+def set_ablation(config: ml_collections.ConfigDict, name: str) -> None:
+  """Sets the overrides of an ablation of RepVGG in a config.
+
+  Raises:
+    InputError: there is no such ablation.
+  """
+  if name not in ABLATIONS:
+    raise unknown("ablation", name, ABLATIONS)
+  config.model_overrides.update(ABLATIONS[name])
 
 
 def get_strong_config() -> ml_collections.ConfigDict:

@@ -8,9 +8,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Notes from now on whether a process that is forked can use its devices.
-import repjax.forks  # noqa: F401
+import repjax.devices  # noqa: F401
 
 if TYPE_CHECKING:
+  from repjax.expansion import expand
   from repjax.models import create_model, init, list_models
   from repjax.recognition import FOLDS
   from repjax.reparam import reparameterize
@@ -22,6 +23,7 @@ __all__ = [
   "FOLDS",
   "ModelSpec",
   "create_model",
+  "expand",
   "init",
   "list_models",
   "load",
@@ -32,24 +34,16 @@ _MODULE_OF = {
   "FOLDS": "recognition",
   "ModelSpec": "spec",
   "create_model": "models",
+  "expand": "expansion",
   "init": "models",
   "list_models": "models",
   "load": "spec",
   "reparameterize": "reparam",
 }
 _MODULES = (
-  *("algebra", "analysis", "data", "deploy", "disk", "errors", "layers", "models", "nnx"),
-  *(
-    "onnx",
-    "quantization",
-    "recognition",
-    "reparam",
-    "report",
-    "runs",
-    "spec",
-    "training",
-    "weights",
-  ),
+  *("algebra", "analysis", "data", "deploy", "disk", "errors", "expansion", "layers", "models"),
+  *("nnx", "onnx", "quantization", "recognition", "reparam", "report", "runs", "spec", "training"),
+  "weights",
 )
 
 

@@ -78,6 +78,50 @@ def bn_affine(
   return AffineParams(scale, beta - mean * scale)
 
 
+def affine_bn(
+  affine: AffineParams, stats: Mapping[str, jax.Array], epsilon: float | jax.Array
+) -> dict[str, jax.Array]:
+  """Returns the scale and bias with which a batch norm computes an affine map: undoes `bn_affine`.
+
+  gamma = scale * sqrt(var + epsilon);  beta = bias + mean * scale.
+
+  Args:
+    affine: scale and bias, in the shape of the statistics.
+    stats: running `mean` and `var`, of any shape.
+    epsilon: number added to the variance by the batch norm.
+
+  Returns:
+    {scale, bias}, in the widest dtype of the four, at least float32.
+  """
+  scale, bias, mean, var = _widen(*affine, stats["mean"], stats["var"])
+  return {"scale": scale * jnp.sqrt(var + epsilon), "bias": bias + mean * scale}
+
+
+def rebase_bn(
+  bn: Mapping[str, jax.Array],
+  old: Mapping[str, jax.Array],
+  new: Mapping[str, jax.Array],
+  epsilon: float | jax.Array,
+) -> dict[str, jax.Array]:
+  """Returns the scale and bias with which a batch norm of new statistics computes the same.
+
+  gamma' = s * sqrt(var' + epsilon);  beta' = beta + (mean' - mean) * s, with the old scale
+  s = gamma / sqrt(var + epsilon).
+
+  Args:
+    bn: `scale` (gamma) and `bias` (beta), of any shape.
+    old: `mean` and `var` that belong to them.
+    new: `mean` and `var` to which the result belongs.
+    epsilon: number added to the variance by the batch norm.
+
+  Returns:
+    {scale, bias}, in the widest dtype involved, at least float32.
+  """
+  gamma, beta, mean, var = _widen(bn["scale"], bn["bias"], old["mean"], old["var"])
+  scale = gamma * lax.rsqrt(var + epsilon)
+  return affine_bn(AffineParams(scale, beta - mean * scale), new, epsilon)
+
+
 def fuse_bn(
   conv: ConvParams,
   bn: Mapping[str, jax.Array],
@@ -211,6 +255,37 @@ def identity_kernel(
   if not (size[0] % 2 and size[1] % 2):
     raise ValueError(f"an identity kernel needs odd sizes, got {size[0]}x{size[1]}")
   return pad_kernel(_diagonal(features, groups, dtype)[None, None], size)
+
+
+def dirac_kernel(kernel: jax.Array, diagonal: jax.Array, gain: jax.Array) -> jax.Array:
+  """Returns the kernel of DiracNet: an identity, and a normalised kernel, each with a scale.
+
+  K'[h,w,i,o] = a[o] D[h,w,i,o] + c[o] K[h,w,i,o] / |K[..., o]|, with D one at the centre from
+  channel o to itself, else zero. |.| is the square root of the sum of squares of one output.
+
+  Args:
+    kernel: (H, W, I, O) of one group, with odd H and W.
+    diagonal: a, (O,).
+    gain: c, (O,).
+
+  Returns:
+    (H, W, I, O), in the widest dtype involved, at least float32.
+
+  Raises:
+    ValueError: an even size, which has no centre.
+
+  References:
+    Zagoruyko and Komodakis, DiracNets, 2017, section 3. https://arxiv.org/abs/1706.00388
+  """
+  height, width, inputs, outputs = kernel.shape
+  if not (height % 2 and width % 2):
+    raise ValueError(f"a kernel with an identity needs odd sizes, got {height}x{width}")
+  kernel, diagonal, gain = _widen(kernel, diagonal, gain)
+  identity = pad_kernel(jnp.eye(inputs, outputs, dtype=kernel.dtype)[None, None], (height, width))
+  # A filter of zeros stays zero; 1e-12 is the least norm that the authors divide by.
+  norms = jnp.sqrt(lax.max(jnp.square(kernel).sum((0, 1, 2)), jnp.asarray(1e-24, kernel.dtype)))
+  scale = gain / norms
+  return identity * diagonal[None, None, None, :] + kernel * scale[None, None, None, :]
 
 
 def average_pool_kernel(

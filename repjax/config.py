@@ -100,6 +100,10 @@ OVERRIDES = (
   Field("strides", None, "Strides of the stem and of each stage.", kind=tuple),
   Field("groups", None, "Groups of RepVGG's convolutions in every second block.", kind=int),
   Field("branches", None, "Names of the branches of RepVGG's blocks.", kind=tuple),
+  Field(
+    "norms", None, 'Branches of RepVGG with a norm, and "sum" for one after the sum.', kind=tuple
+  ),
+  Field("residual", None, "Build residual blocks of two layers in RepVGG.", kind=bool),
   Field("scaled", None, "Build RepVGG's branches with scales, for a hyper-search.", kind=bool),
   Field("se", None, 'Squeeze-and-excitation in RepVGG: "pre" or "post".', kind=str),
   Field("se_reduction", None, "Factor by which the hidden layer of SE is narrower.", kind=int),

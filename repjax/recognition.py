@@ -18,6 +18,7 @@ from repjax.layers.rep_conv import convolution_branches, other_names
 Tree = Mapping[str, Any]
 Path = tuple[str, ...]
 Fold = Callable[[Tree, Tree, Any], Mapping[str, Any] | None]
+Expand = Callable[[Any, Tree, Tree, Any, Any], Mapping[str, Any]]
 
 
 class Kind(NamedTuple):
@@ -26,12 +27,15 @@ class Kind(NamedTuple):
   Attributes:
     layer: class of the layer.
     fold: function of (params, stats, epsilon) that returns the deploy form.
+    expand: function of (deploy, shapes, stats, epsilon, key) that returns parameters of the
+      training form. The fold maps these to `deploy`.
     recognize: function of params that returns the number of leading axes which `nn.vmap` and
       `nn.scan` have added, or None for a scope that holds anything else.
   """
 
   layer: type[RepLayer]
   fold: Fold
+  expand: Expand
   recognize: Callable[[Tree], int | None]
 
   def is_in(self, name: str, params: Tree, stats: Tree) -> bool:
@@ -44,19 +48,30 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
   row.layer.__name__: row
   for row in (
-    Kind(layers.AuxHead, layers.fold_aux_head, layers.recognize_aux_head),
+    Kind(layers.AuxHead, layers.fold_aux_head, layers.expand_aux_head, layers.recognize_aux_head),
     Kind(
-      layers.GlobalPerceptron, layers.fold_global_perceptron, layers.recognize_global_perceptron
+      layers.GlobalPerceptron,
+      layers.fold_global_perceptron,
+      layers.expand_global_perceptron,
+      layers.recognize_global_perceptron,
     ),
-    Kind(layers.RepConv, layers.fold_rep_conv, layers.recognize_rep_conv),
-    Kind(layers.RepDense, layers.fold_rep_dense, layers.recognize_rep_dense),
-    Kind(layers.RepFFN, layers.fold_rep_ffn, layers.recognize_rep_ffn),
-    Kind(layers.RepHead, layers.fold_rep_head, layers.recognize_rep_head),
-    Kind(layers.RepNorm, layers.fold_rep_norm, layers.recognize_rep_norm),
-    Kind(layers.ScaledConv, layers.fold_scaled_conv, layers.recognize_scaled_conv),
+    Kind(layers.RepConv, layers.fold_rep_conv, layers.expand_rep_conv, layers.recognize_rep_conv),
+    Kind(
+      layers.RepDense, layers.fold_rep_dense, layers.expand_rep_dense, layers.recognize_rep_dense
+    ),
+    Kind(layers.RepFFN, layers.fold_rep_ffn, layers.expand_rep_ffn, layers.recognize_rep_ffn),
+    Kind(layers.RepHead, layers.fold_rep_head, layers.expand_rep_head, layers.recognize_rep_head),
+    Kind(layers.RepNorm, layers.fold_rep_norm, layers.expand_rep_norm, layers.recognize_rep_norm),
+    Kind(
+      layers.ScaledConv,
+      layers.fold_scaled_conv,
+      layers.expand_scaled_conv,
+      layers.recognize_scaled_conv,
+    ),
     Kind(
       layers.SkipSqueezeExcite,
       layers.fold_skip_squeeze_excite,
+      layers.expand_skip_squeeze_excite,
       layers.recognize_skip_squeeze_excite,
     ),
   )
@@ -109,9 +124,9 @@ def why_unclear(params: Tree, path: Path) -> str | None:
   if branches := sorted(convolution_branches(params)):
     others = sorted(other_names(params))
     beside = (
-      f"beside {_listed(others)}, which no RepConv holds"
-      if others
-      else "with one more norm, bn, although all convolutions have norms of their own"
+      "with one more norm, bn, although all convolutions have norms of their own"
+      if others == ["bn"]
+      else f"beside {_listed(others)}, which no RepConv holds"
     )
     norms = ", ".join(repr("/".join((*path, branch, "bn"))) for branch in branches)
     return (

@@ -1,5 +1,6 @@
 """Checks of trees of variables that come from outside: one sentence names what came."""
 
+import numbers
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -51,7 +52,13 @@ def check_tree(where: str, tree: Any) -> None:
       f"{where} must be nested dictionaries, got a flat one with the key "
       f"{printable(repr(flat), 100)}. Nest it: flax.traverse_util.unflatten_dict(tree{separator})"
     )
-  for path, _ in leaves(tree):
+  for path, leaf in leaves(tree):
+    if isinstance(leaf, list | tuple) and any(isinstance(part, Mapping) for part in leaf):
+      raise InputError(
+        f"{where} must be nested dictionaries of arrays, got {_kind(leaf)} at "
+        f"{printable('/'.join(map(str, path)), 200)}. flax.serialization.to_state_dict(tree) makes "
+        "dictionaries of lists"
+      )
     # Lists of Flax NNX have numbers for names, but never at the top.
     if odd := [key for key in path[:1] if not isinstance(key, str | tuple)]:
       raise InputError(
@@ -111,6 +118,39 @@ def check_leaves(path: tuple[str, ...], tree: Any) -> None:
         if jnp.issubdtype(leaf.dtype, jnp.integer)
         else f"{place} must hold floating-point numbers, got {leaf.dtype}"
       )
+
+
+def misfits(given: Any, wanted: Any) -> list[str]:
+  """Lists where the paths and shapes of a tree are not those of a different tree.
+
+  Args:
+    given: a tree of arrays.
+    wanted: a tree of arrays or of shapes.
+
+  Returns:
+    A clause for each difference; empty if there is none.
+  """
+  held, expected = _shapes(given), _shapes(wanted)
+  problems = [f"{path} is missing" for path in expected if path not in held]
+  problems += [f"{path} is unknown" for path in held if path not in expected]
+  problems += [
+    f"{path} is {held[path]} where the model has {expected[path]}"
+    for path in expected
+    if path in held and held[path] != expected[path]
+  ]
+  return problems
+
+
+def _shapes(tree: Any) -> dict[str, Any]:
+  """Returns the shapes of a tree's leaves by path; a leaf that is no array gives its type."""
+  return {"/".join(map(str, path)): _shape(leaf) for path, leaf in leaves(tree)}
+
+
+def _shape(leaf: Any) -> Any:
+  """Returns the shape of an array or number, else its type in words."""
+  if isinstance(leaf, numbers.Number):
+    return ()
+  return getattr(leaf, "shape", f"a {type(leaf).__name__}")
 
 
 def _is_path(key: Any, value: Any) -> bool:

@@ -61,6 +61,38 @@ class TestBnAffine:
       algebra.bn_affine(*jax.tree.map(lambda leaf: leaf[0], random_norm(1)), EPSILON)
 
 
+class TestAffineBn:
+  @pytest.mark.parametrize("shape", [(6,), (2, 3)])
+  def test_the_norm_computes_the_map(self, shape):
+    affine = AffineParams(*(jnp.asarray(random_input(*shape, seed=seed)) for seed in (1, 2)))
+    stats = {"mean": affine.scale - 2, "var": jnp.abs(affine.bias)}
+    bn = algebra.affine_bn(affine, stats, EPSILON)
+    x = random_input(50, *shape)
+    assert (
+      relative_error(normalise(x, bn, stats), x * affine.scale[None] + affine.bias[None]) <= EXACT
+    )
+
+  def test_it_undoes_bn_affine(self):
+    bn, stats = random_norm(6)
+    again = algebra.affine_bn(algebra.bn_affine(bn, stats, EPSILON), stats, EPSILON)
+    for name in ("scale", "bias"):
+      assert relative_error(again[name], bn[name]) <= EXACT
+
+  def test_half_precision_is_computed_in_float32(self):
+    bn, stats = random_norm(6, dtype=jnp.bfloat16)
+    affine = AffineParams(bn["scale"], bn["bias"])
+    assert algebra.affine_bn(affine, stats, EPSILON)["bias"].dtype == jnp.float32
+
+
+class TestRebaseBn:
+  @pytest.mark.parametrize("var", [0.0, 1e-12, 7.0])
+  def test_a_norm_of_new_statistics_computes_the_same(self, var):
+    x, (bn, old) = random_input(50, 6), random_norm(6)
+    new = {"mean": old["mean"] + 3, "var": jnp.full((6,), var)}
+    rebased = algebra.rebase_bn(bn, old, new, EPSILON)
+    assert relative_error(normalise(x, rebased, new), normalise(x, bn, old)) <= EXACT
+
+
 class TestFuseBn:
   @pytest.mark.parametrize("groups", [1, 2])
   @pytest.mark.parametrize("size", [(1, 1), (3, 3), (4, 2)])
@@ -140,6 +172,34 @@ class TestDilateKernel:
   def test_taps_cannot_coincide(self):
     with pytest.raises(ValueError, match="at least 1, got 0"):
       algebra.dilate_kernel(jnp.ones((3, 3, 1, 1)), 0)
+
+
+class TestDiracKernel:
+  @pytest.mark.parametrize(("inputs", "outputs"), [(4, 4), (3, 5), (5, 3)])
+  @pytest.mark.parametrize("size", [(3, 3), (1, 5)])
+  def test_it_is_a_scaled_input_and_a_normalised_convolution(self, inputs, outputs, size):
+    x, conv = random_input(2, 7, 6, inputs), random_conv(*size, inputs, outputs)
+    diagonal, gain = random_input(outputs, seed=7), random_input(outputs, seed=8)
+    how = {"padding": (size[0] // 2, size[1] // 2)}
+    norms = np.sqrt(np.square(np.asarray(conv.kernel)).sum((0, 1, 2)))
+    expected = convolve(x, conv.kernel, **how) * gain / norms
+    shared = min(inputs, outputs)
+    expected[..., :shared] += x[..., :shared] * diagonal[:shared]
+    kernel = algebra.dirac_kernel(conv.kernel, diagonal, gain)
+    assert relative_error(convolve(x, kernel, **how), expected) <= EXACT
+
+  def test_the_length_of_a_filter_does_not_matter_and_zeros_stay_zeros(self):
+    kernel, ones = random_conv(3, 3, 2, 2).kernel, jnp.ones(2)
+    longer = algebra.dirac_kernel(5 * kernel, ones, ones)
+    assert relative_error(longer, algebra.dirac_kernel(kernel, ones, ones)) <= EXACT
+    of_zeros = algebra.dirac_kernel(jnp.zeros_like(kernel), ones, ones)
+    assert jnp.array_equal(of_zeros, algebra.identity_kernel(2, 1, (3, 3), kernel.dtype))
+    gradient = jax.grad(lambda k: algebra.dirac_kernel(k, ones, ones).sum())(0 * kernel)
+    assert jnp.isfinite(gradient).all()
+
+  def test_an_even_size_has_no_centre(self):
+    with pytest.raises(ValueError, match="odd sizes, got 2x3"):
+      algebra.dirac_kernel(jnp.ones((2, 3, 1, 1)), jnp.ones(1), jnp.ones(1))
 
 
 class TestIdentityKernel:

@@ -3,6 +3,7 @@
 import importlib
 import math
 import re
+import runpy
 import sys
 
 import pytest
@@ -73,6 +74,7 @@ SEARCHES = {"repoptvgg_b1_search": "repvgg_b1", "repoptvgg_b2_search": "repvgg_b
 DIGITS_REPOPT = {"digits_repopt", "digits_repopt_search"}
 # And on smaller data.
 SMALL_REPMLP = {"repmlp_cifar", "repmlp_cifar_convnet", "digits_repmlp"}
+ABLATIONS = {"repvgg_b0_ablation", "digits_ablation"}
 IN_8_BITS = {"digits_qat", "digits_repmlp_qat", "digits_parnet_qat"}
 OTHER_PARNET = {"parnet_xl_320", "parnet_cifar", "digits_parnet"}
 
@@ -101,6 +103,7 @@ def test_there_is_a_config_for_each_result_and_one_to_try():
     *PARNET,
     *OTHER_PARNET,
     *("digits", "finetune"),
+    *ABLATIONS,
     *IN_8_BITS,
     *(*REPOPT, *SEARCHES, *DIGITS_REPOPT),
   } == set(NAMES)
@@ -156,6 +159,36 @@ def test_a_config_of_the_paper_gives_its_number_and_is_the_shared_recipe(name):
   base = common.get_config()
   base.model = name
   assert config.to_dict() == base.to_dict()
+
+
+@pytest.mark.parametrize("ablation", common.ABLATIONS)
+@pytest.mark.parametrize("name", sorted(ABLATIONS))
+def test_an_ablation_changes_nothing_but_the_blocks(name, ablation):
+  module = importlib.import_module(f"configs.{name}")
+  config, full = module.get_config(ablation), module.get_config()
+  changed = changes(full, config)
+  assert changed.keys() <= {"model_overrides"}
+  config.model_overrides.stage_sizes = (2, 2, 2, 1)  # which is traced sooner
+  planning.check(config)
+  model = planning.model_spec(config, ()).create_model()
+  for attribute, value in common.ABLATIONS[ablation].items():
+    assert getattr(model, attribute) == value
+  assert f"`{ablation}`" in importlib.import_module("configs.repvgg_b0_ablation").__doc__
+
+
+def test_ablations_of_b0_have_the_recipe_and_the_numbers_of_the_paper(monkeypatch):
+  config, text = load("repvgg_b0_ablation")
+  assert changes(load("repvgg_b0")[0], config) == {}
+  monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
+  benchmark = runpy.run_path(str(tiny.ROOT / "benchmarks" / "ablation.py"))
+  for name, (top1, is_checked) in benchmark["PAPER"].items():
+    number = f"{top1:.2f}" if is_checked else rf"{top1:.2f} \?"
+    assert re.search(rf"`{name}` \|[^|]*\| {number} \|", text), name
+
+
+def test_an_unknown_ablation_is_named():
+  with pytest.raises(InputError, match="unknown ablation 'plane'; did you mean plain"):
+    importlib.import_module("configs.digits_ablation").get_config("plane")
 
 
 @pytest.mark.parametrize("name", STRONG)

@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
 # A room is a file or a folder of the package. Every room may import the leaves.
 LEAVES = {
-  *("cache", "disk", "errors", "forks", "json_files", "names", "output", "regular_files"),
+  *("cache", "devices", "disk", "errors", "json_files", "names", "output", "regular_files"),
   *("runs", "saving", "schema", "signals", "timing", "trees"),
 }
 # Each room, and the rooms besides the leaves that it may import.
@@ -28,6 +28,7 @@ MAY_IMPORT = {
   "recognition": {"layers"},
   "reparam": {"layers", "recognition"},
   "models": {"layers"},
+  "expansion": {"algebra", "layers", "models", "recognition", "reparam"},
   "spec": {"models", "reparam"},
   "analysis": {"models", "program", "reparam", "spec"},
   "weights": {"config", "models", "recognition", "reparam", "spec"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {
   "configs": {"config"},
   "training": {
     *("algebra", "config", "data", "deploy", "inference", "models", "onnx", "quantization"),
-    *("layers", "recognition", "reparam", "report", "spec", "weights"),
+    *("expansion", "layers", "recognition", "reparam", "report", "spec", "weights"),
   },
   "data": set(),
 }
@@ -50,7 +51,7 @@ NOT_LEAVES = {"data": {"cache", "runs", "trees"}}
 # Packages outside the standard library: all that a room may import, and those that it may not.
 ONLY = {
   "algebra": {"jax"},
-  **{leaf: set() for leaf in ("errors", "forks", "json_files", "names", "output")},
+  **{leaf: set() for leaf in ("devices", "errors", "json_files", "names", "output")},
   **{leaf: set() for leaf in ("regular_files", "schema", "signals", "timing")},
 }
 NEVER = {"data": {"jax", "jaxlib", "flax"}}

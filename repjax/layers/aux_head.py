@@ -7,6 +7,7 @@ import jax
 from flax import linen as nn
 
 from repjax.layers.base import RepLayer, leading_axes
+from repjax.layers.drawing import draw
 from repjax.layers.linear import linear
 from repjax.layers.rep_conv import RepConv
 
@@ -59,3 +60,21 @@ def recognize_aux_head(params: Mapping[str, Any]) -> int | None:
 def fold_aux_head(params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float) -> None:
   """Folds an AuxHead into nothing, because the deploy form has no such scope."""
   del params, stats, epsilon
+
+
+def expand_aux_head(
+  deploy: None, shapes: Mapping[str, Any], stats: Mapping[str, Any], epsilon: Any, key: jax.Array
+) -> dict[str, Any]:
+  """Draws a fresh AuxHead, because the deploy form has none.
+
+  Args:
+    deploy: not used.
+    shapes: shapes and dtypes of the parameters of the training form.
+    stats, epsilon: not used.
+    key: a JAX random key.
+
+  Returns:
+    Parameters of the training form.
+  """
+  del deploy, stats, epsilon
+  return draw(shapes, key)

@@ -1,7 +1,8 @@
 """The forward pass of a sum of branches, and its fold into one convolution, side by side.
 
 `forward` is written on four functions of a framework, the methods of `Scope`. `RepConv` passes
-those of Flax Linen. The fold, `merge_branches`, reads the tree that any such layer holds:
+those of Flax Linen. The fold, `merge_branches`, reads the tree of such a layer. The table says
+what the scopes of the tree hold.
 
 | scope                  | holds                                                        |
 |------------------------|--------------------------------------------------------------|
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from repjax.algebra import (
   ConvParams,
@@ -27,6 +29,7 @@ from repjax.algebra import (
   bn_affine,
   compose,
   dilate_kernel,
+  dirac_kernel,
   fuse_bn,
   identity_kernel,
   pad_kernel,
@@ -40,7 +43,7 @@ from repjax.layers.composition import (
   Path,
   centred_padding,
   check,
-  contents,
+  convolutions,
   is_normed,
   is_normed_after_sum,
   layer_padding,
@@ -92,7 +95,7 @@ def forward(x: jax.Array, layer: Layer, scope: Scope, where: str) -> jax.Array:
   check(layer, x.shape[-1], where)
   branches = [parse(name) for name in layer.branches]
   size = layer_size(branches)
-  convs, _ = contents(layer, x.shape[-1])
+  convs = convolutions(layer, x.shape[-1])
 
   def padded(x: jax.Array) -> jax.Array:
     # A convolution pads with zeros alone. In other modes the map is padded for the layer's kernel,
@@ -155,7 +158,7 @@ def _two_steps(
     return y, _of_zero(*scope.held())
 
   y, zero = scope.inside("first", first, x)
-  # What repeats pixels of the map may do so after the first step, which acts on single pixels.
+  # The first step acts on single pixels. Modes that repeat pixels may therefore pad after it.
   y = _pad(padded(y), padding, border=zero)
   if branch.kind == "avg":
     y = _average(y, layer, branch)
@@ -208,7 +211,7 @@ def _average(x: jax.Array, layer: Layer, branch: Branch) -> jax.Array:
   """Averages windows at the strides and the dilation of the layer, without padding."""
   sums = jax.lax.reduce_window(
     x,
-    jnp.zeros((), x.dtype),
+    np.zeros((), x.dtype),  # under jit, a zero of JAX would hide from its gradient that this sums
     jax.lax.add,
     (1, *branch.size, 1),
     (1, *pair(layer.strides), 1),
@@ -332,7 +335,7 @@ def _merged(branch: Branch, held: Tree, stats: Tree, epsilon: Any, like: _Channe
     second, below = held.get("second", {}), stats.get("second", {})
     last = _conv(second["conv"]) if "conv" in second else _pool(like.features, branch, first)
     return _normed(compose(first, last), second, below, epsilon)
-  if branch.kind in ("conv", POOLED):
+  if branch.has_kernel:
     return _normed(_conv(held["conv"]), held, stats, epsilon)
   if like.features % like.inputs:
     raise ValueError(
@@ -349,6 +352,8 @@ def _merged(branch: Branch, held: Tree, stats: Tree, epsilon: Any, like: _Channe
 def _conv(held: Tree) -> ConvParams:
   """Returns a convolution, with a bias of zeros if it has none."""
   kernel = held["kernel"]
+  if "gain" in held:
+    kernel = dirac_kernel(kernel, held["diagonal"], held["gain"])
   bias = held.get("bias")
   return ConvParams(kernel, jnp.zeros(kernel.shape[-1:], kernel.dtype) if bias is None else bias)
 
@@ -384,9 +389,6 @@ def _scaled(conv: ConvParams, scale: jax.Array) -> ConvParams:
   return ConvParams(
     conv.kernel.astype(dtype) * scale[None, None, None, :], conv.bias.astype(dtype) * scale
   )
-
-
-# What a tree must hold.
 
 
 def holds_branch(branch: Branch, held: Any) -> bool:
@@ -445,6 +447,9 @@ def _check_held(branch: Branch, held: Tree) -> None:
       if not wanted <= step.keys() <= {"conv", "bn"}:
         raise ValueError(f"{branch.name}/{name} holds {sorted(wanted)}, got {sorted(step)}")
     return
+  leaves = {"diagonal", "gain"} if branch.kind == "dirac" else set()
+  if held.get("conv", {}).keys() & {"diagonal", "gain"} != leaves:
+    raise ValueError(f"{branch.name}/conv holds {sorted({'kernel', *leaves})} and perhaps a bias")
   wanted = {"conv"} if branch.has_kernel else set() if branch.kind == "skip" else {"bn"}
   most = {"conv", "bn"} if branch.has_kernel else wanted
   if not wanted <= held.keys() <= most:

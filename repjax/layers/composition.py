@@ -1,9 +1,9 @@
-"""What a sum of branches consists of, and of what it may consist.
+"""The composition of a sum of branches: what a layer holds, and which branches fit together.
 
-Both come from the attributes of a layer alone, whatever its framework.
+Both follow from the attributes of a layer alone, whatever its framework.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
@@ -42,6 +42,7 @@ class Conv(NamedTuple):
     dilation: distance from tap to tap.
     groups: number of groups.
     use_bias: add a bias.
+    is_dirac: the kernel is the sum of an identity and a normalised kernel, see `dirac_kernel`.
   """
 
   inputs: int
@@ -52,14 +53,12 @@ class Conv(NamedTuple):
   dilation: tuple[int, int]
   groups: int
   use_bias: bool
+  is_dirac: bool = False
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
   """Returns (vertical, horizontal) from one number for both, or from two numbers."""
   return (value[0], value[1]) if isinstance(value, Sequence) else (value, value)
-
-
-# What a layer consists of.
 
 
 def is_normed(layer: Layer, branch: Branch) -> bool:
@@ -97,15 +96,12 @@ def centred_padding(layer: Layer, size: tuple[int, int], span: tuple[int, int]) 
   return padding[0] - dilation[0] * margins[0], padding[1] - dilation[1] * margins[1]
 
 
-def contents(layer: Layer, inputs: int) -> tuple[dict[Path, Conv], dict[Path, int]]:
-  """Returns what a layer holds in its form, so that a framework can build it before any call.
+def convolutions(layer: Layer, inputs: int) -> dict[Path, Conv]:
+  """Returns the convolutions of a layer in its form, by their paths in the tree.
 
   Args:
     layer: the layer.
     inputs: number of input channels.
-
-  Returns:
-    The convolutions by path, and the number of channels of each norm by path.
   """
   branches = [parse(name) for name in layer.branches]
   size = layer_size(branches)
@@ -120,23 +116,15 @@ def contents(layer: Layer, inputs: int) -> tuple[dict[Path, Conv], dict[Path, in
     use_bias=True,
   )
   if layer.deploy:
-    return {("conv",): plain}, {}
-  convs, norms = {}, {}
-  for branch in branches:
-    own = plain._replace(use_bias=_is_biased(layer, branch))
-    for path, conv in _convolutions(layer, branch, own):
-      convs[path] = conv
-    last = (branch.name, "second") if branch.two_steps else (branch.name,)
-    if branch.two_steps:
-      norms[branch.name, "first", "bn"] = convs[branch.name, "first", "conv"].features
-    if is_normed(layer, branch):
-      norms[*last, "bn"] = layer.features
-  if is_normed_after_sum(layer):
-    norms[("bn",)] = layer.features
-  return convs, norms
+    return {("conv",): plain}
+  return {
+    path: conv
+    for branch in branches
+    for path, conv in _of_branch(layer, branch, plain._replace(use_bias=_is_biased(layer, branch)))
+  }
 
 
-def _convolutions(layer: Layer, branch: Branch, plain: Conv) -> Iterator[tuple[Path, Conv]]:
+def _of_branch(layer: Layer, branch: Branch, plain: Conv) -> Iterator[tuple[Path, Conv]]:
   """Yields the convolutions of a branch by path, made from the one with the layer's kernel."""
   pointwise = plain._replace(size=(1, 1), strides=(1, 1), padding=(0, 0))
   rate = branch.dilation
@@ -153,9 +141,9 @@ def _convolutions(layer: Layer, branch: Branch, plain: Conv) -> Iterator[tuple[P
   elif branch.kind == POOLED:
     # The pool has the stride already, and its zeros at an odd edge are the only padding.
     yield (branch.name, "conv"), pointwise
-  elif branch.kind == "conv":
-    padding = centred_padding(layer, plain.size, branch.span)
-    yield (branch.name, "conv"), spatial._replace(padding=padding)
+  elif branch.kind in ("conv", "dirac"):
+    padding, is_dirac = centred_padding(layer, plain.size, branch.span), branch.kind == "dirac"
+    yield (branch.name, "conv"), spatial._replace(padding=padding, is_dirac=is_dirac)
 
 
 def check(layer: Layer, inputs: int, where: str) -> None:
@@ -225,6 +213,11 @@ def _check_branch(
       f"{where}: {name} has no centre in the layer's {size[0]}x{size[1]} kernel; "
       "heights must be all odd or all even, and widths too"
     )
+  if branch.kind == "dirac" and (layer.groups != 1 or is_even):
+    raise InputError(
+      f"{where}: {name} needs one group and an odd kernel, got {layer.groups} groups and a kernel "
+      f"{size[0]}x{size[1]}. Use conv{name.removeprefix('dirac')} and a skip"
+    )
   if not branch.has_kernel and branch.kind == "avg" and not keeps_channels:
     raise InputError(
       f"{where}: {name} maps each channel to itself, so it needs as many output as input channels, "
@@ -243,18 +236,22 @@ def _check_pooled(layer: Layer, name: str, size: tuple[int, int], where: str) ->
     )
 
 
+def _check_names(value: Any, known: set[str], where: str) -> None:
+  """Raises InputError if a value is no list of known names."""
+  is_list = isinstance(value, Collection) and not isinstance(value, str)
+  if not is_list or not all(name in known for name in value):
+    raise InputError(
+      f"{where} takes names of branches of the layer, a subset of {sorted(known)}, got {value!r}"
+    )
+
+
 def _check_norms(layer: Layer, branches: Sequence[Branch], where: str) -> None:
   """Raises InputError if `norms` or `conv_bias` names something else than branches of the layer."""
   names = {branch.name for branch in branches}
-  for field, value in (("norms", layer.norms), ("conv_bias", layer.conv_bias)):
-    known = names | {AFTER_SUM} if field == "norms" else names
-    if isinstance(value, bool) if field == "conv_bias" else value is None:
-      continue
-    if not isinstance(value, list | tuple | set | frozenset) or not set(value) <= known:
-      raise InputError(
-        f"{where}: {field} takes names of branches of the layer, a subset of {sorted(known)}, got "
-        f"{value!r}"
-      )
+  if layer.norms is not None:
+    _check_names(layer.norms, names | {AFTER_SUM}, f"{where}: norms")
+  if not isinstance(layer.conv_bias, bool):
+    _check_names(layer.conv_bias, names, f"{where}: conv_bias")
   for branch in branches:
     if branch.kind == "skip" and layer.norms is not None and branch.name in layer.norms:
       raise InputError(
@@ -262,7 +259,7 @@ def _check_norms(layer: Layer, branches: Sequence[Branch], where: str) -> None:
       )
     if branch.kind != "skip" and not branch.has_kernel and not is_normed(layer, branch):
       raise InputError(
-        f"{where}: {branch.name} holds nothing but a norm, so that norms must name it. The input "
+        f"{where}: {branch.name} holds nothing but a norm, so that norms must name it. An identity "
         "without a norm is called skip"
       )
   bare = [branch for branch in branches if branch.has_kernel and not is_normed(layer, branch)]

@@ -17,6 +17,7 @@ from repjax.layers.base import (
 )
 from repjax.layers.composition import pair
 from repjax.layers.linear import TwoLayers
+from repjax.layers.remainder import identity_norm
 from repjax.layers.rep_dense import check_tiles
 
 
@@ -141,3 +142,27 @@ def fold_global_perceptron(
   folded = absorb_affine(affine, fc1["kernel"], fc1["bias"])
   kernel, bias = (leaf.astype(fc1["kernel"].dtype) for leaf in folded)
   return {"dense": {"fc1": {"kernel": kernel, "bias": bias}, "fc2": params["dense"]["fc2"]}}
+
+
+def expand_global_perceptron(
+  deploy: Mapping[str, Any],
+  shapes: Mapping[str, Any],
+  stats: Mapping[str, Any],
+  epsilon: Any,
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Expands a GlobalPerceptron: its norm changes nothing; an inverse of `fold_global_perceptron`.
+
+  Args:
+    deploy: {dense: {fc1: {kernel, bias}, fc2: {kernel, bias}}}.
+    shapes: shapes and dtypes of the parameters of the training form.
+    stats: fresh statistics of the training form.
+    epsilon: number added to the variance by the batch norm.
+    key: not used.
+
+  Returns:
+    {bn: {scale, bias}, dense: the same}, which folds into `deploy` with these statistics.
+  """
+  del key
+  stats, epsilon = read_notes(stats, epsilon)
+  return {"bn": identity_norm(stats["bn"], epsilon, shapes["bn"]), "dense": deploy["dense"]}

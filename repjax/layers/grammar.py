@@ -8,6 +8,7 @@ same name, so that they cannot differ. The table lists the names; H and W are nu
 |-------------------|-------------------------------------------------------------------|
 | `convHxW`         | HxW convolution, norm                                             |
 | `convHxW_dR`      | HxW convolution with R pixels from tap to tap, norm               |
+| `diracHxW`        | HxW convolution with kernel diag(a) I + diag(c) W / norm(W), norm   |
 | `avgHxW`          | HxW average pool, norm                                            |
 | `conv1x1_convHxW` | 1x1 convolution, norm, HxW convolution, norm; also with `_dR`     |
 | `conv1x1_avgHxW`  | 1x1 convolution, norm, HxW average pool, norm                     |
@@ -25,6 +26,7 @@ References:
   Ding et al., RepVGG, CVPR 2021, section 3.2. https://arxiv.org/abs/2101.03697
   Ding et al., ACNet, ICCV 2019, for the 1x3 and 3x1 branches. https://arxiv.org/abs/1908.03930
   Ding et al., Diverse Branch Block, CVPR 2021, for two steps. https://arxiv.org/abs/2103.13425
+  Zagoruyko and Komodakis, DiracNets, 2017, for `diracHxW`. https://arxiv.org/abs/1706.00388
   Ding et al., UniRepLKNet, CVPR 2024, for dilated branches. https://arxiv.org/abs/2311.15599
   Goyal et al., Non-deep Networks, NeurIPS 2022, for `avg2x2_conv1x1`.
     https://arxiv.org/abs/2110.07641
@@ -39,7 +41,7 @@ from repjax.errors import InputError, printable
 POOLED = "avg2x2_conv1x1"
 _NAME = re.compile(
   r"(?:(identity|skip|avg2x2_conv1x1)"
-  r"|(conv1x1_)?(conv|avg)([1-9]\d*)x([1-9]\d*)(?:_d([2-9]|[1-9]\d+))?)"
+  r"|(conv1x1_)?(conv|avg|dirac)([1-9]\d*)x([1-9]\d*)(?:_d([2-9]|[1-9]\d+))?)"
   r"(_relu)?(?:_\d+)?",
   re.ASCII,
 )
@@ -50,7 +52,8 @@ class Branch(NamedTuple):
 
   Attributes:
     name: the whole name.
-    kind: "conv", "avg", "identity", "skip" or "avg2x2_conv1x1": the last step, or the only one.
+    kind: the last step, or the only one: "conv", "dirac", "avg", "identity", "skip" or
+      "avg2x2_conv1x1".
     size: height and width of the last convolution or pool in taps; (1, 1) for the input itself, and
       (2, 2) for `avg2x2_conv1x1`.
     dilation: distance from tap to tap, in units of the dilation of the layer.
@@ -73,7 +76,7 @@ class Branch(NamedTuple):
   @property
   def has_kernel(self) -> bool:
     """Tells if a step of the branch is a convolution."""
-    return self.kind in ("conv", POOLED) or self.two_steps
+    return self.kind in ("conv", "dirac", POOLED) or self.two_steps
 
   @property
   def span(self) -> tuple[int, int]:
@@ -93,7 +96,8 @@ def parse(name: str) -> Branch:
     raise InputError(
       f"unknown branch {printable(name, 80)!r}; a branch is called convHxW (conv3x3, conv1x1, "
       "conv1x3, ...), convHxW_dR with a dilation R, avgHxW, conv1x1_convHxW, conv1x1_avgHxW, "
-      f"{POOLED}, identity or skip. Names may end with _relu; repeated names end with _1, _2, ..."
+      f"diracHxW, {POOLED}, identity or skip. Names may end with _relu; repeated names end with "
+      "_1, _2, ..."
     )
   return branch
 
@@ -107,7 +111,7 @@ def find(name: object) -> Branch | None:
   shared = {"two_steps": bool(first), "relu": bool(relu)}
   if plain:
     return Branch(str(name), plain, (2, 2) if plain == POOLED else (1, 1), **shared)
-  if kind == "avg" and dilation:
+  if (kind != "conv" and dilation) or (kind == "dirac" and first):
     return None
   return Branch(str(name), kind, (int(height), int(width)), int(dilation or 1), **shared)
 
@@ -137,8 +141,8 @@ def layer_size(branches: Iterable[Branch]) -> tuple[int, int]:
 def branch_order(names: Iterable[str]) -> list[str]:
   """Sorts branch names for people: larger kernels first, the input itself last."""
 
-  def key(name: str) -> tuple[bool, int, str]:
+  def key(name: str) -> tuple[bool, int, bool, str]:
     branch = parse(name)
-    return branch.is_input, -branch.size[0] * branch.size[1], name
+    return branch.is_input, -branch.span[0] * branch.span[1], branch.two_steps, name
 
   return sorted(names, key=key)

@@ -5,7 +5,6 @@ The process dies if no memory is mapped there. Smaller floats are computed by a 
 not do so. RepMLP's local convolutions with one share-set are of this kind.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,39 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax.layers.composition import Conv
-from repjax.layers.linear import bias_init, kernel_init
+from repjax.layers.linear import kernel_init
 
 
 def is_one_channel(dtype: Any, inputs: int, outputs: int) -> bool:
   """Returns True if `OneChannelConv` must take the place of a convolution of so many channels."""
   return jnp.dtype(dtype) == jnp.float64 and inputs == outputs == 1
-
-
-def convolution(conv: Conv, dtype: Any, param_dtype: Any) -> Callable[..., nn.Module]:
-  """Returns a function that builds a convolution, given its name.
-
-  Args:
-    conv: the convolution.
-    dtype: dtype of the computation and of the result.
-    param_dtype: dtype of the parameters.
-  """
-  is_one = is_one_channel(dtype, conv.inputs, conv.features)
-  built = functools.partial(
-    OneChannelConv if is_one else nn.Conv,
-    conv.features,
-    conv.size,
-    strides=conv.strides,
-    padding=[(pad, pad) for pad in conv.padding],
-    kernel_dilation=conv.dilation,
-    use_bias=conv.use_bias,
-    bias_init=bias_init((*conv.size, conv.inputs // conv.groups, conv.features)),
-    dtype=dtype,
-    param_dtype=param_dtype,
-  )
-  if is_one:
-    return built
-  return functools.partial(built, feature_group_count=conv.groups, kernel_init=kernel_init)
 
 
 class OneChannelConv(nn.Module):

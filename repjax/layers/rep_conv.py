@@ -23,8 +23,8 @@ from repjax.layers.branches import (
   skips,
 )
 from repjax.layers.composition import Conv
+from repjax.layers.convolution import convolution
 from repjax.layers.grammar import find, is_skip
-from repjax.layers.one_channel import convolution
 
 
 class _Inside(nn.Module):
@@ -163,8 +163,14 @@ def convolution_branches(params: Mapping[str, Any]) -> list[str]:
 
 
 def other_names(params: Mapping[str, Any]) -> list[str]:
-  """Returns the names in a scope that are of no branch, nor of a norm after the sum."""
-  return [name for name in params if find(name) is None and name != "bn"]
+  """Returns the names in a scope that look like no branch of a RepConv."""
+  others = [
+    name
+    for name, held in params.items()
+    if (branch := find(name)) is None or not holds_branch(branch, held)
+  ]
+  # A norm after the sum belongs to a RepConv, unless every convolution has a norm of its own.
+  return [name for name in others if name != "bn"] or others
 
 
 def _holds_kernel(name: object, held: Any) -> bool:

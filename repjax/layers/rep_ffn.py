@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from repjax.algebra import absorb_affine, bn_affine
+from repjax.algebra import ConvParams, absorb_affine, bn_affine
 from repjax.layers.activations import activation
 from repjax.layers.base import (
   RepLayer,
@@ -17,6 +17,7 @@ from repjax.layers.base import (
 )
 from repjax.layers.branches import merge_branches
 from repjax.layers.linear import TwoLayers
+from repjax.layers.remainder import expand_branches, identity_norm
 from repjax.layers.rep_conv import RepConv, recognize_rep_conv
 
 
@@ -116,3 +117,31 @@ def fold_rep_ffn(
       for name, (kernel, bias) in layers.items()
     }
   }
+
+
+def expand_rep_ffn(
+  deploy: Mapping[str, Any],
+  shapes: Mapping[str, Any],
+  stats: Mapping[str, Any],
+  epsilon: Any,
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Expands a RepFFN: its three norms change nothing; an inverse of `fold_rep_ffn`.
+
+  Args:
+    deploy: {dense: {expand: {kernel (C, M), bias (M,)}, project: {kernel (M, C), bias (C,)}}}.
+    shapes: shapes and dtypes of the parameters of the training form.
+    stats: fresh statistics of the training form.
+    epsilon: number added to the variance by batch norms.
+    key: a JAX random key, for branches besides `conv1x1`.
+
+  Returns:
+    {bn, expand, project}, which folds into `deploy` with these statistics.
+  """
+  outer, outer_epsilon = read_notes(stats, epsilon)
+  params = {"bn": identity_norm(outer["bn"], outer_epsilon, shapes["bn"])}
+  for name in ("expand", "project"):
+    held = deploy["dense"][name]
+    conv = ConvParams(held["kernel"][None, None], held["bias"])
+    params[name] = expand_branches(conv, shapes[name], stats[name], epsilon, key)
+  return params

@@ -15,6 +15,7 @@ from repjax.layers.base import (
   refuse_training,
 )
 from repjax.layers.linear import linear
+from repjax.layers.remainder import identity_norm
 
 
 class RepHead(RepLayer):
@@ -93,3 +94,27 @@ def fold_rep_head(
   kernel, bias = absorb_affine(affine, held["kernel"], held["bias"])
   dtype = held["kernel"].dtype
   return {"dense": {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}}
+
+
+def expand_rep_head(
+  deploy: Mapping[str, Any],
+  shapes: Mapping[str, Any],
+  stats: Mapping[str, Any],
+  epsilon: Any,
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Expands a RepHead: its norm changes nothing; an inverse of `fold_rep_head`.
+
+  Args:
+    deploy: {dense: {kernel (C, O), bias (O,)}}.
+    shapes: shapes and dtypes of the parameters of the training form.
+    stats: fresh statistics of the training form.
+    epsilon: number added to the variance by the batch norm.
+    key: not used.
+
+  Returns:
+    {bn: {scale, bias}, dense: {kernel, bias}}, which folds into `deploy` with these statistics.
+  """
+  del key
+  stats, epsilon = read_notes(stats, epsilon, RepHead.mark)
+  return {"bn": identity_norm(stats["bn"], epsilon, shapes["bn"]), "dense": deploy["dense"]}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from repjax.algebra import bn_affine, wide_dtype
+from repjax.algebra import AffineParams, affine_bn, bn_affine, wide_dtype
 from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
 
 
@@ -83,3 +83,28 @@ def fold_rep_norm(
   affine = bn_affine(params.get("bn", {}), stats.get("bn", {}), epsilon)
   dtype = params["bn"]["scale"].dtype
   return {"affine": {"scale": affine.scale.astype(dtype), "bias": affine.bias.astype(dtype)}}
+
+
+def expand_rep_norm(
+  deploy: Mapping[str, Any],
+  shapes: Mapping[str, Any],
+  stats: Mapping[str, Any],
+  epsilon: Any,
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Expands a RepNorm: a scale and a shift become a batch norm; the inverse of `fold_rep_norm`.
+
+  Args:
+    deploy: {affine: {scale (C,), bias (C,)}}.
+    shapes: not used.
+    stats: fresh statistics of the training form.
+    epsilon: number added to the variance.
+    key: not used.
+
+  Returns:
+    {bn: {scale (C,), bias (C,)}}, which folds into `deploy` with these statistics.
+  """
+  del shapes, key
+  stats, epsilon = read_notes(stats, epsilon, RepNorm.mark)
+  affine = AffineParams(deploy["affine"]["scale"], deploy["affine"]["bias"])
+  return {"bn": affine_bn(affine, stats["bn"], epsilon)}

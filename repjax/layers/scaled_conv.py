@@ -15,7 +15,9 @@ from repjax.algebra import BranchScales, ConvParams, fuse_bn, scale_branches, wi
 from repjax.errors import InputError
 from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
 from repjax.layers.composition import Conv
-from repjax.layers.one_channel import convolution
+from repjax.layers.convolution import convolution
+from repjax.layers.drawing import draw
+from repjax.layers.remainder import identity_norm, share_of
 
 
 class _ScaledBranch(nn.Module):
@@ -191,3 +193,41 @@ def fold_scaled_conv(
   kernel, bias = fuse_bn(ConvParams(kernel, zeros), params["bn"], stats.get("bn", {}), epsilon)
   dtype = params["conv3x3"]["conv"]["kernel"].dtype
   return {"conv": {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}}
+
+
+def expand_scaled_conv(
+  deploy: Mapping[str, Any],
+  shapes: Mapping[str, Any],
+  stats: Mapping[str, Any],
+  epsilon: Any,
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Expands a ScaledConv: small branches are drawn and scaled, and the 3x3 takes the remainder.
+
+  The norm changes nothing but adds the bias, and the scale of the 3x3 is 1.
+
+  Args:
+    deploy: {conv: {kernel (3, 3, I/g, O), bias (O,)}}.
+    shapes: shapes and dtypes of the parameters of the training form.
+    stats: fresh statistics of the training form.
+    epsilon: number added to the variance by the batch norm.
+    key: a JAX random key for the small branches.
+
+  Returns:
+    Parameters of the training form that fold into `deploy` with these statistics.
+  """
+  kernel, bias = deploy["conv"]["kernel"], deploy["conv"]["bias"]
+  norm, own_epsilon = read_notes(stats, epsilon)
+  params = draw({name: held for name, held in shapes.items() if name != "conv3x3"}, key)
+  params["bn"] = identity_norm(norm["bn"], own_epsilon, shapes["bn"], bias)
+  largest = shapes["conv3x3"]["conv"]["kernel"]
+  ones = jnp.ones(shapes["conv3x3"]["scale"].shape, shapes["conv3x3"]["scale"].dtype)
+  params["conv3x3"] = {"conv": {"kernel": jnp.zeros(largest.shape, largest.dtype)}, "scale": ones}
+  for name, part in branch_kernels(params, stats, epsilon).items():
+    if name != "conv3x3":
+      scale = params[name]["scale"]
+      params[name]["scale"] = scale * share_of(kernel, part).astype(scale.dtype)
+  rest = fold_scaled_conv(params, stats, epsilon)["conv"]["kernel"]
+  remainder = kernel.astype(rest.dtype) - rest
+  params["conv3x3"] = {"conv": {"kernel": remainder}, "scale": ones}
+  return params

@@ -52,9 +52,11 @@ def _shares_title(layers: Sequence[FoldedLayer], names: Sequence[str]) -> str:
   means = {name: np.mean([layer.shares().get(name, 0.0) for layer in layers]) for name in names}
   parts = ", ".join(f"{_shown(name)} {mean:.0%}" for name, mean in list(means.items())[:_NAMED])
   parts += ", ..." if len(names) > _NAMED else ""
+  # One line holds the short names of three branches.
+  end = "\n" if len(parts) > 40 else " "
   return (
-    "What fused kernels are made of, by the norms of the branches' kernels, first to last layer; "
-    f"on average {parts}"
+    f"What fused kernels are made of, by the norms of the branches' kernels, first to last layer;"
+    f"{end}on average {parts}"
   )
 
 

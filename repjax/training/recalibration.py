@@ -33,7 +33,7 @@ from repjax.config import (
   default_of,
 )
 from repjax.data import Source, train_batches
-from repjax.errors import InputError
+from repjax.errors import InputError, listed
 from repjax.spec import ModelSpec, Preprocessing
 from repjax.training import evaluation, parallel, planning, processes
 from repjax.training.step import make_eval_step
@@ -196,8 +196,8 @@ def _open_splits(config: Config, is_import: bool, spec: ModelSpec) -> tuple[Sour
   comparable = not is_import and config.dataset != "synthetic"
   if comparable and spec.class_names and train.class_names != spec.class_names:
     raise InputError(
-      f"{config.dataset} has other classes than the model: {', '.join(train.class_names[:3])}, ... "
-      f"instead of {', '.join(spec.class_names[:3])}, ...; name the data set of its training"
+      f"{config.dataset} has other classes than the model: {listed(train.class_names, 3)} "
+      f"instead of {listed(spec.class_names, 3)}; name the data set of its training"
     )
   planning.check_batch_fits(config, train)
   return train, held_out

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from repjax import names, output, runs
@@ -151,9 +152,8 @@ def _first_state(
     InputError: no checkpoint is whole, the folder cannot be started from, or the config needs a
       folder to start from and names none.
   """
-  variables = init(
-    plan.spec.create_model(), jax.random.key(config.seed), plan.spec.preprocessing.image_size
-  )
+  key = jax.random.key(config.seed)
+  variables = init(plan.spec.create_model(), key, plan.spec.preprocessing.image_size)
   fresh = create_state(variables, optimizer, ema=config.ema_decay > 0)
   restored = restore_newest(workdir, fresh)
   if restored is not None:
@@ -164,9 +164,17 @@ def _first_state(
   if not config.init_from:
     _check_needs_no_start(config)
     return fresh, start
-  variables, text = finetune.first_variables(config.init_from, plan.spec, variables)
+  variables, text = finetune.first_variables(
+    config.init_from, plan.spec, variables, key=key, images=lambda: _first_images(config, plan)
+  )
   print(text, flush=True)
   return create_state(variables, optimizer, ema=config.ema_decay > 0), start
+
+
+def _first_images(config: Config, plan: Plan) -> jax.Array:
+  """Reads the images of the first step, all of them in this process, and normalises them."""
+  with contextlib.closing(loop.training_batches(config, plan)) as batches:
+    return plan.spec.preprocessing.normalize(jnp.asarray(next(batches)["image"]))
 
 
 def _first_of_repoptimizer(config: Config, plan: Plan, variables: dict[str, Any]) -> TrainState:

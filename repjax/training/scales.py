@@ -100,7 +100,7 @@ def _check_same_network(folder: Path, found: ModelSpec, wanted: ModelSpec) -> No
 
 
 def _as_in_json(value: Any) -> Any:
-  """Returns a number, sequence or table of numbers as a JSON file holds it, to compare with `==`."""
+  """Returns a number, a sequence or a table of numbers as a JSON file holds it."""
   if isinstance(value, Mapping):
     return {str(key): number for key, number in value.items()}
   return list(value) if isinstance(value, Sequence) else value

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, listed, printable
 from repjax.models.initialize import draw
 from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec
 from repjax.trees import check_tree
 from repjax.weights.misfits import Problem, bad_values, explain, lines_of, misfits
 from repjax.weights.naming import NoNameError, entries
-from repjax.weights.recognition import Recognition, normalised, recognize_model, some
+from repjax.weights.recognition import Recognition, normalised, recognize_model
 from repjax.weights.sources import FOLDED, RELEASED_WITH, expected, naming_of
 from repjax.weights.wrappers import unwrapped
 
@@ -117,7 +117,7 @@ def to_torch(
   if "params" not in variables or not variables.keys() <= {"params", "batch_stats"}:
     raise InputError(
       f"to_torch takes {{'params', 'batch_stats'}}, or {{'params'}} of a deploy form, got "
-      f"{some(variables)}"
+      f"{listed(variables, 4)}"
     )
   try:
     wanted = entries(table, variables)
@@ -176,7 +176,7 @@ def _refusal(
     f"with {num_classes} classes; nothing was converted. Problems: {len(problems)}."
   )
   if removed:
-    headline += f" Names were read without {printable(', '.join(removed), 300)}."
+    headline += f" Names were read without {listed(removed)}."
   return "\n  ".join([" ".join([headline, *hints]), *lines_of(problems)])
 
 

@@ -1,5 +1,7 @@
 """Branches of a RepConv by their definition, in NumPy, with nothing of the package but names."""
 
+import re
+
 import numpy as np
 
 from tests.helpers import convolve
@@ -21,9 +23,23 @@ def crop(x, rows, columns):
   return x[:, rows : x.shape[1] - rows, columns : x.shape[2] - columns]
 
 
+def dirac(kernel, diagonal, gain, bias=None):
+  """Returns the kernel of DiracNet, output by output."""
+  del bias  # which is no part of the kernel
+  result = np.zeros_like(kernel)
+  for output in range(kernel.shape[3]):
+    own = kernel[..., output]
+    result[..., output] = gain[output] * own / np.linalg.norm(own)
+    if output < kernel.shape[2]:
+      result[kernel.shape[0] // 2, kernel.shape[1] // 2, output, output] += diagonal[output]
+  return result
+
+
 def step(x, held, stats, epsilon, **how):
   """Applies the convolution and the norm that a scope holds, without padding."""
-  if "conv" in held:
+  if "conv" in held and "gain" in held["conv"]:
+    x = convolve(x, dirac(**held["conv"]), held["conv"].get("bias"), **how)
+  elif "conv" in held:
     x = convolve(x, held["conv"]["kernel"], held["conv"].get("bias"), **how)
   return normalise(x, held["bn"], stats["bn"], epsilon) if "bn" in held else x
 
@@ -66,7 +82,7 @@ def branch(name, x, held, stats, layer, size):
   _, _, last = name.rpartition("conv1x1_")
   parts = last.split("_d")
   own = int(parts[1]) if parts[1:] else 1
-  kind = last[:4] if last.startswith("conv") else last[:3]
+  kind = re.match("[a-z]+", last)[0]
   taps = tuple(map(int, parts[0].removeprefix(kind).split("x")))
   y = padded
   if "first" in held:

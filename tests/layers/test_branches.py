@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ import repjax
 from repjax.errors import InputError
 from repjax.layers import RepConv, recognize_rep_conv
 from repjax.layers.branches import branch_parts, merge_branches
-from repjax.layers.composition import contents
+from repjax.layers.composition import convolutions
 from repjax.layers.grammar import branch_order, layer_size, parse
 from tests import helpers
 from tests.helpers import F64, halves, random_input, random_variables, relative_error
@@ -114,6 +115,14 @@ class TestDefinition:
       how = {"branches": branches, "strides": 2, "norms": norms}
       assert max(errors(x, features=4, **how)) <= 1e-12
 
+  @pytest.mark.parametrize("features", [3, 4, 6])
+  @pytest.mark.parametrize("strides", [1, 2])
+  def test_dirac(self, features, strides):
+    how = {"branches": ("dirac3x3", "conv5x5"), "strides": strides, "conv_bias": True}
+    for norms in (None, ("conv5x5", "sum")):
+      x = random_input(2, 6, 7, 4)
+      assert max(errors(x, features=features, norms=norms, dilation=(2, 1), **how)) <= 1e-12
+
   def test_one_channel(self):
     branches = ("conv3x3", "conv1x1_conv3x3", "conv1x1_avg3x3", "avg3x3", "skip")
     assert max(errors(random_input(2, 5, 6, 1), features=1, branches=branches)) <= 1e-12
@@ -166,23 +175,25 @@ def test_any_layer_is_its_definition(drawn):
 
 @pytest.mark.usefixtures("x64")
 class TestTraining:
-  def test_the_fold_has_the_gradients_of_the_training_form(self):
-    x, layer = random_input(2, 5, 4, 4), RepConv(4, DEPTHWISE, groups=4, **F64)
+  @pytest.mark.parametrize("how", [{"groups": 4}, {"groups": 2, "dilation": 2}], ids=str)
+  def test_the_fold_has_the_gradients_of_the_training_form(self, how):
+    branches = (*DEPTHWISE, "conv1x1_avg3x3", "conv1x1_conv3x3_d2")
+    x, layer = random_input(2, 5, 4, 4), RepConv(4, branches, **how, **F64)
     variables = random_variables(layer, x)
     weights = random_input(2, 5, 4, 4, seed=3)
 
-    def loss(params, folded):
+    def loss(params, x, folded):
       if folded:
         params = repjax.reparameterize(params, variables["batch_stats"])
         return (layer.clone(deploy=True).apply({"params": params}, x) * weights).sum()
       return (layer.apply({**variables, "params": params}, x) * weights).sum()
 
-    one, other = (
-      helpers.leaves(
-        helpers.quick_jit(jax.grad(lambda p, form=form: loss(p, form)))(variables["params"])
-      )
-      for form in (False, True)
-    )
+    def gradients(form):
+      grad = jax.grad(lambda params, x: loss(params, x, form), argnums=(0, 1))
+      params, inputs = helpers.quick_jit(grad)(variables["params"], x)
+      return helpers.leaves({"params": params, "x": inputs})
+
+    one, other = gradients(False), gradients(True)
     for path in one:
       assert relative_error(one[path], other[path]) <= 1e-11, path
 
@@ -229,6 +240,41 @@ class TestTraining:
       repjax.reparameterize(*halves(renamed))
 
 
+class Block(nn.Module):
+  """The body of a scan."""
+
+  deploy: bool = False
+
+  @nn.compact
+  def __call__(self, x, train):
+    branches, norms = (*BORDERED, "skip"), ("conv1x1_avg3x3", "sum")
+    return jnp.tanh(RepConv(4, branches, norms=norms, deploy=self.deploy, **F64)(x, train)), None
+
+
+class Lifted(nn.Module):
+  """Layers in a scan, under remat, and under vmap."""
+
+  deploy: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
+    stacked = nn.scan(nn.remat(Block, static_argnums=(2,)), in_axes=nn.broadcast, length=3, **axes)
+    x = stacked(self.deploy)(x, train)[0]
+    each = nn.vmap(RepConv, in_axes=(0, None), **axes)
+    return each(4, BORDERED, deploy=self.deploy, **F64)(x[:, None], train)
+
+
+@pytest.mark.usefixtures("x64")
+def test_lifted_layers_compute_and_train_the_same():
+  x = random_input(2, 5, 4, 4)
+  assert helpers.forms_differ_by(Lifted(), x) <= 1e-12
+  variables = random_variables(Lifted(), x)
+  train = helpers.quick_jit(lambda v: Lifted().apply(v, x, True, mutable=["batch_stats"]))
+  _, updates = train(variables)
+  assert jax.tree.structure(updates["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
+
+
 class TestTree:
   X = jnp.ones((1, 6, 6, 4))
 
@@ -244,20 +290,21 @@ class TestTree:
     ],
     ids=str,
   )
-  def test_contents_tell_what_init_makes(self, how):
+  def test_convolutions_are_what_init_makes(self, how):
     layer = RepConv(4, **how)
     variables = helpers.init_shapes(layer, self.X)
-    convs, norms = contents(layer, 4)
+    convs = convolutions(layer, 4)
+    leaves = helpers.leaves(variables["params"])
     found = {
       tuple(path.split("/")): leaf.shape
-      for path, leaf in helpers.leaves(variables["params"]).items()
+      for path, leaf in leaves.items()
+      if path.split("/")[-2] == "conv"
     }
     expected = {
       (*path, "kernel"): (*conv.size, conv.inputs // conv.groups, conv.features)
       for path, conv in convs.items()
     }
     expected |= {(*p, "bias"): (conv.features,) for p, conv in convs.items() if conv.use_bias}
-    expected |= {(*p, leaf): (n,) for p, n in norms.items() for leaf in ("scale", "bias")}
     assert found == expected
     assert (recognize_rep_conv(variables["params"]) is None) == layer.deploy
 
@@ -276,6 +323,26 @@ class TestTree:
   )
   def test_other_scopes_are_no_layer(self, params):
     assert recognize_rep_conv(params) is None
+
+  @pytest.mark.parametrize(
+    ("params", "words"),
+    [
+      ({"conv3x3": {"conv": {}, "bn": {}}, "bn": {}}, "beside bn"),
+      ({"conv3x3": {"conv": {}, "bn": {}}, "bn": {}, "gate": {}}, "beside gate"),
+      ({"conv3x3": {"conv": {}, "bn": {}}, "conv1x1": {"gate": {}}}, "beside conv1x1"),
+    ],
+    ids=str,
+  )
+  def test_a_scope_with_two_readings_is_refused(self, params, words):
+    norm, stats = {"scale": jnp.ones(4), "bias": jnp.ones(4)}, {"mean": jnp.zeros(4)}
+    params = jax.tree.map(lambda _: None, {"block": params}, is_leaf=lambda x: x == {})
+    filled = jax.tree_util.tree_map_with_path(
+      lambda path, _: norm if path[-1].key == "bn" else {"kernel": jnp.ones((3, 3, 4, 4))},
+      params,
+      is_leaf=lambda x: x is None,
+    )
+    with pytest.raises(ValueError, match=words):
+      repjax.reparameterize(filled, {"block": {"conv3x3": {"bn": stats}}})
 
   def test_parts_add_up_to_the_whole(self):
     layer = RepConv(4, DEPTHWISE, groups=4, norms=("avg3x3", "identity", "sum"))
@@ -315,11 +382,15 @@ class TestRefusals:
       ({"branches": ("conv3x3", "avg2x2")}, "avg2x2 has no centre"),
       ({"branches": ("conv3x3", "conv1x1_conv2x2")}, "conv1x1_conv2x2 has no centre"),
       ({"branches": ("conv4x4", "conv2x2_d2")}, "conv2x2_d2 has no centre"),
+      ({"branches": ("dirac3x3",), "groups": 2}, "dirac3x3 needs one group"),
+      ({"branches": ("dirac2x2",)}, "dirac2x2 needs one group and an odd"),
       ({"branches": QAREP, "strides": 2}, "a skip branch needs stride 1"),
       ({"branches": ("avg3x3", "skip")}, "at least one convolution"),
       ({"branches": ("conv3x3_relu",), "deploy": True}, "conv3x3_relu .* no deploy form"),
       ({"norms": ("conv3x3", "conv5x5")}, "norms takes names .*'conv5x5'"),
       ({"norms": "conv3x3"}, "norms takes names"),
+      ({"norms": True}, "norms takes names"),
+      ({"conv_bias": None}, "conv_bias takes names"),
       ({"conv_bias": ("sum",)}, "conv_bias takes names"),
       ({"branches": QAREP, "norms": ("skip", "sum")}, "skip has no norm"),
       ({"norms": ("conv3x3", "sum")}, "identity holds nothing but a norm"),
@@ -361,6 +432,8 @@ class TestRefusals:
     [
       ({"conv1x1_conv3x3": {"first": {"conv": {}, "bn": {}}}}, "conv1x1_conv3x3/second holds"),
       ({"conv1x1_avg3x3": {"first": {"conv": {}}, "second": {"bn": {}}}}, "/first holds"),
+      ({"dirac3x3": {"conv": {"kernel": 0}, "bn": {}}}, "dirac3x3/conv holds"),
+      ({"conv3x3": {"conv": {"gain": 0, "diagonal": 0}, "bn": {}}}, "conv3x3/conv holds"),
       ({"conv3x3": {"conv": {}}, "identity": {"conv": {}, "bn": {}}}, "identity holds"),
     ],
     ids=str,
@@ -388,6 +461,7 @@ class TestRefusals:
     ("avg2x2_conv1x1_1", "avg2x2_conv1x1", (2, 2), False),
     ("avg2x2_1", "avg", (2, 2), False),
     ("conv1x1_1", "conv", (1, 1), False),
+    ("dirac3x3", "dirac", (3, 3), False),
     ("conv1x1_avg3x3", "avg", (3, 3), True),
     ("conv1x1_conv3x3_d3_1", "conv", (7, 7), True),
   ],
@@ -401,7 +475,7 @@ def test_a_name_says_what_a_branch_is(name, kind, span, two_steps):
 
 def test_branches_come_in_the_order_in_which_people_name_them():
   names = ["skip", "identity", "conv1x1", "conv1x3", "conv3x3_1", "conv10x10", "conv3x3"]
-  assert branch_order([*names, "conv1x1_avg5x5"]) == [
-    *("conv10x10", "conv1x1_avg5x5", "conv3x3", "conv3x3_1", "conv1x3", "conv1x1"),
+  assert branch_order([*names, "conv1x1_avg3x3", "conv3x3_d2"]) == [
+    *("conv10x10", "conv3x3_d2", "conv3x3", "conv3x3_1", "conv1x1_avg3x3", "conv1x3", "conv1x1"),
     *("identity", "skip"),
   ]

@@ -380,6 +380,8 @@ class TestRefusals:
       "conv3x3_d1",
       "conv3x3_conv1x1",
       "conv1x1_identity",
+      "conv1x1_dirac3x3",
+      "dirac3x3_d2",
       "conv1x1_conv1x1_conv3x3",
       "conv3x3_1_relu",
       "conv3x3_relu_d2",

@@ -330,7 +330,9 @@ def test_fine_tuning_starts_from_them(recalibrated):
   workdir, record = recalibrated
   spec = repjax.ModelSpec.read(workdir)
   drawn = randomise(spec.variable_shapes(), seed=5)
-  variables, text = finetune.first_variables(workdir, spec, drawn)
+  variables, text = finetune.first_variables(
+    workdir, spec, drawn, key=jax.random.key(0), images=None
+  )
   assert text == (
     f"starting from {workdir}, step {record['step']}, statistics re-estimated over {BATCHES} "
     "batches; classifier kept"
@@ -456,7 +458,7 @@ def named(*names):
   ("names", "said"),
   [
     (("a", "b"), "digits has 2 classes, the model has 10"),
-    (tuple("abcdefghij"), "other classes than the model: a, b, c, ... instead of 0, 1, 2, ..."),
+    (tuple("abcdefghij"), "than the model: a, b, c and 7 more instead of 0, 1, 2 and 7 more"),
   ],
   ids=["number", "names"],
 )
