@@ -50,10 +50,10 @@ def reparameterize(
 
   The function walks both trees at any depth, and folds every layer. It recognises the layers of
   repjax by what a scope holds, whatever the scope is called, and also under `nn.remat`, `nn.jit`,
-  `nn.scan` and `nn.vmap`. Layers of other people are recognised by name: a fold takes every scope
-  whose name is its key of `folds`, or the key followed by `_` and more, as in the automatic names
-  of Linen. All other leaves are passed through by reference. A scope in deploy form stays
-  unchanged, so that a deploy tree maps to itself. The function is pure: it works under `jit`,
+  `nn.scan` and `nn.vmap` along axis 0. Layers of other people are recognised by name: a fold takes
+  every scope whose name is its key of `folds`, or the key followed by `_` and more, as in the
+  automatic names of Linen. All other leaves are passed through by reference. A scope in deploy form
+  stays unchanged, so that a deploy tree maps to itself. The function is pure: it works under `jit`,
   `vmap`, `grad` and `pmap`.
 
   Six layers hold only scopes with ordinary names: AuxHead, GlobalPerceptron, RepFFN, RepHead,
