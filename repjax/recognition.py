@@ -123,6 +123,11 @@ def why_unclear(params: Tree, path: Path) -> str | None:
   if branches := sorted(convolution_branches(params)):
     others = sorted(other_names(params))
     norms = ", ".join(repr("/".join((*path, branch, "bn"))) for branch in branches)
+    if not others:
+      return (
+        f"{where} holds a RepConv, of which folds has no fold. Extend the folds of repjax: "
+        "folds={**repjax.FOLDS, ...}"
+      )
     return (
       f"{where} holds {_listed(branches)}, as a RepConv does, beside {_listed(others)}, which no "
       "RepConv holds. If it is a subclass of RepConv, give it a fold of its own: "

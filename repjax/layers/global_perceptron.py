@@ -96,7 +96,7 @@ def recognize_global_perceptron(params: Mapping[str, Any]) -> int | None:
   dense = params.get("dense")
   if params.keys() != {"bn", "dense"} or not isinstance(dense, Mapping):
     return None
-  if dense.keys() != {"fc1", "fc2"}:
+  if dense.keys() != {"fc1", "fc2"} or leading_axes(dense, ("fc1", "bias"), 1) is None:
     return None
   return leading_axes(dense, ("fc1", "kernel"), 2)
 
