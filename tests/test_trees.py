@@ -89,6 +89,14 @@ def test_a_list_in_the_place_of_an_array_is_named(variables):
     folded({**variables, "params": {**variables["params"], "stem": stem}})
 
 
+@pytest.mark.parametrize("collection", ["params", "batch_stats"])
+def test_a_list_of_scopes_is_named(variables, collection):
+  tree = variables[collection]
+  listed = {**variables, collection: {**tree, "blocks": [tree["stem"]]}}
+  with pytest.raises(InputError, match=rf"^{collection} must .* list of 1 at blocks\. .*to_state_"):
+    folded(listed)
+
+
 def test_both_collections_in_one_are_told_apart(variables):
   with pytest.raises(InputError, match=r'variables\["params"\], variables\["batch_stats"\]'):
     repjax.reparameterize(variables, {})
@@ -298,7 +306,7 @@ def test_a_tree_that_holds_itself_is_refused():
       repjax.reparameterize(*trees)
 
 
-@pytest.mark.parametrize("held", [[{"mean": ONES}], {"q": (ONES, {"a": ONES})}])
+@pytest.mark.parametrize("held", [[ONES], {"q": (ONES, ONES)}], ids=["a list", "a tuple"])
 def test_statistics_in_lists_are_strays(held):
   with pytest.raises(ValueError, match=r"batch_stats hold z.*keep="):
     repjax.reparameterize({"z": [ONES]}, {"z": held})
@@ -330,9 +338,3 @@ def test_an_epsilon_may_be_traced():
   plain = jax.jit(lambda epsilon: repjax.reparameterize(*trees, epsilon=epsilon))(1e-3)
   expected = repjax.reparameterize(*trees, epsilon=1e-3)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, expected)
-
-
-def test_layers_without_a_fold_are_told_so():
-  trees = layer_of((("params", "nothing"), None))
-  with pytest.raises(ValueError, match=r"^l holds a RepConv.*no fold.*repjax.FOLDS"):
-    repjax.reparameterize(*trees, folds={})
