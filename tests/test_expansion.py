@@ -289,7 +289,11 @@ class TestRefusals:
     refused("the deploy form of RepVGG", small("repvgg_a0", deploy=True), plain())
     refused("must be a flax.linen.Module", "repvgg_a0", plain())
 
-  @pytest.mark.parametrize("key", [None, 0, np.zeros(2)], ids=str)
+  @pytest.mark.parametrize(
+    "key",
+    [None, 0, np.zeros(2), np.uint32(3), np.arange(3, dtype=np.uint32), jax.random.split(KEY)],
+    ids=str,
+  )
   def test_no_key(self, key):
     refused("key must be a JAX random key", MODEL, plain(), key=key)
 
