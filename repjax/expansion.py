@@ -21,8 +21,8 @@ import numpy as np
 from flax import linen as nn
 from jax.core import Tracer
 
-from repjax import forks
 from repjax.algebra import rebase_bn, wide_dtype
+from repjax.devices import need_devices
 from repjax.errors import InputError, listed, printable
 from repjax.layers import AuxHead
 from repjax.layers.base import EPSILON, RepLayer
@@ -78,7 +78,7 @@ def expand(
     >>> sorted(variables["params"]["stem"]["RepConv_0"])
     ['conv1x1', 'conv3x3']
   """
-  forks.refuse_lost_devices()
+  need_devices()
   _check_arguments(model, key)
   form = _trace(model, _checked_images(model, images))
   held = _checked_params(model, deploy_params, form)
