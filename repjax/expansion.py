@@ -97,7 +97,7 @@ _TOLERANCE = 1e-4
 
 
 class _Form(NamedTuple):
-  """What a trace tells about a training form.
+  """A training form as a trace shows it.
 
   Attributes:
     params: shapes and dtypes of the parameters.
@@ -340,7 +340,7 @@ def _with_statistics(
     InputError: the model does not call a norm, or calls it more than once.
   """
 
-  # What is drawn anew computes nothing that must be kept, so that its norms stay as drawn.
+  # An auxiliary head is drawn anew, so that it computes nothing that its norms would have to keep.
   anew = [path for path, (kind, _) in form.layers.items() if kind.layer is AuxHead]
 
   @jax.jit

@@ -174,6 +174,34 @@ class TestDilateKernel:
       algebra.dilate_kernel(jnp.ones((3, 3, 1, 1)), 0)
 
 
+class TestDiracKernel:
+  @pytest.mark.parametrize(("inputs", "outputs"), [(4, 4), (3, 5), (5, 3)])
+  @pytest.mark.parametrize("size", [(3, 3), (1, 5)])
+  def test_it_is_a_scaled_input_and_a_normalised_convolution(self, inputs, outputs, size):
+    x, conv = random_input(2, 7, 6, inputs), random_conv(*size, inputs, outputs)
+    diagonal, gain = random_input(outputs, seed=7), random_input(outputs, seed=8)
+    how = {"padding": (size[0] // 2, size[1] // 2)}
+    norms = np.sqrt(np.square(np.asarray(conv.kernel)).sum((0, 1, 2)))
+    expected = convolve(x, conv.kernel, **how) * gain / norms
+    shared = min(inputs, outputs)
+    expected[..., :shared] += x[..., :shared] * diagonal[:shared]
+    kernel = algebra.dirac_kernel(conv.kernel, diagonal, gain)
+    assert relative_error(convolve(x, kernel, **how), expected) <= EXACT
+
+  def test_the_length_of_a_filter_does_not_matter_and_zeros_stay_zeros(self):
+    kernel, ones = random_conv(3, 3, 2, 2).kernel, jnp.ones(2)
+    longer = algebra.dirac_kernel(5 * kernel, ones, ones)
+    assert relative_error(longer, algebra.dirac_kernel(kernel, ones, ones)) <= EXACT
+    of_zeros = algebra.dirac_kernel(jnp.zeros_like(kernel), ones, ones)
+    assert jnp.array_equal(of_zeros, algebra.identity_kernel(2, 1, (3, 3), kernel.dtype))
+    gradient = jax.grad(lambda k: algebra.dirac_kernel(k, ones, ones).sum())(0 * kernel)
+    assert jnp.isfinite(gradient).all()
+
+  def test_an_even_size_has_no_centre(self):
+    with pytest.raises(ValueError, match="odd sizes, got 2x3"):
+      algebra.dirac_kernel(jnp.ones((2, 3, 1, 1)), jnp.ones(1), jnp.ones(1))
+
+
 class TestIdentityKernel:
   @pytest.mark.parametrize("groups", [1, 2, 8])
   @pytest.mark.parametrize("size", [(1, 1), (3, 3), (5, 1)])

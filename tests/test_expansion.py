@@ -203,9 +203,8 @@ class TestChoice:
   @pytest.mark.usefixtures("x64")
   def test_everything_else_is_passed_by_reference_without_images(self):
     model = Around(lambda deploy: RepConv(4, deploy=deploy, **F64))
-    params = {**folded(model, X32)}
-    params["own"] = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params["own"])
-    variables = repjax.expand(model, params, KEY, images=shape_of(X32))
+    params = folded(model, X)
+    variables = repjax.expand(model, params, KEY, images=shape_of(X))
     assert variables["params"]["own"]["kernel"] is params["own"]["kernel"]
 
 
@@ -313,7 +312,7 @@ class TestRefusals:
     model = small("repmlp_cifar")
     params = folded(model, IMAGES)
     wide = np.zeros((1, 64, 64, 3), np.float32)
-    refused("do not fit.*size for which it was made", model, params, images=wide)
+    refused("do not fit.*images of its size", model, params, images=wide)
 
   def test_parameters_that_are_not_finite(self):
     params = jax.tree.map(lambda leaf: leaf, plain())

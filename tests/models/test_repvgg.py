@@ -452,5 +452,5 @@ class TestScaled:
     assert {float(ours[path][0]) for path in scales if "identity" in path} == {1.0}
 
   def test_other_branches_are_refused(self):
-    with pytest.raises(ValueError, match="Leave branches out, or scaled"):
+    with pytest.raises(ValueError, match="Leave these out, or scaled"):
       self.scaled(branches=("conv3x3",))
