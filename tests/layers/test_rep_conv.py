@@ -392,6 +392,14 @@ class TestRefusals:
     with pytest.raises(ValueError, match=rf"unknown branch '{name}'"):
       self.init(branches=("conv3x3", name))
 
+  def test_one_name_in_place_of_several_is_answered_with_the_tuple(self):
+    with pytest.raises(ValueError, match=r"Pass \('sum',\)"):
+      self.init(branches=("conv3x3",), norms="sum")
+
+  def test_a_layer_that_stands_alone_is_named_without_a_path(self):
+    with pytest.raises(ValueError, match=r"^RepConv: branch names must differ"):
+      self.init(branches=("conv3x3", "conv3x3"))
+
   @pytest.mark.parametrize("branches", [(), ("identity",)])
   def test_a_layer_needs_a_convolution(self, branches):
     with pytest.raises(ValueError, match="at least one convolution"):
