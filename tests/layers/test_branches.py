@@ -327,7 +327,7 @@ class TestTree:
   @pytest.mark.parametrize(
     ("params", "words"),
     [
-      ({"conv3x3": {"conv": {}, "bn": {}}, "bn": {}}, "beside bn"),
+      ({"conv3x3": {"conv": {}, "bn": {}}, "bn": {}}, "one more norm, bn"),
       ({"conv3x3": {"conv": {}, "bn": {}}, "bn": {}, "gate": {}}, "beside gate"),
       ({"conv3x3": {"conv": {}, "bn": {}}, "conv1x1": {"gate": {}}}, "beside conv1x1"),
     ],
