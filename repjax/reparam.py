@@ -109,7 +109,7 @@ def reparameterize(
   params, batch_stats = pure(params), pure(batch_stats)
   check_tree("params", params)
   check_tree("batch_stats", batch_stats)
-  check_apart(params)
+  check_apart(params, batch_stats)
   rules = _rules(folds, epsilon, keep)
   return dict(_walk(params, batch_stats, (), rules) or {})
 

@@ -84,15 +84,22 @@ def check_tree(where: str, tree: Any) -> None:
     )
 
 
-def check_apart(params: Any) -> None:
-  """Checks that no statistics of batch norms lie among parameters.
+def check_apart(params: Any, stats: Any) -> None:
+  """Checks that no statistics of batch norms lie among parameters, nor parameters among statistics.
 
   Args:
     params: nested dictionaries of parameters.
+    stats: nested dictionaries of statistics.
 
   Raises:
-    InputError: a scope called `bn` holds statistics.
+    InputError: a scope called `bn` holds statistics, or a statistic is called `kernel`.
   """
+  for path, _ in leaves(stats):
+    if path[-1] == "kernel":
+      raise InputError(
+        f"batch_stats hold parameters: {printable('/'.join(map(str, path)))}. Pass "
+        'variables["batch_stats"] alone, or {} for a network without statistics'
+      )
   for path, _ in leaves(params):
     if path[-2:] in (("bn", "mean"), ("bn", "var")):
       raise InputError(
@@ -181,8 +188,9 @@ def _check_stats(path: tuple[str, ...], params: Any, stats: Any, axes: int) -> N
       )
     if is_scope and not isinstance(value, Mapping):
       raise InputError(f"{here} must be {_wanted(False)} of statistics, got {_form(value)}")
-    if not is_scope and value.ndim != axes:
-      raise InputError(f"{here} must be one number, got an array of shape {value.shape}")
+    shape = getattr(value, "shape", ())
+    if not is_scope and len(shape) != axes:
+      raise InputError(f"{here} must be one number, got an array of shape {shape}")
     if name == "bn":
       if odd := [below for below, leaf in value.items() if isinstance(leaf, Mapping)]:
         raise InputError(f"{_place(path, name, odd[0])} must be {_wanted(True)}")
