@@ -28,8 +28,8 @@ BRANCHES = {
   "groups": {"branches": ("conv1x1", "conv3x3"), "groups": 2},
   "depthwise": {"branches": ("conv5x5", "conv3x3_d2", "avg3x3", "identity"), "groups": 4},
   "two steps": {"branches": ("conv3x3", "conv1x1_conv3x3", "conv1x1_avg3x3")},
-  "norm after the sum": {"branches": ("conv3x3", "conv1x1", "skip"), "norms": ("sum",)},
-  "both norms": {"branches": ("conv3x3", "conv1x1", "skip"), "norms": ("sum", "conv3x3")},
+  "norm after the sum": {"branches": ("conv3x3", "conv1x1", "skip"), "norm": ("after_sum",)},
+  "both norms": {"branches": ("conv3x3", "conv1x1", "skip"), "norm": ("after_sum", "conv3x3")},
   "pooled": {"branches": ("avg2x2_conv1x1", "conv3x3"), "strides": 2},
   "reflected": {"branches": ("conv3x3", "conv1x1"), "padding_mode": "reflect"},
 }

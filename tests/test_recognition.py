@@ -221,7 +221,7 @@ class TestNames:
       functools.partial(RepNorm, epsilon=0.3),
       functools.partial(RepConv, 4, epsilon=0.3),
       functools.partial(RepConv, 4, ("conv3x3", "skip")),
-      functools.partial(RepConv, 4, ("conv3x3", "skip"), norms=("sum",), epsilon=0.3),
+      functools.partial(RepConv, 4, ("conv3x3", "skip"), norm=("after_sum",), epsilon=0.3),
     ],
     ids=str,
   )

@@ -1,7 +1,7 @@
 """The grammar of branches: what the name of a branch of a RepConv says.
 
 A branch is a row of steps, which run from left to right. A norm follows every convolution and ends
-every branch, unless `norms` of the layer says otherwise. The forward pass and the fold read the
+every branch, unless `norm` of the layer says otherwise. The forward pass and the fold read the
 same name, so that they cannot differ. The table lists the names; H and W are numbers of taps.
 All numbers but N have at most four digits.
 
