@@ -312,6 +312,10 @@ class TestRefusals:
   def test_images(self, images, said):
     refused(said, MODEL, plain(), images=images)
 
+  def test_images_far_from_zero_whose_statistics_lose_a_layer(self):
+    images = np.full((2, 32, 32, 3), 1e6, np.float32)
+    refused("does not compute the same in float32.*Normalise them", MODEL, plain(), images=images)
+
   def test_images_of_a_different_size_than_the_tree(self):
     model = small("repmlp_cifar")
     params = folded(model, IMAGES)
