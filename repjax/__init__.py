@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import repjax.forks  # noqa: F401
 
 if TYPE_CHECKING:
+  from repjax.fusion import fuse
   from repjax.models import create_model, init, list_models
   from repjax.reparam import FOLDS, reparameterize
   from repjax.spec import ModelSpec, load
@@ -21,6 +22,7 @@ __all__ = [
   "FOLDS",
   "ModelSpec",
   "create_model",
+  "fuse",
   "init",
   "list_models",
   "load",
@@ -31,14 +33,15 @@ _MODULE_OF = {
   "FOLDS": "reparam",
   "ModelSpec": "spec",
   "create_model": "models",
+  "fuse": "fusion",
   "init": "models",
   "list_models": "models",
   "load": "spec",
   "reparameterize": "reparam",
 }
 _MODULES = (
-  *("algebra", "analysis", "data", "deploy", "disk", "errors", "layers", "models", "onnx"),
-  *("quantization", "reparam", "report", "runs", "spec", "training", "weights"),
+  *("algebra", "analysis", "data", "deploy", "disk", "errors", "fusion", "layers", "models"),
+  *("onnx", "quantization", "reparam", "report", "runs", "spec", "training", "weights"),
 )
 
 

@@ -23,6 +23,7 @@ MAY_IMPORT = {
   "runs": {"config"},
   "algebra": set(),
   "program": set(),
+  "fusion": {"algebra", "program"},
   "layers": {"algebra"},
   "reparam": {"layers"},
   "models": {"layers"},

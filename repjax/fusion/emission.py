@@ -1,0 +1,289 @@
+"""Writes a sum of terms as one instruction of the fused program.
+
+The convolution runs in the layout of its source, and its result is moved to the layout of the
+value. Everything around products is computed in float32 or wider, and rounded once at the end.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from repjax.algebra import wide_dtype
+from repjax.fusion import kernels
+from repjax.fusion.cost import Group
+from repjax.fusion.expressions import Expression, derived
+from repjax.fusion.values import NEW, Affine, Border, Node, plus
+from repjax.fusion.windows import Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """One product, or one source that is scaled, as part of an instruction.
+
+  Attributes:
+    group: the terms that the piece computes.
+    batch: axis of the source that a convolution takes as its batch. None for a matrix product.
+    kernel: the kernel in the layout that the product takes, or the scale, or None for neither.
+    features: number of channels of the result, None if the value has no known channels.
+  """
+
+  group: Group
+  batch: int | None
+  kernel: Expression | None
+  features: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+  """An instruction that computes a sum of pieces, a bias and borders.
+
+  Attributes:
+    shape, dtype: of the result.
+    channel: the axis of the result that holds the channels.
+    pieces: what is added up, or concatenated where pieces start at different channels.
+    bias: (C,) or (), None for 0.
+    borders: shifts that differ at the border of the map.
+  """
+
+  shape: tuple[int, ...]
+  dtype: Any
+  channel: int | None
+  pieces: tuple[Piece, ...]
+  bias: Expression | None
+  borders: tuple[Border, ...]
+
+  @property
+  def sources(self) -> list[Node]:
+    """The nodes that the pieces read."""
+    return [piece.group.head.source for piece in self.pieces]
+
+  @property
+  def stored(self) -> list[Expression]:
+    """The kernels and vectors that the instruction reads, in its order."""
+    kept = [piece.kernel for piece in self.pieces] + [self.bias]
+    kept += [border.kernel for border in self.borders]
+    return [each for each in kept if each is not None]
+
+  @property
+  def operations(self) -> int:
+    """The number of equations that the instruction stands for."""
+    count = sum(_operations(piece) for piece in self.pieces) + len(self.pieces) - 1
+    return count + (self.bias is not None) + len(self.borders)
+
+  def run(self, *values: Any) -> list[Any]:
+    """Computes the result from the sources and the stored arrays."""
+    count, wide = len(self.pieces), wide_dtype(self.dtype)
+    rest = iter(values[count:])
+    parts: dict[int, Any] = {}
+    for piece, x in zip(self.pieces, values[:count]):
+      y = _run(piece, x, None if piece.kernel is None else next(rest))
+      y = _moved(piece, y, self.part(piece)).astype(wide)
+      start = piece.group.head.start
+      parts[start] = parts[start] + y if start in parts else y
+    ordered = [part for _, part in sorted(parts.items())]
+    y = ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered, self.channel)
+    if self.bias is not None:
+      y = y + self._along_channel(next(rest).astype(wide))
+    for border in self.borders:
+      y = y + border_map(border, next(rest), self.channel).astype(wide)
+    return [y.astype(self.dtype)]
+
+  def part(self, piece: Piece) -> tuple[int, ...]:
+    """Returns the shape of a piece's channels of the result."""
+    if self.channel is None or piece.features is None:
+      return self.shape
+    return (*self.shape[: self.channel], piece.features, *self.shape[self.channel + 1 :])
+
+  def _along_channel(self, vector: Any) -> Any:
+    """Returns a vector with as many axes as the result."""
+    shape = [1] * len(self.shape)
+    if vector.ndim:
+      assert self.channel is not None
+      shape[self.channel] = -1
+    return vector.reshape(shape)
+
+
+def merge_of(affine: Affine, groups: Sequence[Group], dtype: Any, table: Any) -> Merge:
+  """Returns the instruction that computes a sum, whose terms are grouped into products."""
+  pieces = tuple(_piece(group, table) for group in groups)
+  bias = affine.bias
+  borders: dict[Any, Border] = {}
+  for border in affine.borders:
+    before = borders.get(border.windows)
+    kernel = border.kernel if before is None else plus(before.kernel, border.kernel)
+    borders[border.windows] = Border(kernel, border.windows)
+  return Merge(affine.shape, dtype, affine.channel, pieces, bias, tuple(borders.values()))
+
+
+def _piece(group: Group, table: Any) -> Piece:
+  head = group.head
+  if not group.is_product:
+    return Piece(group, None, _joint_scale(group, table), head.features)
+  others = [group.windows[axis] for axis in head.others]
+  total = None
+  for term in group.members:
+    own = [term.windows[axis] for axis in term.others]
+    kernel = kernels.embedded(kernels.kernel_of(term, group.groups, table), own, others)
+    total = plus(total, kernel)
+  assert total is not None
+  batch = _batch_of(group)
+  kernel = derived(_as_operand, total, layout=_layout(group, batch), dtype=head.dtype)
+  return Piece(group, batch, kernel, head.features)
+
+
+def _joint_scale(group: Group, table: Any) -> Expression | None:
+  """Returns the sum of all scales of a source that is no product."""
+  if len(group.members) == 1:
+    return group.head.scale
+  one = table.constant(np.ones((), wide_dtype(group.head.dtype)))
+  total = None
+  for term in group.members:
+    total = plus(total, term.scale or one)
+  return total
+
+
+def _batch_of(group: Group) -> int | None:
+  """Returns the axis that a convolution takes as its batch, None for a matrix product."""
+  head = group.head
+  named = [term.batch for term in group.members if term.batch is not None]
+  plain = [axis for axis in head.others if group.windows[axis].plain(head.source.shape[axis])]
+  if named:
+    # At batch 1 a reshape may have hidden the batch, which is then a plain axis of length 1.
+    hidden = [axis for axis in plain if head.source.shape[axis] == 1]
+    return next((axis for axis in [*named, *hidden] if axis in plain), NEW)
+  if all(group.windows[axis].taps == 1 for axis in head.others) and group.groups == 1:
+    return None
+  return plain[0] if plain else NEW
+
+
+def _layout(group: Group, batch: int | None) -> str:
+  """Returns how the kernel's axes of taps change: the batch's own is dropped, or all of them."""
+  if batch is None:
+    return "matrix"
+  return "whole" if batch == NEW else f"without {group.head.others.index(batch)}"
+
+
+def _as_operand(kernel: Any, layout: str, dtype: Any) -> Any:
+  kernel = kernel.astype(dtype)
+  if layout == "matrix":
+    return kernel.reshape(kernel.shape[-2:])
+  return kernel if layout == "whole" else jnp.squeeze(kernel, int(layout.split()[1]))
+
+
+def _operations(piece: Piece) -> int:
+  group = piece.group
+  plain = all(map(Window.plain, group.windows, group.head.source.shape))
+  if group.is_product:
+    return 1 + (piece.batch is None and not plain)
+  return (piece.kernel is not None) + (not plain)
+
+
+def _run(piece: Piece, x: Any, kernel: Any) -> Any:
+  """Computes a piece in the layout of its source."""
+  group = piece.group
+  if not group.is_product:
+    x = _windowed(x.astype(wide_dtype(x.dtype)), group.windows)
+    if kernel is None:
+      return x
+    shape = [-1 if axis == group.head.channel and kernel.ndim else 1 for axis in range(x.ndim)]
+    return x * kernel.reshape(shape).astype(x.dtype)
+  x = x.astype(group.head.dtype)
+  return _matrix(group, x, kernel) if piece.batch is None else _convolution(piece, x, kernel)
+
+
+def _windowed(x: Any, windows: Sequence[Window]) -> Any:
+  """Pads, cuts and sums neighbours."""
+  if all(map(Window.plain, windows, x.shape)):
+    return x
+  if any(window.taps > 1 for window in windows):
+    padding = [window.padding(size) for window, size in zip(windows, x.shape)]
+    x = lax.pad(
+      x, jnp.zeros((), x.dtype), [(min(low, 0), min(high, 0), 0) for low, high in padding]
+    )
+    return lax.reduce_window(
+      x,
+      np.zeros((), x.dtype),
+      lax.add,
+      [window.taps for window in windows],
+      [window.stride for window in windows],
+      [(max(low, 0), max(high, 0)) for low, high in padding],
+      window_dilation=[window.dilation for window in windows],
+    )
+  config = [(*window.padding(size), 0) for window, size in zip(windows, x.shape)]
+  x = lax.pad(x, jnp.zeros((), x.dtype), config)
+  return lax.slice(x, [0] * x.ndim, x.shape, [window.stride for window in windows])
+
+
+def _matrix(group: Group, x: Any, kernel: Any) -> Any:
+  precision, preferred = group.settings
+  channel = group.head.channel
+  assert channel is not None
+  y = lax.dot_general(
+    _windowed(x, group.windows),
+    kernel,
+    (((channel,), (0,)), ((), ())),
+    precision=precision,
+    preferred_element_type=preferred,
+  )
+  return jnp.moveaxis(y, -1, channel)
+
+
+def _convolution(piece: Piece, x: Any, kernel: Any) -> Any:
+  group, batch, channel = piece.group, piece.batch, piece.group.head.channel
+  assert batch is not None
+  assert channel is not None
+  windows, precision = group.windows, group.settings
+  spatial = [axis for axis in range(x.ndim) if axis not in (batch, channel)]
+  moved = [windows[axis] for axis in spatial]
+  padding = [window.padding(x.shape[axis]) for axis, window in zip(spatial, moved)]
+  layout = (batch, channel, *spatial)
+  if batch == NEW:
+    x, layout = x[None], (0, channel + 1, *(axis + 1 for axis in spatial))
+  count = len(spatial)
+  y = lax.conv_general_dilated(
+    x,
+    kernel,
+    window_strides=[window.stride for window in moved],
+    padding=padding,
+    lhs_dilation=[window.spread for window in moved],
+    rhs_dilation=[window.dilation for window in moved],
+    dimension_numbers=lax.ConvDimensionNumbers(layout, (count + 1, count, *range(count)), layout),
+    feature_group_count=group.groups,
+    precision=precision[0],
+    preferred_element_type=precision[1],
+  )
+  return y[0] if batch == NEW else y
+
+
+def _moved(piece: Piece, y: Any, shape: tuple[int, ...]) -> Any:
+  """Moves the axes of the source to their places in the value."""
+  order = [axis for axis in piece.group.head.view if axis is not None]
+  order += [axis for axis in range(y.ndim) if axis not in order]  # axes of length 1
+  return (y if order == sorted(order) else y.transpose(order)).reshape(shape)
+
+
+def border_map(border: Border, kernel: Any, channel: int | None) -> Any:
+  """Returns the map that a shift becomes after a padded convolution, the same for all images."""
+  y = kernel
+  place = 0
+  for axis, moved in enumerate(border.windows):
+    if axis == channel:
+      continue
+    if moved is not None:
+      inside = jnp.asarray(_inside(*moved), y.dtype)  # (outputs, taps)
+      y = jnp.tensordot(inside, y, (1, place), precision=lax.Precision.HIGHEST)
+      y = jnp.moveaxis(y, 0, place)
+    place += 1
+  return jnp.moveaxis(y, -1, channel if channel is not None else -1)
+
+
+def _inside(window: Window, inputs: int) -> np.ndarray:
+  """Returns which taps of each output read an input. One row stands for all where all do."""
+  at = np.arange(window.size)[:, None] * window.stride - window.low
+  at = at + np.arange(window.taps) * window.dilation
+  inside = (at >= 0) & (at <= (inputs - 1) * window.spread) & (at % window.spread == 0)
+  return inside[:1] if inside.all() else inside

@@ -1,0 +1,134 @@
+"""The report of a plan: what was merged, and what was left alone for which reason."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from repjax.fusion.counts import Counts, counted
+from repjax.fusion.emission import Merge
+from repjax.fusion.values import Term
+from repjax.program import Equation
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+  """Equations that became one instruction.
+
+  Attributes:
+    scope: the name stack of the last equation.
+    parts: the branches, such as "conv1x1 > conv3x3" for a chain.
+    operations: the number of equations.
+    before, after: what the products cost.
+  """
+
+  scope: str
+  parts: tuple[str, ...]
+  operations: int
+  before: Counts
+  after: Counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+  """Something that was not merged.
+
+  Attributes:
+    scope: the name stack.
+    what: the operation, or the branch.
+    reason: why, in words.
+    norm: if a scale and a shift of each channel stay in the program.
+  """
+
+  scope: str
+  what: str
+  reason: str
+  norm: bool = False
+
+
+@dataclasses.dataclass
+class Report:
+  """What a plan merges and what it leaves alone. `print` shows a table.
+
+  Attributes:
+    merges: one entry for each merge, in the order of the program.
+    left: one entry for each thing that was left alone.
+    before, after: what all products of the program cost, and all parameters.
+  """
+
+  merges: list[Merged] = dataclasses.field(default_factory=list)
+  left: list[Left] = dataclasses.field(default_factory=list)
+  before: Counts = dataclasses.field(default_factory=Counts)
+  after: Counts = dataclasses.field(default_factory=Counts)
+
+  def add_merge(self, scope: str, merge: Merge, equations: Iterable[Equation], sizes: Any) -> None:
+    """Notes a merge. `sizes` returns the number of elements of a parameter."""
+    parts = tuple(name for piece in merge.pieces for name in map(_name, piece.group.members))
+    leaves = frozenset().union(*(stored.leaves for stored in merge.stored))
+    equations = list(equations)
+    before = counted(equations, sum(map(sizes, leaves)))
+    self.merges.append(Merged(scope, parts, len(equations), before, counts_of(merge)))
+
+  def add_left(self, scope: str, what: str, reason: str, norm: bool = False) -> None:
+    """Notes something that is left alone, once."""
+    entry = Left(scope, what, reason, norm)
+    if entry not in self.left:
+      self.left.append(entry)
+
+  @property
+  def norms(self) -> list[Left]:
+    """The scales and shifts of channels that stay in the program."""
+    return [entry for entry in self.left if entry.norm]
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the report as a tree of plain values that `json.dumps` takes."""
+    return json.loads(json.dumps(dataclasses.asdict(self), default=lambda value: value._asdict()))
+
+  def __str__(self) -> str:
+    rows = [["merged", "of", "convolutions", "multiplications", "parameters"]]
+    rows += [
+      _row(each.scope, " + ".join(each.parts), each.before, each.after) for each in self.merges
+    ]
+    rows.append(_row("the whole program", "", self.before, self.after))
+    text = _table(rows)
+    if self.left:
+      kept = [["left alone", "what", "reason"]]
+      kept += [[each.scope, each.what, each.reason] for each in self.left]
+      text += "\n\n" + _table(kept)
+    return text
+
+
+def counts_of(merge: Merge) -> Counts:
+  """Returns what a merge costs."""
+  products, work = 0, 0
+  for piece in merge.pieces:
+    if piece.group.is_product:
+      assert piece.kernel is not None
+      assert piece.features is not None
+      products += 1
+      work += math.prod(merge.part(piece)) * piece.kernel.size // piece.features
+  return Counts(products, work, sum(stored.size for stored in merge.stored))
+
+
+def counts_of_step(step: Any) -> Counts:
+  """Returns what an equation or a merge costs."""
+  return counts_of(step) if isinstance(step, Merge) else counted([step], 0)
+
+
+def _name(term: Term) -> str:
+  return " > ".join(term.names)
+
+
+def _row(scope: str, parts: str, before: Counts, after: Counts) -> list[str]:
+  cells = [f"{old:,} -> {new:,}" if old != new else f"{old:,}" for old, new in zip(before, after)]
+  return [scope or "-", parts, *cells]
+
+
+def _table(rows: list[list[str]]) -> str:
+  """Returns rows with columns of equal widths, the first row underlined."""
+  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  lines = [
+    "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+  ]
+  return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
