@@ -23,7 +23,7 @@ def differing(first: Plan, second: Plan, avals: Sequence[Any]) -> list[str]:
     avals: shapes and dtypes of the parameters.
   """
   one, two = first.stored, second.stored
-  names = [name for name in one | two if one.get(name) is not two.get(name)]
+  names = [name for name in {**one, **two} if one.get(name) is not two.get(name)]
   lost = [name for name in names if name not in one or name not in two]
   lost += [
     name

@@ -106,11 +106,13 @@ def _reshaped(value: Any, shape: tuple[int, ...]) -> Any:
   return value.reshape(shape)
 
 
-def _inverse(value: Any) -> Any:
+def inverse(value: Any) -> Any:
+  """Returns 1 / value."""
   return jnp.reciprocal(value)
 
 
-def _negative(value: Any) -> Any:
+def opposite(value: Any) -> Any:
+  """Returns -value."""
   return jnp.negative(value)
 
 
@@ -125,7 +127,7 @@ def divide(given: Given) -> Affine | None:
   if given.node(1) is not None or _is_mean(given):
     return None
   sides = _sides(given)
-  return None if sides is None else scaled(sides.affine, derived(_inverse, sides.vector))
+  return None if sides is None else scaled(sides.affine, derived(inverse, sides.vector))
 
 
 def _is_mean(given: Given) -> bool:
@@ -176,7 +178,7 @@ def _sum(given: Given, negative: bool) -> Affine | None:
     return None
   affine, vector = sides.affine, sides.vector
   if negative and sides.node_first:
-    vector = derived(_negative, vector)
+    vector = derived(opposite, vector)
   elif negative:
     affine = negated(affine, given.table)
   return shifted(affine, vector)

@@ -9,11 +9,13 @@ import dataclasses
 import math
 
 from repjax.fusion.composition import composed
+from repjax.fusion.contractions import Contraction
 from repjax.fusion.cost import Cost, cost_of, grouped
 from repjax.fusion.counts import PRODUCTS
 from repjax.fusion.expressions import Expressions
 from repjax.fusion.report import Report
-from repjax.fusion.values import Affine, Node, Refusal, Term, plus, with_channel
+from repjax.fusion.values import Affine, Node, Refusal, Term, at_channels, plus, with_channel
+from repjax.fusion.windows import Window
 
 
 def best_sum(node: Node, table: Expressions, growth: float, report: Report) -> Affine:
@@ -93,10 +95,25 @@ def substituted(affine: Affine, inner: Node, table: Expressions) -> Affine:
     if term.source is not inner:
       terms.append(term)
       continue
-    part = composed(term, inner.affine, affine.shape, table)
+    part = _placed(composed(term, inner.affine, affine.shape, table), term, affine)
     terms += part.terms
     total = _joined(total, part)
   return _with_terms(total, tuple(terms))
+
+
+def _placed(part: Affine, term: Term, affine: Affine) -> Affine:
+  """Returns what a term became, with its shift and borders at the term's channels of a sum."""
+  features = term.features
+  if affine.channel is None or features is None:
+    return part
+  where = (term.start, features, affine.shape[affine.channel])
+  borders = tuple(
+    dataclasses.replace(border, kernel=at_channels(border.kernel, *where))
+    for border in part.borders
+  )
+  return dataclasses.replace(
+    part, bias=part.bias and at_channels(part.bias, *where), borders=borders
+  )
 
 
 def _joined(total: Affine, part: Affine) -> Affine:
@@ -119,6 +136,23 @@ def _with_terms(total: Affine, terms: tuple[Term, ...]) -> Affine:
   return (
     total if channel is None else with_channel(dataclasses.replace(total, channel=None), channel)
   )
+
+
+def best_product(product: Contraction) -> Contraction:
+  """Returns a product over several axes with the norm before it merged, if there is one."""
+  source = product.layout.source
+  inner = source.affine
+  if inner is None or source.computed or not inner.linear or inner.channel is None:
+    return product
+  (term,) = inner.terms
+  plain = all(map(Window.plain, term.windows, term.source.shape))
+  moved = term.view != tuple(range(len(term.windows)))
+  # A shift in a wider dtype than the product's would be rounded differently.
+  narrow = inner.bias is not None and product.dtype.itemsize < term.source.dtype.itemsize
+  if not plain or moved or inner.borders or narrow:
+    return product
+  merged = product.after(term.scale, inner.bias, inner.channel, term.source)
+  return product if merged is None else merged.replacing(*inner.equations)
 
 
 def is_norm(affine: Affine) -> bool:

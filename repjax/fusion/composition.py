@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from repjax.fusion import kernels
+from repjax.fusion.expressions import Expression
 from repjax.fusion.values import (
   NEW,
   Affine,
@@ -22,6 +23,7 @@ from repjax.fusion.values import (
   Term,
   part_of,
   scaled_term,
+  segments,
   times,
   widened,
 )
@@ -60,6 +62,8 @@ def _with_known_channel(term: Term, inner: Affine, table: Any) -> Term:
     raise Refusal("channels that are padded or cut")
   if channel is not None and channel not in term.view:
     raise Refusal("channels that are summed away")
+  if channel is None and len(segments(inner)) > 1:
+    raise Refusal("channels that are concatenated")
   term = dataclasses.replace(term, channel=channel)
   if term.sums and any(each.kernel is not None or each.sums for each in inner.terms):
     if channel is None:
@@ -81,11 +85,7 @@ def _check_dtypes(term: Term, each: Term, inner: Affine) -> None:
 def _composed_term(term: Term, each: Term, inner: Affine, table: Any) -> Term:
   """Returns the term over one of the inner terms."""
   windows = _joint_windows(term, each, inner)
-  channel = None if term.channel is None else each.view[term.channel]
-  if term.channel is not None:
-    lost = channel is None or each.channel not in (None, channel)
-    if lost or not each.windows[channel].plain(each.source.shape[channel]):
-      raise Refusal("the channels of its input are padded, cut or of length 1")
+  channel = _joint_channel(term, each)
   each = dataclasses.replace(each, channel=channel)
   joint = dataclasses.replace(
     each,
@@ -100,6 +100,19 @@ def _composed_term(term: Term, each: Term, inner: Affine, table: Any) -> Term:
   if term.kernel is not None:
     return _with_joint_kernel(joint, term, each, inner, table)
   return joint if term.scale is None else scaled_term(joint, part_of(term.scale, each))
+
+
+def _joint_channel(term: Term, each: Term) -> int | None:
+  """Returns the axis of the inner term's source that holds the term's channels."""
+  if term.channel is None:
+    return None
+  channel = each.view[term.channel]
+  refusal = Refusal("the channels of its input are padded, cut or of length 1")
+  if channel is None or each.channel not in (None, channel):
+    raise refusal
+  if not each.windows[channel].plain(each.source.shape[channel]):
+    raise refusal
+  return channel
 
 
 def _joint_windows(term: Term, each: Term, inner: Affine) -> tuple[Window, ...]:
@@ -151,10 +164,13 @@ def _joint_dtype(term: Term, each: Term) -> Any:
 def _with_joint_kernel(joint: Term, term: Term, each: Term, inner: Affine, table: Any) -> Term:
   """Returns the joint term with the kernel of the inner term and then the term's kernel."""
   kernel, groups = _on_source(term, each), term.groups
-  if each.start or each.features != inner.shape[term.channel]:
+  features = each.features
+  assert term.channel is not None
+  assert features is not None
+  if features != inner.shape[term.channel]:
     if groups != 1:
       raise Refusal("a grouped convolution of channels that are concatenated")
-    kernel = kernels.input_rows(kernel, each.start, each.start + each.features)
+    kernel = kernels.input_rows(kernel, each.start, each.start + features)
   if each.kernel is None and not each.sums:
     kernel = kernel if each.scale is None else kernels.input_scaled(kernel, each.scale, groups)
     return dataclasses.replace(joint, kernel=kernel, scale=None, groups=groups)
@@ -178,8 +194,9 @@ def _windows_on_source(term: Term, each: Term) -> list[Window]:
   return [term.windows[place[axis]] if axis in place else Window(1) for axis in each.others]
 
 
-def _on_source(term: Term, each: Term):
+def _on_source(term: Term, each: Term) -> Expression:
   """Returns the term's kernel with taps along the axes of the inner term's source."""
+  assert term.kernel is not None
   order = {axis: place for place, axis in enumerate(term.others)}
   view = [(source, axis) for axis, source in enumerate(each.view) if source is not None]
   place = {source: order[axis] for source, axis in view if axis in order}
@@ -208,7 +225,7 @@ def _with_shift(result: Affine, term: Term, inner: Affine) -> Affine:
   return dataclasses.replace(result, borders=(_border(by_tap, term, inner),))
 
 
-def _border(by_tap, term: Term, inner: Affine) -> Border:
+def _border(by_tap: Expression, term: Term, inner: Affine) -> Border:
   """Returns the border that a shift makes after a padded convolution."""
   windows = tuple(
     None

@@ -5,6 +5,7 @@ value. Everything around products is computed in float32 or wider, and rounded o
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax import lax
 from repjax.algebra import wide_dtype
 from repjax.fusion import kernels
 from repjax.fusion.cost import Group
+from repjax.fusion.counts import Counts
 from repjax.fusion.expressions import Expression, derived
 from repjax.fusion.values import NEW, Affine, Border, Node, plus
 from repjax.fusion.windows import Window
@@ -69,9 +71,35 @@ class Merge:
     return [each for each in kept if each is not None]
 
   @property
+  def kinds(self) -> list[str]:
+    """What each stored array is."""
+    named = [piece for piece in self.pieces if piece.kernel is not None]
+    kinds = ["kernel" if piece.group.is_product else "scale" for piece in named]
+    return [*kinds, *(["bias"] if self.bias else []), *("border" for _ in self.borders)]
+
+  @property
+  def parts(self) -> list[str]:
+    """What is merged, a chain of steps for each term."""
+    return [" > ".join(term.names) for piece in self.pieces for term in piece.group.members]
+
+  @property
+  def counts(self) -> Counts:
+    """What the instruction costs."""
+    products = [piece for piece in self.pieces if piece.group.is_product]
+    work = 0
+    for piece in products:
+      assert piece.kernel is not None
+      assert piece.features is not None
+      work += math.prod(self.part(piece)) * piece.kernel.size // piece.features
+    return Counts(len(products), work, sum(each.size for each in self.stored))
+
+  @property
   def operations(self) -> int:
     """The number of equations that the instruction stands for."""
-    count = sum(_operations(piece) for piece in self.pieces) + len(self.pieces) - 1
+    starts = {piece.group.head.start for piece in self.pieces}
+    count = sum(_operations(piece) for piece in self.pieces)
+    # Pieces at one channel are added up, and all are concatenated at once.
+    count += len(self.pieces) - len(starts) + (len(starts) > 1)
     return count + (self.bias is not None) + len(self.borders)
 
   def run(self, *values: Any) -> list[Any]:
@@ -123,16 +151,22 @@ def _piece(group: Group, table: Any) -> Piece:
   head = group.head
   if not group.is_product:
     return Piece(group, None, _joint_scale(group, table), head.features)
-  others = [group.windows[axis] for axis in head.others]
+  total = joint_kernel(group, table)
+  batch = _batch_of(group)
+  kernel = derived(_as_operand, total, layout=_layout(group, batch), dtype=head.dtype)
+  return Piece(group, batch, kernel, head.features)
+
+
+def joint_kernel(group: Group, table: Any) -> Expression:
+  """Returns the sum of the kernels of all terms of a product, each in its place."""
+  others = [group.windows[axis] for axis in group.head.others]
   total = None
   for term in group.members:
     own = [term.windows[axis] for axis in term.others]
     kernel = kernels.embedded(kernels.kernel_of(term, group.groups, table), own, others)
     total = plus(total, kernel)
   assert total is not None
-  batch = _batch_of(group)
-  kernel = derived(_as_operand, total, layout=_layout(group, batch), dtype=head.dtype)
-  return Piece(group, batch, kernel, head.features)
+  return total
 
 
 def _joint_scale(group: Group, table: Any) -> Expression | None:

@@ -12,7 +12,7 @@ from repjax.fusion.agreement import differing, kept_apart
 from repjax.fusion.checks import check, reason_of_training
 from repjax.fusion.counts import PRODUCTS, Counts, counted
 from repjax.fusion.expressions import Expression, Expressions, evaluate
-from repjax.fusion.plan import Plan, live, named
+from repjax.fusion.plan import Instruction, Plan, live, named
 from repjax.fusion.planning import Planner
 from repjax.fusion.report import Report, counts_of_step
 from repjax.program import Program, RuleCall, trace
@@ -51,6 +51,7 @@ class Fused:
     self._table = Expressions()
     self._plans: dict[Any, Plan] = {}
     self._first, self.report = self._planned_together(calls)
+    self._fold = jax.jit(self._first.fold)
 
   def fold(self, params: Any) -> dict[str, jax.Array]:
     """Returns the parameters of the fused function.
@@ -79,7 +80,7 @@ class Fused:
           f"fold got {path} with shape {jnp.shape(leaf)} and dtype {jnp.result_type(leaf)}, but "
           f"fuse was called with {aval.shape} and {aval.dtype}. Pass parameters of the same model"
         )
-    return self._first.fold(leaves)
+    return self._fold(leaves)
 
   def __call__(self, folded: Mapping[str, Any], *args: Any) -> Any:
     """Returns what the function returns for the parameters that were folded.
@@ -184,7 +185,7 @@ def _finished(planner: Planner, program: Program, paths: Sequence[str]) -> Plan:
     paths: names of the parameters.
   """
   outputs = planner.run()
-  instructions = live(planner.instructions, outputs, lambda each: each.effects)
+  instructions = live(planner.instructions, outputs, _acts)
   inputs = [each for instruction in instructions for each in instruction.inputs]
   read = [each for each in dict.fromkeys([*inputs, *outputs]) if isinstance(each, Expression)]
   stored = named([each for each in read if each.leaves], planner.hints, paths, planner.sizes)
@@ -194,9 +195,16 @@ def _finished(planner: Planner, program: Program, paths: Sequence[str]) -> Plan:
   total = sum(planner.sizes.values())
   planner.report.before = counted(planner.equations, total)
   after = [counts_of_step(each.step) for each in instructions]
-  held = sum(each.size for each in stored.values())
-  planner.report.after = Counts(*(sum(each[place] for each in after) for place in (0, 1)), held)
+  planner.report.after = Counts(
+    sum(each.products for each in after),
+    sum(each.multiplications for each in after),
+    sum(each.size for each in stored.values()),
+  )
   return Plan(program, len(paths), tuple(instructions), tuple(outputs), stored, constants)
+
+
+def _acts(instruction: Instruction) -> bool:
+  return instruction.effects
 
 
 def _has_product(program: Program, rule: RuleCall) -> bool:

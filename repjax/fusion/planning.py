@@ -11,16 +11,19 @@ A sum of terms is computed as late as possible, with all its terms in view: an a
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
-from repjax.fusion import arithmetic, products, views
+from repjax.fusion import arithmetic, channels, contracting, products, views
 from repjax.fusion.arithmetic import Given
-from repjax.fusion.choice import best_sum, is_norm, norm_reason
+from repjax.fusion.choice import best_product, best_sum, is_norm, norm_reason
+from repjax.fusion.contractions import Contraction
 from repjax.fusion.cost import grouped, reasons_apart
 from repjax.fusion.counts import PRODUCTS
-from repjax.fusion.emission import Merge, merge_of
+from repjax.fusion.emission import merge_of
 from repjax.fusion.expressions import Expression, Expressions
+from repjax.fusion.layouts import Layout
 from repjax.fusion.parameters import Parameters
 from repjax.fusion.plan import Input, Instruction, constant_array, has_effects, live
 from repjax.fusion.report import Report
@@ -31,7 +34,7 @@ from repjax.fusion.values import (
 )
 from repjax.program import Constant, Equation, Operand, Variable
 
-RULES = {**arithmetic.RULES, **products.RULES, **views.RULES}
+RULES = {**arithmetic.RULES, **products.RULES, **views.RULES, **channels.RULES}
 _FREE = {"broadcast_in_dim", "convert_element_type", "copy", "name", "reshape", "squeeze"}
 _FREE |= {"transpose"}
 """Affine equations that cost next to nothing, so that saving them is no reason to merge."""
@@ -110,25 +113,44 @@ class Planner:
 
   def _add(self, equation: Equation) -> None:
     """Adds an equation that depends on the arguments."""
-    affine = self._affine(equation)
+    made = self._made(equation)
     for variable in equation.outputs:
-      self.nodes[variable] = Node(variable, equation, affine, self._reads(variable))
-    node = self.nodes[equation.outputs[0]]
-    if affine is None:
+      self.nodes[variable] = Node(variable, equation, reads=self._reads(variable))
+    if made is None or isinstance(made, Layout):
       self._emit(equation)
-      if equation.primitive == "reshape":
-        node.reshaped = self.nodes[equation.inputs[0]]  # type: ignore[index]
+    if made is None:
       return
+    node = self.nodes[equation.outputs[0]]
+    if isinstance(made, Affine):
+      node.affine = made
+    elif isinstance(made, Contraction):
+      node.product = made
+    else:
+      node.layout = made
     if node.reads > 1 and not self._stays_open(node):
       self.compute(node)
 
-  def _affine(self, equation: Equation) -> Affine | None:
-    """Returns what an equation makes as a sum of terms, None if it is not affine."""
-    rule = RULES.get(equation.primitive)
-    if rule is None or len(equation.outputs) != 1 or equation in self.apart:
+  def _made(self, equation: Equation) -> Affine | Contraction | Layout | None:
+    """Returns what an equation makes by the first rule that fits, None if it is opaque."""
+    if len(equation.outputs) != 1 or equation in self.apart:
       return None
     if not jnp.issubdtype(equation.outputs[0].aval.dtype, jnp.floating):
       return None
+    given, reason = self._given(equation), None
+    open_product = any(isinstance(each, Node) and each.product for each in given.operands)
+    for rules in (contracting.RULES, RULES) if open_product else (RULES, contracting.RULES):
+      rule = rules.get(equation.primitive)
+      try:
+        made = rule(given) if rule else None
+      except Refusal as refusal:
+        made, reason = None, str(refusal)
+      if made is not None:
+        return made
+    if reason:
+      self.report.add_left(equation.scope, equation.primitive, reason)
+    return None
+
+  def _given(self, equation: Equation) -> Given:
     operands = [self._operand(each) for each in equation.inputs]
     compact, precise = (
       [
@@ -137,15 +159,7 @@ class Planner:
       ]
       for others in (self.parameters.compact, self.parameters.precise)
     )
-    try:
-      affine = rule(Given(equation, self.table, operands, compact, precise))
-    except Refusal as refusal:
-      self.report.add_left(equation.scope, equation.primitive, str(refusal))
-      return None
-    return affine
-
-  def _size(self, leaf: int) -> int:
-    return self.sizes[leaf]
+    return Given(equation, self.table, operands, compact, precise)
 
   def _stays_open(self, node: Node) -> bool:
     """Checks if a value that is read more than once need not be computed.
@@ -153,50 +167,57 @@ class Planner:
     A view costs nothing. A norm may vanish in all products that read it.
     """
     affine = node.affine
-    if affine is None or affine.is_view:
-      return True
-    return affine.linear and set(self._readers[node.variable]) <= set(PRODUCTS)
+    if affine is None:
+      return node.product is None
+    readers = {*self._readers[node.variable]}
+    return affine.is_view or (affine.linear and readers <= {*PRODUCTS})
 
   def compute(self, node: Node) -> None:
     """Adds the instruction that computes a node, if there is none yet."""
     if node.computed:
       return
     node.computed = True
-    assert node.affine is not None
     assert node.equation is not None
-    affine = best_sum(node, self.table, self.growth, self.report)
-    groups = grouped(affine.terms, self.growth)
-    for reason in reasons_apart(groups):
-      self.report.add_left(node.equation.scope, " ".join(groups[0].head.names), reason)
-    if is_norm(affine):
-      reason = norm_reason(affine.terms[0].source)
-      self.report.add_left(node.equation.scope, "scale and shift", reason, norm=True)
-    merge = merge_of(affine, groups, node.dtype, self.table)
-    counted = [each for each in affine.equations if each.primitive not in _FREE]
-    if merge.operations < len(counted):
-      self._emit_merge(node, merge, affine.equations)
+    if node.product is not None:
+      product = best_product(node.product)
+      step, equations = product.step(node.shape, node.dtype), product.equations
+    else:
+      affine = self._best_sum(node)
+      groups = grouped(affine.terms, self.growth)
+      step = merge_of(affine, groups, node.dtype, self.table)
+      equations = affine.equations
+    if step.operations < sum(each.primitive not in _FREE for each in equations):
+      self._emit_step(node, step, equations)
     else:
       self._emit(node.equation)
-    if not node.affine.is_view:
+    node.product = None
+    if node.affine is not None and not node.affine.is_view:
       node.affine = None
 
-  def _emit_merge(self, node: Node, merge: Merge, equations: frozenset[Equation]) -> None:
+  def _best_sum(self, node: Node) -> Affine:
+    """Returns the sum that computes a node, and reports what it leaves alone."""
     assert node.equation is not None
-    for source in merge.sources:
+    affine, scope = best_sum(node, self.table, self.growth, self.report), node.equation.scope
+    groups = grouped(affine.terms, self.growth)
+    for reason in reasons_apart(groups):
+      self.report.add_left(scope, " ".join(groups[0].head.names), reason)
+    if is_norm(affine):
+      reason = norm_reason(affine.terms[0].source)
+      self.report.add_left(scope, "scale and shift", reason, norm=True)
+    return affine
+
+  def _emit_step(self, node: Node, step: Any, equations: frozenset[Equation]) -> None:
+    """Adds what takes the place of equations."""
+    assert node.equation is not None
+    for source in step.sources:
       self.compute(source)
-    kernel = next((piece.kernel for piece in merge.pieces if piece.kernel is not None), None)
-    for piece in merge.pieces:
-      if piece.kernel is not None:
-        kind = "kernel" if piece.group.is_product else "scale"
-        self.hints.setdefault(piece.kernel, (piece.kernel, kind))
-    if merge.bias is not None:
-      self.hints.setdefault(merge.bias, (kernel or merge.bias, "bias"))
-    for border in merge.borders:
-      self.hints.setdefault(border.kernel, (kernel or border.kernel, "border"))
-    inputs = (*(source.variable for source in merge.sources), *merge.stored)
+    first = next(iter(step.stored), None)
+    for stored, kind in zip(step.stored, step.kinds):
+      self.hints.setdefault(stored, (stored if kind == "kernel" else first or stored, kind))
+    inputs = (*(source.variable for source in step.sources), *step.stored)
     scope = node.equation.scope
-    self.instructions.append(Instruction(merge, inputs, (node.variable,), scope))
-    self.report.add_merge(scope, merge, equations, self._size)
+    self.instructions.append(Instruction(step, inputs, (node.variable,), scope))
+    self.report.add_merge(scope, step, equations, self.sizes)
 
   def _emit(self, equation: Equation) -> None:
     """Adds an equation as it is."""

@@ -2,13 +2,10 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from repjax.fusion.counts import Counts, counted
-from repjax.fusion.emission import Merge
-from repjax.fusion.values import Term
 from repjax.program import Equation
 
 
@@ -62,13 +59,12 @@ class Report:
   before: Counts = dataclasses.field(default_factory=Counts)
   after: Counts = dataclasses.field(default_factory=Counts)
 
-  def add_merge(self, scope: str, merge: Merge, equations: Iterable[Equation], sizes: Any) -> None:
-    """Notes a merge. `sizes` returns the number of elements of a parameter."""
-    parts = tuple(name for piece in merge.pieces for name in map(_name, piece.group.members))
-    leaves = frozenset().union(*(stored.leaves for stored in merge.stored))
+  def add_merge(self, scope: str, step: Any, equations: Iterable[Equation], sizes: Any) -> None:
+    """Notes a merge. `sizes` has the number of elements of each parameter."""
+    leaves = frozenset().union(*(stored.leaves for stored in step.stored))
     equations = list(equations)
-    before = counted(equations, sum(map(sizes, leaves)))
-    self.merges.append(Merged(scope, parts, len(equations), before, counts_of(merge)))
+    before = counted(equations, sum(sizes[leaf] for leaf in leaves))
+    self.merges.append(Merged(scope, tuple(step.parts), len(equations), before, step.counts))
 
   def add_left(self, scope: str, what: str, reason: str, norm: bool = False) -> None:
     """Notes something that is left alone, once."""
@@ -99,25 +95,9 @@ class Report:
     return text
 
 
-def counts_of(merge: Merge) -> Counts:
-  """Returns what a merge costs."""
-  products, work = 0, 0
-  for piece in merge.pieces:
-    if piece.group.is_product:
-      assert piece.kernel is not None
-      assert piece.features is not None
-      products += 1
-      work += math.prod(merge.part(piece)) * piece.kernel.size // piece.features
-  return Counts(products, work, sum(stored.size for stored in merge.stored))
-
-
 def counts_of_step(step: Any) -> Counts:
-  """Returns what an equation or a merge costs."""
-  return counts_of(step) if isinstance(step, Merge) else counted([step], 0)
-
-
-def _name(term: Term) -> str:
-  return " > ".join(term.names)
+  """Returns what an equation, or an instruction in its place, costs."""
+  return counted([step], 0) if isinstance(step, Equation) else step.counts
 
 
 def _row(scope: str, parts: str, before: Counts, after: Counts) -> list[str]:

@@ -34,7 +34,8 @@ class Node:
     affine: the value as a sum of terms, None if the value is opaque.
     reads: number of equations and outputs that read the value.
     computed: the plan has an instruction that makes the value.
-    reshaped: the value that an opaque reshape made this one of.
+    layout: the value as moved numbers of an earlier node, for products over several axes.
+    product: the value as a product over several axes, which is not computed yet.
   """
 
   variable: Variable
@@ -42,7 +43,8 @@ class Node:
   affine: "Affine | None" = None
   reads: int = 1
   computed: bool = False
-  reshaped: "Node | None" = None
+  layout: Any = None
+  product: Any = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -216,6 +218,22 @@ def part_of(vector: Expression, term: Term) -> Expression:
     return vector
   assert term.features is not None
   return derived(_cut, vector, start=term.start, stop=term.start + term.features)
+
+
+def at_channels(value: Expression, start: int, features: int, length: int) -> Expression:
+  """Returns a value of some channels, (..., features) or (), as one of all channels.
+
+  Channels before `start` and after `start + features` are zero.
+  """
+  if features == length:
+    return value
+  return derived(_at_channels, value, start=start, features=features, length=length)
+
+
+def _at_channels(value: Any, start: int, features: int, length: int) -> Any:
+  value = jnp.broadcast_to(value, (*value.shape[:-1], features))
+  config = [(0, 0)] * (value.ndim - 1) + [(start, length - start - features)]
+  return jnp.pad(value, config)
 
 
 def shifted(affine: Affine, shift: Expression) -> Affine:

@@ -9,6 +9,7 @@ import numpy as np
 from repjax.fusion.arithmetic import Given, Rule
 from repjax.fusion.expressions import Expression
 from repjax.fusion.kernels import rearranged
+from repjax.fusion.layouts import Layout, sizes
 from repjax.fusion.values import Affine, Border, Node, Term, affine_of
 from repjax.fusion.windows import Window
 
@@ -157,34 +158,41 @@ def sum_blocks(given: Given) -> Affine | None:
     return None
   affine = affine_of(node)
   split = affine.terms[0].source if affine.is_view else node  # sums are often in a wider dtype
-  if split.reshaped is None:
+  if split.layout is None or split.shape != node.shape:
     return None
-  windows = _block_windows(split.reshaped.shape, node.shape, set(given.params["axes"]))
-  if windows is None:
+  found = _block_windows(split.layout, given.params["axes"])
+  if found is None:
     return None
-  term = Term(
-    split.reshaped,
-    tuple(range(len(windows))),
-    tuple(windows),
-    None,
-    split.dtype,
-    names=(_pool_name(windows),),
-  )
+  view, windows = found
+  source, name = split.layout.source, _pool_name(windows)
+  term = Term(source, view, windows, None, split.dtype, names=(name,))
   return Affine(given.shape, (term,), equations=frozenset([given.equation]))
 
 
 def _block_windows(
-  whole: Sequence[int], split: Sequence[int], summed: set[int]
-) -> list[Window] | None:
-  """Returns the windows of a sum over axes that a reshape split off, None if it is none."""
-  windows, place = [], 0
-  for size in whole:
-    block = split[place + 1] if place + 1 < len(split) and place + 1 in summed else 1
-    if place >= len(split) or place in summed or split[place] * block != size:
-      return None
-    windows.append(Window(split[place], block, block) if block > 1 else Window(size))
-    place += 2 if place + 1 in summed else 1
-  return windows if place == len(split) else None
+  layout: Layout, summed: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[Window, ...]] | None:
+  """Returns the view and the windows of a sum over parts that a reshape split off.
+
+  Returns None if what is summed is no block of neighbours.
+  """
+  gone = {atom for axis in summed for atom in layout.axes[axis]}
+  rest = [axis for place, axis in enumerate(layout.axes) if place not in summed]
+  kept = [tuple(atom for atom in axis if atom not in gone) for axis in layout.origin]
+  if sorted(map(hash, rest)) != sorted(map(hash, kept)):
+    return None
+  windows = []
+  for own, axis in zip(kept, layout.origin):
+    if axis[: len(own)] != own:
+      return None  # neighbours are the last parts of an axis
+    count, block = math.prod(sizes(own)), math.prod(sizes(axis[len(own) :]))
+    windows.append(Window(count, block, block) if block > 1 else Window(count))
+  places = list(range(len(kept)))
+  view = []
+  for axis in rest:  # several axes may have length 1, and then no atoms
+    view.append(next(place for place in places if kept[place] == axis))
+    places.remove(view[-1])
+  return tuple(view), tuple(windows)
 
 
 RULES: dict[str, Rule] = {
@@ -193,7 +201,6 @@ RULES: dict[str, Rule] = {
   "reduce_window_sum": sum_windows,
   "reduce_sum": sum_blocks,
   "reshape": reshape,
-  "slice": cut,
   "squeeze": reshape,
   "transpose": transpose,
 }

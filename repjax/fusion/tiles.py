@@ -1,0 +1,123 @@
+"""Convolutions over tiles as products over all pixels of a tile.
+
+RepMLP trains convolutions beside a fully connected layer over the same tiles. A convolution that
+keeps the size of the tile is such a layer too (`repjax.algebra.conv_to_dense`), so that both become
+one.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from repjax import algebra
+from repjax.fusion.contractions import Contraction
+from repjax.fusion.cost import Group, grouped
+from repjax.fusion.emission import joint_kernel
+from repjax.fusion.expressions import Expression, derived
+from repjax.fusion.layouts import Atom, sizes
+from repjax.fusion.values import Affine, plus
+from repjax.fusion.windows import Window
+
+
+def with_convolution(product: Contraction, affine: Affine, table: Any) -> Contraction | None:
+  """Returns a product with a convolution over its tiles added to its weights.
+
+  Args:
+    product: over all pixels and channels of a source.
+    affine: a sum of convolutions of the same source.
+    table: the table of expressions.
+
+  Returns:
+    None if the two do not have the same source and result, or compute in different dtypes.
+  """
+  groups = grouped(affine.terms, 1.0)
+  channel = affine.channel
+  if len(groups) != 1 or not groups[0].is_product or affine.borders or channel is None:
+    return None
+  head = groups[0].head
+  same = head.source is product.layout.source and head.view == tuple(range(len(affine.shape)))
+  if not same or (head.dtype, groups[0].settings) != (product.dtype, product.settings):
+    return None
+  spatial = _spatial(groups[0], product)
+  found = _atoms(product, spatial, channel) if spatial else None
+  if found is None or groups[0].groups % found[1]:
+    return None
+  atoms, shared = found
+  kernel = _over_tile(groups[0], spatial, shared, table)
+  order = tuple(atoms.index(atom) for atom in product.atoms)
+  kernel = plus(product.kernel, derived(_arranged, kernel, shape=sizes(atoms), order=order))
+  result = Contraction(
+    product.layout,
+    product.atoms,
+    kernel,
+    product.bias,
+    product.dtype,
+    product.settings,
+    product.equations | affine.equations,
+    (*product.names, *(" > ".join(term.names) for term in groups[0].members)),
+  )
+  if affine.bias is None:
+    return result
+  shape = [1] * len(affine.shape)
+  shape[channel] = -1 if affine.bias.shape else 1
+  shift = result.spread(derived(_reshaped, affine.bias, shape=tuple(shape)))
+  return None if shift is None else result.shifted(shift)
+
+
+def _spatial(group: Group, product: Contraction) -> list[int]:
+  """Returns the two axes that a centred convolution keeps at their size, [] if it is different."""
+  head, moved = group.head, []
+  for axis in head.others:
+    window, size = group.windows[axis], head.source.shape[axis]
+    if {*product.layout.origin[axis]} & {*product.summed}:
+      moved.append(axis)
+      if window.taps % 2 == 0 or window != Window(size, window.taps, low=window.taps // 2):
+        return []
+    elif not window.plain(size):
+      return []
+  return moved if len(moved) == 2 else []
+
+
+def _atoms(product: Contraction, spatial: list[int], channel: int) -> tuple[list[Atom], int] | None:
+  """Returns the atoms of the kernel in the order of `conv_to_dense`, and the number of groups."""
+  origin, axes, summed = product.layout.origin, product.layout.axes, {*product.summed}
+  if len(axes) != len(origin):
+    return None
+  groups = [atom for atom in origin[channel] if atom in product.shared]
+  inputs = [atom for atom in origin[channel] if atom in summed]
+  outputs = [atom for atom in axes[channel] if atom not in groups]
+  rows = [*origin[spatial[0]], *origin[spatial[1]]]
+  columns = [*axes[spatial[0]], *axes[spatial[1]]]
+  atoms = [*groups, *rows, *inputs, *columns, *outputs]
+  ordered = [*groups, *inputs] == [*origin[channel]] and [*groups, *outputs] == [*axes[channel]]
+  same = [math.prod(sizes(origin[axis])) for axis in spatial] == [
+    math.prod(sizes(axes[axis])) for axis in spatial
+  ]
+  whole = ordered and same and {*rows} <= summed and {*atoms} == {*product.atoms}
+  return (atoms, math.prod(sizes(groups))) if whole else None
+
+
+def _over_tile(group: Group, spatial: list[int], groups: int, table: Any) -> Expression:
+  """Returns the kernel of a convolution over a tile, as `conv_to_dense` orders it."""
+  source = group.head.source
+  taps = tuple(group.windows[axis].taps for axis in spatial)
+  kernel = derived(
+    algebra.merge_groups, joint_kernel(group, table), groups=group.groups, fewer=groups
+  )
+  tile = tuple(source.shape[axis] for axis in spatial)
+  return derived(_dense, kernel, taps=taps, tile=tile, groups=groups)
+
+
+def _dense(kernel: Any, taps: tuple[int, int], tile: tuple[int, int], groups: int) -> Any:
+  kernel = kernel.reshape(*taps, *kernel.shape[-2:])
+  bias = jnp.zeros(kernel.shape[-1], kernel.dtype)
+  return algebra.conv_to_dense(algebra.ConvParams(kernel, bias), tile, groups)[0]
+
+
+def _arranged(value: Any, shape: tuple[int, ...], order: tuple[int, ...]) -> Any:
+  return value.reshape(shape).transpose(order)
+
+
+def _reshaped(value: Any, shape: tuple[int, ...]) -> Any:
+  return value.reshape(shape)
