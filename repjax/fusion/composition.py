@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 
 from repjax.fusion import kernels
 from repjax.fusion.expressions import Expression
@@ -217,7 +217,7 @@ def _with_shift(result: Affine, term: Term, inner: Affine) -> Affine:
       raise Refusal("a shift before padding")
     count = math.prod(window.taps for window in term.windows)
     bias = inner.bias if term.scale is None else times(inner.bias, term.scale)
-    bias = bias if count == 1 else times(bias, bias.table.constant(jnp.asarray(count, bias.dtype)))
+    bias = bias if count == 1 else times(bias, bias.table.constant(np.asarray(count, bias.dtype)))
     return dataclasses.replace(result, bias=bias)
   by_tap = kernels.shift_by_tap(term.kernel, inner.bias, term.groups)
   if uniform:

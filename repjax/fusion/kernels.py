@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from repjax import algebra
@@ -26,8 +27,8 @@ def regrouped(kernel: Expression, groups: int, fewer: int) -> Expression:
 
 def diagonal(term: Term, table: Any) -> Expression:
   """Returns the depthwise kernel of a term without a kernel: its scale, at every tap."""
-  features, dtype = term.features, jnp.promote_types(term.dtype, jnp.float32)
-  scale = term.scale or table.constant(jnp.ones((), dtype))
+  features, dtype = term.features, algebra.wide_dtype(term.dtype)
+  scale = term.scale or table.constant(np.ones((), dtype))
   return derived(_spread_scale, scale, taps=term.taps, features=features)
 
 

@@ -15,9 +15,9 @@ from jax import lax
 
 CHANNELS = 4
 STEPS = [
-  *("conv", "conv", "conv", "norm", "norm", "add", "add", "relu", "pad", "cut", "pool", "blocks"),
-  *("scale", "transposed", "shift", "negative", "dense", "unit axis", "concatenate", "channels"),
-  *("tap", "reflect"),
+  *("conv", "conv", "conv", "conv", "conv", "norm", "norm", "norm", "add", "add", "add", "relu"),
+  *("pad", "cut", "pool", "blocks", "scale", "transposed", "shift", "negative", "dense"),
+  *("branches", "branches", "branches", "unit axis", "concatenate", "channels", "tap", "reflect"),
 ]
 
 
@@ -64,7 +64,7 @@ def random_program(seed: int, size: tuple[int, int, int] = (2, 12, 11)) -> Progr
   rng = np.random.default_rng(seed)
   layout = LAYOUTS[int(rng.integers(2))]
   steps = [
-    (str(rng.choice(STEPS)), int(rng.integers(1 << 30))) for _ in range(int(rng.integers(4, 14)))
+    (str(rng.choice(STEPS)), int(rng.integers(1 << 30))) for _ in range(int(rng.integers(5, 15)))
   ]
   params: dict[str, jax.Array] = {}
   function = functools.partial(_run, steps, layout, None)
@@ -95,7 +95,8 @@ def _run(steps, layout, rng, params, x):
   values, taps, draw = [x], [], _Parameters(params, rng)
   for name, seed in steps:
     own = np.random.default_rng(seed)
-    y = values[int(own.integers(max(0, len(values) - 3), len(values)))]
+    recent = int(own.integers(max(0, len(values) - 3), len(values)))
+    y = values[-1] if own.integers(3) else values[recent]
     if name == "tap":
       taps.append(y)
     elif name in ("add", "concatenate"):
@@ -136,6 +137,19 @@ def _conv(y, layout, draw, own):
     dimension_numbers=layout.spec,
     feature_group_count=groups,
   )
+
+
+def _branches(y, layout, draw, own):
+  """Convolutions of several sizes side by side, as the networks of this package have them."""
+  stride, results = int(own.choice([1, 1, 2])), []
+  for size in (1, 3, 3)[: int(own.integers(2, 4))]:
+    kernel = _kernel(layout, draw, [size] * 2, y.shape[layout.channel], 4)
+    padding = [(size // 2, size // 2)] * 2
+    conv = lax.conv_general_dilated(
+      y, kernel, (stride, stride), padding, dimension_numbers=layout.spec
+    )
+    results.append(_norm(conv, layout, draw, own) if own.integers(2) else conv)
+  return sum(results[1:], results[0])
 
 
 def _kernel(layout, draw, size, inputs, outputs):
