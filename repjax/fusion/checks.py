@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from repjax.algebra import wide_dtype
 from repjax.errors import InputError
 from repjax.fusion.expressions import Expression, evaluate
 from repjax.fusion.plan import Instruction, Plan, constant_array
@@ -54,7 +55,7 @@ def check(plan: Plan, equations: Sequence[Equation]) -> None:
   found = _measured(plan, equations, merges)
   names = {expression: name for name, expression in plan.stored.items()}
   for error, (variable, merge) in zip(found, merges.items()):
-    if not error <= _TOLERANCE[variable.aval.dtype.itemsize]:
+    if not error <= _TOLERANCE.get(variable.aval.dtype.itemsize, 1e-3):
       read = [names[each] for each in merge.inputs if each in names]
       raise InputError(
         f"fuse made a mistake in the scope {merge.scope!r}: on random parameters the merged layer "
@@ -88,7 +89,10 @@ def _errors(
 ):
   """Returns the relative error of each merge, in order."""
   values: dict[Any, Any] = dict(zip(plan.program.inputs, inputs))
-  leaves = inputs[: plan.parameters]
+  leaves = [
+    None if variable in plan.arguments else array
+    for variable, array in zip(plan.program.inputs, inputs)
+  ]
   stored = [
     each for merge in merges.values() for each in merge.inputs if isinstance(each, Expression)
   ]
@@ -99,8 +103,9 @@ def _errors(
     values.update(zip(equation.outputs, results))
     merge = merges.get(equation.outputs[0]) if equation.outputs else None
     if merge is not None:
-      (result,) = merge.step.run(*(_read(values, each) for each in merge.inputs))
-      found[equation.outputs[0]] = relative_error(result, results[0])
+      made = merge.step.run(*(_read(values, each) for each in merge.inputs))
+      errors = [relative_error(mine, wanted) for mine, wanted in zip(made, results)]
+      found[equation.outputs[0]] = jnp.max(jnp.stack(errors))
   return [found[variable] for variable in merges]
 
 
@@ -110,7 +115,7 @@ def _read(values: Mapping[Any, Any], given: Any) -> Any:
 
 def relative_error(result: Any, wanted: Any) -> Any:
   """Returns max|a - b| / max|b|, over all places where b is finite."""
-  wide = jnp.promote_types(wanted.dtype, jnp.float32)
+  wide = wide_dtype(wanted.dtype)
   result, wanted = result.astype(wide), wanted.astype(wide)
   finite = jnp.isfinite(wanted)
   zero = jnp.zeros((), wide)

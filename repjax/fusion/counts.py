@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from repjax.program import Equation
+from repjax.program import Equation, inner_programs
 
 PRODUCTS = ("conv_general_dilated", "dot_general")
 
@@ -22,6 +22,10 @@ class Counts(NamedTuple):
   multiplications: int = 0
   parameters: int = 0
 
+  def times(self, steps: int) -> "Counts":
+    """Returns what a loop of some steps costs. Its products and parameters are counted once."""
+    return self._replace(multiplications=self.multiplications * steps)
+
 
 def multiplications(equation: Equation) -> int:
   """Returns the multiply-adds of a convolution or matrix product, taps on padding included."""
@@ -34,7 +38,19 @@ def multiplications(equation: Equation) -> int:
   return size * math.prod(kernel) // kernel[equation.params["dimension_numbers"].rhs_spec[0]]
 
 
-def counted(equations: Iterable[Equation], parameters: int) -> Counts:
-  """Returns what the products among equations cost."""
-  products = [each for each in equations if each.primitive in PRODUCTS]
-  return Counts(len(products), sum(map(multiplications, products)), parameters)
+def counts_of(equation: Equation) -> Counts:
+  """Returns what the products of an equation cost, those in programs that it holds included.
+
+  The products of a loop's body are counted once, and their multiplications for each step. A loop of
+  unknown length counts as one step, and a choice as all its branches.
+  """
+  if equation.primitive in PRODUCTS:
+    return Counts(1, multiplications(equation))
+  inner = total(counts_of(each) for held in inner_programs(equation) for each in held.equations)
+  return inner.times(equation.params["length"] if equation.primitive == "scan" else 1)
+
+
+def total(counts: Iterable[Counts]) -> Counts:
+  """Returns a sum of counts."""
+  rows = list(counts)
+  return Counts(*(sum(column) for column in zip(*rows))) if rows else Counts()

@@ -17,7 +17,7 @@ Example:
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,6 +78,11 @@ class Expressions:
   def __init__(self):
     self._known: dict[Any, Expression] = {}
     self._alive: list[Any] = []
+    self._children: dict[Any, Expressions] = {}
+
+  def child(self, key: Any) -> "Expressions":
+    """Returns the table of a program inside this one, such as the body of a loop."""
+    return self._children.setdefault(key, Expressions())
 
   def leaf(self, index: int, aval: Any) -> Expression:
     """Returns the expression of a parameter."""
@@ -150,12 +155,12 @@ def derived(function: Callable[..., Any], *inputs: Expression, **static: Any) ->
   return inputs[0].table.derived(function, *inputs, **static)
 
 
-def evaluate(wanted: Iterable[Expression], leaves: Sequence[Any]) -> list[Any]:
+def evaluate(wanted: Iterable[Expression], leaves: Sequence[Any] | Mapping[int, Any]) -> list[Any]:
   """Computes expressions.
 
   Args:
     wanted: the expressions.
-    leaves: the arrays of all parameters, in the order of the tree.
+    leaves: the arrays of all parameters, by position in the tree.
 
   Returns:
     One array for each expression. Each common part is computed once.

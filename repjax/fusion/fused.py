@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from repjax.errors import InputError, printable
 from repjax.fusion.agreement import differing, kept_apart
 from repjax.fusion.checks import check, reason_of_training
-from repjax.fusion.counts import PRODUCTS, Counts, counted
-from repjax.fusion.expressions import Expression, Expressions, evaluate
-from repjax.fusion.plan import Instruction, Plan, live, named
+from repjax.fusion.expressions import Expressions
+from repjax.fusion.plan import Plan
 from repjax.fusion.planning import Planner
-from repjax.fusion.report import Report, counts_of_step
-from repjax.program import Program, RuleCall, trace
+from repjax.fusion.report import Report
+from repjax.program import Program, trace
 
 _UNTRACED = (
   jax.errors.ConcretizationTypeError,
@@ -141,15 +140,9 @@ class Fused:
   def _plan(self, args: tuple[Any, ...], apart: frozenset[int]):
     """Returns a plan for arguments, the equations of the traced program, and the report."""
     program = self._traced(args)
-    equations = list(program.with_rules(lambda rule: not _has_product(program, rule)))
-    planner = Planner(equations, program.outputs, self._table, self._growth, apart)
+    planner = Planner(program, self._table, self._growth, apart)
     count = len(self._avals)
-    for index, variable in enumerate(program.inputs):
-      if index < count:
-        planner.add_parameter(variable, index)
-      else:
-        planner.add_argument(variable)
-    plan = _finished(planner, program, self._paths)
+    plan = planner.planned(range(count), dict(enumerate(self._paths)))
     reason = reason_of_training(planner.equations, planner.nodes)
     if reason:
       warnings.warn(
@@ -174,41 +167,6 @@ class Fused:
         f"{printable(str(error).partition(chr(10))[0])} Bind settings such as train=False with "
         "functools.partial, and write choices by value with jnp.where or lax.cond"
       ) from error
-
-
-def _finished(planner: Planner, program: Program, paths: Sequence[str]) -> Plan:
-  """Runs a planner, and returns its plan.
-
-  Args:
-    planner: knows which inputs of the program are parameters.
-    program: the traced program.
-    paths: names of the parameters.
-  """
-  outputs = planner.run()
-  instructions = live(planner.instructions, outputs, _acts)
-  inputs = [each for instruction in instructions for each in instruction.inputs]
-  read = [each for each in dict.fromkeys([*inputs, *outputs]) if isinstance(each, Expression)]
-  stored = named([each for each in read if each.leaves], planner.hints, paths, planner.sizes)
-  fixed = [each for each in read if not each.leaves]
-  with jax.ensure_compile_time_eval():
-    constants = dict(zip(fixed, evaluate(fixed, ())))
-  total = sum(planner.sizes.values())
-  planner.report.before = counted(planner.equations, total)
-  after = [counts_of_step(each.step) for each in instructions]
-  planner.report.after = Counts(
-    sum(each.products for each in after),
-    sum(each.multiplications for each in after),
-    sum(each.size for each in stored.values()),
-  )
-  return Plan(program, len(paths), tuple(instructions), tuple(outputs), stored, constants)
-
-
-def _acts(instruction: Instruction) -> bool:
-  return instruction.effects
-
-
-def _has_product(program: Program, rule: RuleCall) -> bool:
-  return any(each.primitive in PRODUCTS for each in program.equations[rule.start : rule.stop])
 
 
 def _check_folded(folded: Any, plan: Plan) -> None:

@@ -52,7 +52,7 @@ class Plan:
 
   Attributes:
     program: the traced program.
-    parameters: the number of inputs of the program that are parameters.
+    arguments: the inputs of the program that are no parameters, in order.
     instructions: what a call computes.
     outputs: the leaves of the result.
     stored: the arrays that the fold makes, by name.
@@ -60,7 +60,7 @@ class Plan:
   """
 
   program: Program
-  parameters: int
+  arguments: tuple[Variable, ...]
   instructions: tuple[Instruction, ...]
   outputs: tuple[Input, ...]
   stored: Mapping[str, Expression]
@@ -72,7 +72,7 @@ class Plan:
 
   def call(self, held: Mapping[str, Any], arguments: Sequence[Any]) -> list[Any]:
     """Computes the leaves of the result from stored arrays and the leaves of the arguments."""
-    values: dict[Any, Any] = dict(zip(self.program.inputs[self.parameters :], arguments))
+    values: dict[Any, Any] = dict(zip(self.arguments, arguments))
     values.update(self.constants)
     values.update((expression, held[name]) for name, expression in self.stored.items())
     last = _last_readers(self.instructions)
@@ -121,7 +121,7 @@ def live(steps: Sequence[T], outputs: Sequence[Any], effects: Callable[[T], bool
 def named(
   expressions: Sequence[Expression],
   hints: Mapping[Expression, tuple[Expression, str]],
-  paths: Sequence[str],
+  paths: Mapping[int, str],
   sizes: Mapping[int, int],
 ) -> dict[str, Expression]:
   """Names what a fold stores after the largest parameter that a stored array depends on.

@@ -10,9 +10,10 @@ A sum of terms is computed as late as possible, with all its terms in view: an a
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from repjax.fusion import arithmetic, channels, contracting, products, views
@@ -20,19 +21,20 @@ from repjax.fusion.arithmetic import Given
 from repjax.fusion.choice import best_product, best_sum, is_norm, norm_reason
 from repjax.fusion.contractions import Contraction
 from repjax.fusion.cost import grouped, reasons_apart
-from repjax.fusion.counts import PRODUCTS
+from repjax.fusion.counts import PRODUCTS, total
 from repjax.fusion.emission import merge_of
-from repjax.fusion.expressions import Expression, Expressions
+from repjax.fusion.expressions import Expression, Expressions, evaluate
 from repjax.fusion.layouts import Layout
 from repjax.fusion.parameters import Parameters
-from repjax.fusion.plan import Input, Instruction, constant_array, has_effects, live
-from repjax.fusion.report import Report
+from repjax.fusion.plan import Input, Instruction, Plan, constant_array, has_effects, live, named
+from repjax.fusion.report import Report, counts_of_step
+from repjax.fusion.scans import FusedScan, outer_value
 from repjax.fusion.values import (
   Affine,
   Node,
   Refusal,
 )
-from repjax.program import Constant, Equation, Operand, Variable
+from repjax.program import Constant, Equation, Operand, Program, RuleCall, Variable, inner_programs
 
 RULES = {**arithmetic.RULES, **products.RULES, **views.RULES, **channels.RULES}
 _FREE = {"broadcast_in_dim", "convert_element_type", "copy", "name", "reshape", "squeeze"}
@@ -52,17 +54,19 @@ class Planner:
   """
 
   def __init__(
-    self,
-    equations: Sequence[Equation],
-    outputs: Sequence[Operand],
-    table: Expressions,
-    growth: float,
-    apart: Iterable[int] = (),
+    self, program: Program, table: Expressions, growth: float, apart: Iterable[int] = ()
   ):
-    self.equations = live(equations, outputs, has_effects)
-    self.apart = {self.equations[place] for place in apart}
-    self.sizes: dict[int, int] = {}
-    self.outputs = outputs
+    """Makes a planner.
+
+    Args:
+      program: the traced program.
+      table: the table of expressions, one for all plans of a function.
+      growth: largest factor by which a merge may raise multiplications or weights.
+      apart: places of equations across which nothing is merged.
+    """
+    self.program = program
+    kept = program.with_rules(lambda rule: not _has_product(program, rule))
+    self.equations = live(list(kept), program.outputs, has_effects)
     self.growth = growth
     self.table = table
     self.parameters = Parameters(table)
@@ -70,33 +74,95 @@ class Planner:
     self.instructions: list[Instruction] = []
     self.hints: dict[Expression, tuple[Expression, str]] = {}
     self.report = Report()
+    self._apart = {self.equations[place] for place in apart}
+    self._sizes: dict[int, int] = {}
     self._copied: set[Equation] = set()
     self._readers: dict[Variable, list[str]] = {}
-    for equation in self.equations:
-      for each in equation.inputs:
-        if isinstance(each, Variable):
-          self._readers.setdefault(each, []).append(equation.primitive)
-    for each in outputs:
-      if isinstance(each, Variable):
-        self._readers.setdefault(each, []).append("output")
+    reads = [(each.primitive, each.inputs) for each in self.equations]
+    for reader, operands in [*reads, ("output", program.outputs)]:
+      for operand in operands:
+        if isinstance(operand, Variable):
+          self._readers.setdefault(operand, []).append(reader)
 
-  def add_parameter(self, variable: Variable, index: int) -> None:
-    """Notes that an input of the program is a parameter."""
-    self.parameters.values[variable] = self.table.leaf(index, variable.aval)
-    self.sizes[index] = math.prod(variable.aval.shape)
+  def planned(self, parameters: Container[int], paths: Mapping[int, str]) -> Plan:
+    """Plans all equations, and returns the plan.
 
-  def add_argument(self, variable: Variable) -> None:
-    """Notes that an input of the program is an argument."""
-    self.nodes[variable] = Node(variable, reads=self._reads(variable), computed=True)
-
-  def run(self) -> list[Input]:
-    """Plans all equations, and returns the outputs."""
+    Args:
+      parameters: the places of the inputs of the program that are parameters.
+      paths: names of the parameters.
+    """
+    for place, variable in enumerate(self.program.inputs):
+      if place in parameters:
+        self.parameters.values[variable] = self.table.leaf(place, variable.aval)
+        self._sizes[place] = math.prod(variable.aval.shape)
+      else:
+        self.nodes[variable] = Node(variable, reads=self._reads(variable), computed=True)
     for equation in self.equations:
       if all(each not in self.nodes for each in equation.inputs) and not has_effects(equation):
         self.parameters.add(equation, [self._expression(each) for each in equation.inputs])
-      else:
+      elif not self._add_scan(equation):
         self._add(equation)
-    return [self._input(each) for each in self.outputs]
+    outputs = tuple(self._input(each) for each in self.program.outputs)
+    return self._finished(outputs, paths)
+
+  def _finished(self, outputs: tuple[Input, ...], paths: Mapping[int, str]) -> Plan:
+    """Returns the plan without what nothing reads."""
+    instructions = live(self.instructions, outputs, lambda each: each.effects)
+    inputs = [each for instruction in instructions for each in instruction.inputs]
+    read = [each for each in dict.fromkeys([*inputs, *outputs]) if isinstance(each, Expression)]
+    stored = named([each for each in read if each.leaves], self.hints, paths, self._sizes)
+    fixed = [each for each in read if not each.leaves]
+    with jax.ensure_compile_time_eval():
+      constants = dict(zip(fixed, evaluate(fixed, ())))
+    self.report.before = total(counts_of_step(each) for each in self.equations)._replace(
+      parameters=sum(self._sizes.values())
+    )
+    self.report.after = total(counts_of_step(each.step) for each in instructions)._replace(
+      parameters=sum(each.size for each in stored.values())
+    )
+    arguments = tuple(each for each in self.program.inputs if each in self.nodes)
+    return Plan(self.program, arguments, tuple(instructions), outputs, stored, constants)
+
+  def _add_scan(self, equation: Equation) -> bool:
+    """Adds a scan with a fused body. Returns False if it is no scan or nothing merges in it."""
+    if equation.primitive != "scan" or equation in self._apart:
+      return False
+    operands = [self._operand(each) for each in equation.inputs]
+    first, carries = equation.params["num_consts"], equation.params["num_carry"]
+    fixed = [
+      place
+      for place, each in enumerate(operands)
+      if isinstance(each, Expression) and not first <= place < first + carries
+    ]
+    (program,) = inner_programs(equation)
+    # The place of a scan is the same in the programs of most shapes, which then share a table.
+    table = self.table.child(self.equations.index(equation))
+    inner = Planner(program, table, self.growth)
+    body = inner.planned(fixed, {place: str(place) for place in fixed})
+    self.report.add_body(inner.report, equation.params["length"])
+    if not any(each.merged for each in body.instructions):
+      return False
+    moving = tuple(place for place in range(len(operands)) if place not in fixed)
+    found = [outer_value(each, operands, first + carries) for each in body.stored.values()]
+    kinds = [inner.hints.get(each, (each, "kernel"))[1] for each in body.stored.values()]
+    for (stored, _), kind in zip(found, kinds):
+      self.hints.setdefault(stored, (stored, kind))
+    names = zip(body.stored, found)
+    step = FusedScan(
+      equation,
+      body,
+      moving,
+      tuple(stored for stored, _ in found),
+      frozenset(name for name, (_, mapped) in names if mapped),
+      inner.report.after.times(equation.params["length"]),
+    )
+    inputs = [self._input(equation.inputs[place]) for place in moving]
+    self.instructions.append(
+      Instruction(step, (*inputs, *step.stored), equation.outputs, equation.scope)
+    )
+    for variable in equation.outputs:
+      self.nodes[variable] = Node(variable, equation, reads=self._reads(variable), computed=True)
+    return True
 
   def _reads(self, variable: Variable) -> int:
     return len(self._readers.get(variable, ()))
@@ -132,7 +198,7 @@ class Planner:
 
   def _made(self, equation: Equation) -> Affine | Contraction | Layout | None:
     """Returns what an equation makes by the first rule that fits, None if it is opaque."""
-    if len(equation.outputs) != 1 or equation in self.apart:
+    if len(equation.outputs) != 1 or equation in self._apart:
       return None
     if not jnp.issubdtype(equation.outputs[0].aval.dtype, jnp.floating):
       return None
@@ -217,7 +283,7 @@ class Planner:
     inputs = (*(source.variable for source in step.sources), *step.stored)
     scope = node.equation.scope
     self.instructions.append(Instruction(step, inputs, (node.variable,), scope))
-    self.report.add_merge(scope, step, equations, self.sizes)
+    self.report.add_merge(scope, step, equations, self._sizes)
 
   def _emit(self, equation: Equation) -> None:
     """Adds an equation as it is."""
@@ -244,3 +310,7 @@ class Planner:
       self._copied.add(maker)
       self._emit(maker)
     return operand
+
+
+def _has_product(program: Program, rule: RuleCall) -> bool:
+  return any(each.primitive in PRODUCTS for each in program.equations[rule.start : rule.stop])

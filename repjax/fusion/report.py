@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from repjax.fusion.counts import Counts, counted
+from repjax.fusion.counts import Counts, counts_of, total
 from repjax.program import Equation
 
 
@@ -63,8 +63,16 @@ class Report:
     """Notes a merge. `sizes` has the number of elements of each parameter."""
     leaves = frozenset().union(*(stored.leaves for stored in step.stored))
     equations = list(equations)
-    before = counted(equations, sum(sizes[leaf] for leaf in leaves))
+    read = sum(sizes[leaf] for leaf in leaves)
+    before = total(map(counts_of, equations))._replace(parameters=read)
     self.merges.append(Merged(scope, tuple(step.parts), len(equations), before, step.counts))
+
+  def add_body(self, report: "Report", steps: int) -> None:
+    """Notes what was merged and left alone in the body of a loop of some steps."""
+    for merge in report.merges:
+      before, after = merge.before.times(steps), merge.after.times(steps)
+      self.merges.append(dataclasses.replace(merge, before=before, after=after))
+    self.left += [entry for entry in report.left if entry not in self.left]
 
   def add_left(self, scope: str, what: str, reason: str, norm: bool = False) -> None:
     """Notes something that is left alone, once."""
@@ -97,7 +105,7 @@ class Report:
 
 def counts_of_step(step: Any) -> Counts:
   """Returns what an equation, or an instruction in its place, costs."""
-  return counted([step], 0) if isinstance(step, Equation) else step.counts
+  return counts_of(step) if isinstance(step, Equation) else step.counts
 
 
 def _row(scope: str, parts: str, before: Counts, after: Counts) -> list[str]:

@@ -64,7 +64,7 @@ def shapes(**kernels: tuple[int, ...]) -> dict[str, Any]:
   def one(name: str, shape: tuple[int, ...]) -> Any:
     leaf = jax.ShapeDtypeStruct(shape, jnp.float64)
     norm = name.startswith("norm")
-    return {key: leaf for key in ("scale", "bias", "mean", "var")} if norm else leaf
+    return dict.fromkeys(("scale", "bias", "mean", "var"), leaf) if norm else leaf
 
   return {name: one(name, shape) for name, shape in kernels.items()}
 
