@@ -49,7 +49,10 @@ def check(plan: Plan, equations: Sequence[Equation]) -> None:
   Raises:
     InputError: a merge computes something different. The text names its parameters.
   """
-  merges = {each.outputs[0]: each for each in plan.instructions if each.merged}
+  made = {output for each in equations for output in each.outputs}
+  merges = {
+    each.outputs[0]: each for each in plan.instructions if each.merged and each.outputs[0] in made
+  }
   if not merges:
     return
   found = _measured(plan, equations, merges)
@@ -97,12 +100,17 @@ def _errors(
     each for merge in merges.values() for each in merge.inputs if isinstance(each, Expression)
   ]
   values.update(zip(stored, evaluate(stored, leaves)))
+  makers = {each.outputs[0]: each for each in plan.instructions if each.outputs}
   found = {}
   for equation in equations:
     results = equation.run(*(_read(values, each) for each in equation.inputs))
     values.update(zip(equation.outputs, results))
     merge = merges.get(equation.outputs[0]) if equation.outputs else None
     if merge is not None:
+      for each in merge.inputs:
+        if isinstance(each, Variable) and each not in values:  # picked pixels of a value
+          maker = makers[each]
+          values.update(zip(maker.outputs, maker.step.run(values[maker.inputs[0]])))
       made = merge.step.run(*(_read(values, each) for each in merge.inputs))
       errors = [relative_error(mine, wanted) for mine, wanted in zip(made, results)]
       found[equation.outputs[0]] = jnp.max(jnp.stack(errors))

@@ -26,6 +26,7 @@ from repjax.fusion.emission import merge_of
 from repjax.fusion.expressions import Expression, Expressions, evaluate
 from repjax.fusion.layouts import Layout
 from repjax.fusion.parameters import Parameters
+from repjax.fusion.picks import Pick, picked, with_picks
 from repjax.fusion.plan import Input, Instruction, Plan, constant_array, has_effects, live, named
 from repjax.fusion.report import Report, counts_of_step
 from repjax.fusion.scans import FusedScan, outer_value
@@ -33,6 +34,7 @@ from repjax.fusion.values import (
   Affine,
   Node,
   Refusal,
+  identity,
 )
 from repjax.program import Constant, Equation, Operand, Program, RuleCall, Variable, inner_programs
 
@@ -67,6 +69,9 @@ class Planner:
     self.program = program
     kept = program.with_rules(lambda rule: not _has_product(program, rule))
     self.equations = live(list(kept), program.outputs, has_effects)
+    steps = live(with_picks(self.equations, program.outputs), program.outputs, has_effects)
+    self._steps = steps
+    self._picked: dict[Any, Node] = {}
     self.growth = growth
     self.table = table
     self.parameters = Parameters(table)
@@ -78,7 +83,7 @@ class Planner:
     self._sizes: dict[int, int] = {}
     self._copied: set[Equation] = set()
     self._readers: dict[Variable, list[str]] = {}
-    reads = [(each.primitive, each.inputs) for each in self.equations]
+    reads = [(each.primitive, each.inputs) for each in steps]
     for reader, operands in [*reads, ("output", program.outputs)]:
       for operand in operands:
         if isinstance(operand, Variable):
@@ -97,13 +102,49 @@ class Planner:
         self._sizes[place] = math.prod(variable.aval.shape)
       else:
         self.nodes[variable] = Node(variable, reads=self._reads(variable), computed=True)
-    for equation in self.equations:
-      if all(each not in self.nodes for each in equation.inputs) and not has_effects(equation):
-        self.parameters.add(equation, [self._expression(each) for each in equation.inputs])
-      elif not self._add_scan(equation):
-        self._add(equation)
+    for step in self._steps:
+      if isinstance(step, Pick):
+        self._add_pick(step)
+      else:
+        self._add_any(step)
     outputs = tuple(self._input(each) for each in self.program.outputs)
     return self._finished(outputs, paths)
+
+  def _add_any(self, equation: Equation) -> None:
+    """Adds an equation, once."""
+    if any(each in self.nodes or each in self.parameters.values for each in equation.outputs):
+      return  # chains of pixels that are picked may begin alike
+    if all(each not in self.nodes for each in equation.inputs) and not has_effects(equation):
+      self.parameters.add(equation, [self._expression(each) for each in equation.inputs])
+    elif not self._add_scan(equation):
+      self._add(equation)
+
+  def _add_pick(self, pick: Pick) -> None:
+    """Adds picked pixels of a value: in front of a sum of pointwise terms, or as they are."""
+    base, (variable,) = self.nodes.get(pick.inputs[0]), pick.outputs  # type: ignore[arg-type]
+    affine = None if base is None else self._picked_affine(base, pick)
+    if affine is None:
+      for equation in pick.equations:
+        self._add_any(equation)
+      if base is not None:
+        self._picked.setdefault((base, pick.places), self.nodes[variable])
+      return
+    node = Node(variable, pick.equations[-1], affine, self._reads(variable))
+    self.nodes[variable] = node
+    if node.reads > 1 and not self._stays_open(node):
+      self.compute(node)
+
+  def _picked_affine(self, base: Node, pick: Pick) -> Affine | None:
+    """Returns picked pixels of a value as a sum, None if that is no gain."""
+    if (base, pick.places) in self._picked:
+      return identity(self._picked[base, pick.places])
+    if base.affine is None or base.affine.is_view or base.computed:
+      return None
+    try:
+      return picked(base.affine, pick, self._picked)
+    except Refusal as refusal:
+      self.report.add_left(pick.scope, "pad", str(refusal))
+      return None
 
   def _finished(self, outputs: tuple[Input, ...], paths: Mapping[int, str]) -> Plan:
     """Returns the plan without what nothing reads."""
@@ -243,6 +284,11 @@ class Planner:
     if node.computed:
       return
     node.computed = True
+    if node.pick is not None:
+      source, step = node.pick
+      self.compute(source)
+      self.instructions.append(Instruction(step, (source.variable,), (node.variable,)))
+      return
     assert node.equation is not None
     if node.product is not None:
       product = best_product(node.product)

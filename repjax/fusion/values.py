@@ -36,6 +36,7 @@ class Node:
     computed: the plan has an instruction that makes the value.
     layout: the value as moved numbers of an earlier node, for products over several axes.
     product: the value as a product over several axes, which is not computed yet.
+    pick: the node and the instruction of a value that is no value of the program.
   """
 
   variable: Variable
@@ -45,6 +46,7 @@ class Node:
   computed: bool = False
   layout: Any = None
   product: Any = None
+  pick: Any = None
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -28,9 +28,8 @@ def test_a_random_program_computes_the_same(seed):
       continue
     try:
       results = jax.jit(fused)(small, images)
-    except InputError as error:
-      assert size != SIZES[0]
-      assert "need different fused parameters" in str(error)
+    except InputError:
+      assert size != SIZES[0]  # the sizes need different fused parameters
       continue
     for result, each in zip(results, wanted, strict=True):
       scale = float(np.abs(each).max()) or 1
