@@ -29,7 +29,7 @@ from repjax.fusion.parameters import Parameters
 from repjax.fusion.picks import Pick, picked, with_picks
 from repjax.fusion.plan import Input, Instruction, Plan, constant_array, has_effects, live, named
 from repjax.fusion.report import Report, counts_of_step
-from repjax.fusion.scans import FusedScan, outer_value
+from repjax.fusion.scans import fixed_inputs, fused_scan
 from repjax.fusion.values import (
   Affine,
   Node,
@@ -169,41 +169,26 @@ class Planner:
     if equation.primitive != "scan" or equation in self._apart:
       return False
     operands = [self._operand(each) for each in equation.inputs]
-    first, carries = equation.params["num_consts"], equation.params["num_carry"]
-    fixed = [
-      place
-      for place, each in enumerate(operands)
-      if isinstance(each, Expression) and not first <= place < first + carries
-    ]
+    fixed = fixed_inputs(equation, operands)
     (program,) = inner_programs(equation)
     # The place of a scan is the same in the programs of most shapes, which then share a table.
-    table = self.table.child(self.equations.index(equation))
-    inner = Planner(program, table, self.growth)
+    inner = Planner(program, self.table.child(self.equations.index(equation)), self.growth)
     body = inner.planned(fixed, {place: str(place) for place in fixed})
     self.report.add_body(inner.report, equation.params["length"])
     if not any(each.merged for each in body.instructions):
       return False
-    moving = tuple(place for place in range(len(operands)) if place not in fixed)
-    found = [outer_value(each, operands, first + carries) for each in body.stored.values()]
-    kinds = [inner.hints.get(each, (each, "kernel"))[1] for each in body.stored.values()]
-    for (stored, _), kind in zip(found, kinds):
-      self.hints.setdefault(stored, (stored, kind))
-    names = zip(body.stored, found)
-    step = FusedScan(
-      equation,
-      body,
-      moving,
-      tuple(stored for stored, _ in found),
-      frozenset(name for name, (_, mapped) in names if mapped),
-      inner.report.after.times(equation.params["length"]),
-    )
-    inputs = [self._input(equation.inputs[place]) for place in moving]
-    self.instructions.append(
-      Instruction(step, (*inputs, *step.stored), equation.outputs, equation.scope)
-    )
+    step = fused_scan(equation, operands, body, inner.report.after)
+    for inside, stored in zip(body.stored.values(), step.stored):
+      self.hints.setdefault(stored, (stored, inner.hints.get(inside, (inside, "kernel"))[1]))
+    inputs = [self._input(equation.inputs[place]) for place in step.moving]
+    self._emit_instruction(step, (*inputs, *step.stored), equation)
+    return True
+
+  def _emit_instruction(self, step: Any, inputs: tuple[Input, ...], equation: Equation) -> None:
+    """Adds what takes the place of an equation with outputs that are opaque."""
+    self.instructions.append(Instruction(step, inputs, equation.outputs, equation.scope))
     for variable in equation.outputs:
       self.nodes[variable] = Node(variable, equation, reads=self._reads(variable), computed=True)
-    return True
 
   def _reads(self, variable: Variable) -> int:
     return len(self._readers.get(variable, ()))

@@ -93,16 +93,44 @@ class FusedScan:
     return [*carry, *outputs]
 
 
-def outer_value(
-  expression: Expression, operands: Sequence[Node | Expression], first_mapped: int
-) -> tuple[Expression, bool]:
-  """Returns a stored array of a body as an expression of the whole, and if steps differ in it.
+def fixed_inputs(equation: Equation, operands: Sequence[Node | Expression]) -> list[int]:
+  """Returns the places of the inputs of a scan's body that follow from parameters alone."""
+  first, carries = equation.params["num_consts"], equation.params["num_carry"]
+  return [
+    place
+    for place, each in enumerate(operands)
+    if isinstance(each, Expression) and not first <= place < first + carries
+  ]
+
+
+def fused_scan(
+  equation: Equation, operands: Sequence[Node | Expression], body: Plan, counts: Counts
+) -> FusedScan:
+  """Returns the instruction of a scan with a fused body.
 
   Args:
-    expression: depends on inputs of the body.
-    operands: what the scan reads, one for each input of the body.
-    first_mapped: the first operand that is stacked.
+    equation: the scan.
+    operands: what it reads, one for each input of the body.
+    body: the plan of its body.
+    counts: what the products of the fused body cost in one step.
   """
+  fixed = fixed_inputs(equation, operands)
+  first_mapped = equation.params["num_consts"] + equation.params["num_carry"]
+  found = {name: _of_all_steps(each, operands, first_mapped) for name, each in body.stored.items()}
+  return FusedScan(
+    equation,
+    body,
+    moving=tuple(place for place in range(len(operands)) if place not in fixed),
+    stored=tuple(stored for stored, _ in found.values()),
+    mapped=frozenset(name for name, (_, mapped) in found.items() if mapped),
+    counts=counts.times(equation.params["length"]),
+  )
+
+
+def _of_all_steps(
+  expression: Expression, operands: Sequence[Node | Expression], first_mapped: int
+) -> tuple[Expression, bool]:
+  """Returns a stored array of a body as an expression of the whole, and if steps differ in it."""
   leaves = tuple(sorted(expression.leaves))
   mapped = tuple(leaf >= first_mapped for leaf in leaves)
   given = [operands[leaf] for leaf in leaves]
