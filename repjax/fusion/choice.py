@@ -13,6 +13,7 @@ from repjax.fusion.contractions import Contraction
 from repjax.fusion.cost import Cost, cost_of, grouped
 from repjax.fusion.counts import PRODUCTS
 from repjax.fusion.expressions import Expressions
+from repjax.fusion.layouts import Layout
 from repjax.fusion.report import Report
 from repjax.fusion.values import Affine, Node, Refusal, Term, at_channels, plus, with_channel
 from repjax.fusion.windows import Window
@@ -146,13 +147,17 @@ def best_product(product: Contraction) -> Contraction:
     return product
   (term,) = inner.terms
   plain = all(map(Window.plain, term.windows, term.source.shape))
-  moved = term.view != tuple(range(len(term.windows)))
+  moved = sorted(term.view, key=str) == sorted(range(len(term.windows)), key=str)
   # A shift in a wider dtype than the product's would be rounded differently.
   narrow = inner.bias is not None and product.dtype.itemsize < term.source.dtype.itemsize
-  if not plain or moved or inner.borders or narrow:
+  if not plain or not moved or inner.borders or narrow:
     return product
-  merged = product.after(term.scale, inner.bias, inner.channel, term.source)
-  return product if merged is None else merged.replacing(*inner.equations)
+  merged = product.after(term.scale, inner.bias, inner.channel)
+  if merged is None:
+    return product
+  origin = tuple(merged.layout.origin[term.view.index(axis)] for axis in range(len(term.view)))
+  layout = Layout(term.source, origin, merged.layout.axes)
+  return dataclasses.replace(merged, layout=layout).replacing(*inner.equations)
 
 
 def is_norm(affine: Affine) -> bool:

@@ -12,9 +12,17 @@ from repjax.fusion.contractions import Contraction
 from repjax.fusion.expressions import Expression, derived
 from repjax.fusion.layouts import Atom, Layout, atoms_of, layout_of, reshaped, sizes, split_axes
 from repjax.fusion.tiles import with_convolution
-from repjax.fusion.values import Affine, Node
+from repjax.fusion.values import Affine, Node, affine_of
 
 Rule = Callable[[Given], Contraction | Layout | None]
+
+
+def is_open(node: Node) -> bool:
+  """Checks if a node is a product that is not computed yet, or a norm that was reshaped."""
+  if node.product is not None:
+    return True
+  source = None if node.layout is None or node.computed else node.layout.source
+  return source is not None and source.affine is not None and not source.computed
 
 
 def reshape(given: Given) -> Contraction | Layout | None:
@@ -126,9 +134,7 @@ def add(given: Given) -> Contraction | None:
   if isinstance(other, Expression):
     shift = product.spread(other)
     return None if shift is None else product.shifted(shift).replacing(given.equation)
-  if isinstance(other, Node) and other.affine is not None:
-    return _beside(product, other.affine, given)
-  return None
+  return _beside(product, affine_of(other), given) if isinstance(other, Node) else None
 
 
 def _beside(product: Contraction, affine: Affine, given: Given) -> Contraction | None:

@@ -134,8 +134,10 @@ class Contraction:
     """Returns the same value, noted as a replacement of further equations."""
     return dataclasses.replace(self, equations=self.equations | {*equations})
 
-  def after(self, scale: Expression | None, shift: Expression | None, axis: int, source: Node):
-    """Returns the product of a source, where it was of the source's scale and shift along an axis.
+  def after(
+    self, scale: Expression | None, shift: Expression | None, axis: int
+  ) -> "Contraction | None":
+    """Returns the product whose source has yet to be scaled and shifted along an axis.
 
     Returns None if the axis is not summed as a whole.
     """
@@ -149,8 +151,7 @@ class Contraction:
       bias = plus(bias, derived(_summed, moved, axes=summed))
     if scale is not None:
       kernel = times(kernel, self._along(scale, atoms))
-    layout = dataclasses.replace(self.layout, source=source)
-    return dataclasses.replace(self, layout=layout, kernel=kernel, bias=bias)
+    return dataclasses.replace(self, kernel=kernel, bias=bias)
 
   def _along(self, vector: Expression, atoms: Sequence[Atom]) -> Expression:
     """Returns a vector over some atoms, or a number, with an axis for each atom of the kernel."""

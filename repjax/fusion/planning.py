@@ -208,9 +208,8 @@ class Planner:
     made = self._made(equation)
     for variable in equation.outputs:
       self.nodes[variable] = Node(variable, equation, reads=self._reads(variable))
-    if made is None or isinstance(made, Layout):
-      self._emit(equation)
     if made is None:
+      self._emit(equation)
       return
     node = self.nodes[equation.outputs[0]]
     if isinstance(made, Affine):
@@ -229,8 +228,8 @@ class Planner:
     if not jnp.issubdtype(equation.outputs[0].aval.dtype, jnp.floating):
       return None
     given, reason = self._given(equation), None
-    open_product = any(isinstance(each, Node) and each.product for each in given.operands)
-    for rules in (contracting.RULES, RULES) if open_product else (RULES, contracting.RULES):
+    several = any(isinstance(each, Node) and contracting.is_open(each) for each in given.operands)
+    for rules in (contracting.RULES, RULES) if several else (RULES, contracting.RULES):
       rule = rules.get(equation.primitive)
       try:
         made = rule(given) if rule else None
@@ -260,7 +259,7 @@ class Planner:
     """
     affine = node.affine
     if affine is None:
-      return node.product is None
+      return False
     readers = {*self._readers[node.variable]}
     return affine.is_view or (affine.linear and readers <= {*PRODUCTS})
 
@@ -275,6 +274,9 @@ class Planner:
       self.instructions.append(Instruction(step, (source.variable,), (node.variable,)))
       return
     assert node.equation is not None
+    if node.layout is not None:
+      self._emit(node.equation)
+      return
     if node.product is not None:
       product = best_product(node.product)
       step, equations = product.step(node.shape, node.dtype), product.equations

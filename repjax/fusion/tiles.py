@@ -5,6 +5,7 @@ keeps the size of the tile is such a layer too (`repjax.algebra.conv_to_dense`),
 one.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -31,20 +32,15 @@ def with_convolution(product: Contraction, affine: Affine, table: Any) -> Contra
   Returns:
     None if the two do not have the same source and result, or compute in different dtypes.
   """
-  groups = grouped(affine.terms, 1.0)
-  channel = affine.channel
-  if len(groups) != 1 or not groups[0].is_product or affine.borders or channel is None:
+  group, channel = _convolution(affine, product), affine.channel
+  if group is None or channel is None:
     return None
-  head = groups[0].head
-  same = head.source is product.layout.source and head.view == tuple(range(len(affine.shape)))
-  if not same or (head.dtype, groups[0].settings) != (product.dtype, product.settings):
-    return None
-  spatial = _spatial(groups[0], product)
+  spatial = _spatial(group, product)
   found = _atoms(product, spatial, channel) if spatial else None
-  if found is None or groups[0].groups % found[1]:
+  if found is None or group.groups % found[1]:
     return None
   atoms, shared = found
-  kernel = _over_tile(groups[0], spatial, shared, table)
+  kernel = _over_tile(group, spatial, shared, table)
   order = tuple(atoms.index(atom) for atom in product.atoms)
   kernel = plus(product.kernel, derived(_arranged, kernel, shape=sizes(atoms), order=order))
   result = Contraction(
@@ -55,7 +51,7 @@ def with_convolution(product: Contraction, affine: Affine, table: Any) -> Contra
     product.dtype,
     product.settings,
     product.equations | affine.equations,
-    (*product.names, *(" > ".join(term.names) for term in groups[0].members)),
+    (*product.names, *(" > ".join(term.names) for term in group.members)),
   )
   if affine.bias is None:
     return result
@@ -63,6 +59,25 @@ def with_convolution(product: Contraction, affine: Affine, table: Any) -> Contra
   shape[channel] = -1 if affine.bias.shape else 1
   shift = result.spread(derived(_reshaped, affine.bias, shape=tuple(shape)))
   return None if shift is None else result.shifted(shift)
+
+
+def _convolution(affine: Affine, product: Contraction) -> Group | None:
+  """Returns a sum as one convolution of the product's source, None if it is none.
+
+  A source that is scaled is a depthwise 1x1 convolution.
+  """
+  groups = grouped(affine.terms, 1.0)
+  if len(groups) != 1 or affine.borders:
+    return None
+  (group,) = groups
+  head = group.head
+  if head.source is not product.layout.source or head.view != tuple(range(len(affine.shape))):
+    return None
+  if not group.is_product:
+    wider = head.dtype.itemsize > product.dtype.itemsize
+    return None if wider or not head.features else dataclasses.replace(group, groups=head.features)
+  same = (head.dtype, group.settings) == (product.dtype, product.settings)
+  return group if same else None
 
 
 def _spatial(group: Group, product: Contraction) -> list[int]:
