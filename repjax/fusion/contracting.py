@@ -11,6 +11,7 @@ from repjax.fusion.arithmetic import Given, inverse, opposite
 from repjax.fusion.contractions import Contraction
 from repjax.fusion.expressions import Expression, derived
 from repjax.fusion.layouts import Atom, Layout, atoms_of, layout_of, reshaped, sizes, split_axes
+from repjax.fusion.products import settings_of
 from repjax.fusion.tiles import with_convolution
 from repjax.fusion.values import Affine, Node, affine_of
 
@@ -75,7 +76,7 @@ def multiply_matrices(given: Given) -> Contraction | None:
     kernel=derived(_reshaped, weights, shape=sizes(atoms)),
     bias=None,
     dtype=node.dtype,
-    settings=(given.params["precision"], given.params["preferred_element_type"]),
+    settings=settings_of(given.params, node.dtype),
     equations=frozenset([given.equation]),
   )
 

@@ -101,8 +101,7 @@ class Fused:
     """Returns the plan for arguments, and makes it if there is none."""
     key = _shapes(args)
     if key not in self._plans:
-      plan, equations, _ = self._plan(args, frozenset())
-      names = differing(self._first, plan, self._avals)
+      plan, equations, names = self._planned_like_first(args)
       if names:
         raise InputError(
           f"arguments of these shapes need different fused parameters than those that fuse was "
@@ -114,6 +113,22 @@ class Fused:
         check(plan, equations)
       self._plans[key] = plan
     return self._plans[key]
+
+  def _planned_like_first(self, args: tuple[Any, ...]):
+    """Returns a plan that folds the same parameters as the first, its equations, and what differs.
+
+    What the first plan keeps apart, since it does not hold for all shapes in `also`, is kept apart.
+    """
+    apart: frozenset[int] = frozenset()
+    found: list[str] = []
+    while True:
+      plan, equations, _ = self._plan(args, apart)
+      names = differing(self._first, plan, self._avals)
+      found = found or names
+      more = apart | kept_apart(plan, equations, names)
+      if not names or more == apart:
+        return plan, equations, names and found
+      apart = more
 
   def _planned_together(self, calls: Sequence[tuple[Any, ...]]) -> tuple[Plan, Report]:
     """Plans several calls so that all of them fold the same parameters."""
@@ -184,8 +199,9 @@ def _check_folded(folded: Any, plan: Plan) -> None:
   odd += sorted(names - set(plan.stored))
   if odd:
     raise InputError(
-      f"a fused function got parameters that are not from its own fold: {len(odd)} of "
-      f"{len(plan.stored)} differ, such as {printable(odd[0])}. Pass what its `fold` returned"
+      f"a fused function got parameters that are not from its own fold: {len(odd)} arrays are "
+      f"missing, unknown or of a different shape, such as {printable(odd[0])}. Pass what its "
+      "`fold` returned"
     )
 
 

@@ -1,6 +1,7 @@
 """Rules for convolutions and matrix products whose weights depend on parameters alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -46,7 +47,7 @@ def convolve(given: Given) -> Affine:
     kernel=weights,
     groups=params["feature_group_count"],
     batch=batch,
-    settings=(params["precision"], params["preferred_element_type"]),
+    settings=settings_of(given.params, node.dtype),
     names=(_name(size, params),),
   )
   return _product(given, term)
@@ -59,6 +60,12 @@ def _name(size: str, params) -> str:
 
 def _taps_first(kernel, axes: Sequence[int], batch: int):
   return jnp.expand_dims(kernel.transpose(axes), batch)
+
+
+def settings_of(params: Mapping[str, Any], dtype: Any) -> tuple[Any, ...]:
+  """Returns precision and preferred dtype of a product, None for the dtype of its operands."""
+  preferred = params["preferred_element_type"]
+  return params["precision"], None if preferred == dtype else preferred
 
 
 def _product(given: Given, term: Term) -> Affine:
@@ -86,7 +93,7 @@ def multiply_matrix(given: Given) -> Affine | None:
     channel=channel,
     dtype=node.dtype,
     kernel=kernel,
-    settings=(given.params["precision"], given.params["preferred_element_type"]),
+    settings=settings_of(given.params, node.dtype),
     names=("dense",),
   )
   return _product(given, term)

@@ -1,7 +1,6 @@
 """The report of a plan: what was merged, and what was left alone for which reason."""
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,9 +74,9 @@ class Report:
     self.left += [entry for entry in report.left if entry not in self.left]
 
   def add_left(self, scope: str, what: str, reason: str, norm: bool = False) -> None:
-    """Notes something that is left alone, once."""
+    """Notes something that is left alone. Attempts at one merge are noted once."""
     entry = Left(scope, what, reason, norm)
-    if entry not in self.left:
+    if norm or entry not in self.left:
       self.left.append(entry)
 
   @property
@@ -87,7 +86,12 @@ class Report:
 
   def to_json(self) -> dict[str, Any]:
     """Returns the report as a tree of plain values that `json.dumps` takes."""
-    return json.loads(json.dumps(dataclasses.asdict(self), default=lambda value: value._asdict()))
+    return {
+      "merges": [_as_dict(merge) for merge in self.merges],
+      "left": [dataclasses.asdict(entry) for entry in self.left],
+      "before": self.before._asdict(),
+      "after": self.after._asdict(),
+    }
 
   def __str__(self) -> str:
     rows = [["merged", "of", "convolutions", "multiplications", "parameters"]]
@@ -101,6 +105,11 @@ class Report:
       kept += [[each.scope, each.what, each.reason] for each in self.left]
       text += "\n\n" + _table(kept)
     return text
+
+
+def _as_dict(merge: Merged) -> dict[str, Any]:
+  counts = {"before": merge.before._asdict(), "after": merge.after._asdict()}
+  return {**dataclasses.asdict(merge), "parts": list(merge.parts), **counts}
 
 
 def counts_of_step(step: Any) -> Counts:

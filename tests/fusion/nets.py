@@ -54,7 +54,8 @@ def randomised(tree: Any, seed: int = 0) -> Any:
     fan_in = np.sqrt(max(1, np.prod(leaf.shape) / max(1, *leaf.shape, 1)))
     value = rng.normal(size=leaf.shape) / (fan_in if len(leaf.shape) > 1 else 1)
     positive = "var" in name or "scale" in name
-    drawn.append(jnp.asarray(rng.uniform(0.5, 2, leaf.shape) if positive else value, leaf.dtype))
+    value = rng.uniform(0.5, 2, leaf.shape) if positive else value
+    drawn.append(jnp.asarray(value, jax.dtypes.canonicalize_dtype(leaf.dtype)))
   return structure.unflatten(drawn)
 
 
