@@ -1,13 +1,62 @@
 """Recipes that several configs share. `repjax.config` documents every field."""
 
+import types
+from collections.abc import Mapping
+from typing import Any
+
 import ml_collections
 
 from repjax.config import default
+from repjax.errors import unknown
+
+_ACNET = ("conv3x3", "conv1x3", "conv3x1")
+_BARE = ("conv3x3", "conv1x1", "skip")
+_DIVERSE = ("conv3x3", "conv1x1", "conv1x1_conv3x3", "conv1x1_avg3x3")
+_RELU = ("conv3x3_relu", "conv1x1_relu", "identity_relu")
+ABLATIONS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
+  {
+    "full": {},
+    "plain": {"branches": ("conv3x3",)},
+    "only_1x1": {"branches": ("conv3x3", "conv1x1")},
+    "only_identity": {"branches": ("conv3x3", "identity")},
+    "identity_without_norm": {"branches": _BARE},
+    "norm_after_sum": {"branches": _BARE, "norms": ("sum",)},
+    "relu_in_branches": {"branches": _RELU},
+    "diracnet": {"branches": ("dirac3x3",)},
+    "trivial": {"branches": ("conv3x3", "skip"), "norms": ("sum",)},
+    "acb": {"branches": _ACNET},
+    "residual_reorg": {"branches": ("conv3x3",), "residual": True},
+    "dbb": {"branches": _DIVERSE},
+    "qarepvgg": {"branches": _BARE, "norms": ("conv3x3", "sum")},
+  }
+)
+"""Name of an ablation of RepVGG to its overrides of the network.
+
+The names are those of Tables 6 and 7 of the RepVGG paper, and of two later blocks. The paper does
+not say where the norm of DiracNet is; here one norm follows the convolution. A ReLU in the branches
+cannot be converted.
+
+References:
+  Ding et al., RepVGG, CVPR 2021, section 4.2. https://arxiv.org/abs/2101.03697
+  Ding et al., Diverse Branch Block, CVPR 2021. https://arxiv.org/abs/2103.13425
+  Chu et al., Make RepVGG Greater Again (QARepVGG), AAAI 2024. https://arxiv.org/abs/2212.01593
+"""
 
 
 def get_config() -> ml_collections.ConfigDict:
   """Returns the defaults of all fields: the simple recipe of the RepVGG paper on ImageNet."""
   return default()
+
+
+def set_ablation(config: ml_collections.ConfigDict, name: str) -> None:
+  """Sets the overrides of an ablation of RepVGG in a config.
+
+  Raises:
+    InputError: there is no such ablation.
+  """
+  if name not in ABLATIONS:
+    raise unknown("ablation", name, ABLATIONS)
+  config.model_overrides.update(ABLATIONS[name])
 
 
 def get_strong_config() -> ml_collections.ConfigDict:
@@ -67,6 +116,42 @@ def get_repmlpnet_config() -> ml_collections.ConfigDict:
   config.label_smoothing = 0.1
   config.mixup = 0.4
   config.cutmix = 1.0
+  return config
+
+
+def get_repopt_config() -> ml_collections.ConfigDict:
+  """Returns the recipe of RepOptimizer's authors on ImageNet; a config adds model and scales."""
+  config = get_config()
+  config.model_overrides.branches = ("conv3x3",)
+  config.resize_size = 224
+  config.optimizer = "repoptimizer"
+  rand_augment = 'rand_augment(2, 15, noise="uniform", probability=1, cutout=True)'
+  config.augment = f"random_resized_crop | flip | {rand_augment}"
+  config.warmup_epochs = 5.0
+  config.warmup_overlaps = True
+  config.nesterov = True
+  config.weight_decay = 4e-5
+  config.weight_decay_rule = "more_than_one_axis"
+  config.label_smoothing = 0.1
+  return config
+
+
+def get_repopt_search_config() -> ml_collections.ConfigDict:
+  """Returns the hyper-search of RepOptimizer's authors on CIFAR-100; a config adds the model."""
+  config = get_cifar_config()
+  config.model_overrides.scaled = True
+  config.num_classes = 100
+  config.dataset = "cifar100"
+  config.mean, config.std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+  config.batch_size = 256
+  config.num_epochs = 240.0
+  config.warmup_epochs = 10.0
+  config.warmup_overlaps = True
+  config.nesterov = True
+  config.weight_decay = 4e-5
+  config.weight_decay_rule = "more_than_one_axis"
+  config.clip_norm = 5.0
+  config.label_smoothing = 0.1
   return config
 
 

@@ -8,12 +8,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Notes from now on whether a process that is forked can use its devices.
-import repjax.forks  # noqa: F401
+import repjax.devices  # noqa: F401
 
 if TYPE_CHECKING:
+  from repjax.expansion import expand
   from repjax.fusion import fuse
   from repjax.models import create_model, init, list_models
-  from repjax.reparam import FOLDS, reparameterize
+  from repjax.recognition import FOLDS
+  from repjax.reparam import reparameterize
   from repjax.spec import ModelSpec, load
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __all__ = [
   "FOLDS",
   "ModelSpec",
   "create_model",
+  "expand",
   "fuse",
   "init",
   "list_models",
@@ -30,9 +33,10 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-  "FOLDS": "reparam",
+  "FOLDS": "recognition",
   "ModelSpec": "spec",
   "create_model": "models",
+  "expand": "expansion",
   "fuse": "fusion",
   "init": "models",
   "list_models": "models",
@@ -40,8 +44,9 @@ _MODULE_OF = {
   "reparameterize": "reparam",
 }
 _MODULES = (
-  *("algebra", "analysis", "data", "deploy", "disk", "errors", "fusion", "layers", "models"),
-  *("onnx", "quantization", "reparam", "report", "runs", "spec", "training", "weights"),
+  *("algebra", "analysis", "data", "deploy", "disk", "errors", "expansion", "fusion", "layers"),
+  *("models", "nnx", "onnx", "quantization", "recognition", "reparam", "report", "runs", "spec"),
+  *("training", "weights"),
 )
 
 

@@ -7,7 +7,7 @@ in float32 or wider, at the highest matrix-product precision. Callers cast the r
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -78,6 +78,50 @@ def bn_affine(
   gamma, beta, mean, var = _widen(bn["scale"], bn["bias"], stats["mean"], stats["var"])
   scale = gamma * lax.rsqrt(var + epsilon)
   return AffineParams(scale, beta - mean * scale)
+
+
+def affine_bn(
+  affine: AffineParams, stats: Mapping[str, jax.Array], epsilon: float | jax.Array
+) -> dict[str, jax.Array]:
+  """Returns the scale and bias with which a batch norm computes an affine map: undoes `bn_affine`.
+
+  gamma = scale * sqrt(var + epsilon);  beta = bias + mean * scale.
+
+  Args:
+    affine: scale and bias, in the shape of the statistics.
+    stats: running `mean` and `var`, of any shape.
+    epsilon: number added to the variance by the batch norm.
+
+  Returns:
+    {scale, bias}, in the widest dtype of the four, at least float32.
+  """
+  scale, bias, mean, var = _widen(*affine, stats["mean"], stats["var"])
+  return {"scale": scale * jnp.sqrt(var + epsilon), "bias": bias + mean * scale}
+
+
+def rebase_bn(
+  bn: Mapping[str, jax.Array],
+  old: Mapping[str, jax.Array],
+  new: Mapping[str, jax.Array],
+  epsilon: float | jax.Array,
+) -> dict[str, jax.Array]:
+  """Returns the scale and bias with which a batch norm of new statistics computes the same.
+
+  gamma' = s * sqrt(var' + epsilon);  beta' = beta + (mean' - mean) * s, with the old scale
+  s = gamma / sqrt(var + epsilon).
+
+  Args:
+    bn: `scale` (gamma) and `bias` (beta), of any shape.
+    old: `mean` and `var` that belong to them.
+    new: `mean` and `var` to which the result belongs.
+    epsilon: number added to the variance by the batch norm.
+
+  Returns:
+    {scale, bias}, in the widest dtype involved, at least float32.
+  """
+  gamma, beta, mean, var = _widen(bn["scale"], bn["bias"], old["mean"], old["var"])
+  scale = gamma * lax.rsqrt(var + epsilon)
+  return affine_bn(AffineParams(scale, beta - mean * scale), new, epsilon)
 
 
 def fuse_bn(
@@ -154,6 +198,31 @@ def pad_kernel(
   return jnp.pad(kernel, ((before[0], after[0]), (before[1], after[1]), (0, 0), (0, 0)))
 
 
+def dilate_kernel(kernel: jax.Array, rate: int | tuple[int, ...]) -> jax.Array:
+  """Writes a dilated convolution as a larger convolution without dilation.
+
+  K'[r h, r w, i, o] = K[h, w, i, o], all else zero. Always exact.
+
+  Args:
+    kernel: (taps..., I/g, O), with any number of axes of taps, such as (H, W, I/g, O).
+    rate: distance r from tap to tap, at least 1; one number, or one for each axis of taps.
+
+  Returns:
+    ((T - 1) r + 1 taps..., I/g, O), dtype of `kernel`.
+
+  Raises:
+    ValueError: a rate is below 1.
+
+  References:
+    Ding et al., UniRepLKNet, CVPR 2024, section 3.1. https://arxiv.org/abs/2311.15599
+  """
+  rates = rate if isinstance(rate, tuple) else (rate,) * (kernel.ndim - 2)
+  if min(rates, default=1) < 1:
+    raise ValueError(f"the distance from tap to tap is at least 1, got {rate}")
+  between = [*((0, 0, each - 1) for each in rates), (0, 0, 0), (0, 0, 0)]
+  return lax.pad(kernel, jnp.zeros((), kernel.dtype), between)
+
+
 def _diagonal(features: int, groups: int, dtype: jax.typing.DTypeLike) -> jax.Array:
   """Returns (C/g, C) with a one where input and output are the same channel: i = o mod (C/g)."""
   if features % groups:
@@ -189,6 +258,37 @@ def identity_kernel(
   if not (size[0] % 2 and size[1] % 2):
     raise ValueError(f"an identity kernel needs odd sizes, got {size[0]}x{size[1]}")
   return pad_kernel(_diagonal(features, groups, dtype)[None, None], size)
+
+
+def dirac_kernel(kernel: jax.Array, diagonal: jax.Array, gain: jax.Array) -> jax.Array:
+  """Returns the kernel of DiracNet: an identity, and a normalised kernel, each with a scale.
+
+  K'[h,w,i,o] = a[o] D[h,w,i,o] + c[o] K[h,w,i,o] / |K[..., o]|, with D one at the centre from
+  channel o to itself, else zero. |.| is the square root of the sum of squares of one output.
+
+  Args:
+    kernel: (H, W, I, O) of one group, with odd H and W.
+    diagonal: a, (O,).
+    gain: c, (O,).
+
+  Returns:
+    (H, W, I, O), in the widest dtype involved, at least float32.
+
+  Raises:
+    ValueError: an even size, which has no centre.
+
+  References:
+    Zagoruyko and Komodakis, DiracNets, 2017, section 3. https://arxiv.org/abs/1706.00388
+  """
+  height, width, inputs, outputs = kernel.shape
+  if not (height % 2 and width % 2):
+    raise ValueError(f"a kernel with an identity needs odd sizes, got {height}x{width}")
+  kernel, diagonal, gain = _widen(kernel, diagonal, gain)
+  identity = pad_kernel(jnp.eye(inputs, outputs, dtype=kernel.dtype)[None, None], (height, width))
+  # A filter of zeros stays zero; 1e-12 is the least norm that the authors divide by.
+  norms = jnp.sqrt(lax.max(jnp.square(kernel).sum((0, 1, 2)), jnp.asarray(1e-24, kernel.dtype)))
+  scale = gain / norms
+  return identity * diagonal[None, None, None, :] + kernel * scale[None, None, None, :]
 
 
 def average_pool_kernel(
@@ -286,6 +386,86 @@ def compose(first: ConvParams, second: ConvParams) -> ConvParams:
   return ConvParams(kernel.reshape(*kernel.shape[:3], outputs), b2 + shift.reshape(outputs))
 
 
+class BranchScales(NamedTuple):
+  """The scales of y = s3 * conv3x3(x) + s1 * conv1x1(x) + s0 * x, each (O,).
+
+  Attributes:
+    conv3x3: s3, on the output of the 3x3 convolution.
+    conv1x1: s1, on the output of the 1x1 convolution.
+    identity: s0, on the input; None where there is no identity.
+  """
+
+  conv3x3: jax.Array
+  conv1x1: jax.Array
+  identity: jax.Array | None
+
+
+def scale_branches(conv3x3: jax.Array, conv1x1: jax.Array, scales: BranchScales) -> jax.Array:
+  """Merges a scaled 3x3 convolution, a scaled 1x1 convolution and a scaled identity into one 3x3.
+
+  K = s3 K3 + pad(s1 K1) + s0 I, with the identity kernel I. Always exact.
+
+  Args:
+    conv3x3: K3, (3, 3, I/g, O).
+    conv1x1: K1, (1, 1, I/g, O).
+    scales: the scales s3, s1 and s0.
+
+  Returns:
+    (3, 3, I/g, O), in the widest dtype involved, at least float32.
+
+  References:
+    Ding et al., Re-parameterizing Your Optimizers rather than Architectures, ICLR 2023, the rule
+      of initialization. https://arxiv.org/abs/2205.15242
+  """
+  k3, k1, s3, s1 = _widen(conv3x3, conv1x1, scales.conv3x3, scales.conv1x1)
+  kernel = k3 * _over_outputs(s3) + pad_kernel(k1 * _over_outputs(s1), (3, 3))
+  if scales.identity is None:
+    return kernel
+  kernel, s0 = _widen(kernel, scales.identity)
+  return kernel + _identity_beside(kernel.shape, kernel.dtype) * _over_outputs(s0)
+
+
+def gradient_multiplier(
+  shape: tuple[int, int, int, int], scales: BranchScales, power: int
+) -> jax.Array:
+  """Returns the factors by which a plain kernel learns as the kernel that `scale_branches` returns.
+
+  M = |s3|^power + pad(|s1|^power) + I, with the identity kernel I where there is an identity.
+
+  By the chain rule, the gradients of K3, K1 and s0 are s3 G, s1 G and G at their taps, where G is
+  the gradient of K. In K, they count s3, s1 and 1 times. One step of SGD on the three thus moves K
+  by (s3^2 + ...) G, so the power is 2. Adam divides by the size of a gradient, which leaves 1.
+
+  Args:
+    shape: (3, 3, I/g, O), shape of K.
+    scales: s3 and s1 are constants. s0 learns, so its value does not matter.
+    power: 2 for SGD, 1 for Adam.
+
+  Returns:
+    M (3, 3, I/g, O), in the dtype of the scales, at least float32.
+
+  References:
+    Ding et al., Re-parameterizing Your Optimizers rather than Architectures, ICLR 2023, the rule
+      of iteration. https://arxiv.org/abs/2205.15242
+  """
+  s3, s1 = (jnp.abs(s) ** power for s in _widen(scales.conv3x3, scales.conv1x1))
+  centre = pad_kernel(jnp.broadcast_to(_over_outputs(s1), (1, 1, *shape[2:])), (3, 3))
+  multiplier = _over_outputs(s3) + centre
+  if scales.identity is None:
+    return multiplier
+  return multiplier + _identity_beside(shape, multiplier.dtype)
+
+
+def _over_outputs(scale: jax.Array) -> jax.Array:
+  """Returns a vector (O,) as (1, 1, 1, O), to multiply kernels."""
+  return scale[None, None, None, :]
+
+
+def _identity_beside(shape: Sequence[int], dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Returns the identity kernel of a shape (H, W, I/g, O), whose I and O must be the same."""
+  return identity_kernel(shape[3], shape[3] // shape[2], (shape[0], shape[1]), dtype)
+
+
 def absorb_affine(
   affine: AffineParams, kernel: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -372,24 +552,6 @@ def conv_to_dense(
   kernel = kernel.transpose(5, 0, 2, 4, 1, 3, 6)  # (g, h, w, C/g, h, w, O/g)
   bias = conv.bias.reshape(groups, 1, 1, -1)
   return kernel, jnp.broadcast_to(bias, (groups, *tile, outputs // groups))
-
-
-def dilate_kernel(kernel: jax.Array, rate: int | tuple[int, ...]) -> jax.Array:
-  """Writes a dilated convolution as a dense convolution with zeros between its taps.
-
-  K'[h * rate, w * rate] = K[h, w], all other taps zero. Always exact.
-
-  Args:
-    kernel: (taps..., I/g, O), with any number of axes of taps.
-    rate: dilation along each axis of taps, or one number for all of them.
-
-  Returns:
-    ((T - 1) * rate + 1 taps..., I/g, O), dtype of `kernel`.
-  """
-  axes = kernel.ndim - 2
-  rates = rate if isinstance(rate, tuple) else (rate,) * axes
-  config = [*((0, 0, each - 1) for each in rates), (0, 0, 0), (0, 0, 0)]
-  return lax.pad(kernel, jnp.zeros((), kernel.dtype), config)
 
 
 def merge_groups(kernel: jax.Array, groups: int, fewer: int) -> jax.Array:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from repjax.devices import need_devices
 from repjax.models import image_size_of
 from repjax.models.checks import check_image_size
 from repjax.program import Equation, Operand, Program, flat, inner_programs, interpret, trace
@@ -202,6 +203,7 @@ def _arguments(
   model: nn.Module, image_size: int | tuple[int, int]
 ) -> tuple[Any, jax.ShapeDtypeStruct, dict[str, Any]]:
   """Returns what to trace a model on: variables, one image, and train=False where it is taken."""
+  need_devices()
   check_image_size(image_size)
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)

@@ -36,7 +36,11 @@ Config: TypeAlias = Any
 DTYPES = ("float32", "bfloat16")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 SCHEDULES = ("cosine", "step", "poly")
-OPTIMIZERS = ("sgd", "adamw")
+REPOPTIMIZERS = ("repoptimizer", "repoptimizer_adamw")
+"""The optimizers that multiply gradients by factors that follow from scales."""
+ADAMW = ("adamw", "repoptimizer_adamw")
+"""The optimizers that are AdamW; the others are SGD."""
+OPTIMIZERS = ("sgd", "adamw", *REPOPTIMIZERS)
 DECAY_RULES = ("kernels_and_fast_biases", "all_but_penalised_kernels", "more_than_one_axis")
 QAT_ACTIVATIONS = ("uint8", "int8")
 
@@ -95,6 +99,12 @@ OVERRIDES = (
   Field("width_multipliers", None, "Factors on the channels of RepVGG's stages.", kind=tuple),
   Field("strides", None, "Strides of the stem and of each stage.", kind=tuple),
   Field("groups", None, "Groups of RepVGG's convolutions in every second block.", kind=int),
+  Field("branches", None, "Names of the branches of RepVGG's blocks.", kind=tuple),
+  Field(
+    "norms", None, 'Branches of RepVGG with a norm, and "sum" for one after the sum.', kind=tuple
+  ),
+  Field("residual", None, "Build residual blocks of two layers in RepVGG.", kind=bool),
+  Field("scaled", None, "Build RepVGG's branches with scales, for a hyper-search.", kind=bool),
   Field("se", None, 'Squeeze-and-excitation in RepVGG: "pre" or "post".', kind=str),
   Field("se_reduction", None, "Factor by which the hidden layer of SE is narrower.", kind=int),
   Field("aux_heads", None, "Build RepVGG's auxiliary heads.", kind=bool),
@@ -267,7 +277,20 @@ FIELDS = (
     before=1.0,
   ),
   # Optimizer.
-  Field("optimizer", "sgd", 'Optimizer: "sgd" or "adamw".', text(*OPTIMIZERS)),
+  Field(
+    "optimizer",
+    "sgd",
+    'Optimizer: "sgd" or "adamw"; "repoptimizer" or "repoptimizer_adamw" for plain networks, see '
+    "repjax/training/multipliers.py.",
+    text(*OPTIMIZERS),
+  ),
+  Field(
+    "scales",
+    None,
+    "Folder of the run of a hyper-search, or a file of scales, for RepOptimizer.",
+    kind=str,
+    free=True,  # A run that has begun does not read it again.
+  ),
   Field("momentum", 0.9, "Momentum of SGD, or the first beta of AdamW.", _AT_LEAST_0),
   Field("nesterov", False, "Use Nesterov momentum, in SGD only."),
   Field("weight_decay", 1e-4, "Factor of the weight decay.", _AT_LEAST_0),
@@ -487,16 +510,46 @@ def check_rates(config: Config) -> None:
 
 
 def check_optimizer(config: Config) -> None:
-  """Raises InputError for fields of SGD that AdamW does not take."""
-  if config.optimizer != "adamw":
+  """Raises InputError for fields that the optimizer does not take, or lacks."""
+  check_repoptimizer(config)
+  if config.optimizer not in ADAMW:
     return
   if config.nesterov:
     raise InputError(
-      "config.nesterov is for SGD only; with config.optimizer = 'adamw' leave it False"
+      f"config.nesterov is for SGD only; with config.optimizer = {config.optimizer!r} leave it "
+      "False"
     )
   if config.momentum >= 1:
     raise InputError(
       f"config.momentum is the first beta of AdamW and must be below 1, got {config.momentum}"
+    )
+
+
+def check_repoptimizer(config: Config) -> None:
+  """Raises InputError if RepOptimizer lacks its scales, or would not do what branches do."""
+  if config.optimizer not in REPOPTIMIZERS:
+    if config.scales is not None:
+      raise InputError(
+        f"config.scales is for RepOptimizer only, got config.optimizer = {config.optimizer!r}. "
+        "Leave scales out, or set config.optimizer to 'repoptimizer'"
+      )
+    return
+  chosen = f"config.optimizer = {config.optimizer!r}"
+  if not config.scales:
+    raise InputError(
+      f"{chosen} needs config.scales: the folder of the run of a hyper-search, or a file of "
+      "scales. Train the hyper-search first, for example by repjax train --config "
+      "digits_repopt_search"
+    )
+  if config.clip_norm:
+    raise InputError(
+      f"{chosen} takes no config.clip_norm, got {config.clip_norm}: the gradient of the branches "
+      "that it stands for has a different norm. Set it to 0"
+    )
+  if config.init_from or config.qat:
+    raise InputError(
+      f"{chosen} begins with kernels that follow from the scales, so it cannot start from trained "
+      "weights. Leave out config.init_from and config.qat, or fine-tune with 'sgd' or 'adamw'"
     )
 
 

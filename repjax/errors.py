@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import os
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 
@@ -37,6 +36,39 @@ def printable(text: object, longest: int | None = None) -> str:
   return "".join(
     char.encode("unicode_escape").decode() if _controls(char) else char for char in text
   )
+
+
+def listed(
+  things: Iterable[object], most: int = 5, *, between: str = ", ", longest: int | None = 100
+) -> str:
+  """Joins the first of some things for a message.
+
+  Args:
+    things: names, values or sentences, of which a file or folder may hold thousands.
+    most: number of things after which only the number of the others is said.
+    between: text between two things.
+    longest: number of characters of a thing after which its rest is left out; None: whole things.
+
+  Example:
+    >>> listed("abcdef", 2)
+    'a, b and 4 more'
+  """
+  texts = [str(thing) for thing in things]
+  shown = between.join(printable(text, longest) for text in texts[:most])
+  more = len(texts) - most
+  return f"{shown}{between if between.isspace() else ' '}and {more:,} more" if more > 0 else shown
+
+
+def sentences(*texts: object) -> str:
+  """Joins texts to sentences, with a full stop after each that has no mark at its end but the last.
+
+  Example:
+    >>> sentences("unknown name; did you mean b?", "no file", "Give one")
+    'unknown name; did you mean b? no file. Give one'
+  """
+  parts = [str(text) for text in texts]
+  ends = ["" if part.endswith((".", "?", "!")) else "." for part in parts[:-1]]
+  return " ".join(part + end for part, end in zip(parts, [*ends, ""]))
 
 
 def _controls(char: str) -> bool:
@@ -85,28 +117,8 @@ def one_paragraph() -> Iterator[None]:
     reason = error.strerror or type(error).__name__
     raise SystemExit(f"error: {printable(path)} cannot be used: {printable(reason)}") from None
   except (AssertionError, RuntimeError):
-    missing = _missing_devices()
-    if missing:
+    from repjax.devices import missing_devices  # imported here: that module imports this one
+
+    if missing := missing_devices():
       raise SystemExit(f"error: {missing}") from None
     raise
-
-
-def _missing_devices() -> str:
-  """Returns why JAX finds no device of the platforms that were asked for, or "" if it finds one.
-
-  JAX fails at its first use, with an empty AssertionError if a package for GPUs is not installed.
-  """
-  jax = sys.modules.get("jax")
-  if jax is None:
-    return ""
-  try:
-    jax.devices()
-  except (AssertionError, RuntimeError) as error:
-    asked = jax.config.jax_platforms
-    reason = printable(error) or "its package for these devices is not installed"
-    return (
-      f"JAX finds no device of the platform {printable(repr(asked))}, which JAX_PLATFORMS or "
-      f"jax.config asks for: {reason}. Set JAX_PLATFORMS=cpu, or leave it out and JAX takes the "
-      "devices that are there"
-    )
-  return ""

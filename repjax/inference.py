@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from repjax import forks
-from repjax.errors import InputError, unknown
+from repjax.devices import need_devices
+from repjax.errors import InputError, listed, unknown
 from repjax.models.checks import check_image_size
-from repjax.reparam import FOLDS, reparameterize
+from repjax.recognition import LAYERS
+from repjax.reparam import reparameterize
 from repjax.spec import Preprocessing, shapes_of
-from repjax.trees import check_leaves, check_tree
+from repjax.trees import check_leaves, check_tree, misfits
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -60,7 +61,7 @@ def inference(
     InputError: an argument cannot be used, the variables do not fit the model, or the model has no
       deploy form.
   """
-  forks.refuse_lost_devices()
+  need_devices()
   check_image_size(image_size)
   dtype = checked_dtype(dtype)
   plain, tree = _deploy_form(model, variables, image_size)
@@ -179,7 +180,7 @@ def training_layers(network: nn.Module, image_size: int | tuple[int, int]) -> li
 
   def note(method: Any, arguments: Any, options: Any, context: Any) -> Any:
     layer = context.module
-    if type(layer).__name__ in FOLDS and not layer.deploy:
+    if isinstance(layer, LAYERS) and not layer.deploy:
       found.append("/".join(layer.path))
     return method(*arguments, **options)
 
@@ -215,24 +216,11 @@ def _without_head(tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[st
 
 def _check_fit(name: str, tree: Any, wanted: Any) -> None:
   """Raises InputError if the paths and shapes of a tree are not those of the model."""
-  given, expected = _shapes(tree), _shapes(wanted)
-  problems = [f"{path} is missing" for path in expected if path not in given]
-  problems += [f"{path} is unknown" for path in given if path not in expected]
-  problems += [
-    f"{path} is {given[path]} where the model has {expected[path]}"
-    for path in given.keys() & expected.keys()
-    if given[path] != expected[path]
-  ]
+  problems = misfits(tree, wanted)
   if problems:
-    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise InputError(
-      f"these variables do not fit {name} in its deploy form: {'; '.join(problems[:3])}{more}. "
-      "Pass variables of the same model with the same classes, overrides and image size. They may "
-      'be in deploy form, or in training form with their "batch_stats".'
+      f"these variables do not fit {name} in its deploy form: "
+      f"{listed(problems, 3, between='; ', longest=300)}. Pass variables of the same model with "
+      "the same classes, overrides and image size. They may be in deploy form, or in training form "
+      'with their "batch_stats".'
     )
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of a tree's leaves by path."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {"/".join(str(entry.key) for entry in path): jnp.shape(leaf) for path, leaf in flat}

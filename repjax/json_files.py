@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from repjax import regular_files
-from repjax.errors import InputError
+from repjax.errors import InputError, printable, sentences
 from repjax.schema import MisfitError, Rule, anything, below
 
 LARGEST = 32 * 2**20
@@ -48,10 +48,8 @@ def content(path: Path, data: bytes, rule: Rule = anything) -> Any:
   try:
     return parse(data, rule)
   except MisfitError as misfit:
-    raise InputError(
-      f"{path} is damaged: {misfit.words(_as_json)}. Mend this place or restore the file, or start "
-      "in a new folder"
-    ) from None
+    way_out = "Mend this place or restore the file, or start in a new folder"
+    raise InputError(sentences(f"{path} is damaged: {misfit.words(shown)}", way_out)) from None
 
 
 def opened(path: Path) -> BinaryIO:
@@ -133,7 +131,6 @@ def _is_deep(value: Any) -> bool:
   return bool(level)
 
 
-def _as_json(value: Any) -> str:
-  """Writes a value of a file for a message, as the file has it."""
-  text = json.dumps(value)
-  return text if len(text) <= 80 else f"{text[:60]} ... ({len(text):,} characters)"
+def shown(value: Any) -> str:
+  """Writes a value of a file for a message, as the file has it, in at most 80 characters."""
+  return printable(json.dumps(value), 80)

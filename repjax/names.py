@@ -30,7 +30,7 @@ def file(name: str | os.PathLike[str]) -> Path:
   except TypeError as error:
     kind = type(name).__name__
     raise InputError(f"the name of a file or folder must be text or a path, got {kind}") from error
-  shown = f"the name {_shown(text)}"
+  shown = f'the name "{printable(text, 60)}"'
   if not text:
     raise InputError("the name of a file or folder is empty; use . for the current folder")
   if "\0" in text:
@@ -87,7 +87,7 @@ def folder(name: str | os.PathLike[str]) -> Path:
   """
   path = file(name)
   text = str(path.absolute())
-  shown = f"the folder {_shown(text)}"
+  shown = f'the folder "{printable(text, 60)}"'
   way_out = "give a folder whose path has none"
   if "\\" in text:
     raise InputError(f"{shown} has a backslash in its path, which array files cannot; {way_out}")
@@ -112,8 +112,3 @@ def folder(name: str | os.PathLike[str]) -> Path:
       )
   # A path that ends in ".." or is "." has no name beside which a draft could be written.
   return path.resolve() if path.name in ("", "..") and path != Path() else path
-
-
-def _shown(text: str) -> str:
-  """Returns a name between quotation marks, shortened to its beginning."""
-  return f'"{printable(text[:60])}{"..." if len(text) > 60 else ""}"'

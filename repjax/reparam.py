@@ -1,39 +1,40 @@
-"""`reparameterize`: walks over a tree of parameters and folds every layer that has a fold."""
+"""`reparameterize`: walks over a tree of parameters and folds every layer that has a fold.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+A layer is recognised by what its scope holds, not by the name of the scope. The table says where a
+fold finds each attribute of a layer.
+
+| attribute                    | where a fold finds it                                     |
+|------------------------------|-----------------------------------------------------------|
+| branches, kernel sizes       | names of scopes                                           |
+| features, groups, tile, sets | shapes of kernels and norms                               |
+| `conv_bias`                  | the bias beside the kernel                                |
+| `epsilon`                    | a note in "batch_stats"; without a note, the argument     |
+| strides, dilation, padding   | not needed: the same for all branches and in deploy form  |
+| `padding_mode`               | not needed: the map is padded before all branches         |
+| `act`, `dropout`, gates      | not needed: the same in both forms, outside of what folds |
+| `axis_name`, momentum        | not needed: they matter in training alone                 |
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from repjax.errors import InputError
-from repjax.layers import (
-  fold_aux_head,
-  fold_global_perceptron,
-  fold_rep_conv,
-  fold_rep_dense,
-  fold_rep_ffn,
-  fold_rep_head,
-  fold_rep_norm,
-  fold_skip_squeeze_excite,
+from repjax.layers.base import read_notes
+from repjax.recognition import (
+  FOLDS,
+  Fold,
+  Kind,
+  Path,
+  Tree,
+  is_known,
+  kind_of,
+  layer_name,
+  shown,
+  why_unclear,
 )
-from repjax.trees import check_leaves, check_tree
-
-Tree = Mapping[str, Any]
-Fold = Callable[[Tree, Tree, float], Mapping[str, Any] | None]
-
-FOLDS: dict[str, Fold] = {
-  "AuxHead": fold_aux_head,
-  "GlobalPerceptron": fold_global_perceptron,
-  "RepConv": fold_rep_conv,
-  "RepDense": fold_rep_dense,
-  "RepFFN": fold_rep_ffn,
-  "RepHead": fold_rep_head,
-  "RepNorm": fold_rep_norm,
-  "SkipSqueezeExcite": fold_skip_squeeze_excite,
-}
-"""Class name of a layer to its fold. Extend a copy: `folds={**repjax.FOLDS, "MyLayer": fold}`."""
-
-_DEPLOY_KEYS = {"conv", "dense", "affine"}
+from repjax.trees import check_apart, check_leaves, check_tree, pure
 
 
 def reparameterize(
@@ -46,26 +47,36 @@ def reparameterize(
 ) -> dict[str, Any]:
   """Rewrites the parameters of a training form into those of its deploy form: the same function.
 
-  The function walks both trees at any depth. A fold takes every scope whose name is a key of
-  `folds`, or a key followed by `_` and more, as in the automatic names of Linen. All other leaves
-  are passed through by reference. A scope in deploy form stays unchanged, so that a deploy tree
-  maps to itself. The function is pure: it works under `jit`, `vmap`, `grad` and `pmap`.
+  The function walks both trees at any depth, and folds every layer. It recognises the layers of
+  repjax by what a scope holds, whatever the scope is called, and also under `nn.remat`, `nn.jit`,
+  `nn.scan` and `nn.vmap`. Layers of other people are recognised by name: a fold takes every scope
+  whose name is its key of `folds`, or the key followed by `_` and more, as in the automatic names
+  of Linen. All other leaves are passed through by reference. A scope in deploy form stays
+  unchanged, so that a deploy tree maps to itself. The function is pure: it works under `jit`,
+  `vmap`, `grad` and `pmap`.
+
+  Four layers hold only scopes with ordinary names: AuxHead, RepHead, RepNorm, SkipSqueezeExcite.
+  Such a layer is recognised by its class name at the beginning of the scope's name, or else by a
+  note in its statistics, which the layer writes itself.
 
   Args:
-    params: the "params" collection of any module that contains repjax layers.
+    params: the "params" collection of any module that contains repjax layers. Mappings of all
+      kinds are taken, such as `nnx.State`.
     batch_stats: the "batch_stats" collection of the same module.
-    epsilon: number added to the variance by batch norms.
+    epsilon: number added to the variance by batch norms, for layers whose trees do not say. A tree
+      says the epsilon of every layer for which it is not 1e-5, unless an older version made it.
     folds: layer name to `fold(params, stats, epsilon)`. A fold returns the deploy parameters of the
       scope, or None to remove the scope.
     keep: paths, or one path, such as "neck/BatchNorm_0". Statistics below these paths may stay
-      unused, because the caller keeps them for batch norms that are not repjax layers.
+      unused, because the caller keeps them for batch norms that are not repjax layers. A scope is
+      not folded if its own path, or a path in it, is kept.
 
   Returns:
-    A tree with the structure, shapes and dtypes of the deploy form's `init`.
+    A tree of dictionaries with the structure, shapes and dtypes of the deploy form's `init`.
 
   Raises:
     InputError: a tree is no nested dictionary, has an axis of devices, or holds numbers that are
-      not floating-point in a layer.
+      not floating-point in a layer. Or statistics lie among the parameters.
     ValueError: no fold used some statistics, a layer in training form has no statistics, or the two
       trees do not belong together. The text names the path.
 
@@ -90,85 +101,148 @@ def reparameterize(
       "reparameterize takes params and batch_stats apart, got both in one dictionary. Pass "
       'reparameterize(variables["params"], variables["batch_stats"])'
     )
+  params, batch_stats = pure(params), pure(batch_stats)
   check_tree("params", params)
   check_tree("batch_stats", batch_stats)
+  check_apart(params)
   entries = (keep,) if isinstance(keep, str) else keep
-  kept = tuple(tuple(entry.strip("/").split("/")) for entry in entries)
-  return _walk(params, batch_stats, (), folds, epsilon, kept)
+  kept = [tuple(entry.strip("/").split("/")) for entry in entries]
+  return dict(_walk(params, batch_stats, (), _Rules(folds, epsilon, kept)) or {})
 
 
-def layer_name(scope: str, folds: Mapping[str, Fold] = FOLDS) -> str | None:
-  """Returns the key of `folds` that fits the name of a scope, or None if the scope has no fold."""
-  # The longest key fits best: beside RepConv, a key RepConv_Wide takes the scope RepConv_Wide_0.
-  matches = [name for name in folds if scope == name or scope.startswith(f"{name}_")]
-  return max(matches, key=len, default=None)
+class _Rules(NamedTuple):
+  """The arguments of `reparameterize` that hold for the whole walk."""
+
+  folds: Mapping[str, Fold]
+  epsilon: float
+  kept: Sequence[Path]
+
+  def keeps(self, path: Path) -> bool:
+    """Tells if the statistics at a path may stay unused."""
+    return any(path[: len(entry)] == entry for entry in self.kept)
+
+  def keeps_in(self, path: Path) -> bool:
+    """Tells if the caller keeps a scope itself, or something in the scope."""
+    return any(entry[: len(path)] == path for entry in self.kept)
+
+  def foreign(self) -> dict[str, Fold]:
+    """Returns the folds of other people's layers, and those that replace a fold of repjax."""
+    return {name: fold for name, fold in self.folds.items() if not is_known(name, fold)}
 
 
-def _is_plain(params: Tree) -> bool:
-  """Returns True if the parameters of a layer are in deploy form."""
-  return bool(_DEPLOY_KEYS & params.keys()) and "bn" not in params
-
-
-def _walk(
-  params: Tree,
-  stats: Tree,
-  path: tuple[str, ...],
-  folds: Mapping[str, Fold],
-  epsilon: float,
-  kept: Sequence[tuple[str, ...]],
-) -> dict[str, Any]:
-  """Folds all layers of a tree that lies at a path, as `reparameterize` describes."""
-  _refuse_strays(params, stats, path, kept)
+def _walk(params: Tree, stats: Tree, path: Path, rules: _Rules) -> Mapping[str, Any] | None:
+  """Folds all layers in a scope that lies at a path; None if the scope disappears."""
+  name, foreign = path[-1] if path else "", rules.foreign()
+  if key := layer_name(name, foreign):
+    return _fold_foreign(foreign[key], params, stats, path, rules)
+  kind = None if rules.keeps_in(path) else kind_of(name, params, stats)
+  if kind and rules.folds.get(kind.layer.__name__) is kind.fold:
+    return _fold_known(kind, params, stats, path, rules)
+  _refuse_strays(params, stats, path, rules)
   result = {}
   for name, value in params.items():
-    here, below = (*path, name), stats.get(name, {})
-    layer = layer_name(name, folds)
     if not isinstance(value, Mapping):
       result[name] = value
-    elif layer is None:
-      result[name] = _walk(value, below, here, folds, epsilon, kept)
-    else:
-      folded = _fold(folds[layer], value, below, here, epsilon)
-      if folded is not None:
-        result[name] = folded
+    elif (walked := _walk(value, stats.get(name, {}), (*path, str(name)), rules)) is not None:
+      result[name] = walked
   return result
 
 
-def _fold(
-  fold: Fold, params: Tree, stats: Tree, path: tuple[str, ...], epsilon: float
+def _fold_foreign(
+  fold: Fold, params: Tree, stats: Tree, path: Path, rules: _Rules
 ) -> Mapping[str, Any] | None:
-  """Folds one layer, or returns a copy of the layer if the layer is in deploy form already."""
+  """Folds one layer of other people, or copies the layer if it is in deploy form already."""
   if stats:
-    if fold in FOLDS.values():  # A layer of somebody else may hold anything.
-      check_leaves(path, params)
-      check_leaves(path, stats)
-    try:
-      return fold(params, stats, epsilon)
-    except ValueError as error:
-      raise ValueError(f"{'/'.join(path)}: {error}") from error
-  if _is_plain(params):
+    return _fold(fold, params, *read_notes(stats, rules.epsilon), path)
+  if {"conv", "dense", "affine"} & params.keys() and "bn" not in params:
     # A walk without folds copies the dictionaries and shares the leaves.
-    return _walk(params, {}, path, {}, epsilon, ())
-  raise ValueError(
-    f"{'/'.join(path)} is in training form (it holds {', '.join(sorted(params))}) but has no "
-    "batch statistics. Pass the batch_stats that belong to these params"
+    return _walk(params, {}, path, _Rules({}, rules.epsilon, ()))
+  raise _without_statistics(params, path)
+
+
+def _fold_known(
+  kind: Kind, params: Tree, stats: Tree, path: Path, rules: _Rules
+) -> Mapping[str, Any] | None:
+  """Folds one layer of repjax. A layer with leading axes is folded along all of them."""
+  if not stats:
+    raise _without_statistics(params, path)
+  check_leaves(path, params)
+  check_leaves(path, stats)
+  axes = kind.recognize(params) or 0
+  if axes:
+    _check_leading(params, stats, axes, path)
+
+  def fold(params: Tree, stats: Tree, epsilon: Any) -> Mapping[str, Any] | None:
+    def fold_one(params: Tree, stats: Tree) -> Mapping[str, Any] | None:
+      return kind.fold(params, stats, epsilon)
+
+    mapped = fold_one
+    for _ in range(axes):
+      mapped = jax.vmap(mapped)
+    return mapped(params, stats)
+
+  return _fold(fold, params, stats, rules.epsilon, path)
+
+
+def _fold(
+  fold: Fold, params: Tree, stats: Tree, epsilon: Any, path: Path
+) -> Mapping[str, Any] | None:
+  """Calls a fold, and names the path in its errors."""
+  try:
+    return fold(params, stats, epsilon)
+  except ValueError as error:
+    kind = InputError if isinstance(error, InputError) else ValueError
+    raise kind(f"{shown(path)}: {error}") from error
+
+
+def _without_statistics(params: Tree, path: Path) -> ValueError:
+  """Returns the error for a layer in training form that has no statistics."""
+  return ValueError(
+    f"{shown(path)} is in training form (it holds {', '.join(sorted(params))}) but has no batch "
+    "statistics. Pass the batch_stats that belong to these params"
   )
 
 
-def _refuse_strays(
-  params: Tree, stats: Tree, path: tuple[str, ...], kept: Sequence[tuple[str, ...]]
-) -> None:
-  """Raises ValueError if no scope of the parameters takes some statistics of this level."""
+def _check_leading(params: Tree, stats: Tree, axes: int, path: Path) -> None:
+  """Raises ValueError if the leaves of a layer do not all have the same leading axes."""
+  shapes = {leaf.shape[:axes] for leaf in jax.tree.leaves((params, stats))}
+  if len(shapes) != 1:
+    raise ValueError(
+      f"{shown(path)}: its kernels have {axes} axes more than the layer gives them. nn.vmap and "
+      "nn.scan add such axes to all parameters and statistics alike, but here the arrays begin "
+      f"with {sorted(shapes)}. Map both collections over axis 0: "
+      'variable_axes={"params": 0, "batch_stats": 0}'
+    )
+
+
+def _refuse_strays(params: Tree, stats: Tree, path: Path, rules: _Rules) -> None:
+  """Raises ValueError if no fold takes some statistics at this level."""
   strays = {
     name: value
     for name, value in stats.items()
     if not (isinstance(value, Mapping) and isinstance(params.get(name), Mapping))
   }
   for key_path, _ in jax.tree_util.tree_flatten_with_path(strays)[0]:
-    leaf = (*path, *(entry.key for entry in key_path))
-    if not any(leaf[: len(entry)] == entry for entry in kept):
-      raise ValueError(
-        f"batch_stats hold {'/'.join(leaf)}, which no fold has used. Either params and batch_stats "
-        "do not belong together, or this is a batch norm outside the layers of repjax. If so, "
-        f"keep the statistics yourself and pass keep=({'/'.join(leaf[:-1])!r},)"
-      )
+    leaf = (*path, *(str(entry.key) for entry in key_path))
+    if not rules.keeps(leaf):
+      raise ValueError(_describe_stray(leaf, params, path))
+  norms = [name for name in stats if not rules.keeps((*path, str(name)))]
+  if norms and not rules.keeps_in(path) and (reason := why_unclear(params, path)):
+    raise ValueError(reason)
+
+
+def _describe_stray(leaf: Path, params: Tree, path: Path) -> str:
+  """Returns the message about a statistic that no fold has used."""
+  called = layer_name(path[-1]) if path else None
+  if called:
+    return (
+      f"{shown(path)}: no fold takes the statistics {shown(leaf)}. The scope is called like a "
+      f"{called}, but it holds {', '.join(sorted(map(str, params))) or 'nothing'}. Either the "
+      "parameters are in deploy form already, which has no statistics, or params and batch_stats "
+      "do not belong together"
+    )
+  return (
+    f"batch_stats hold {shown(leaf)}, which no fold has used. Either params and batch_stats "
+    "do not belong together, or this is a batch norm outside the layers of repjax. If so, "
+    f"keep the statistics yourself and pass keep=({'/'.join(leaf[:-1])!r},)"
+  )

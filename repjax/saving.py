@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 _TIMED = ("futures.future", "futures.signaling_client")
@@ -42,9 +43,9 @@ class _Monotonic:
 def quietly() -> Iterator[None]:
   """Hides what Orbax logs in the block, and what its threads print about an error of the block.
 
-  Orbax writes many arrays at once. If one of them fails, Orbax raises its error and abandons the
-  others. Their threads then print a traceback each, also after the block. So after an error the
-  messages of abandoned work stay hidden; those of any other thread or package are shown.
+  Orbax reads or writes many arrays at once. If one of them fails, Orbax raises its error and
+  abandons the others. Their threads then print a traceback each, also after the block. So after an
+  error the messages of abandoned work stay hidden; those of any other thread or package are shown.
   """
   filters = {"absl": _not_of_orbax, "asyncio": _not_of_orbax}
   hook = _Hook()
@@ -63,9 +64,10 @@ def quietly() -> Iterator[None]:
 
 
 class _Hook:
-  """A `sys.unraisablehook` that hides errors of threads whose event loop was closed too early.
+  """A `sys.unraisablehook` that hides errors of work that Orbax has abandoned.
 
-  TensorStore reports the errors of its threads by this hook, without an object.
+  TensorStore reports by this hook, without an object, that the event loop was closed too early.
+  Python reports errors of abandoned coroutines of Orbax when it collects them.
   """
 
   def __init__(self) -> None:
@@ -80,11 +82,26 @@ class _Hook:
 
   def _show(self, problem: Any) -> None:
     """Passes an error on, unless the error is that of abandoned work."""
-    if problem.object is not None or str(problem.exc_value) != "Event loop is closed":
+    closed_early = problem.object is None and str(problem.exc_value) == "Event loop is closed"
+    if not closed_early and not _passed_orbax(problem.exc_traceback):
       self._before(problem)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
   """Checks whether a record of a log is not about Orbax and its tasks."""
-  text = f"{record.pathname} {record.msg}"
-  return not any(folder in text for folder in _FOLDERS)
+  traceback = record.exc_info[2] if record.exc_info else None
+  return not (_is_in_orbax(f"{record.pathname} {record.msg}") or _passed_orbax(traceback))
+
+
+def _passed_orbax(traceback: TracebackType | None) -> bool:
+  """Checks whether an error came through a function of Orbax."""
+  while traceback is not None:
+    if _is_in_orbax(traceback.tb_frame.f_code.co_filename):
+      return True
+    traceback = traceback.tb_next
+  return False
+
+
+def _is_in_orbax(text: str) -> bool:
+  """Checks whether a text holds the path of a file of Orbax."""
+  return any(folder in text for folder in _FOLDERS)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax import disk, forks, names, runs, schema
+from repjax import disk, names, runs, schema
+from repjax.devices import need_devices
 from repjax.errors import InputError
 from repjax.models import check_model, create_model, image_size_of
 from repjax.reparam import reparameterize
@@ -186,6 +187,7 @@ def shapes_of(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, 
 
   The model is traced once, which takes a second for a large one. The result is kept.
   """
+  need_devices()
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
   return jax.eval_shape(model.init, jax.random.key(0), images)
@@ -214,7 +216,8 @@ def load(
     `spec.preprocessing.normalize` makes images for the model from uint8 images.
 
   Raises:
-    InputError: the folder does not hold the form that was asked for, or is damaged.
+    InputError: the folder does not hold the form that was asked for, or is damaged; or JAX finds no
+      devices.
 
   Example:
     model, variables, spec = repjax.load("runs/digits")
@@ -222,6 +225,7 @@ def load(
   """
   schema.check(deploy, schema.boolean, "deploy")
   schema.check(verify, schema.boolean, "verify")
+  need_devices()
   folder = names.folder(workdir)
   if deploy and runs.find_deploy(folder) is not None:
     return runs.read_deploy(folder, _read_deploy, verify=verify)
@@ -231,7 +235,6 @@ def load(
       f"{folder} holds a network as an ONNX file alone. Load the folder of the run or import from "
       "which the file was made"
     )
-  forks.refuse_lost_devices()
   variables = runs.read_best(folder, spec.variable_shapes(), verify=verify)[1]
   if deploy:
     variables = {"params": jax.jit(reparameterize)(variables["params"], variables["batch_stats"])}

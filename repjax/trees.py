@@ -1,5 +1,7 @@
 """Checks of trees of variables that come from outside: one sentence names what came."""
 
+import numbers
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +12,25 @@ from repjax.errors import InputError, printable
 
 _RANKS = (2, 4, 7)
 """Numbers of axes that kernels have."""
+_LIFTED = ("Vmap", "Scan")
+"""Linen begins the automatic names of layers under `nn.vmap` and `nn.scan` so."""
+
+
+def pure(tree: Mapping[Any, Any]) -> Mapping[Any, Any]:
+  """Returns a tree of arrays for a tree of variables of Flax NNX; other trees as they are.
+
+  The leaves of an `nnx.State` are such variables.
+  """
+  nnx = sys.modules.get("flax.nnx")
+  if nnx is None or not any(isinstance(leaf, nnx.Variable) for _, leaf in leaves(tree)):
+    return tree
+
+  def values(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+      return {key: values(value) for key, value in tree.items()}
+    return tree.get_value() if isinstance(tree, nnx.Variable) else tree
+
+  return values(tree)
 
 
 def check_tree(where: str, tree: Any) -> None:
@@ -31,22 +52,43 @@ def check_tree(where: str, tree: Any) -> None:
       f"{where} must be nested dictionaries, got a flat one with the key "
       f"{printable(repr(flat), 100)}. Nest it: flax.traverse_util.unflatten_dict(tree{separator})"
     )
-  for path, _ in _leaves(tree):
-    if odd := [key for key in path if not isinstance(key, str | tuple)]:
+  for path, _ in leaves(tree):
+    # Lists of Flax NNX have numbers for names, but never at the top.
+    if odd := [key for key in path[:1] if not isinstance(key, str | tuple)]:
       raise InputError(
         f"{where} must have names of scopes for keys, got {printable(repr(odd[0]), 100)}"
       )
-  shapes = {path: jnp.shape(leaf) for path, leaf in _leaves(tree) if hasattr(leaf, "shape")}
+  shapes = {path: jnp.shape(leaf) for path, leaf in leaves(tree) if hasattr(leaf, "shape")}
   kernels = [len(shape) for path, shape in shapes.items() if path[-1] == "kernel"]
   if not kernels or any(rank - 1 not in _RANKS or rank in _RANKS for rank in kernels):
     return
   leading = {shape[:1] for shape in shapes.values()}
-  if len(leading) == 1:
+  lifted = any(str(key).startswith(_LIFTED) for path in shapes for key in path)
+  if len(leading) == 1 and not lifted:
     ((count,),) = leading
     raise InputError(
       f"every leaf of {where} has a first axis of {count}, as a tree has that is replicated over "
-      f"{count} devices for pmap. Take one copy: jax.tree.map(lambda leaf: leaf[0], tree)"
+      f"{count} devices for pmap, or that holds {count} networks. Take one copy: "
+      "jax.tree.map(lambda leaf: leaf[0], tree), or map the function over all: "
+      "jax.vmap(function)(...)"
     )
+
+
+def check_apart(params: Any) -> None:
+  """Checks that no statistics of batch norms lie among parameters.
+
+  Args:
+    params: nested dictionaries of parameters.
+
+  Raises:
+    InputError: a scope called `bn` holds statistics.
+  """
+  for path, _ in leaves(params):
+    if path[-2:] in (("bn", "mean"), ("bn", "var")):
+      raise InputError(
+        f"params hold statistics too: {printable('/'.join(map(str, path)))}. Pass the two apart. "
+        "An NNX model has nnx.state(model, nnx.Param) and nnx.state(model, nnx.BatchStat)"
+      )
 
 
 def check_leaves(path: tuple[str, ...], tree: Any) -> None:
@@ -59,7 +101,7 @@ def check_leaves(path: tuple[str, ...], tree: Any) -> None:
   Raises:
     InputError: a leaf is something else.
   """
-  for below, leaf in _leaves(tree):
+  for below, leaf in leaves(tree):
     place = printable("/".join((*path, *map(str, below))))
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
       raise InputError(f"{place} must be an array, got {_kind(leaf)}")
@@ -72,6 +114,39 @@ def check_leaves(path: tuple[str, ...], tree: Any) -> None:
       )
 
 
+def misfits(given: Any, wanted: Any) -> list[str]:
+  """Lists where the paths and shapes of a tree are not those of a different tree.
+
+  Args:
+    given: a tree of arrays.
+    wanted: a tree of arrays or of shapes.
+
+  Returns:
+    A clause for each difference; empty if there is none.
+  """
+  held, expected = _shapes(given), _shapes(wanted)
+  problems = [f"{path} is missing" for path in expected if path not in held]
+  problems += [f"{path} is unknown" for path in held if path not in expected]
+  problems += [
+    f"{path} is {held[path]} where the model has {expected[path]}"
+    for path in expected
+    if path in held and held[path] != expected[path]
+  ]
+  return problems
+
+
+def _shapes(tree: Any) -> dict[str, Any]:
+  """Returns the shapes of a tree's leaves by path; a leaf that is no array gives its type."""
+  return {"/".join(map(str, path)): _shape(leaf) for path, leaf in leaves(tree)}
+
+
+def _shape(leaf: Any) -> Any:
+  """Returns the shape of an array or number, else its type in words."""
+  if isinstance(leaf, numbers.Number):
+    return ()
+  return getattr(leaf, "shape", f"a {type(leaf).__name__}")
+
+
 def _is_path(key: Any, value: Any) -> bool:
   """Tells if a key of a tree is the path of a leaf, not the name of a scope."""
   if isinstance(key, tuple):
@@ -79,11 +154,11 @@ def _is_path(key: Any, value: Any) -> bool:
   return isinstance(key, str) and ("/" in key or ("." in key and not isinstance(value, Mapping)))
 
 
-def _leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
   """Yields the path and value of everything in a tree that is no dictionary."""
   if isinstance(tree, Mapping):
     for key, value in tree.items():
-      yield from _leaves(value, (*path, key))
+      yield from leaves(value, (*path, key))
   else:
     yield path, tree
 

@@ -69,7 +69,9 @@ def error_of(model: Any, fused: Any, folded: Any, variables: Any, size: int) -> 
   """Returns the relative error of the fused function on one random image."""
   images = jnp.asarray(np.random.default_rng(1).normal(size=(1, size, size, 3)))
   wanted = np.asarray(jax.jit(model.apply)(variables, images))
-  return float(np.abs(np.asarray(jax.jit(fused)(folded, images)) - wanted).max() / np.abs(wanted).max())
+  return float(
+    np.abs(np.asarray(jax.jit(fused)(folded, images)) - wanted).max() / np.abs(wanted).max()
+  )
 
 
 def main() -> int:

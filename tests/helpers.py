@@ -18,6 +18,7 @@ from flax import linen as nn
 import repjax
 from repjax import program
 from repjax.errors import InputError
+from repjax.layers.grammar import is_skip
 from repjax.layers.linear import uniform_bound
 from repjax.weights.naming import Naming, entries, tensor_name
 from repjax.weights.repvgg import NAMINGS
@@ -112,10 +113,11 @@ def shapes(tree: Any) -> Any:
   return jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), tree)
 
 
-def randomise(variables: Any, seed: int = 0) -> Any:
+def randomise(variables: Any, seed: int = 0, epsilon: float = 0.1) -> Any:
   """Draws random values for every leaf of a tree of arrays or shapes, in the dtype of the leaf.
 
-  Fresh variables (mean 0, variance 1, scale 1) hide every folding bug.
+  Fresh variables (mean 0, variance 1, scale 1) hide every folding bug. Notes of layers get the
+  given epsilon, and one for marks and skips.
   """
   rng = np.random.default_rng(seed)
 
@@ -123,10 +125,14 @@ def randomise(variables: Any, seed: int = 0) -> Any:
     kind = path[-1].key
     if kind == "kernel":
       values = rng.standard_normal(leaf.shape) * uniform_bound(leaf.shape)
-    elif kind in ("scale", "var"):
+    elif kind in ("scale", "var", "diagonal", "gain"):
       values = rng.uniform(0.5, 1.5, leaf.shape)
     elif kind in ("bias", "mean"):
       values = rng.uniform(-0.3, 0.3, leaf.shape)
+    elif kind == "epsilon":
+      values = np.full(leaf.shape, epsilon)
+    elif kind in repjax.FOLDS or is_skip(kind):  # notes of layers, whose values mean nothing
+      values = np.ones(leaf.shape)
     else:
       raise ValueError(f"no rule for a leaf called {kind!r}")
     return jnp.asarray(values.astype(leaf.dtype))
@@ -142,7 +148,7 @@ def init_shapes(module: nn.Module, x: Any, train: bool = False) -> Any:
 
 def random_variables(module: nn.Module, x: Any, seed: int = 0) -> Any:
   """Draws random variables for a module, without compiling the module's `init`."""
-  return randomise(init_shapes(module, x), seed)
+  return randomise(init_shapes(module, x), seed, getattr(module, "epsilon", 0.1))
 
 
 def forms_differ_by(model: nn.Module, x: Any) -> float:

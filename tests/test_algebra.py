@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from repjax import algebra
-from repjax.algebra import AffineParams, ConvParams
+from repjax.algebra import AffineParams, BranchScales, ConvParams
 from tests.helpers import convolve, quick_jit, random_input, randomise, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -59,6 +59,38 @@ class TestBnAffine:
   def test_scalars_are_refused(self):
     with pytest.raises(ValueError, match="one common shape"):
       algebra.bn_affine(*jax.tree.map(lambda leaf: leaf[0], random_norm(1)), EPSILON)
+
+
+class TestAffineBn:
+  @pytest.mark.parametrize("shape", [(6,), (2, 3)])
+  def test_the_norm_computes_the_map(self, shape):
+    affine = AffineParams(*(jnp.asarray(random_input(*shape, seed=seed)) for seed in (1, 2)))
+    stats = {"mean": affine.scale - 2, "var": jnp.abs(affine.bias)}
+    bn = algebra.affine_bn(affine, stats, EPSILON)
+    x = random_input(50, *shape)
+    assert (
+      relative_error(normalise(x, bn, stats), x * affine.scale[None] + affine.bias[None]) <= EXACT
+    )
+
+  def test_it_undoes_bn_affine(self):
+    bn, stats = random_norm(6)
+    again = algebra.affine_bn(algebra.bn_affine(bn, stats, EPSILON), stats, EPSILON)
+    for name in ("scale", "bias"):
+      assert relative_error(again[name], bn[name]) <= EXACT
+
+  def test_half_precision_is_computed_in_float32(self):
+    bn, stats = random_norm(6, dtype=jnp.bfloat16)
+    affine = AffineParams(bn["scale"], bn["bias"])
+    assert algebra.affine_bn(affine, stats, EPSILON)["bias"].dtype == jnp.float32
+
+
+class TestRebaseBn:
+  @pytest.mark.parametrize("var", [0.0, 1e-12, 7.0])
+  def test_a_norm_of_new_statistics_computes_the_same(self, var):
+    x, (bn, old) = random_input(50, 6), random_norm(6)
+    new = {"mean": old["mean"] + 3, "var": jnp.full((6,), var)}
+    rebased = algebra.rebase_bn(bn, old, new, EPSILON)
+    assert relative_error(normalise(x, rebased, new), normalise(x, bn, old)) <= EXACT
 
 
 class TestFuseBn:
@@ -115,6 +147,64 @@ class TestPadKernel:
 
   def test_the_dtype_is_kept(self):
     assert algebra.pad_kernel(jnp.ones((1, 1, 1, 1), jnp.bfloat16), (3, 3)).dtype == jnp.bfloat16
+
+
+class TestDilateKernel:
+  @pytest.mark.parametrize("rate", [1, 2, 3])
+  @pytest.mark.parametrize("size", [(3, 3), (1, 4), (2, 3), (1, 1)])
+  @pytest.mark.parametrize(("strides", "dilation"), [((1, 1), (1, 1)), ((2, 1), (1, 2))])
+  def test_the_larger_kernel_without_dilation_is_the_same(self, rate, size, strides, dilation):
+    x, conv = random_input(1, 9, 14, 4, seed=rate), random_conv(*size, 2, 6)
+    dilated = algebra.dilate_kernel(conv.kernel, rate)
+    assert dilated.shape[:2] == tuple((taps - 1) * rate + 1 for taps in size)
+    how = {"strides": strides, "padding": (4, 4), "groups": 2}
+    wider = {"dilation": (rate * dilation[0], rate * dilation[1])}
+    expected = convolve(x, conv.kernel, **how | wider)
+    assert relative_error(convolve(x, dilated, dilation=dilation, **how), expected) <= EXACT
+
+  def test_taps_are_copied_in_their_dtype(self):
+    kernel = jnp.asarray(random_input(3, 2, 1, 2), jnp.bfloat16)
+    dilated = algebra.dilate_kernel(kernel, 2)
+    assert dilated.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(dilated[::2, ::2], kernel)
+    assert jnp.count_nonzero(dilated) == kernel.size
+
+  def test_taps_cannot_coincide(self):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+      algebra.dilate_kernel(jnp.ones((3, 3, 1, 1)), 0)
+
+  def test_axes_have_rates_of_their_own(self):
+    kernel = algebra.dilate_kernel(jnp.ones((3, 2, 1, 1)), (2, 3))
+    assert kernel.shape == (5, 4, 1, 1)
+    assert kernel.sum() == 6
+
+
+class TestDiracKernel:
+  @pytest.mark.parametrize(("inputs", "outputs"), [(4, 4), (3, 5), (5, 3)])
+  @pytest.mark.parametrize("size", [(3, 3), (1, 5)])
+  def test_it_is_a_scaled_input_and_a_normalised_convolution(self, inputs, outputs, size):
+    x, conv = random_input(2, 7, 6, inputs), random_conv(*size, inputs, outputs)
+    diagonal, gain = random_input(outputs, seed=7), random_input(outputs, seed=8)
+    how = {"padding": (size[0] // 2, size[1] // 2)}
+    norms = np.sqrt(np.square(np.asarray(conv.kernel)).sum((0, 1, 2)))
+    expected = convolve(x, conv.kernel, **how) * gain / norms
+    shared = min(inputs, outputs)
+    expected[..., :shared] += x[..., :shared] * diagonal[:shared]
+    kernel = algebra.dirac_kernel(conv.kernel, diagonal, gain)
+    assert relative_error(convolve(x, kernel, **how), expected) <= EXACT
+
+  def test_the_length_of_a_filter_does_not_matter_and_zeros_stay_zeros(self):
+    kernel, ones = random_conv(3, 3, 2, 2).kernel, jnp.ones(2)
+    longer = algebra.dirac_kernel(5 * kernel, ones, ones)
+    assert relative_error(longer, algebra.dirac_kernel(kernel, ones, ones)) <= EXACT
+    of_zeros = algebra.dirac_kernel(jnp.zeros_like(kernel), ones, ones)
+    assert jnp.array_equal(of_zeros, algebra.identity_kernel(2, 1, (3, 3), kernel.dtype))
+    gradient = jax.grad(lambda k: algebra.dirac_kernel(k, ones, ones).sum())(0 * kernel)
+    assert jnp.isfinite(gradient).all()
+
+  def test_an_even_size_has_no_centre(self):
+    with pytest.raises(ValueError, match="odd sizes, got 2x3"):
+      algebra.dirac_kernel(jnp.ones((2, 3, 1, 1)), jnp.ones(1), jnp.ones(1))
 
 
 class TestIdentityKernel:
@@ -280,6 +370,60 @@ class TestAbsorbAffine:
       algebra.absorb_affine(AffineParams(np.ones(4), np.ones(4)), np.ones((6, 2)), np.ones(2))
 
 
+def random_scales(features, identity=True):
+  """Returns scales of both signs."""
+  vectors = (jnp.asarray(random_input(features, seed=seed)) for seed in (5, 6, 7))
+  s3, s1, s0 = vectors
+  return BranchScales(s3, s1, s0 if identity else None)
+
+
+class TestScaledBranches:
+  @staticmethod
+  def branches(x, k3, k1, scales, groups=1, strides=(1, 1)):
+    """The sum of the branches by their definition."""
+    y = convolve(x, k3, strides=strides, padding=(1, 1), groups=groups) * np.asarray(scales.conv3x3)
+    y = y + convolve(x, k1, strides=strides, groups=groups) * np.asarray(scales.conv1x1)
+    return y if scales.identity is None else y + x * np.asarray(scales.identity)
+
+  @pytest.mark.parametrize(
+    ("inputs", "features", "groups", "strides", "identity"),
+    [(4, 4, 1, 1, True), (6, 6, 3, 1, True), (4, 6, 1, 1, False), (4, 4, 2, 2, False)],
+  )
+  def test_one_kernel_computes_the_sum(self, inputs, features, groups, strides, identity):
+    x, scales = random_input(2, 6, 5, inputs), random_scales(features, identity)
+    k3 = random_conv(3, 3, inputs // groups, features, seed=1).kernel
+    k1 = random_conv(1, 1, inputs // groups, features, seed=2).kernel
+    strides = (strides, strides)
+    kernel = algebra.scale_branches(k3, k1, scales)
+    merged = convolve(x, kernel, strides=strides, padding=(1, 1), groups=groups)
+    assert relative_error(merged, self.branches(x, k3, k1, scales, groups, strides)) <= EXACT
+
+  @pytest.mark.parametrize("groups", [1, 2])
+  @pytest.mark.parametrize("identity", [False, True])
+  def test_a_step_of_the_branches_is_a_multiplied_step_of_the_kernel(self, groups, identity):
+    gradient = random_conv(3, 3, 4 // groups, 4, seed=3).kernel
+    k3 = random_conv(3, 3, 4 // groups, 4, seed=1).kernel
+    k1 = random_conv(1, 1, 4 // groups, 4, seed=2).kernel
+    scales = random_scales(4, identity)
+
+    def loss(k3, k1, s0):
+      return jnp.vdot(gradient, algebra.scale_branches(k3, k1, scales._replace(identity=s0)))
+
+    moves = jax.grad(loss, argnums=(0, 1, 2) if identity else (0, 1))(k3, k1, scales.identity)
+    s0 = scales.identity - moves[2] if identity else None
+    moved = algebra.scale_branches(k3 - moves[0], k1 - moves[1], scales._replace(identity=s0))
+    multiplier = algebra.gradient_multiplier(gradient.shape, scales, 2)
+    expected = algebra.scale_branches(k3, k1, scales) - multiplier * gradient
+    assert relative_error(moved, expected) <= EXACT
+
+  def test_adams_multiplier_is_the_sum_of_sizes(self):
+    scales = random_scales(4)
+    multiplier = np.asarray(algebra.gradient_multiplier((3, 3, 4, 4), scales, 1))
+    s3, s1 = (np.abs(np.asarray(scale)) for scale in scales[:2])
+    np.testing.assert_allclose(multiplier[0, 2, 1], s3)
+    np.testing.assert_allclose(multiplier[1, 1], s3 + s1 + np.eye(4))
+
+
 class TestConvToDense:
   @pytest.mark.parametrize(
     ("tile", "size", "inputs", "outputs", "groups"),
@@ -408,20 +552,6 @@ def test_wide_dtype_is_float64_as_soon_as_one_is():
   for pair in itertools.combinations_with_replacement(dtypes, 2):
     wanted = jnp.float64 if jnp.float64 in pair else jnp.float32
     assert algebra.wide_dtype(*pair) == jnp.dtype(wanted)
-
-
-class TestDilateKernel:
-  @pytest.mark.parametrize("rate", [1, 2, 3])
-  def test_the_dense_kernel_computes_the_dilated_convolution(self, rate):
-    x, conv = random_input(2, 12, 11, 3), random_conv(3, 2, 3, 4)
-    wanted = convolve(x, conv.kernel, dilation=(rate, rate))
-    got = convolve(x, algebra.dilate_kernel(conv.kernel, rate))
-    assert relative_error(got, wanted) <= EXACT
-
-  def test_axes_have_rates_of_their_own(self):
-    kernel = algebra.dilate_kernel(jnp.ones((3, 2, 1, 1)), (2, 3))
-    assert kernel.shape == (5, 4, 1, 1)
-    assert kernel.sum() == 6
 
 
 class TestMergeGroups:

@@ -169,6 +169,38 @@ def test_the_rules_that_spare_penalised_kernels_are_those_that_custom_l2_takes()
         table.check_custom_l2(config)
 
 
+@pytest.mark.parametrize("name", table.REPOPTIMIZERS)
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"scales": None}, r"needs config\.scales: the folder .*hyper-search"),
+    ({"clip_norm": 5.0}, r"takes no config\.clip_norm, got 5\.0"),
+    ({"init_from": "runs/digits"}, r"cannot start from trained weights"),
+    ({"init_from": "runs/digits", "qat": True}, r"cannot start from trained weights"),
+  ],
+  ids=str,
+)
+def test_repoptimizer_is_refused_where_it_is_not_what_branches_do(name, changes, said):
+  config = table.default()
+  config.update({"optimizer": name, "scales": "runs/search"})
+  table.check_config(config)
+  config.update(changes)
+  with pytest.raises(InputError, match=said):
+    table.check_config(config)
+
+
+def test_fields_of_other_optimizers_are_refused():
+  config = table.default()
+  config.scales = "runs/search"
+  with pytest.raises(InputError, match=r"config\.scales is for RepOptimizer only"):
+    table.check_config(config)
+  for name in table.ADAMW:
+    config.update({"optimizer": name, "nesterov": True})
+    config.scales = "runs/search" if name in table.REPOPTIMIZERS else None
+    with pytest.raises(InputError, match=rf"nesterov is for SGD only.*{name}"):
+      table.check_config(config)
+
+
 def test_the_overrides_are_the_attributes_of_the_models():
   # A config sets these outside of model_overrides, or training sets them.
   apart = {"num_classes", "dtype", "param_dtype", "axis_name", "deploy", "features_only"}

@@ -3,6 +3,7 @@
 import importlib
 import math
 import re
+import runpy
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ import repjax
 from repjax.configs import common
 from repjax.data import open_source
 from repjax.errors import InputError
-from repjax.training import finetune, planning
+from repjax.training import finetune, planning, repoptimizer
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -67,13 +68,24 @@ REPMLPNET = {
 }
 # ParNet by its authors' script: how often an image is erased in part.
 PARNET = {"parnet_s": 0.2, "parnet_m": 0.2, "parnet_l": 0.4, "parnet_xl": 0.4}
+# README of the authors of RepOptimizer: RepOpt-VGG, and the hyper-search that comes first.
+REPOPT = {"repoptvgg_b1": ("repvgg_b1", 78.62), "repoptvgg_b2": ("repvgg_b2", 79.68)}
+SEARCHES = {"repoptvgg_b1_search": "repvgg_b1", "repoptvgg_b2_search": "repvgg_b2"}
+DIGITS_REPOPT = {"digits_repopt", "digits_repopt_search"}
 # And on smaller data.
 SMALL_REPMLP = {"repmlp_cifar", "repmlp_cifar_convnet", "digits_repmlp"}
+ABLATIONS = {"repvgg_b0_ablation", "digits_ablation"}
 IN_8_BITS = {"digits_qat", "digits_repmlp_qat", "digits_parnet_qat"}
 OTHER_PARNET = {"parnet_xl_320", "parnet_cifar", "digits_parnet"}
 
 
-NEVER_SET = {"data_dir", "init_from", "num_steps", "eval_image_size"}  # None in the shared one too
+NEVER_SET = {
+  "data_dir",
+  "init_from",
+  "scales",
+  "num_steps",
+  "eval_image_size",
+}  # None in the shared one too
 LEFT_OPEN = {
   *("model", "num_classes", "dataset"),
   *("image_size", "resize_size", "interpolation", "mean", "std"),
@@ -91,7 +103,9 @@ def test_there_is_a_config_for_each_result_and_one_to_try():
     *PARNET,
     *OTHER_PARNET,
     *("digits", "finetune"),
+    *ABLATIONS,
     *IN_8_BITS,
+    *(*REPOPT, *SEARCHES, *DIGITS_REPOPT),
   } == set(NAMES)
 
 
@@ -145,6 +159,36 @@ def test_a_config_of_the_paper_gives_its_number_and_is_the_shared_recipe(name):
   base = common.get_config()
   base.model = name
   assert config.to_dict() == base.to_dict()
+
+
+@pytest.mark.parametrize("ablation", common.ABLATIONS)
+@pytest.mark.parametrize("name", sorted(ABLATIONS))
+def test_an_ablation_changes_nothing_but_the_blocks(name, ablation):
+  module = importlib.import_module(f"configs.{name}")
+  config, full = module.get_config(ablation), module.get_config()
+  changed = changes(full, config)
+  assert changed.keys() <= {"model_overrides"}
+  config.model_overrides.stage_sizes = (2, 2, 2, 1)  # which is traced sooner
+  planning.check(config)
+  model = planning.model_spec(config, ()).create_model()
+  for attribute, value in common.ABLATIONS[ablation].items():
+    assert getattr(model, attribute) == value
+  assert f"`{ablation}`" in importlib.import_module("configs.repvgg_b0_ablation").__doc__
+
+
+def test_ablations_of_b0_have_the_recipe_and_the_numbers_of_the_paper(monkeypatch):
+  config, text = load("repvgg_b0_ablation")
+  assert changes(load("repvgg_b0")[0], config) == {}
+  monkeypatch.syspath_prepend(tiny.ROOT / "benchmarks")
+  benchmark = runpy.run_path(str(tiny.ROOT / "benchmarks" / "ablation.py"))
+  for name, (top1, is_checked) in benchmark["PAPER"].items():
+    number = f"{top1:.2f}" if is_checked else rf"{top1:.2f} \?"
+    assert re.search(rf"`{name}` \|[^|]*\| {number} \|", text), name
+
+
+def test_an_unknown_ablation_is_named():
+  with pytest.raises(InputError, match="unknown ablation 'plane'; did you mean plain"):
+    importlib.import_module("configs.digits_ablation").get_config("plane")
 
 
 @pytest.mark.parametrize("name", STRONG)
@@ -279,6 +323,75 @@ def test_parnet_has_the_recipe_of_its_authors_with_the_rate_of_the_paper(name):
   # 0.8 for a batch of 2048; cosine, and crops of 0.875 in evaluation.
   assert base.learning_rate * 2048 / 256 == 0.8
   assert (base.schedule, base.image_size / base.resize_size) == ("cosine", 0.875)
+
+
+@pytest.mark.parametrize("name", REPOPT)
+def test_repopt_has_the_recipe_of_its_authors(name):
+  config, text = load(name)
+  model, accuracy = REPOPT[name]
+  assert f"{accuracy:.2f} % top-1 at 224 px (resize 224, central crop)" in text
+  changed = changes(common.get_config(), config)
+  own = {field: value for field, value in changed.pop("model_overrides").items() if value}
+  assert own == {"branches": ("conv3x3",)}
+  assert changed == {
+    "model": model,
+    "optimizer": "repoptimizer",
+    "scales": f"runs/{name}_search",
+    "resize_size": 224,
+    "augment": load("repvggplus_l2pse")[0].augment,
+    "warmup_epochs": 5,
+    "warmup_overlaps": True,
+    "nesterov": True,
+    "weight_decay": 4e-5,
+    "weight_decay_rule": "more_than_one_axis",
+    "label_smoothing": 0.1,
+  }
+  assert (config.num_epochs, config.learning_rate, config.batch_size) == (120, 0.1, 256)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_search_of_repopt_is_that_of_its_authors(name):
+  config = load(name)[0]
+  changed = changes(common.get_config(), config)
+  own = {field: value for field, value in changed.pop("model_overrides").items() if value}
+  assert own == {"scaled": True}
+  assert changed == {
+    "model": SEARCHES[name],
+    "num_classes": 100,
+    "dataset": "cifar100",
+    "eval_split": "test",
+    "image_size": 32,
+    "resize_size": 32,
+    # The numbers of the authors' script, to four digits.
+    "mean": pytest.approx((0.50707516, 0.48654887, 0.44091784), abs=5e-5),
+    "std": pytest.approx((0.26733429, 0.25643846, 0.27615047), abs=5e-5),
+    "augment": "pad_and_crop | flip",
+    "num_epochs": 240,
+    "warmup_epochs": 10,
+    "warmup_overlaps": True,
+    "nesterov": True,
+    "weight_decay": 4e-5,
+    "weight_decay_rule": "more_than_one_axis",
+    "clip_norm": 5,
+    "label_smoothing": 0.1,
+  }
+  assert config.batch_size == 256
+  # What is searched is what the plain network of the other config takes.
+  plain = planning.model_spec(load(name.removesuffix("_search"))[0], ())
+  searched = planning.model_spec(config, ()).variable_shapes()["params"]
+  assert repoptimizer.scale_shapes(plain) == repoptimizer.scales_in(searched)
+
+
+def test_the_digits_of_repopt_are_those_of_the_first_config():
+  digits = load("digits")[0]
+  search, plain = (load(name)[0] for name in ("digits_repopt_search", "digits_repopt"))
+  assert changes(digits, search).keys() == {"model_overrides"}
+  assert changes(digits, plain).keys() == {"model_overrides", "optimizer", "scales"}
+  assert plain.scales == "runs/digits_repopt_search"
+  searched = planning.model_spec(search, ()).variable_shapes()["params"]
+  assert repoptimizer.scale_shapes(planning.model_spec(plain, ())) == repoptimizer.scales_in(
+    searched
+  )
 
 
 def test_fine_tuning_parnet_is_short_at_320_pixels_and_tested_at_352():

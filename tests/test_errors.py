@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from repjax.errors import InputError, one_paragraph, printable, unknown
+from repjax.errors import InputError, listed, one_paragraph, printable, sentences, unknown
 
 KNOWN = ("repvgg_b1", "repvgg_a0", "resnet50")
 
@@ -63,6 +63,23 @@ def test_foreign_text_is_one_line_that_moves_no_cursor():
 def test_unknown_lists_foreign_names_on_one_line():
   text = str(unknown("split", "x", ["a\nb\x1b[2J"]))
   assert text == r"unknown split 'x'; known: a\nb\x1b[2J"
+
+
+@pytest.mark.parametrize(
+  ("options", "text"),
+  [
+    ({}, "a, b, c, d, e and 1,001 more"),
+    ({"most": 1, "between": "; "}, "a and 1,005 more"),
+    ({"most": 2, "between": "\n"}, "a\nb\nand 1,004 more"),
+  ],
+)
+def test_a_list_in_a_message_is_short(options, text):
+  assert listed([*"abcdef", *1000 * ["x"]], **options) == text
+  assert listed(["a\n" + "b" * 200]) == "a\\n" + "b" * 98 + "..."
+
+
+def test_sentences_end_with_one_mark():
+  assert sentences("did you mean b?", "so", "Do c.", "d") == "did you mean b? so. Do c. d"
 
 
 ESCAPES = ("\x1b[2J", "\x9b2J", "\r", "\x07", "\u202e", "\t", "\x00")

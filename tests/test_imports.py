@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
 # A room is a file or a folder of the package. Every room may import the leaves.
 LEAVES = {
-  *("cache", "disk", "errors", "forks", "json_files", "names", "output", "regular_files"),
+  *("cache", "devices", "disk", "errors", "json_files", "names", "output", "regular_files"),
   *("runs", "saving", "schema", "signals", "timing", "trees"),
 }
 # Each room, and the rooms besides the leaves that it may import.
@@ -25,21 +25,24 @@ MAY_IMPORT = {
   "program": set(),
   "fusion": {"algebra", "program"},
   "layers": {"algebra"},
-  "reparam": {"layers"},
+  "nnx": {"layers"},
+  "recognition": {"layers"},
+  "reparam": {"layers", "recognition"},
   "models": {"layers"},
+  "expansion": {"algebra", "layers", "models", "recognition", "reparam"},
   "spec": {"models", "reparam"},
   "analysis": {"models", "program", "reparam", "spec"},
-  "weights": {"config", "models", "reparam", "spec"},
-  "inference": {"models", "reparam", "spec"},
+  "weights": {"config", "models", "recognition", "reparam", "spec"},
+  "inference": {"models", "recognition", "reparam", "spec"},
   "onnx": {"inference", "program", "spec"},
   "quantization": {"algebra", "inference", "onnx", "program"},
   "deploy": {"algebra", "data", "inference", "models", "onnx", "program", "spec"},
-  "report": {"reparam", "spec"},
+  "report": {"layers", "recognition", "spec"},
   "config": set(),
   "configs": {"config"},
   "training": {
     *("algebra", "config", "data", "deploy", "inference", "models", "onnx", "quantization"),
-    *("reparam", "report", "spec"),
+    *("expansion", "layers", "recognition", "reparam", "report", "spec", "weights"),
   },
   "data": set(),
 }
@@ -49,7 +52,7 @@ NOT_LEAVES = {"data": {"cache", "runs", "trees"}}
 # Packages outside the standard library: all that a room may import, and those that it may not.
 ONLY = {
   "algebra": {"jax"},
-  **{leaf: set() for leaf in ("errors", "forks", "json_files", "names", "output")},
+  **{leaf: set() for leaf in ("devices", "errors", "json_files", "names", "output")},
   **{leaf: set() for leaf in ("regular_files", "schema", "signals", "timing")},
 }
 NEVER = {"data": {"jax", "jaxlib", "flax"}}
@@ -188,9 +191,10 @@ def test_the_names_of_repjax_load_nothing_beyond_jax_and_linen(loaded):
   names = {*loaded[0]["names of repjax"]} - {*loaded[0]["jax and linen"]}
   assert "repjax.reparam" in names
   rooms = {name.split(".")[1] for name in names if name.startswith("repjax.")}
-  assert not rooms & {"analysis", "data", "deploy", "training", "weights"}
+  assert not rooms & {"analysis", "data", "deploy", "nnx", "training", "weights"}
   others = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
   assert {name for name in others if name.split(".")[0] != "repjax"} == set()
+  assert "flax.nnx" not in loaded[0]["names of repjax"]
 
 
 def test_importing_repjax_starts_no_backend(loaded):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import repjax
 from repjax.algebra import ConvParams, add, fuse_bn, identity_kernel, pad_kernel
 from repjax.layers import AuxHead, RepConv, RepNorm, linear
-from repjax.reparam import layer_name
+from repjax.recognition import layer_name
 from tests import helpers
 from tests.helpers import F64, halves, quick_jit, random_input, random_variables, relative_error
 
@@ -71,23 +71,6 @@ class TestFunction:
       return deploy.apply({"params": params}, X), model.apply(variables, X)
 
     assert relative_error(*quick_jit(outputs)(variables)) <= 1e-12
-
-  @pytest.mark.usefixtures("x64")
-  def test_epsilon_is_honoured(self):
-    epsilon = 0.1
-    model, deploy = Neck(epsilon=epsilon, **F64), Neck(deploy=True, **F64)
-    variables = random_variables(model, X)
-
-    @quick_jit
-    def outputs(variables):
-      right = repjax.reparameterize(*halves(variables), epsilon=epsilon)
-      wrong = repjax.reparameterize(*halves(variables))
-      folded = [deploy.apply({"params": params}, X) for params in (right, wrong)]
-      return model.apply(variables, X), *folded
-
-    expected, right, wrong = outputs(variables)
-    assert relative_error(right, expected) <= 1e-12
-    assert relative_error(wrong, expected) > 1e-3
 
   @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
   def test_the_result_has_the_structure_shapes_and_dtypes_of_the_deploy_form(self, param_dtype):

@@ -52,8 +52,17 @@ def test_a_folder_that_vanishes_is_one_error_without_noise(tmp_path, shown, capf
 class _Problem:
   """An argument of `sys.unraisablehook`, as Python makes it."""
 
-  def __init__(self, text, thing=None):
-    self.exc_value, self.object = RuntimeError(text), thing
+  def __init__(self, text, thing=None, traceback=None):
+    self.exc_value, self.object, self.exc_traceback = RuntimeError(text), thing, traceback
+
+
+def traceback_through(path):
+  """Returns the traceback of an error that a function of a file at this path raised."""
+  scope = {}
+  exec(compile("def fail():\n  raise KeyError", path, "exec"), scope)
+  with pytest.raises(KeyError) as caught:
+    scope["fail"]()
+  return caught.value.__traceback__
 
 
 def test_after_an_error_only_abandoned_work_is_hidden(shown):
@@ -62,7 +71,9 @@ def test_after_an_error_only_abandoned_work_is_hidden(shown):
   sys.unraisablehook(_Problem("Event loop is closed"))
   sys.unraisablehook(_Problem("Event loop is closed", shown))
   sys.unraisablehook(_Problem("different"))
-  assert shown == ["Event loop is closed", "different"]
+  sys.unraisablehook(_Problem("in Orbax", shown, traceback_through("/packages/orbax/read.py")))
+  sys.unraisablehook(_Problem("elsewhere", shown, traceback_through("/packages/flax/read.py")))
+  assert shown == ["Event loop is closed", "different", "elsewhere"]
 
 
 def test_after_success_everything_is_shown_again(shown):
@@ -71,6 +82,15 @@ def test_after_success_everything_is_shown_again(shown):
   assert shown == []
   sys.unraisablehook(_Problem("Event loop is closed"))
   assert shown == ["Event loop is closed"]
+
+
+@pytest.mark.parametrize(("package", "count"), [("orbax", 0), ("flax", 1)])
+def test_tasks_of_orbax_that_nobody_waited_for_are_not_logged(caplog, package, count):
+  traceback = traceback_through(f"/packages/{package}/read.py")
+  with saving.quietly():
+    error = (ValueError, ValueError("damaged"), traceback)
+    logging.getLogger("asyncio").error("exception was never retrieved", exc_info=error)
+  assert len(caplog.records) == count
 
 
 def test_logs_of_other_packages_are_shown(caplog):

@@ -52,6 +52,10 @@ def main(argv: Sequence[str]) -> None:
         flush=True,
       )
       recalibrated = result.get("recalibrated", recalibrated)
+    if "deploy" in forms and runs.find_deploy(arguments.workdir) is None:
+      print(
+        "deploy form converted in memory, since the folder holds none; repjax convert writes it"
+      )
     if recalibrated:
       print(f"training form with batch norms re-estimated over {recalibrated} batches")
     crops = ", ten crops each" if arguments.ten_crop else ""

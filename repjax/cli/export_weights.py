@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
     "--naming",
     default="official",
-    help="tensor names: official, timm, mmpretrain or repmlp (default: official)",
+    help="tensor names: official, timm, mmpretrain, repopt or repmlp (default: official)",
   )
   parser.add_argument(
     "--form",

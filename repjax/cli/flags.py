@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from repjax import names
-from repjax.errors import InputError, unknown
+from repjax.errors import InputError, sentences, unknown
 
 
 def file(text: str) -> Path:
@@ -108,7 +108,7 @@ class _Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     """Ends the program with the message."""
-    sys.exit(f"error: {message}. `{self.prog} --help` describes all flags")
+    sys.exit(f"error: {sentences(message, f'`{self.prog} --help` describes all flags')}")
 
 
 def _flags_in(args: Sequence[str]) -> list[str]:

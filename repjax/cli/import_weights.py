@@ -13,7 +13,7 @@ from typing import Any
 
 from repjax import json_files
 from repjax.cli import flags
-from repjax.errors import InputError, one_paragraph, printable
+from repjax.errors import InputError, listed, one_paragraph, printable
 from repjax.schema import MisfitError, anything, shown, table
 
 
@@ -94,8 +94,8 @@ def describe(record: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> str
   """
   entry = f"entry: {printable(record['entry'])}" if record["entry"] else ""
   if record["other_entries"]:
-    entry += f" (--entry takes {printable(' or '.join(record['other_entries']))} instead)"
-  removed = printable(", ".join(record["removed"]))
+    entry += f" (--entry takes {listed(record['other_entries'], between=' or ')} instead)"
+  removed = listed(record["removed"])
   assumed = "".join(
     f"{name}: {value}, as the released weights need it (--overrides "
     f"'{json.dumps({name: '...'})}' for others)\n"

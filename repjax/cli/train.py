@@ -4,10 +4,12 @@ Examples:
   repjax train --config digits
   repjax train --config repvgg_a2 --workdir runs/a2 --config.batch_size=64
   repjax train --config my_config.py
+  repjax train --config digits_ablation:plain
 
-A config is a Python file with a function get_config(). Every field of a config can be changed on
-the command line, as in --config.batch_size=64; repjax/config.py documents the fields. When a run is
-stopped, the same command continues the run from its last checkpoint.
+A config is a Python file with a function get_config(). After a colon follows an argument of this
+function, for configs that take one. Every field of a config can be changed on the command line, as
+in --config.batch_size=64; repjax/config.py documents the fields. When a run is stopped, the same
+command continues the run from its last checkpoint.
 """
 
 import argparse
@@ -78,7 +80,7 @@ def train(arguments: argparse.Namespace, changes: Sequence[str]) -> None:
     )
   file = config_file(arguments.config)
   config = load_config(file, changes)
-  workdir = arguments.workdir or f"runs/{Path(file.partition(':')[0]).stem}"
+  workdir = arguments.workdir or default_workdir(file)
   from absl import logging
 
   from repjax import training
@@ -89,21 +91,30 @@ def train(arguments: argparse.Namespace, changes: Sequence[str]) -> None:
     training.train(config, workdir, resume=arguments.resume)
 
 
+def default_workdir(file: str) -> str:
+  """Returns runs/NAME for the config NAME, and runs/NAME_ARGUMENT if the config has an argument."""
+  path, _, argument = file.partition(":")
+  stem = Path(path).stem
+  return f"runs/{stem}_{argument}" if argument else f"runs/{stem}"
+
+
 def config_file(name: str) -> str:
   """Returns the path of a config's file.
 
   Args:
-    name: a path, which is returned as it is, or the name of a config of `repjax.configs`.
+    name: a path, which is returned as it is, or the name of a config of `repjax.configs`. After a
+      colon may follow an argument of `get_config`.
 
   Raises:
     InputError: no config has this name.
   """
-  if not name.isidentifier():
+  stem, colon, argument = name.partition(":")
+  if not stem.isidentifier():
     return name
   known = _known_configs()
-  if name not in known:
-    raise unknown("config", name, known)
-  return known[name]
+  if stem not in known:
+    raise unknown("config", stem, known)
+  return f"{known[stem]}{colon}{argument}"
 
 
 def _known_configs() -> dict[str, str]:

@@ -6,6 +6,7 @@ everything else, and explains what is wrong with a file.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import cv2
 import numpy as np
@@ -40,11 +41,19 @@ _TURNS = {
 }
 
 
+REPAIR = "Repair or remove the file"
+"""The way out for an image that cannot be decoded."""
+
+
 @contextlib.contextmanager
-def image_errors(name: object) -> Iterator[None]:
+def image_errors(name: object, way_out: str = REPAIR) -> Iterator[None]:
   """Turns every error in the block into an `InputError` that names the image.
 
   Decoders raise dozens of classes for damaged files. None of them may end more than the one image.
+
+  Args:
+    name: the image's name in the text.
+    way_out: what to do about it, the end of the text.
 
   Raises:
     InputError: anything was raised; `fault_of` gives the reason.
@@ -54,10 +63,7 @@ def image_errors(name: object) -> Iterator[None]:
   except InputError:
     raise
   except Exception as error:
-    raise InputError(
-      f"{printable(name)} cannot be decoded: {_reason(error)}. Repair or remove the file. If it is "
-      "in a data set, prepare the set again"
-    ) from error
+    raise InputError(f"{printable(name)} cannot be decoded: {_reason(error)}. {way_out}") from error
 
 
 def fault_of(error: InputError) -> str:
@@ -83,20 +89,26 @@ class Picture:
     height: height in pixels, after the same rotation.
   """
 
-  def __init__(self, image: bytes | np.ndarray | Image.Image, name: str = "the image"):
+  def __init__(
+    self,
+    image: bytes | np.ndarray | Image.Image,
+    name: str = "the image",
+    way_out: str = REPAIR,
+  ):
     """Reads the header.
 
     Args:
       image: an encoded image, a Pillow image, or a uint8 array (H, W, 3), which is taken as it is.
       name: the image's name in errors.
+      way_out: as in `image_errors`.
 
     Raises:
       InputError: the bytes are no image, or claim more pixels than `formats.check_size` allows.
     """
-    self.image, self._name = image, name
+    self.image, self._name, self._way_out = image, name, way_out
     self._opened: Image.Image | None = None  # None where OpenCV shall decode
     self._orientation = 1
-    with image_errors(name):
+    with image_errors(name, way_out):
       self._stored = self._read_header()
     turned = _TURNS.get(self._orientation, (False, None))[0]
     self.width, self.height = self._stored[::-1] if turned else self._stored
@@ -147,7 +159,7 @@ class Picture:
     """
     if isinstance(self.image, np.ndarray):
       return self.image
-    with image_errors(self._name):
+    with image_errors(self._name, self._way_out):
       pixels = self._by_opencv(reduction)
       if pixels is None:
         pixels = self._by_pillow()
@@ -167,7 +179,10 @@ class Picture:
     if self._opened is None:
       assert isinstance(self.image, bytes)
       self._opened = _open(self.image, load=True)
-    pixels = _rgb(self._opened)
+    if isinstance(self.image, bytes) and self._opened.format == "PNG":
+      pixels = _rgb_of_png(self._opened, self.image)
+    else:
+      pixels = _rgb(self._opened)
     height, width = pixels.shape[:2]
     if (width, height) != self._stored:
       wanted = " x ".join(map(str, self._stored))
@@ -206,6 +221,30 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
   if transposed:
     pixels = cv2.transpose(pixels)
   return pixels if flip is None else cv2.flip(pixels, flip)
+
+
+def _rgb_of_png(image: Image.Image, data: bytes) -> np.ndarray:
+  """Returns the pixels of a PNG as `_rgb` does, with the transparent colour that the file names.
+
+  Pillow gives grey of 2 and 4 bits the range of 8 bits, and drops the lower 8 bits of RGB of 16. It
+  then compares the pixels with the colour as the file has it, which fits none or the wrong ones.
+
+  Args:
+    image: the PNG, as Pillow opened it.
+    data: the encoded image.
+  """
+  depth, colour = formats.png_depth(data), image.info.get("transparency")
+  if image.mode == "L" and depth in (2, 4) and colour is not None:
+    image = image.copy()  # the pixels may be asked for again
+    image.info["transparency"] = colour * (255 // (2**depth - 1))
+  elif image.mode == "RGB" and depth == 16 and colour is not None:
+    # OpenCV decodes to blue, green, red and alpha of 16 bits each.
+    encoded = np.frombuffer(formats.without_extras(data), np.uint8)
+    pixels: Any = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype != np.uint16 or pixels.shape[2:] != (4,):
+      raise ValueError("its transparent colour cannot be told from similar colours")
+    return np.where(pixels[..., 3:] == 0, 255, pixels[..., 2::-1] >> 8).astype(np.uint8)
+  return _rgb(image)
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

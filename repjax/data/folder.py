@@ -16,7 +16,7 @@ from repjax import disk, names
 from repjax.data import layout, storage
 from repjax.data.layout import Classes
 from repjax.data.reading import ImageFile, in_order, read_image_file
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, listed, printable
 
 VERSION = "1.0.0"  # the same for every set made here; the checksum tells sets apart
 
@@ -72,7 +72,8 @@ def prepare_folder(
     num_workers: the number of threads that read and decode; None is one per core.
 
   Raises:
-    InputError: the folder, the name or the disk cannot be used. The text lists all problems.
+    InputError: the folder, the name or the disk cannot be used. The text lists the first ten
+      problems.
   """
   folder = names.file(folder)
   target = storage.sets_folder(data_dir) / name / VERSION
@@ -85,7 +86,7 @@ def prepare_folder(
   with disk.writing(target, OSError):
     problems += storage.existing_problems(target, replace=replace)
   if problems:
-    raise InputError("\n".join(problems))
+    raise InputError(listed(problems, 10, between="\n", longest=None))
   workers = num_workers or os.cpu_count() or 1
   with (
     storage.whole_set(target, replace=replace) as draft,
@@ -95,8 +96,13 @@ def prepare_folder(
     if strict and skipped:
       raise InputError(
         f"nothing was written, since {len(skipped):,} of the files cannot be read; without "
-        "--strict they are left out: "
-        + "; ".join(f"{printable(path)}: {why}" for path, why in sorted(skipped.items()))
+        f"--strict they are left out, and {storage.SKIPPED} lists them all: "
+        + listed(
+          (f"{path}: {why}" for path, why in sorted(skipped.items())),
+          20,
+          between="; ",
+          longest=None,
+        )
       )
   class_names = tuple(found.splits["train"])
   return PreparedSet(target, class_names, counts, skipped, found.others, repeated)
@@ -204,8 +210,8 @@ def _refuse_lost_classes(
         lost.append(f"{name} in {split} ({len(paths)} of {len(paths)}: {why})")
   if lost:
     raise InputError(
-      f"no image could be read of {'; '.join(lost)}. Every class needs images in every split. "
-      "Replace these files, or remove the class"
+      f"no image could be read of {listed(lost, between='; ', longest=None)}. Every class needs "
+      "images in every split. Replace these files, or remove the class"
     )
 
 

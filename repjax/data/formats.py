@@ -218,6 +218,11 @@ def _gif_size(data: bytes) -> tuple[int, int] | None:
   return struct.unpack_from("<HH", data, 6) if data[:3] == b"GIF" and len(data) >= 10 else None
 
 
+def png_depth(data: bytes) -> int:
+  """Returns the bits of a value in a PNG that Pillow has opened."""
+  return data[24]  # after 8 bytes of signature, 8 of the first chunk's head, width and height
+
+
 def without_extras(data: bytes) -> bytes:
   """Returns an image without the parts that hold no pixels: texts, EXIF, colour profiles.
 

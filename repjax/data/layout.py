@@ -4,13 +4,12 @@ import collections
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from repjax.data import files
 from repjax.data.files import ENDINGS
-from repjax.errors import printable
+from repjax.errors import listed, printable
 
 Classes = dict[str, list[str]]
 """The name of a class to the paths of its images, relative to the folder that was given."""
@@ -101,14 +100,14 @@ def _split_folders(folder: Path, problems: list[str]) -> dict[str, Path]:
     folders[split] = path
   if named and others:
     problems.append(
-      f"{folder} holds folders of splits ({_listed(path.name for path in named)}) and others "
-      f"({_listed(path.name for path in others)}); move one kind to a different place"
+      f"{folder} holds folders of splits ({listed(path.name for path in named)}) and others "
+      f"({listed(path.name for path in others)}); move one kind to a different place"
     )
   # A test split without a validation split serves as the validation split.
   if "test" in folders and "validation" not in folders:
     folders["validation"] = folders.pop("test")
   if folders and "train" not in folders:
-    problems.append(f"{folder} has no folder called train beside {_listed(p.name for p in named)}")
+    problems.append(f"{folder} has no folder called train beside {listed(p.name for p in named)}")
   return {split: folders[split] for split in ("train", "validation", "test") if split in folders}
 
 
@@ -119,7 +118,7 @@ def _classes(split: Path, folder: Path, problems: list[str], others: list[str]) 
   if direct:
     problems.append(
       f"{len(direct)} image{'s lie' if len(direct) > 1 else ' lies'} directly in {split} ("
-      f"{_listed(direct)}); put the images of each class into a folder with the name of the class"
+      f"{listed(direct, 3)}); put the images of each class into a folder with the name of the class"
     )
   classes, empty = {}, []
   for path in _subfolders(split, problems):
@@ -141,12 +140,13 @@ def _classes(split: Path, folder: Path, problems: list[str], others: list[str]) 
     others += [path for path in found if not files.is_image(path)]
     if not classes[name]:
       endings = collections.Counter(Path(path).suffix or "no ending" for path in found)
-      holds = ", ".join(f"{count} x {end}" for end, count in sorted(endings.items()))
+      holds = listed((f"{count} x {end}" for end, count in endings.most_common()), 3)
       empty.append(f"{inside} ({holds or 'no files'})")
   if empty:
     problems.append(
-      f"class folders in {folder} without any {', '.join(ENDINGS)}: {'; '.join(empty)}. Remove "
-      "them, or save their images in one of these formats"
+      f"class folders in {folder} without any {', '.join(ENDINGS)}: "
+      f"{listed(empty, between='; ', longest=None)}. Remove them, or save their images in "
+      "one of these formats"
     )
   # The accents may have changed the order, and all splits need the same order.
   return dict(sorted(classes.items()))
@@ -161,16 +161,16 @@ def _class_problems(folder: Path, splits: dict[str, Classes]) -> list[str]:
     problems.append(f"{folder} has too few classes: at least two are needed, got {have}")
   for split, classes in splits.items():
     if missing := [name for name in names if name not in classes]:
-      others = _listed(other for other in splits if other != split)
+      others = listed(other for other in splits if other != split)
       problems.append(
-        f"classes that are in {others} but have no folder in {split}: {', '.join(missing)}. Every "
+        f"classes that are in {others} but have no folder in {split}: {listed(missing)}. Every "
         "split needs all classes"
       )
   # TFDS keeps the names in a text file, one a line, and strips them.
   if odd := [name for name in names if name != name.strip() or not name.isprintable()]:
     problems.append(
       "class names with surrounding blanks or unprintable characters: "
-      f"{', '.join(map(repr, odd))}. Rename their folders"
+      f"{listed(map(repr, odd))}. Rename their folders"
     )
   if "train" in splits and "validation" not in splits:
     problems.append(
@@ -199,7 +199,7 @@ def _single_images(splits: dict[str, Classes]) -> list[str]:
   """Returns the problem of classes that are too small to be divided, or an empty list."""
   alone = [name for name, paths in splits.get("validation", {}).items() if not paths]
   return (
-    [f"classes with a single image, which cannot be in both splits: {', '.join(alone)}"]
+    [f"classes with a single image, which cannot be in both splits: {listed(alone)}"]
     if alone
     else []
   )
@@ -207,9 +207,3 @@ def _single_images(splits: dict[str, Classes]) -> list[str]:
 
 def _subfolders(folder: Path, problems: list[str]) -> list[Path]:
   return [Path(each) for each in files.entries(folder, problems) if files.is_folder(each)]
-
-
-def _listed(names: Iterable[str]) -> str:
-  """Returns the first three of some names as text, and how many more there are."""
-  names = list(names)
-  return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

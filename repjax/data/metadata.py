@@ -15,6 +15,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from repjax import json_files, regular_files
+from repjax.errors import sentences
 from repjax.schema import MisfitError
 
 MOST_CLASSES = 10**6
@@ -68,9 +69,8 @@ def check_set(folder: Path) -> None:
 
 def _refuse(path: Path, problem: str) -> ValueError:
   """Returns the error for a file of metadata."""
-  return ValueError(
-    f"{path} cannot be used: {problem}. Copy the data set again, or prepare it again"
-  )
+  way_out = "Copy the data set again, or prepare it again"
+  return ValueError(sentences(f"{path} cannot be used: {problem}", way_out))
 
 
 def _read(path: Path) -> bytes:
@@ -86,7 +86,7 @@ def _json(path: Path) -> Any:
   try:
     return json_files.parse(_read(path))
   except MisfitError as misfit:
-    raise _refuse(path, misfit.words(_shown)) from None
+    raise _refuse(path, misfit.words(json_files.shown)) from None
 
 
 def _check_default(path: Path, content: Any) -> None:
@@ -94,7 +94,7 @@ def _check_default(path: Path, content: Any) -> None:
   names = list(content.values()) if isinstance(content, dict) else [None]
   for name in names:
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*", name) or ".." in name:
-      raise _refuse(path, f"{_shown(name)} is no name of a variant")
+      raise _refuse(path, f"{json_files.shown(name)} is no name of a variant")
 
 
 def _check_info(path: Path, content: Any) -> None:
@@ -104,20 +104,20 @@ def _check_info(path: Path, content: Any) -> None:
     value = info.get(key, "")
     wanted = isinstance(value, str) and (re.fullmatch(pattern, value) or not value)
     if not wanted or ".." in value:
-      raise _refuse(path, f"{key} is {_shown(value)}")
+      raise _refuse(path, f"{key} is {json_files.shown(value)}")
   splits = info.get("splits", [])
   if not isinstance(splits, list):
-    raise _refuse(path, f"splits is {_shown(splits)}, and must be a list")
+    raise _refuse(path, f"splits is {json_files.shown(splits)}, and must be a list")
   for item in splits:
     split = _plain_keys(path, item)
     name, template = split.get("name"), split.get("filepathtemplate", "")
     if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or ".." in name:
-      raise _refuse(path, f"{_shown(name)} is no name of a split")
+      raise _refuse(path, f"{json_files.shown(name)} is no name of a split")
     if not isinstance(template, str) or not _TEMPLATE.fullmatch(template):
-      raise _refuse(path, f"{_shown(template)} is no template of the names of files")
+      raise _refuse(path, f"{json_files.shown(template)} is no template of the names of files")
     lengths = split.get("shardlengths", [])
     if not isinstance(lengths, list):
-      raise _refuse(path, f"shardLengths is {_shown(lengths)}, and must be a list")
+      raise _refuse(path, f"shardLengths is {json_files.shown(lengths)}, and must be a list")
     for length in lengths:
       _check_whole(path, f"shardLengths of {name}", length, MOST_IMAGES)
     _check_whole(path, f"numBytes of {name}", split.get("numbytes", 0), 2**62)
@@ -136,7 +136,7 @@ def _plain_keys(path: Path, content: Any) -> dict[str, Any]:
     ValueError: `content` is no table.
   """
   if not isinstance(content, dict):
-    raise _refuse(path, f"{_shown(content)} must be a table")
+    raise _refuse(path, f"{json_files.shown(content)} must be a table")
   return {key.replace("_", "").lower(): value for key, value in content.items()}
 
 
@@ -148,18 +148,19 @@ def _check_whole(path: Path, name: str, value: Any, most: int) -> None:
   elif isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value):
     number = int(value)
   if not 0 <= number <= most:
-    raise _refuse(path, f"{name} is {_shown(value)}, and must be a whole number from 0 to {most:,}")
+    wanted = f"must be a whole number from 0 to {most:,}"
+    raise _refuse(path, f"{name} is {json_files.shown(value)}, and {wanted}")
 
 
 def _check_features(path: Path, content: Any) -> None:
   """Checks `features.json`: TFDS imports the classes that it names, and makes objects of them."""
   for key, value in _leaves(content):
     if key in _CLASS_KEYS and value not in known_features():
-      raise _refuse(path, f"{_shown(value)} is no feature of TFDS, and would be imported")
+      raise _refuse(path, f"{json_files.shown(value)} is no feature of TFDS, and would be imported")
     if key in _COUNT_KEYS:
       _check_whole(path, key, value, MOST_CLASSES)
     if key in ("names_file", "namesFile"):
-      raise _refuse(path, f"it names a file outside of the set, {_shown(value)}")
+      raise _refuse(path, f"it names a file outside of the set, {json_files.shown(value)}")
 
 
 @functools.cache
@@ -214,9 +215,3 @@ def _check_labels(path: Path) -> None:
     data.decode()
   except UnicodeDecodeError as error:
     raise _refuse(path, f"it is not encoded as UTF-8: byte {error.start} is wrong") from error
-
-
-def _shown(value: Any) -> str:
-  """Returns a value of JSON in at most 80 characters."""
-  text = json.dumps(value) if not isinstance(value, dict | list) else f"a {type(value).__name__}"
-  return text if len(text) <= 80 else f"{text[:80]}..."

@@ -15,12 +15,15 @@ import grain
 import numpy as np
 from absl import flags
 
-from repjax import forks, signals
+from repjax import signals
 from repjax.data import augmentation, processes, transforms
 from repjax.data.decode import Picture, image_errors
 from repjax.data.sources import Examples
+from repjax.devices import refuse_iterator_of_parent
 
 Batch = dict[str, np.ndarray]
+
+_WAY_OUT = "Repair or remove the file, and prepare the data set again"
 
 
 def train_batches(
@@ -143,12 +146,12 @@ def _resized(
   crop: Any, size: int, resize_size: int, interpolation: str, example: dict[str, Any]
 ) -> Batch:
   """Makes an evaluation example."""
-  with image_errors(_name(example)):
+  with image_errors(_name(example), _WAY_OUT):
     return _example(crop(_picture(example), size, resize_size, interpolation), example)
 
 
 def _picture(example: dict[str, Any]) -> Picture:
-  return Picture(example["image"], _name(example))
+  return Picture(example["image"], _name(example), _WAY_OUT)
 
 
 def _name(example: dict[str, Any]) -> str:
@@ -188,7 +191,7 @@ def _iterate(batches: grain.MapDataset, num_workers: int, batch_bytes: int) -> G
         batch = next(iterator, None)
       while batch is not None:
         yield batch
-        forks.refuse_iterator_of_parent(process)
+        refuse_iterator_of_parent(process)
         batch = next(iterator, None)
   finally:
     if process == os.getpid():

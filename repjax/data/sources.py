@@ -84,8 +84,8 @@ class StoredExamples:
       # TFDS's own decoding takes five times as long, and reads features that are not needed here.
       found = _EXAMPLE.FromString(self._stored[index]).features.feature
       example = {
-        "image": found["image"].bytes_list.value[0],
-        "label": int(found["label"].int64_list.value[0]),
+        "image": _only(found, "image", "bytes_list"),
+        "label": int(_only(found, "label", "int64_list")),
         "index": index,
         "name": whole_name,
       }
@@ -105,6 +105,18 @@ class StoredExamples:
       file_name = found[self._file_name].bytes_list.value[0].decode("utf-8", "replace")
       example |= {"file_name": file_name, "name": f"{whole_name} ({printable(file_name)})"}
     return example
+
+
+def _only(features: Any, name: str, kind: str) -> Any:
+  """Returns the value of a feature of an example.
+
+  Raises:
+    ValueError: the example does not have the feature, as an empty record has none.
+  """
+  values = getattr(features[name], kind).value if name in features else ()
+  if not values:
+    raise ValueError(f"its record has no {name}")
+  return values[0]
 
 
 def open_source(

@@ -144,6 +144,8 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
       if not whole or length + 4 > size - file.tell():
         raise InputError(f"{path} is cut off in record {index}. Copy this file again")
       data, end = file.read(length), file.read(4)
+      if len(end) < 4:  # a different process has cut the file off meanwhile
+        raise InputError(f"{path} is cut off in record {index}. Copy this file again")
       if masked_crc32c(data) != struct.unpack("<I", end)[0]:
         raise InputError(f"{path} is damaged in record {index}. Copy this file again")
       yield data

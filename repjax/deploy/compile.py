@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from repjax import forks
 from repjax.cache import keep_every_program
 from repjax.deploy.devices import PlacedTree
 from repjax.deploy.streams import PlacedStreams, device_groups
+from repjax.devices import need_devices
 from repjax.errors import InputError, unknown
 from repjax.inference import inference
 from repjax.schema import MisfitError, items, shown, whole
@@ -58,7 +58,7 @@ class CompiledModel:
       devices: devices of this process; None takes all.
       place: copies a tree to devices; `PlacedTree`, or `PlacedStreams` for a network in streams.
     """
-    forks.refuse_lost_devices()
+    need_devices()
     self.batch_sizes = _checked_batch_sizes(batch_sizes)
     self.image_size, self.input_dtype = image_size, np.dtype(input_dtype)
     self.plans, self._programs = {}, {}
@@ -82,7 +82,7 @@ class CompiledModel:
       InputError: the images have a different rank, size or dtype; or this process was forked from
         one that had used JAX.
     """
-    forks.refuse_lost_devices()
+    need_devices()
     self._check(images)
     largest, count = self.batch_sizes[-1], len(images)
     if count not in self.batch_sizes:

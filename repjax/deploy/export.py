@@ -29,6 +29,7 @@ from repjax.deploy.stablehlo import (
   need_flatbuffers,
   serialize,
 )
+from repjax.devices import need_devices
 from repjax.errors import InputError, unknown
 from repjax.inference import checked_dtype, inference
 from repjax.onnx import of_function, written_dtype
@@ -160,6 +161,7 @@ def load_exported(
     InputError: the folder is not an exported one, is damaged, has expired, or is for different
       platforms.
   """
+  need_devices()
   path = names.folder(folder)
   facts, program, params = runs.read_exported(
     path, lambda snapshot: _read(snapshot, devices), verify=verify

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Union
 import jax
 import numpy as np
 
-from repjax import forks, schema
+from repjax import schema
 from repjax.cache import keep_every_program
 from repjax.deploy.compile import BATCH_SIZES, compile  # noqa: A004
+from repjax.devices import need_devices
 from repjax.errors import InputError, printable
 from repjax.spec import load
 
@@ -68,7 +69,7 @@ class Predictor:
     Raises:
       InputError: the folder holds no model, or `compile` refuses an argument.
     """
-    forks.refuse_lost_devices()
+    need_devices()
     with keep_every_program():  # `load` folds a run without a deploy folder, which compiles too.
       model, variables, self.spec = load(workdir, verify=verify)
     self.program = compile(
@@ -97,7 +98,7 @@ class Predictor:
     Raises:
       InputError: a file is not an image, or pixels are not uint8 (H, W, 3).
     """
-    forks.refuse_lost_devices()
+    need_devices()
     with ThreadPoolExecutor(_threads()) as threads:
       squares = list(threads.map(self.read, _several(images)))
     size = self.spec.preprocessing.image_size
@@ -136,7 +137,7 @@ class Predictor:
     Yields:
       The image as it was given, and its probabilities (K,), or the error if it cannot be read.
     """
-    forks.refuse_lost_devices()
+    need_devices()
     size = self.program.batch_sizes[-1]
     threads = ThreadPoolExecutor(_threads())
     try:

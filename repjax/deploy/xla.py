@@ -9,6 +9,10 @@ CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDI
 
 YNNPACK is not asked to compute matrix products. It would pack their constant side anew in every
 call, which costs most in the many small products of Winograd's convolution.
+
+YNNPACK is not asked to compute reductions either, which it takes by default since jax 0.12. It then
+merges a reduction, such as a max-pool, with all convolutions before it, and in bfloat16 two or more
+of them give NaN.
 """
 
 

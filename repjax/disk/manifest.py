@@ -152,7 +152,7 @@ class Snapshot:
       if name.startswith(start) and name not in left_out:
         path = self.folder / name
         if not os.path.lexists(path):
-          raise _damaged(path, "it is missing")
+          raise gone(path)
         _compare(path, wanted, _facts(path))
 
   def _wanted(self, path: Path) -> str | None:
@@ -161,7 +161,7 @@ class Snapshot:
       return None
     name, exists = path.relative_to(self.folder).as_posix(), os.path.lexists(path)
     if name in self._files and not exists:
-      raise _damaged(path, "it is missing")
+      raise gone(path)
     if name not in self._files and exists:
       raise _damaged(path, f"{MANIFEST} does not list it, so it was added later")
     return self._files.get(name)
@@ -279,11 +279,19 @@ def _compare(path: Path, wanted: str, found: str) -> None:
     )
 
 
+def gone(path: Path) -> InputError:
+  """Returns the error for a file that the manifest of its folder lists and that is not there."""
+  return InputError(
+    f"{path} is damaged: it is missing. Restore it from a copy, or make its folder again"
+  )
+
+
 def _damaged(path: Path, reason: str) -> InputError:
+  """Returns the error for a file that is not as the manifest of its folder says."""
   return InputError(
     f"{path} is damaged: {reason}. Restore it from a copy, or make its folder again. If it was "
-    "changed on purpose, read it without the check (verify=False, or --no-verify), or move "
-    f"{MANIFEST} of its folder away"
+    f"changed on purpose, move {MANIFEST} of its folder away. What only reads can also leave the "
+    "check out: verify=False, or --no-verify"
   )
 
 

@@ -11,7 +11,6 @@ process left is known without doubt: its name fits, and the lock on its owner.js
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from repjax import json_files
+from repjax.disk.locks import is_at, try_lock
 from repjax.errors import InputError, printable
 from repjax.schema import MisfitError, record, text, whole
 
@@ -168,7 +168,7 @@ def _make(target: Path) -> tuple[Path, int]:
       raise
     try:
       # The same may happen until the lock is held. Then there is a new folder.
-      if _lock(owner) and _is_at(owner, folder / _OWNER):
+      if try_lock(owner, folder / _OWNER) is not False and is_at(owner, folder / _OWNER):
         os.write(owner, new_holder(target=target.name))
         return folder, owner
     except BaseException:
@@ -178,27 +178,13 @@ def _make(target: Path) -> tuple[Path, int]:
     os.close(owner)
 
 
-def _lock(file: int) -> bool:
-  """Locks an open file, where there are locks; returns False if a process holds the lock."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  except OSError:
-    pass
-  return True
-
-
-def _has_ended(file: int, held: dict[str, Any]) -> bool | None:
+def _has_ended(file: int, path: Path, held: dict[str, Any]) -> bool | None:
   """Checks whether the process that has signed an open owner.json has ended; None: unknown."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return True
-  except BlockingIOError:
-    return False
-  except OSError:  # a file system without locks
-    if held.get("host") != socket.gethostname():
-      return None
+  locked = try_lock(file, path)
+  if locked is not None:
+    return locked
+  if held.get("host") != socket.gethostname():
+    return None
   try:
     os.kill(held["pid"], 0)
   except ProcessLookupError:
@@ -206,14 +192,6 @@ def _has_ended(file: int, held: dict[str, Any]) -> bool | None:
   except (PermissionError, OverflowError):  # the process of a different user, or no process
     pass
   return False
-
-
-def _is_at(file: int, path: Path) -> bool:
-  """Checks whether an open file is still the file at `path`."""
-  try:
-    return os.path.samestat(os.fstat(file), path.stat())
-  except OSError:
-    return False
 
 
 def _sweep_one(folder: Path, this_host: bool) -> list[Path]:
@@ -229,11 +207,11 @@ def _sweep_one(folder: Path, this_host: bool) -> list[Path]:
     held = _parsed(os.read(file, 2**16))
     if this_host and held.get("host") != socket.gethostname():
       return []
-    ended = _has_ended(file, held)
+    ended = _has_ended(file, folder / _OWNER, held)
     if not ended:
       return [] if ended is None else [folder]
     names = {path.name for path in folder.iterdir()}
-    if not _is_at(file, folder / _OWNER) or not names <= {_OWNER, NEW, OLD}:
+    if not is_at(file, folder / _OWNER) or not names <= {_OWNER, NEW, OLD}:
       return []
     if OLD in names and "target" in held:
       target = folder.with_name(Path(held["target"]).name)

@@ -1,11 +1,5 @@
 """Trees of arrays: folders in Orbax's formats."""
 
-import contextlib
-import gc
-import io
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +10,7 @@ from repjax import json_files, saving, signals
 from repjax.disk.flush import writing
 from repjax.disk.manifest import Snapshot
 from repjax.disk.values import missing
-from repjax.errors import InputError
+from repjax.errors import InputError, listed
 from repjax.schema import MisfitError
 
 
@@ -89,9 +83,8 @@ def read_tree(
 def check_finite(tree: Any, what: Any) -> None:
   """Raises InputError if a tree holds NaN or infinity; the text names the arrays."""
   if names := not_finite(tree):
-    more = f" and {len(names) - 3} more arrays" if len(names) > 3 else ""
     raise InputError(
-      f"{what} holds numbers that are not finite (NaN or infinity), in {', '.join(names[:3])}{more}"
+      f"{what} holds numbers that are not finite (NaN or infinity), in {listed(names, 3)}"
       ". No image would get a sensible result; take an earlier checkpoint, or make the folder again"
     )
 
@@ -115,15 +108,15 @@ def _read_by_orbax(path: Path, like: Any) -> Any:
   ocp = saving.orbax()
   _check_descriptions(path)
   alone = ocp.StandardCheckpointer(multiprocessing_options=by_itself())
-  with _held_back_stderr() as problems, alone as checkpointer:
+  with saving.quietly(), alone as checkpointer:
     try:
       return checkpointer.restore(path.absolute(), _on_default_device(like))
     except Exception as error:  # Orbax and TensorStore raise many kinds when a file is damaged
       if stop := signals.stop_within(error):
         raise stop from None
       first_sentence = str(error).partition("\n")[0].partition(". ")[0]
-      problems.append(f"{type(error).__name__}: {first_sentence}"[:300])
-  raise InputError(f"{path} cannot be read: {problems[0]}")
+      problem = f"{type(error).__name__}: {first_sentence}"[:300]
+      raise InputError(f"{path} cannot be read: {problem}") from None
 
 
 def _check_descriptions(path: Path) -> None:
@@ -213,24 +206,3 @@ def _on_default_device(like: Any) -> Any:
   """Returns shapes and dtypes of a tree that Orbax shall put on this process's first device."""
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
-
-
-@contextlib.contextmanager
-def _held_back_stderr() -> Iterator[list[str]]:
-  """Holds back stderr, and shows it at the end unless the caller has noted a problem.
-
-  If one array of many cannot be read, Orbax abandons the other reads. Each abandoned read prints a
-  traceback from its thread, which would bury the one error that matters.
-
-  Yields:
-    A list to which the caller appends problems.
-  """
-  problems, text = [], io.StringIO()
-  with contextlib.redirect_stderr(text):
-    yield problems
-    if problems:
-      # Abandoned reads print when they are collected, and their threads need a moment for it.
-      gc.collect()
-      time.sleep(0.2)
-  if not problems:
-    sys.stderr.write(text.getvalue())

@@ -8,6 +8,7 @@ from typing import Any
 from repjax import json_files
 from repjax.disk import manifest
 from repjax.disk.folders import replacing_file
+from repjax.disk.manifest import gone, listed
 from repjax.errors import InputError
 from repjax.schema import Rule, anything
 
@@ -29,6 +30,8 @@ def missing(path: Path) -> InputError:
     return InputError(
       f"the folder {path.parent} does not exist. Give the folder of a run, an import or an export"
     )
+  if any(each.partition("/")[0] == path.name for each in listed(path.parent) or ()):
+    return gone(path)
   return InputError(
     f"{path} does not exist; is {path.parent} the right folder? Give the folder of a run, an "
     "import or an export"

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from repjax.layers.base import RepLayer
+from repjax.layers.base import RepLayer, leading_axes
+from repjax.layers.drawing import draw
 from repjax.layers.linear import linear
 from repjax.layers.rep_conv import RepConv
 
@@ -28,9 +29,12 @@ class AuxHead(RepLayer):
   num_classes: int
   dilation: int = 1
 
+  mark = "AuxHead"
+
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (N, H, W, C) to logits (N, num_classes)."""
+    self.note()
     conv = RepConv(
       x.shape[-1],
       branches=("conv3x3",),
@@ -42,6 +46,35 @@ class AuxHead(RepLayer):
     return linear(x, self.num_classes, name="head", **self.dtypes())
 
 
+def recognize_aux_head(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope could be an AuxHead in training form, else None.
+
+  Any scope with nothing but `RepConv_0` of one 3x3 branch and `head` could be one.
+  """
+  conv = params.get("RepConv_0")
+  if params.keys() != {"RepConv_0", "head"} or not isinstance(conv, Mapping):
+    return None
+  return leading_axes(params, ("head", "kernel"), 2) if conv.keys() == {"conv3x3"} else None
+
+
 def fold_aux_head(params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float) -> None:
   """Folds an AuxHead into nothing, because the deploy form has no such scope."""
   del params, stats, epsilon
+
+
+def expand_aux_head(
+  deploy: None, shapes: Mapping[str, Any], stats: Mapping[str, Any], epsilon: Any, key: jax.Array
+) -> dict[str, Any]:
+  """Draws a fresh AuxHead, because the deploy form has none.
+
+  Args:
+    deploy: not used.
+    shapes: shapes and dtypes of the parameters of the training form.
+    stats, epsilon: not used.
+    key: a JAX random key.
+
+  Returns:
+    Parameters of the training form.
+  """
+  del deploy, stats, epsilon
+  return draw(shapes, key)

@@ -1,6 +1,7 @@
 """The base of every layer that has two forms, and the batch norm that such layers train with."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ from repjax.errors import InputError
 
 EPSILON = 1e-5
 MOMENTUM = 0.9  # the weight of the old running value; PyTorch calls the same rule 0.1
+Tree = Mapping[str, Any]
 
 
 class RepLayer(nn.Module, kw_only=True):
   """A layer with a training form, and with a deploy form that computes the same.
 
-  The five attributes are given by keyword.
+  The five attributes are given by keyword. A layer writes notes beside its statistics if a fold
+  could not read the layer from shapes and names alone, see `note`.
 
   Attributes:
     epsilon: number added to the variance by batch norms.
@@ -33,18 +36,43 @@ class RepLayer(nn.Module, kw_only=True):
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
+  mark: ClassVar[str | None] = None
+  """Class name of a layer that holds only scopes with ordinary names, such as `bn` and `dense`."""
+
   # `nowrap` marks plain helpers: Linen neither traces them as calls nor names them in programs.
   @nn.nowrap
   def norm(self, x: jax.Array, train: bool, axis: int | tuple[int, ...] = -1) -> jax.Array:
     """Applies a batch norm in the scope `bn`; arguments and result as in `batch_norm`."""
+    self.note()
     return batch_norm(
       x,
       train,
-      epsilon=self.epsilon,
+      # The fold reads the number from the tree. Reading the same one here keeps the two equal.
+      epsilon=self.get_variable("batch_stats", "epsilon", self.epsilon),
       axis_name=self.axis_name,
       param_dtype=self.param_dtype,
       axis=axis,
     )
+
+  @nn.nowrap
+  def note(self) -> None:
+    """Writes scalars into "batch_stats" of new variables, if a fold needs them; else nothing.
+
+    `epsilon` is written if it is not 1e-5. `mark` is written, as a leaf of that name, in a scope
+    whose name does not begin with the class name. Other people's scopes may hold the same.
+    """
+    notes = {"epsilon": self.epsilon} if self.epsilon != EPSILON else {}
+    if self.mark and self.name and not is_named(self.name, self.mark):
+      notes[self.mark] = 1.0
+    self.write_notes(notes)
+
+  @nn.nowrap
+  def write_notes(self, notes: Mapping[str, float]) -> None:
+    """Writes scalars into "batch_stats" of new variables, each as a leaf of its name."""
+    if not self.is_initializing():
+      return
+    for name, value in notes.items():
+      self.put_variable("batch_stats", name, jnp.asarray(value, wide_dtype(self.param_dtype)))
 
   @nn.nowrap
   def shared(self) -> dict[str, Any]:
@@ -60,6 +88,49 @@ class RepLayer(nn.Module, kw_only=True):
   def dtypes(self) -> dict[str, Any]:
     """Returns `dtype` and `param_dtype` by name, for layers that are the same in both forms."""
     return dtypes_of(self)
+
+
+def is_named(scope: str, layer: str) -> bool:
+  """Tells if the name of a scope is a class name, or begins with a class name and `_`."""
+  return scope == layer or scope.startswith(f"{layer}_")
+
+
+def read_notes(
+  stats: Tree, epsilon: float | jax.Array, mark: str | None = None
+) -> tuple[dict[str, Any], Any]:
+  """Takes the notes of a layer out of its statistics.
+
+  Args:
+    stats: statistics of one layer.
+    epsilon: number to return for a layer that has no note of its epsilon.
+    mark: class name of the layer, if the layer may have a note of it.
+
+  Returns:
+    The statistics alone, and the epsilon of the layer.
+  """
+  alone = {name: value for name, value in stats.items() if name not in ("epsilon", mark)}
+  return alone, stats.get("epsilon", epsilon)
+
+
+def leading_axes(tree: Any, path: Sequence[str], rank: int) -> int | None:
+  """Counts the axes of an array in front of the axes that a layer gives it.
+
+  `nn.vmap` and `nn.scan` add such axes.
+
+  Args:
+    tree: parameters of a scope.
+    path: names that lead to the array.
+    rank: number of axes that the layer gives the array.
+
+  Returns:
+    The number, or None if there is no array at this path or the array has too few axes.
+  """
+  for name in path:
+    if not isinstance(tree, Mapping) or name not in tree:
+      return None
+    tree = tree[name]
+  extra = getattr(tree, "ndim", -1) - rank
+  return extra if extra >= 0 else None
 
 
 def dtypes_of(module: Any) -> dict[str, Any]:

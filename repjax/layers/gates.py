@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
-from repjax.algebra import absorb_affine, bn_affine, wide_dtype
+from repjax.algebra import AffineParams, absorb_affine, affine_bn, bn_affine, wide_dtype
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, dtypes_of, refuse_training
+from repjax.layers.base import RepLayer, dtypes_of, leading_axes, read_notes, refuse_training
 from repjax.layers.linear import kernel_init, linear
 from repjax.layers.rep_norm import Affine
 
@@ -119,6 +120,8 @@ class SkipSqueezeExcite(RepLayer):
     Goyal et al., Non-deep Networks, NeurIPS 2022, section 3.1. https://arxiv.org/abs/2110.07641
   """
 
+  mark = "SkipSqueezeExcite"
+
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (N, H, W, C) to the same shape.
@@ -141,6 +144,17 @@ class SkipSqueezeExcite(RepLayer):
     return z.astype(self.dtype) * gate  # (N, H, W, C)
 
 
+def recognize_skip_squeeze_excite(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope could be a SkipSqueezeExcite, else None.
+
+  Any scope with nothing but `bn` and a fully connected layer `dense` without a bias could be one
+  in training form.
+  """
+  if params.keys() != {"bn", "dense"} or leading_axes(params, ("dense", "bias"), 1) is not None:
+    return None
+  return leading_axes(params, ("dense", "kernel"), 2)
+
+
 def fold_skip_squeeze_excite(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
@@ -158,6 +172,7 @@ def fold_skip_squeeze_excite(
   Raises:
     ValueError: the two trees do not belong together.
   """
+  stats, epsilon = read_notes(stats, epsilon, SkipSqueezeExcite.mark)
   if params.keys() != {"bn", "dense"} or stats.keys() != {"bn"}:
     raise ValueError(
       f"a SkipSqueezeExcite holds bn and dense, with statistics of bn; got parameters of "
@@ -171,3 +186,43 @@ def fold_skip_squeeze_excite(
     "affine": {"scale": affine.scale.astype(dtype), "bias": affine.bias.astype(dtype)},
     "dense": dict(zip(("kernel", "bias"), (leaf.astype(kernel.dtype) for leaf in folded))),
   }
+
+
+def expand_skip_squeeze_excite(
+  deploy: Mapping[str, Any],
+  shapes: Mapping[str, Any],
+  stats: Mapping[str, Any],
+  epsilon: Any,
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Expands a SkipSqueezeExcite: its affine map becomes a norm, and leaves the gate's weights.
+
+  W = diag(1 / s) W'. With a shift t, the training form has b' = W t and nothing else, so `deploy`
+  must be the fold of a training form. Rows of W whose scale is zero are chosen to make up b'.
+
+  Args:
+    deploy: {affine: {scale, bias}, dense: {kernel (C, C), bias (C,)}}.
+    shapes: not used.
+    stats: fresh statistics of the training form.
+    epsilon: number added to the variance by the batch norm.
+    key: not used.
+
+  Returns:
+    {bn: {scale, bias}, dense: {kernel (C, C)}}, which folds into `deploy` with these statistics.
+  """
+  del shapes, key
+  stats, epsilon = read_notes(stats, epsilon, SkipSqueezeExcite.mark)
+  affine = AffineParams(deploy["affine"]["scale"], deploy["affine"]["bias"])
+  dtype = wide_dtype(*(leaf.dtype for leaf in (*affine, deploy["dense"]["kernel"])))
+  scale, shift = (leaf.astype(dtype) for leaf in affine)
+  kernel, bias = (deploy["dense"][name].astype(dtype) for name in ("kernel", "bias"))
+  lost = scale == 0
+  kernel = jnp.where(lost[:, None], 0, kernel / jnp.where(lost, 1, scale)[:, None])
+  # Of all rows that make up the rest of b', these have the smallest norm.
+  rest = bias - jnp.einsum("i,io->o", shift, kernel, precision=lax.Precision.HIGHEST)
+  free = jnp.where(lost, shift, 0)
+  power = jnp.square(free).sum()
+  kernel = (
+    kernel + jnp.where(power > 0, free / jnp.where(power > 0, power, 1), 0)[:, None] * rest[None]
+  )
+  return {"bn": affine_bn(affine, stats["bn"], epsilon), "dense": {"kernel": kernel}}

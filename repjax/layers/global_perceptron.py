@@ -8,9 +8,10 @@ from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, refuse_training
+from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.composition import pair
 from repjax.layers.linear import TwoLayers
-from repjax.layers.rep_conv import pair
+from repjax.layers.remainder import identity_norm
 from repjax.layers.rep_dense import check_tiles
 
 
@@ -86,6 +87,20 @@ class GlobalPerceptron(RepLayer):
         )
 
 
+def recognize_global_perceptron(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope is a GlobalPerceptron in training form.
+
+  Returns None for all other scopes. A GlobalPerceptron holds `bn`, and `dense` with `fc1` and
+  `fc2`.
+  """
+  dense = params.get("dense")
+  if params.keys() != {"bn", "dense"} or not isinstance(dense, Mapping):
+    return None
+  if dense.keys() != {"fc1", "fc2"}:
+    return None
+  return leading_axes(dense, ("fc1", "kernel"), 2)
+
+
 def fold_global_perceptron(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
@@ -106,6 +121,7 @@ def fold_global_perceptron(
   References:
     Ding et al., RepMLP, 2021, section 3.2. https://arxiv.org/abs/2105.01883
   """
+  stats, epsilon = read_notes(stats, epsilon)
   if params.keys() != {"bn", "dense"} or stats.keys() != {"bn"}:
     raise ValueError(
       f"a GlobalPerceptron holds bn and dense, with statistics of bn; got parameters of "
@@ -116,3 +132,27 @@ def fold_global_perceptron(
   folded = absorb_affine(affine, fc1["kernel"], fc1["bias"])
   kernel, bias = (leaf.astype(fc1["kernel"].dtype) for leaf in folded)
   return {"dense": {"fc1": {"kernel": kernel, "bias": bias}, "fc2": params["dense"]["fc2"]}}
+
+
+def expand_global_perceptron(
+  deploy: Mapping[str, Any],
+  shapes: Mapping[str, Any],
+  stats: Mapping[str, Any],
+  epsilon: Any,
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Expands a GlobalPerceptron: its norm changes nothing; an inverse of `fold_global_perceptron`.
+
+  Args:
+    deploy: {dense: {fc1: {kernel, bias}, fc2: {kernel, bias}}}.
+    shapes: shapes and dtypes of the parameters of the training form.
+    stats: fresh statistics of the training form.
+    epsilon: number added to the variance by the batch norm.
+    key: not used.
+
+  Returns:
+    {bn: {scale, bias}, dense: the same}, which folds into `deploy` with these statistics.
+  """
+  del key
+  stats, epsilon = read_notes(stats, epsilon)
+  return {"bn": identity_norm(stats["bn"], epsilon, shapes["bn"]), "dense": deploy["dense"]}

@@ -15,9 +15,13 @@ from jax import lax
 
 from repjax.algebra import AffineParams, bn_affine, conv_to_dense, wide_dtype
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, refuse_training
-from repjax.layers.linear import bias_init, tile_kernel_init
-from repjax.layers.rep_conv import RepConv, merge_branches, pair
+from repjax.layers.base import RepLayer, Tree, leading_axes, read_notes, refuse_training
+from repjax.layers.branches import branch_parts, merge_branches
+from repjax.layers.composition import pair
+from repjax.layers.drawing import draw
+from repjax.layers.linear import TILE_AXES, bias_init, tile_kernel_init
+from repjax.layers.remainder import identity_norm, scaled_branch, share_of
+from repjax.layers.rep_conv import RepConv
 
 
 def check_tiles(where: str, shape: Sequence[int], tile: tuple[int, int]) -> None:
@@ -214,6 +218,19 @@ class RepDense(RepLayer):
       )
 
 
+def recognize_rep_dense(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope is a RepDense in training form, else None.
+
+  A RepDense holds `fc`, with a kernel over tiles and a norm, and perhaps `local`.
+  """
+  fc = params.get("fc")
+  if not {"fc"} <= params.keys() <= {"fc", "local"} or not isinstance(fc, Mapping):
+    return None
+  if "bn" not in fc:
+    return None
+  return leading_axes(fc, ("dense", "kernel"), TILE_AXES)
+
+
 def fold_rep_dense(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
@@ -243,7 +260,8 @@ def fold_rep_dense(
       f"statistics of {sorted(stats)}"
     )
   kernel = params["fc"]["dense"]["kernel"]
-  scale, bias = _tile_affine(params["fc"]["bn"], stats["fc"].get("bn", {}), kernel, epsilon)
+  fc_stats, fc_epsilon = read_notes(stats["fc"], epsilon)
+  scale, bias = _tile_affine(params["fc"]["bn"], fc_stats.get("bn", {}), kernel, fc_epsilon)
   wide, dtype = kernel.astype(wide_dtype(kernel.dtype, scale.dtype)), kernel.dtype
   # The scale belongs to the outputs: (g, h, w, O/g) broadcasts over the input axes (h, w, C/g).
   fused = wide * scale[:, None, None, None]
@@ -274,3 +292,56 @@ def _tile_affine(
   # A norm with one number for each set is repeated over all pixels and channels of the set.
   each = (-1, 1, 1, 1) if affine.scale.size == shape[0] else shape
   return AffineParams(*(jnp.broadcast_to(vector.reshape(each), shape) for vector in affine))
+
+
+def expand_rep_dense(
+  deploy: Mapping[str, Any],
+  shapes: Mapping[str, Any],
+  stats: Mapping[str, Any],
+  epsilon: Any,
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Expands a RepDense: convolutions are drawn, and the fully connected layer takes the remainder.
+
+  With share-sets the training form has one shift for each set, so that the bias in `deploy` must be
+  the same for all pixels.
+
+  Args:
+    deploy: {dense: {kernel (g, h, w, C/g, h, w, O/g), bias (g, h, w, O/g)}}.
+    shapes: shapes and dtypes of the parameters of the training form.
+    stats: fresh statistics of the training form.
+    epsilon: number added to the variance by batch norms.
+    key: a JAX random key for the convolutions.
+
+  Returns:
+    {fc, local}, which folds into `deploy` with these statistics.
+  """
+  kernel, bias = deploy["dense"]["kernel"], deploy["dense"]["bias"]
+  dtype = wide_dtype(kernel.dtype, bias.dtype)
+  kernel, bias, params = kernel.astype(dtype), bias.astype(dtype), {}
+  if "local" in shapes:
+    params["local"], local = _drawn_local(kernel, shapes["local"], stats["local"], epsilon, key)
+    kernel, bias = kernel - local[0].astype(dtype), bias - local[1].astype(dtype)
+  norm, fc_epsilon = read_notes(stats["fc"], epsilon)
+  if norm["bn"]["mean"].shape != bias.shape:  # share-sets: one number for each
+    bias = bias.mean((1, 2, 3))
+  bn = identity_norm(norm["bn"], fc_epsilon, shapes["fc"]["bn"], bias)
+  return {"fc": {"dense": {"kernel": kernel}, "bn": bn}, **params}
+
+
+def _drawn_local(
+  kernel: jax.Array, shapes: Tree, stats: Tree, epsilon: Any, key: jax.Array
+) -> tuple[Tree, tuple[jax.Array, jax.Array]]:
+  """Draws convolutions beside a fully connected layer, and returns also what they merge into."""
+  groups, tile = kernel.shape[0], (kernel.shape[1], kernel.shape[2])
+  params = draw(shapes, key)
+
+  def rows(dense: jax.Array) -> jax.Array:
+    """Returns (pixels and inputs, g * O/g) of a kernel over tiles."""
+    dense = dense.transpose(1, 2, 3, 4, 5, 0, 6)
+    return dense.reshape(-1, groups * dense.shape[-1])
+
+  for name, part in branch_parts(params, stats, epsilon).branches.items():
+    share = share_of(rows(kernel), rows(conv_to_dense(part, tile, groups)[0]))
+    params[name] = scaled_branch(params[name], share)
+  return params, conv_to_dense(merge_branches(params, stats, epsilon), tile, groups)

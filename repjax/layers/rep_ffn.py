@@ -6,11 +6,13 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from repjax.algebra import absorb_affine, bn_affine
+from repjax.algebra import ConvParams, absorb_affine, bn_affine
 from repjax.layers.activations import activation
-from repjax.layers.base import RepLayer, refuse_training
+from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.branches import merge_branches
 from repjax.layers.linear import TwoLayers
-from repjax.layers.rep_conv import RepConv, merge_branches
+from repjax.layers.remainder import expand_branches, identity_norm
+from repjax.layers.rep_conv import RepConv, recognize_rep_conv
 
 
 class RepFFN(RepLayer):
@@ -51,6 +53,21 @@ class RepFFN(RepLayer):
     return RepConv(features, **one_branch, name="project")(y, train)
 
 
+def recognize_rep_ffn(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope is a RepFFN in training form, else None.
+
+  A RepFFN holds `bn`, and the RepConvs `expand` and `project` of one 1x1 branch.
+  """
+  if params.keys() != {"bn", "expand", "project"}:
+    return None
+  layers = [params["expand"], params["project"]]
+  if not all(isinstance(layer, Mapping) and layer.keys() == {"conv1x1"} for layer in layers):
+    return None
+  if any(recognize_rep_conv(layer) is None for layer in layers):
+    return None
+  return leading_axes(params, ("expand", "conv1x1", "conv", "kernel"), 4)
+
+
 def fold_rep_ffn(
   params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float
 ) -> dict[str, Any]:
@@ -69,6 +86,7 @@ def fold_rep_ffn(
   Raises:
     ValueError: the two trees do not belong together, or a kernel is not 1x1.
   """
+  stats, epsilon = read_notes(stats, epsilon)
   wanted = {"bn", "expand", "project"}
   if params.keys() != wanted or stats.keys() != wanted:
     raise ValueError(
@@ -90,3 +108,31 @@ def fold_rep_ffn(
       for name, (kernel, bias) in layers.items()
     }
   }
+
+
+def expand_rep_ffn(
+  deploy: Mapping[str, Any],
+  shapes: Mapping[str, Any],
+  stats: Mapping[str, Any],
+  epsilon: Any,
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Expands a RepFFN: its three norms change nothing; an inverse of `fold_rep_ffn`.
+
+  Args:
+    deploy: {dense: {expand: {kernel (C, M), bias (M,)}, project: {kernel (M, C), bias (C,)}}}.
+    shapes: shapes and dtypes of the parameters of the training form.
+    stats: fresh statistics of the training form.
+    epsilon: number added to the variance by batch norms.
+    key: a JAX random key, for branches besides `conv1x1`.
+
+  Returns:
+    {bn, expand, project}, which folds into `deploy` with these statistics.
+  """
+  outer, outer_epsilon = read_notes(stats, epsilon)
+  params = {"bn": identity_norm(outer["bn"], outer_epsilon, shapes["bn"])}
+  for name in ("expand", "project"):
+    held = deploy["dense"][name]
+    conv = ConvParams(held["kernel"][None, None], held["bias"])
+    params[name] = expand_branches(conv, shapes[name], stats[name], epsilon, key)
+  return params

@@ -7,8 +7,9 @@ import jax
 from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine
-from repjax.layers.base import RepLayer, refuse_training
+from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
 from repjax.layers.linear import linear
+from repjax.layers.remainder import identity_norm
 
 
 class RepHead(RepLayer):
@@ -31,6 +32,8 @@ class RepHead(RepLayer):
   num_classes: int
   dropout: float = 0.0
 
+  mark = "RepHead"
+
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (N, H, W, C) to logits (N, num_classes).
@@ -44,6 +47,16 @@ class RepHead(RepLayer):
     x = x.mean((1, 2))  # (N, C)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     return linear(x, self.num_classes, name="dense", **self.dtypes())
+
+
+def recognize_rep_head(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope could be a RepHead in training form, else None.
+
+  Any scope with nothing but `bn` and a fully connected layer `dense` with a bias could be one.
+  """
+  if params.keys() != {"bn", "dense"} or leading_axes(params, ("dense", "bias"), 1) is None:
+    return None
+  return leading_axes(params, ("dense", "kernel"), 2)
 
 
 def fold_rep_head(
@@ -62,6 +75,7 @@ def fold_rep_head(
   Raises:
     ValueError: the two trees do not belong together.
   """
+  stats, epsilon = read_notes(stats, epsilon, RepHead.mark)
   if params.keys() != {"bn", "dense"} or stats.keys() != {"bn"}:
     raise ValueError(
       f"a RepHead holds bn and dense, with statistics of bn; got parameters of {sorted(params)} "
@@ -72,3 +86,27 @@ def fold_rep_head(
   kernel, bias = absorb_affine(affine, held["kernel"], held["bias"])
   dtype = held["kernel"].dtype
   return {"dense": {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}}
+
+
+def expand_rep_head(
+  deploy: Mapping[str, Any],
+  shapes: Mapping[str, Any],
+  stats: Mapping[str, Any],
+  epsilon: Any,
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Expands a RepHead: its norm changes nothing; an inverse of `fold_rep_head`.
+
+  Args:
+    deploy: {dense: {kernel (C, O), bias (O,)}}.
+    shapes: shapes and dtypes of the parameters of the training form.
+    stats: fresh statistics of the training form.
+    epsilon: number added to the variance by the batch norm.
+    key: not used.
+
+  Returns:
+    {bn: {scale, bias}, dense: {kernel, bias}}, which folds into `deploy` with these statistics.
+  """
+  del key
+  stats, epsilon = read_notes(stats, epsilon, RepHead.mark)
+  return {"bn": identity_norm(stats["bn"], epsilon, shapes["bn"]), "dense": deploy["dense"]}

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from repjax.algebra import bn_affine, wide_dtype
-from repjax.layers.base import RepLayer, refuse_training
+from repjax.algebra import AffineParams, affine_bn, bn_affine, wide_dtype
+from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
 
 
 class Affine(nn.Module):
@@ -37,6 +37,8 @@ class RepNorm(RepLayer):
   Scope of the training form: `bn`. Deploy form: `affine`. Attributes are those of `RepLayer`.
   """
 
+  mark = "RepNorm"
+
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (..., C) to the same shape.
@@ -49,6 +51,14 @@ class RepNorm(RepLayer):
       wide = wide_dtype(x.dtype)
       return Affine(self.param_dtype, name="affine")(x.astype(wide)).astype(self.dtype)
     return self.norm(x, train).astype(self.dtype)
+
+
+def recognize_rep_norm(params: Mapping[str, Any]) -> int | None:
+  """Returns the number of leading axes if a scope could be a RepNorm in training form, else None.
+
+  Any scope with nothing but a batch norm called `bn` could be one.
+  """
+  return leading_axes(params, ("bn", "scale"), 1) if params.keys() == {"bn"} else None
 
 
 def fold_rep_norm(
@@ -67,8 +77,34 @@ def fold_rep_norm(
   Raises:
     ValueError: `bn` is missing from either tree, or the two do not belong together.
   """
+  stats, epsilon = read_notes(stats, epsilon, RepNorm.mark)
   if stats.keys() - {"bn"}:
     raise ValueError(f"a RepNorm has the statistics of one norm, bn; got {sorted(stats)}")
   affine = bn_affine(params.get("bn", {}), stats.get("bn", {}), epsilon)
   dtype = params["bn"]["scale"].dtype
   return {"affine": {"scale": affine.scale.astype(dtype), "bias": affine.bias.astype(dtype)}}
+
+
+def expand_rep_norm(
+  deploy: Mapping[str, Any],
+  shapes: Mapping[str, Any],
+  stats: Mapping[str, Any],
+  epsilon: Any,
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Expands a RepNorm: a scale and a shift become a batch norm; the inverse of `fold_rep_norm`.
+
+  Args:
+    deploy: {affine: {scale (C,), bias (C,)}}.
+    shapes: not used.
+    stats: fresh statistics of the training form.
+    epsilon: number added to the variance.
+    key: not used.
+
+  Returns:
+    {bn: {scale (C,), bias (C,)}}, which folds into `deploy` with these statistics.
+  """
+  del shapes, key
+  stats, epsilon = read_notes(stats, epsilon, RepNorm.mark)
+  affine = AffineParams(deploy["affine"]["scale"], deploy["affine"]["bias"])
+  return {"bn": affine_bn(affine, stats["bn"], epsilon)}

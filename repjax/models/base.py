@@ -161,6 +161,15 @@ class Classifier(nn.Module, kw_only=True):
     return linear(x, self.num_classes, name="head", **self.dtypes())
 
   @nn.nowrap
+  def start(self, variables: dict[str, Any]) -> dict[str, Any]:
+    """Returns freshly drawn variables with the values that the names of leaves do not tell.
+
+    Args:
+      variables: variables as `repjax.init` draws them from names and shapes. They are not changed.
+    """
+    return variables
+
+  @nn.nowrap
   def shared(self) -> dict[str, Any]:
     """Returns the attributes that the network passes on to every block, by name."""
     return {

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.layers import activation
-from repjax.layers.rep_conv import pair
+from repjax.layers.composition import pair
 from repjax.schema import shown
 
 

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from repjax import forks
+from repjax.devices import need_devices
+from repjax.layers.drawing import fill
 from repjax.layers.linear import from_orthogonal, is_orthogonal, uniform_bound
+from repjax.models.base import Classifier
 from repjax.models.checks import check_image_size
 
 
@@ -36,44 +38,28 @@ def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) ->
     InputError: the image size is too small for the model.
     ValueError: a leaf is of a kind that no model of repjax has.
   """
-  forks.refuse_lost_devices()
+  need_devices()
   check_image_size(image_size)
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-  shapes = jax.eval_shape(model.init, key, images)
-  return draw(shapes, key)
+  variables = draw(jax.eval_shape(model.init, key, images), key)
+  return model.start(variables) if isinstance(model, Classifier) else variables
 
 
 def draw(shapes: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
   """Draws values as `init` does for a tree of shapes, or for a part of one under its full paths."""
   raw_key = key if jnp.issubdtype(key.dtype, jnp.uint32) else jax.random.key_data(key)
-  return _draw(shapes, (), np.asarray(raw_key).ravel().tolist())
+  seed = np.asarray(raw_key).ravel().tolist()
 
+  def random(path: tuple[str, ...], leaf: Any, kernel_shape: tuple[int, ...]) -> jax.Array:
+    # A stream for each path: the values of a leaf do not depend on which other leaves there are.
+    rng = np.random.default_rng([*seed, zlib.crc32("/".join(path).encode())])
+    if path[-1] == "kernel" and is_orthogonal(leaf.shape):
+      return _orthogonal(rng, leaf)
+    # The bias of a layer has the bound of the kernel beside it.
+    return _uniform(rng, uniform_bound(kernel_shape), leaf)
 
-def _draw(shapes: Mapping[str, Any], path: tuple[str, ...], seed: list[int]) -> dict[str, Any]:
-  """Draws a tree of shapes that lies at a path; the name of a leaf tells its distribution."""
-  values = {}
-  for name, leaf in shapes.items():
-    here = (*path, name)
-    if isinstance(leaf, Mapping):
-      values[name] = _draw(leaf, here, seed)
-    elif name == "kernel" or (name == "bias" and "kernel" in shapes):
-      # A stream for each path: the values of a leaf do not depend on which other leaves there are.
-      rng = np.random.default_rng([*seed, zlib.crc32("/".join(here).encode())])
-      if name == "kernel" and is_orthogonal(leaf.shape):
-        values[name] = _orthogonal(rng, leaf)
-      else:
-        # The bias of a layer has the bound of the kernel beside it.
-        values[name] = _uniform(rng, uniform_bound(shapes["kernel"].shape), leaf)
-    elif name in ("scale", "var"):
-      values[name] = jnp.ones(leaf.shape, leaf.dtype)
-    elif name in ("bias", "mean"):
-      values[name] = jnp.zeros(leaf.shape, leaf.dtype)
-    else:
-      raise ValueError(
-        f"repjax.init does not know how {'/'.join(here)} is distributed; use model.init"
-      )
-  return values
+  return fill(shapes, random)
 
 
 def _uniform(rng: np.random.Generator, bound: float, leaf: jax.ShapeDtypeStruct) -> jax.Array:

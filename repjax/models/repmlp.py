@@ -21,7 +21,7 @@ from flax.core import FrozenDict
 
 from repjax.errors import InputError
 from repjax.layers import GlobalPerceptron, RepConv, RepDense, RepLayer, activation
-from repjax.layers.rep_conv import pair
+from repjax.layers.composition import pair
 from repjax.models.base import Block, Classifier, Stage
 from repjax.models.checks import check_kernels, check_number, check_stages, check_tile, check_tiled
 

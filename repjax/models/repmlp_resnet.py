@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from repjax.errors import InputError, unknown
-from repjax.layers.rep_conv import pair
+from repjax.layers.composition import pair
 from repjax.models.checks import (
   check_kernels,
   check_number,

@@ -33,7 +33,7 @@ from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.layers import RepConv, RepDense, RepFFN, RepHead, RepNorm, SqueezeExcite
-from repjax.layers.rep_conv import pair
+from repjax.layers.composition import pair
 from repjax.models.base import Block, Classifier, Stage, last_of
 from repjax.models.checks import (
   check_kernels,

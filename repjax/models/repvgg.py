@@ -21,15 +21,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.errors import InputError
-from repjax.layers import AuxHead, RepConv, SqueezeExcite
-from repjax.layers.rep_conv import branch_size
+from repjax.layers import AuxHead, RepConv, RepLayer, ScaledConv, SqueezeExcite
+from repjax.layers.composition import AFTER_SUM
+from repjax.layers.grammar import layer_size, parse
 from repjax.models.base import Block, BlockBuilder, Classifier, Stage
 from repjax.models.checks import check_total_stride, is_whole
 from repjax.models.dilation import Striding, dilate
+from repjax.models.resnet import BasicBlock, Place
 from repjax.schema import shown
+
+BRANCHES = ("conv3x3", "conv1x1", "identity")
+MOST_TAPS = 31
+"""Largest height and width of a block's kernel. The names of branches would allow any."""
 
 
 class RepVGGBlock(Block):
@@ -40,37 +47,48 @@ class RepVGGBlock(Block):
     striding: stride and dilation. A block that shrinks the map has no identity branch, and neither
       has a block that dilates instead: both then have the same parameters.
     groups: number of groups of the convolutions.
-    branches: names of the branches of the RepConv. An identity among them is left out of blocks
-      that change the shape of the map.
     se: squeeze-and-excitation: None, "pre" (before the activation) or "post".
     se_reduction: ratio of `features` to the width of its hidden layer.
+    branches: names of the branches of the RepConv. Blocks that change the shape of the map leave
+      out the branches without a convolution, such as an identity.
+    norms: which branches end with a norm, and whether one follows their sum, as in `RepConv`.
+    first_scale: build a ScaledConv, whose scales begin with this value, in place of the RepConv.
+      None: build the RepConv.
   """
 
   features: int
   striding: Striding
   groups: int
-  branches: Sequence[str]
   se: str | None
   se_reduction: int
+  branches: Sequence[str] = BRANCHES
+  norms: Sequence[str] | None = None
+  first_scale: float | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Maps (N, H, W, C) to (N, H / strides, W / strides, features)."""
-    keeps_shape = x.shape[-1] == self.features and not self.striding.shrinks
-    conv = RepConv(
-      self.features,
-      branches=[name for name in self.branches if keeps_shape or branch_size(name)],
-      strides=self.striding.strides,
-      groups=self.groups,
-      dilation=self.striding.dilation_before,
-      **self.shared(),
-    )
-    x = conv(x, train)
+    x = self.conv(x.shape[-1] == self.features and not self.striding.shrinks)(x, train)
     gate = SqueezeExcite(self.se_reduction, **self.dtypes()) if self.se else None
     if gate and self.se == "pre":
       x = gate(x)
     x = self.activate(x)
     return gate(x) if gate and self.se == "post" else x
+
+  @nn.nowrap
+  def conv(self, keeps_shape: bool) -> RepLayer:
+    """Builds the sum of branches; those without a convolution need a block that keeps the shape."""
+    attributes = {
+      "strides": self.striding.strides,
+      "groups": self.groups,
+      "dilation": self.striding.dilation_before,
+      **self.shared(),
+    }
+    if self.first_scale is not None:
+      return ScaledConv(self.features, keeps_shape, first_scale=self.first_scale, **attributes)
+    names = [name for name in self.branches if keeps_shape or parse(name).has_kernel]
+    norms = self.norms and [name for name in self.norms if name in (*names, AFTER_SUM)]
+    return RepConv(self.features, branches=names, norms=norms, **attributes)
 
 
 class StageSpec(NamedTuple):
@@ -109,7 +127,14 @@ class RepVGG(Classifier, kw_only=True):
     groups: number of groups of blocks 2, 4, ..., 26, counted from 1 after the stem; or a table
       {block number: groups}.
     branches: names of the branches of every block, as in `RepConv`. Plain networks have
-      ("conv3x3",). Blocks that change the shape of the map have no identity branch.
+      ("conv3x3",). Blocks that change the shape of the map leave out the branches without a
+      convolution, such as an identity.
+    norms: which branches end with a norm, and whether one follows their sum, as in `RepConv`.
+    residual: replace every two blocks of a stage by a residual block of two plain 3x3 convolutions,
+      with the shortcut of ResNet-18. The last block of a stage with an odd number stays.
+    scaled: end each branch with a trained scale for each channel in place of a batch norm, and the
+      sum of the branches with one batch norm. The hyper-search of RepOptimizer trains such a
+      network.
     se: squeeze-and-excitation: None, "pre" (before the activation) or "post".
     se_reduction: ratio of a block's channels to the width of its hidden layer.
     strides: strides of the stem and of the first block of each stage.
@@ -123,7 +148,10 @@ class RepVGG(Classifier, kw_only=True):
   stage_sizes: Sequence[int]
   width_multipliers: Sequence[float]
   groups: int | Mapping[int, int] = 1
-  branches: Sequence[str] = ("conv3x3", "conv1x1", "identity")
+  branches: Sequence[str] = BRANCHES
+  norms: Sequence[str] | None = None
+  residual: bool = False
+  scaled: bool = False
   se: str | None = None
   se_reduction: int = 16
   strides: Sequence[int] = (2, 2, 2, 2, 2)
@@ -161,15 +189,7 @@ class RepVGG(Classifier, kw_only=True):
     x = self.build(stem, first, 0)(name="stem")(x, train)
     maps = {}
     for stage in self.stages():
-      blocks = [
-        self.build(
-          stage.features,
-          stage.striding.later if index else stage.striding,
-          stage.first_block + index,
-        )
-        for index in range(stage.blocks)
-      ]
-      x = Stage(blocks, name=stage.name)(x, train)
+      x = Stage(list(self.blocks_of(stage)), name=stage.name)(x, train)
       if stage.name in self.auxiliary_stages():
         maps[stage.name] = x
       maps[stage.name.removesuffix("_first").removesuffix("_second")] = x
@@ -194,17 +214,52 @@ class RepVGG(Classifier, kw_only=True):
     return (logits, auxiliary) if auxiliary and train else logits
 
   @nn.nowrap
-  def build(self, features: int, striding: Striding, number: int) -> BlockBuilder:
-    """Returns the builder of a block, by its number from 1 after the stem."""
+  def blocks_of(self, stage: StageSpec) -> Iterator[BlockBuilder]:
+    """Yields the builders of the blocks of a stage."""
+    pairs = stage.blocks // 2 if self.residual else 0
+    for number in range(pairs):
+      # A number of the stage above 1 gives the first block a convolution in its shortcut.
+      striding = stage.striding.later if number else stage.striding
+      place = Place(2, number, stage.features, *striding)
+      yield functools.partial(self.builder(BasicBlock), place=place)
+    for index in range(2 * pairs, stage.blocks):
+      striding = stage.striding.later if index else stage.striding
+      yield self.build(stage.features, striding, stage.first_block + index, index)
+
+  @nn.nowrap
+  def build(self, features: int, striding: Striding, number: int, index: int = 0) -> BlockBuilder:
+    """Returns the builder of a block.
+
+    Args:
+      features: number of output channels.
+      striding: stride and dilation.
+      number: number of the block, from 1 after the stem, which is 0.
+      index: number of the block in its stage, from 0.
+    """
     return functools.partial(
       self.builder(RepVGGBlock),
       features=features,
       striding=striding,
       groups=self.groups_of(number),
       branches=self.branches,
+      norms=self.norms,
+      first_scale=_first_scale(index) if self.scaled else None,
       se=self.se,
       se_reduction=self.se_reduction,
     )
+
+  @nn.nowrap
+  def start(self, variables: dict[str, Any]) -> dict[str, Any]:
+    """Returns freshly drawn variables with the scales of branches at their initial values."""
+    if not self.scaled or self.deploy:
+      return variables
+    params = dict(variables["params"])
+    for stage in self.stages():
+      params[stage.name] = {
+        name: _with_scales(block, _first_scale(int(name.removeprefix("block"))))
+        for name, block in params[stage.name].items()
+      }
+    return {**variables, "params": params}
 
   def stages(self) -> Iterator[StageSpec]:
     """Yields the description of each stage after the stem, in order."""
@@ -235,6 +290,28 @@ class RepVGG(Classifier, kw_only=True):
     return ("stage1", "stage2", "stage3_first") if present else ()
 
 
+def _first_scale(index: int) -> float:
+  """Returns the initial value of the scales of the convolutions in a block: sqrt(2 / index).
+
+  Args:
+    index: number of the block in its stage, from 0. The first block, and the stem, begin with 1.
+
+  References:
+    https://github.com/DingXiaoH/RepOptimizers at 1d41318, repoptimizer/repoptvgg_model.py
+  """
+  return math.sqrt(2 / index) if index else 1.0
+
+
+def _with_scales(block: Mapping[str, Any], value: float) -> dict[str, Any]:
+  """Returns the parameters of a block in which the scales of both convolutions have a value."""
+  conv = block["ScaledConv_0"]
+  scaled = {
+    name: {**conv[name], "scale": jnp.full_like(conv[name]["scale"], value)}
+    for name in ("conv3x3", "conv1x1")
+  }
+  return {**block, "ScaledConv_0": {**conv, **scaled}}
+
+
 # Functions, not methods: interceptors of methods cannot take a module that is not set up yet.
 def _check_sizes(network: RepVGG) -> None:
   """Raises InputError if sizes, widths or strides make no network."""
@@ -250,16 +327,31 @@ def _check_sizes(network: RepVGG) -> None:
 
 
 def _check_branches(network: RepVGG) -> None:
-  """Raises InputError if the branches make no block with a 3x3 kernel."""
-  names = network.branches
+  """Raises InputError if the branches, or what goes with them, make no block."""
+  names, size = network.branches, (0, 0)
   try:
-    sizes = [] if isinstance(names, str) else [branch_size(name) for name in names]
+    if not isinstance(names, str) and len(set(names)) == len(names):
+      size = layer_size(map(parse, names))
   except ValueError as error:
     raise InputError(f"branches: {error}") from None
-  if (3, 3) not in sizes or len(set(names)) != len(names):
+  if not all(taps % 2 and 3 <= taps <= MOST_TAPS for taps in size):
     raise InputError(
-      "branches takes different names with a 3x3 convolution among them, such as "
-      f"('conv3x3', 'conv1x1', 'identity'), got {shown(names)}"
+      f"branches takes different names, the largest with 3 to {MOST_TAPS} taps each way, an odd "
+      f"number, such as ('conv3x3', 'conv1x1', 'identity'), got {shown(names)}"
+    )
+  known = {*names, AFTER_SUM}
+  if network.norms is not None and not (network.norms and set(network.norms) <= known):
+    raise InputError(f"norms takes some of {sorted(known)}, or None, got {shown(network.norms)}")
+  other = network.se or network.aux_heads or network.norms or network.scaled or network.groups != 1
+  if network.residual and (other or tuple(names) != ("conv3x3",)):
+    raise InputError(
+      'residual is for plain networks: branches=("conv3x3",), one group, and no norms, se, '
+      "scaled or aux_heads"
+    )
+  if network.scaled and (tuple(names) != BRANCHES or network.norms):
+    raise InputError(
+      f"scaled builds the branches {shown(BRANCHES)} and one norm, got branches={shown(names)} and "
+      f"norms={shown(network.norms)}. Leave these out, or scaled"
     )
 
 

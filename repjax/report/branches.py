@@ -1,7 +1,6 @@
 """Measures what each branch of a layer contributes to the fused kernel."""
 
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,11 @@ from flax import linen as nn
 
 from repjax import runs
 from repjax.errors import InputError
-from repjax.reparam import FOLDS, layer_name
+from repjax.layers import RepConv, ScaledConv, fold_scaled_conv, recognize_scaled_conv
+from repjax.layers.branches import branch_names, branch_parts, merge_branches
+from repjax.layers.grammar import branch_order
+from repjax.layers.scaled_conv import branch_kernels
+from repjax.recognition import LAYERS
 from repjax.spec import ModelSpec, load
 
 Tree = Mapping[str, Any]
@@ -33,7 +36,7 @@ class KernelStats(NamedTuple):
 
 
 class FoldedLayer(NamedTuple):
-  """Statistics of a RepConv after the fold.
+  """Statistics of a RepConv or a ScaledConv after the fold.
 
   Attributes:
     path: path of its scope, such as "stage1/block0/RepConv_0".
@@ -55,7 +58,7 @@ class FoldedLayer(NamedTuple):
 
 
 class Kernels(NamedTuple):
-  """Statistics of every RepConv of a model, in the order of the forward pass.
+  """Statistics of every RepConv and ScaledConv of a model, in the order of the forward pass.
 
   Attributes:
     name: name of the folder.
@@ -68,43 +71,6 @@ class Kernels(NamedTuple):
   model: str
   step: int | None
   layers: list[FoldedLayer]
-
-
-def fold_weighted(params: Tree, stats: Tree, weights: Mapping[str, Any]) -> Any:
-  """Folds a RepConv in which the output of each branch is multiplied by a weight.
-
-  The fold is linear in the scales and biases of the batch norms. With weight 1 for one branch and 0
-  for all others, the result is therefore the part of this branch in the fused kernel and bias. The
-  parts add up to the whole fold. This is exact up to rounding for every kind of branch.
-
-  Args:
-    params: {branch: {conv: {kernel}, bn: {scale, bias}}}; an identity has no conv.
-    stats: {branch: {bn: {mean, var}}}.
-    weights: branch to its weight, for every branch.
-
-  Returns:
-    {conv: {kernel (H, W, I/g, O), bias (O,)}}, as the fold returns it.
-  """
-
-  def times(weight: Any, bn: Tree) -> Any:
-    return jax.tree.map(lambda leaf: leaf * jnp.asarray(weight, leaf.dtype), bn)
-
-  weighted = {
-    name: {**params[name], "bn": times(weight, params[name]["bn"])}
-    for name, weight in weights.items()
-  }
-  return FOLDS["RepConv"](weighted, stats, EPSILON)
-
-
-def branch_order(names: Iterable[str]) -> list[str]:
-  """Sorts branch names: larger kernels first, the identity last."""
-
-  def key(name: str) -> tuple[bool, int, str]:
-    size = name.removeprefix("conv").partition("_")[0].split("x")
-    is_conv = name.startswith("conv")
-    return not is_conv, -int(size[0]) * int(size[1]) if is_conv else 0, name
-
-  return sorted(names, key=key)
 
 
 def read_kernels(workdir: Path, *, verify: bool = True) -> Kernels:
@@ -132,19 +98,27 @@ def read_kernels(workdir: Path, *, verify: bool = True) -> Kernels:
   return Kernels(name, spec.name, step, layers)
 
 
-def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...]], Any]:
-  """Returns the paths of a model's RepConvs in the order of calls, and the shapes of its variables.
+def _is_inside_a_layer(module: nn.Module) -> bool:
+  """Tells if a module is part of a layer with a fold."""
+  parent = module.parent
+  return isinstance(parent, nn.Module) and (
+    isinstance(parent, LAYERS) or _is_inside_a_layer(parent)
+  )
 
-  A RepConv inside another layer with a fold is left out, since that fold removes or absorbs it.
+
+def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...]], Any]:
+  """Returns the paths of a model's layers of branches in the order of calls, and all shapes.
+
+  The layers are RepConvs and ScaledConvs. A layer inside another layer with a fold is left out,
+  since that fold removes or absorbs it.
   """
   paths = []
 
   def note(method: Callable[..., Any], arguments: Any, keywords: Any, context: Any) -> Any:
-    path = context.module.path
-    layers = [layer_name(scope) for scope in path]
-    is_call = context.method_name == "__call__" and path not in paths
-    if is_call and layers[-1:] == ["RepConv"] and not any(layers[:-1]):
-      paths.append(path)
+    layer = context.module
+    is_call = context.method_name == "__call__" and layer.path not in paths
+    if is_call and isinstance(layer, RepConv | ScaledConv) and not _is_inside_a_layer(layer):
+      paths.append(layer.path)
     return method(*arguments, **keywords)
 
   size = spec.preprocessing.image_size
@@ -179,42 +153,54 @@ def _middle(stage: list[FoldedLayer]) -> FoldedLayer:
 
 
 def _layer(path: tuple[str, ...], params: Tree, stats: Tree) -> FoldedLayer:
-  """Measures the RepConv at a path, in training form or deploy form."""
+  """Measures the layer of branches at a path, in training form or deploy form."""
   for scope in path:
     params, stats = params[scope], stats.get(scope, {})
-  names = () if "conv" in params else tuple(branch_order(params))
-  taps, norms = jax.device_get(_measure(params, stats, names) if names else _measure_fused(params))
-  if not np.isfinite(norms).all():
+  is_deployed = "conv" in params
+  names = () if is_deployed else tuple(branch_order(branch_names(params, stats)))
+  measured = jax.device_get(_measure_fused(params) if is_deployed else _measure(params, stats))
+  parts = {name: _kernel_stats(path, *leaves) for name, leaves in measured.items()}
+  channels = _outputs(params, stats)
+  branches = {name: parts[name] for name in names} if len(names) > 1 else {}
+  return FoldedLayer("/".join(path), channels, parts[""], branches)
+
+
+def _kernel_stats(path: tuple[str, ...], taps: Any, norm: Any) -> KernelStats:
+  """Returns measured statistics in float64; refuses numbers that are not finite."""
+  if not np.isfinite(norm):
     raise InputError(f"the weights of {'/'.join(path)} are not finite; has this run diverged?")
-  measured = [
-    KernelStats(np.asarray(tap, np.float64), float(norm)) for tap, norm in zip(taps, norms)
-  ]
-  channels = next(leaf.shape[-1] for leaf in jax.tree.leaves(params) if leaf.ndim == 4)
-  several = names if len(names) > 1 else ()
-  branches = dict(zip(several, measured[1:]))
-  return FoldedLayer("/".join(path), channels, measured[0], branches)
+  return KernelStats(np.asarray(taps, np.float64), float(norm))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _measure(params: Tree, stats: Tree, names: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-  """Returns `_statistics` of the fused kernel and of each branch, stacked on a first axis."""
+def _outputs(params: Tree, stats: Tree) -> int:
+  """Returns the number of output channels of a layer in either form."""
+  if "conv" in params:
+    return params["conv"]["bias"].shape[0]
+  return jax.eval_shape(_kernels, params, stats)[""].shape[-1]
 
-  def measure(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _statistics(fold_weighted(params, stats, dict(zip(names, weights))))
 
-  # The first row keeps all branches, row i only branch i. `lax.map` compiles one fold and runs the
-  # rows one after another, so that only one fused kernel is in memory.
-  rows = np.concatenate([np.ones((1, len(names))), np.eye(len(names))])
-  return jax.lax.map(measure, jnp.asarray(rows, jnp.float32))
+def _kernels(params: Tree, stats: Tree) -> dict[str, jax.Array]:
+  """Returns the part of each branch in the fused kernel by name, and the fused kernel under ""."""
+  if recognize_scaled_conv(params) is not None:
+    fused = fold_scaled_conv(params, stats, EPSILON)["conv"]["kernel"]
+    return {"": fused, **branch_kernels(params, stats, EPSILON)}
+  parts = branch_parts(params, stats, EPSILON).branches
+  fused = merge_branches(params, stats, EPSILON).kernel
+  return {"": fused, **{name: part.kernel for name, part in parts.items()}}
 
 
 @jax.jit
-def _measure_fused(params: Tree) -> tuple[jax.Array, jax.Array]:
-  """Returns `_statistics` of a layer in deploy form, with a first axis of size one."""
-  return jax.tree.map(lambda x: x[None], _statistics(params))
+def _measure(params: Tree, stats: Tree) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Returns `_statistics` of each branch by name, and of the fused kernel under ""."""
+  return {name: _statistics(kernel) for name, kernel in _kernels(params, stats).items()}
 
 
-def _statistics(folded: Tree) -> tuple[jax.Array, jax.Array]:
-  """Returns the fields of `KernelStats` for a folded layer."""
-  kernel = folded["conv"]["kernel"]
+@jax.jit
+def _measure_fused(params: Tree) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Returns `_statistics` of a layer in deploy form under ""."""
+  return {"": _statistics(params["conv"]["kernel"])}
+
+
+def _statistics(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the fields of `KernelStats` for a kernel (H, W, I/g, O)."""
   return jnp.abs(kernel).mean((2, 3)), jnp.sqrt(jnp.square(kernel).sum())

@@ -1,5 +1,6 @@
 """Draws the panels that show what branches contribute to kernels. Needs matplotlib."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 
-from repjax.report.branches import FoldedLayer, Kernels, branch_order, choose
+from repjax.layers.grammar import POOLED, branch_order, parse
+from repjax.report.branches import FoldedLayer, Kernels, choose
 from repjax.report.curves import plain, tidy
 
 _BRANCH_COLORS = {"3x3": "#0072B2", "1x1": "#E69F00", "identity": "#009E73"}
@@ -50,9 +52,11 @@ def _shares_title(layers: Sequence[FoldedLayer], names: Sequence[str]) -> str:
   means = {name: np.mean([layer.shares().get(name, 0.0) for layer in layers]) for name in names}
   parts = ", ".join(f"{_shown(name)} {mean:.0%}" for name, mean in list(means.items())[:_NAMED])
   parts += ", ..." if len(names) > _NAMED else ""
+  # One line holds the short names of three branches.
+  end = "\n" if len(parts) > 40 else " "
   return (
-    "What fused kernels are made of, by the norms of the branches' kernels, first to last layer; "
-    f"on average {parts}"
+    f"What fused kernels are made of, by the norms of the branches' kernels, first to last layer;"
+    f"{end}on average {parts}"
   )
 
 
@@ -62,8 +66,14 @@ def _branch_colors(names: Sequence[str]) -> dict[str, str]:
 
 
 def _shown(name: str) -> str:
-  """Returns the name of a branch for a legend: "conv3x3" becomes "3x3"."""
-  return name.removeprefix("conv").replace("avg2x2_conv", "pooled ")
+  """Returns the name of a branch for a legend: "conv3x3" becomes "3x3".
+
+  "conv1x1_avg3x3" becomes "1x1 + average 3x3", and "conv3x3_d2" becomes "3x3 dilated 2".
+  """
+  if parse(name).kind == POOLED:
+    return name.replace("avg2x2_conv", "pooled ")
+  shown = name.replace("_conv", " + ").replace("_avg", " + average ").replace("_d", " dilated ")
+  return re.sub("^avg", "average ", shown.removeprefix("conv"))
 
 
 def _short(path: str) -> str:
@@ -72,7 +82,7 @@ def _short(path: str) -> str:
   A named layer keeps its name: ".../RepConv_conv1" becomes "stage1.block0.conv1".
   """
   *scopes, last = path.split("/")
-  layer = last.removeprefix("RepConv").lstrip("_") if scopes else last
+  layer = last.removeprefix("RepConv").removeprefix("ScaledConv").lstrip("_") if scopes else last
   return ".".join(scopes if layer.isdigit() or not layer else [*scopes, layer])
 
 

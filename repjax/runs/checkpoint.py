@@ -23,7 +23,7 @@ import numpy as np
 
 from repjax import disk, json_files
 from repjax.disk import trees
-from repjax.errors import InputError
+from repjax.errors import InputError, listed, sentences
 from repjax.runs import contents, paths
 from repjax.runs.records import read_records
 
@@ -138,7 +138,7 @@ def read_checkpoint(
     step = max(found, key=lambda step: _rank(step, found[step]) if best else step)
     folder = paths.checkpoint_folder(workdir, step)
     try:
-      return step, disk.read_whole(
+      trees_read = disk.read_whole(
         lambda folder=folder: folder,
         lambda snapshot: _read_items(snapshot, items),
         verify=verify,
@@ -148,7 +148,13 @@ def read_checkpoint(
       # A run beside this reader may have removed the checkpoint, and saved a newer one before.
       if os.path.lexists(folder):
         problems[step] = str(error)
-        print(f"checkpoint of step {step} is damaged, trying the next one: {error}", flush=True)
+    else:
+      for damaged, problem in problems.items():
+        print(
+          f"checkpoint of step {damaged} is damaged, taking that of step {step}: {problem}",
+          flush=True,
+        )
+      return step, trees_read
 
 
 def _read_items(snapshot: disk.Snapshot, items: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,11 +170,13 @@ def _read_items(snapshot: disk.Snapshot, items: Mapping[str, Any]) -> dict[str, 
 def _none_whole(workdir: Path, problems: Mapping[int, str]) -> InputError:
   """Returns the error for a workdir without a checkpoint that can be read."""
   if not problems and paths.find_deploy(workdir) is not None:
-    return InputError(f"{workdir} holds a deploy form only; no training form can be made from it")
-  return InputError(
-    f"{paths.checkpoints_folder(workdir)} holds no whole checkpoint"
-    + (f": {'; '.join(problems.values())}" if problems else "; has this run saved one yet?")
-  )
+    return InputError(
+      f"{workdir} holds a deploy form only, and this needs the training form. To fine-tune it, "
+      f"start a run from it: repjax train --config finetune --config.init_from={workdir}"
+    )
+  listing = listed(problems.values(), 3, between="; ", longest=None)
+  why = f": {listing}" if problems else "; has this run saved one yet?"
+  return InputError(f"{paths.checkpoints_folder(workdir)} holds no whole checkpoint{why}")
 
 
 def read_bookmark(workdir: Path, step: int) -> Bookmark:
@@ -215,10 +223,11 @@ def newest_finished(workdir: Path) -> int | None:
   try:
     return json_files.read(path, contents.NEWEST)["step"]
   except InputError as error:
-    raise InputError(
-      f"{error}. Without this file, nothing tells whether the newest checkpoint is missing: remove "
-      f"it if {paths.checkpoints_folder(workdir)} is whole"
-    ) from error
+    way_out = (
+      "Without this file, nothing tells whether the newest checkpoint is missing: remove it if "
+      f"{paths.checkpoints_folder(workdir)} is whole"
+    )
+    raise InputError(sentences(error, way_out)) from error
 
 
 def note_newest(workdir: Path, step: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from repjax import disk
 from repjax.disk import trees
-from repjax.errors import InputError
+from repjax.errors import InputError, sentences
 from repjax.runs import contents, files, paths
 from repjax.runs.checkpoint import read_checkpoint
 
@@ -206,10 +206,10 @@ def read_best(
     warn = workdir if _has_statistics(find()) else None
     record, batch_stats = disk.read_whole(find, read, verify=verify, warn=warn)
   except InputError as error:
-    raise InputError(
-      f"{error}. To use the checkpoint's own statistics again: "
-      f"repjax recalibrate --workdir {workdir} --undo"
-    ) from error
+    way_out = (
+      f"To use the checkpoint's own statistics again: repjax recalibrate --workdir {workdir} --undo"
+    )
+    raise InputError(sentences(error, way_out)) from error
   return step, variables if record is None else {**variables, "batch_stats": batch_stats}, record
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -34,8 +33,7 @@ def hold(workdir: str | Path) -> Iterator[None]:
     try:
       yield
     finally:
-      if file is not None:
-        _release(file, path)
+      _release(file, path)
   finally:
     # Only empty folders can be removed, so the first that is not empty ends this.
     with contextlib.suppress(OSError):
@@ -58,12 +56,11 @@ def _make(workdir: Path) -> list[Path]:
   return missing
 
 
-def _take(path: Path) -> int | None:
+def _take(path: Path) -> int:
   """Locks a file and writes into it who holds it.
 
   Returns:
-    The file descriptor, which keeps the lock until it is closed; None where the file system has no
-    locks.
+    The file descriptor, which keeps the lock until it is closed, where the file system has locks.
 
   Raises:
     InputError: another process holds the lock, or the file cannot be written.
@@ -80,36 +77,18 @@ def _take(path: Path) -> int | None:
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
       os.close(file)
       raise _not_a_lock(path)
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if disk.try_lock(file, path) is False:
       os.close(file)
       raise InputError(
         f"{path.parent} is in use by {disk.holder_text(path)}. Wait for that process, "
         "stop it, or give a different folder"
-      ) from None
-    except OSError as error:
-      os.close(file)
-      print(
-        f"warning: {path.parent} cannot be locked ({error.strerror}); make sure that nothing else "
-        "writes to it",
-        flush=True,
       )
-      return None
-    if _is_at(file, path):
+    if disk.is_at(file, path):
       _sign(file, path)
       return file
     # The last holder removed the file after it was opened here. A lock on a file without a name
     # keeps nobody away, so a new file is made and locked.
     os.close(file)
-
-
-def _is_at(file: int, path: Path) -> bool:
-  """Checks whether an open file is still the file at `path`."""
-  try:
-    return os.path.samestat(os.fstat(file), path.stat())
-  except FileNotFoundError:
-    return False
 
 
 def _not_a_lock(path: Path) -> InputError:
@@ -135,6 +114,6 @@ def _release(file: int, path: Path) -> None:
   # Removed while the lock is held: afterwards the file might be that of the next holder. A file
   # that cannot be removed, on a disk that has become read-only, is no error: nobody holds its lock.
   with contextlib.suppress(OSError):
-    if _is_at(file, path):
+    if disk.is_at(file, path):
       path.unlink()
   os.close(file)

@@ -14,7 +14,8 @@ from repjax.config import BEFORE, Config, check_evaluation
 from repjax.data import Source
 from repjax.disk.trees import check_finite
 from repjax.errors import InputError
-from repjax.reparam import layer_name, reparameterize
+from repjax.recognition import LAYERS
+from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec
 from repjax.training import evaluation, parallel, planning, processes
 
@@ -170,7 +171,7 @@ def _make_compare_step(spec: ModelSpec) -> Callable[[Any, Any], Any]:
   forms = spec.create_model(), spec.create_model(deploy=True)
 
   def is_folded(module: Any, method: str) -> bool:
-    return method == "__call__" and bool(module.path) and layer_name(module.path[-1]) is not None
+    return method == "__call__" and bool(module.path) and isinstance(module, LAYERS)
 
   def outputs(model: Any, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
     logits, state = model.apply(

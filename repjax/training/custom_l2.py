@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from repjax.algebra import bn_affine
 from repjax.errors import InputError
-from repjax.reparam import layer_name
+from repjax.layers import recognize_rep_conv
 
 Tree = Mapping[str, Any]
 
@@ -50,8 +50,9 @@ def custom_l2(params: Tree, batch_stats: Tree, epsilon: float = 1e-5) -> jax.Arr
   ]
   if not values:
     raise InputError(
-      "config.custom_l2 penalises layers with a 3x3 and a 1x1 branch, and this model has none. Set "
-      "it to 0, and config.weight_decay_rule to a rule other than all_but_penalised_kernels"
+      "config.custom_l2 penalises layers with a 3x3 and a 1x1 branch, each with its norm, and this "
+      "model has none. Set it to 0, and config.weight_decay_rule to a rule other than "
+      "all_but_penalised_kernels"
     )
   return sum(values[1:], values[0])
 
@@ -64,13 +65,18 @@ def penalised_kernels(params: Tree) -> frozenset[tuple[str, ...]]:
 
 
 def _layers(params: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-  """Yields the path of every RepConv that holds both branches."""
+  """Yields the path of every RepConv that holds both branches, with their norms."""
   for name, value in params.items():
     if isinstance(value, Mapping):
-      if layer_name(name) != "RepConv":
+      if recognize_rep_conv(value) is None:
         yield from _layers(value, (*path, name))
-      elif value.keys() >= set(_BRANCHES):
+      elif value.keys() >= set(_BRANCHES) and _are_scaled(value):
         yield (*path, name)
+
+
+def _are_scaled(params: Tree) -> bool:
+  """Tells if the scales of a RepConv are those of the norms in its branches."""
+  return "bn" not in params and all("bn" in params[name] for name in _BRANCHES)
 
 
 def _scope(tree: Tree, path: tuple[str, ...]) -> Tree:

@@ -1,17 +1,20 @@
 """Starts a run from the weights of a run or an import, and fills in what a config leaves open."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from repjax import names, runs
 from repjax.config import Config, check_fields
 from repjax.data import open_source
 from repjax.errors import InputError
-from repjax.spec import ModelSpec, Preprocessing
+from repjax.expansion import expand
+from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.training import continuing, optimizer
 
 _PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))
@@ -115,7 +118,7 @@ def source_spec(folder: str | Path) -> ModelSpec:
 
   Raises:
     InputError: the path is a file of weights, or not the folder of a run or an import; the folder
-      has no training form, or is damaged.
+      holds no form of the model, or is damaged.
   """
   text, path = str(folder), names.folder(folder)
   if text.startswith("hf:") or path.is_file() or (not path.exists() and text.endswith(_WEIGHTS)):
@@ -132,30 +135,40 @@ def source_spec(folder: str | Path) -> ModelSpec:
       f"config.init_from: {path} has no model.json, so it is not the folder of a run or an import; "
       "is it the right folder?"
     )
-  if not runs.checkpoints(path):
-    what = "has no checkpoint"
-    if runs.find_deploy(path) is not None:
-      what = "holds a deploy form only, whose branches and batch norms are gone"
+  if not (runs.checkpoints(path) or _is_plain(path)):
     raise InputError(
-      f"config.init_from: {path} {what}; give the folder of a run, or of an import of weights in "
-      "training form"
+      f"config.init_from: {path} has no checkpoint and no deploy form; give the folder of a run or "
+      "import"
     )
   return ModelSpec.read(path)
 
 
+def _is_plain(path: Path) -> bool:
+  """Tells if a folder holds a deploy form and no training form."""
+  return not runs.checkpoints(path) and runs.find_deploy(path) is not None
+
+
 def first_variables(
-  folder: str | Path, spec: ModelSpec, fresh: dict[str, Any]
+  folder: str | Path,
+  spec: ModelSpec,
+  fresh: dict[str, Any],
+  *,
+  key: jax.Array,
+  images: Callable[[], jax.Array],
 ) -> tuple[dict[str, Any], str]:
   """Reads the variables to start from out of the folder of a run or an import.
 
   Classifiers keep their fresh values if the number of classes differs, or if both sides know the
   names of their classes and the names differ. Everything else is taken over bit for bit, with
-  re-estimated statistics if the folder has any.
+  re-estimated statistics if the folder has any. A folder that holds a deploy form alone is
+  expanded, see `repjax.expand`.
 
   Args:
     folder: folder of a run or an import.
     spec: spec of the model to train.
     fresh: newly initialised variables of that model.
+    key: random key for branches that a deploy form lacks.
+    images: reads the images of the first step, normalised; called if a deploy form is expanded.
 
   Returns:
     The variables, and a sentence that says what was taken over.
@@ -164,8 +177,10 @@ def first_variables(
     InputError: the run cannot start from the folder, or the folder holds a different model.
   """
   held = source_spec(folder)
-  _check_fit(folder, held, spec)
-  step, variables, record = runs.read_best(names.folder(folder), held.variable_shapes())
+  if _is_plain(names.folder(folder)):
+    variables, source = _expanded(folder, held, spec, key, images)
+  else:
+    variables, source = _taken(folder, held, spec)
   renamed = bool(held.class_names and spec.class_names) and held.class_names != spec.class_names
   anew = held.num_classes != spec.num_classes or renamed
   params = jax.tree_util.tree_map_with_path(
@@ -179,9 +194,44 @@ def first_variables(
     classifier = f"new classifier: {spec.num_classes} classes of other names"
   else:
     classifier = "classifier kept"
-  statistics = f", statistics re-estimated over {record['batches']} batches" if record else ""
-  text = f"starting from {folder}, step {step}{statistics}; {classifier}"
+  text = f"starting from {folder}, {source}; {classifier}"
   return {"params": params, "batch_stats": variables["batch_stats"]}, text
+
+
+def _taken(folder: str | Path, held: ModelSpec, spec: ModelSpec) -> tuple[dict[str, Any], str]:
+  """Reads the best checkpoint of a folder; returns its variables, and what they are."""
+  _check_fit(folder, held, spec)
+  step, variables, record = runs.read_best(names.folder(folder), held.variable_shapes())
+  statistics = f", statistics re-estimated over {record['batches']} batches" if record else ""
+  return variables, f"step {step}{statistics}"
+
+
+def _expanded(
+  folder: str | Path,
+  held: ModelSpec,
+  spec: ModelSpec,
+  key: jax.Array,
+  images: Callable[[], jax.Array],
+) -> tuple[dict[str, Any], str]:
+  """Expands the deploy form of a folder; returns the variables, and what they are.
+
+  The two models may differ in what a deploy form does not show, such as branches.
+  """
+  ours = dataclasses.replace(spec, num_classes=held.num_classes, class_names=())
+  theirs = dataclasses.replace(held, preprocessing=spec.preprocessing)
+  if _deploy_program(ours) != _deploy_program(theirs):
+    _check_fit(folder, held, spec)
+  _, variables, _ = load(folder)
+  batch = images()
+  variables = expand(ours.create_model(), variables["params"], key, images=batch)
+  return variables, f"its deploy form expanded on {len(batch)} images of training"
+
+
+def _deploy_program(spec: ModelSpec) -> str:
+  """Returns the text of a deploy form's program."""
+  shapes, size = spec.variable_shapes(deploy=True), spec.preprocessing.image_size
+  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  return jax.jit(spec.create_model(deploy=True).apply).lower(shapes, images).as_text()
 
 
 def _check_fit(folder: str | Path, held: ModelSpec, spec: ModelSpec) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from repjax.config import Config
@@ -100,20 +101,22 @@ def fit(
   # Inside `deferred` the first signal is only noted, and a Ctrl-C after it raises at once. The
   # blocks close in reverse order: the thread that reads data stops first, then the journal waits
   # for its last save, then a noted signal is raised.
-  with (
-    interruption.deferred(),
-    contextlib.closing(_open_journal(run, workdir)) as journal,
-    contextlib.closing(_read_ahead(run)) as batches,
-  ):
-    if run.plan.evaluates(done) and not run.bookmark.evaluated:
-      # The run was stopped after this step was saved and before the step was evaluated.
-      accuracy = _evaluate_and_record(evaluate, state, interruption, journal)
-      if accuracy is not None:
-        journal.set_accuracy(done, accuracy)
-    if not is_to_stop(interruption) and done < run.plan.total_steps:
-      print("compiling the first step", flush=True)
-      _take_steps(run, state, train_step, evaluate, batches, journal, interruption)
-    journal.show_data_waiting()
+  with interruption.deferred():
+    with (
+      contextlib.closing(_open_journal(run, workdir)) as journal,
+      contextlib.closing(_read_ahead(run)) as batches,
+    ):
+      if run.plan.evaluates(done) and not run.bookmark.evaluated:
+        # The run was stopped after this step was saved and before the step was evaluated.
+        accuracy = _evaluate_and_record(evaluate, state, interruption, journal)
+        if accuracy is not None:
+          journal.set_accuracy(done, accuracy)
+      if not is_to_stop(interruption) and done < run.plan.total_steps:
+        print("compiling the first step", flush=True)
+        done = _take_steps(run, state, train_step, evaluate, batches, journal, interruption)
+      journal.show_data_waiting()
+    if interruption.noted is not None and done:
+      print(f"step {done}/{run.plan.total_steps} is saved", flush=True)
 
 
 def _take_steps(
@@ -124,7 +127,7 @@ def _take_steps(
   batches: ReadAhead,
   journal: Journal,
   interruption: Interruption,
-) -> None:
+) -> int:
   """Takes every step that is left, and logs, evaluates and saves when the config asks for it.
 
   JAX returns from `train_step` before the devices are done. To fetch metrics is to wait for the
@@ -140,6 +143,9 @@ def _take_steps(
     batches: batches on the devices, beginning with the batch of the first step to take.
     journal: takes records and checkpoints.
     interruption: listens to signals.
+
+  Returns:
+    The last step that was done.
   """
   config, plan = run.config, run.plan
   learning_rate = jax.jit(run.schedule)
@@ -160,7 +166,7 @@ def _take_steps(
     if saves or logs or step == first_step:
       rows, pending = _fetch(pending, step), []  # metrics of each step since the last fetch
       journal.add(rows)
-      if step == first_step:
+      if step == first_step and not logs:
         # Shown and not recorded: records must not depend on where a run was interrupted.
         journal.show(step, rows[0], batches.waited)
     if logs:
@@ -175,7 +181,8 @@ def _take_steps(
       # the run continues.
       journal.save(state, accuracy)
     if stops:
-      break
+      return step
+  return plan.total_steps
 
 
 def is_to_stop(interruption: Interruption, *, ask: bool = True) -> bool:
@@ -299,20 +306,37 @@ def _until_stopped(
       yield batch
 
 
+def training_batches(
+  config: Config,
+  plan: Plan,
+  *,
+  start_step: int = 0,
+  shard: tuple[int, int] = (0, 1),
+  num_workers: int = 0,
+) -> Generator[dict[str, np.ndarray]]:
+  """Yields the batches that a run trains on; arguments as in `repjax.data.train_batches`."""
+  return train_batches(
+    plan.train.examples,
+    batch_size=config.batch_size,
+    image_size=config.image_size,
+    augment=config.augment,
+    interpolation=plan.spec.preprocessing.interpolation,
+    seed=config.seed,
+    start_step=start_step,
+    shard=shard,
+    num_workers=num_workers,
+  )
+
+
 def _read_ahead(run: Prepared) -> ReadAhead:
   """Starts a thread that reads the batches of the steps that are left onto the devices."""
-  config, plan = run.config, run.plan
   return parallel.prefetch(
-    train_batches(
-      plan.train.examples,
-      batch_size=config.batch_size,
-      image_size=config.image_size,
-      augment=config.augment,
-      interpolation=plan.spec.preprocessing.interpolation,
-      seed=config.seed,
+    training_batches(
+      run.config,
+      run.plan,
       start_step=int(run.state.step),
       shard=parallel.shard(),
-      num_workers=config.num_workers,
+      num_workers=run.config.num_workers,
     )
   )
 

@@ -23,8 +23,9 @@ import jax
 import optax
 
 from repjax.training.custom_l2 import penalised_kernels
+from repjax.training.multipliers import Scales, multiplied
 
-OPTIMIZERS = ("sgd", "adamw")
+OPTIMIZERS = ("sgd", "adamw", "repoptimizer", "repoptimizer_adamw")
 
 Path = tuple[str, ...]
 _DEFAULT_RULE = "kernels_and_fast_biases"
@@ -136,6 +137,7 @@ def sgd(
   weight_decay_rule: str = _DEFAULT_RULE,
   clip_norm: float = 0.0,
   backbone_rate: float = 1.0,
+  scales: Scales | None = None,
 ) -> optax.GradientTransformation:
   """Builds SGD as in PyTorch: weight decay is added to the gradient before the momentum.
 
@@ -150,6 +152,8 @@ def sgd(
     clip_norm: largest norm of the whole gradient, before weight decay; 0: no limit.
     backbone_rate: factor on the updates of all parameters that are not `is_classifier`. With 0,
       the optimizer holds, takes and returns only the parameters in `classifier_only`.
+    scales: multiply the gradients g of plain kernels as RepOptimizer does, see
+      `repjax.training.multipliers`. None multiplies none.
 
   References:
     https://github.com/DingXiaoH/RepVGG at 9a1de4a, train.py
@@ -160,6 +164,8 @@ def sgd(
     optax.masked(optax.scale(rule.bias_rate), bias_mask),
     optax.sgd(schedule, momentum, nesterov),
   )
+  if scales is not None:
+    inner = multiplied(inner, scales, adaptive=False)
   return _for_backbone(_clipped(inner, clip_norm), backbone_rate)
 
 
@@ -171,6 +177,7 @@ def adamw(
   weight_decay_rule: str = _DEFAULT_RULE,
   clip_norm: float = 0.0,
   backbone_rate: float = 1.0,
+  scales: Scales | None = None,
 ) -> optax.GradientTransformation:
   """Builds AdamW as in PyTorch: p <- p - rate (m / (sqrt(v) + 1e-8) + weight_decay p).
 
@@ -183,14 +190,18 @@ def adamw(
     weight_decay_rule: as in `sgd`.
     clip_norm: as in `sgd`.
     backbone_rate: as in `sgd`.
+    scales: as in `sgd`.
 
   References:
     Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019.
       https://arxiv.org/abs/1711.05101
   """
   rule = DECAY_RULES[weight_decay_rule]
+  adam = _scale_by_adam(momentum)
+  if scales is not None:
+    adam = multiplied(adam, scales, adaptive=True)
   inner = optax.chain(
-    _scale_by_adam(momentum),
+    adam,
     optax.add_decayed_weights(weight_decay, mask=lambda params: decay_mask(rule, params)),
     # Biases are scaled after Adam, which divides by the size of a gradient and would undo a factor.
     optax.masked(optax.scale(rule.bias_rate), bias_mask),

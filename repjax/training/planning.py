@@ -13,11 +13,12 @@ import ml_collections
 import optax
 
 from repjax import names, runs
-from repjax.config import Config, check_config
+from repjax.config import ADAMW, REPOPTIMIZERS, Config, check_config
 from repjax.data import Source, open_source, parse_augmentation
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.training import display, optimizer, parallel, schedules
+from repjax.training import display, optimizer, parallel, repoptimizer, schedules
+from repjax.training.multipliers import Scales
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Values of `config.dtype` to types of the computation."""
@@ -34,6 +35,7 @@ class Plan(NamedTuple):
     total_steps: length of the run.
     warmup_steps: length of the warm-up, at most that of the run.
     eval_every_steps: steps between two evaluations.
+    scale_shapes: shapes of the scales of RepOptimizer, by layer; None with other optimizers.
   """
 
   spec: ModelSpec
@@ -43,6 +45,7 @@ class Plan(NamedTuple):
   total_steps: int
   warmup_steps: int
   eval_every_steps: int
+  scale_shapes: Scales | None = None
 
   def evaluates(self, step: int) -> bool:
     """Returns whether an evaluation is due after a step."""
@@ -74,6 +77,7 @@ def make_plan(config: Config) -> Plan:
   mixing = config.mixup > 0 or config.cutmix > 0
   parallel.check_batch_size(config.batch_size, parts=config.accumulate_steps, mixing=mixing)
   spec = model_spec(config, ())
+  scale_shapes = repoptimizer.scale_shapes(spec) if config.optimizer in REPOPTIMIZERS else None
   train, evaluation = (
     open_split(config, split, spec) for split in (config.train_split, config.eval_split)
   )
@@ -90,6 +94,7 @@ def make_plan(config: Config) -> Plan:
     total_steps=total_steps,
     warmup_steps=min(total_steps, round(config.warmup_epochs * steps_per_epoch)),
     eval_every_steps=max(1, math.ceil(config.eval_every_epochs * steps_per_epoch)),
+    scale_shapes=scale_shapes,
   )
 
 
@@ -206,15 +211,24 @@ def make_schedule(config: Config, plan: Plan) -> optax.Schedule:
   )
 
 
-def make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """Returns the optimizer that a config describes."""
+def make_optimizer(
+  config: Config, schedule: optax.Schedule, scales: Scales | None = None
+) -> optax.GradientTransformation:
+  """Returns the optimizer that a config describes.
+
+  Args:
+    config: config.
+    schedule: update to learning rate.
+    scales: scales of RepOptimizer, or their shapes; None for other optimizers.
+  """
   arguments = {
     "momentum": config.momentum,
     "weight_decay": config.weight_decay,
     "weight_decay_rule": config.weight_decay_rule,
     "clip_norm": config.clip_norm,
     "backbone_rate": config.backbone_rate,
+    "scales": scales,
   }
-  if config.optimizer == "adamw":
+  if config.optimizer in ADAMW:
     return optimizer.adamw(schedule, **arguments)
   return optimizer.sgd(schedule, nesterov=config.nesterov, **arguments)

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from repjax.devices import need_devices
 from repjax.errors import InputError
 from repjax.training import joining
 from repjax.training.interruption import Stopped, status_of
@@ -85,6 +86,7 @@ def initialize(
     )
   except (RuntimeError, TypeError, ValueError) as error:
     raise InputError(_why_not(coordinator, count, index, error)) from error
+  need_devices()
   devices, ours = jax.device_count(), jax.local_device_count()
   if len({len(jax.local_devices(process)) for process in range(jax.process_count())}) > 1:
     raise SharedError(
@@ -126,7 +128,14 @@ def _why_not(
 
 def is_first() -> bool:
   """Checks whether this process decides, writes and prints; a single process always does."""
+  need_devices()
   return jax.process_index() == 0
+
+
+def _is_alone() -> bool:
+  """Checks whether this process is a whole run."""
+  need_devices()
+  return jax.process_count() == 1
 
 
 def first(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -141,7 +150,7 @@ def first(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     InputError: the function raised an InputError; all processes raise it. Any other error is
       raised in the first process only, which then ends, see `leave_at_once`.
   """
-  if jax.process_count() == 1:
+  if _is_alone():
     return function(*args, **kwargs)
   result, problem = None, None
   # Only InputErrors are passed on. They are expected, and end a run in good order.
@@ -167,7 +176,7 @@ def together(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
   Raises:
     InputError: the function raised an InputError in some process; all processes raise it.
   """
-  if jax.process_count() == 1:
+  if _is_alone():
     return function(*args, **kwargs)
   result, problem = None, b""
   try:
@@ -192,7 +201,7 @@ def check_equal(what: str, value: Any) -> None:
     what: name of the value in the error's text.
     value: value whose `repr` is equal only for equal values.
   """
-  if jax.process_count() == 1:
+  if _is_alone():
     return
   own = repr(value)
   theirs = first(lambda: own)
@@ -209,7 +218,7 @@ def check_equal(what: str, value: Any) -> None:
 
 def anywhere(flag: bool) -> bool:
   """Checks whether a flag is set in any process. All processes must ask at the same point."""
-  return flag if jax.process_count() == 1 else any(_gather(b"1" if flag else b""))
+  return flag if _is_alone() else any(_gather(b"1" if flag else b""))
 
 
 def _broadcast(message: bytes) -> bytes:
@@ -286,7 +295,7 @@ def leave_at_once() -> Iterator[None]:
   except BaseException as error:
     done = isinstance(error, SystemExit) and error.code in (None, 0)
     together = isinstance(error, SharedError) or (isinstance(error, Stopped) and error.agreed)
-    if jax.process_count() == 1 or together or done:
+    if together or done or _is_alone():
       raise
     where = f"process {jax.process_index()} of {jax.process_count()}"
     if isinstance(error, KeyboardInterrupt):

@@ -22,7 +22,7 @@ from repjax import runs
 from repjax.config import Config
 from repjax.data.sources import Examples, Source
 from repjax.deploy.export import onnx_facts
-from repjax.errors import InputError
+from repjax.errors import InputError, sentences
 from repjax.onnx import to_onnx
 from repjax.quantization import processor, quantize_by, roundings_of, runtime, simulated
 from repjax.quantization.roundings import Roundings
@@ -145,10 +145,11 @@ def _read(workdir: Path) -> Roundings:
   try:
     return Roundings(**runs.read_roundings(workdir))
   except InputError as error:
-    raise InputError(
-      f"{error}. The file {runs.rounding_file(workdir).name} says how tensors are rounded, and "
-      "without it the run cannot continue as it began"
-    ) from error
+    why = (
+      f"The file {runs.rounding_file(workdir).name} says how tensors are rounded, and without it "
+      "the run cannot continue as it began"
+    )
+    raise InputError(sentences(error, why)) from error
 
 
 def _accuracies(

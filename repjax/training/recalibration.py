@@ -33,7 +33,7 @@ from repjax.config import (
   default_of,
 )
 from repjax.data import Source, train_batches
-from repjax.errors import InputError
+from repjax.errors import InputError, listed
 from repjax.spec import ModelSpec, Preprocessing
 from repjax.training import evaluation, parallel, planning, processes
 from repjax.training.step import make_eval_step
@@ -134,7 +134,7 @@ def pooled_statistics(
     totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
     count += len(jax.tree.leaves(rows)[0])
   pooled = _map_norms(lambda _, moments: _from_moments(moments, count), totals)
-  return jax.tree.map(lambda x, like: x.astype(like.dtype), pooled, variables["batch_stats"])
+  return _in_place_of(variables["batch_stats"], pooled)
 
 
 def format_recalibration(record: Mapping[str, Any]) -> str:
@@ -196,8 +196,8 @@ def _open_splits(config: Config, is_import: bool, spec: ModelSpec) -> tuple[Sour
   comparable = not is_import and config.dataset != "synthetic"
   if comparable and spec.class_names and train.class_names != spec.class_names:
     raise InputError(
-      f"{config.dataset} has other classes than the model: {', '.join(train.class_names[:3])}, ... "
-      f"instead of {', '.join(spec.class_names[:3])}, ...; name the data set of its training"
+      f"{config.dataset} has other classes than the model: {listed(train.class_names, 3)} "
+      f"instead of {listed(spec.class_names, 3)}; name the data set of its training"
     )
   planning.check_batch_fits(config, train)
   return train, held_out
@@ -252,7 +252,8 @@ def _make_statistics_step(
   """
 
   def statistics_step(variables: Any, batch: Any) -> Any:
-    zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+    held = variables["batch_stats"]
+    zeros = _in_place_of(held, _map_norms(lambda _, norm: jax.tree.map(jnp.zeros_like, norm), held))
     _, updates = model.apply(
       {"params": variables["params"], "batch_stats": zeros},
       preprocessing.normalize(batch["image"]),
@@ -288,11 +289,23 @@ def _shares(
 def _map_norms(function: Callable[..., Any], tree: Any, path: tuple[str, ...] = ()) -> Any:
   """Calls `function(path, statistics)` for each norm of a tree, and returns the tree of results.
 
-  A norm is a dictionary that holds arrays rather than dictionaries.
+  A norm is a dictionary with a mean. Notes of layers, which lie beside norms, are left out.
   """
-  if any(isinstance(value, Mapping) for value in tree.values()):
-    return {name: _map_norms(function, value, (*path, name)) for name, value in tree.items()}
-  return function(path, tree)
+  if "mean" in tree and not isinstance(tree["mean"], Mapping):
+    return function(path, tree)
+  return {
+    name: _map_norms(function, value, (*path, name))
+    for name, value in tree.items()
+    if isinstance(value, Mapping)
+  }
+
+
+def _in_place_of(held: Any, statistics: Any) -> Any:
+  """Returns a tree of statistics with other values in the same dtypes, and with the same notes."""
+  if not isinstance(held, Mapping):
+    return held if statistics is None else statistics.astype(held.dtype)
+  others = {} if statistics is None else statistics
+  return {name: _in_place_of(value, others.get(name)) for name, value in held.items()}
 
 
 def _sum_of_moments(rows: dict[str, np.ndarray], share: float) -> dict[str, np.ndarray]:

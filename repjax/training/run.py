@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from repjax import names, output, runs
@@ -27,6 +28,7 @@ from repjax.training import (
   planning,
   processes,
   quantization,
+  repoptimizer,
   schedules,
 )
 from repjax.training.conversion import convert, format_report
@@ -34,6 +36,7 @@ from repjax.training.interruption import Interruption
 from repjax.training.loop import Prepared
 from repjax.training.planning import Plan
 from repjax.training.recalibration import format_recalibration, recalibrate
+from repjax.training.scales import read_scales
 from repjax.training.state import TrainState, create_state, restore_newest
 
 
@@ -94,7 +97,7 @@ def prepare(config: Config, workdir: Path, resume: str, held: contextlib.ExitSta
   fingerprints = {"train": plan.train.fingerprint, "eval": plan.eval.fingerprint}
   processes.check_equal("the data set", fingerprints)
   schedule = planning.make_schedule(config, plan)
-  optimizer = planning.make_optimizer(config, schedule)
+  optimizer = planning.make_optimizer(config, schedule, plan.scale_shapes)
   state, bookmark, roundings = processes.first(
     _begin, config, plan, optimizer, workdir, fingerprints
   )
@@ -142,31 +145,57 @@ def _first_state(
   """Returns the state to start from, and the position of the loop.
 
   The state is the newest checkpoint of the workdir. Before there is one, it is taken from
-  `config.init_from`, and without such a folder it is initialised at random.
+  `config.init_from`, and without such a folder it is initialised at random. RepOptimizer
+  initialises kernels with the help of `config.scales`.
 
   Raises:
     InputError: no checkpoint is whole, the folder cannot be started from, or the config needs a
       folder to start from and names none.
   """
-  variables = init(
-    plan.spec.create_model(), jax.random.key(config.seed), plan.spec.preprocessing.image_size
-  )
+  key = jax.random.key(config.seed)
+  variables = init(plan.spec.create_model(), key, plan.spec.preprocessing.image_size)
   fresh = create_state(variables, optimizer, ema=config.ema_decay > 0)
   restored = restore_newest(workdir, fresh)
   if restored is not None:
     return restored, _say_continuing(config, workdir, int(restored.step))
   start = runs.Bookmark(0, [], True)
+  if plan.scale_shapes is not None:
+    return _first_of_repoptimizer(config, plan, variables), start
   if not config.init_from:
     _check_needs_no_start(config)
     return fresh, start
-  variables, text = finetune.first_variables(config.init_from, plan.spec, variables)
+  variables, text = finetune.first_variables(
+    config.init_from, plan.spec, variables, key=key, images=lambda: _first_images(config, plan)
+  )
   print(text, flush=True)
   return create_state(variables, optimizer, ema=config.ema_decay > 0), start
 
 
+def _first_images(config: Config, plan: Plan) -> jax.Array:
+  """Reads the images of the first step, all of them in this process, and normalises them."""
+  with contextlib.closing(loop.training_batches(config, plan)) as batches:
+    return plan.spec.preprocessing.normalize(jnp.asarray(next(batches)["image"]))
+
+
+def _first_of_repoptimizer(config: Config, plan: Plan, variables: dict[str, Any]) -> TrainState:
+  """Returns the state to start from with RepOptimizer, which holds the scales from now on.
+
+  Raises:
+    InputError: the scales cannot be read, or do not fit the model.
+  """
+  scales = read_scales(config.scales, plan.spec)
+  print(f"scales and initial kernels from {config.scales}", flush=True)
+  key = jax.random.key(config.seed)
+  variables = repoptimizer.initial_variables(plan.spec, variables, scales, key)
+  # Of the optimizer, only the initial state depends on the values of the scales.
+  optimizer = planning.make_optimizer(config, optax.constant_schedule(0.0), scales)
+  return create_state(variables, optimizer, ema=config.ema_decay > 0)
+
+
 def _say_continuing(config: Config, workdir: Path, step: int) -> runs.Bookmark:
   """Prints from where the run continues, and returns the position of the loop."""
-  unread = "; config.init_from is not read again" if config.init_from else ""
+  read_once = [name for name in ("init_from", "scales") if config[name]]
+  unread = "".join(f"; config.{name} is not read again" for name in read_once)
   print(f"continuing from the checkpoint of step {step}{unread}", flush=True)
   bookmark = runs.read_bookmark(workdir, step)
   if bookmark.devices not in (None, jax.device_count()):

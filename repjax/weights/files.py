@@ -3,14 +3,14 @@
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from repjax import names, regular_files
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, listed, printable
 from repjax.weights import torch_files
 from repjax.weights.kinds import kind_of_folder
 from repjax.weights.wrappers import with_plain_names
@@ -184,7 +184,7 @@ def _choose(path: Path, value: Any, found: Mapping[str, Any], entry: str | None)
   """
   if entry is not None:
     if entry not in found:
-      names = _shown(name or "(the file itself)" for name in found) or "none"
+      names = listed((name or "(the file itself)" for name in found), 12) or "none"
       raise InputError(f"{path} has no state dict called {entry!r}; it has: {names}")
     return entry
   for name in ("", *_USUAL_ENTRIES):
@@ -194,22 +194,21 @@ def _choose(path: Path, value: Any, found: Mapping[str, Any], entry: str | None)
     return next(iter(found))
   if found:
     raise InputError(
-      f"{path} holds several state dicts, {_shown(found)}; name one with entry= or --entry"
+      f"{path} holds several state dicts, {listed(found, 12)}; name one with entry= or --entry"
     )
   held = printable(getattr(value, "class_name", type(value).__name__), 300)
   if isinstance(value, Mapping):
-    held = f"a dictionary of {_shown(value)}" if value else "an empty dictionary"
+    plain = listed(filter(_is_plain, value), 12)
+    held = f"a dictionary of {plain}" if value else "an empty dictionary"
   raise InputError(
     f"{path} holds no state dict, which is a dictionary of tensors by name: it is {held[:400]}. "
     "Save one with torch.save(model.state_dict(), FILE)"
   )
 
 
-def _shown(names: Iterable[Any]) -> str:
-  """Joins the first names for an error message, without long ones."""
-  plain = [name for name in names if isinstance(name, str) or type(name) is int]
-  texts = [printable(name, 60) for name in plain]
-  return ", ".join(texts[:12]) + (", ..." if len(texts) > 12 else "")
+def _is_plain(name: Any) -> bool:
+  """Checks whether a key of a dictionary is a name, not an object whose text can be anything."""
+  return isinstance(name, str) or type(name) is int
 
 
 def state_dicts(value: Any) -> dict[str, Mapping[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from repjax import json_files, schema
 from repjax.config import INTERPOLATIONS, MEAN, STD
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, printable, sentences
 from repjax.runs import contents
 from repjax.schema import anything, items, number, optional, record, text, whole
 from repjax.spec import Preprocessing
@@ -157,7 +157,7 @@ def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
   try:
     schema.check(stated, _PREPROCESSING, "pretrained_cfg")
   except InputError as error:
-    raise InputError(f"config.json's {error}. {_BY_FILE}") from error
+    raise InputError(sentences(f"config.json's {error}", _BY_FILE)) from error
   channels, height, width = stated["input_size"]
   if channels != 3 or height != width:
     raise InputError(
@@ -171,7 +171,5 @@ def preprocessing(config: dict[str, Any]) -> Preprocessing | None:
   try:
     return Preprocessing(width, resize_size, stated["interpolation"], mean, std)
   except InputError as error:  # a share so small that the resized image has no size
-    raise InputError(
-      f"config.json's pretrained_cfg.crop_pct is {stated['crop_pct']}, and gives no size: {error}. "
-      f"{_BY_FILE}"
-    ) from error
+    share = f"config.json's pretrained_cfg.crop_pct is {stated['crop_pct']}, and gives no size"
+    raise InputError(sentences(f"{share}: {error}", _BY_FILE)) from error

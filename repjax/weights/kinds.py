@@ -61,6 +61,12 @@ def kind_of_file(path: Path) -> str:
   return ""
 
 
+def is_text(path: Path) -> bool:
+  """Checks whether a file is a text, by its beginning."""
+  with regular_files.opened(path) as file:
+    return _is_text(file.read(4096))
+
+
 def kind_of_folder(path: Path) -> str:
   """Returns the way out for a folder in the place of a checkpoint file."""
   if (path / ".metadata").is_file():

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from repjax.errors import listed
 from repjax.models import create_model
 from repjax.weights import repmlp
 from repjax.weights.naming import Entry
-from repjax.weights.recognition import Recognition, closest_model, model_as_deep, some
+from repjax.weights.recognition import Recognition, closest_model, model_as_deep
 from repjax.weights.sources import KINDS, expected
 
 _MOST_LINES = 20
@@ -154,7 +155,7 @@ def explain(
   other = expected(found.model, found.naming, other_kind, num_classes, overrides)
   strangers = [name for name in state if name in other and name not in wanted]
   if strangers:
-    return [*hints, f"It mixes both kinds: of the {other_kind} form are {some(strangers)}."]
+    return [*hints, f"It mixes both kinds: of the {other_kind} form are {listed(strangers, 4)}."]
   if overrides.get("features_only"):
     hints.append(
       "With features_only a model has no classifier: leave that override out. The variables then "

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, listed, printable
 from repjax.models import create_model, list_models
 from repjax.weights.naming import Entry, Naming, NoNameError
 from repjax.weights.sources import KINDS, NAMINGS, expected, naming_of
@@ -18,7 +18,8 @@ class Recognition(NamedTuple):
 
   Attributes:
     model: name of the model, as in `create_model`.
-    naming: source of the names: "official", "timm", "mmpretrain" or "repmlp", see `NAMINGS`.
+    naming: source of the names: "official", "timm", "mmpretrain", "repopt" or "repmlp", see
+      `NAMINGS`.
     kind: the form, "train" or "deploy".
     num_classes: number of outputs of the classifier; None if the state dict has no classifier.
   """
@@ -56,7 +57,7 @@ def recognize(
   if closest is None:
     raise InputError(
       f"no model has tensors of the names and shapes of this state dict ({len(state)}: "
-      f"{some(state)})"
+      f"{listed(state, 4)})"
     )
   return closest
 
@@ -90,7 +91,7 @@ def normalised(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
     )
   found = {n: value for n, value in arrays.items() if not is_counter(n, value)}
   if not found:
-    raise InputError(f"the state dict holds no weights, but only numbers: {some(arrays)}")
+    raise InputError(f"the state dict holds no weights, but only numbers: {listed(arrays, 4)}")
   return with_plain_names(found)
 
 
@@ -157,7 +158,7 @@ def recognize_model(
   if not wanted.keys() & state.keys():
     raise InputError(
       f"no name in this state dict is one of {model_name}'s (in {' or '.join(NAMINGS[model_name])} "
-      f"naming). It has {some(state)}, where {naming} naming has {some(wanted)}."
+      f"naming). It has {listed(state, 4)}, where {naming} naming has {listed(wanted, 4)}."
     )
   return Recognition(model_name, naming, kind, _num_classes(state, wanted))
 
@@ -273,9 +274,3 @@ def model_as_deep(
     except InputError:  # The model does not take these overrides.
       continue
   return None
-
-
-def some(names: Iterable[str]) -> str:
-  """Joins the first of many names, for a message."""
-  names = list(names)
-  return ", ".join(printable(name, 100) for name in names[:4]) + (", ..." if len(names) > 4 else "")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from repjax.errors import InputError, unknown
-from repjax.reparam import layer_name
+from repjax.recognition import layer_name
 from repjax.spec import ModelSpec
 from repjax.weights import parnet, repmlp, repmlpnet, repvgg, resnet, vgg
 from repjax.weights.naming import Entry, Naming, entries

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, listed, printable
 from repjax.models.initialize import draw
 from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec
 from repjax.trees import check_tree
 from repjax.weights.misfits import Problem, bad_values, explain, lines_of, misfits
 from repjax.weights.naming import NoNameError, entries
-from repjax.weights.recognition import Recognition, normalised, recognize_model, some
+from repjax.weights.recognition import Recognition, normalised, recognize_model
 from repjax.weights.sources import FOLDED, RELEASED_WITH, expected, naming_of
 from repjax.weights.wrappers import unwrapped
 
@@ -93,7 +93,8 @@ def to_torch(
   Args:
     model_name: as in `create_model`.
     variables: {"params", "batch_stats"} of the training form, or {"params"} of the deploy form.
-    naming: source of the names: "official", "timm", "mmpretrain" or "repmlp", see `NAMINGS`.
+    naming: source of the names: "official", "timm", "mmpretrain", "repopt" or "repmlp", see
+      `NAMINGS`.
 
   Returns:
     Name to contiguous array, in PyTorch's layout and the dtype of the variables. The counters
@@ -116,7 +117,7 @@ def to_torch(
   if "params" not in variables or not variables.keys() <= {"params", "batch_stats"}:
     raise InputError(
       f"to_torch takes {{'params', 'batch_stats'}}, or {{'params'}} of a deploy form, got "
-      f"{some(variables)}"
+      f"{listed(variables, 4)}"
     )
   try:
     wanted = entries(table, variables)
@@ -124,7 +125,7 @@ def to_torch(
     raise InputError(f"{naming} names of {model_name} do not cover {error}") from error
   # Parameters of a training form that come without statistics are not a deploy form, which has no
   # batch norms.
-  norms = {entry.path[1:-1] for entry in wanted.values() if entry.path[-1] == "scale"}
+  norms = {entry.path[1:-1] for entry in wanted.values() if entry.path[-2:] == ("bn", "scale")}
   lacking = norms - {entry.path[1:-1] for entry in wanted.values() if entry.path[-1] == "var"}
   if lacking:
     raise InputError(
@@ -175,7 +176,7 @@ def _refusal(
     f"with {num_classes} classes; nothing was converted. Problems: {len(problems)}."
   )
   if removed:
-    headline += f" Names were read without {printable(', '.join(removed), 300)}."
+    headline += f" Names were read without {listed(removed)}."
   return "\n  ".join([" ".join([headline, *hints]), *lines_of(problems)])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from repjax import config, disk, names, runs
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
-from repjax.weights import hub, repmlpnet
+from repjax.weights import hub, repmlpnet, repvgg
 from repjax.weights.files import read_entry
 from repjax.weights.misfits import is_half
 from repjax.weights.recognition import Recognition, recognize, removed_from
@@ -52,8 +52,8 @@ def import_weights(
     The content of import.json: `source`, `file`, `bytes`, `sha256`, `revision` (of the hub),
     `entry` and `other_entries` (state dicts in the file), `removed` (prefixes and wrappers that
     were taken off the names), `dtypes`, `model`, `naming`, `kind`,
-    `num_classes`, `new_head`, `assumed` (overrides that released weights need and the caller has
-    not given), and `parameters`.
+    `num_classes`, `new_head`, `assumed` (overrides that the weights need and the caller has not
+    given), and `parameters`.
 
   Raises:
     InputError: the folder is not empty, or the weights cannot be read or do not fit.
@@ -71,11 +71,13 @@ def import_weights(
   # The checksum reads the whole file; a thread computes it while the weights are recognized.
   with ThreadPoolExecutor(1) as background:
     checksum = background.submit(_sha256, path)
+    assumed = {n: v for n, v in _shown_by(state, model_name).items() if n not in overrides}
+    overrides |= assumed
     found = recognize(state, model_name, hint=source, **overrides)
     removed = removed_from(state, found, overrides)
     released = RELEASED_WITH.get((found.model, found.naming), {})
-    assumed = {name: value for name, (value, _) in released.items() if name not in overrides}
-    overrides |= assumed
+    unshown = {name: value for name, (value, _) in released.items() if name not in overrides}
+    assumed, overrides = {**assumed, **unshown}, {**overrides, **unshown}
     num_classes = num_classes or found.num_classes
     if num_classes is None and drop_head:
       raise InputError(f"{path} holds no classifier; give the number of classes, --num-classes N")
@@ -119,6 +121,11 @@ def import_weights(
   return record
 
 
+def _shown_by(state: Mapping[str, Any], model_name: str | None) -> dict[str, Any]:
+  """Returns overrides that the names of a state dict show, for a model that could take them."""
+  return repvgg.repopt_overrides(state) if model_name in {None, *repvgg.NAMINGS} else {}
+
+
 def export_weights(
   workdir: Path,
   target: Path,
@@ -132,7 +139,7 @@ def export_weights(
   Args:
     workdir: the folder of a run or an import.
     target: the file to write, which must not exist yet.
-    naming: source of the names: "official", "timm" or "mmpretrain".
+    naming: source of the names, as in `to_torch`.
     form: "train" or "deploy"; None takes the training form if the folder has one.
     verify: as in `repjax.load`.
 

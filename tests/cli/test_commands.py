@@ -14,6 +14,7 @@ from repjax import weights
 from repjax.runs import lock
 from tests.cli.helpers import stop_of
 from tests.training import tiny
+from tests.training.tiny import ROOT
 from tests.weights import cases
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -95,6 +96,13 @@ def test_evaluate_prints_one_form_on_request(run_command, finished):
   assert [line.split()[0] for line in printed.splitlines()] == ["form", "deploy", "on"]
 
 
+def test_evaluate_says_where_it_converts_in_memory(run_command, workdir):
+  assert "in memory" not in run_command("evaluate", "--workdir", workdir)
+  shutil.rmtree(workdir / "deploy")
+  assert "deploy form converted in memory" in run_command("evaluate", "--workdir", workdir)
+  assert not (workdir / "deploy").exists()
+
+
 @pytest.mark.parametrize("name", ["convert", "evaluate"])
 def test_a_folder_that_is_no_run_is_one_paragraph(run_command, tmp_path, name):
   with pytest.raises(SystemExit) as stop:
@@ -149,6 +157,7 @@ def test_import_weights_takes_another_number_of_classes(import_weights, checkpoi
       ("--overrides", "{}"),
       "error: no model has tensors of the names and shapes of this state dict",
     ),
+    (("--from", str(ROOT / "README.md")), "README.md cannot be read: it is a text, not a checkpo"),
     (("--from", "none.pth"), "error: none.pth does not exist; give the path of a checkpoint"),
   ],
   ids=str,

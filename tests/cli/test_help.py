@@ -88,7 +88,10 @@ def test_no_help_loads_jax():
 @pytest.mark.parametrize(
   ("arguments", "said"),
   [
-    (["evaluate", "--workdr", "runs/a"], ["unknown flag", "'--workdr'", "did you mean --workdir?"]),
+    (
+      ["evaluate", "--workdr", "runs/a"],
+      ["unknown flag", "'--workdr'", "mean --workdir? `repjax"],
+    ),
     (["convert"], ["--workdir", "`repjax convert --help`"]),
     (["evaluate", "--workdir", "x", "--form", "deplyo"], ["'deplyo'", "'deploy'"]),
     (["evaluate", "--workdir", "nowhere"], ["nowhere does not exist. Give the folder of a run"]),

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from repjax import configs
-from repjax.cli.train import config_file
+from repjax.cli.train import config_file, default_workdir, load_config
 from tests.cli.helpers import stop_of
 from tests.training import tiny
 
@@ -77,12 +77,23 @@ def test_a_config_of_the_package_wins_over_one_of_a_later_folder(tmp_path, monke
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
+def test_a_config_may_have_an_argument():
+  file = config_file("digits_ablation:plain")
+  assert file == f"{tiny.ROOT / 'configs' / 'digits_ablation.py'}:plain"
+  assert load_config(file, []).model_overrides.branches == ("conv3x3",)
+  assert default_workdir(file) == "runs/digits_ablation_plain"
+  assert default_workdir(config_file("digits_ablation")) == "runs/digits_ablation"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
     ([], "error: no --config given"),
     (["--config=configs/none.py"], "the config file configs/none.py does not exist"),
     (["--config=configs/repvgg_a9.py"], "does not exist; did you mean "),
+    (["--config=digits_ablation:plane"], "unknown ablation 'plane'; did you mean plain"),
+    (["--config=digit_ablation:plain"], "unknown config 'digit_ablation'; did you mean"),
     (["--config=repvgg_a9"], "error: unknown config 'repvgg_a9'; did you mean repvgg_a"),
     ([A0, "--config.bach_size=64"], "unknown config field 'bach_size'; did you mean batch_size"),
     ([A0, "--config.model_overrides.widthz=3"], "did you mean model_overrides.widths"),

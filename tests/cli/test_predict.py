@@ -97,6 +97,7 @@ def test_what_cannot_be_read_is_named_and_counted(predict_with_errors, images):
   lines, text = predict_with_errors(images, "--top", 1)
   assert len(lines) == 5
   assert f"skipped: {images / 'broken.png'} cannot be decoded: not an image" in text
+  assert "data set" not in text  # only images of data sets are prepared again
   assert f"skipped: {images / 'more' / 'cut.jpg'} cannot be decoded" in text
   assert text.endswith("2 of 7 images could not be read, see above\n")
 

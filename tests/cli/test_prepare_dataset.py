@@ -56,11 +56,23 @@ def test_a_folder_is_prepared_and_described(run_command, photos, tmp_path):
   (photos / "bee" / "9.jpg").write_bytes((photos / "bee" / "0.jpg").read_bytes())
   assert stop_of(run_command, *prepare, "--replace", "--strict") == (
     "error: nothing was written, since 1 of the files cannot be read; without --strict they are "
-    "left out: ant/0.jpg: empty file"
+    "left out, and skipped.txt lists them all: ant/0.jpg: empty file"
   )
   printed = run_command(*prepare, "--replace", "--num-workers", "1", "--validation-ratio", "0.5")
   assert "skipped, as they cannot be read: 1, such as ant/0.jpg (empty file); all are " in printed
   assert f"listed in {sets}/pets/1.0.0/skipped.txt\n" in printed
+
+
+def test_a_folder_full_of_other_things_is_described_in_short(run_command, tmp_path):
+  for name in range(50):
+    (tmp_path / "home" / f"folder{name:02}").mkdir(parents=True)
+    for ending in range(50):
+      (tmp_path / "home" / f"folder{name:02}" / f"file.{ending}").touch()
+  said = stop_of(run_command, "prepare-dataset", "--from-folder", tmp_path / "home", "--name", "x1")
+  assert "folder00 (1 x .0, 1 x .1, 1 x .10 and 47 more); folder01" in said
+  assert "folder04" in said
+  assert "and 45 more" in said
+  assert len(said) < 1000
 
 
 def test_the_default_folder_is_not_in_the_next_command(run_command, photos, tmp_path, monkeypatch):

@@ -98,7 +98,6 @@ def test_a_row_that_is_not_finite_is_named_and_not_printed(
   with pytest.raises(SystemExit) as stop:
     run_command("quantize", "--workdir", workdir, "--images", 16, "--weights-only")
   assert "the row 'bfloat16, JAX' gives logits that are NaN or infinite on 100%" in stop.value.code
-  assert "XLA_FLAGS=" in stop.value.code
   assert "nan" not in capsys.readouterr().out
 
 

@@ -225,14 +225,47 @@ def pillows_on_white(data):
   return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4, 8])
-@pytest.mark.parametrize("value", [0, 1, "middle", "last"])
-def test_a_transparent_grey_is_what_pillow_makes_of_it(depth, value):
-  last = 2**depth - 1
-  values = np.random.default_rng(depth).integers(0, last + 1, (16, 20))
+def specified(values, depth, colour, transparent=None):
+  """Returns the pixels of a grey or RGB PNG on white, as the specification of PNG has them.
+
+  Args:
+    values: whole numbers (H, W, channels).
+    depth, colour: as in `png`.
+    transparent: one transparent value for each channel that is no alpha.
+  """
+  eight = values >> 8 if depth == 16 else values * 255 // (2**depth - 1)
+  rgb = eight[..., :1].repeat(3, -1) if colour in (0, 4) else eight[..., :3]
+  alpha = eight[..., -1:] if colour in (4, 6) else np.full_like(eight[..., :1], 255)
+  if transparent is not None:
+    alpha = np.where((values == transparent).all(-1, keepdims=True), 0, alpha)
+  return rgb * (alpha / 255) + 255 - alpha
+
+
+WITHOUT_ALPHA = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (2, 8), (2, 16)]
+WITH_ALPHA = [(4, 8), (4, 16), (6, 8), (6, 16)]
+
+
+@pytest.mark.parametrize(
+  ("colour", "depth", "value"),
+  [
+    *((*kind, value) for kind in WITHOUT_ALPHA for value in (None, 0, 1, "middle", "last")),
+    *((*kind, None) for kind in WITH_ALPHA),
+  ],
+)
+def test_every_depth_and_transparent_colour_is_that_of_the_specification(colour, depth, value):
+  channels, last = {0: 1, 2: 3, 4: 2, 6: 4}[colour], 2**depth - 1
+  values = np.random.default_rng(depth).integers(0, last + 1, (16, 20, channels))
   number = {"middle": last // 2, "last": last}.get(value, value)
-  data = png(values, depth, 0, tRNS=struct.pack(">H", number))
-  np.testing.assert_array_equal(Picture(data).pixels(), pillows_on_white(data))
+  extra, transparent = {}, None
+  if number is not None:
+    transparent = [number] * min(channels, 3)
+    values[3:6, 2:9] = transparent
+    values[4, 4, -1] ^= 1  # a similar colour, which differs in the lowest bit of one channel
+    extra["tRNS"] = np.asarray(transparent, ">u2").tobytes()
+  picture = Picture(png(values, depth, colour, **extra))
+  expected = specified(values, depth, colour, transparent)
+  for _ in range(2):  # asked for again, the pixels are the same
+    assert np.abs(picture.pixels() - expected).max() <= 0.5
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8])

@@ -108,7 +108,7 @@ def test_there_is_no_list_where_every_file_was_read(photos, tmp_path):
   assert not (prepare_folder(photos, "pets", data_dir=tmp_path).path / "skipped.txt").exists()
 
 
-def test_strict_lists_every_unreadable_file_and_writes_nothing(photos, tmp_path):
+def test_strict_lists_unreadable_files_and_writes_nothing(photos, tmp_path):
   reasons = spoil(photos)
   text = refusal(photos, "pets", data_dir=tmp_path / "sets", strict=True)
   assert text.startswith(f"nothing was written, since {len(reasons)} of the files cannot be")

@@ -125,7 +125,7 @@ def test_a_name_is_a_name(pets, name):
     ("shardLengths", [True], "true"),
     ("shardLengths", ["1" * 400], "must be a whole number"),
     ("shardLengths", ["1000000000"], "has .* bytes, and the metadata .* 1,000,000,000 images"),
-    ("shardLengths", {"a": 1}, "a dict, and must be a list"),
+    ("shardLengths", {"a": 1}, "shardLengths is .*, and must be a list"),
     ("shardLengths", ["1437", "0"], "incomplete: 2 of its 2 train files are missing"),
     ("numBytes", "-1", "numBytes of train is"),
     ("filepathTemplate", "../{DATASET}-{SPLIT}", "no template"),

@@ -3,11 +3,12 @@
 import json
 import os
 import struct
+import types
 
 import numpy as np
 import pytest
 
-from repjax.data import open_source, storage
+from repjax.data import eval_batches, open_source, storage
 from repjax.data.folder import prepare_folder
 from repjax.data.tfrecords import masked_crc32c, prepare_tfrecord, read_tfrecord
 from repjax.errors import InputError
@@ -248,6 +249,38 @@ def test_a_length_beyond_the_end_of_the_file_is_not_allocated(tmp_path, length):
   path.write_bytes(header + struct.pack("<I", masked(header)) + bytes(100))
   with pytest.raises(InputError, match="is cut off in record 0"):
     list(read_tfrecord(path))
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_cut_off(tmp_path, monkeypatch):
+  path = tmp_path / "a.tfrecord"
+  path.write_bytes(tfrecord([b"first", b"second"])[:-2])
+  monkeypatch.setattr(os, "fstat", lambda _: types.SimpleNamespace(st_size=10**6, st_mode=0o100644))
+  with pytest.raises(InputError, match="is cut off in record 1"):
+    list(read_tfrecord(path))
+
+
+def test_an_empty_record_is_an_image_that_cannot_be_read(tfrecord_set):
+  path = min((tfrecord_set / "pets" / "1.0.0").glob("pets-train.tfrecord*"))
+  data = path.read_bytes()
+  path.write_bytes(tfrecord([b""]) + data[16 + struct.unpack("<Q", data[:8])[0] :])
+  prepare_tfrecord("pets", data_dir=str(tfrecord_set))
+  for num_workers in (0, 2):
+    with pytest.raises(InputError, match=r"image 0 of the train split .* has no image"):
+      examples_in_batches(tfrecord_set, num_workers)
+
+
+def examples_in_batches(data_dir, num_workers):
+  """Reads all training examples of "pets", by workers if there are any."""
+  split = open_source("pets", "train", data_dir=str(data_dir)).examples
+  batches = eval_batches(
+    split,
+    batch_size=4,
+    image_size=16,
+    resize_size=16,
+    interpolation="bilinear",
+    num_workers=num_workers,
+  )
+  return list(batches)
 
 
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(tfrecord_set):

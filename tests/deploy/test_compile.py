@@ -141,6 +141,30 @@ def test_convolutions_and_products_are_computed_in_the_dtype(small, dtype):
     assert set(re.findall(r"x(b?f\d\d)>", line)) == {short}, line
 
 
+class TwoConvolutionsAndAPool(nn.Module):
+  """What XLA of jax 0.12 computes to NaN in bfloat16 on CPUs, unless options tell it not to."""
+
+  dtype: jnp.dtype = jnp.float32  # pyright: ignore[reportInvalidTypeForm]
+
+  @nn.compact
+  def __call__(self, x):
+    for _ in range(2):
+      x = nn.relu(nn.Conv(128, (3, 3), bias_init=nn.initializers.normal(), dtype=self.dtype)(x))
+    return nn.max_pool(x, (2, 2), (2, 2)).mean((1, 2))
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("tune", [False, True])
+def test_pools_after_convolutions_are_finite_in_bfloat16(tune):
+  model = TwoConvolutionsAndAPool()
+  images = noise(4, 8)
+  variables = model.init(jax.random.key(0), images)
+  compiled = repjax.deploy.compile(
+    model, variables, image_size=8, dtype="bfloat16", batch_sizes=(4,), devices=ONE, tune=tune
+  )
+  assert_close(compiled(images), logits_of(model, variables, images), TOLERANCES["bfloat16"])
+
+
 def test_both_forms_of_a_model_give_the_same(small):
   images = noise(4)
   of_train, of_deploy = (
@@ -280,7 +304,9 @@ def test_probabilities_need_a_classifier(small):
     compiled_plainly(model, small[1], image_size=16, probabilities=True)
 
 
-@pytest.mark.parametrize("case", ["bare", "no statistics", "classes", "other", "more", "strays"])
+@pytest.mark.parametrize(
+  "case", ["bare", "no statistics", "classes", "other", "more", "strays", "int8", "list"]
+)
 def test_variables_that_do_not_fit_are_refused(small, case):
   model, variables = small
   plain = deploy_form(*small)[1]["params"]
@@ -293,6 +319,14 @@ def test_variables_that_do_not_fit_are_refused(small, case):
     ),
     "other": ({"params": {"stem": plain["stem"]}}, "params/head/bias is missing.* and .* more"),
     "more": ({"params": {**plain, "neck": plain["stem"]}}, "params/neck/.* is unknown"),
+    "int8": (
+      {"params": {**plain, "head": jax.tree.map(lambda x: x.astype(jnp.int8), plain["head"])}},
+      "params/head/bias must hold floating-point numbers, got int8",
+    ),
+    "list": (
+      {"params": {**plain, "head": {**plain["head"], "bias": [[0.0], [0.0, 1.0]]}}},
+      "params/head/bias is a list where the model has",
+    ),
     "strays": (
       {**variables, "batch_stats": {**variables["batch_stats"], "neck": np.ones(3)}},
       "batch_stats hold neck, which no fold has used",

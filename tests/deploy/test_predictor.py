@@ -229,8 +229,9 @@ def test_any_error_ends_one_image_of_a_stream_only(predictor, files, monkeypatch
     lambda predictor: next(predictor.stream([picture(1)])),
     lambda _: repjax.init(repjax.create_model("repvgg_a0"), None, 32),
     lambda _: repjax.deploy.compile(repjax.create_model("repvgg_a0"), {}, image_size=32),
+    lambda _: repjax.load("a folder"),
   ],
-  ids=["predictor", "program", "stream", "init", "compile"],
+  ids=["predictor", "program", "stream", "init", "compile", "load"],
 )
 def test_a_forked_process_says_that_it_would_wait_for_ever(predictor, use):
   assert "forked from one that had used JAX" in error_in_child(lambda: use(predictor))

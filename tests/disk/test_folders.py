@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -426,7 +427,7 @@ def test_without_locks_the_number_of_the_process_decides(tmp_path, monkeypatch, 
   def none(file, operation):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-  monkeypatch.setattr(private.fcntl, "flock", none)
+  monkeypatch.setattr(fcntl, "flock", none)
   held = json.loads(disk.new_holder(target="folder"))
   owner = json.dumps({**held, "pid": pid, "host": host})
   left = make(tmp_path / ".folder.repjax-0123abcd", **{"owner.json": owner})

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from repjax.layers import RepConv, fold_rep_conv
-from repjax.layers.rep_conv import branch_size
 from repjax.models.dilation import Striding
 from repjax.models.repvgg import RepVGGBlock
 from tests import helpers
@@ -374,9 +373,18 @@ class TestRefusals:
       "identity_",
       "identity3x3",
       "conv3x3_a",
-      "avg2x2",
       "avg2x2_conv3x3",
       "avg3x3_conv1x1",
+      "avg3x3_d2",
+      "conv3x3_d0",
+      "conv3x3_d1",
+      "conv3x3_conv1x1",
+      "conv1x1_identity",
+      "conv1x1_dirac3x3",
+      "dirac3x3_d2",
+      "conv1x1_conv1x1_conv3x3",
+      "conv3x3_1_relu",
+      "conv3x3_relu_d2",
       "",
     ],
   )
@@ -443,20 +451,6 @@ class TestRefusals:
     stats = {name: variables["batch_stats"][name] for name in TWO}
     with pytest.raises(ValueError, match="the two trees do not belong together"):
       fold_rep_conv(variables["params"], stats, EPSILON)
-
-
-@pytest.mark.parametrize(
-  ("name", "size"),
-  [
-    ("conv3x3", (3, 3)),
-    ("conv1x3_2", (1, 3)),
-    ("conv11x7", (11, 7)),
-    ("identity_1", None),
-    ("avg2x2_conv1x1_1", (2, 2)),
-  ],
-)
-def test_a_branch_name_says_its_size(name, size):
-  assert branch_size(name) == size
 
 
 def test_branches_and_their_parameters_have_their_names():

@@ -197,6 +197,48 @@ class TestValues:
       )
 
 
+@functools.cache
+def expanded(name):
+  """Computes, in one program, what the tests of the way back compare; in float64."""
+  model, x = small(name, dropout=0.0, **F64), random_input(4, 32, 32, 3, seed=2)
+  source = random_variables(model, x, seed=3)
+
+  @quick_jit
+  def compute(source):
+    params, found = repjax.reparameterize(*halves(source)), {}
+    ways = {"with images": x, "without images": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+    for way, images in ways.items():
+      variables = repjax.expand(model, params, KEY, images=images)
+      found[way] = {
+        "variables": variables,
+        "back": repjax.reparameterize(*halves(variables)),
+        "evaluated": model.apply(variables, x),
+        "trained": jax.tree.leaves(train(model, variables, x)[0])[0],  # without auxiliary logits
+      }
+    return params, model.clone(deploy=True).apply({"params": params}, x), found
+
+  return helpers.shapes(source), *compute(source)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("way", ["with images", "without images"])
+@every_family
+class TestExpanded:
+  def test_it_folds_into_what_it_was(self, name, way):
+    shapes, params, _, found = expanded(name)
+    assert helpers.shapes(found[way]["variables"]) == shapes
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-12), found[way]["back"], params)
+
+  def test_it_computes_the_same(self, name, way):
+    _, _, deployed, found = expanded(name)
+    assert_close(found[way]["evaluated"], deployed, 1e-12)
+
+  def test_training_mode_computes_the_same_only_on_images_that_were_given(self, name, way):
+    _, _, deployed, found = expanded(name)
+    error = helpers.relative_error(found[way]["trained"], deployed)
+    assert error <= 1e-12 if way == "with images" else error > 1e-3
+
+
 # One place wraps the blocks of all families. ParNet's blocks read one map, or two.
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["repvgg_a0", "parnet_s"])

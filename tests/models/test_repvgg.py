@@ -395,3 +395,62 @@ class TestRefusals:
   def test_values_that_make_no_network(self, overrides, said):
     with pytest.raises(ValueError, match=said):
       create("repvgg_a0", **overrides)
+
+
+class TestScaled:
+  """The network of the hyper-search, whose branches have scales."""
+
+  scaled = functools.partial(create, "repvgg_a0", scaled=True)
+
+  @pytest.mark.usefixtures("x64")
+  @pytest.mark.parametrize(
+    "overrides",
+    [
+      {},
+      {"groups": 2},
+      {"output_stride": 8},
+      {"aux_heads": True},
+      {"se": "post", "se_reduction": 4},
+    ],
+    ids=str,
+  )
+  def test_both_forms_agree(self, overrides):
+    model = self.scaled(**TINY, **overrides, **F64)
+    assert helpers.forms_differ_by(model, random_input(2, 32, 32, 3)) <= 1e-12
+
+  @pytest.mark.parametrize("name", ["repvgg_b1", "repvgg_b2"])
+  def test_a_branch_has_a_scale_and_the_sum_has_a_norm(self, name):
+    # A norm has 2 C parameters and a scale has C. Two branches have 4 C with norms, and 4 C with
+    # scales and one norm. Three branches, in all but the first block of a stage, have 6 C and 5 C.
+    usual, scaled = (create(name, scaled=scaled) for scaled in (False, True))
+    fewer = sum(stage.features * (stage.blocks - 1) for stage in usual.stages())
+    sizes = [size(init_shapes(model, IMAGES)["params"]) for model in (usual, scaled)]
+    assert sizes[0] - sizes[1] == fewer
+
+  @pytest.mark.parametrize("name", ["repvgg_b1", "repvgg_b2"])
+  def test_a_plain_network_has_the_parameters_of_the_deploy_form_and_scales_of_norms(self, name):
+    params = helpers.leaves(init_shapes(create(name, branches=("conv3x3",)), IMAGES)["params"])
+    scales = sum(leaf.size for path, leaf in params.items() if path.endswith("bn/scale"))
+    assert size(params) == helpers.counts()[name]["deploy_params"] + scales
+
+  def test_initial_scales_are_those_of_the_authors_in_both_inits(self):
+    model = self.scaled(num_classes=3, stage_sizes=(1, 3, 4, 1), width_multipliers=(0.125,) * 4)
+    ours = helpers.leaves(repjax.init(model, jax.random.key(0), 32)["params"])
+    flax = helpers.leaves(
+      quick_jit(model.init)(jax.random.key(0), jnp.ones((1, 32, 32, 3)))["params"]
+    )
+    scales = [path for path in ours if path.endswith("/scale")]
+    for path in scales:
+      np.testing.assert_array_equal(ours[path], flax[path])
+    first = {path.partition("/ScaledConv_0/")[0]: ours[path][0] for path in scales if "3x3" in path}
+    root = math.sqrt
+    assert first == pytest.approx(
+      {"stem": 1, "stage1/block0": 1, "stage2/block0": 1, "stage2/block1": root(2)}
+      | {"stage2/block2": 1, "stage3/block0": 1, "stage3/block1": root(2), "stage3/block2": 1}
+      | {"stage3/block3": root(2 / 3), "stage4/block0": 1}
+    )
+    assert {float(ours[path][0]) for path in scales if "identity" in path} == {1.0}
+
+  def test_other_branches_are_refused(self):
+    with pytest.raises(ValueError, match="Leave these out, or scaled"):
+      self.scaled(branches=("conv3x3",))

@@ -392,6 +392,20 @@ def test_a_file_that_differs_or_could_not_be_compared_says_so(
 
 
 @needs_onnx
+@pytest.mark.parametrize(
+  "branches",
+  [("conv3x3", "conv1x1_conv3x3", "conv3x3_d2"), ("dirac3x3", "conv1x1_avg3x3", "avg3x3", "skip")],
+  ids=" ".join,
+)
+def test_branches_of_a_training_form(branches):
+  layer = RepConv(3, branches)
+  variables = random_variables(layer, noise(1, 7))
+  proto = of_traced(lambda tree, x: layer.apply(tree, x), variables, 7)
+  check(proto)
+  agrees(proto, functools.partial(layer.apply, variables), 7)
+
+
+@needs_onnx
 def test_one_result_may_have_several_names():
   def function(tree, x):
     y = x * tree["scale"]

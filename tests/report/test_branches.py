@@ -10,81 +10,22 @@ import repjax
 from repjax import runs
 from repjax.disk import trees
 from repjax.errors import InputError
-from repjax.layers import RepConv, fold_rep_conv
+from repjax.layers import fold_rep_conv, fold_scaled_conv
+from repjax.layers.branches import branch_parts
 from repjax.report.branches import (
   FoldedLayer,
   KernelStats,
-  branch_order,
   choose,
-  fold_weighted,
   read_kernels,
   trace,
 )
 from repjax.spec import ModelSpec
-from tests.helpers import F64, random_input, random_variables, relative_error
+from tests.helpers import random_input, random_variables, randomise, relative_error
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
 
 EPSILON = 1e-5
-KINDS = [
-  ("conv3x3", "conv1x1", "identity"),
-  ("conv3x3", "conv1x1"),
-  ("conv3x3",),
-  ("conv1x3", "conv3x1", "identity"),
-  ("conv5x5", "conv3x3", "conv3x3_1", "conv1x1", "identity", "identity_1"),
-  ("conv2x2", "conv4x4"),
-  ("conv1x1", "identity"),
-]
-
-
-def random_layer(branches, groups):
-  x = random_input(1, 5, 6, 8)
-  variables = random_variables(RepConv(8, branches, groups=groups, **F64), x)
-  return variables["params"], variables["batch_stats"]
-
-
-def by_hand(name, params, stats, size, groups):
-  """Kernel and bias of one branch, written out in numpy."""
-  bn, running = params[name]["bn"], stats[name]["bn"]
-  scale = np.asarray(bn["scale"]) / np.sqrt(np.asarray(running["var"]) + EPSILON)
-  if name.startswith("identity"):
-    kernel = np.zeros((1, 1, 8 // groups, 8))
-    for output in range(8):
-      kernel[0, 0, output % (8 // groups), output] = 1.0
-  else:
-    kernel = np.asarray(params[name]["conv"]["kernel"])
-  whole = np.zeros((*size, *kernel.shape[2:]))
-  top, left = ((big - small) // 2 for big, small in zip(size, kernel.shape[:2]))
-  whole[top : top + kernel.shape[0], left : left + kernel.shape[1]] = kernel * scale
-  return whole, np.asarray(bn["bias"]) - np.asarray(running["mean"]) * scale
-
-
-def parts_of(params, stats):
-  """Returns the part of each branch in the fused kernel and bias."""
-  return {
-    name: fold_weighted(params, stats, {branch: float(branch == name) for branch in params})["conv"]
-    for name in branch_order(params)
-  }
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("branches", KINDS, ids=" ".join)
-def test_the_parts_are_those_of_the_branches_and_add_up_to_the_fold(branches, groups):
-  params, stats = random_layer(branches, groups)
-  parts = jax.jit(parts_of)(params, stats)
-  fold = fold_rep_conv(params, stats, EPSILON)["conv"]
-  assert parts.keys() == set(branches)
-  for leaf in ("kernel", "bias"):
-    assert parts[branches[0]][leaf].dtype == np.float64
-    assert (
-      relative_error(sum(np.asarray(part[leaf]) for part in parts.values()), fold[leaf]) < 1e-14
-    )
-  for name, part in parts.items():
-    kernel, bias = by_hand(name, params, stats, fold["kernel"].shape[:2], groups)
-    assert relative_error(part["kernel"], kernel) < 1e-14
-    assert relative_error(part["bias"], bias) < 1e-14
 
 
 def test_kernels_of_a_run_are_those_of_its_best_checkpoint(finished):
@@ -102,7 +43,8 @@ def test_kernels_of_a_run_are_those_of_its_best_checkpoint(finished):
       params, stats, deploy = params[scope], stats[scope], deploy[scope]
     fused = np.asarray(deploy["conv"]["kernel"])
     assert layer.channels == fused.shape[-1]
-    expected = {name: part["kernel"] for name, part in parts_of(params, stats).items()}
+    parts = branch_parts(params, stats, EPSILON).branches
+    expected = {name: parts[name].kernel for name in layer.branches}
     assert layer.branches.keys() == params.keys()
     for part, kernel in ((layer.fused, fused), *zip(layer.branches.values(), expected.values())):
       assert relative_error(part.taps, np.abs(kernel).mean((2, 3))) < 1e-5
@@ -113,10 +55,6 @@ def test_branches_come_in_the_order_in_which_people_name_them(finished):
   assert [list(layer.branches) for layer in read_kernels(finished[0]).layers][:2] == [
     ["conv3x3", "conv1x1"],
     ["conv3x3", "conv1x1", "identity"],
-  ]
-  names = ["identity", "conv1x1", "conv1x3", "conv3x3_1", "conv10x10", "conv3x3"]
-  assert branch_order(names) == [
-    *("conv10x10", "conv3x3", "conv3x3_1", "conv1x3", "conv1x1", "identity")
   ]
 
 
@@ -182,6 +120,27 @@ def test_layers_of_one_branch_are_the_fused_kernel(tmp_path):
   params, stats = variables["params"]["stem"], variables["batch_stats"]["stem"]
   fused = fold_rep_conv(params["RepConv_0"], stats["RepConv_0"], EPSILON)["conv"]["kernel"]
   assert relative_error(layers[0].fused.taps, np.abs(fused).mean((2, 3))) < 1e-5
+
+
+@pytest.mark.parametrize("deploy", [False, True])
+def test_branches_with_scales_are_layers_too(tmp_path, deploy):
+  spec = ModelSpec("repvgg_a0", 3, {**tiny.OVERRIDES, "scaled": True})
+  variables = randomise(spec.variable_shapes())
+  trees.write_tree(tmp_path / "checkpoints" / "0" / "variables", variables)
+  spec.write(tmp_path)
+  layers = read_kernels(tmp_path).layers
+  names = [each.path for each in layers]
+  assert names == ["/".join(path) for path in trace(spec, deploy=deploy)[0]]
+  assert list(layers[1].branches) == ["conv3x3", "conv1x1", "identity"]
+  params, stats = (variables[part]["stage1"]["block0"] for part in ("params", "batch_stats"))
+  params, stats = params["ScaledConv_0"], stats["ScaledConv_0"]
+  fused = fold_scaled_conv(params, stats, EPSILON)["conv"]["kernel"]
+  assert relative_error(layers[1].fused.taps, np.abs(fused).mean((2, 3))) < 1e-5
+  norm = np.asarray(params["bn"]["scale"]) / np.sqrt(np.asarray(stats["bn"]["var"]) + EPSILON)
+  for name, part in layers[1].branches.items():
+    kernel = params[name]["conv"]["kernel"] if name != "identity" else np.eye(8)
+    own = np.asarray(kernel) * np.asarray(params[name]["scale"]) * norm
+    assert part.norm == pytest.approx(np.linalg.norm(np.ravel(own)), rel=1e-5)
 
 
 @pytest.mark.parametrize("deploy", [False, True])

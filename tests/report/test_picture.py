@@ -137,6 +137,22 @@ def test_a_run_of_one_line_is_drawn():
   assert line.get_markersize() > 0
 
 
+@pytest.mark.parametrize(
+  ("name", "shown"),
+  [
+    ("conv3x3_1", "3x3_1"),
+    ("conv3x3_d2", "3x3 dilated 2"),
+    ("conv1x1_conv3x3", "1x1 + 3x3"),
+    ("conv1x1_avg3x3", "1x1 + average 3x3"),
+    ("avg3x3", "average 3x3"),
+    ("avg2x2_conv1x1", "pooled 1x1"),
+    ("skip", "skip"),
+  ],
+)
+def test_branches_have_short_names(name, shown):
+  assert kernel_panels._shown(name) == shown
+
+
 def test_bars_are_the_shares_and_fill_each_layer():
   bars = panels(figures.draw([RUN], KERNELS))["What fused kernels are made of"]
   heights = [[patch.get_height() for patch in container] for container in bars.containers]

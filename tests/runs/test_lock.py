@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from repjax import disk
+from repjax.disk import locks
 from repjax.errors import InputError
 from repjax.runs import lock, lock_file
 from tests.training import tiny
@@ -79,20 +81,27 @@ def test_a_lock_that_was_removed_while_it_was_opened_is_not_taken_for_held(tmp_p
     opened.append(file)
     flock(file, operation)
 
-  monkeypatch.setattr(lock.fcntl, "flock", removed_before)
+  monkeypatch.setattr(fcntl, "flock", removed_before)
   with lock.hold(tmp_path):
     assert len(opened) == 2
     assert json.loads(lock_file(tmp_path).read_text())["pid"] == os.getpid()
 
 
-def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
+def test_without_locks_there_is_one_warning_for_all_writers(tmp_path, monkeypatch, capsys):
   def none(file, operation):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-  monkeypatch.setattr(lock.fcntl, "flock", none)
-  with lock.hold(tmp_path / "run"):
-    pass
-  assert f"warning: {tmp_path / 'run'} cannot be locked (No locks av" in capsys.readouterr().out
+  monkeypatch.setattr(fcntl, "flock", none)
+  monkeypatch.setattr(locks, "_warned", set())
+  for _ in range(2):
+    with lock.hold(tmp_path / "run"):
+      assert json.loads(lock_file(tmp_path / "run").read_text())["pid"] == os.getpid()
+      with disk.replacing_file(tmp_path / "run" / "file") as draft:
+        draft.write_text("new")
+      (tmp_path / "run" / "file").unlink()
+    assert not (tmp_path / "run").exists()  # the lock is removed, and then the empty folder
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(f"warning: {tmp_path / 'run'} is on a file system without locks (No locks")
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"pid": 1'])

@@ -185,6 +185,7 @@ def test_fields_that_no_parameter_depends_on_may_change(claimed, digits_dir):
     "num_workers": 1,
     "recalibrate_batches": 1,
     "save_every_minutes": 0.5,
+    "scales": "elsewhere",
     "tolerance": 1e-3,
   }
   assert changes.keys() | {"tensorboard"} == FREE

@@ -139,3 +139,11 @@ def test_a_network_without_such_a_block_is_refused():
   params = {"stem": {"RepConv_0": {"conv3x3": {"conv": {"kernel": jnp.ones((3, 3, 2, 2))}}}}}
   with pytest.raises(InputError, match="this model has none"):
     custom_l2(params, {})
+
+
+@pytest.mark.parametrize("norms", [("sum",), ("conv3x3", "sum"), ("conv3x3",)], ids=str)
+def test_a_layer_whose_scales_are_not_those_of_its_branches_has_no_part_in_it(norms):
+  layer = RepConv(4, ("conv3x3", "conv1x1"), norms=norms)
+  variables = random_variables(layer, np.ones((1, 5, 5, 4), np.float32))
+  with pytest.raises(InputError, match="this model has none"):
+    custom_l2(variables["params"], variables["batch_stats"])

@@ -167,7 +167,9 @@ def test_an_average_is_neither_begun_nor_dropped_within_a_run(
 def test_another_run_starts_from_the_average(averaged, digits_dir):
   spec = repjax.ModelSpec.read(averaged[0])
   fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec.variable_shapes())
-  variables, _ = training.finetune.first_variables(averaged[0], spec, fresh)
+  variables, _ = training.finetune.first_variables(
+    averaged[0], spec, fresh, key=jax.random.key(0), images=None
+  )
   best = runs.read_best(averaged[0], spec.variable_shapes())[1]
   jax.tree.map(np.testing.assert_array_equal, variables, best)
   if averaged[1]["step"] == 12:

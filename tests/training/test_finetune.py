@@ -14,8 +14,8 @@ from repjax.configs import finetune as finetune_config
 from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
-from repjax.training import finetune, optimizer, planning, run
-from tests.helpers import leaves, randomise
+from repjax.training import finetune, loop, optimizer, planning, run
+from tests.helpers import assert_close, leaves, randomise
 from tests.training import tiny
 from tests.weights import cases
 
@@ -40,6 +40,11 @@ def open_config(digits_dir, **changes):
 def source(finished, tmp_path):
   """A copy of the finished run, to start from."""
   return shutil.copytree(finished[0], tmp_path / "source")
+
+
+def start(folder, spec, fresh):
+  """Returns what a run starts from, and a sentence about it; no images are read."""
+  return finetune.first_variables(folder, spec, fresh, key=jax.random.key(0), images=None)
 
 
 def held_by(folder):
@@ -170,14 +175,13 @@ def spoil_checkpoints(folder):
       "source has no model.json",
     ),
     (spoil_model_json, "model.json is damaged"),
-    (lambda folder: shutil.rmtree(folder / "checkpoints"), "holds a deploy form only, whose branc"),
     (
       lambda folder: [shutil.rmtree(folder / name) for name in ("checkpoints", "deploy")],
-      "source has no checkpoint; give the folder of a run",
+      "source has no checkpoint and no deploy form; give the folder of a run",
     ),
     (spoil_checkpoints, "holds no whole checkpoint"),
   ],
-  ids=["gone", "no model.json", "model.json", "deploy only", "nothing", "checkpoints"],
+  ids=["gone", "no model.json", "model.json", "nothing", "checkpoints"],
 )
 def test_a_folder_that_cannot_be_started_from_is_named_and_nothing_is_written(
   source, digits_dir, tmp_path, spoil, said
@@ -190,9 +194,70 @@ def test_a_folder_that_cannot_be_started_from_is_named_and_nothing_is_written(
   assert not (tmp_path / "run").exists()
 
 
-def test_a_deploy_folder_itself_is_named(finished, digits_dir):
-  with pytest.raises(InputError, match="deploy holds a deploy form only"):
-    finetune.resolve(open_config(digits_dir, init_from=str(finished[0] / "deploy")))
+@pytest.fixture
+def plain(finished, tmp_path):
+  """The deploy folder of the finished run alone, to start from."""
+  return shutil.copytree(finished[0] / "deploy", tmp_path / "plain")
+
+
+def first_state(config, workdir):
+  """Returns the plan and the variables of the state that a run would start from."""
+  plan = planning.make_plan(config)
+  sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
+  return plan, run._first_state(config, plan, sgd, workdir)[0].variables
+
+
+class TestDeployFormsAreExpanded:
+  def test_the_start_computes_the_same_in_both_modes(self, plain, digits_dir, tmp_path, capsys):
+    full = finetune.resolve(open_config(digits_dir, init_from=str(plain)))
+    plan, variables = first_state(full, tmp_path / "run")
+    printed = capsys.readouterr().out
+    told = f"starting from {plain}, its deploy form expanded on 32 images of training; classifier k"
+    assert told in printed
+    deploy, params, _ = repjax.load(plain)
+    batch = next(loop.training_batches(full, plan))
+    images = plan.spec.preprocessing.normalize(batch["image"])
+    expected = deploy.apply(params, images)
+    model = plan.spec.create_model()
+    assert_close(model.apply(variables, images), expected, 1e-4)
+    trained, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    assert_close(trained, expected, 1e-4)
+
+  def test_a_run_starts_with_new_classes_and_continues_without_the_folder(
+    self, plain, digits_dir, tmp_path, capsys
+  ):
+    config = open_config(digits_dir, init_from=str(plain), num_classes=5, **NOISE)
+    report = training.train(config, tmp_path / "run")
+    assert "new classifier: 10 -> 5 classes" in capsys.readouterr().out
+    assert report["logits_difference"] <= report["tolerance"]
+    shutil.rmtree(plain)
+    assert training.train(config, tmp_path / "run") == report
+
+  def test_an_import_of_a_deploy_file(self, digits_dir, tmp_path):
+    path, folder = tmp_path / "a0.npz", tmp_path / "imported"
+    np.savez(path, **cases.random_state("repvgg_a0", "deploy", "timm", **cases.TINY))
+    weights.import_weights(str(path), folder, overrides=cases.TINY)
+    full = finetune.resolve(open_config(digits_dir, init_from=str(folder), **NOISE))
+    _, variables = first_state(full, tmp_path / "run")
+    held = repjax.load(folder)[1]["params"]
+    back = repjax.reparameterize(variables["params"], variables["batch_stats"])
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), back, held)
+
+  def test_branches_may_differ_and_nothing_else(self, plain, digits_dir, tmp_path):
+    changes = {"model_overrides": {"branches": ("conv3x3", "conv3x3_1")}}
+    full = finetune.resolve(open_config(digits_dir, init_from=str(plain), **changes))
+    _, variables = first_state(full, tmp_path / "run")
+    assert variables["params"]["stem"]["RepConv_0"].keys() == {"conv3x3", "conv3x3_1"}
+    changes = {"model_overrides": {"act": "silu"}}
+    full = finetune.resolve(open_config(digits_dir, init_from=str(plain), **changes))
+    with pytest.raises(InputError, match="differs from the config's: act relu -> silu"):
+      first_state(full, tmp_path / "run")
+
+  def test_a_whole_run_keeps_its_training_form(self, finished, digits_dir):
+    spec = repjax.ModelSpec.read(finished[0])
+    variables, text = start(finished[0], spec, randomise(spec.variable_shapes()))
+    assert "expanded" not in text
+    jax.tree.map(np.testing.assert_array_equal, variables, held_by(finished[0]))
 
 
 def test_a_run_does_not_start_from_itself(source, digits_dir):
@@ -230,7 +295,7 @@ def test_what_leaves_the_trained_network_alone_may_differ_and_so_may_the_size(fi
   changes = {"model_overrides": {"dropout": 0.2, "remat": True}, "image_size": 24}
   full = finetune.resolve(open_config(digits_dir, init_from=str(finished[0]), **changes))
   spec = planning.make_plan(full).spec
-  variables, _ = finetune.first_variables(finished[0], spec, randomise(spec.variable_shapes()))
+  variables, _ = start(finished[0], spec, randomise(spec.variable_shapes()))
   jax.tree.map(np.testing.assert_array_equal, variables, held_by(finished[0]))
 
 
@@ -263,7 +328,7 @@ def test_classifiers_alone_are_drawn_anew_and_only_for_other_classes(
   held, source = with_heads(tmp_path, theirs)
   spec = dataclasses.replace(held, num_classes=classes, class_names=ours)
   drawn = randomise(spec.variable_shapes(), seed=4)
-  variables, text = finetune.first_variables(tmp_path, spec, drawn)
+  variables, text = start(tmp_path, spec, drawn)
   assert text == f"starting from {tmp_path}, step 0; {said}"
   taken, fresh = leaves(source), leaves(drawn)
   assert leaves(variables).keys() == fresh.keys()
@@ -359,7 +424,7 @@ def test_an_import_is_started_from(digits_dir, tmp_path):
   held = repjax.ModelSpec.read(folder)
   assert settings_of(spec) == settings_of(held)
   assert spec.preprocessing == held.preprocessing
-  variables, text = finetune.first_variables(folder, spec, randomise(spec.variable_shapes()))
+  variables, text = start(folder, spec, randomise(spec.variable_shapes()))
   assert text == f"starting from {folder}, step 0; classifier kept"
   jax.tree.map(np.testing.assert_array_equal, variables, held_by(folder))
 

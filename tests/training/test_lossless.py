@@ -79,8 +79,10 @@ def test_a_signal_saves_the_step_in_hand_and_nothing_is_lost(
     with pytest.raises(KeyboardInterrupt) as caught:
       training.train(config, tmp_path)
   assert type(caught.value) is error
-  assert "re-parameterizing" not in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert "re-parameterizing" not in printed
   newest = max(runs.checkpoints(tmp_path))
+  assert f"step {newest}/{tiny.STEPS} is saved\n" in printed
   assert runs.checkpoints(tmp_path)[newest] == -1
   assert not read_bookmark(tmp_path, newest).evaluated
   assert not (tmp_path / ".lock").exists()

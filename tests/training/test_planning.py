@@ -150,7 +150,7 @@ def test_a_plan_follows_from_config_and_data(digits_dir):
   )
   assert len(plan.train.examples) == 1437
   assert len(plan.eval.examples) == 360
-  assert plan[3:] == (pytest.approx(1437 / 32), 12, 3, 4)
+  assert plan[3:] == (pytest.approx(1437 / 32), 12, 3, 4, None)
 
 
 def test_epochs_give_the_number_of_steps_where_none_is_set(digits_dir):

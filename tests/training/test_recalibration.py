@@ -16,10 +16,18 @@ from repjax import disk, runs, training, weights
 from repjax.data import open_source, train_batches
 from repjax.disk import trees
 from repjax.errors import InputError
+from repjax.layers import RepConv, RepNorm
 from repjax.layers import base as rep_norm
 from repjax.training import evaluation, finetune, optimizer, planning, recalibration
 from repjax.training.state import create_state, restore_newest
-from tests.helpers import assert_close, leaves, randomise, relative_error, shapes
+from tests.helpers import (
+  assert_close,
+  leaves,
+  random_variables,
+  randomise,
+  relative_error,
+  shapes,
+)
 from tests.training import tiny
 from tests.weights import cases
 
@@ -131,6 +139,27 @@ def test_statistics_are_those_of_all_activations_whatever_the_momentum(
   assert leaves(result).keys() == expected.keys()
   for path, value in leaves(result).items():
     assert_close(value, expected[path], 2e-5)
+
+
+class Noted(nn.Module):
+  """Layers that write notes beside their statistics."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    return RepNorm(name="norm")(RepConv(4, ("conv3x3", "conv1x1"), epsilon=0.1)(x, train), train)
+
+
+def test_notes_of_layers_stay_as_they_are(digits_dir):
+  variables = random_variables(Noted(), jnp.zeros((1, 16, 16, 3)))
+  preprocessing = repjax.spec.Preprocessing(16, 16, "bilinear")
+  batches = training_batches(digits_dir, 1)
+  result = recalibration.pooled_statistics(Noted(), variables, preprocessing, batches)
+  assert shapes(result) == shapes(variables["batch_stats"])
+  assert result["RepConv_0"]["epsilon"] == variables["batch_stats"]["RepConv_0"]["epsilon"]
+  assert result["norm"]["RepNorm"] == 1
+  assert not np.array_equal(
+    result["norm"]["bn"]["var"], variables["batch_stats"]["norm"]["bn"]["var"]
+  )
 
 
 def test_pooled_moments_are_exact_where_means_lie_far_apart():
@@ -301,7 +330,9 @@ def test_fine_tuning_starts_from_them(recalibrated):
   workdir, record = recalibrated
   spec = repjax.ModelSpec.read(workdir)
   drawn = randomise(spec.variable_shapes(), seed=5)
-  variables, text = finetune.first_variables(workdir, spec, drawn)
+  variables, text = finetune.first_variables(
+    workdir, spec, drawn, key=jax.random.key(0), images=None
+  )
   assert text == (
     f"starting from {workdir}, step {record['step']}, statistics re-estimated over {BATCHES} "
     "batches; classifier kept"
@@ -427,7 +458,7 @@ def named(*names):
   ("names", "said"),
   [
     (("a", "b"), "digits has 2 classes, the model has 10"),
-    (tuple("abcdefghij"), "other classes than the model: a, b, c, ... instead of 0, 1, 2, ..."),
+    (tuple("abcdefghij"), "than the model: a, b, c and 7 more instead of 0, 1, 2 and 7 more"),
   ],
   ids=["number", "names"],
 )

@@ -98,6 +98,12 @@ def test_a_run_says_what_it_does(finished):
   assert lines[-2:] == [f"saved: {workdir}/deploy", f"picture: {workdir}/report.png"]
 
 
+def test_a_first_step_that_is_logged_is_shown_once(digits_dir, tmp_path, capsys):
+  training.train(tiny.config(digits_dir, num_steps=1), tmp_path / "run")
+  lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/1  ")]
+  assert ["evaluation" in line for line in lines] == [False, True]
+
+
 def test_metrics_hold_training_and_evaluation_in_the_order_of_the_steps(finished):
   workdir, _, _ = finished
   rows = records(workdir)

@@ -7,7 +7,7 @@ import pytest
 
 from repjax import weights
 from repjax.errors import InputError
-from repjax.weights import sources, wrappers
+from repjax.weights import recognition, wrappers
 from tests.weights import cases
 from tests.weights.cases import TINY, assert_same_bits
 
@@ -162,7 +162,5 @@ def test_a_row_of_parameters_of_fsdp_is_explained():
 
 def test_wanted_names_stay_apart_without_wrappers():
   for model in ("repvgg_a0", "resnet18", "vgg16", "repmlpnet_t224", "parnet_s"):
-    for naming in sources.NAMINGS.get(model, {}):
-      for kind in sources.KINDS:
-        names = sources.expected(model, naming, kind, 10, {})
-        assert len({wrappers._key(name) for name in names}) == len(names)
+    for _, _, names in recognition.candidates(model, {}):
+      assert len({wrappers._key(name) for name in names}) == len(names)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from repjax.errors import InputError, printable
-from repjax.weights.kinds import kind_of_file
+from repjax.errors import InputError, listed, printable
+from repjax.weights.kinds import is_text, kind_of_file
 from repjax.weights.torch_files.pickles import Reader, Unpickler
 from repjax.weights.torch_files.tensors import Storage, Tensor, numpy_dtype
 
@@ -50,22 +50,24 @@ def load(path: Path) -> Any:
   except InputError as error:
     raise type(error)(f"{path} is refused: {error}") from None
   except Exception as error:  # A damaged pickle can raise nearly anything.
+    if is_text(path):
+      raise InputError(
+        f"{path} cannot be read: it is a text, not a checkpoint. Give the path of a checkpoint file"
+      ) from None
     raise InputError(
-      f"{path} cannot be read: it is truncated, damaged or not a checkpoint ({_text(error)}). "
+      f"{path} cannot be read: it is truncated, damaged or not a checkpoint{_text(error)}. "
       "Compare its size with the original's and fetch it again"
     ) from None
 
 
 def _text(error: Exception) -> str:
-  """Returns an exception's class, and its text if the text is this package's or a library's.
+  """Returns an exception in parentheses if its text is this package's or a library's, else "".
 
   Texts of other exceptions quote bytes of the file.
   """
   words = error.args[0] if error.args and isinstance(error, ValueError | EOFError | OSError) else ""
-  told = isinstance(words, str) and words.isprintable()
-  return printable(
-    f"{type(error).__name__}: {words}" if told and words else type(error).__name__, 300
-  )
+  told = isinstance(words, str) and words.isprintable() and words
+  return f" ({printable(f'{type(error).__name__}: {words}', 300)})" if told else ""
 
 
 def _load_zip(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, memoryview], str]:
@@ -82,7 +84,7 @@ def _load_zip(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, memoryview]
     raise InputError("it is a TorchScript program, not a state dict; save model.state_dict()")
 
   if "data.pkl" not in records:
-    held = ", ".join(printable(info.filename, 60) for info in list(records.values())[:4])
+    held = listed((info.filename for info in records.values()), 4)
     raise InputError(
       "it is a ZIP archive without data.pkl, so torch.save did not write it. It holds "
       f"{held or 'nothing'}. Unpack it, or get the checkpoint that it was made from"

@@ -1,13 +1,17 @@
-"""Refuses work in a forked process that would wait for ever.
+"""Refuses work in a process that JAX cannot compute in, or that would wait for ever.
+
+JAX may find none of the devices that it was told to use. Its own error does not say so.
 
 A process that was forked has none of its parent's threads. Where the parent has used JAX's devices,
 or is in the middle of reading batches, the child would wait for these threads without a word.
+
+Processes that read images import this module, so it does not import JAX.
 """
 
 import os
 import sys
 
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 
 _WAY_OUT = (
   "Start processes by spawn: multiprocessing.get_context('spawn'), or in PyTorch "
@@ -17,17 +21,42 @@ _WAY_OUT = (
 _devices_are_lost = False
 
 
-def refuse_lost_devices() -> None:
-  """Raises if the parent of this process had used devices before it forked this process.
+def need_devices() -> None:
+  """Raises unless this process can compute by JAX. Every public function that computes calls this.
 
   Raises:
-    InputError: it had, and programs of JAX would wait for ever in this process.
+    InputError: the parent of this process had used devices before it forked this process, so that
+      programs of JAX would wait for ever; or JAX finds none of the devices that it shall use.
   """
   if _devices_are_lost:
     raise InputError(
       "this process was forked from one that had used JAX already, so that any computation would "
       f"wait for ever. {_WAY_OUT}"
     )
+  if missing := missing_devices():
+    raise InputError(missing)
+
+
+def missing_devices() -> str:
+  """Returns why JAX finds no device of the platforms that were asked for, or "" if it finds one.
+
+  JAX fails at its first use, with an empty AssertionError if a package for GPUs is not installed.
+  Without JAX, no device is missing.
+  """
+  jax = sys.modules.get("jax")
+  if jax is None:
+    return ""
+  try:
+    jax.devices()
+  except (AssertionError, RuntimeError) as error:
+    asked = jax.config.jax_platforms
+    reason = printable(error) or "its package for these devices is not installed"
+    return (
+      f"JAX finds no device of the platform {printable(repr(asked))}, which JAX_PLATFORMS or "
+      f"jax.config asks for: {reason}. Set JAX_PLATFORMS=cpu, or leave it out and JAX takes the "
+      "devices that are there"
+    )
+  return ""
 
 
 def refuse_iterator_of_parent(process: int) -> None:

@@ -1,0 +1,251 @@
+"""The composition of a sum of branches: what a layer holds, and which branches fit together.
+
+Both follow from the attributes of a layer alone, whatever its framework.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from repjax.errors import InputError
+from repjax.layers.grammar import POOLED, Branch, layer_size, parse
+
+Path = tuple[str, ...]
+AFTER_SUM = "sum"
+_PADDING_MODES = ("constant", "edge", "reflect", "wrap")
+
+
+class Layer(Protocol):
+  """The attributes of a sum of branches; `RepConv` documents them."""
+
+  features: Any
+  branches: Any
+  strides: Any
+  groups: Any
+  dilation: Any
+  padding: Any
+  padding_mode: Any
+  conv_bias: Any
+  norms: Any
+  deploy: Any
+
+
+class Conv(NamedTuple):
+  """A convolution of a layer: all that a framework needs to build it.
+
+  Attributes:
+    inputs: number of input channels I.
+    features: number of output channels O.
+    size: height and width in taps.
+    strides: (vertical, horizontal), as all pairs below.
+    padding: pixels of zeros added on each side; negative numbers crop.
+    dilation: distance from tap to tap.
+    groups: number of groups.
+    use_bias: add a bias.
+    is_dirac: the kernel is the sum of an identity and a normalised kernel, see `dirac_kernel`.
+  """
+
+  inputs: int
+  features: int
+  size: tuple[int, int]
+  strides: tuple[int, int]
+  padding: tuple[int, int]
+  dilation: tuple[int, int]
+  groups: int
+  use_bias: bool
+  is_dirac: bool = False
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+  """Returns (vertical, horizontal) from one number for both, or from two numbers."""
+  return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def is_normed(layer: Layer, branch: Branch) -> bool:
+  """Tells if a branch ends with a norm."""
+  return branch.kind != "skip" and (layer.norms is None or branch.name in layer.norms)
+
+
+def is_normed_after_sum(layer: Layer) -> bool:
+  """Tells if a norm follows the sum of the branches."""
+  return layer.norms is not None and AFTER_SUM in layer.norms
+
+
+def _is_biased(layer: Layer, branch: Branch) -> bool:
+  """Tells if the convolutions of a branch have a bias."""
+  return layer.conv_bias if isinstance(layer.conv_bias, bool) else branch.name in layer.conv_bias
+
+
+def layer_padding(layer: Layer, size: tuple[int, int]) -> tuple[int, int]:
+  """Returns the pixels (vertical, horizontal) added on each side for the layer's kernel."""
+  if layer.padding is not None:
+    return pair(layer.padding)
+  dilation = pair(layer.dilation)
+  return dilation[0] * ((size[0] - 1) // 2), dilation[1] * ((size[1] - 1) // 2)
+
+
+def centred_padding(layer: Layer, size: tuple[int, int], span: tuple[int, int]) -> tuple[int, int]:
+  """Returns the padding of a smaller kernel, so that its centre lies under the layer's.
+
+  Negative padding crops the input. In other modes than zeros, the map is padded for the layer's
+  kernel already.
+  """
+  padding = layer_padding(layer, size) if layer.padding_mode == "constant" else (0, 0)
+  dilation = pair(layer.dilation)
+  margins = [(big - small) // 2 for big, small in zip(size, span)]
+  return padding[0] - dilation[0] * margins[0], padding[1] - dilation[1] * margins[1]
+
+
+def convolutions(layer: Layer, inputs: int) -> dict[Path, Conv]:
+  """Returns the convolutions of a layer in its form, by their paths in the tree.
+
+  Args:
+    layer: the layer.
+    inputs: number of input channels.
+  """
+  branches = [parse(name) for name in layer.branches]
+  size = layer_size(branches)
+  plain = Conv(
+    inputs,
+    layer.features,
+    size,
+    pair(layer.strides),
+    centred_padding(layer, size, size),
+    pair(layer.dilation),
+    layer.groups,
+    use_bias=True,
+  )
+  if layer.deploy:
+    return {("conv",): plain}
+  return {
+    path: conv
+    for branch in branches
+    for path, conv in _of_branch(layer, branch, plain._replace(use_bias=_is_biased(layer, branch)))
+  }
+
+
+def _of_branch(layer: Layer, branch: Branch, plain: Conv) -> Iterator[tuple[Path, Conv]]:
+  """Yields the convolutions of a branch by path, made from the one with the layer's kernel."""
+  pointwise = plain._replace(size=(1, 1), strides=(1, 1), padding=(0, 0))
+  rate = branch.dilation
+  spatial = plain._replace(
+    size=branch.size, dilation=(rate * plain.dilation[0], rate * plain.dilation[1])
+  )
+  if branch.two_steps:
+    # Between the steps are as many channels as in front. A pool keeps the number of channels.
+    middle = layer.features if branch.kind == "avg" else plain.inputs
+    yield (branch.name, "first", "conv"), pointwise._replace(features=middle)
+    if branch.kind == "conv":
+      # The map between the steps is padded before this convolution.
+      yield (branch.name, "second", "conv"), spatial._replace(padding=(0, 0))
+  elif branch.kind == POOLED:
+    # The pool has the stride already, and its zeros at an odd edge are the only padding.
+    yield (branch.name, "conv"), pointwise
+  elif branch.kind in ("conv", "dirac"):
+    padding, is_dirac = centred_padding(layer, plain.size, branch.span), branch.kind == "dirac"
+    yield (branch.name, "conv"), spatial._replace(padding=padding, is_dirac=is_dirac)
+
+
+def check(layer: Layer, inputs: int, where: str) -> None:
+  """Raises InputError if the branches do not fit the input or each other."""
+  branches = [parse(name) for name in layer.branches]
+  size = layer_size(branches)
+  if len({branch.name for branch in branches}) != len(branches):
+    raise InputError(f"{where}: branch names must differ (conv3x3, conv3x3_1): {layer.branches}")
+  if inputs % layer.groups or layer.features % layer.groups:
+    raise InputError(
+      f"{where}: {inputs} input and {layer.features} output channels do not both divide into "
+      f"{layer.groups} groups"
+    )
+  if layer.padding_mode not in _PADDING_MODES:
+    raise InputError(f"{where}: padding_mode {layer.padding_mode!r} is none of {_PADDING_MODES}")
+  _check_norms(layer, branches, where)
+  for branch in branches:
+    _check_branch(layer, branch, size, inputs, where)
+
+
+def _check_branch(
+  layer: Layer, branch: Branch, size: tuple[int, int], inputs: int, where: str
+) -> None:
+  """Raises InputError if a branch cannot be part of this layer."""
+  name, is_even = branch.name, not (size[0] % 2 and size[1] % 2)
+  keeps_channels = inputs == layer.features
+  if branch.relu and layer.deploy:
+    raise InputError(
+      f"{where}: {name} has a ReLU inside of the branch, so that the layer has no deploy form. Use "
+      "the training form, or leave _relu out"
+    )
+  if branch.kind == POOLED:
+    _check_pooled(layer, name, size, where)
+  elif branch.is_input:
+    if not keeps_channels or pair(layer.strides) != (1, 1) or is_even:
+      raise InputError(
+        f"{where}: {'an identity' if branch.kind == 'identity' else 'a skip'} branch needs stride "
+        "1, as many output as input channels and odd kernels; got strides "
+        f"{layer.strides}, {inputs} -> {layer.features} channels, kernel {size[0]}x{size[1]}. "
+        "Leave the branch out: branches=('conv3x3', 'conv1x1')"
+      )
+  elif any((big - small) % 2 for big, small in zip(size, branch.span)):
+    raise InputError(
+      f"{where}: {name} has no centre in the layer's {size[0]}x{size[1]} kernel; "
+      "heights must be all odd or all even, and widths too"
+    )
+  if branch.kind == "dirac" and (layer.groups != 1 or is_even):
+    raise InputError(
+      f"{where}: {name} needs one group and an odd kernel, got {layer.groups} groups and a kernel "
+      f"{size[0]}x{size[1]}. Use conv{name.removeprefix('dirac')} and a skip"
+    )
+  if not branch.has_kernel and branch.kind == "avg" and not keeps_channels:
+    raise InputError(
+      f"{where}: {name} maps each channel to itself, so it needs as many output as input channels, "
+      f"got {inputs} -> {layer.features}. Use conv1x1_{name}"
+    )
+
+
+def _check_pooled(layer: Layer, name: str, size: tuple[int, int], where: str) -> None:
+  """Raises InputError if a pool at stride 2 is not four taps of the layer's kernel."""
+  shape = size, pair(layer.strides), layer_padding(layer, size), pair(layer.dilation)
+  if shape != ((3, 3), (2, 2), (1, 1), (1, 1)) or layer.padding_mode != "constant":
+    raise InputError(
+      f"{where}: {name} lies beside a 3x3 convolution at stride 2 with one pixel of zeros around "
+      f"the map and no dilation; got kernel {size[0]}x{size[1]}, strides {layer.strides}, padding "
+      f"{layer.padding} of mode {layer.padding_mode!r}, dilation {layer.dilation}. Use conv1x1"
+    )
+
+
+def _check_names(value: Any, known: set[str], where: str) -> None:
+  """Raises InputError if a value is no list of known names."""
+  is_list = isinstance(value, Collection) and not isinstance(value, str)
+  if not is_list or not all(name in known for name in value):
+    raise InputError(
+      f"{where} takes names of branches of the layer, a subset of {sorted(known)}, got {value!r}"
+    )
+
+
+def _check_norms(layer: Layer, branches: Sequence[Branch], where: str) -> None:
+  """Raises InputError if `norms` or `conv_bias` names something else than branches of the layer."""
+  names = {branch.name for branch in branches}
+  if layer.norms is not None:
+    _check_names(layer.norms, names | {AFTER_SUM}, f"{where}: norms")
+  if not isinstance(layer.conv_bias, bool):
+    _check_names(layer.conv_bias, names, f"{where}: conv_bias")
+  for branch in branches:
+    if branch.kind == "skip" and layer.norms is not None and branch.name in layer.norms:
+      raise InputError(
+        f"{where}: {branch.name} has no norm, but norms names it. With a norm it is an identity"
+      )
+    if branch.kind != "skip" and not branch.has_kernel and not is_normed(layer, branch):
+      raise InputError(
+        f"{where}: {branch.name} holds nothing but a norm, so that norms must name it. An identity "
+        "without a norm is called skip"
+      )
+  bare = [branch for branch in branches if branch.has_kernel and not is_normed(layer, branch)]
+  if is_normed_after_sum(layer) and not bare:
+    raise InputError(
+      f"{where}: with a norm after the sum, at least one convolution goes without a norm, which "
+      f"norms={layer.norms!r} does not leave"
+    )
+  if layer.norms is not None and not layer.norms:
+    raise InputError(
+      f'{where}: norms names no norm at all; ("sum",) is one norm after the sum, None one in each '
+      "branch"
+    )
