@@ -51,7 +51,8 @@ def proved(name: str, run: bool) -> bool:
   error = error_of(model, fused, folded, variables, size) if run else 0.0
   seconds = time.perf_counter() - start
   print(
-    f"{name:<24}{before:>5} -> {after:<5} deploy form {products:<5} kernels elsewhere {len(lost):<4}"
+    f"{name:<24}{before:>5} -> {after:<5} deploy form {products:<5} "
+    f"kernels elsewhere {len(lost):<4}"
     f"{f'error {error:.1e}' if run else ''}   ({seconds:.0f} s)",
     flush=True,
   )

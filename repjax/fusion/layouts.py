@@ -53,24 +53,38 @@ def new_axes(shape: Sequence[int]) -> Axes:
 
 
 def layout_of(node: Node) -> Layout:
-  """Returns a node as moved numbers of its source.
-
-  A value that is read more than once is its own source, since other terms start from it too.
-  """
-  if node.layout is not None and node.reads == 1:
+  """Returns a node as moved numbers of its source, which may be the node itself."""
+  if node.layout is not None:
     return node.layout
   affine = affine_of(node)
   term = affine.terms[0]
   plain = affine.is_view and all(
     window.plain(size) for window, size in zip(term.windows, term.source.shape)
   )
-  moves = plain and term.source is not node and node.dtype == term.source.dtype
-  if moves and node.reads == 1:
+  if plain and term.source is not node and node.dtype == term.source.dtype:
     below = layout_of(term.source)
     axes = tuple(() if place is None else below.axes[place] for place in term.view)
     return dataclasses.replace(below, axes=axes)
   axes = new_axes(node.shape)
   return Layout(node, axes, axes)
+
+
+def rebased(layout: Layout, node: Node) -> Layout | None:
+  """Returns the same value as moved numbers of a node that has the same source.
+
+  Returns None if the node has a different source, or splits its axes differently.
+  """
+  other = layout_of(node)
+  if other.source is not layout.source:
+    return None
+  parts: dict[Atom, tuple[Atom, ...]] = {}
+  for mine, theirs in zip(layout.origin, other.origin):
+    found = reshaped((mine,), sizes(theirs))
+    if found is None or found[1]:
+      return None
+    parts.update(zip(theirs, found[0]))
+  origin = tuple(tuple(part for atom in axis for part in parts[atom]) for axis in other.axes)
+  return Layout(node, origin, layout.axes)
 
 
 def reshaped(axes: Axes, shape: Sequence[int]) -> tuple[Axes, dict[Atom, tuple[Atom, ...]]] | None:

@@ -16,7 +16,7 @@ from repjax.fusion.contractions import Contraction
 from repjax.fusion.cost import Group, grouped
 from repjax.fusion.emission import joint_kernel
 from repjax.fusion.expressions import Expression, derived
-from repjax.fusion.layouts import Atom, sizes
+from repjax.fusion.layouts import Atom, rebased, sizes
 from repjax.fusion.values import Affine, plus
 from repjax.fusion.windows import Window
 
@@ -33,10 +33,12 @@ def with_convolution(product: Contraction, affine: Affine, table: Any) -> Contra
     None if the two do not have the same source and result, or compute in different dtypes.
   """
   group, channel = _convolution(affine, product), affine.channel
-  if group is None or channel is None:
+  layout = None if group is None else rebased(product.layout, group.head.source)
+  if group is None or layout is None or channel is None:
     return None
+  product = dataclasses.replace(product, layout=layout)
   spatial = _spatial(group, product)
-  found = _atoms(product, spatial, channel) if spatial else None
+  found = _atoms(product, group.head.view, spatial, channel) if spatial else None
   if found is None or group.groups % found[1]:
     return None
   atoms, shared = found
@@ -71,7 +73,7 @@ def _convolution(affine: Affine, product: Contraction) -> Group | None:
     return None
   (group,) = groups
   head = group.head
-  if head.source is not product.layout.source or head.view != tuple(range(len(affine.shape))):
+  if len(head.view) != len(product.layout.axes):
     return None
   if not group.is_product:
     wider = head.dtype.itemsize > product.dtype.itemsize
@@ -81,7 +83,10 @@ def _convolution(affine: Affine, product: Contraction) -> Group | None:
 
 
 def _spatial(group: Group, product: Contraction) -> list[int]:
-  """Returns the two axes that a centred convolution keeps at their size, [] if it is different."""
+  """Returns the two axes of the source that a centred convolution runs along.
+
+  Returns [] if the convolution is different.
+  """
   head, moved = group.head, []
   for axis in head.others:
     window, size = group.windows[axis], head.source.shape[axis]
@@ -94,11 +99,14 @@ def _spatial(group: Group, product: Contraction) -> list[int]:
   return moved if len(moved) == 2 else []
 
 
-def _atoms(product: Contraction, spatial: list[int], channel: int) -> tuple[list[Atom], int] | None:
+def _atoms(
+  product: Contraction, view: tuple[int | None, ...], spatial: list[int], channel: int
+) -> tuple[list[Atom], int] | None:
   """Returns the atoms of the kernel in the order of `conv_to_dense`, and the number of groups."""
-  origin, axes, summed = product.layout.origin, product.layout.axes, {*product.summed}
-  if len(axes) != len(origin):
-    return None
+  axes, summed = product.layout.axes, {*product.summed}
+  # From here on, axes of the source are named by the axes of the value.
+  origin = [() if axis is None else product.layout.origin[axis] for axis in view]
+  spatial = [view.index(axis) for axis in spatial]
   groups = [atom for atom in origin[channel] if atom in product.shared]
   inputs = [atom for atom in origin[channel] if atom in summed]
   outputs = [atom for atom in axes[channel] if atom not in groups]
