@@ -117,13 +117,13 @@ def opposite(value: Any) -> Any:
 
 
 def multiply(given: Given) -> Affine | None:
-  """The rule of a product: a scale."""
+  """Applies the rule of a product: a scale."""
   sides = None if _is_mean(given) else _sides(given)
   return None if sides is None else scaled(sides.affine, sides.vector)
 
 
 def divide(given: Given) -> Affine | None:
-  """The rule of a quotient: a scale by the inverse."""
+  """Applies the rule of a quotient: a scale by the inverse."""
   if given.node(1) is not None or _is_mean(given):
     return None
   sides = _sides(given)
@@ -156,12 +156,12 @@ def _sums_over_all(node: Node) -> bool:
 
 
 def add(given: Given) -> Affine | None:
-  """The rule of a sum: a shift, or branches side by side."""
+  """Applies the rule of a sum: a shift, or branches side by side."""
   return _sum(given, negative=False)
 
 
 def subtract(given: Given) -> Affine | None:
-  """The rule of a difference."""
+  """Applies the rule of a difference."""
   return _sum(given, negative=True)
 
 
@@ -190,7 +190,7 @@ def negated(affine: Affine, table: Expressions) -> Affine:
 
 
 def negate(given: Given) -> Affine | None:
-  """The rule of a negative."""
+  """Applies the rule of a negative."""
   node = given.node()
   if node is None:
     return None
@@ -199,7 +199,7 @@ def negate(given: Given) -> Affine | None:
 
 
 def convert(given: Given) -> Affine | None:
-  """The rule of a cast between floating-point dtypes.
+  """Applies the rule of a cast between floating-point dtypes.
 
   A term without a kernel takes the narrower dtype. A product keeps its own.
   """
@@ -219,7 +219,7 @@ def convert(given: Given) -> Affine | None:
 
 
 def copy(given: Given) -> Affine | None:
-  """The rule of a copy, or of a name for a value."""
+  """Applies the rule of a copy, or of a name for a value."""
   node = given.node()
   return None if node is None else affine_of(node)
 

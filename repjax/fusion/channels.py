@@ -24,7 +24,7 @@ from repjax.fusion.views import cut as cut_pixels
 
 
 def concatenate(given: Given) -> Affine | None:
-  """The rule of a concatenation."""
+  """Applies the rule of a concatenation."""
   axis = given.params["dimension"]
   nodes = [operand for operand in given.operands if isinstance(operand, Node)]
   parts = [affine_of(node) for node in nodes]
@@ -64,7 +64,7 @@ def _appended(total: Affine, part: Affine, start: int) -> Affine:
 
 
 def cut(given: Given) -> Affine | None:
-  """The rule of a slice: fewer channels of a convolution, or fewer pixels."""
+  """Applies the rule of a slice: fewer channels of a convolution, or fewer pixels."""
   node, params = given.node(), given.params
   if node is None or node.affine is None or not _has_kernel(node.affine):
     return cut_pixels(given)

@@ -76,7 +76,7 @@ def _check_dtypes(term: Term, each: Term, inner: Affine) -> None:
   """Refuses what would round numbers in a different dtype than the program does."""
   if each.settings and term.settings and each.dtype != term.dtype:
     raise Refusal(f"convolutions in {each.dtype} and {term.dtype}")
-  # What the shift is added to, before any cast: a sum in float32 may nearly cancel.
+  # The dtype before any cast counts: a sum in float32 may nearly cancel.
   origin = each.source.dtype if each.kernel is None else each.dtype
   if inner.bias is not None and term.kernel is not None and term.dtype.itemsize < origin.itemsize:
     raise Refusal(f"a shift in {origin} before a product in {term.dtype} would be rounded")

@@ -27,7 +27,7 @@ def is_open(node: Node) -> bool:
 
 
 def reshape(given: Given) -> Contraction | Layout | None:
-  """The rule of any reshape."""
+  """Applies the rule of any reshape."""
   node = given.node()
   if node is None or math.prod(given.shape) != math.prod(node.shape) or 0 in node.shape:
     return None
@@ -42,7 +42,7 @@ def reshape(given: Given) -> Contraction | Layout | None:
 
 
 def transpose(given: Given) -> Contraction | Layout | None:
-  """The rule of a transposition."""
+  """Applies the rule of a transposition."""
   node, order = given.node(), given.params["permutation"]
   if node is None:
     return None
@@ -53,7 +53,7 @@ def transpose(given: Given) -> Contraction | Layout | None:
 
 
 def multiply_matrices(given: Given) -> Contraction | None:
-  """The rule of a product with weights."""
+  """Applies the rule of a product with weights."""
   place = 0 if isinstance(given.operands[0], Node) else 1
   node, weights = given.operands[place], given.precise[1 - place]
   if not isinstance(node, Node) or not isinstance(weights, Expression):
@@ -86,12 +86,12 @@ def _reshaped(value, shape: tuple[int, ...]):
 
 
 def multiply(given: Given) -> Contraction | None:
-  """The rule of a scale after a product."""
+  """Applies the rule of a scale after a product."""
   return _scaled(given, lambda scale: scale)
 
 
 def divide(given: Given) -> Contraction | None:
-  """The rule of a quotient after a product."""
+  """Applies the rule of a quotient after a product."""
   return None if given.node(1) else _scaled(given, lambda scale: derived(inverse, scale))
 
 
@@ -113,7 +113,7 @@ def _sides(given: Given):
 
 
 def negate(given: Given) -> Contraction | None:
-  """The rule of a negative."""
+  """Applies the rule of a negative."""
   node = given.node()
   if node is None or node.product is None:
     return None
@@ -128,7 +128,7 @@ def _negated(product: Contraction, given: Given) -> Contraction:
 
 
 def add(given: Given) -> Contraction | None:
-  """The rule of a shift after a product, or of a convolution over the same tiles beside it."""
+  """Applies the rule of a shift after a product, or of a convolution over the same tiles beside it."""
   product, other, _ = _sides(given)
   if product is None:
     return None
@@ -144,7 +144,7 @@ def _beside(product: Contraction, affine: Affine, given: Given) -> Contraction |
 
 
 def subtract(given: Given) -> Contraction | None:
-  """The rule of a difference."""
+  """Applies the rule of a difference."""
   product, other, first = _sides(given)
   if product is None or not isinstance(other, Expression):
     return None
@@ -157,7 +157,7 @@ def subtract(given: Given) -> Contraction | None:
 
 
 def convert(given: Given) -> Contraction | None:
-  """The rule of a cast between floating-point dtypes."""
+  """Applies the rule of a cast between floating-point dtypes."""
   node = given.node()
   floating = node is not None and jnp.issubdtype(given.params["new_dtype"], jnp.floating)
   return node.product if floating and node is not None else None

@@ -1,7 +1,7 @@
 """Matrix products over several axes, in a batch of matrices, or after a reshape of any kind.
 
-A contraction is a product of a source with weights whose axes are atoms: those that are summed,
-those that the source and the result share (a batch of matrices), and those that the weights add.
+A contraction is a product of a source with weights whose axes are atoms. Some atoms are summed.
+Some are shared by source and result, as in a batch of matrices. The weights add the rest.
 
   y[g, n, v, u, o] = sum over h, w, i of x[n, h, w, g, i] M[g, h, w, i, v, u, o] + b[g, v, u, o]
 
@@ -230,12 +230,12 @@ class Product:
 
   @property
   def kinds(self) -> list[str]:
-    """What each stored array is."""
+    """The kind of each stored array."""
     return ["kernel", "bias"][: len(self.stored)]
 
   @property
   def parts(self) -> list[str]:
-    """What is merged."""
+    """The branches that are merged."""
     return list(self.contraction.names)
 
   @property
@@ -245,7 +245,7 @@ class Product:
 
   @property
   def counts(self) -> Counts:
-    """What the instruction costs."""
+    """The cost of the instruction."""
     summed = math.prod(sizes(self.contraction.summed))
     stored = sum(each.size for each in self.stored)
     return Counts(1, math.prod(self.shape) * summed, stored)

@@ -1,4 +1,4 @@
-"""Which terms become one product, and what a sum of products costs.
+"""Groups of terms that become one product, and their cost.
 
 Costs are counted for each pixel of the result, so that no decision depends on the size of the
 input. A merge is made only if it has fewer products, and no more multiplications and parameters
@@ -15,7 +15,7 @@ from repjax.fusion.windows import Window
 
 
 class Cost(NamedTuple):
-  """What products cost.
+  """The cost of products.
 
   Attributes:
     products: number of convolutions and matrix products.
@@ -64,12 +64,12 @@ class Group:
 
   @property
   def is_product(self) -> bool:
-    """If the group is a convolution or a matrix product."""
+    """Whether the group is a convolution or a matrix product."""
     return self.head.kernel is not None
 
   @property
   def cost(self) -> Cost:
-    """What the group costs. A sum over neighbours without a kernel counts its additions."""
+    """The cost of the group. A sum over neighbours without a kernel counts its additions."""
     head = self.head
     taps = math.prod(self.windows[axis].taps for axis in head.others)
     if head.kernel is None:

@@ -1,4 +1,4 @@
-"""What the products of a program cost: convolutions, multiplications and weights."""
+"""Counts of the products in a program: convolutions, multiplications and weights."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ PRODUCTS = ("conv_general_dilated", "dot_general")
 
 
 class Counts(NamedTuple):
-  """What products cost at the sizes of the arguments.
+  """The cost of products at the sizes of the arguments.
 
   Attributes:
     products: number of convolutions and matrix products.

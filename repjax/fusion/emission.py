@@ -72,19 +72,19 @@ class Merge:
 
   @property
   def kinds(self) -> list[str]:
-    """What each stored array is."""
+    """The kind of each stored array."""
     named = [piece for piece in self.pieces if piece.kernel is not None]
     kinds = ["kernel" if piece.group.is_product else "scale" for piece in named]
     return [*kinds, *(["bias"] if self.bias else []), *("border" for _ in self.borders)]
 
   @property
   def parts(self) -> list[str]:
-    """What is merged, a chain of steps for each term."""
+    """The branches that are merged, a chain of steps for each term."""
     return [" > ".join(term.names) for piece in self.pieces for term in piece.group.members]
 
   @property
   def counts(self) -> Counts:
-    """What the instruction costs."""
+    """The cost of the instruction."""
     products = [piece for piece in self.pieces if piece.group.is_product]
     work = 0
     for piece in products:

@@ -1,8 +1,8 @@
 """Values as products of atoms, so that any reshape can be followed.
 
-An atom is a part of an axis: x (32, 7, 7, 64) reshaped to (32, 7, 7, 4, 16) has the atoms n, h, w,
-g and i, and its last axis was g times i. A transposition moves atoms, and a reshape joins or splits
-them. Axes of length 1 have no atoms.
+An atom is a part of an axis. A map (32, 7, 7, 64) that is reshaped to (32, 7, 7, 4, 16) has the
+atoms n, h, w, g and i: the axis of length 64 was g times i. A transposition moves atoms. A reshape
+joins or splits atoms. Axes of length 1 have no atoms.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the equations that depend on parameters alone compute, as expressions.
+"""Expressions for all equations that depend on parameters alone.
 
 Two more forms of each value are kept for the rules. The compact form leaves axes at length 1 that a
 broadcast made longer, so that a vector is still seen as a vector. The precise form leaves out casts

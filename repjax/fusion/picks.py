@@ -1,11 +1,11 @@
 """Padding by reflection, and whatever else repeats and reorders pixels.
 
-`jnp.pad(mode="reflect")` is a chain of slices, flips and concatenations. All of it only picks
-pixels, so that a norm or a 1x1 convolution in front of it may as well come after it:
+`jnp.pad(mode="reflect")` is a chain of slices, flips and concatenations. The chain only picks
+pixels. So a norm or a 1x1 convolution in front of the chain may as well come after it:
 
   reflect(norm(x))    becomes    norm(reflect(x))
 
-and the norm then merges into the next convolution, without a border. `with_picks` finds such chains
+The norm then merges into the next convolution, without a border. `with_picks` finds such chains
 in a program, and `picked` moves them in front of what they follow.
 """
 

@@ -37,12 +37,12 @@ class Instruction:
 
   @property
   def merged(self) -> bool:
-    """If the step is not an equation of the traced program."""
+    """Whether the step is not an equation of the traced program."""
     return not isinstance(self.step, Equation)
 
   @property
   def effects(self) -> bool:
-    """If the step does something besides its outputs, such as printing."""
+    """Whether the step does something besides its outputs, such as printing."""
     return not self.merged and has_effects(self.step)
 
 

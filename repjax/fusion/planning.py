@@ -5,8 +5,8 @@ becomes a sum of terms, and nothing is computed yet. Any other equation is an in
 which its operands are computed. A value that is read more than once is computed once, so that no
 kernel is copied.
 
-A sum of terms is computed as late as possible, with all its terms in view: an average pool and the
-1x1 convolution after it merge only if a 3x3 convolution stands beside them.
+A sum of terms is computed as late as possible, with all its terms in view. An average pool and the
+1x1 convolution after it, for example, merge only if a 3x3 convolution stands beside them.
 """
 
 import math

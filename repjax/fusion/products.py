@@ -12,7 +12,7 @@ from repjax.fusion.windows import Window
 
 
 def convolve(given: Given) -> Affine:
-  """The rule of a convolution, transposed ones included."""
+  """Applies the rule of a convolution, transposed ones included."""
   params, node, kernel = given.params, given.operands[0], given.precise[1]
   if not isinstance(node, Node) or not isinstance(kernel, Expression):
     raise Refusal("a convolution whose kernel depends on the input")
@@ -75,7 +75,7 @@ def _product(given: Given, term: Term) -> Affine:
 
 
 def multiply_matrix(given: Given) -> Affine | None:
-  """The rule of a matrix product with a matrix of weights."""
+  """Applies the rule of a matrix product with a matrix of weights."""
   contract, batch = given.params["dimension_numbers"]
   place = 0 if isinstance(given.operands[0], Node) else 1
   node, weights = given.operands[place], given.precise[1 - place]

@@ -45,7 +45,7 @@ class Left:
 
 @dataclasses.dataclass
 class Report:
-  """What a plan merges and what it leaves alone. `print` shows a table.
+  """A record of all merges of a plan, and of what it leaves alone. `print` shows a table.
 
   Attributes:
     merges: one entry for each merge, in the order of the program.

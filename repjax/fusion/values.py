@@ -5,8 +5,8 @@ computed: the next node holds an `Affine`, a sum of terms over earlier nodes, wi
 
   y = conv(x) * scale + bias + x      becomes      Term(x, kernel * scale) + Term(x) + bias
 
-Each term is one convolution of its source, or without a kernel the source itself, scaled. Axes may
-lie in a different order in the value than in the source; `Term.view` says how.
+Each term is one convolution of its source. A term without a kernel is the source itself, scaled.
+Axes may lie in a different order in the value than in the source; `Term.view` says how.
 """
 
 import dataclasses
@@ -105,7 +105,7 @@ class Term:
 
   @property
   def sums(self) -> bool:
-    """If the term sums neighbours without a kernel, as a pool does."""
+    """Whether the term sums neighbours without a kernel, as a pool does."""
     return self.kernel is None and any(window.taps > 1 for window in self.windows)
 
   @property
@@ -122,7 +122,7 @@ NEW = -1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Border:
-  """What a shift adds after a padded convolution: the convolution of a map of ones.
+  """A shift after a padded convolution, as the convolution of a map of ones.
 
   Attributes:
     kernel: (taps of all axes of the value besides the channels, O).
@@ -156,12 +156,12 @@ class Affine:
 
   @property
   def linear(self) -> bool:
-    """If the sum is one term without a kernel: its source, moved, scaled and shifted."""
+    """Whether the sum is one term without a kernel: its source, moved, scaled and shifted."""
     return len(self.terms) == 1 and self.terms[0].kernel is None and not self.terms[0].sums
 
   @property
   def is_view(self) -> bool:
-    """If the sum is one term that only moves, pads or cuts the source."""
+    """Whether the sum is one term that only moves, pads or cuts the source."""
     return self.linear and self.terms[0].scale is None and self.bias is None and not self.borders
 
 

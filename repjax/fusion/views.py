@@ -15,13 +15,13 @@ from repjax.fusion.windows import Window
 
 
 def transpose(given: Given) -> Affine | None:
-  """The rule of a transposition."""
+  """Applies the rule of a transposition."""
   node = given.node()
   return None if node is None else moved(node, given.shape, given.params["permutation"])
 
 
 def reshape(given: Given) -> Affine | None:
-  """The rule of a reshape that only adds or drops axes of length 1."""
+  """Applies the rule of a reshape that only adds or drops axes of length 1."""
   node = given.node()
   if node is None:
     return None
@@ -45,7 +45,7 @@ def _places(old: Sequence[int], new: Sequence[int]) -> list[int | None]:
 
 
 def broadcast(given: Given) -> Affine | None:
-  """The rule of a broadcast that only adds axes of length 1."""
+  """Applies the rule of a broadcast that only adds axes of length 1."""
   node = given.node()
   if node is None or math.prod(given.shape) != math.prod(node.shape):
     return None
@@ -102,7 +102,7 @@ def windowed(given: Given, windows: Sequence[Window], name: str) -> Affine | Non
 
 
 def pad(given: Given) -> Affine | None:
-  """The rule of padding with zeros, without zeros between the inputs."""
+  """Applies the rule of padding with zeros, without zeros between the inputs."""
   node, fill = given.operands
   config = given.params["padding_config"]
   zero = isinstance(fill, Expression) and not fill.leaves and _is_zero(fill)
@@ -117,7 +117,7 @@ def _is_zero(fill: Expression) -> bool:
 
 
 def cut(given: Given) -> Affine | None:
-  """The rule of a slice."""
+  """Applies the rule of a slice."""
   params, node = given.params, given.node()
   if node is None:
     return None
@@ -130,7 +130,7 @@ def cut(given: Given) -> Affine | None:
 
 
 def sum_windows(given: Given) -> Affine | None:
-  """The rule of a sum over windows, as in an average pool."""
+  """Applies the rule of a sum over windows, as in an average pool."""
   params = given.params
   if set(params["base_dilation"]) != {1}:
     return None
@@ -152,7 +152,7 @@ def _pool_name(windows: Sequence[Window]) -> str:
 
 
 def sum_blocks(given: Given) -> Affine | None:
-  """The rule of a sum over blocks of pixels: (.., H/k, k, ..) summed over k, an average pool."""
+  """Applies the rule of a sum over blocks of pixels: (.., H/k, k, ..) summed over k, an average pool."""
   node = given.node()
   if node is None:
     return None

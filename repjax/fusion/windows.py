@@ -1,4 +1,4 @@
-"""How outputs read inputs along one axis: taps, stride, dilation and padding.
+"""Windows: the inputs that each output reads along one axis.
 
 Output o of a convolution reads, through tap t, the input at o * stride - low + t * dilation. What
 lies outside the input is zero. A slice, zero padding and a sum over a window have the same form,

@@ -252,7 +252,7 @@ def nnx_block() -> Net:
 
 
 def asymmetric(params, x):
-  """A sum of 3x3, 3x1 and 1x3 with channels first, as ACNet has it."""
+  """Returns a sum of 3x3, 3x1 and 1x3 with channels first, as ACNet has it."""
   padding = {"square": ((1, 1), (1, 1)), "tall": ((1, 1), (0, 0)), "wide": ((0, 0), (1, 1))}
   return jax.nn.relu(
     sum(
@@ -263,13 +263,13 @@ def asymmetric(params, x):
 
 
 def low_rank(params, x):
-  """A dense layer with an adapter of low rank (LoRA)."""
+  """Returns a dense layer with an adapter of low rank (LoRA)."""
   y = x @ params["kernel"] + (x @ params["down"]) @ params["up"] * 2.0
   return jax.nn.gelu(y + params["bias"])
 
 
 def standardised(params, x):
-  """A convolution with standardised weights, and the norm of the input in front of it."""
+  """Returns a convolution with standardised weights, after the norm of its input."""
   kernel = params["kernel"]
   mean, var = kernel.mean((0, 1, 2), keepdims=True), kernel.var((0, 1, 2), keepdims=True)
   kernel = (kernel - mean) / jnp.sqrt(var + 1e-6)
@@ -278,21 +278,21 @@ def standardised(params, x):
 
 
 def dilated(params, x):
-  """A dilated convolution beside a dense one of the same reach, and the identity."""
+  """Returns a dilated convolution beside a dense one of the same reach, and the identity."""
   y = convolved(x, params["wide"], ((2, 2), (2, 2)), rhs_dilation=(2, 2))
   y = y + convolved(x, params["near"], ((2, 2), (2, 2))) + x
   return jax.nn.relu(normalised(y, params["norm"]))
 
 
 def line(params, x):
-  """Branches over one spatial axis."""
+  """Returns branches over one spatial axis."""
   x = x.reshape(x.shape[0], -1, 3)
   y = convolved(x, params["wide"]) + convolved(x, params["point"])
   return jax.nn.relu(normalised(y, params["norm"]))
 
 
 def volume(params, x):
-  """Branches over three spatial axes, grouped and depthwise."""
+  """Returns branches over three spatial axes, grouped and depthwise."""
   x = jnp.stack([x, 2 * x, -x], 1)
   y = convolved(x, params["wide"], feature_group_count=3)
   y = y + convolved(x, params["point"], feature_group_count=3)
@@ -300,7 +300,7 @@ def volume(params, x):
 
 
 def detector(params, x):
-  """A head that is shared by the maps of five levels."""
+  """Returns a head that is shared by the maps of five levels."""
   results = []
   for level in range(5):
     y = jax.nn.relu(x[:, level:, level:])

@@ -22,7 +22,7 @@ STEPS = [
 
 
 class Layout(NamedTuple):
-  """Where the axes of a map lie."""
+  """The places of the axes of a map."""
 
   spec: tuple[str, str, str]
   spatial: tuple[int, int]

@@ -1,4 +1,4 @@
-"""What `repjax.fuse` promises: pure folds, exactness, bounds, reports, and errors that help."""
+"""The promises of `repjax.fuse`: pure folds, exactness, bounds, reports, and errors that help."""
 
 import json
 
@@ -157,7 +157,7 @@ SPEC = ("NHWC", "HWIO", "NHWC")
 
 class TestDtypes:
   def half(self, params, x):
-    """A block in bfloat16 whose parameters are float32, as Flax computes it."""
+    """Returns a block in bfloat16 whose parameters are float32, as Flax computes it."""
     kernels = {name: params[name].astype(jnp.bfloat16) for name in ("wide", "point")}
     y = convolved(x, kernels["wide"], ((1, 1), (1, 1))) + convolved(x, kernels["point"], "VALID")
     return normalised(y.astype(jnp.float32), params["norm"]).astype(jnp.bfloat16)
@@ -227,7 +227,7 @@ class TestSizes:
 
 class TestParts:
   def scanned(self, params, x):
-    """Two blocks as the body of a scan, with a kernel that the blocks share."""
+    """Returns two blocks as the body of a scan, with a kernel that the blocks share."""
 
     def block(carry, own):
       y, count = carry
