@@ -2,8 +2,8 @@
 
 For each model the script prints the number of convolutions and matrix products: of the training
 form, of the fused function and of the deploy form. It also prints how many kernels of the deploy
-form the fold did not give. With `--run` it also prints the relative error of the fused function on random images, in
-float64. The exit status is 1 if a product is left over, or an error exceeds 1e-12.
+form the fold did not give. With `--run` it also prints the relative error of the fused function on
+random images, in float64. The exit status is 1 if a product is left, or an error exceeds 1e-12.
 
 Example:
   python scripts/prove_fuse.py --models repvgg_a0 parnet_s --run

@@ -128,7 +128,7 @@ def _negated(product: Contraction, given: Given) -> Contraction:
 
 
 def add(given: Given) -> Contraction | None:
-  """Applies the rule of a shift after a product, or of a convolution over the same tiles beside it."""
+  """Applies the rule of a shift, or of a convolution over the same tiles beside a product."""
   product, other, _ = _sides(given)
   if product is None:
     return None

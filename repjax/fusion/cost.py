@@ -64,7 +64,7 @@ class Group:
 
   @property
   def is_product(self) -> bool:
-    """Whether the group is a convolution or a matrix product."""
+    """Tells if the group is a convolution or a matrix product."""
     return self.head.kernel is not None
 
   @property

@@ -1,7 +1,7 @@
 """Padding by reflection, and whatever else repeats and reorders pixels.
 
 `jnp.pad(mode="reflect")` is a chain of slices, flips and concatenations. The chain only picks
-pixels. So a norm or a 1x1 convolution in front of the chain may as well come after it:
+pixels. A norm or a 1x1 convolution in front of the chain may as well come after the chain:
 
   reflect(norm(x))    becomes    norm(reflect(x))
 

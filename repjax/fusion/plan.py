@@ -37,12 +37,12 @@ class Instruction:
 
   @property
   def merged(self) -> bool:
-    """Whether the step is not an equation of the traced program."""
+    """Tells if the step is not an equation of the traced program."""
     return not isinstance(self.step, Equation)
 
   @property
   def effects(self) -> bool:
-    """Whether the step does something besides its outputs, such as printing."""
+    """Tells if the step does something besides its outputs, such as printing."""
     return not self.merged and has_effects(self.step)
 
 

@@ -105,7 +105,7 @@ class Term:
 
   @property
   def sums(self) -> bool:
-    """Whether the term sums neighbours without a kernel, as a pool does."""
+    """Tells if the term sums neighbours without a kernel, as a pool does."""
     return self.kernel is None and any(window.taps > 1 for window in self.windows)
 
   @property
@@ -156,12 +156,12 @@ class Affine:
 
   @property
   def linear(self) -> bool:
-    """Whether the sum is one term without a kernel: its source, moved, scaled and shifted."""
+    """Tells if the sum is one term without a kernel: its source, moved, scaled and shifted."""
     return len(self.terms) == 1 and self.terms[0].kernel is None and not self.terms[0].sums
 
   @property
   def is_view(self) -> bool:
-    """Whether the sum is one term that only moves, pads or cuts the source."""
+    """Tells if the sum is one term that only moves, pads or cuts the source."""
     return self.linear and self.terms[0].scale is None and self.bias is None and not self.borders
 
 

@@ -152,7 +152,7 @@ def _pool_name(windows: Sequence[Window]) -> str:
 
 
 def sum_blocks(given: Given) -> Affine | None:
-  """Applies the rule of a sum over blocks of pixels: (.., H/k, k, ..) summed over k, an average pool."""
+  """Applies the rule of a sum over blocks, (.., H/k, k, ..) summed over k: an average pool."""
   node = given.node()
   if node is None:
     return None

@@ -250,7 +250,7 @@ class TestParts:
       assert relative_error(mine, wanted) <= 1e-5
 
   @pytest.mark.parametrize("mode", ["reflect", "symmetric"])
-  def test_padding_by_reflection_moves_behind_a_norm(self, mode):
+  def test_padding_by_reflection_moves_before_a_norm(self, mode):
     def function(params, x):
       y = normalised(convolved(x, params["point"]), params["norm"])
       y, x = (jnp.pad(each, ((0, 0), (1, 1), (1, 1), (0, 0)), mode=mode) for each in (y, x))
