@@ -1,8 +1,9 @@
 """Which layer a scope of a tree holds: recognised by its content, or by the name of its class.
 
-The layers of repjax are recognised by what a scope holds. Four of them hold only scopes with
-ordinary names: AuxHead, RepHead, RepNorm and SkipSqueezeExcite. Such a layer has its class name at
-the beginning of the scope's name, or else a note in its statistics, which the layer writes itself.
+The layers of repjax are recognised by what a scope holds. Six of them hold only scopes with
+ordinary names: AuxHead, GlobalPerceptron, RepFFN, RepHead, RepNorm and SkipSqueezeExcite. Such a
+layer has its class name at the beginning of the scope's name, or else a note in its statistics,
+which the layer writes itself.
 Layers of other people are recognised by their class names alone.
 """
 
@@ -122,10 +123,15 @@ def why_unclear(params: Tree, path: Path) -> str | None:
   where, name = shown(path), printable(path[-1]) if path else "MyLayer"
   if branches := sorted(convolution_branches(params)):
     others = sorted(other_names(params))
+    beside = (
+      "with one more norm, bn, although all convolutions have norms of their own"
+      if others == ["bn"]
+      else f"beside {_listed(others)}, which no RepConv holds"
+    )
     norms = ", ".join(repr("/".join((*path, branch, "bn"))) for branch in branches)
     return (
-      f"{where} holds {_listed(branches)}, as a RepConv does, beside {_listed(others)}, which no "
-      "RepConv holds. If it is a subclass of RepConv, give it a fold of its own: "
+      f"{where} holds {_listed(branches)}, as a RepConv does, {beside}. If it is a subclass of "
+      "RepConv, give it a fold of its own: "
       f'folds={{**repjax.FOLDS, "{name}": fold}}. If these are convolutions and batch norms of '
       f"another library, keep their statistics: keep=({norms},)"
     )

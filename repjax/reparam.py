@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 from repjax.layers.base import read_notes
+from repjax.layers.grammar import find
 from repjax.recognition import (
   FOLDS,
   Fold,
@@ -55,9 +56,9 @@ def reparameterize(
   unchanged, so that a deploy tree maps to itself. The function is pure: it works under `jit`,
   `vmap`, `grad` and `pmap`.
 
-  Four layers hold only scopes with ordinary names: AuxHead, RepHead, RepNorm, SkipSqueezeExcite.
-  Such a layer is recognised by its class name at the beginning of the scope's name, or else by a
-  note in its statistics, which the layer writes itself.
+  Six layers hold only scopes with ordinary names: AuxHead, GlobalPerceptron, RepFFN, RepHead,
+  RepNorm and SkipSqueezeExcite. Such a layer is recognised by its class name at the beginning of
+  the scope's name, or else by a note in its statistics, which the layer writes itself.
 
   Args:
     params: the "params" collection of any module that contains repjax layers. Mappings of all
@@ -76,7 +77,8 @@ def reparameterize(
 
   Raises:
     InputError: a tree is no nested dictionary, has an axis of devices, or holds numbers that are
-      not floating-point in a layer. Or statistics lie among the parameters.
+      not floating-point in a layer. Or statistics lie among the parameters, `folds` lacks the fold
+      of a layer, or `keep` holds something else than paths.
     ValueError: no fold used some statistics, a layer in training form has no statistics, or the two
       trees do not belong together. The text names the path.
 
@@ -105,9 +107,18 @@ def reparameterize(
   check_tree("params", params)
   check_tree("batch_stats", batch_stats)
   check_apart(params)
-  entries = (keep,) if isinstance(keep, str) else keep
-  kept = [tuple(entry.strip("/").split("/")) for entry in entries]
-  return dict(_walk(params, batch_stats, (), _Rules(folds, epsilon, kept)) or {})
+  return dict(_walk(params, batch_stats, (), _Rules(folds, epsilon, _kept(keep))) or {})
+
+
+def _kept(keep: str | Iterable[str]) -> list[Path]:
+  """Returns the entries of `keep` as paths."""
+  entries = [keep] if isinstance(keep, str) or not isinstance(keep, Iterable) else list(keep)
+  if odd := [entry for entry in entries if not isinstance(entry, str)]:
+    raise InputError(
+      f"keep takes paths such as 'neck/BatchNorm_0', got {printable(repr(odd[0]), 60)}. Join the "
+      "names of scopes with slashes; () keeps nothing"
+    )
+  return [tuple(entry.strip("/").split("/")) for entry in entries]
 
 
 class _Rules(NamedTuple):
@@ -138,6 +149,11 @@ def _walk(params: Tree, stats: Tree, path: Path, rules: _Rules) -> Mapping[str, 
   kind = None if rules.keeps_in(path) else kind_of(name, params, stats)
   if kind and rules.folds.get(kind.layer.__name__) is kind.fold:
     return _fold_known(kind, params, stats, path, rules)
+  if kind and stats:
+    raise InputError(
+      f"{shown(path)} holds a {kind.layer.__name__}, but folds lacks the fold of repjax for it. "
+      "Extend the table of repjax: folds={**repjax.FOLDS, ...}"
+    )
   _refuse_strays(params, stats, path, rules)
   result = {}
   for name, value in params.items():
@@ -225,19 +241,33 @@ def _refuse_strays(params: Tree, stats: Tree, path: Path, rules: _Rules) -> None
   for key_path, _ in jax.tree_util.tree_flatten_with_path(strays)[0]:
     leaf = (*path, *(str(entry.key) for entry in key_path))
     if not rules.keeps(leaf):
-      raise ValueError(_describe_stray(leaf, params, path))
+      raise ValueError(_describe_stray(leaf, params, strays, path))
   norms = [name for name in stats if not rules.keeps((*path, str(name)))]
   if norms and not rules.keeps_in(path) and (reason := why_unclear(params, path)):
     raise ValueError(reason)
 
 
-def _describe_stray(leaf: Path, params: Tree, path: Path) -> str:
-  """Returns the message about a statistic that no fold has used."""
+def _describe_stray(leaf: Path, params: Tree, strays: Tree, path: Path) -> str:
+  """Returns the message about a statistic that no fold has used.
+
+  Args:
+    leaf: place of the statistic.
+    params: parameters of the scope in which it lies.
+    strays: everything in the scope that no fold takes.
+    path: place of the scope.
+  """
   called = layer_name(path[-1]) if path else None
-  if called:
+  owner = (
+    f"The scope is called like a {called}"
+    if called
+    else "These are statistics of a layer of repjax"
+    if any(find(name) or name in FOLDS for name in strays)
+    else None
+  )
+  if owner:
     return (
-      f"{shown(path)}: no fold takes the statistics {shown(leaf)}. The scope is called like a "
-      f"{called}, but it holds {', '.join(sorted(map(str, params))) or 'nothing'}. Either the "
+      f"{shown(path)}: no fold takes the statistics {shown(leaf)}. {owner}, but the scope holds "
+      f"the parameters {', '.join(sorted(map(str, params))) or 'of nothing'}. Either the "
       "parameters are in deploy form already, which has no statistics, or params and batch_stats "
       "do not belong together"
     )

@@ -52,7 +52,13 @@ def check_tree(where: str, tree: Any) -> None:
       f"{where} must be nested dictionaries, got a flat one with the key "
       f"{printable(repr(flat), 100)}. Nest it: flax.traverse_util.unflatten_dict(tree{separator})"
     )
-  for path, _ in leaves(tree):
+  for path, leaf in leaves(tree):
+    if isinstance(leaf, list | tuple) and any(isinstance(part, Mapping) for part in leaf):
+      raise InputError(
+        f"{where} must be nested dictionaries of arrays, got {_kind(leaf)} at "
+        f"{printable('/'.join(map(str, path)), 200)}. flax.serialization.to_state_dict(tree) makes "
+        "dictionaries of lists"
+      )
     # Lists of Flax NNX have numbers for names, but never at the top.
     if odd := [key for key in path[:1] if not isinstance(key, str | tuple)]:
       raise InputError(

@@ -312,7 +312,7 @@ class TestRefusals:
     model = small("repmlp_cifar")
     params = folded(model, IMAGES)
     wide = np.zeros((1, 64, 64, 3), np.float32)
-    refused("do not fit.*size for which it was made", model, params, images=wide)
+    refused("do not fit.*images of its size", model, params, images=wide)
 
   def test_parameters_that_are_not_finite(self):
     params = jax.tree.map(lambda leaf: leaf, plain())

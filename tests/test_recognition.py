@@ -127,6 +127,58 @@ class Ensemble(nn.Module):
     return lifted(4, deploy=self.deploy, epsilon=1e-2, **F64)(x[:, None], train)
 
 
+class OrdinaryNames(nn.Module):
+  """Layers under the names that parts of other layers have."""
+
+  deploy: bool = False
+
+  def setup(self):
+    shared = {"deploy": self.deploy, **F64}
+    self.bn = RepNorm(**shared)
+    self.expand = RepConv(8, ("conv1x1",), **shared)
+    self.project = RepConv(4, ("conv1x1",), **shared)
+
+  def __call__(self, x, train=False):
+    return x + self.project(jnp.tanh(self.expand(self.bn(x, train), train)), train)
+
+
+class NamesOfBranches(nn.Module):
+  """Layers and blocks under the names of branches."""
+
+  deploy: bool = False
+
+  def setup(self):
+    shared = {"deploy": self.deploy, **F64}
+    self.conv3x3 = RepConv(4, **shared)
+    self.conv1x1 = RepConv(4, ("conv1x1",), **shared)
+
+  def __call__(self, x, train=False):
+    return self.conv1x1(jnp.tanh(self.conv3x3(x, train)), train)
+
+
+class NamesOfSteps(nn.Module):
+  """A block called as a branch, which holds layers called as its convolution and its norm."""
+
+  deploy: bool = False
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    return ConvAndNorm(self.deploy, name="conv3x3")(x, train)
+
+
+class ConvAndNorm(nn.Module):
+  """A convolution and a norm with something between."""
+
+  deploy: bool = False
+
+  def setup(self):
+    self.conv = RepConv(4, deploy=self.deploy, **F64)
+    self.bn = RepNorm(deploy=self.deploy, **F64)
+
+  def __call__(self, x, train=False):
+    return self.bn(jnp.tanh(self.conv(x, train)), train)
+
+
 WRAPPED = {
   "a name of its own": lambda deploy: RepConv(4, deploy=deploy, name="conv1", **F64),
   "subclass": lambda deploy: Subclass(4, deploy=deploy, **F64),
@@ -153,6 +205,33 @@ class TestNames:
   @pytest.mark.parametrize("model", [InSetup(), Scanned(), Ensemble()], ids=lambda m: str(type(m)))
   def test_attributes_and_lifted_layers(self, model):
     assert helpers.forms_differ_by(model, X) <= 1e-12
+
+  @pytest.mark.parametrize(
+    "block", [OrdinaryNames, NamesOfBranches, NamesOfSteps], ids=lambda m: m.__name__
+  )
+  def test_names_of_parts_of_layers(self, block):
+    around = Around(lambda deploy: block(deploy=deploy, name="block"))
+    assert helpers.forms_differ_by(around, X) <= 1e-12
+    params = helpers.init_shapes(around.clone(deploy=True), X)["params"]
+    assert repjax.reparameterize(params, {}) == params
+
+  @pytest.mark.parametrize(
+    "layer",
+    [
+      functools.partial(RepNorm, epsilon=0.3),
+      functools.partial(RepConv, 4, epsilon=0.3),
+      functools.partial(RepConv, 4, ("conv3x3", "skip")),
+      functools.partial(RepConv, 4, ("conv3x3", "skip"), norms=("sum",), epsilon=0.3),
+    ],
+    ids=str,
+  )
+  def test_statistics_that_training_makes_have_their_notes(self, layer):
+    model = Around(lambda deploy: layer(deploy=deploy, name="layer1", **F64))
+    params = random_variables(model, X)["params"]
+    _, made = model.apply({"params": params}, X, train=True, mutable=["batch_stats"])
+    folded = repjax.reparameterize(params, made["batch_stats"])
+    y = model.clone(deploy=True).apply({"params": folded}, X)
+    assert relative_error(y, model.apply({"params": params, **made}, X)) <= 1e-12
 
   def test_in_a_sequential(self):
     forms = [
@@ -198,7 +277,6 @@ class TestOthers:
     params = {name: {inner: layer["params"], "linear": {"kernel": jnp.ones((4, 4))}}}
     folded = repjax.reparameterize(params, {name: {inner: layer["batch_stats"]}})
     assert folded[name][inner].keys() == {"conv"}
-    assert folded[name]["linear"] is not None
     assert folded[name]["linear"]["kernel"] is params[name]["linear"]["kernel"]
 
   @pytest.mark.parametrize("scope", ["norm1", "AuxHead_0", "RepConv_1"])
@@ -223,6 +301,18 @@ class TestOthers:
     folds = {**repjax.FOLDS, name: repjax.FOLDS["RepNorm"]}
     assert repjax.reparameterize(params, stats, folds=folds)[name].keys() == {"affine"}
 
+  @pytest.mark.parametrize("layer", [RepFFN(), GlobalPerceptron(2)], ids=lambda m: type(m).__name__)
+  def test_a_norm_before_two_layers_has_two_readings(self, layer):
+    variables, name = random_variables(layer, X.astype("float32")), type(layer).__name__
+    with pytest.raises(ValueError, match=rf"block holds .* two ways.*{name}.*keep=\('block/bn',\)"):
+      repjax.reparameterize({"block": variables["params"]}, {"block": variables["batch_stats"]})
+
+  def test_a_norm_after_branches_with_norms_has_two_readings(self):
+    layer, (scale, stats) = random_variables(RepConv(4), X.astype("float32")), self.norm()
+    params = {"block": {**layer["params"], "bn": scale}}
+    with pytest.raises(ValueError, match=r"block holds conv1x1, conv3x3.*one more norm, bn"):
+      repjax.reparameterize(params, {"block": {**layer["batch_stats"], "bn": stats}})
+
   def test_branches_beside_something_else_have_two_readings(self):
     layer = random_variables(RepConv(4), X.astype("float32"))
     params = {"gated": {**layer["params"], "gate": {"kernel": jnp.ones((4, 4))}}}
@@ -241,6 +331,34 @@ class TestOthers:
       with pytest.raises(ValueError, match=r"^stem") as told:
         repjax.reparameterize({"stem": layer["params"]}, {"stem": broken})
       assert "keep" not in str(told.value)
+
+  @pytest.mark.parametrize(
+    "layer", [RepConv(4), RepNorm(), RepHead(4)], ids=lambda m: type(m).__name__
+  )
+  def test_statistics_beside_a_deploy_form_are_explained(self, layer):
+    layer, x = layer.clone(name="stem"), X.astype("float32")
+    variables = helpers.init_shapes(layer, x)
+    params = helpers.init_shapes(layer.clone(deploy=True), x)["params"]
+    with pytest.raises(ValueError, match=r"^stem: .*in deploy form already") as told:
+      repjax.reparameterize({"stem": params}, {"stem": variables["batch_stats"]})
+    assert "keep" not in str(told.value)
+
+  @pytest.mark.parametrize(
+    "layer", [RepConv(4), RepNorm(), RepHead(4)], ids=lambda m: type(m).__name__
+  )
+  def test_folds_without_those_of_repjax_are_named(self, layer):
+    variables = helpers.init_shapes(layer.clone(name="stem"), X.astype("float32"))
+    trees = [{"stem": half} for half in halves(variables)]
+    with pytest.raises(InputError, match=r"^stem holds a Rep.*\{\*\*repjax.FOLDS") as told:
+      repjax.reparameterize(*trees, folds={"Mine": repjax.FOLDS["RepConv"]})
+    helpers.assert_one_paragraph(told.value)
+    assert "keep" not in str(told.value)
+
+  @pytest.mark.parametrize("keep", [None, ("norm", 3), [("neck", "norm")]], ids=str)
+  def test_keep_takes_paths(self, keep):
+    with pytest.raises(InputError, match="keep takes paths") as told:
+      repjax.reparameterize({}, {}, keep=keep)
+    helpers.assert_one_paragraph(told.value)
 
 
 @pytest.mark.usefixtures("x64")

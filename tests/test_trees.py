@@ -89,6 +89,14 @@ def test_a_list_in_the_place_of_an_array_is_named(variables):
     folded({**variables, "params": {**variables["params"], "stem": stem}})
 
 
+@pytest.mark.parametrize("collection", ["params", "batch_stats"])
+def test_a_list_of_scopes_is_named(variables, collection):
+  tree = variables[collection]
+  listed = {**variables, collection: {**tree, "blocks": [tree["stem"]]}}
+  with pytest.raises(InputError, match=rf"^{collection} must .* list of 1 at blocks\. .*to_state_"):
+    folded(listed)
+
+
 def test_both_collections_in_one_are_told_apart(variables):
   with pytest.raises(InputError, match=r'variables\["params"\], variables\["batch_stats"\]'):
     repjax.reparameterize(variables, {})

@@ -34,7 +34,7 @@ class AuxHead(RepLayer):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (N, H, W, C) to logits (N, num_classes)."""
-    self.note()
+    self.write_notes()
     conv = RepConv(
       x.shape[-1],
       branches=("conv3x3",),

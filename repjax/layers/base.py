@@ -19,7 +19,7 @@ class RepLayer(nn.Module, kw_only=True):
   """A layer with a training form, and with a deploy form that computes the same.
 
   The five attributes are given by keyword. A layer writes notes beside its statistics if a fold
-  could not read the layer from shapes and names alone, see `note`.
+  could not read the layer from shapes and names alone, see `notes`.
 
   Attributes:
     epsilon: number added to the variance by batch norms.
@@ -43,7 +43,7 @@ class RepLayer(nn.Module, kw_only=True):
   @nn.nowrap
   def norm(self, x: jax.Array, train: bool, axis: int | tuple[int, ...] = -1) -> jax.Array:
     """Applies a batch norm in the scope `bn`; arguments and result as in `batch_norm`."""
-    self.note()
+    self.write_notes()
     return batch_norm(
       x,
       train,
@@ -55,23 +55,29 @@ class RepLayer(nn.Module, kw_only=True):
     )
 
   @nn.nowrap
-  def note(self) -> None:
-    """Writes scalars into "batch_stats" of new variables, if a fold needs them; else nothing.
+  def notes(self) -> dict[str, float]:
+    """Returns the scalars that a fold of this layer needs beside the statistics, by name.
 
-    `epsilon` is written if it is not 1e-5. `mark` is written, as a leaf of that name, in a scope
-    whose name does not begin with the class name. Other people's scopes may hold the same.
+    `epsilon` is one of them if it is not 1e-5. `mark` is one, with any value, in a scope whose name
+    does not begin with the class name. Other people's scopes may hold the same as such a layer.
     """
     notes = {"epsilon": self.epsilon} if self.epsilon != EPSILON else {}
     if self.mark and self.name and not is_named(self.name, self.mark):
       notes[self.mark] = 1.0
-    self.write_notes(notes)
+    return notes
 
   @nn.nowrap
-  def write_notes(self, notes: Mapping[str, float]) -> None:
-    """Writes scalars into "batch_stats" of new variables, each as a leaf of its name."""
-    if not self.is_initializing():
+  def write_notes(self) -> None:
+    """Writes the notes into new statistics, each as a leaf of its name.
+
+    Statistics are new under `init`, and where a call makes them because it got none. Statistics
+    without notes, which older versions wrote, stay as they are: training must not change the
+    structure of a tree.
+    """
+    is_new = self.is_mutable_collection("batch_stats") and not self.variables.get("batch_stats")
+    if not (self.is_initializing() or is_new):
       return
-    for name, value in notes.items():
+    for name, value in self.notes().items():
       self.put_variable("batch_stats", name, jnp.asarray(value, wide_dtype(self.param_dtype)))
 
   @nn.nowrap
@@ -88,6 +94,11 @@ class RepLayer(nn.Module, kw_only=True):
   def dtypes(self) -> dict[str, Any]:
     """Returns `dtype` and `param_dtype` by name, for layers that are the same in both forms."""
     return dtypes_of(self)
+
+
+def holds_arrays(scope: Any) -> bool:
+  """Tells if a scope holds no further scopes, as that of one convolution or norm does."""
+  return isinstance(scope, Mapping) and not any(isinstance(v, Mapping) for v in scope.values())
 
 
 def is_named(scope: str, layer: str) -> bool:

@@ -36,7 +36,7 @@ from repjax.algebra import (
   wide_dtype,
 )
 from repjax.errors import InputError
-from repjax.layers.base import read_notes
+from repjax.layers.base import holds_arrays, read_notes
 from repjax.layers.composition import (
   Conv,
   Layer,
@@ -396,20 +396,27 @@ def holds_branch(branch: Branch, held: Any) -> bool:
   if not isinstance(held, Mapping) or not held:
     return False
   if branch.two_steps:
-    return held.keys() <= {"first", "second"} and all(
-      isinstance(step, Mapping) and step.keys() <= {"conv", "bn"} for step in held.values()
-    )
-  return held.keys() <= {"conv", "bn"}
+    return held.keys() <= {"first", "second"} and all(map(_holds_step, held.values()))
+  return _holds_step(held)
 
 
-def _norm_paths(tree: Tree, path: Path = ()) -> set[Path]:
+def _holds_step(held: Any) -> bool:
+  """Tells if a scope holds a convolution or a norm, or both, and no more."""
+  return (
+    isinstance(held, Mapping)
+    and held.keys() <= {"conv", "bn"}
+    and all(map(holds_arrays, held.values()))
+  )
+
+
+def norm_paths(tree: Tree, path: Path = ()) -> set[Path]:
   """Returns the paths of all norms in a tree."""
   found = set()
   for name, below in tree.items():
     if name == "bn":
       found.add((*path, "bn"))
     elif isinstance(below, Mapping) and name != "conv":
-      found |= _norm_paths(below, (*path, str(name)))
+      found |= norm_paths(below, (*path, str(name)))
     elif name != "conv":
       found.add((*path, str(name)))
   return found
@@ -417,7 +424,7 @@ def _norm_paths(tree: Tree, path: Path = ()) -> set[Path]:
 
 def _check_trees(params: Tree, stats: Tree) -> None:
   """Raises ValueError if parameters and statistics do not have the same norms."""
-  wanted, found = _norm_paths(params), _norm_paths(stats)
+  wanted, found = norm_paths(params), norm_paths(stats)
   if wanted != found:
     raise ValueError(
       f"parameters have the norms {sorted(map('/'.join, wanted))}, statistics are of "

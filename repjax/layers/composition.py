@@ -4,9 +4,10 @@ Both follow from the attributes of a layer alone, whatever its framework.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 from repjax.layers.grammar import POOLED, Branch, layer_size, parse
 
 Path = tuple[str, ...]
@@ -57,7 +58,7 @@ class Conv(NamedTuple):
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
   """Returns (vertical, horizontal) from one number for both, or from two numbers."""
-  return (value, value) if isinstance(value, int) else (value[0], value[1])
+  return (value[0], value[1]) if isinstance(value, Sequence) else (value, value)
 
 
 def is_normed(layer: Layer, branch: Branch) -> bool:
@@ -147,6 +148,11 @@ def _of_branch(layer: Layer, branch: Branch, plain: Conv) -> Iterator[tuple[Path
 
 def check(layer: Layer, inputs: int, where: str) -> None:
   """Raises InputError if the branches do not fit the input or each other."""
+  _check_numbers(layer, where)
+  if isinstance(layer.branches, str):
+    raise InputError(
+      f"{where}: branches takes several names, got {layer.branches!r}. Pass ({layer.branches!r},)"
+    )
   branches = [parse(name) for name in layer.branches]
   size = layer_size(branches)
   if len({branch.name for branch in branches}) != len(branches):
@@ -161,6 +167,24 @@ def check(layer: Layer, inputs: int, where: str) -> None:
   _check_norms(layer, branches, where)
   for branch in branches:
     _check_branch(layer, branch, size, inputs, where)
+
+
+def _check_numbers(layer: Layer, where: str) -> None:
+  """Raises InputError if an attribute is no number of pixels or channels, nor two of them."""
+  for field in ("features", "groups", "strides", "dilation", "padding"):
+    value = getattr(layer, field)
+    is_pair = field not in ("features", "groups") and isinstance(value, list | tuple)
+    numbers = value if is_pair else [value]
+    # A convolution with negative padding crops the map, which `jnp.pad` cannot.
+    is_free = field == "padding" and layer.padding_mode == "constant"
+    least = None if is_free else 0 if field == "padding" else 1
+    fits = (not is_pair or len(value) == 2) and all(
+      isinstance(number, Integral) and (least is None or int(number) >= least) for number in numbers
+    )
+    if not fits and not (field == "padding" and value is None):
+      pairs = "" if field in ("features", "groups") else ", or two for (vertical, horizontal)"
+      wanted = "a whole number" if least is None else f"a whole number of at least {least}"
+      raise InputError(f"{where}: {field} takes {wanted}{pairs}, got {printable(repr(value), 60)}")
 
 
 def _check_branch(

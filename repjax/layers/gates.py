@@ -10,7 +10,14 @@ from jax import lax
 
 from repjax.algebra import AffineParams, absorb_affine, affine_bn, bn_affine, wide_dtype
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, dtypes_of, leading_axes, read_notes, refuse_training
+from repjax.layers.base import (
+  RepLayer,
+  dtypes_of,
+  holds_arrays,
+  leading_axes,
+  read_notes,
+  refuse_training,
+)
 from repjax.layers.linear import kernel_init, linear
 from repjax.layers.rep_norm import Affine
 
@@ -150,7 +157,9 @@ def recognize_skip_squeeze_excite(params: Mapping[str, Any]) -> int | None:
   Any scope with nothing but `bn` and a fully connected layer `dense` without a bias could be one
   in training form.
   """
-  if params.keys() != {"bn", "dense"} or leading_axes(params, ("dense", "bias"), 1) is not None:
+  if params.keys() != {"bn", "dense"} or not holds_arrays(params["bn"]):
+    return None
+  if leading_axes(params, ("dense", "bias"), 1) is not None:
     return None
   return leading_axes(params, ("dense", "kernel"), 2)
 

@@ -8,7 +8,13 @@ from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.base import (
+  RepLayer,
+  holds_arrays,
+  leading_axes,
+  read_notes,
+  refuse_training,
+)
 from repjax.layers.composition import pair
 from repjax.layers.linear import TwoLayers
 from repjax.layers.remainder import identity_norm
@@ -37,6 +43,8 @@ class GlobalPerceptron(RepLayer):
 
   tile: int | Sequence[int]
   reduction: int = 1
+
+  mark = "GlobalPerceptron"
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -88,13 +96,15 @@ class GlobalPerceptron(RepLayer):
 
 
 def recognize_global_perceptron(params: Mapping[str, Any]) -> int | None:
-  """Returns the number of leading axes if a scope is a GlobalPerceptron in training form.
+  """Returns the number of leading axes if a scope could be a GlobalPerceptron in training form.
 
-  Returns None for all other scopes. A GlobalPerceptron holds `bn`, and `dense` with `fc1` and
-  `fc2`.
+  Returns None for all other scopes. Any scope with nothing but a norm `bn`, and `dense` with `fc1`
+  and `fc2`, could be one.
   """
   dense = params.get("dense")
   if params.keys() != {"bn", "dense"} or not isinstance(dense, Mapping):
+    return None
+  if not holds_arrays(params["bn"]):
     return None
   if dense.keys() != {"fc1", "fc2"}:
     return None
@@ -121,7 +131,7 @@ def fold_global_perceptron(
   References:
     Ding et al., RepMLP, 2021, section 3.2. https://arxiv.org/abs/2105.01883
   """
-  stats, epsilon = read_notes(stats, epsilon)
+  stats, epsilon = read_notes(stats, epsilon, GlobalPerceptron.mark)
   if params.keys() != {"bn", "dense"} or stats.keys() != {"bn"}:
     raise ValueError(
       f"a GlobalPerceptron holds bn and dense, with statistics of bn; got parameters of "

@@ -5,27 +5,26 @@ names of branches mean, and `repjax.layers.branches` holds the forward pass and 
 is the layer in Flax Linen.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
 
-from repjax.layers.base import RepLayer, leading_axes, refuse_training
+from repjax.errors import InputError
+from repjax.layers.base import RepLayer, holds_arrays, leading_axes, refuse_training
 from repjax.layers.branches import (
   Scope,
   Tree,
   forward,
   holds_branch,
   merge_branches,
+  norm_paths,
   skips,
 )
 from repjax.layers.composition import Conv
-from repjax.layers.dirac import DiracConv
-from repjax.layers.grammar import find
-from repjax.layers.linear import bias_init, kernel_init
-from repjax.layers.one_channel import OneChannelConv, is_one_channel
+from repjax.layers.convolution import convolution
+from repjax.layers.grammar import find, is_skip
 
 
 class _Inside(nn.Module):
@@ -50,7 +49,7 @@ class _LinenScope:
 
   def conv(self, x: jax.Array, conv: Conv) -> jax.Array:
     """Applies a convolution."""
-    return self._layer.build(conv)(name="conv")(x)
+    return convolution(conv, **self._layer.dtypes())(name="conv")(x)
 
   def norm(self, x: jax.Array) -> jax.Array:
     """Applies the batch norm of the layer."""
@@ -128,37 +127,34 @@ class RepConv(RepLayer):
     """Maps (N, H, W, I) to (N, H', W', O).
 
     Raises:
-      InputError: the branches do not fit the input or each other, or are not in the grammar.
+      InputError: the branches do not fit the input, each other or the variables, or are not in the
+        grammar. Or an attribute is no such number.
       ValueError: `train` in deploy form.
     """
     refuse_training(self.deploy, train)
+    self._check_skips()
     scope = _LinenScope(self, self, train)
     y = forward(x, self, scope, f"RepConv {'/'.join(self.path)}")
-    if not self.deploy:
-      # A skip holds nothing, so that a fold could not see it.
-      self.write_notes(dict.fromkeys(skips(self), 1.0))
     return y.astype(self.dtype)
 
   @nn.nowrap
-  def build(self, conv: Conv) -> Callable[..., nn.Module]:
-    """Returns a function that builds a convolution, given its name."""
-    if conv.is_dirac:
-      return functools.partial(DiracConv, conv, **self.dtypes())
-    built = functools.partial(
-      OneChannelConv if is_one_channel(self.dtype, conv.inputs, conv.features) else nn.Conv,
-      conv.features,
-      conv.size,
-      strides=conv.strides,
-      padding=[(pad, pad) for pad in conv.padding],
-      kernel_dilation=conv.dilation,
-      use_bias=conv.use_bias,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      bias_init=bias_init((*conv.size, conv.inputs // conv.groups, conv.features)),
-    )
-    if built.func is OneChannelConv:
-      return built
-    return functools.partial(built, feature_group_count=conv.groups, kernel_init=kernel_init)
+  def notes(self) -> dict[str, float]:
+    """Returns the notes of `RepLayer`, and the skips. These hold nothing that a fold could see."""
+    return {**super().notes(), **dict.fromkeys(skips(self), 1.0)}
+
+  @nn.nowrap
+  def _check_skips(self) -> None:
+    """Raises InputError if the statistics are of a layer with different skips.
+
+    A skip has no parameters, so that nothing else would tell the two layers apart.
+    """
+    stats = self.variables.get("batch_stats")
+    if stats and (noted := sorted(filter(is_skip, stats))) != (wanted := sorted(skips(self))):
+      raise InputError(
+        f"RepConv {'/'.join(self.path)} has the skips {wanted}, but its statistics are of a layer "
+        f"with the skips {noted}. Build the layer with the branches of its variables, and keep "
+        "the notes in batch_stats"
+      )
 
 
 def convolution_branches(params: Mapping[str, Any]) -> list[str]:
@@ -192,7 +188,8 @@ def recognize_rep_conv(params: Mapping[str, Any]) -> int | None:
   """Tells if a scope holds a RepConv in training form.
 
   Such a scope holds branches, at least one with a convolution, and perhaps a norm after the sum.
-  With such a norm, at least one convolution has no norm of its own.
+  With such a norm, at least one convolution has no norm of its own. There is at least one norm:
+  several layers in deploy form, called `conv3x3` and `conv1x1`, hold convolutions alone.
 
   Args:
     params: parameters of the scope.
@@ -206,7 +203,11 @@ def recognize_rep_conv(params: Mapping[str, Any]) -> int | None:
     (branch := find(name)) and holds_branch(branch, held) for name, held in branches.items()
   ):
     return None
-  if "bn" in params and all("bn" in _last_step(params[name]) for name in convs):
+  if "bn" in params and (
+    not holds_arrays(params["bn"]) or all("bn" in _last_step(params[name]) for name in convs)
+  ):
+    return None
+  if not norm_paths(params):
     return None
   paths = [(*(["first"] if "first" in params[name] else []), "conv", "kernel") for name in convs]
   counts = [leading_axes(params[name], path, 4) for name, path in zip(convs, paths)]

@@ -8,7 +8,13 @@ from flax import linen as nn
 
 from repjax.algebra import ConvParams, absorb_affine, bn_affine
 from repjax.layers.activations import activation
-from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.base import (
+  RepLayer,
+  holds_arrays,
+  leading_axes,
+  read_notes,
+  refuse_training,
+)
 from repjax.layers.branches import merge_branches
 from repjax.layers.linear import TwoLayers
 from repjax.layers.remainder import expand_branches, identity_norm
@@ -36,6 +42,8 @@ class RepFFN(RepLayer):
   expansion: int = 4
   act: str = "gelu"
 
+  mark = "RepFFN"
+
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps (N, H, W, C) to the same shape.
@@ -54,11 +62,12 @@ class RepFFN(RepLayer):
 
 
 def recognize_rep_ffn(params: Mapping[str, Any]) -> int | None:
-  """Returns the number of leading axes if a scope is a RepFFN in training form, else None.
+  """Returns the number of leading axes if a scope could be a RepFFN in training form, else None.
 
-  A RepFFN holds `bn`, and the RepConvs `expand` and `project` of one 1x1 branch.
+  Any scope with nothing but a norm `bn`, and the RepConvs `expand` and `project` of one 1x1 branch,
+  could be one.
   """
-  if params.keys() != {"bn", "expand", "project"}:
+  if params.keys() != {"bn", "expand", "project"} or not holds_arrays(params["bn"]):
     return None
   layers = [params["expand"], params["project"]]
   if not all(isinstance(layer, Mapping) and layer.keys() == {"conv1x1"} for layer in layers):
@@ -86,7 +95,7 @@ def fold_rep_ffn(
   Raises:
     ValueError: the two trees do not belong together, or a kernel is not 1x1.
   """
-  stats, epsilon = read_notes(stats, epsilon)
+  stats, epsilon = read_notes(stats, epsilon, RepFFN.mark)
   wanted = {"bn", "expand", "project"}
   if params.keys() != wanted or stats.keys() != wanted:
     raise ValueError(

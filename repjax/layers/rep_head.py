@@ -7,7 +7,13 @@ import jax
 from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine
-from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.base import (
+  RepLayer,
+  holds_arrays,
+  leading_axes,
+  read_notes,
+  refuse_training,
+)
 from repjax.layers.linear import linear
 from repjax.layers.remainder import identity_norm
 
@@ -54,7 +60,9 @@ def recognize_rep_head(params: Mapping[str, Any]) -> int | None:
 
   Any scope with nothing but `bn` and a fully connected layer `dense` with a bias could be one.
   """
-  if params.keys() != {"bn", "dense"} or leading_axes(params, ("dense", "bias"), 1) is None:
+  if params.keys() != {"bn", "dense"} or not holds_arrays(params["bn"]):
+    return None
+  if leading_axes(params, ("dense", "bias"), 1) is None:
     return None
   return leading_axes(params, ("dense", "kernel"), 2)
 

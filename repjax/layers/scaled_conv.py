@@ -4,7 +4,6 @@ The hyper-search of RepOptimizer trains this layer. What the scales become says 
 plain network are to learn.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,9 +14,9 @@ from flax import linen as nn
 from repjax.algebra import BranchScales, ConvParams, fuse_bn, scale_branches, wide_dtype
 from repjax.errors import InputError
 from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.composition import Conv
+from repjax.layers.convolution import convolution
 from repjax.layers.drawing import draw
-from repjax.layers.linear import bias_init, kernel_init
-from repjax.layers.one_channel import OneChannelConv, is_one_channel
 from repjax.layers.remainder import identity_norm, share_of
 
 
@@ -102,20 +101,17 @@ class ScaledConv(RepLayer):
   def _conv(self, size: int, inputs: int, use_bias: bool = False) -> Callable[..., nn.Module]:
     """Returns a function that builds a convolution that keeps the map's size at stride 1."""
     pad = self.dilation * (size // 2)
-    built = functools.partial(
-      OneChannelConv if is_one_channel(self.dtype, inputs, self.features) else nn.Conv,
+    conv = Conv(
+      inputs,
       self.features,
       (size, size),
-      strides=(self.strides, self.strides),
-      padding=[(pad, pad), (pad, pad)],
-      kernel_dilation=(self.dilation, self.dilation),
-      use_bias=use_bias,
-      bias_init=bias_init((size, size, inputs // self.groups, self.features)),
-      **self.dtypes(),
+      (self.strides, self.strides),
+      (pad, pad),
+      (self.dilation, self.dilation),
+      self.groups,
+      use_bias,
     )
-    if built.func is OneChannelConv:
-      return built
-    return functools.partial(built, feature_group_count=self.groups, kernel_init=kernel_init)
+    return convolution(conv, **self.dtypes())
 
 
 def scales_of(params: Mapping[str, Any]) -> BranchScales:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from repjax.algebra import bn_affine
 from repjax.errors import InputError
 from repjax.layers import recognize_rep_conv
+from repjax.layers.base import read_notes
 
 Tree = Mapping[str, Any]
 
@@ -34,7 +35,7 @@ def custom_l2(params: Tree, batch_stats: Tree, epsilon: float = 1e-5) -> jax.Arr
   Args:
     params: parameters of a network in training form.
     batch_stats: running statistics. The authors use those that the same step has updated.
-    epsilon: added to the variance by batch norms.
+    epsilon: added to the variance by batch norms, for layers without a note of theirs.
 
   Returns:
     A scalar, in float32 or wider.
@@ -85,6 +86,7 @@ def _scope(tree: Tree, path: tuple[str, ...]) -> Tree:
 
 def _penalty(params: Tree, stats: Tree, epsilon: float) -> jax.Array:
   """Returns the penalty of one RepConv."""
+  stats, epsilon = read_notes(stats, epsilon)
   # The scales count as constants, as in the authors' code: the penalty shrinks kernels only. Their
   # axis of input channels has size one, to broadcast against kernels.
   t3, t1 = (

@@ -13,6 +13,7 @@ from repjax import names, runs, weights
 from repjax.algebra import BranchScales
 from repjax.errors import InputError, printable
 from repjax.recognition import layer_name
+from repjax.schema import shown
 from repjax.spec import ModelSpec
 from repjax.training.repoptimizer import scales_in, search_spec
 from repjax.weights.sources import expected
@@ -75,12 +76,34 @@ def _in_folder(folder: Path, search: ModelSpec) -> _Held:
       f"config.scales: {folder} holds a {spec.name} without scales. Give the run of a "
       "hyper-search, whose model has model_overrides.scaled=True"
     )
+  _check_same_network(folder, spec, search)
   _, variables, _ = runs.read_best(folder, shapes)
   wanted = _scales(search.variable_shapes()["params"])
   return _Held(
     {"/".join(path): leaf for path, leaf in _scales(variables["params"])},
     {"/".join(path): (path, leaf.shape) for path, leaf in wanted},
   )
+
+
+def _check_same_network(folder: Path, found: ModelSpec, wanted: ModelSpec) -> None:
+  """Raises InputError if a search has different groups or strides.
+
+  The shapes of scales do not tell these numbers.
+  """
+  for field in ("groups", "strides"):
+    values = [_as_in_json(getattr(spec.create_model(), field)) for spec in (found, wanted)]
+    if values[0] != values[1]:
+      raise InputError(
+        f"config.scales: {folder} is the search of a network with {field} {shown(values[0])}, but "
+        f"the plain network has {shown(values[1])}. Give both the same {field} in model_overrides"
+      )
+
+
+def _as_in_json(value: Any) -> Any:
+  """Returns a number, a sequence or a table of numbers as a JSON file holds it."""
+  if isinstance(value, Mapping):
+    return {str(key): number for key, number in value.items()}
+  return list(value) if isinstance(value, Sequence) else value
 
 
 def _in_file(path: Path, search: ModelSpec) -> _Held:

@@ -1,6 +1,7 @@
 """Every branch of the grammar against its definition in NumPy, in training and in deploy form."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -395,11 +396,36 @@ class TestRefusals:
       ({"norms": ("conv3x3", "sum")}, "identity holds nothing but a norm"),
       ({"norms": ("conv3x3", "conv1x1", "identity", "sum")}, "at least one convolution goes"),
       ({"branches": QAREP, "norms": ()}, "no norm at all"),
+      ({"branches": "conv3x3"}, r"branches takes several names.*\('conv3x3',\)"),
+      ({"conv_bias": None}, "conv_bias takes names .* got None"),
+      ({"groups": 0}, "groups takes a whole number of at least 1, got 0"),
+      ({"features": 4.0}, r"features takes a whole number .* got 4\.0"),
+      ({"strides": 0}, r"strides takes .* or two for \(vertical, horizontal\), got 0"),
+      ({"dilation": (1,)}, r"dilation takes .* got \(1,\)"),
+      ({"padding": 1.5}, r"padding takes a whole number, .* got 1\.5"),
+      ({"padding": (0, -1), "padding_mode": "edge"}, r"padding takes .* at least 0"),
     ],
     ids=str,
   )
   def test_what_cannot_be_is_named(self, attributes, words):
     assert re.search(words, self.refuses(**attributes))
+
+  @pytest.mark.parametrize(
+    ("made", "used"), [("conv3x3 skip", "conv3x3"), ("conv3x3", "conv3x3 skip")]
+  )
+  def test_statistics_of_different_skips_are_refused(self, made, used):
+    x = jnp.ones((1, 6, 6, 4))
+    variables = helpers.init_shapes(RepConv(4, tuple(made.split())), x)
+    with pytest.raises(InputError, match=r"has the skips \[.*\], but its statistics") as told:
+      jax.eval_shape(RepConv(4, tuple(used.split())).apply, variables, x)
+    helpers.assert_one_paragraph(told.value)
+
+  def test_numbers_of_numpy_are_numbers(self):
+    numbers: dict[str, Any] = {"strides": np.int64(2), "padding": (np.int64(1), 1)}
+    layer = RepConv(4, ("conv3x3",), **numbers)
+    x = jnp.ones((1, 6, 6, 4))
+    y, _ = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
+    assert y.shape == (1, 3, 3, 4)
 
   @pytest.mark.parametrize(
     ("params", "words"),

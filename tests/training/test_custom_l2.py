@@ -13,6 +13,7 @@ from tests.helpers import (
   F64,
   fill_variables,
   goldens,
+  halves,
   init_shapes,
   leaves,
   random_variables,
@@ -139,6 +140,19 @@ def test_a_network_without_such_a_block_is_refused():
   params = {"stem": {"RepConv_0": {"conv3x3": {"conv": {"kernel": jnp.ones((3, 3, 2, 2))}}}}}
   with pytest.raises(InputError, match="this model has none"):
     custom_l2(params, {})
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_layer_with_a_note_of_its_epsilon_has_that_epsilon():
+  layer = RepConv(4, epsilon=0.1, **F64)
+  params, stats = halves(random_variables(layer, jnp.ones((1, 4, 4, 4))))
+  alone = {name: below for name, below in stats.items() if name != "epsilon"}
+  noted, told, silent = (
+    custom_l2({"stem": params}, {"stem": stats}, *epsilon)
+    for stats, epsilon in ((stats, ()), (alone, (0.1,)), (alone, ()))
+  )
+  assert relative_error(noted, told) <= 1e-15
+  assert relative_error(noted, silent) > 1e-3
 
 
 @pytest.mark.parametrize("norms", [("sum",), ("conv3x3", "sum"), ("conv3x3",)], ids=str)

@@ -113,6 +113,18 @@ def test_the_search_of_a_different_network_is_refused(tmp_path):
   assert_one_paragraph(caught.value)
 
 
+@pytest.mark.parametrize(
+  "change",
+  [{"groups": 2}, {"groups": {"2": 2}}, {"strides": (1, 1, 2, 2, 4)}, {"strides": (2, 1, 2, 2, 2)}],
+  ids=str,
+)
+def test_a_search_whose_scales_have_the_same_shapes_is_refused(tmp_path, change):
+  write_search(tmp_path, ModelSpec("repvgg_a0", 3, {**SEARCH.overrides, **change}))
+  with pytest.raises(InputError, match=rf"with {next(iter(change))} .* the same") as caught:
+    read_scales(str(tmp_path), PLAIN)
+  assert_one_paragraph(caught.value)
+
+
 def test_a_folder_or_file_without_scales_is_named(tmp_path, finished):
   with pytest.raises(InputError, match=r"none does not exist.*scaled=True"):
     read_scales(str(tmp_path / "none"), PLAIN)

@@ -1,0 +1,40 @@
+"""The one place that chooses the Linen module of a convolution."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+
+from repjax.layers.composition import Conv
+from repjax.layers.dirac import DiracConv
+from repjax.layers.linear import bias_init, kernel_init
+from repjax.layers.one_channel import OneChannelConv, is_one_channel
+
+
+def convolution(conv: Conv, dtype: Any, param_dtype: Any) -> Callable[..., nn.Module]:
+  """Returns a function that builds a convolution, given its name.
+
+  Args:
+    conv: the convolution.
+    dtype: dtype of the computation and of the result.
+    param_dtype: dtype of the parameters.
+  """
+  if conv.is_dirac:
+    return functools.partial(DiracConv, conv, dtype=dtype, param_dtype=param_dtype)
+  is_one = is_one_channel(dtype, conv.inputs, conv.features)
+  built = functools.partial(
+    OneChannelConv if is_one else nn.Conv,
+    conv.features,
+    conv.size,
+    strides=conv.strides,
+    padding=[(pad, pad) for pad in conv.padding],
+    kernel_dilation=conv.dilation,
+    use_bias=conv.use_bias,
+    bias_init=bias_init((*conv.size, conv.inputs // conv.groups, conv.features)),
+    dtype=dtype,
+    param_dtype=param_dtype,
+  )
+  if is_one:
+    return built
+  return functools.partial(built, feature_group_count=conv.groups, kernel_init=kernel_init)
