@@ -53,8 +53,11 @@ def new_axes(shape: Sequence[int]) -> Axes:
 
 
 def layout_of(node: Node) -> Layout:
-  """Returns a node as moved numbers of its source, which may be the node itself."""
-  if node.layout is not None:
+  """Returns a node as moved numbers of its source, which may be the node itself.
+
+  A value that is computed is its own source, since other terms start from there too.
+  """
+  if node.layout is not None and not node.computed:
     return node.layout
   affine = affine_of(node)
   term = affine.terms[0]
