@@ -17,6 +17,9 @@ from repjax.program import Constant, Equation, Variable
 _TOLERANCE = {8: 1e-9, 4: 1e-3, 2: 0.1}
 """Largest relative error of a merge, by the bytes of a number. Mistakes make errors near 1."""
 
+_KEYS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
+"""The generators of JAX, by the names that dtypes of keys have."""
+
 
 def random_array(aval: Any, seed: int) -> Any:
   """Returns random numbers that keep the numbers of a network moderate.
@@ -25,10 +28,9 @@ def random_array(aval: Any, seed: int) -> Any:
   """
   rng = np.random.default_rng(seed)
   if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-    keys = jax.random.split(
-      jax.random.key(seed, impl=jax.random.key_impl(aval.dtype)), max(1, math.prod(aval.shape))
-    )
-    return keys.reshape(aval.shape)
+    kind = _KEYS[str(aval.dtype).removeprefix("key<").removesuffix(">")]
+    count = max(1, math.prod(aval.shape))
+    return jax.random.split(jax.random.key(seed, impl=kind), count).reshape(aval.shape)
   if aval.dtype == np.uint8:
     return jnp.asarray(rng.integers(0, 256, aval.shape), aval.dtype)
   if not jnp.issubdtype(aval.dtype, jnp.inexact):

@@ -21,7 +21,7 @@ from repjax.fusion.arithmetic import Given
 from repjax.fusion.choice import best_product, best_sum, is_norm, norm_reason
 from repjax.fusion.contractions import Contraction
 from repjax.fusion.cost import grouped, reasons_apart
-from repjax.fusion.counts import PRODUCTS, total
+from repjax.fusion.counts import PRODUCTS, counts_of, total
 from repjax.fusion.emission import merge_of
 from repjax.fusion.expressions import Expression, Expressions, evaluate
 from repjax.fusion.layouts import Layout
@@ -206,6 +206,10 @@ class Planner:
   def _add(self, equation: Equation) -> None:
     """Adds an equation that depends on the arguments."""
     made = self._made(equation)
+    inside = counts_of(equation).products if equation.primitive not in PRODUCTS else 0
+    if inside:
+      reason = f"holds {inside} products, and what it holds is not merged"
+      self.report.add_left(equation.scope, equation.primitive, reason)
     for variable in equation.outputs:
       self.nodes[variable] = Node(variable, equation, reads=self._reads(variable))
     if made is None:

@@ -54,6 +54,14 @@ class TestFold:
       "params/block/bias": (4,),
     }
 
+  def test_one_image_and_mapped_images_merge_as_batches_do(self):
+    params, x = drawn(), random(2, 8, 9, 3)
+    one = lambda params, x: branches(params, x[None])[0]  # noqa: E731
+    for function, images in ((one, x[0]), (jax.vmap(one, (None, 0)), x)):
+      error, fused = fused_error(function, params, images)
+      assert error <= 1e-5
+      assert fused.report.after.products == 1
+
   def test_fold_is_pure(self):
     fused, params = repjax.fuse(branches, drawn(), IMAGES), drawn()
     plain, compiled = fused.fold(params), jax.jit(fused.fold)(params)
@@ -323,6 +331,15 @@ class TestReport:
     assert tree["merges"][0]["after"]["products"] == 1
     assert tree["left"] == []
 
+  def test_branches_of_a_choice_are_reported(self):
+    def function(params, x):
+      choice = x.sum() > 0
+      return lax.cond(choice, lambda x: branches(params, x), lambda x: branches(params, -x), x)
+
+    fused = repjax.fuse(function, drawn(), IMAGES)
+    assert "holds 4 products" in str(fused.report)
+    assert fused.report.after.products == 4
+
   def test_strict_raises_if_a_norm_stays(self):
     def function(params, x):
       return jnp.sin(normalised(jnp.sin(x), params["norm"]))
@@ -389,6 +406,12 @@ class TestMistakes:
       fused.fold({"wide": drawn()["wide"]})
     with pytest.raises(InputError, match=r"wide with shape \(5, 5, 3, 4\)"):
       fused.fold(drawn(wide=(5, 5, 3, 4), point=(1, 1, 3, 4), norm=(4,)))
+
+  def test_keys_and_empty_places_among_the_parameters_are_no_mistake(self):
+    params, x = {"net": drawn(), "key": jax.random.key(0), "none": None}, random(2, 8, 9, 3)
+    error, fused = fused_error(lambda params, x: branches(params["net"], x), params, x)
+    assert error <= 1e-5
+    assert fused.report.after.products == 1
 
   def test_folded_parameters_of_a_different_function(self):
     fused = repjax.fuse(branches, drawn(), IMAGES)
