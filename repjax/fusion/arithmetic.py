@@ -20,9 +20,9 @@ from repjax.fusion.values import (
   affine_of,
   scaled,
   shifted,
-  widened,
   with_channel,
 )
+from repjax.fusion.vectors import widened
 from repjax.program import Equation
 
 Operand = Node | Expression

@@ -10,16 +10,8 @@ from typing import Any
 
 from repjax.fusion.arithmetic import Given, Rule
 from repjax.fusion.expressions import Expression, derived
-from repjax.fusion.values import (
-  Affine,
-  Node,
-  Refusal,
-  affine_of,
-  at_channels,
-  plus,
-  segments,
-  with_channel,
-)
+from repjax.fusion.values import Affine, Node, Refusal, affine_of, segments, with_channel
+from repjax.fusion.vectors import at_channels, plus
 from repjax.fusion.views import cut as cut_pixels
 
 

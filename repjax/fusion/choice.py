@@ -15,7 +15,8 @@ from repjax.fusion.counts import PRODUCTS
 from repjax.fusion.expressions import Expressions
 from repjax.fusion.layouts import Layout
 from repjax.fusion.report import Report
-from repjax.fusion.values import Affine, Node, Refusal, Term, at_channels, plus, with_channel
+from repjax.fusion.values import Affine, Node, Refusal, Term, with_channel
+from repjax.fusion.vectors import at_channels, plus
 from repjax.fusion.windows import Window
 
 

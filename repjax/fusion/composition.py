@@ -15,18 +15,8 @@ import numpy as np
 
 from repjax.fusion import kernels
 from repjax.fusion.expressions import Expression
-from repjax.fusion.values import (
-  NEW,
-  Affine,
-  Border,
-  Refusal,
-  Term,
-  part_of,
-  scaled_term,
-  segments,
-  times,
-  widened,
-)
+from repjax.fusion.values import NEW, Affine, Border, Refusal, Term, part_of, scaled_term, segments
+from repjax.fusion.vectors import times, widened
 from repjax.fusion.windows import Window
 
 

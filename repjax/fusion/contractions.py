@@ -15,10 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
-from repjax import algebra
-from repjax.fusion.counts import Counts
 from repjax.fusion.expressions import Expression, derived
 from repjax.fusion.layouts import (
   Atom,
@@ -29,7 +26,7 @@ from repjax.fusion.layouts import (
   split_axes,
   with_splits,
 )
-from repjax.fusion.values import Node, plus, times, widened
+from repjax.fusion.vectors import plus, times, widened
 from repjax.program import Equation
 
 
@@ -111,7 +108,7 @@ class Contraction:
     if any(shape[atom] != 1 for atom in atoms_of(self.layout.axes) if atom not in order):
       return None
     return derived(
-      _arranged,
+      arranged,
       widened(value),
       shape=tuple(shape[atom] for atom in order),
       order=tuple(order.index(atom) for atom in self.kept),
@@ -160,110 +157,8 @@ class Contraction:
     order = [atom for atom in self.atoms if atom in atoms]
     shape = tuple(atom.size if atom in atoms else 1 for atom in self.atoms)
     places = tuple(atoms.index(atom) for atom in order)
-    moved = derived(_arranged, vector, shape=sizes(atoms), order=places)
+    moved = derived(arranged, vector, shape=sizes(atoms), order=places)
     return derived(_reshaped, moved, shape=shape)
-
-  def step(self, shape: tuple[int, ...], dtype: Any) -> "Product":
-    """Returns the instruction that computes the value."""
-    layout, added = self.layout, [atom for atom in self.kept if atom not in self.shared]
-    order = [*self.shared, *self.summed, *added]
-    kernel = derived(
-      _as_operand,
-      self.kernel,
-      order=tuple(self.atoms.index(atom) for atom in order),
-      dtype=self.dtype,
-    )
-    origin = atoms_of(layout.origin)
-    free = [atom for atom in origin if atom not in self.summed and atom not in self.shared]
-    result = [*self.shared, *free, *added]
-    target = atoms_of(layout.axes)
-    bias = self.bias
-    if bias is not None:
-      where = [atom for atom in target if atom in self.kept]
-      bias = derived(_arranged, bias, shape=bias.shape, order=tuple(map(self.kept.index, where)))
-    return Product(
-      contraction=self,
-      kernel=kernel,
-      bias=bias,
-      summed=tuple(origin.index(atom) for atom in self.summed),
-      shared=tuple(origin.index(atom) for atom in self.shared),
-      order=tuple(result.index(atom) for atom in target),
-      varies=tuple(atom in self.kept for atom in target),
-      shape=shape,
-      dtype=dtype,
-    )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Product:
-  """A contraction as an instruction.
-
-  Attributes:
-    contraction: what is computed.
-    kernel: shared, summed and added atoms, in this order.
-    bias: with an axis for each atom of the value that the kernel has, or None.
-    summed, shared: axes of the source, reshaped to its atoms.
-    order: how the axes of the product are moved to those of the value.
-    varies: for each atom of the value, if the bias has an axis for it.
-    shape, dtype: of the value.
-  """
-
-  contraction: Contraction
-  kernel: Expression
-  bias: Expression | None
-  summed: tuple[int, ...]
-  shared: tuple[int, ...]
-  order: tuple[int, ...]
-  varies: tuple[bool, ...]
-  shape: tuple[int, ...]
-  dtype: Any
-
-  @property
-  def sources(self) -> list[Node]:
-    """The node that is read."""
-    return [self.contraction.layout.source]
-
-  @property
-  def stored(self) -> list[Expression]:
-    """The kernel and the bias."""
-    return [self.kernel] if self.bias is None else [self.kernel, self.bias]
-
-  @property
-  def kinds(self) -> list[str]:
-    """The kind of each stored array."""
-    return ["kernel", "bias"][: len(self.stored)]
-
-  @property
-  def parts(self) -> list[str]:
-    """The branches that are merged."""
-    return list(self.contraction.names)
-
-  @property
-  def operations(self) -> int:
-    """The number of equations that the instruction stands for."""
-    return len(self.stored)
-
-  @property
-  def counts(self) -> Counts:
-    """The cost of the instruction."""
-    summed = math.prod(sizes(self.contraction.summed))
-    stored = sum(each.size for each in self.stored)
-    return Counts(1, math.prod(self.shape) * summed, stored)
-
-  def run(self, x: Any, kernel: Any, bias: Any = None) -> list[Any]:
-    """Computes the value from the source and the stored arrays."""
-    x = x.reshape(sizes(atoms_of(self.contraction.layout.origin))).astype(kernel.dtype)
-    count, rank = len(self.shared), len(self.shared) + len(self.summed)
-    precision, preferred = self.contraction.settings
-    numbers = (self.summed, tuple(range(count, rank))), (self.shared, tuple(range(count)))
-    y = lax.dot_general(x, kernel, numbers, precision=precision, preferred_element_type=preferred)
-    y = y.transpose(self.order)
-    if bias is not None:
-      lengths = iter(bias.shape)
-      bias = bias.reshape([next(lengths) if each else 1 for each in self.varies])
-      wide = algebra.wide_dtype(self.dtype)
-      y = y.astype(wide) + bias.astype(wide)
-    return [y.reshape(self.shape).astype(self.dtype)]
 
 
 def _reshaped(value: Any, shape: tuple[int, ...]) -> Any:
@@ -274,12 +169,9 @@ def _broadcast(value: Any, shape: tuple[int, ...]) -> Any:
   return jnp.broadcast_to(value, shape)
 
 
-def _arranged(value: Any, shape: tuple[int, ...], order: tuple[int, ...]) -> Any:
+def arranged(value: Any, shape: tuple[int, ...], order: tuple[int, ...]) -> Any:
+  """Returns an array, reshaped and then transposed."""
   return value.reshape(shape).transpose(order)
-
-
-def _as_operand(kernel: Any, order: tuple[int, ...], dtype: Any) -> Any:
-  return kernel.transpose(order).astype(dtype)
 
 
 def _summed(value: Any, axes: tuple[int, ...]) -> Any:

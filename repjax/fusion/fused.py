@@ -43,6 +43,11 @@ class Fused:
     growth: float,
     check: bool,
   ):
+    if not growth >= 1:
+      raise InputError(
+        f"growth is {growth!r}, but must be 1 or more: the largest factor by which a merge may "
+        "raise multiplications or weights. Leave it out to allow no more of either"
+      )
     self._function, self._growth, self._check = function, growth, check
     paths, self._tree = jax.tree_util.tree_flatten_with_path(params)
     self._paths = [_name(path) for path, _ in paths]

@@ -14,7 +14,8 @@ from jax import lax
 
 from repjax import algebra
 from repjax.fusion.expressions import Expression, derived
-from repjax.fusion.values import Term, widened
+from repjax.fusion.values import Term
+from repjax.fusion.vectors import widened
 from repjax.fusion.windows import Window
 
 

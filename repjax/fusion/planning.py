@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from repjax.fusion import arithmetic, channels, contracting, products, views
 from repjax.fusion.arithmetic import Given
 from repjax.fusion.choice import best_product, best_sum, is_norm, norm_reason
+from repjax.fusion.contracted import product_of
 from repjax.fusion.contractions import Contraction
 from repjax.fusion.cost import grouped, reasons_apart
 from repjax.fusion.counts import PRODUCTS, counts_of, total
@@ -124,6 +125,8 @@ class Planner:
     base, (variable,) = self.nodes.get(pick.inputs[0]), pick.outputs  # type: ignore[arg-type]
     affine = None if base is None else self._picked_affine(base, pick)
     if affine is None:
+      if base is not None:
+        self._read_by(base, pick.equations)
       for equation in pick.equations:
         self._add_any(equation)
       if base is not None:
@@ -132,6 +135,16 @@ class Planner:
     node = Node(variable, pick.equations[-1], affine, self._reads(variable))
     self.nodes[variable] = node
     if node.reads > 1 and not self._stays_open(node):
+      self.compute(node)
+
+  def _read_by(self, node: Node, equations: Iterable[Equation]) -> None:
+    """Notes that several equations read a value, after all, and computes it if it is no view."""
+    reads = [
+      each.primitive for each in equations for given in each.inputs if given is node.variable
+    ]
+    self._readers.setdefault(node.variable, []).extend(reads)
+    node.reads = max(node.reads, len(reads))
+    if node.reads > 1 and not node.computed and not self._stays_open(node):
       self.compute(node)
 
   def _picked_affine(self, base: Node, pick: Pick) -> Affine | None:
@@ -283,7 +296,7 @@ class Planner:
       return
     if node.product is not None:
       product = best_product(node.product)
-      step, equations = product.step(node.shape, node.dtype), product.equations
+      step, equations = product_of(product, node.shape, node.dtype), product.equations
     else:
       affine = self._best_sum(node)
       groups = grouped(affine.terms, self.growth)

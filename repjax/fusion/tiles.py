@@ -12,12 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from repjax import algebra
-from repjax.fusion.contractions import Contraction
+from repjax.fusion.contractions import Contraction, arranged
 from repjax.fusion.cost import Group, grouped
 from repjax.fusion.emission import joint_kernel
 from repjax.fusion.expressions import Expression, derived
 from repjax.fusion.layouts import Atom, rebased, sizes
-from repjax.fusion.values import Affine, plus
+from repjax.fusion.values import Affine
+from repjax.fusion.vectors import plus
 from repjax.fusion.windows import Window
 
 
@@ -44,7 +45,7 @@ def with_convolution(product: Contraction, affine: Affine, table: Any) -> Contra
   atoms, shared = found
   kernel = _over_tile(group, spatial, shared, table)
   order = tuple(atoms.index(atom) for atom in product.atoms)
-  kernel = plus(product.kernel, derived(_arranged, kernel, shape=sizes(atoms), order=order))
+  kernel = plus(product.kernel, derived(arranged, kernel, shape=sizes(atoms), order=order))
   result = Contraction(
     product.layout,
     product.atoms,
@@ -136,10 +137,6 @@ def _dense(kernel: Any, taps: tuple[int, int], tile: tuple[int, int], groups: in
   kernel = kernel.reshape(*taps, *kernel.shape[-2:])
   bias = jnp.zeros(kernel.shape[-1], kernel.dtype)
   return algebra.conv_to_dense(algebra.ConvParams(kernel, bias), tile, groups)[0]
-
-
-def _arranged(value: Any, shape: tuple[int, ...], order: tuple[int, ...]) -> Any:
-  return value.reshape(shape).transpose(order)
 
 
 def _reshaped(value: Any, shape: tuple[int, ...]) -> Any:

@@ -123,6 +123,15 @@ class TestExactness:
     assert len(fused.report.norms) == 2
     assert "read 2 times" in fused.report.norms[0].reason
 
+  def test_a_value_that_is_repeated_is_computed_once(self):
+    def function(params, x):
+      y = normalised(convolved(x, params["wide"]), params["norm"])
+      return jnp.concatenate([y, y], -1)
+
+    error, fused = fused_error(function, drawn(), random(2, 8, 9, 3))
+    assert error <= 1e-5
+    assert fused.report.after.products == 1
+
   def test_the_mean_over_pixels_does_not_enter_a_kernel(self):
     def function(params, x):
       return x.mean((1, 2)) @ params["dense"] * params["scale"].reshape(1, 4)
@@ -385,6 +394,10 @@ class TestMistakes:
   def test_parameters_that_are_no_arrays(self):
     with pytest.raises(InputError, match=r"the parameter name is 'relu'.*functools.partial"):
       repjax.fuse(branches, drawn() | {"name": "relu"}, IMAGES)
+
+  def test_a_growth_below_one(self):
+    with pytest.raises(InputError, match=r"growth is 0.5, but must be 1 or more"):
+      repjax.fuse(branches, drawn(), IMAGES, growth=0.5)
 
   def test_arguments_that_are_no_arrays(self):
     with pytest.raises(InputError, match=r"argument 1 is 'train'"):
