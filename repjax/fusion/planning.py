@@ -132,7 +132,8 @@ class Planner:
       if base is not None:
         self._picked.setdefault((base, pick.places), self.nodes[variable])
       return
-    node = Node(variable, pick.equations[-1], affine, self._reads(variable))
+    *before, last = pick.equations
+    node = Node(variable, last, affine, self._reads(variable), chain=tuple(before))
     self.nodes[variable] = node
     if node.reads > 1 and not self._stays_open(node):
       self.compute(node)
@@ -305,6 +306,8 @@ class Planner:
     if step.operations < sum(each.primitive not in _FREE for each in equations):
       self._emit_step(node, step, equations)
     else:
+      for each in node.chain:
+        self._add_any(each)
       self._emit(node.equation)
     node.product = None
     if node.affine is not None and not node.affine.is_view:

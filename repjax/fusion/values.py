@@ -37,6 +37,7 @@ class Node:
     layout: the value as moved numbers of an earlier node, for products over several axes.
     product: the value as a product over several axes, which is not computed yet.
     pick: the node and the instruction of a value that is no value of the program.
+    chain: the equations before `equation` that the program picks pixels with.
   """
 
   variable: Variable
@@ -47,6 +48,7 @@ class Node:
   layout: Any = None
   product: Any = None
   pick: Any = None
+  chain: tuple[Equation, ...] = ()
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -279,6 +279,15 @@ class TestParts:
     assert error <= 1e-5
     assert fused.report.after.products == 1
 
+  def test_reflection_after_a_scale_that_merges_with_nothing_stays(self):
+    def function(params, x):
+      scale = params["scale"].reshape(1, 1, 1, 3)
+      return jnp.sin(jnp.pad(x * scale, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect"))
+
+    error, fused = fused_error(function, drawn(scale=(3,)), random(2, 8, 9, 3))
+    assert error == 0
+    assert not fused.report.merges
+
   def test_a_norm_after_a_concatenation_merges_into_its_parts(self):
     def function(params, x):
       parts = [convolved(x, params["wide"]), convolved(x, params["point"])]
