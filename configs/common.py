@@ -20,14 +20,14 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
     "only_1x1": {"branches": ("conv3x3", "conv1x1")},
     "only_identity": {"branches": ("conv3x3", "identity")},
     "identity_without_norm": {"branches": _BARE},
-    "norm_after_sum": {"branches": _BARE, "norms": ("sum",)},
+    "norm_after_sum": {"branches": _BARE, "norm": ("after_sum",)},
     "relu_in_branches": {"branches": _RELU},
     "diracnet": {"branches": ("dirac3x3",)},
-    "trivial": {"branches": ("conv3x3", "skip"), "norms": ("sum",)},
+    "trivial": {"branches": ("conv3x3", "skip"), "norm": ("after_sum",)},
     "acb": {"branches": _ACNET},
     "residual_reorg": {"branches": ("conv3x3",), "residual": True},
     "dbb": {"branches": _DIVERSE},
-    "qarepvgg": {"branches": _BARE, "norms": ("conv3x3", "sum")},
+    "qarepvgg": {"branches": _BARE, "norm": ("conv3x3", "after_sum")},
   }
 )
 """Name of an ablation of RepVGG to its overrides of the network.

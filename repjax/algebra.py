@@ -124,6 +124,17 @@ def rebase_bn(
   return affine_bn(AffineParams(scale, beta - mean * scale), new, epsilon)
 
 
+def _check_outputs(kernel: jax.Array, **vectors: jax.Array) -> None:
+  """Raises ValueError unless vectors have one number for each output of a kernel."""
+  # Broadcasting would repeat a vector of one number without a word.
+  for name, vector in vectors.items():
+    if vector.shape != kernel.shape[-1:]:
+      raise ValueError(
+        f"{name} of shape {vector.shape} does not have one number for each of the "
+        f"{kernel.shape[-1]} outputs of a kernel {kernel.shape}"
+      )
+
+
 def fuse_bn(
   conv: ConvParams,
   bn: Mapping[str, jax.Array],
@@ -144,7 +155,7 @@ def fuse_bn(
     kernel (H, W, I/g, O), bias (O,), in the widest dtype involved, at least float32.
 
   Raises:
-    ValueError: the vectors of the batch norm do not have length O.
+    ValueError: the bias or the vectors of the batch norm do not have length O.
 
   References:
     Ding et al., RepVGG, CVPR 2021, section 3.3, equation 3. https://arxiv.org/abs/2101.03697
@@ -155,6 +166,7 @@ def fuse_bn(
       f"a batch norm over {affine.scale.shape[0]} channels cannot follow a convolution "
       f"with {conv.kernel.shape[-1]} outputs (kernel {conv.kernel.shape})"
     )
+  _check_outputs(conv.kernel, bias=conv.bias)
   kernel, bias, scale, shift = _widen(conv.kernel, conv.bias, *affine)
   return ConvParams(kernel * scale[None, None, None, :], bias * scale + shift)
 
@@ -275,7 +287,7 @@ def dirac_kernel(kernel: jax.Array, diagonal: jax.Array, gain: jax.Array) -> jax
     (H, W, I, O), in the widest dtype involved, at least float32.
 
   Raises:
-    ValueError: an even size, which has no centre.
+    ValueError: an even size, which has no centre, or vectors that do not have length O.
 
   References:
     Zagoruyko and Komodakis, DiracNets, 2017, section 3. https://arxiv.org/abs/1706.00388
@@ -283,6 +295,7 @@ def dirac_kernel(kernel: jax.Array, diagonal: jax.Array, gain: jax.Array) -> jax
   height, width, inputs, outputs = kernel.shape
   if not (height % 2 and width % 2):
     raise ValueError(f"a kernel with an identity needs odd sizes, got {height}x{width}")
+  _check_outputs(kernel, diagonal=diagonal, gain=gain)
   kernel, diagonal, gain = _widen(kernel, diagonal, gain)
   identity = pad_kernel(jnp.eye(inputs, outputs, dtype=kernel.dtype)[None, None], (height, width))
   # A filter of zeros stays zero; 1e-12 is the least norm that the authors divide by.
@@ -413,10 +426,19 @@ def scale_branches(conv3x3: jax.Array, conv1x1: jax.Array, scales: BranchScales)
   Returns:
     (3, 3, I/g, O), in the widest dtype involved, at least float32.
 
+  Raises:
+    ValueError: the kernels do not lie beside each other, or scales do not have length O.
+
   References:
     Ding et al., Re-parameterizing Your Optimizers rather than Architectures, ICLR 2023, the rule
       of initialization. https://arxiv.org/abs/2205.15242
   """
+  if conv3x3.shape[:2] != (3, 3) or conv1x1.shape != (1, 1, *conv3x3.shape[2:]):
+    raise ValueError(
+      f"a 3x3 and a 1x1 kernel of the same channels can be added, got {conv3x3.shape} and "
+      f"{conv1x1.shape}"
+    )
+  _check_outputs(conv3x3, **{name: s for name, s in scales._asdict().items() if s is not None})
   k3, k1, s3, s1 = _widen(conv3x3, conv1x1, scales.conv3x3, scales.conv1x1)
   kernel = k3 * _over_outputs(s3) + pad_kernel(k1 * _over_outputs(s1), (3, 3))
   if scales.identity is None:
@@ -485,7 +507,7 @@ def absorb_affine(
     kernel (C * n, O), bias (O,), in the widest dtype involved, at least float32.
 
   Raises:
-    ValueError: the layer's inputs are no multiple of C.
+    ValueError: the layer's inputs are no multiple of C, or the bias does not have length O.
 
   References:
     Ding et al., RepMLP, 2021, section 3.2, for the norm before FC1. https://arxiv.org/abs/2105.01883
@@ -496,6 +518,7 @@ def absorb_affine(
       f"an affine map of {channels} channels cannot precede a fully connected layer with {inputs} "
       f"inputs, because {inputs} is no multiple of {channels}"
     )
+  _check_outputs(kernel, bias=bias)
   scale, shift, kernel, bias = _widen(*affine, kernel, bias)
   scale, shift = (jnp.repeat(vector, inputs // channels) for vector in (scale, shift))
   moved = jnp.einsum("i,io->o", shift, kernel, precision=lax.Precision.HIGHEST)

@@ -101,7 +101,10 @@ OVERRIDES = (
   Field("groups", None, "Groups of RepVGG's convolutions in every second block.", kind=int),
   Field("branches", None, "Names of the branches of RepVGG's blocks.", kind=tuple),
   Field(
-    "norms", None, 'Branches of RepVGG with a norm, and "sum" for one after the sum.', kind=tuple
+    "norm",
+    None,
+    'Branches of RepVGG with a norm, and "after_sum" for one after the sum.',
+    kind=tuple,
   ),
   Field("residual", None, "Build residual blocks of two layers in RepVGG.", kind=bool),
   Field("scaled", None, "Build RepVGG's branches with scales, for a hyper-search.", kind=bool),

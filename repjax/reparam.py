@@ -15,12 +15,14 @@ fold finds each attribute of a layer.
 | `axis_name`, momentum        | not needed: they matter in training alone                 |
 """
 
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, listed, printable
 from repjax.layers.base import read_notes
 from repjax.layers.grammar import find
 from repjax.recognition import (
@@ -35,7 +37,7 @@ from repjax.recognition import (
   shown,
   why_unclear,
 )
-from repjax.trees import check_apart, check_leaves, check_tree, pure
+from repjax.trees import check_apart, check_leaves, check_parts, check_tree, leaves, pure
 
 
 def reparameterize(
@@ -50,10 +52,10 @@ def reparameterize(
 
   The function walks both trees at any depth, and folds every layer. It recognises the layers of
   repjax by what a scope holds, whatever the scope is called, and also under `nn.remat`, `nn.jit`,
-  `nn.scan` and `nn.vmap`. Layers of other people are recognised by name: a fold takes every scope
-  whose name is its key of `folds`, or the key followed by `_` and more, as in the automatic names
-  of Linen. All other leaves are passed through by reference. A scope in deploy form stays
-  unchanged, so that a deploy tree maps to itself. The function is pure: it works under `jit`,
+  `nn.scan` and `nn.vmap` along axis 0. Layers of other people are recognised by name: a fold takes
+  every scope whose name is its key of `folds`, or the key followed by `_` and more, as in the
+  automatic names of Linen. All other leaves are passed through by reference. A scope in deploy form
+  stays unchanged, so that a deploy tree maps to itself. The function is pure: it works under `jit`,
   `vmap`, `grad` and `pmap`.
 
   Six layers hold only scopes with ordinary names: AuxHead, GlobalPerceptron, RepFFN, RepHead,
@@ -78,7 +80,8 @@ def reparameterize(
   Raises:
     InputError: a tree is no nested dictionary, has an axis of devices, or holds numbers that are
       not floating-point in a layer. Or statistics lie among the parameters, `folds` lacks the fold
-      of a layer, or `keep` holds something else than paths.
+      of a layer, an array or scope of a layer lies in the wrong place, or a different argument is
+      of the wrong kind.
     ValueError: no fold used some statistics, a layer in training form has no statistics, or the two
       trees do not belong together. The text names the path.
 
@@ -107,7 +110,8 @@ def reparameterize(
   check_tree("params", params)
   check_tree("batch_stats", batch_stats)
   check_apart(params)
-  return dict(_walk(params, batch_stats, (), _Rules(folds, epsilon, _kept(keep))) or {})
+  rules = _rules(folds, epsilon, keep)
+  return dict(_walk(params, batch_stats, (), rules) or {})
 
 
 def _kept(keep: str | Iterable[str]) -> list[Path]:
@@ -141,6 +145,24 @@ class _Rules(NamedTuple):
     return {name: fold for name, fold in self.folds.items() if not is_known(name, fold)}
 
 
+def _rules(folds: Any, epsilon: Any, keep: Any) -> _Rules:
+  """Returns the rules of a walk; raises InputError for arguments of wrong kinds."""
+  # A Python number has no dtype. Of a traced one, only the shape is known.
+  known = not isinstance(epsilon, jax.core.Tracer)
+  is_number = isinstance(epsilon, numbers.Real | np.ndarray | jax.Array)
+  if not is_number or np.ndim(epsilon) or (known and not 0 <= epsilon < np.inf):
+    raise InputError(
+      f"epsilon must be one number that is not negative, got {printable(repr(epsilon), 60)}. "
+      "Layers with epsilons of their own hold them in batch_stats"
+    )
+  if not isinstance(folds, Mapping):
+    raise InputError(
+      f"folds must be a dictionary of functions by class name, got {printable(repr(folds), 60)}. "
+      'Pass {**repjax.FOLDS, "MyLayer": fold}'
+    )
+  return _Rules(folds, epsilon, _kept(keep))
+
+
 def _walk(params: Tree, stats: Tree, path: Path, rules: _Rules) -> Mapping[str, Any] | None:
   """Folds all layers in a scope that lies at a path; None if the scope disappears."""
   name, foreign = path[-1] if path else "", rules.foreign()
@@ -159,8 +181,11 @@ def _walk(params: Tree, stats: Tree, path: Path, rules: _Rules) -> Mapping[str, 
   for name, value in params.items():
     if not isinstance(value, Mapping):
       result[name] = value
-    elif (walked := _walk(value, stats.get(name, {}), (*path, str(name)), rules)) is not None:
-      result[name] = walked
+    else:
+      below = stats.get(name)
+      below = below if isinstance(below, Mapping) else {}  # other statistics here are kept ones
+      if (walked := _walk(value, below, (*path, str(name)), rules)) is not None:
+        result[name] = walked
   return result
 
 
@@ -185,6 +210,7 @@ def _fold_known(
   check_leaves(path, params)
   check_leaves(path, stats)
   axes = kind.recognize(params) or 0
+  check_parts(path, params, stats, axes)
   if axes:
     _check_leading(params, stats, axes, path)
 
@@ -214,8 +240,8 @@ def _fold(
 def _without_statistics(params: Tree, path: Path) -> ValueError:
   """Returns the error for a layer in training form that has no statistics."""
   return ValueError(
-    f"{shown(path)} is in training form (it holds {', '.join(sorted(params))}) but has no batch "
-    "statistics. Pass the batch_stats that belong to these params"
+    f"{shown(path)} is in training form (it holds {listed(sorted(map(str, params)))}) but has no "
+    "batch statistics. Pass the batch_stats that belong to these params"
   )
 
 
@@ -238,9 +264,9 @@ def _refuse_strays(params: Tree, stats: Tree, path: Path, rules: _Rules) -> None
     for name, value in stats.items()
     if not (isinstance(value, Mapping) and isinstance(params.get(name), Mapping))
   }
-  for key_path, _ in jax.tree_util.tree_flatten_with_path(strays)[0]:
-    leaf = (*path, *(str(entry.key) for entry in key_path))
-    if not rules.keeps(leaf):
+  for below, value in leaves(strays):
+    leaf = (*path, *map(str, below))
+    if value is not None and not rules.keeps(leaf):
       raise ValueError(_describe_stray(leaf, params, strays, path))
   norms = [name for name in stats if not rules.keeps((*path, str(name)))]
   if norms and not rules.keeps_in(path) and (reason := why_unclear(params, path)):
@@ -267,7 +293,7 @@ def _describe_stray(leaf: Path, params: Tree, strays: Tree, path: Path) -> str:
   if owner:
     return (
       f"{shown(path)}: no fold takes the statistics {shown(leaf)}. {owner}, but the scope holds "
-      f"the parameters {', '.join(sorted(map(str, params))) or 'of nothing'}. Either the "
+      f"the parameters {listed(sorted(map(str, params))) or 'of nothing'}. Either the "
       "parameters are in deploy form already, which has no statistics, or params and batch_stats "
       "do not belong together"
     )

@@ -8,12 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, listed, printable
 
 _RANKS = (2, 4, 7)
 """Numbers of axes that kernels have."""
 _LIFTED = ("Vmap", "Scan")
 """Linen begins the automatic names of layers under `nn.vmap` and `nn.scan` so."""
+_ARRAYS = {"kernel", "bias", "scale", "gain", "diagonal"}
+"""Names of the parameters that layers of repjax hold. All other names are scopes."""
+_DEEPEST = 100
+"""Largest number of scopes inside of one another. A walk over deeper trees exhausts the stack."""
 
 
 def pure(tree: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -111,6 +115,11 @@ def check_leaves(path: tuple[str, ...], tree: Any) -> None:
     place = printable("/".join((*path, *map(str, below))))
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
       raise InputError(f"{place} must be an array, got {_kind(leaf)}")
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      raise InputError(
+        f"{place} must be an array, got a shape alone. Pass the function and the shapes to "
+        "jax.eval_shape"
+      )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise InputError(
         f"{place} must hold floating-point numbers, got {leaf.dtype}. Integers are weights in 8 "
@@ -118,6 +127,84 @@ def check_leaves(path: tuple[str, ...], tree: Any) -> None:
         if jnp.issubdtype(leaf.dtype, jnp.integer)
         else f"{place} must hold floating-point numbers, got {leaf.dtype}"
       )
+
+
+def check_parts(path: tuple[str, ...], params: Any, stats: Any, axes: int) -> None:
+  """Checks that arrays and scopes of a layer lie where folds read them.
+
+  Args:
+    path: place of the layer, for the message.
+    params: parameters of the layer, all of them arrays.
+    stats: statistics of the layer and its notes, all of them arrays.
+    axes: number of leading axes of the layer.
+
+  Raises:
+    InputError: an array lies in the place of a scope or a scope in the place of an array, a
+      convolution has no kernel, a note is no single number, or parameters lack a norm.
+  """
+  _check_params(path, params, axes)
+  _check_stats(path, params, stats, axes)
+
+
+def _check_params(path: tuple[str, ...], params: Any, axes: int) -> None:
+  """Raises InputError if a scope does not hold arrays and scopes by their names."""
+  for name, value in params.items():
+    here = _place(path, name)
+    if not isinstance(name, str):
+      raise InputError(f"{here} must have a text for a name, got {printable(repr(name), 60)}")
+    if isinstance(value, Mapping) == (name in _ARRAYS):
+      raise InputError(f"{here} must be {_wanted(name in _ARRAYS)}, got {_form(value)}")
+    if isinstance(value, Mapping):
+      _check_params((*path, name), value, axes)
+    if name == "conv":
+      _check_kernel((*path, name), value, axes)
+
+
+def _check_kernel(path: tuple[str, ...], conv: Any, axes: int) -> None:
+  """Raises InputError if a convolution has no kernel, or none of four axes."""
+  kernel = conv.get("kernel")
+  if kernel is None or kernel.ndim != axes + 4 or not all(kernel.shape[axes:]):
+    held = _form(conv) if kernel is None else f"one of shape {kernel.shape}"
+    raise InputError(f"{_place(path)} must hold a kernel (H, W, I, O), got {held}")
+
+
+def _check_stats(path: tuple[str, ...], params: Any, stats: Any, axes: int) -> None:
+  """Raises InputError if statistics of a scope belong to no norm, or a note is no number."""
+  for name, value in stats.items():
+    here, is_scope = _place(path, name), isinstance(params.get(name), Mapping)
+    if not isinstance(name, str):
+      raise InputError(f"{here} must have a text for a name, got {printable(repr(name), 60)}")
+    if isinstance(value, Mapping) and not is_scope:
+      raise InputError(
+        f"{here} holds statistics, but params have no scope there: the two trees do not belong "
+        "together"
+      )
+    if is_scope and not isinstance(value, Mapping):
+      raise InputError(f"{here} must be {_wanted(False)} of statistics, got {_form(value)}")
+    if not is_scope and value.ndim != axes:
+      raise InputError(f"{here} must be one number, got an array of shape {value.shape}")
+    if name == "bn":
+      if odd := [below for below, leaf in value.items() if isinstance(leaf, Mapping)]:
+        raise InputError(f"{_place(path, name, odd[0])} must be {_wanted(True)}")
+    elif is_scope:
+      _check_stats((*path, name), params[name], value, axes)
+
+
+def _wanted(is_array: bool) -> str:
+  """Says which of the two things a tree holds is wanted."""
+  return "an array" if is_array else "a dictionary"
+
+
+def _form(value: Any) -> str:
+  """Describes an array or a dictionary for a message."""
+  if isinstance(value, Mapping):
+    return f"a dictionary of {listed(value) or 'nothing'}"
+  return f"an array of shape {value.shape}"
+
+
+def _place(path: tuple[Any, ...], *names: Any) -> str:
+  """Returns a path for a message."""
+  return printable("/".join(map(str, (*path, *names)))) or "the tree"
 
 
 def misfits(given: Any, wanted: Any) -> list[str]:
@@ -161,7 +248,16 @@ def _is_path(key: Any, value: Any) -> bool:
 
 
 def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-  """Yields the path and value of everything in a tree that is no dictionary."""
+  """Yields the path and value of everything in a tree that is no dictionary.
+
+  Raises:
+    InputError: the tree is deeper than the tree of any network, or holds itself.
+  """
+  if len(path) > _DEEPEST:
+    raise InputError(
+      f"{printable('/'.join(map(str, path)), 60)} lies more than {_DEEPEST} scopes deep. No "
+      "network is so deep; perhaps a dictionary of the tree holds itself"
+    )
   if isinstance(tree, Mapping):
     for key, value in tree.items():
       yield from leaves(value, (*path, key))

@@ -588,3 +588,30 @@ class TestChainKernels:
   def test_channels_that_do_not_match_are_refused(self):
     with pytest.raises(ValueError, match="do not follow one another"):
       algebra.chain_kernels(jnp.ones((1, 2, 3)), jnp.ones((1, 4, 3)), 1, (1,), (1,))
+
+
+class TestVectorsOfOtherLengths:
+  """Broadcasting would repeat a vector of one number, and so hide that trees do not fit."""
+
+  KERNEL = np.ones((3, 3, 4, 4), np.float32)
+
+  @pytest.mark.parametrize("length", [1, 3])
+  def test_they_are_refused(self, length):
+    odd, whole = np.ones(length, np.float32), np.ones(4, np.float32)
+    norm = {"scale": whole, "bias": whole}, {"mean": whole, "var": whole}
+    point = self.KERNEL[:1, :1]
+    calls = [
+      lambda: algebra.fuse_bn(ConvParams(self.KERNEL, odd), *norm, 1e-5),
+      lambda: algebra.dirac_kernel(self.KERNEL, odd, whole),
+      lambda: algebra.dirac_kernel(self.KERNEL, whole, odd),
+      lambda: algebra.absorb_affine(AffineParams(whole, whole), point[0, 0], odd),
+      lambda: algebra.scale_branches(self.KERNEL, point, BranchScales(whole, odd, None)),
+    ]
+    for call in calls:
+      with pytest.raises(ValueError, match=rf"\({length},\).*4 outputs"):
+        call()
+
+  def test_kernels_that_do_not_lie_beside_each_other_are_refused(self):
+    whole = np.ones(4, np.float32)
+    with pytest.raises(ValueError, match="same channels"):
+      algebra.scale_branches(self.KERNEL, self.KERNEL[:1, :1, :1], BranchScales(whole, whole, None))

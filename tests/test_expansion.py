@@ -28,8 +28,8 @@ BRANCHES = {
   "groups": {"branches": ("conv1x1", "conv3x3"), "groups": 2},
   "depthwise": {"branches": ("conv5x5", "conv3x3_d2", "avg3x3", "identity"), "groups": 4},
   "two steps": {"branches": ("conv3x3", "conv1x1_conv3x3", "conv1x1_avg3x3")},
-  "norm after the sum": {"branches": ("conv3x3", "conv1x1", "skip"), "norms": ("sum",)},
-  "both norms": {"branches": ("conv3x3", "conv1x1", "skip"), "norms": ("sum", "conv3x3")},
+  "norm after the sum": {"branches": ("conv3x3", "conv1x1", "skip"), "norm": ("after_sum",)},
+  "both norms": {"branches": ("conv3x3", "conv1x1", "skip"), "norm": ("after_sum", "conv3x3")},
   "pooled": {"branches": ("avg2x2_conv1x1", "conv3x3"), "strides": 2},
   "reflected": {"branches": ("conv3x3", "conv1x1"), "padding_mode": "reflect"},
 }
@@ -289,7 +289,11 @@ class TestRefusals:
     refused("the deploy form of RepVGG", small("repvgg_a0", deploy=True), plain())
     refused("must be a flax.linen.Module", "repvgg_a0", plain())
 
-  @pytest.mark.parametrize("key", [None, 0, np.zeros(2)], ids=str)
+  @pytest.mark.parametrize(
+    "key",
+    [None, 0, np.zeros(2), np.uint32(3), np.arange(3, dtype=np.uint32), jax.random.split(KEY)],
+    ids=str,
+  )
   def test_no_key(self, key):
     refused("key must be a JAX random key", MODEL, plain(), key=key)
 

@@ -20,7 +20,7 @@ from tests.helpers import F64, quick_jit, random_input, relative_error
 X = random_input(4, 6, 6, 4)
 GRAMMAR = {
   "branches": ("conv3x3", "conv1x1_conv3x3", "conv3x3_d2", "skip"),
-  "norms": ("conv3x3", "conv1x1_conv3x3", "sum"),
+  "norm": ("conv3x3", "conv1x1_conv3x3", "after_sum"),
 }
 POOLED = ("conv3x3", "conv1x1", "avg2x2_conv1x1")
 LAYERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {

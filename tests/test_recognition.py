@@ -221,7 +221,7 @@ class TestNames:
       functools.partial(RepNorm, epsilon=0.3),
       functools.partial(RepConv, 4, epsilon=0.3),
       functools.partial(RepConv, 4, ("conv3x3", "skip")),
-      functools.partial(RepConv, 4, ("conv3x3", "skip"), norms=("sum",), epsilon=0.3),
+      functools.partial(RepConv, 4, ("conv3x3", "skip"), norm=("after_sum",), epsilon=0.3),
     ],
     ids=str,
   )
@@ -318,6 +318,17 @@ class TestOthers:
     params = {"gated": {**layer["params"], "gate": {"kernel": jnp.ones((4, 4))}}}
     with pytest.raises(ValueError, match=r"gated holds conv1x1, conv3x3.*beside gate.*subclass"):
       repjax.reparameterize(params, {"gated": layer["batch_stats"]})
+
+  def test_convolutions_in_a_row_are_not_branches(self):
+    x = X.astype("float32")
+    down = random_variables(RepConv(2, ("conv1x1",)), x)
+    up = random_variables(RepConv(4, ("conv3x3",)), x[..., :2])
+    params, stats = ({"block": {**down[name], **up[name]}} for name in ("params", "batch_stats"))
+    with pytest.raises(ValueError, match=r"^block: .*cannot be summed.*one after the other.*keep"):
+      repjax.reparameterize(params, stats)
+    assert (
+      repjax.reparameterize(params, stats, keep="block")["block"].keys() == params["block"].keys()
+    )
 
   def test_what_is_kept_is_not_folded(self):
     layer = random_variables(RepConv(4), X.astype("float32"))

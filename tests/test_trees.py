@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import repjax
 from repjax.errors import InputError
@@ -254,3 +254,87 @@ def test_deploy_forms_hold_no_layer_in_training_form(name):
   size = 64 if name != "repmlp_cifar" else 16
   assert training_layers(families.small(name), size)
   assert not training_layers(families.small(name, deploy=True), size)
+
+
+def layer_of(change):
+  """Returns trees of one RepConv with one change: a path, and a value or None for nothing."""
+  layer = random_variables(RepConv(4), np.zeros((1, 5, 6, 4), np.float32))
+  flat, (place, value) = flatten_dict(layer), change
+  flat = {path: leaf for path, leaf in flat.items() if path[: len(place)] != place}
+  tree = unflatten_dict(flat if value is None else {**flat, place: value})
+  return {"l": tree["params"]}, {"l": tree["batch_stats"]}
+
+
+ONES = np.ones(4, np.float32)
+MISPLACED = {
+  "no kernel": (("params", "conv3x3", "conv", "kernel"), {}),
+  "a kernel of one axis": (("params", "conv3x3", "conv", "kernel"), ONES),
+  "a kernel of no inputs": (("params", "conv1x1", "conv", "kernel"), np.ones((1, 1, 0, 4), "f4")),
+  "a convolution that is an array": (("params", "conv3x3", "conv"), ONES),
+  "a norm that is an array": (("params", "identity", "bn"), ONES),
+  "a scale that is a scope": (("params", "identity", "bn", "scale"), {"a": ONES}),
+  "statistics that are an array": (("batch_stats", "identity"), ONES),
+  "a mean that is a scope": (("batch_stats", "identity", "bn", "mean"), {"a": ONES}),
+  "a norm in the place of a skip": (("batch_stats", "skip"), {"bn": {"mean": ONES, "var": ONES}}),
+  "an epsilon for each channel": (("batch_stats", "epsilon"), ONES),
+  "an epsilon that is a scope": (("batch_stats", "epsilon"), {}),
+  "a number for a name": (("batch_stats", 0), ONES),
+  "a bias of one number": (("params", "conv3x3", "conv", "bias"), np.ones(1, np.float32)),
+}
+
+
+@pytest.mark.parametrize("change", MISPLACED.values(), ids=MISPLACED)
+def test_what_lies_in_the_wrong_place_of_a_layer_is_named(change):
+  with pytest.raises(ValueError, match=r"^l(/|:| holds)") as told:
+    repjax.reparameterize(*layer_of(change))
+  assert str(told.value).isprintable()
+
+
+def test_shapes_in_place_of_arrays_are_for_eval_shape():
+  trees = layer_of((("params", "nothing"), None))
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trees)
+  with pytest.raises(InputError, match=r"^l/.*jax.eval_shape"):
+    repjax.reparameterize(*shapes)
+  assert jax.eval_shape(repjax.reparameterize, *shapes)["l"]["conv"]["kernel"].shape == (3, 3, 4, 4)
+
+
+def test_a_tree_that_holds_itself_is_refused():
+  circle = {}
+  circle["a"] = circle
+  for trees in ((circle, {}), ({}, circle)):
+    with pytest.raises(InputError, match="holds itself"):
+      repjax.reparameterize(*trees)
+
+
+@pytest.mark.parametrize("held", [[ONES], {"q": (ONES, ONES)}], ids=["a list", "a tuple"])
+def test_statistics_in_lists_are_strays(held):
+  with pytest.raises(ValueError, match=r"batch_stats hold z.*keep="):
+    repjax.reparameterize({"z": [ONES]}, {"z": held})
+
+
+def test_names_of_strangers_are_escaped():
+  params = {"RepNorm_0": {"x\x1b[2J": {"kernel": ONES}}}
+  with pytest.raises(ValueError, match="no fold takes") as told:
+    repjax.reparameterize(params, {"RepNorm_0": {"bn": {"mean": ONES}}})
+  assert str(told.value).isprintable()
+
+
+WRONG_ARGUMENTS = [
+  *(("epsilon", value) for value in (-1e-3, float("nan"), float("inf"), "a", None, ONES)),
+  *(("folds", value) for value in (None, ["RepConv"])),
+  *(("keep", value) for value in (3, None, [("l", "bn")])),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named(name, value):
+  trees = layer_of((("params", "nothing"), None))
+  with pytest.raises(InputError, match=f"^{name} "):
+    repjax.reparameterize(*trees, **{name: value})
+
+
+def test_an_epsilon_may_be_traced():
+  trees = layer_of((("params", "nothing"), None))
+  plain = jax.jit(lambda epsilon: repjax.reparameterize(*trees, epsilon=epsilon))(1e-3)
+  expected = repjax.reparameterize(*trees, epsilon=1e-3)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, expected)

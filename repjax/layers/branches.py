@@ -289,6 +289,7 @@ def branch_parts(params: Tree, stats: Tree, epsilon: Any) -> Parts:
   for branch in branches:
     held, running = params.get(branch.name, {}), stats.get(branch.name, {})
     parts[branch.name] = _placed(branch, _merged(branch, held, running, epsilon, like), size)
+  _check_channels(parts)
   if "bn" not in params:
     return Parts(parts, None)
   scale, shift = bn_affine(params["bn"], stats["bn"], epsilon)
@@ -429,6 +430,17 @@ def _check_trees(params: Tree, stats: Tree) -> None:
     raise ValueError(
       f"parameters have the norms {sorted(map('/'.join, wanted))}, statistics are of "
       f"{sorted(map('/'.join, found))}; the two trees do not belong together"
+    )
+
+
+def _check_channels(parts: Mapping[str, ConvParams]) -> None:
+  """Raises ValueError if the branches do not map the same channels to the same channels."""
+  channels = {name: part.kernel.shape[2:] for name, part in parts.items()}
+  if len(set(channels.values())) > 1:
+    raise ValueError(
+      "its branches cannot be summed, because their input channels of a group and output channels "
+      f"differ: {channels}. Is this a module of yours that runs convolutions one after the other? "
+      "Then name its path in keep, or give its parts different names"
     )
 
 

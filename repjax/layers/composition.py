@@ -11,7 +11,7 @@ from repjax.errors import InputError, printable
 from repjax.layers.grammar import POOLED, Branch, layer_size, parse
 
 Path = tuple[str, ...]
-AFTER_SUM = "sum"
+AFTER_SUM = "after_sum"
 _PADDING_MODES = ("constant", "edge", "reflect", "wrap")
 
 
@@ -26,7 +26,7 @@ class Layer(Protocol):
   padding: Any
   padding_mode: Any
   conv_bias: Any
-  norms: Any
+  norm: Any
   deploy: Any
 
 
@@ -61,14 +61,20 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
   return (value[0], value[1]) if isinstance(value, Sequence) else (value, value)
 
 
+def named_norms(layer: Layer) -> Sequence[str] | None:
+  """Returns `norm` of a layer as a list; None for one norm in each branch."""
+  return [layer.norm] if isinstance(layer.norm, str) else layer.norm
+
+
 def is_normed(layer: Layer, branch: Branch) -> bool:
   """Tells if a branch ends with a norm."""
-  return branch.kind != "skip" and (layer.norms is None or branch.name in layer.norms)
+  named = named_norms(layer)
+  return branch.kind != "skip" and (named is None or branch.name in named)
 
 
 def is_normed_after_sum(layer: Layer) -> bool:
   """Tells if a norm follows the sum of the branches."""
-  return layer.norms is not None and AFTER_SUM in layer.norms
+  return AFTER_SUM in (named_norms(layer) or ())
 
 
 def _is_biased(layer: Layer, branch: Branch) -> bool:
@@ -246,30 +252,31 @@ def _check_names(value: Any, known: set[str], where: str) -> None:
 
 
 def _check_norms(layer: Layer, branches: Sequence[Branch], where: str) -> None:
-  """Raises InputError if `norms` or `conv_bias` names something else than branches of the layer."""
+  """Raises InputError if `norm` or `conv_bias` names something else than branches of the layer."""
   names = {branch.name for branch in branches}
-  if layer.norms is not None:
-    _check_names(layer.norms, names | {AFTER_SUM}, f"{where}: norms")
+  named = named_norms(layer)
+  if named is not None:
+    _check_names(named, names | {AFTER_SUM}, f"{where}: norm")
   if not isinstance(layer.conv_bias, bool):
     _check_names(layer.conv_bias, names, f"{where}: conv_bias")
   for branch in branches:
-    if branch.kind == "skip" and layer.norms is not None and branch.name in layer.norms:
+    if branch.kind == "skip" and branch.name in (named or ()):
       raise InputError(
-        f"{where}: {branch.name} has no norm, but norms names it. With a norm it is an identity"
+        f"{where}: {branch.name} has no norm, but norm names it. With a norm it is an identity"
       )
     if branch.kind != "skip" and not branch.has_kernel and not is_normed(layer, branch):
       raise InputError(
-        f"{where}: {branch.name} holds nothing but a norm, so that norms must name it. An identity "
+        f"{where}: {branch.name} holds nothing but a norm, so that norm must name it. An identity "
         "without a norm is called skip"
       )
   bare = [branch for branch in branches if branch.has_kernel and not is_normed(layer, branch)]
   if is_normed_after_sum(layer) and not bare:
     raise InputError(
       f"{where}: with a norm after the sum, at least one convolution goes without a norm, which "
-      f"norms={layer.norms!r} does not leave"
+      f"norm={layer.norm!r} does not leave"
     )
-  if layer.norms is not None and not layer.norms:
+  if named is not None and not named:
     raise InputError(
-      f'{where}: norms names no norm at all; ("sum",) is one norm after the sum, None one in each '
-      "branch"
+      f'{where}: norm names no norm at all; "after_sum" is one norm after the sum, None is one in '
+      "each branch"
     )

@@ -106,7 +106,7 @@ def recognize_global_perceptron(params: Mapping[str, Any]) -> int | None:
     return None
   if not holds_arrays(params["bn"]):
     return None
-  if dense.keys() != {"fc1", "fc2"}:
+  if dense.keys() != {"fc1", "fc2"} or leading_axes(dense, ("fc1", "bias"), 1) is None:
     return None
   return leading_axes(dense, ("fc1", "kernel"), 2)
 

@@ -1,8 +1,9 @@
 """The grammar of branches: what the name of a branch of a RepConv says.
 
 A branch is a row of steps, which run from left to right. A norm follows every convolution and ends
-every branch, unless `norms` of the layer says otherwise. The forward pass and the fold read the
+every branch, unless `norm` of the layer says otherwise. The forward pass and the fold read the
 same name, so that they cannot differ. The table lists the names; H and W are numbers of taps.
+All numbers but N have at most four digits.
 
 | name              | branch                                                            |
 |-------------------|-------------------------------------------------------------------|
@@ -41,7 +42,7 @@ from repjax.errors import InputError, printable
 POOLED = "avg2x2_conv1x1"
 _NAME = re.compile(
   r"(?:(identity|skip|avg2x2_conv1x1)"
-  r"|(conv1x1_)?(conv|avg|dirac)([1-9]\d*)x([1-9]\d*)(?:_d([2-9]|[1-9]\d+))?)"
+  r"|(conv1x1_)?(conv|avg|dirac)([1-9]\d{0,3})x([1-9]\d{0,3})(?:_d([2-9]|[1-9]\d{1,3}))?)"
   r"(_relu)?(?:_\d+)?",
   re.ASCII,
 )

@@ -53,7 +53,8 @@ class _LinenScope:
 
   def norm(self, x: jax.Array) -> jax.Array:
     """Applies the batch norm of the layer."""
-    return self._layer.norm(x, self._train)
+    # A RepConv has an attribute in the place of this method.
+    return RepLayer.norm(self._layer, x, self._train)
 
   def held(self) -> tuple[Tree, Tree, Any]:
     """Returns parameters, statistics and epsilon."""
@@ -93,19 +94,20 @@ class RepConv(RepLayer):
     padding_mode: "constant" (zeros), "edge", "reflect" or "wrap", as in `jnp.pad`.
     conv_bias: give convolutions a bias in training form too, as some checkpoints do. True is for
       all, and a list of names for those branches.
-    norms: names of the branches that end with a norm, and "sum" for a norm after the sum. None
-      gives each branch a norm, except a skip. The norm between two steps is always there.
+    norm: "after_sum" for one norm after the sum of branches without norms. Or a list of names: of
+      the branches that end with a norm, with "after_sum" among them for one more after the sum.
+      None gives each branch a norm, except a skip. The norm between two steps is always there.
 
   References:
     Ding et al., RepVGG, CVPR 2021, section 3.2. https://arxiv.org/abs/2101.03697
-    Chu et al., Make RepVGG Greater Again (QARepVGG), AAAI 2024, for `norms`.
+    Chu et al., Make RepVGG Greater Again (QARepVGG), AAAI 2024, for `norm`.
       https://arxiv.org/abs/2212.01593
 
   Example:
     >>> import jax, repjax
     >>> from repjax.layers import RepConv
     >>> branches = ("conv3x3", "conv1x1", "skip")
-    >>> layer = RepConv(8, branches, norms=("conv3x3", "sum"), groups=8)
+    >>> layer = RepConv(8, branches, norm=("conv3x3", "after_sum"), groups=8)
     >>> variables = layer.init(jax.random.key(0), jax.numpy.ones((1, 5, 5, 8)))
     >>> plain = repjax.reparameterize(variables["params"], variables["batch_stats"])
     >>> plain["conv"]["kernel"].shape
@@ -120,7 +122,8 @@ class RepConv(RepLayer):
   padding: int | Sequence[int] | None = None
   padding_mode: str = "constant"
   conv_bias: bool | Sequence[str] = False
-  norms: Sequence[str] | None = None
+  # The method of this name serves layers with one norm.
+  norm: str | Sequence[str] | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

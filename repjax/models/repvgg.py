@@ -51,7 +51,7 @@ class RepVGGBlock(Block):
     se_reduction: ratio of `features` to the width of its hidden layer.
     branches: names of the branches of the RepConv. Blocks that change the shape of the map leave
       out the branches without a convolution, such as an identity.
-    norms: which branches end with a norm, and whether one follows their sum, as in `RepConv`.
+    norm: which branches end with a norm, and whether one follows their sum, as in `RepConv`.
     first_scale: build a ScaledConv, whose scales begin with this value, in place of the RepConv.
       None: build the RepConv.
   """
@@ -62,7 +62,7 @@ class RepVGGBlock(Block):
   se: str | None
   se_reduction: int
   branches: Sequence[str] = BRANCHES
-  norms: Sequence[str] | None = None
+  norm: Sequence[str] | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
   first_scale: float | None = None
 
   @nn.compact
@@ -87,8 +87,8 @@ class RepVGGBlock(Block):
     if self.first_scale is not None:
       return ScaledConv(self.features, keeps_shape, first_scale=self.first_scale, **attributes)
     names = [name for name in self.branches if keeps_shape or parse(name).has_kernel]
-    norms = self.norms and [name for name in self.norms if name in (*names, AFTER_SUM)]
-    return RepConv(self.features, branches=names, norms=norms, **attributes)
+    norm = self.norm and [name for name in self.norm if name in (*names, AFTER_SUM)]
+    return RepConv(self.features, branches=names, norm=norm, **attributes)
 
 
 class StageSpec(NamedTuple):
@@ -129,7 +129,7 @@ class RepVGG(Classifier, kw_only=True):
     branches: names of the branches of every block, as in `RepConv`. Plain networks have
       ("conv3x3",). Blocks that change the shape of the map leave out the branches without a
       convolution, such as an identity.
-    norms: which branches end with a norm, and whether one follows their sum, as in `RepConv`.
+    norm: which branches end with a norm, and whether one follows their sum, as in `RepConv`.
     residual: replace every two blocks of a stage by a residual block of two plain 3x3 convolutions,
       with the shortcut of ResNet-18. The last block of a stage with an odd number stays.
     scaled: end each branch with a trained scale for each channel in place of a batch norm, and the
@@ -149,7 +149,7 @@ class RepVGG(Classifier, kw_only=True):
   width_multipliers: Sequence[float]
   groups: int | Mapping[int, int] = 1
   branches: Sequence[str] = BRANCHES
-  norms: Sequence[str] | None = None
+  norm: Sequence[str] | None = None
   residual: bool = False
   scaled: bool = False
   se: str | None = None
@@ -242,7 +242,7 @@ class RepVGG(Classifier, kw_only=True):
       striding=striding,
       groups=self.groups_of(number),
       branches=self.branches,
-      norms=self.norms,
+      norm=self.norm,
       first_scale=_first_scale(index) if self.scaled else None,
       se=self.se,
       se_reduction=self.se_reduction,
@@ -340,18 +340,18 @@ def _check_branches(network: RepVGG) -> None:
       f"number, such as ('conv3x3', 'conv1x1', 'identity'), got {shown(names)}"
     )
   known = {*names, AFTER_SUM}
-  if network.norms is not None and not (network.norms and set(network.norms) <= known):
-    raise InputError(f"norms takes some of {sorted(known)}, or None, got {shown(network.norms)}")
-  other = network.se or network.aux_heads or network.norms or network.scaled or network.groups != 1
+  if network.norm is not None and not (network.norm and set(network.norm) <= known):
+    raise InputError(f"norm takes some of {sorted(known)}, or None, got {shown(network.norm)}")
+  other = network.se or network.aux_heads or network.norm or network.scaled or network.groups != 1
   if network.residual and (other or tuple(names) != ("conv3x3",)):
     raise InputError(
       'residual is for plain networks: branches=("conv3x3",), one group, and no norms, se, '
       "scaled or aux_heads"
     )
-  if network.scaled and (tuple(names) != BRANCHES or network.norms):
+  if network.scaled and (tuple(names) != BRANCHES or network.norm):
     raise InputError(
       f"scaled builds the branches {shown(BRANCHES)} and one norm, got branches={shown(names)} and "
-      f"norms={shown(network.norms)}. Leave these out, or scaled"
+      f"norm={shown(network.norm)}. Leave these out, or scaled"
     )
 
 

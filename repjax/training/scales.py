@@ -136,10 +136,11 @@ def _is_scale(path: Sequence[str]) -> bool:
 
 
 def _check_fit(path: Path, search: ModelSpec, held: _Held) -> None:
-  """Raises InputError if scales are missing, too many, of other shapes or not finite."""
+  """Raises InputError if scales are missing, too many, of other shapes, or no finite numbers."""
   values = {name: np.asarray(value) for name, value in held.values.items()}
   shapes = {name: shape for name, (_, shape) in held.wanted.items()}
   both = [name for name in shapes if name in values]
+  floating = [name for name in both if jnp.issubdtype(values[name].dtype, jnp.floating)]
   problems = {
     "missing": [name for name in shapes if name not in values],
     "beyond the network": [name for name in values if name not in shapes],
@@ -148,7 +149,14 @@ def _check_fit(path: Path, search: ModelSpec, held: _Held) -> None:
       for name in both
       if values[name].shape != shapes[name]
     ],
-    "not finite": [name for name in both if not np.isfinite(values[name]).all()],
+    "not floating-point": [
+      f"{name}, of type {values[name].dtype}" for name in both if name not in floating
+    ],
+    "not finite in float32": [
+      name
+      for name in floating  # a comparison with NaN is false too
+      if not (np.abs(values[name].astype(np.float64)) <= np.finfo(np.float32).max).all()
+    ],
   }
   said = "; ".join(f"{kind}: {_some(found)}" for kind, found in problems.items() if found)
   if said:

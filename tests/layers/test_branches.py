@@ -94,14 +94,14 @@ class TestDefinition:
   @pytest.mark.parametrize(
     "how",
     [
-      {"branches": QAREP, "norms": ("conv3x3", "sum")},
-      {"branches": QAREP, "norms": ("sum",)},
-      {"branches": QAREP, "norms": ("conv3x3", "sum"), "conv_bias": ("conv1x1",), "groups": 4},
-      {"branches": QAREP, "norms": ("conv3x3",), "conv_bias": True},
-      {"branches": ("conv3x3",), "norms": ["sum"], "strides": 2},
-      {"branches": BORDERED, "norms": ("sum",), "conv_bias": True},
-      {"branches": DEPTHWISE, "norms": ("avg3x3", "identity", "sum"), "groups": 4},
-      {"branches": ("conv3x3", "conv1x1_avg3x3"), "norms": ("conv3x3",)},
+      {"branches": QAREP, "norm": ("conv3x3", "after_sum")},
+      {"branches": QAREP, "norm": ("after_sum",)},
+      {"branches": QAREP, "norm": ("conv3x3", "after_sum"), "conv_bias": ("conv1x1",), "groups": 4},
+      {"branches": QAREP, "norm": ("conv3x3",), "conv_bias": True},
+      {"branches": ("conv3x3",), "norm": "after_sum", "strides": 2},
+      {"branches": BORDERED, "norm": ("after_sum",), "conv_bias": True},
+      {"branches": DEPTHWISE, "norm": ("avg3x3", "identity", "after_sum"), "groups": 4},
+      {"branches": ("conv3x3", "conv1x1_avg3x3"), "norm": ("conv3x3",)},
     ],
     ids=str,
   )
@@ -111,17 +111,17 @@ class TestDefinition:
   def test_a_pool_at_stride_2_beside_two_steps(self):
     branches = (*BORDERED, "avg2x2_conv1x1", "avg3x3")
     x = random_input(2, 7, 8, 4)
-    for norms in (None, ("avg3x3", "sum")):
-      how = {"branches": branches, "strides": 2, "norms": norms}
+    for norms in (None, ("avg3x3", "after_sum")):
+      how = {"branches": branches, "strides": 2, "norm": norms}
       assert max(errors(x, features=4, **how)) <= 1e-12
 
   @pytest.mark.parametrize("features", [3, 4, 6])
   @pytest.mark.parametrize("strides", [1, 2])
   def test_dirac(self, features, strides):
     how = {"branches": ("dirac3x3", "conv5x5"), "strides": strides, "conv_bias": True}
-    for norms in (None, ("conv5x5", "sum")):
+    for norms in (None, ("conv5x5", "after_sum")):
       x = random_input(2, 6, 7, 4)
-      assert max(errors(x, features=features, norms=norms, dilation=(2, 1), **how)) <= 1e-12
+      assert max(errors(x, features=features, norm=norms, dilation=(2, 1), **how)) <= 1e-12
 
   def test_one_channel(self):
     branches = ("conv3x3", "conv1x1_conv3x3", "conv1x1_avg3x3", "avg3x3", "skip")
@@ -148,8 +148,10 @@ def layers(draw):
   norms = draw(
     st.none() | st.sets(st.sampled_from(free[1:] or free)).map(lambda few: [*few, *must])
   )
-  after = [] if norms is None or set(free) <= set(norms) else draw(st.sampled_from([[], ["sum"]]))
-  norms = None if norms is None else [*norms, *after] or ["sum"]
+  after = (
+    [] if norms is None or set(free) <= set(norms) else draw(st.sampled_from([[], ["after_sum"]]))
+  )
+  norms = None if norms is None else [*norms, *after] or ["after_sum"]
   attributes = {
     "features": 4 if kept else 8,
     "branches": branches,
@@ -159,7 +161,7 @@ def layers(draw):
     "padding": draw(st.none() | st.tuples(*[st.integers(0, 5)] * 2)),
     "padding_mode": draw(st.sampled_from(["constant", "edge"])),
     "conv_bias": draw(st.booleans() | st.just(branches[:1]).filter(lambda b: b[0] in free)),
-    "norms": norms,
+    "norm": norms,
     "epsilon": draw(st.sampled_from([1e-5, 1e-2])),
   }
   return attributes, draw(st.tuples(st.integers(11, 14), st.integers(11, 14)))
@@ -209,7 +211,7 @@ class TestTraining:
     assert relative_error(new - 0.9 * old, 0.1 * expected) <= 1e-12
 
   def test_a_norm_after_the_sum_has_the_statistics_of_the_sum(self):
-    x, layer = random_input(3, 5, 4, 4), RepConv(4, QAREP, norms=("sum",), **F64)
+    x, layer = random_input(3, 5, 4, 4), RepConv(4, QAREP, norm=("after_sum",), **F64)
     variables = random_variables(layer, x)
     y, _ = layer.apply(variables, x, train=True, mutable=["batch_stats"])
     assert relative_error(y.mean((0, 1, 2)), variables["params"]["bn"]["bias"]) <= 1e-12
@@ -247,8 +249,8 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, train):
-    branches, norms = (*BORDERED, "skip"), ("conv1x1_avg3x3", "sum")
-    return jnp.tanh(RepConv(4, branches, norms=norms, deploy=self.deploy, **F64)(x, train)), None
+    branches, norms = (*BORDERED, "skip"), ("conv1x1_avg3x3", "after_sum")
+    return jnp.tanh(RepConv(4, branches, norm=norms, deploy=self.deploy, **F64)(x, train)), None
 
 
 class Lifted(nn.Module):
@@ -282,8 +284,8 @@ class TestTree:
     "how",
     [
       {"branches": BORDERED},
-      {"branches": QAREP, "norms": ("conv3x3", "sum")},
-      {"branches": ("conv1x1_conv3x3", "conv1x1_avg3x3", "skip"), "norms": ("sum",)},
+      {"branches": QAREP, "norm": ("conv3x3", "after_sum")},
+      {"branches": ("conv1x1_conv3x3", "conv1x1_avg3x3", "skip"), "norm": ("after_sum",)},
       {"branches": DEPTHWISE, "conv_bias": ("conv5x5", "conv1x1_conv3x3"), "groups": 4},
       {"branches": ("avg2x2_conv1x1", "conv3x3", "avg3x3"), "strides": 2},
       {"deploy": True},
@@ -327,7 +329,7 @@ class TestTree:
   @pytest.mark.parametrize(
     ("params", "words"),
     [
-      ({"conv3x3": {"conv": {}, "bn": {}}, "bn": {}}, "beside bn"),
+      ({"conv3x3": {"conv": {}, "bn": {}}, "bn": {}}, "one more norm, bn"),
       ({"conv3x3": {"conv": {}, "bn": {}}, "bn": {}, "gate": {}}, "beside gate"),
       ({"conv3x3": {"conv": {}, "bn": {}}, "conv1x1": {"gate": {}}}, "beside conv1x1"),
     ],
@@ -345,7 +347,7 @@ class TestTree:
       repjax.reparameterize(filled, {"block": {"conv3x3": {"bn": stats}}})
 
   def test_parts_add_up_to_the_whole(self):
-    layer = RepConv(4, DEPTHWISE, groups=4, norms=("avg3x3", "identity", "sum"))
+    layer = RepConv(4, DEPTHWISE, groups=4, norm=("avg3x3", "identity", "after_sum"))
     variables = random_variables(layer, np.ones((1, 6, 6, 4), np.float32))
     parts = branch_parts(*halves(variables), 1e-5)
     whole = merge_branches(*halves(variables), 1e-5)
@@ -355,7 +357,7 @@ class TestTree:
     assert relative_error(biases + parts.shift, whole.bias) < 1e-5
 
   def test_bfloat16_leaves_fold_to_bfloat16(self):
-    how = {"branches": DEPTHWISE, "norms": ("avg3x3", "identity", "sum"), "groups": 4}
+    how = {"branches": DEPTHWISE, "norm": ("avg3x3", "identity", "after_sum"), "groups": 4}
     layer = RepConv(4, **how, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     variables = helpers.init_shapes(layer, self.X)
     folded = jax.eval_shape(repjax.reparameterize, *halves(variables))
@@ -387,15 +389,15 @@ class TestRefusals:
       ({"branches": QAREP, "strides": 2}, "a skip branch needs stride 1"),
       ({"branches": ("avg3x3", "skip")}, "at least one convolution"),
       ({"branches": ("conv3x3_relu",), "deploy": True}, "conv3x3_relu .* no deploy form"),
-      ({"norms": ("conv3x3", "conv5x5")}, "norms takes names .*'conv5x5'"),
-      ({"norms": "conv3x3"}, "norms takes names"),
-      ({"norms": True}, "norms takes names"),
+      ({"norm": ("conv3x3", "conv5x5")}, "norm takes names .*'conv5x5'"),
+      ({"norm": "conv5x5"}, "norm takes names .*'conv5x5'"),
+      ({"norm": True}, "norm takes names"),
       ({"conv_bias": None}, "conv_bias takes names"),
-      ({"conv_bias": ("sum",)}, "conv_bias takes names"),
-      ({"branches": QAREP, "norms": ("skip", "sum")}, "skip has no norm"),
-      ({"norms": ("conv3x3", "sum")}, "identity holds nothing but a norm"),
-      ({"norms": ("conv3x3", "conv1x1", "identity", "sum")}, "at least one convolution goes"),
-      ({"branches": QAREP, "norms": ()}, "no norm at all"),
+      ({"conv_bias": ("after_sum",)}, "conv_bias takes names"),
+      ({"branches": QAREP, "norm": ("skip", "after_sum")}, "skip has no norm"),
+      ({"norm": ("conv3x3", "after_sum")}, "identity holds nothing but a norm"),
+      ({"norm": ("conv3x3", "conv1x1", "identity", "after_sum")}, "at least one convolution goes"),
+      ({"branches": QAREP, "norm": ()}, "no norm at all"),
       ({"branches": "conv3x3"}, r"branches takes several names.*\('conv3x3',\)"),
       ({"conv_bias": None}, "conv_bias takes names .* got None"),
       ({"groups": 0}, "groups takes a whole number of at least 1, got 0"),

@@ -385,12 +385,18 @@ class TestRefusals:
       "conv1x1_conv1x1_conv3x3",
       "conv3x3_1_relu",
       "conv3x3_relu_d2",
+      "conv10000x1",
+      "conv3x3_d10000",
       "",
     ],
   )
   def test_an_unknown_branch_is_named(self, name):
     with pytest.raises(ValueError, match=rf"unknown branch '{name}'"):
       self.init(branches=("conv3x3", name))
+
+  def test_a_number_of_thousands_of_digits_is_no_branch(self):
+    with pytest.raises(ValueError, match="unknown branch 'conv9999"):
+      self.init(branches=("conv3x3", f"conv{'9' * 5000}x1"))
 
   @pytest.mark.parametrize("branches", [(), ("identity",)])
   def test_a_layer_needs_a_convolution(self, branches):

@@ -121,8 +121,8 @@ def test_trivial_is_a_convolution_with_an_identity_in_its_kernel():
 @pytest.mark.parametrize(
   ("overrides", "words"),
   [
-    ({"norms": ("conv5x5",)}, "norms takes some of"),
-    ({"norms": ()}, "norms takes some of"),
+    ({"norm": ("conv5x5",)}, "norm takes some of"),
+    ({"norm": ()}, "norm takes some of"),
     ({"residual": True}, "residual is for plain networks"),
     ({"residual": True, "branches": ("conv3x3",), "se": "pre"}, "residual is for plain networks"),
     ({"branches": ("conv3x3", "conv33x33")}, "3 to 31 taps"),

@@ -155,9 +155,9 @@ def test_a_layer_with_a_note_of_its_epsilon_has_that_epsilon():
   assert relative_error(noted, silent) > 1e-3
 
 
-@pytest.mark.parametrize("norms", [("sum",), ("conv3x3", "sum"), ("conv3x3",)], ids=str)
+@pytest.mark.parametrize("norms", [("after_sum",), ("conv3x3", "after_sum"), ("conv3x3",)], ids=str)
 def test_a_layer_whose_scales_are_not_those_of_its_branches_has_no_part_in_it(norms):
-  layer = RepConv(4, ("conv3x3", "conv1x1"), norms=norms)
+  layer = RepConv(4, ("conv3x3", "conv1x1"), norm=norms)
   variables = random_variables(layer, np.ones((1, 5, 5, 4), np.float32))
   with pytest.raises(InputError, match="this model has none"):
     custom_l2(variables["params"], variables["batch_stats"])

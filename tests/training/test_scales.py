@@ -83,8 +83,12 @@ def damaged(state, change):
     state[name] = np.ones(9, np.float32)
   elif change == "deeper":
     state["stage2.1.scale_conv.weight"] = np.ones(16, np.float32)
-  else:
+  elif change == "infinite":
     state[name] = state[name] * np.float32(np.nan)
+  elif change == "beyond float32":
+    state[name] = np.full(state[name].shape, 1e300)
+  else:
+    state[name] = state[name].astype(change)
   return state
 
 
@@ -94,7 +98,12 @@ def damaged(state, change):
     ("missing", r"missing: stage2\.0\.scale_1x1\.weight"),
     ("longer", r"of a different length: stage2\.0\.scale_1x1\.weight \(9,\) instead of \(\d+,\)"),
     ("deeper", r"beyond the network: stage2\.1\.scale_conv\.weight"),
-    ("infinite", r"not finite: stage2\.0\.scale_1x1\.weight"),
+    ("infinite", r"not finite in float32: stage2\.0\.scale_1x1\.weight"),
+    ("beyond float32", r"not finite in float32: stage2\.0\.scale_1x1\.weight"),
+    *(
+      (kind, rf"not floating-point: stage2\.0\.scale_1x1\.weight, of type \W*{kind}")
+      for kind in ("complex64", "int8", "bool", "U4")
+    ),
   ],
 )
 def test_a_file_that_does_not_fit_is_explained(tmp_path, change, said):
