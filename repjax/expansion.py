@@ -28,6 +28,7 @@ from repjax.layers import AuxHead
 from repjax.layers.base import EPSILON, RepLayer
 from repjax.layers.remainder import cast
 from repjax.models import image_size_of
+from repjax.models.checks import check_key
 from repjax.recognition import Kind, Path, Tree, kind_of, shown
 from repjax.reparam import reparameterize
 from repjax.trees import check_leaves, check_tree, misfits, pure
@@ -121,19 +122,7 @@ def _check_arguments(model: Any, key: Any) -> None:
       f"model is the deploy form of {type(model).__name__}, and expand returns variables of the "
       "training form. Pass the training form: create_model(..., deploy=False)"
     )
-  if not _is_key(key):
-    raise InputError(
-      f"key must be a JAX random key such as jax.random.key(0), got {printable(repr(key), 60)}"
-    )
-
-
-def _is_key(key: Any) -> bool:
-  """Tells if a value is one random key of JAX, of the new or the old kind."""
-  dtype = getattr(key, "dtype", None)
-  if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-    # An old key is as many numbers as the random generator that JAX is set to takes.
-    return dtype == jnp.uint32 and key.shape == jax.eval_shape(jax.random.PRNGKey, 0).shape
-  return not key.shape
+  check_key(key)
 
 
 def _checked_images(model: nn.Module, images: Any) -> Any:

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from repjax import layers
 from repjax.errors import InputError, printable
 from repjax.layers import RepLayer
-from repjax.trees import leaves, pure
+from repjax.trees import check_arrays, leaves, pure
 
 __all__ = ["RepConv", "RepNorm", "load"]
 
@@ -187,8 +187,13 @@ def load(model: nnx.Module, params: Tree, batch_stats: Tree | None = None) -> No
       statistics of the training form may come here.
 
   Raises:
-    InputError: a variable has no value, a parameter has no place, or shapes or dtypes differ.
+    InputError: a variable has no value, a parameter has no place, shapes or dtypes differ, a value
+      is no array, or the model is none of NNX.
   """
+  if not isinstance(model, nnx.Module):
+    raise InputError(f"model must be an nnx.Module, got {printable(repr(model), 60)}")
+  check_arrays(("params",), pure(params))
+  check_arrays(("batch_stats",), pure(batch_stats or {}))
   places, values = _by_path(nnx.state(model, nnx.Param)), _by_path(params)
   norms, statistics = _by_path(nnx.state(model, nnx.BatchStat)), _by_path(batch_stats or {})
   if not places:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from repjax.errors import InputError, listed, printable
 from repjax.layers.base import read_notes
@@ -109,7 +110,7 @@ def reparameterize(
   params, batch_stats = pure(params), pure(batch_stats)
   check_tree("params", params)
   check_tree("batch_stats", batch_stats)
-  check_apart(params)
+  check_apart(params, batch_stats)
   rules = _rules(folds, epsilon, keep)
   return dict(_walk(params, batch_stats, (), rules) or {})
 
@@ -147,10 +148,7 @@ class _Rules(NamedTuple):
 
 def _rules(folds: Any, epsilon: Any, keep: Any) -> _Rules:
   """Returns the rules of a walk; raises InputError for arguments of wrong kinds."""
-  # A Python number has no dtype. Of a traced one, only the shape is known.
-  known = not isinstance(epsilon, jax.core.Tracer)
-  is_number = isinstance(epsilon, numbers.Real | np.ndarray | jax.Array)
-  if not is_number or np.ndim(epsilon) or (known and not 0 <= epsilon < np.inf):
+  if not _is_epsilon(epsilon):
     raise InputError(
       f"epsilon must be one number that is not negative, got {printable(repr(epsilon), 60)}. "
       "Layers with epsilons of their own hold them in batch_stats"
@@ -161,6 +159,16 @@ def _rules(folds: Any, epsilon: Any, keep: Any) -> _Rules:
       'Pass {**repjax.FOLDS, "MyLayer": fold}'
     )
   return _Rules(folds, epsilon, _kept(keep))
+
+
+def _is_epsilon(value: Any) -> bool:
+  """Tells if a value is one finite number that is not negative."""
+  if isinstance(value, np.ndarray | jax.Array) and value.ndim:
+    return False
+  if isinstance(value, Tracer):  # its value is not known yet
+    return True
+  is_number = isinstance(value, float | numbers.Real | np.ndarray | jax.Array)
+  return is_number and 0 <= float(value) < np.inf
 
 
 def _walk(params: Tree, stats: Tree, path: Path, rules: _Rules) -> Mapping[str, Any] | None:

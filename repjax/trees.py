@@ -84,20 +84,48 @@ def check_tree(where: str, tree: Any) -> None:
     )
 
 
-def check_apart(params: Any) -> None:
-  """Checks that no statistics of batch norms lie among parameters.
+def check_apart(params: Any, stats: Any) -> None:
+  """Checks that no statistics of batch norms lie among parameters, nor parameters among statistics.
 
   Args:
     params: nested dictionaries of parameters.
+    stats: nested dictionaries of statistics.
 
   Raises:
-    InputError: a scope called `bn` holds statistics.
+    InputError: a scope called `bn` holds statistics, or a statistic is called `kernel`.
   """
+  for path, _ in leaves(stats):
+    if path[-1] == "kernel":
+      raise InputError(
+        f"batch_stats hold parameters: {printable('/'.join(map(str, path)))}. Pass "
+        'variables["batch_stats"] alone, or {} for a network without statistics'
+      )
   for path, _ in leaves(params):
     if path[-2:] in (("bn", "mean"), ("bn", "var")):
       raise InputError(
         f"params hold statistics too: {printable('/'.join(map(str, path)))}. Pass the two apart. "
         "An NNX model has nnx.state(model, nnx.Param) and nnx.state(model, nnx.BatchStat)"
+      )
+
+
+def check_arrays(path: tuple[str, ...], tree: Any) -> None:
+  """Checks that all leaves of a tree are arrays of any dtype, not shapes alone.
+
+  Args:
+    path: place of the tree, for the message.
+    tree: nested dictionaries below this path.
+
+  Raises:
+    InputError: a leaf is something else.
+  """
+  for below, leaf in leaves(tree):
+    place = _place(path, *below)
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape") or leaf.dtype == object:
+      raise InputError(f"{place} must be an array, got {_kind(leaf)}")
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      raise InputError(
+        f"{place} must be an array, got a shape alone. Pass the function and the shapes to "
+        "jax.eval_shape"
       )
 
 
@@ -111,15 +139,9 @@ def check_leaves(path: tuple[str, ...], tree: Any) -> None:
   Raises:
     InputError: a leaf is something else.
   """
+  check_arrays(path, tree)
   for below, leaf in leaves(tree):
-    place = printable("/".join((*path, *map(str, below))))
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-      raise InputError(f"{place} must be an array, got {_kind(leaf)}")
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-      raise InputError(
-        f"{place} must be an array, got a shape alone. Pass the function and the shapes to "
-        "jax.eval_shape"
-      )
+    place = _place(path, *below)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise InputError(
         f"{place} must hold floating-point numbers, got {leaf.dtype}. Integers are weights in 8 "
@@ -174,20 +196,26 @@ def _check_stats(path: tuple[str, ...], params: Any, stats: Any, axes: int) -> N
     here, is_scope = _place(path, name), isinstance(params.get(name), Mapping)
     if not isinstance(name, str):
       raise InputError(f"{here} must have a text for a name, got {printable(repr(name), 60)}")
-    if isinstance(value, Mapping) and not is_scope:
+    if is_scope and not isinstance(value, Mapping):
+      raise InputError(f"{here} must be {_wanted(False)} of statistics, got {_form(value)}")
+    if not is_scope and isinstance(value, Mapping):
       raise InputError(
         f"{here} holds statistics, but params have no scope there: the two trees do not belong "
         "together"
       )
-    if is_scope and not isinstance(value, Mapping):
-      raise InputError(f"{here} must be {_wanted(False)} of statistics, got {_form(value)}")
-    if not is_scope and value.ndim != axes:
-      raise InputError(f"{here} must be one number, got an array of shape {value.shape}")
-    if name == "bn":
+    if not is_scope:
+      _check_note(here, value, axes)
+    elif name == "bn":
       if odd := [below for below, leaf in value.items() if isinstance(leaf, Mapping)]:
         raise InputError(f"{_place(path, name, odd[0])} must be {_wanted(True)}")
-    elif is_scope:
+    else:
       _check_stats((*path, name), params[name], value, axes)
+
+
+def _check_note(here: str, note: Any, axes: int) -> None:
+  """Raises InputError if a note is not one number for each copy of the layer."""
+  if note.ndim != axes:
+    raise InputError(f"{here} must be one number, got an array of shape {note.shape}")
 
 
 def _wanted(is_array: bool) -> str:

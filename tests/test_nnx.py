@@ -389,3 +389,21 @@ class TestLoad:
     model = nnx.bridge.ToNNX(layers.RepConv(4), rngs=nnx.Rngs(0))
     with pytest.raises(InputError, match=r"no parameters.*lazy_init"):
       load(model, {"conv": {"kernel": jnp.ones((3, 3, 4, 4)), "bias": jnp.ones(4)}})
+
+
+@pytest.mark.parametrize(
+  "value",
+  ["x", None, [[1.0]], np.array([None], object), jax.ShapeDtypeStruct((3, 3, 4, 8), jnp.float32)],
+  ids=["text", "None", "list", "objects", "shape"],
+)
+def test_load_takes_arrays_alone(value):
+  layer = repjax.nnx.RepConv(4, 8, branches=("conv3x3",), deploy=True, rngs=nnx.Rngs(0))
+  params = {"conv": {"kernel": value, "bias": np.zeros(8, np.float32)}}
+  with pytest.raises(InputError, match="params/conv/kernel must be an array"):
+    repjax.nnx.load(layer, params)
+
+
+@pytest.mark.parametrize("model", [3, repjax.nnx.RepConv, repjax.layers.RepConv(8)], ids=str)
+def test_load_takes_models_of_nnx_alone(model):
+  with pytest.raises(InputError, match=r"must be an nnx\.Module"):
+    repjax.nnx.load(model, {})

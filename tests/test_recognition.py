@@ -469,3 +469,17 @@ def test_it_is_the_same_under_jit():
   plain = repjax.reparameterize(*halves(variables))
   compiled = quick_jit(repjax.reparameterize)(*halves(variables))
   jax.tree.map(lambda a, b: helpers.assert_close(a, b, 1e-14), compiled, plain)
+
+
+@pytest.mark.parametrize("epsilon", [-1.0, float("nan"), float("inf"), "1e-5", None])
+def test_an_epsilon_that_is_no_number_is_refused(epsilon):
+  with pytest.raises(InputError, match="epsilon must be a number of at least 0"):
+    RepNorm(epsilon=epsilon)
+
+
+def test_parameters_in_the_place_of_statistics_are_named():
+  variables = random_variables(RepConv(4), X.astype("float32"))
+  params = {"stem": variables["params"]}
+  for wrong in (params, {"params": params, "batch_stats": {"stem": variables["batch_stats"]}}):
+    with pytest.raises(InputError, match=r"batch_stats hold parameters: .*kernel"):
+      repjax.reparameterize(params, wrong)

@@ -21,7 +21,7 @@ from typing import Any
 from repjax import configs, schema
 from repjax.cli import flags
 from repjax.config import FIELDS, OVERRIDES, RESUME
-from repjax.errors import InputError, one_paragraph, unknown
+from repjax.errors import InputError, one_paragraph, printable, unknown
 
 _FLAGS = ("--config", "--workdir", "--resume", "--distributed")
 
@@ -186,11 +186,36 @@ def _check_runs(file: str) -> None:
   try:
     _parsed(file, [])
   except Exception as error:  # The file is a program, which may raise anything.
+    name, colon, argument = file.partition(":")
+    if colon and _runs(name):
+      raise InputError(
+        f"the config {name} does not take {printable(repr(argument), 60)} after the colon: "
+        f"{_reason(error)}. Leave the colon out, or look at the first lines of the file"
+      ) from error
     text = str(error).strip().splitlines()[-1] if str(error).strip() else ""
     raise InputError(
       f"the config {file} cannot be run: {type(error).__name__}: {text}. Its function get_config() "
       "must return a config that starts from repjax.config.default()"
     ) from error
+
+
+def _runs(file: str) -> bool:
+  """Tells if a config file can be run without changes."""
+  try:
+    _parsed(file, [])
+  except Exception:  # The file is a program, which may raise anything.
+    return False
+  return True
+
+
+def _reason(error: BaseException) -> str:
+  """Returns the text of the error that a config file raised.
+
+  ml_collections raises this error again, once or twice, with the traceback in its text.
+  """
+  while error.__context__ is not None:
+    error = error.__context__
+  return str(error)
 
 
 def _mistake(file: str, changes: Sequence[str], error: Exception) -> InputError:

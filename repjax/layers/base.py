@@ -1,5 +1,7 @@
 """The base of every layer that has two forms, and the batch norm that such layers train with."""
 
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -38,6 +40,11 @@ class RepLayer(nn.Module, kw_only=True):
 
   mark: ClassVar[str | None] = None
   """Class name of a layer that holds only scopes with ordinary names, such as `bn` and `dense`."""
+
+  def __post_init__(self):
+    if not (isinstance(self.epsilon, numbers.Real) and 0 <= self.epsilon < math.inf):
+      raise InputError(f"epsilon must be a number of at least 0, got {self.epsilon!r}")
+    super().__post_init__()
 
   # `nowrap` marks plain helpers: Linen neither traces them as calls nor names them in programs.
   @nn.nowrap

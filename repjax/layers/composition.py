@@ -247,7 +247,8 @@ def _check_names(value: Any, known: set[str], where: str) -> None:
   is_list = isinstance(value, Collection) and not isinstance(value, str)
   if not is_list or not all(name in known for name in value):
     raise InputError(
-      f"{where} takes names of branches of the layer, a subset of {sorted(known)}, got {value!r}"
+      f"{where} takes a tuple of names, each one of {sorted(known)}, got {value!r}"
+      + (f". Pass ({value!r},)" if isinstance(value, str) and value in known else "")
     )
 
 

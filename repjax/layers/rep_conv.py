@@ -137,13 +137,18 @@ class RepConv(RepLayer):
     refuse_training(self.deploy, train)
     self._check_skips()
     scope = _LinenScope(self, self, train)
-    y = forward(x, self, scope, f"RepConv {'/'.join(self.path)}")
+    y = forward(x, self, scope, self._shown())
     return y.astype(self.dtype)
 
   @nn.nowrap
   def notes(self) -> dict[str, float]:
     """Returns the notes of `RepLayer`, and the skips. These hold nothing that a fold could see."""
     return {**super().notes(), **dict.fromkeys(skips(self), 1.0)}
+
+  @nn.nowrap
+  def _shown(self) -> str:
+    """Returns the layer and its path, for messages. A layer that stands alone has no path."""
+    return " ".join(filter(None, ("RepConv", "/".join(self.path))))
 
   @nn.nowrap
   def _check_skips(self) -> None:
@@ -154,7 +159,7 @@ class RepConv(RepLayer):
     stats = self.variables.get("batch_stats")
     if stats and (noted := sorted(filter(is_skip, stats))) != (wanted := sorted(skips(self))):
       raise InputError(
-        f"RepConv {'/'.join(self.path)} has the skips {wanted}, but its statistics are of a layer "
+        f"{self._shown()} has the skips {wanted}, but its statistics are of a layer "
         f"with the skips {noted}. Build the layer with the branches of its variables, and keep "
         "the notes in batch_stats"
       )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 from repjax.layers import activation
 from repjax.layers.composition import pair
 from repjax.schema import shown
@@ -131,12 +131,30 @@ def check_classifier(num_classes: Any, dropout: float, act: str) -> None:
   activation(act)
 
 
+def check_key(key: Any) -> None:
+  """Raises InputError if a value is no random key of JAX, or several."""
+  if not _is_key(key):
+    raise InputError(
+      f"key must be a JAX random key such as jax.random.key(0), got {printable(repr(key), 60)}"
+    )
+
+
+def _is_key(key: Any) -> bool:
+  """Tells if a value is one random key of JAX, of the new or the old kind."""
+  dtype = getattr(key, "dtype", None)
+  if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    # An old key is as many numbers as the random generator that JAX is set to takes.
+    return dtype == jnp.uint32 and key.shape == jax.eval_shape(jax.random.PRNGKey, 0).shape
+  return not key.shape
+
+
 def check_total_stride(network: nn.Module, images: jax.Array, total: int) -> None:
   """Raises InputError if images are no batch, or smaller than the total stride of a network."""
   if images.ndim != 4 or min(images.shape[1:3]) < total:
     raise InputError(
       f"this {type(network).__name__} shrinks images {total} times, so they must be (N, H, W, C) "
-      f"with H and W at least {total}; got {images.shape}. Use a larger image size"
+      f"with H and W at least {total}; got {images.shape}. "
+      + _way_to_batch(images, "Use a larger image size")
     )
 
 
@@ -153,6 +171,20 @@ def check_tiled(network: nn.Module, images: jax.Array, unit: tuple[int, int], ti
   if images.ndim != 4 or not min(sides) or any(side % step for side, step in zip(sides, unit)):
     raise InputError(
       f"this {type(network).__name__} cuts its maps into tiles of {tiles}, so images must be "
-      f"(N, H, W, C) with H a multiple of {unit[0]} and W of {unit[1]}; got {images.shape}. Change "
-      "the image size or the tile"
+      f"(N, H, W, C) with H a multiple of {unit[0]} and W of {unit[1]}; got {images.shape}. "
+      + _way_to_batch(images, "Change the image size or the tile")
     )
+
+
+def _way_to_batch(images: jax.Array, otherwise: str) -> str:
+  """Returns what to do about images of a wrong shape.
+
+  Args:
+    images: array of any shape.
+    otherwise: the way out for a batch (N, H, W, C) of an unsuitable size.
+  """
+  if images.ndim == 3:
+    return "Add the axis of the batch: images[None]"
+  if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3):
+    return "If they are (N, C, H, W), as in PyTorch: images.transpose(0, 2, 3, 1)"
+  return otherwise

@@ -14,7 +14,7 @@ from repjax.devices import need_devices
 from repjax.layers.drawing import fill
 from repjax.layers.linear import from_orthogonal, is_orthogonal, uniform_bound
 from repjax.models.base import Classifier
-from repjax.models.checks import check_image_size
+from repjax.models.checks import check_image_size, check_key
 
 
 def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) -> dict[str, Any]:
@@ -35,11 +35,12 @@ def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) ->
     {"params", "batch_stats"}, or {"params"} in deploy form.
 
   Raises:
-    InputError: the image size is too small for the model.
+    InputError: the image size is too small for the model, or the key is no random key.
     ValueError: a leaf is of a kind that no model of repjax has.
   """
   need_devices()
   check_image_size(image_size)
+  check_key(key)
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
   variables = draw(jax.eval_shape(model.init, key, images), key)

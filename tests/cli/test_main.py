@@ -9,6 +9,7 @@ import pytest
 
 from repjax import configs
 from repjax.cli.train import config_file, default_workdir, load_config
+from repjax.errors import InputError
 from tests.cli.helpers import stop_of
 from tests.training import tiny
 
@@ -83,6 +84,20 @@ def test_a_config_may_have_an_argument():
   assert load_config(file, []).model_overrides.branches == ("conv3x3",)
   assert default_workdir(file) == "runs/digits_ablation_plain"
   assert default_workdir(config_file("digits_ablation")) == "runs/digits_ablation"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
+@pytest.mark.parametrize(
+  ("name", "reason"),
+  [
+    ("digits_ablation:nonsense", "known: acb, "),
+    ("digits:foo", "takes 0 .* Leave"),
+  ],
+)
+def test_an_argument_that_a_config_does_not_take_is_named(name, reason):
+  argument = name.partition(":")[2]
+  with pytest.raises(InputError, match=f"does not take '{argument}' after the colon: .*{reason}"):
+    load_config(config_file(name), [])
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own

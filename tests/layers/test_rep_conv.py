@@ -398,6 +398,14 @@ class TestRefusals:
     with pytest.raises(ValueError, match="unknown branch 'conv9999"):
       self.init(branches=("conv3x3", f"conv{'9' * 5000}x1"))
 
+  def test_one_name_in_place_of_several_is_answered_with_the_tuple(self):
+    with pytest.raises(ValueError, match=r"Pass \('conv3x3',\)"):
+      self.init(branches=("conv3x3",), conv_bias="conv3x3")
+
+  def test_a_layer_that_stands_alone_is_named_without_a_path(self):
+    with pytest.raises(ValueError, match=r"^RepConv: branch names must differ"):
+      self.init(branches=("conv3x3", "conv3x3"))
+
   @pytest.mark.parametrize("branches", [(), ("identity",)])
   def test_a_layer_needs_a_convolution(self, branches):
     with pytest.raises(ValueError, match="at least one convolution"):

@@ -171,3 +171,23 @@ def test_a_fresh_deploy_form_runs():
   logits = helpers.quick_jit(model.apply)(variables, helpers.random_input(2, 32, 32, 3))
   assert np.isfinite(logits).all()
   assert np.std(logits) > 0
+
+
+@pytest.mark.parametrize(
+  ("shape", "way_out"),
+  [
+    ((64, 64, 3), r"images\[None\]"),
+    ((1, 3, 64, 64), r"images\.transpose\(0, 2, 3, 1\)"),
+    ((1, 16, 16, 3), "larger image size"),
+  ],
+)
+def test_images_of_a_wrong_shape_are_answered_with_the_way_out(shape, way_out):
+  model = repjax.create_model("repvgg_a0", deploy=True)
+  with pytest.raises(ValueError, match=way_out):
+    jax.eval_shape(model.init, KEY, jnp.ones(shape))
+
+
+@pytest.mark.parametrize("key", [0, jnp.zeros(2)])
+def test_a_key_that_is_none_is_refused(key):
+  with pytest.raises(ValueError, match="key must be a JAX random key"):
+    repjax.init(repjax.create_model("repvgg_a0", deploy=True), key, 32)
