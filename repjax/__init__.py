@@ -12,6 +12,7 @@ import repjax.devices  # noqa: F401
 
 if TYPE_CHECKING:
   from repjax.expansion import expand
+  from repjax.fusion import fuse
   from repjax.models import create_model, init, list_models
   from repjax.recognition import FOLDS
   from repjax.reparam import reparameterize
@@ -24,6 +25,7 @@ __all__ = [
   "ModelSpec",
   "create_model",
   "expand",
+  "fuse",
   "init",
   "list_models",
   "load",
@@ -35,15 +37,16 @@ _MODULE_OF = {
   "ModelSpec": "spec",
   "create_model": "models",
   "expand": "expansion",
+  "fuse": "fusion",
   "init": "models",
   "list_models": "models",
   "load": "spec",
   "reparameterize": "reparam",
 }
 _MODULES = (
-  *("algebra", "analysis", "data", "deploy", "disk", "errors", "expansion", "layers", "models"),
-  *("nnx", "onnx", "quantization", "recognition", "reparam", "report", "runs", "spec", "training"),
-  "weights",
+  *("algebra", "analysis", "data", "deploy", "disk", "errors", "expansion", "fusion", "layers"),
+  *("models", "nnx", "onnx", "quantization", "recognition", "reparam", "report", "runs", "spec"),
+  *("training", "weights"),
 )
 
 

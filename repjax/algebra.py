@@ -5,6 +5,8 @@ affine maps are affine again, so that each can be written as one convolution. Al
 in float32 or wider, at the highest matrix-product precision. Callers cast the results.
 """
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -208,27 +210,28 @@ def pad_kernel(
   return jnp.pad(kernel, ((before[0], after[0]), (before[1], after[1]), (0, 0), (0, 0)))
 
 
-def dilate_kernel(kernel: jax.Array, rate: int) -> jax.Array:
+def dilate_kernel(kernel: jax.Array, rate: int | tuple[int, ...]) -> jax.Array:
   """Writes a dilated convolution as a larger convolution without dilation.
 
   K'[r h, r w, i, o] = K[h, w, i, o], all else zero. Always exact.
 
   Args:
-    kernel: (H, W, I/g, O).
-    rate: distance r from tap to tap, at least 1.
+    kernel: (taps..., I/g, O), with any number of axes of taps, such as (H, W, I/g, O).
+    rate: distance r from tap to tap, at least 1; one number, or one for each axis of taps.
 
   Returns:
-    ((H - 1) r + 1, (W - 1) r + 1, I/g, O), dtype of `kernel`.
+    ((T - 1) r + 1 taps..., I/g, O), dtype of `kernel`.
 
   Raises:
-    ValueError: the rate is below 1.
+    ValueError: a rate is below 1.
 
   References:
     Ding et al., UniRepLKNet, CVPR 2024, section 3.1. https://arxiv.org/abs/2311.15599
   """
-  if rate < 1:
+  rates = rate if isinstance(rate, tuple) else (rate,) * (kernel.ndim - 2)
+  if min(rates, default=1) < 1:
     raise ValueError(f"the distance from tap to tap is at least 1, got {rate}")
-  between = [(0, 0, rate - 1), (0, 0, rate - 1), (0, 0, 0), (0, 0, 0)]
+  between = [*((0, 0, each - 1) for each in rates), (0, 0, 0), (0, 0, 0)]
   return lax.pad(kernel, jnp.zeros((), kernel.dtype), between)
 
 
@@ -572,3 +575,92 @@ def conv_to_dense(
   kernel = kernel.transpose(5, 0, 2, 4, 1, 3, 6)  # (g, h, w, C/g, h, w, O/g)
   bias = conv.bias.reshape(groups, 1, 1, -1)
   return kernel, jnp.broadcast_to(bias, (groups, *tile, outputs // groups))
+
+
+def merge_groups(kernel: jax.Array, groups: int, fewer: int) -> jax.Array:
+  """Writes a grouped convolution with fewer groups, as zeros between groups that were apart.
+
+  With p = g / f groups in each new group, K'[.., a * I/g + i, o] = K[.., i, o] if output o is in
+  the a-th of the p groups, else zero. Always exact.
+
+  Args:
+    kernel: (taps..., I/g, O), with any number of axes of taps.
+    groups: number of groups g.
+    fewer: number of groups f of the result, which divides g.
+
+  Returns:
+    (taps..., I/f, O), dtype of `kernel`.
+
+  Raises:
+    ValueError: `fewer` does not divide `groups`, or `groups` does not divide O.
+  """
+  *taps, inputs, outputs = kernel.shape
+  if groups % fewer or outputs % groups:
+    raise ValueError(
+      f"a kernel {kernel.shape} in {groups} groups cannot be written in {fewer}: {groups} must be "
+      f"a multiple of {fewer}, and divide the {outputs} outputs"
+    )
+  if groups == fewer:
+    return kernel
+  parts = groups // fewer
+  kernel = kernel.reshape(*taps, 1, inputs, fewer, parts, outputs // groups)
+  own = jnp.eye(parts, dtype=kernel.dtype).reshape(*(1 for _ in taps), parts, 1, 1, parts, 1)
+  return (kernel * own).reshape(*taps, parts * inputs, outputs)
+
+
+def chain_kernels(
+  first: jax.Array,
+  second: jax.Array,
+  groups: int,
+  first_steps: tuple[int, ...],
+  second_steps: tuple[int, ...],
+) -> jax.Array:
+  """Merges two convolutions, one after the other, into one convolution of any size.
+
+  K[t1 * s1 + t2 * s2, i, o] = sum_m K1[t1, i, m] K2[t2, m, o], for all taps t1 and t2. Exact if
+  nothing is padded between the two, or if the padding is what the first makes of padding.
+
+  Args:
+    first: (taps..., I/g, M), with any number of axes of taps.
+    second: (taps..., M/g, O), with the same number of axes of taps.
+    groups: number of groups g of both.
+    first_steps: distance of the first kernel's taps along each axis, in taps of the result.
+    second_steps: the same for the second kernel, its dilation times the first's stride.
+
+  Returns:
+    ((T1 - 1) * s1 + (T2 - 1) * s2 + 1 taps..., I/g, O), in the widest dtype, at least float32.
+
+  Raises:
+    ValueError: the channels between the two do not match.
+
+  References:
+    Ding et al., Diverse Branch Block, CVPR 2021, Transform III. https://arxiv.org/abs/2103.13425
+  """
+  middle, width = first.shape[-1], second.shape[-2]
+  if middle != width * groups or second.shape[-1] % groups:
+    raise ValueError(
+      f"kernels {first.shape} and {second.shape} in {groups} groups do not follow one another"
+    )
+  first, second = _widen(first, second)
+  rows = first.reshape(*first.shape[:-1], groups, width)  # (taps, I/g, g, M/g)
+  columns = second.reshape(*second.shape[:-1], groups, -1)  # (taps, M/g, g, O/g)
+  lengths = [
+    (t1 - 1) * s1 + (t2 - 1) * s2 + 1
+    for t1, t2, s1, s2 in zip(first.shape, second.shape, first_steps, second_steps)
+  ]
+  result = jnp.zeros((*lengths, first.shape[-2], second.shape[-1]), first.dtype)
+  # One sum over channels for each tap of the smaller kernel, placed on the grid of the result.
+  inner = math.prod(second.shape[:-2]) <= math.prod(first.shape[:-2])
+  for tap in itertools.product(*map(range, (second if inner else first).shape[:-2])):
+    if inner:
+      part = jnp.einsum("...igm,mgo->...igo", rows, columns[tap], precision=lax.Precision.HIGHEST)
+    else:
+      part = jnp.einsum("igm,...mgo->...igo", rows[tap], columns, precision=lax.Precision.HIGHEST)
+    part = part.reshape(*part.shape[:-2], -1)
+    fixed, steps = (second_steps, first_steps) if inner else (first_steps, second_steps)
+    place = tuple(
+      slice(at * step, at * step + (taps - 1) * own + 1, own)
+      for at, step, taps, own in zip(tap, fixed, part.shape, steps)
+    )
+    result = result.at[place].add(part)
+  return result

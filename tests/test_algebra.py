@@ -173,6 +173,11 @@ class TestDilateKernel:
     with pytest.raises(ValueError, match="at least 1, got 0"):
       algebra.dilate_kernel(jnp.ones((3, 3, 1, 1)), 0)
 
+  def test_axes_have_rates_of_their_own(self):
+    kernel = algebra.dilate_kernel(jnp.ones((3, 2, 1, 1)), (2, 3))
+    assert kernel.shape == (5, 4, 1, 1)
+    assert kernel.sum() == 6
+
 
 class TestDiracKernel:
   @pytest.mark.parametrize(("inputs", "outputs"), [(4, 4), (3, 5), (5, 3)])
@@ -547,6 +552,42 @@ def test_wide_dtype_is_float64_as_soon_as_one_is():
   for pair in itertools.combinations_with_replacement(dtypes, 2):
     wanted = jnp.float64 if jnp.float64 in pair else jnp.float32
     assert algebra.wide_dtype(*pair) == jnp.dtype(wanted)
+
+
+class TestMergeGroups:
+  @pytest.mark.parametrize(("groups", "fewer"), [(6, 3), (6, 2), (6, 1), (2, 1), (3, 3)])
+  def test_fewer_groups_compute_the_same(self, groups, fewer):
+    x, conv = random_input(2, 5, 6, 12), random_conv(3, 3, 12 // groups, 6)
+    merged = algebra.merge_groups(conv.kernel, groups, fewer)
+    assert merged.shape == (3, 3, 12 // fewer, 6)
+    wanted = convolve(x, conv.kernel, groups=groups)
+    assert relative_error(convolve(x, merged, groups=fewer), wanted) <= EXACT
+
+  @pytest.mark.parametrize(("groups", "fewer"), [(4, 3), (5, 1)])
+  def test_groups_that_do_not_divide_are_refused(self, groups, fewer):
+    with pytest.raises(ValueError, match=f"in {groups} groups cannot be written in {fewer}"):
+      algebra.merge_groups(jnp.ones((1, 1, 2, 12)), groups, fewer)
+
+
+class TestChainKernels:
+  @pytest.mark.parametrize("groups", [1, 2])
+  @pytest.mark.parametrize(
+    ("first", "second"), [((3, 3), (1, 1)), ((1, 2), (3, 1)), ((2, 3), (3, 2))]
+  )
+  @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
+  def test_one_convolution_computes_both(self, groups, first, second, stride, dilation):
+    x = random_input(2, 14, 13, 4)
+    k1 = random_conv(*first, 4 // groups, 6).kernel
+    k2 = random_conv(*second, 6 // groups, 2, seed=1).kernel
+    wanted = convolve(x, k1, strides=(stride, stride), groups=groups)
+    wanted = convolve(wanted, k2, dilation=(dilation, dilation), groups=groups)
+    chain = algebra.chain_kernels(k1, k2, groups, (1, 1), (stride * dilation,) * 2)
+    got = convolve(x, chain, strides=(stride, stride), groups=groups)
+    assert relative_error(got, wanted) <= EXACT
+
+  def test_channels_that_do_not_match_are_refused(self):
+    with pytest.raises(ValueError, match="do not follow one another"):
+      algebra.chain_kernels(jnp.ones((1, 2, 3)), jnp.ones((1, 4, 3)), 1, (1,), (1,))
 
 
 class TestVectorsOfOtherLengths:

@@ -23,6 +23,7 @@ MAY_IMPORT = {
   "runs": {"config"},
   "algebra": set(),
   "program": set(),
+  "fusion": {"algebra", "program"},
   "layers": {"algebra"},
   "nnx": {"layers"},
   "recognition": {"layers"},

@@ -1,0 +1,149 @@
+"""Groups of terms that become one product, and their cost.
+
+Costs are counted for each pixel of the result, so that no decision depends on the size of the
+input. A merge is made only if it has fewer products, and no more multiplications and parameters
+than the program times `growth`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from repjax.fusion.values import Term
+from repjax.fusion.windows import Window
+
+
+class Cost(NamedTuple):
+  """The cost of products.
+
+  Attributes:
+    products: number of convolutions and matrix products.
+    multiplications: for each pixel of the result.
+    parameters: number of weights.
+  """
+
+  products: int
+  multiplications: float
+  parameters: int
+
+  def plus(self, other: "Cost") -> "Cost":
+    """Returns what both cost together."""
+    work = self.multiplications + other.multiplications
+    return Cost(self.products + other.products, work, self.parameters + other.parameters)
+
+  def within(self, bound: "Cost", growth: float) -> bool:
+    """Checks that neither multiplications nor parameters are more than `growth` times a bound."""
+    small = self.multiplications <= growth * bound.multiplications
+    return small and self.parameters <= growth * bound.parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Terms that become one product.
+
+  Attributes:
+    members: terms that read one source in the same layout.
+    windows: for each axis of the source the window that holds the windows of all members.
+    groups: number of groups of the product, 0 if no member has a kernel.
+  """
+
+  members: tuple[Term, ...]
+  windows: tuple[Window, ...]
+  groups: int
+
+  @property
+  def head(self) -> Term:
+    """The first member with a kernel, or else the first member."""
+    return next((term for term in self.members if term.kernel is not None), self.members[0])
+
+  @property
+  def settings(self) -> tuple[Any, ...]:
+    """Precision and preferred dtype of the product. A pool that became a kernel has none."""
+    return next((term.settings for term in self.members if term.settings), (None, None))
+
+  @property
+  def is_product(self) -> bool:
+    """Tells if the group is a convolution or a matrix product."""
+    return self.head.kernel is not None
+
+  @property
+  def cost(self) -> Cost:
+    """The cost of the group. A sum over neighbours without a kernel counts its additions."""
+    head = self.head
+    taps = math.prod(self.windows[axis].taps for axis in head.others)
+    if head.kernel is None:
+      return Cost(0, taps * (head.features or 1) if taps > 1 else 0, 0)
+    weights = taps * head.kernel.shape[-1] * head.kernel.shape[-2] * head.groups // self.groups
+    spread = math.prod(window.spread for window in self.windows)
+    return Cost(1, weights / spread, weights)
+
+
+def alone(term: Term) -> Group:
+  """Returns the group of a single term."""
+  return Group((term,), term.windows, term.groups if term.kernel is not None else 0)
+
+
+def joined(group: Group, term: Term) -> Group | None:
+  """Returns a group with one more term, None if the term cannot join."""
+  head = group.head
+  same = (term.source, term.view, term.start) == (head.source, head.view, head.start)
+  if not same or (term.channel, term.features) != (head.channel, head.features):
+    return None
+  members = (*group.members, term)
+  products = [member for member in members if member.kernel is not None]
+  if not products:
+    plain = term.windows == head.windows and not term.sums
+    return Group(members, term.windows, 0) if plain else None
+  if not _same_arithmetic(members, products):
+    return None
+  windows = [one.union(two) for one, two in zip(group.windows, term.windows)]
+  if None in windows:
+    return None
+  own = term.groups if term.kernel is not None else 0
+  return Group(members, tuple(filter(None, windows)), math.gcd(group.groups, own))
+
+
+def _same_arithmetic(members: Iterable[Term], products: list[Term]) -> bool:
+  """Checks that one product computes all members no less exactly than they are computed now."""
+  dtypes = {product.dtype for product in products}
+  settings = {product.settings for product in products if product.settings}
+  widest = max(member.dtype.itemsize for member in members)
+  # An identity in float32 beside a convolution in bfloat16 would be rounded.
+  return len(dtypes) == 1 and len(settings) <= 1 and widest <= products[0].dtype.itemsize
+
+
+def grouped(terms: Iterable[Term], growth: float) -> list[Group]:
+  """Returns the terms as products: each term joins a group if that costs no more."""
+  groups: list[Group] = []
+  singles = [alone(term) for term in terms]
+  for one in sorted(singles, key=lambda group: (-group.cost.products, -group.cost.multiplications)):
+    for place, group in enumerate(groups):
+      joint = joined(group, one.members[0])
+      if joint and joint.cost.within(group.cost.plus(one.cost), growth):
+        groups[place] = joint
+        break
+    else:
+      groups.append(one)
+  return groups
+
+
+def cost_of(groups: Iterable[Group]) -> Cost:
+  """Returns what all groups cost together."""
+  total = Cost(0, 0, 0)
+  for group in groups:
+    total = total.plus(group.cost)
+  return total
+
+
+def reasons_apart(groups: Iterable[Group]) -> list[str]:
+  """Returns why terms of one source stay apart, if dtypes are the reason."""
+  groups = list(groups)
+  reasons = []
+  for place, one in enumerate(groups):
+    for two in groups[place + 1 :]:
+      terms, kinds = (one.head, two.head), {term.dtype for term in (one.head, two.head)}
+      same = terms[0].source is terms[1].source and terms[0].view == terms[1].view
+      if same and len(kinds) > 1 and (one.is_product or two.is_product):
+        reasons.append(f"branches in {' and '.join(sorted(map(str, kinds)))} would be rounded")
+  return reasons

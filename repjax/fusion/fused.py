@@ -1,0 +1,246 @@
+"""`Fused`, what `repjax.fuse` returns: a function in two parts."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from repjax.errors import InputError, printable
+from repjax.fusion.agreement import differing, kept_apart
+from repjax.fusion.checks import check, reason_of_training
+from repjax.fusion.expressions import Expressions
+from repjax.fusion.plan import Plan
+from repjax.fusion.planning import Planner
+from repjax.fusion.report import Report
+from repjax.program import Program, trace
+
+_UNTRACED = (
+  jax.errors.ConcretizationTypeError,
+  jax.errors.NonConcreteBooleanIndexError,
+  jax.errors.TracerArrayConversionError,
+  jax.errors.TracerIntegerConversionError,
+)
+
+
+class Fused:
+  """A function in two parts: `fold`, which runs once, and a call, which runs for each input.
+
+  Made by `repjax.fuse`. Each new shape of arguments is planned at its first call, and must fold
+  the same parameters as the shapes that `fuse` was called with.
+
+  Attributes:
+    report: what was merged and what was not, for the arguments that `fuse` was called with.
+  """
+
+  def __init__(
+    self,
+    function: Callable[..., Any],
+    params: Any,
+    calls: Sequence[tuple[Any, ...]],
+    *,
+    growth: float,
+    check: bool,
+  ):
+    if not growth >= 1:
+      raise InputError(
+        f"growth is {growth!r}, but must be 1 or more: the largest factor by which a merge may "
+        "raise multiplications or weights. Leave it out to allow no more of either"
+      )
+    self._function, self._growth, self._check = function, growth, check
+    paths, self._tree = jax.tree_util.tree_flatten_with_path(params)
+    self._paths = [_name(path) for path, _ in paths]
+    self._avals = [_aval(leaf, f"the parameter {_name(path)}") for path, leaf in paths]
+    self._table = Expressions()
+    self._plans: dict[Any, Plan] = {}
+    self._first, self.report = self._planned_together(calls)
+    self._fold = jax.jit(self._first.fold)
+
+  def fold(self, params: Any) -> dict[str, jax.Array]:
+    """Returns the parameters of the fused function.
+
+    A pure function, which `jax.jit`, `jax.vmap` and `jax.grad` take. Kernels are computed in
+    float32 or wider, and rounded once to the dtype of the program.
+
+    Args:
+      params: a tree of arrays like the one that `fuse` was called with.
+
+    Returns:
+      Arrays by name. A kernel has the name of the largest parameter that became part of it.
+
+    Raises:
+      InputError: the tree differs from that of `fuse`.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    if tree != self._tree:
+      raise InputError(
+        f"fold got a tree of {len(leaves)} arrays with a different structure than that of the "
+        f"{len(self._avals)} parameters that fuse was called with. Pass the same model's parameters"
+      )
+    for path, leaf, aval in zip(self._paths, leaves, self._avals):
+      if (jnp.shape(leaf), jnp.result_type(leaf)) != (aval.shape, aval.dtype):
+        raise InputError(
+          f"fold got {path} with shape {jnp.shape(leaf)} and dtype {jnp.result_type(leaf)}, but "
+          f"fuse was called with {aval.shape} and {aval.dtype}. Pass parameters of the same model"
+        )
+    return self._fold(leaves)
+
+  def __call__(self, folded: Mapping[str, Any], *args: Any) -> Any:
+    """Returns what the function returns for the parameters that were folded.
+
+    Args:
+      folded: what `fold` returned.
+      *args: the arguments of the function after its parameters.
+
+    Raises:
+      InputError: the arrays are not those of `fold`, or arguments of these shapes need different
+        fused parameters.
+    """
+    plan = self._planned(args)
+    _check_folded(folded, self._first)
+    results = plan.call(folded, jax.tree.leaves(args))
+    return jax.tree.unflatten(jax.tree.structure(plan.program.results), results)
+
+  def _planned(self, args: tuple[Any, ...]) -> Plan:
+    """Returns the plan for arguments, and makes it if there is none."""
+    key = _shapes(args)
+    if key not in self._plans:
+      plan, equations, names = self._planned_like_first(args)
+      if names:
+        raise InputError(
+          f"arguments of these shapes need different fused parameters than those that fuse was "
+          f"called with: {', '.join(names[:3])} ({len(names)} in all). Convolutions with SAME "
+          "padding and stride 2, for example, depend on whether sizes are even. Call fuse for "
+          "these shapes, or pass them in `also`, which merges only what holds for all"
+        )
+      if self._check:
+        check(plan, equations)
+      self._plans[key] = plan
+    return self._plans[key]
+
+  def _planned_like_first(self, args: tuple[Any, ...]):
+    """Returns a plan that folds the same parameters as the first, its equations, and what differs.
+
+    What the first plan keeps apart, since it does not hold for all shapes in `also`, is kept apart.
+    """
+    apart: frozenset[int] = frozenset()
+    found: list[str] = []
+    while True:
+      plan, equations, _ = self._plan(args, apart)
+      names = differing(self._first, plan, self._avals)
+      found = found or names
+      more = apart | kept_apart(plan, equations, names)
+      if not names or more == apart:
+        return plan, equations, names and found
+      apart = more
+
+  def _planned_together(self, calls: Sequence[tuple[Any, ...]]) -> tuple[Plan, Report]:
+    """Plans several calls so that all of them fold the same parameters."""
+    apart: list[frozenset[int]] = [frozenset() for _ in calls]
+    while True:
+      made = [self._plan(args, own) for args, own in zip(calls, apart)]
+      first = made[0][0]
+      names = {name for plan, *_ in made[1:] for name in differing(first, plan, self._avals)}
+      if not names:
+        break
+      more = [own | kept_apart(plan, steps, names) for own, (plan, steps, _) in zip(apart, made)]
+      if more == apart:
+        raise InputError(
+          "no plan holds for all shapes in `also`: the parameters "
+          f"{', '.join(sorted(names)[:3])} are read in different ways. Call fuse for each shape"
+        )
+      apart = more
+    for args, (plan, equations, _) in zip(calls, made):
+      if self._check:
+        check(plan, equations)
+      self._plans[_shapes(args)] = plan
+    return first, made[0][2]
+
+  def _plan(self, args: tuple[Any, ...], apart: frozenset[int]):
+    """Returns a plan for arguments, the equations of the traced program, and the report."""
+    program = self._traced(args)
+    planner = Planner(program, self._table, self._growth, apart)
+    count = len(self._avals)
+    plan = planner.planned(range(count), dict(enumerate(self._paths)))
+    reason = reason_of_training(planner.equations, planner.nodes)
+    if reason:
+      warnings.warn(
+        f"the function that fuse was called with {reason}. Pass the function of inference mode, "
+        "such as train=False: nothing merges across such steps",
+        stacklevel=_caller_level(),
+      )
+    return plan, planner.equations, planner.report
+
+  def _traced(self, args: tuple[Any, ...]) -> Program:
+    leaves, tree = jax.tree.flatten(args)
+    avals = [_aval(leaf, f"argument {place}") for place, leaf in enumerate(leaves)]
+
+    def function(params: Any, args: Any) -> Any:
+      return self._function(self._tree.unflatten(params), *tree.unflatten(args))
+
+    try:
+      return trace(function, self._avals, avals)
+    except _UNTRACED as error:
+      raise InputError(
+        "fuse cannot trace this function: its program depends on the values of its arguments. "
+        f"{printable(str(error).partition(chr(10))[0])} Bind settings such as train=False with "
+        "functools.partial, and write choices by value with jnp.where or lax.cond"
+      ) from error
+
+
+def _check_folded(folded: Any, plan: Plan) -> None:
+  """Checks that arrays are those of a plan's fold.
+
+  Raises:
+    InputError: names or shapes differ.
+  """
+  names = set(folded) if isinstance(folded, Mapping) else set()
+  odd = [
+    name
+    for name, expression in plan.stored.items()
+    if name not in names or jnp.shape(folded[name]) != expression.shape
+  ]
+  odd += sorted(names - set(plan.stored))
+  if odd:
+    raise InputError(
+      f"a fused function got parameters that are not from its own fold: {len(odd)} arrays are "
+      f"missing, unknown or of a different shape, such as {printable(odd[0])}. Pass what its "
+      "`fold` returned"
+    )
+
+
+def _shapes(args: Any) -> Any:
+  leaves, tree = jax.tree.flatten(args)
+  return tree, tuple((jnp.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  """Returns the name of a parameter. Flax NNX puts `.value` at the end of each path."""
+  return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
+def _aval(leaf: Any, what: str) -> jax.ShapeDtypeStruct:
+  """Returns shape and dtype of an array.
+
+  Raises:
+    InputError: it is no array.
+  """
+  if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+    return jax.ShapeDtypeStruct(leaf.shape, jax.eval_shape(jnp.asarray, leaf).dtype)
+  if isinstance(leaf, int | float | complex):
+    return jax.ShapeDtypeStruct((), jnp.result_type(leaf))
+  raise InputError(
+    f"fuse takes trees of arrays, or of shapes and dtypes, but {printable(what)} is "
+    f"{printable(repr(leaf), 80)}. Pass settings by functools.partial instead"
+  )
+
+
+def _caller_level() -> int:
+  """Returns the number of calls between a warning and the code that called this package."""
+  import inspect
+
+  frame, level = inspect.currentframe(), 0
+  while frame is not None and "repjax" in frame.f_globals.get("__name__", "").split(".")[:1]:
+    frame, level = frame.f_back, level + 1
+  return level

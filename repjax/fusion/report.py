@@ -1,0 +1,131 @@
+"""The report of a plan: what was merged, and what was left alone for which reason."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from repjax.fusion.counts import Counts, counts_of, total
+from repjax.program import Equation
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+  """Equations that became one instruction.
+
+  Attributes:
+    scope: the name stack of the last equation.
+    parts: the branches, such as "conv1x1 > conv3x3" for a chain.
+    operations: the number of equations.
+    before, after: what the products cost.
+  """
+
+  scope: str
+  parts: tuple[str, ...]
+  operations: int
+  before: Counts
+  after: Counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+  """Something that was not merged.
+
+  Attributes:
+    scope: the name stack.
+    what: the operation, or the branch.
+    reason: why, in words.
+    norm: if a scale and a shift of each channel stay in the program.
+  """
+
+  scope: str
+  what: str
+  reason: str
+  norm: bool = False
+
+
+@dataclasses.dataclass
+class Report:
+  """A record of all merges of a plan, and of what it leaves alone. `print` shows a table.
+
+  Attributes:
+    merges: one entry for each merge, in the order of the program.
+    left: one entry for each thing that was left alone.
+    before, after: what all products of the program cost, and all parameters.
+  """
+
+  merges: list[Merged] = dataclasses.field(default_factory=list)
+  left: list[Left] = dataclasses.field(default_factory=list)
+  before: Counts = dataclasses.field(default_factory=Counts)
+  after: Counts = dataclasses.field(default_factory=Counts)
+
+  def add_merge(self, scope: str, step: Any, equations: Iterable[Equation], sizes: Any) -> None:
+    """Notes a merge. `sizes` has the number of elements of each parameter."""
+    leaves = frozenset().union(*(stored.leaves for stored in step.stored))
+    equations = list(equations)
+    read = sum(sizes[leaf] for leaf in leaves)
+    before = total(map(counts_of, equations))._replace(parameters=read)
+    self.merges.append(Merged(scope, tuple(step.parts), len(equations), before, step.counts))
+
+  def add_body(self, report: "Report", steps: int) -> None:
+    """Notes what was merged and left alone in the body of a loop of some steps."""
+    for merge in report.merges:
+      before, after = merge.before.times(steps), merge.after.times(steps)
+      self.merges.append(dataclasses.replace(merge, before=before, after=after))
+    self.left += [entry for entry in report.left if entry not in self.left]
+
+  def add_left(self, scope: str, what: str, reason: str, norm: bool = False) -> None:
+    """Notes something that is left alone. Attempts at one merge are noted once."""
+    entry = Left(scope, what, reason, norm)
+    if norm or entry not in self.left:
+      self.left.append(entry)
+
+  @property
+  def norms(self) -> list[Left]:
+    """The scales and shifts of channels that stay in the program."""
+    return [entry for entry in self.left if entry.norm]
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the report as a tree of plain values that `json.dumps` takes."""
+    return {
+      "merges": [_as_dict(merge) for merge in self.merges],
+      "left": [dataclasses.asdict(entry) for entry in self.left],
+      "before": self.before._asdict(),
+      "after": self.after._asdict(),
+    }
+
+  def __str__(self) -> str:
+    rows = [["merged", "of", "convolutions", "multiplications", "parameters"]]
+    rows += [
+      _row(each.scope, " + ".join(each.parts), each.before, each.after) for each in self.merges
+    ]
+    rows.append(_row("the whole program", "", self.before, self.after))
+    text = _table(rows)
+    if self.left:
+      kept = [["left alone", "what", "reason"]]
+      kept += [[each.scope, each.what, each.reason] for each in self.left]
+      text += "\n\n" + _table(kept)
+    return text
+
+
+def _as_dict(merge: Merged) -> dict[str, Any]:
+  counts = {"before": merge.before._asdict(), "after": merge.after._asdict()}
+  return {**dataclasses.asdict(merge), "parts": list(merge.parts), **counts}
+
+
+def counts_of_step(step: Any) -> Counts:
+  """Returns what an equation, or an instruction in its place, costs."""
+  return counts_of(step) if isinstance(step, Equation) else step.counts
+
+
+def _row(scope: str, parts: str, before: Counts, after: Counts) -> list[str]:
+  cells = [f"{old:,} -> {new:,}" if old != new else f"{old:,}" for old, new in zip(before, after)]
+  return [scope or "-", parts, *cells]
+
+
+def _table(rows: list[list[str]]) -> str:
+  """Returns rows with columns of equal widths, the first row underlined."""
+  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  lines = [
+    "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+  ]
+  return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

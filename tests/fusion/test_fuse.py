@@ -1,0 +1,441 @@
+"""The promises of `repjax.fuse`: pure folds, exactness, bounds, reports, and errors that help."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import repjax
+from repjax.errors import InputError
+from repjax.fusion import checks
+from repjax.fusion.emission import Merge
+from tests.fusion.nets import convolved, normalised, randomised, shapes
+from tests.helpers import assert_one_paragraph, relative_error
+
+IMAGES = jax.ShapeDtypeStruct((2, 8, 9, 3), jnp.float32)
+BRANCHES = {"wide": (3, 3, 3, 4), "point": (1, 1, 3, 4), "norm": (4,)}
+
+
+def branches(params, x, strides=(1, 1), padding=((1, 1), (1, 1))):
+  """Returns a 3x3 and a 1x1 side by side, with a norm after the sum."""
+  point = "SAME" if padding == "SAME" else "VALID"
+  y = convolved(x, params["wide"], padding, strides=strides)
+  y = y + convolved(x, params["point"], point, strides=strides)
+  return jax.nn.relu(normalised(y, params["norm"]))
+
+
+def drawn(dtype=jnp.float32, **kernels):
+  """Returns random parameters of shapes, in a dtype."""
+  tree = randomised(shapes(**(kernels or BRANCHES)))
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def random(*shape, dtype=jnp.float32, seed=3):
+  """Returns random numbers."""
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def fused_error(function, params, *args, **settings):
+  """Returns the relative error of the fused function, and the fused function."""
+  fused = repjax.fuse(function, params, *args, **settings)
+  return relative_error(fused(fused.fold(params), *args), function(params, *args)), fused
+
+
+class TestFold:
+  def test_folded_parameters_have_the_names_of_the_largest_parameter(self):
+    params = {"params": {"block": drawn()}}
+    fused = repjax.fuse(lambda params, x: branches(params["params"]["block"], x), params, IMAGES)
+    small = fused.fold(params)
+    assert {name: array.shape for name, array in small.items()} == {
+      "params/block/wide": (3, 3, 3, 4),
+      "params/block/bias": (4,),
+    }
+
+  def test_one_image_and_mapped_images_merge_as_batches_do(self):
+    params, x = drawn(), random(2, 8, 9, 3)
+    one = lambda params, x: branches(params, x[None])[0]  # noqa: E731
+    for function, images in ((one, x[0]), (jax.vmap(one, (None, 0)), x)):
+      error, fused = fused_error(function, params, images)
+      assert error <= 1e-5
+      assert fused.report.after.products == 1
+
+  def test_fold_is_pure(self):
+    fused, params = repjax.fuse(branches, drawn(), IMAGES), drawn()
+    plain, compiled = fused.fold(params), jax.jit(fused.fold)(params)
+    pairs = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+    mapped = jax.vmap(fused.fold)(pairs)
+    for name, array in plain.items():
+      np.testing.assert_allclose(compiled[name], array, rtol=1e-5, atol=1e-6)
+      np.testing.assert_allclose(mapped[name][0], array, rtol=1e-5, atol=1e-6)
+
+  def test_gradients_pass_through_the_fold(self):
+    fused, params, x = repjax.fuse(branches, drawn(), IMAGES), drawn(), random(2, 8, 9, 3)
+    ours = jax.grad(lambda params: jnp.sum(fused(fused.fold(params), x) ** 2))(params)
+    wanted = jax.grad(lambda params: jnp.sum(branches(params, x) ** 2))(params)
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+      assert relative_error(mine, other) <= 1e-4
+
+  def test_a_kernel_that_is_used_twice_is_stored_once(self):
+    params = drawn()
+    fused = repjax.fuse(lambda p, x, y: (branches(p, x), branches(p, y)), params, IMAGES, IMAGES)
+    assert len(fused.fold(params)) == 2
+
+  def test_constants_that_the_function_holds_are_folded_once(self):
+    params = drawn()
+    fused = repjax.fuse(lambda _, x: branches(params, x), {}, IMAGES)
+    assert fused.fold({}) == {}
+    assert relative_error(fused({}, x := random(2, 8, 9, 3)), branches(params, x)) <= 1e-5
+    products = [str(each.step) for each in fused._first.instructions if each.merged]
+    assert len(products) == 1
+
+
+class TestExactness:
+  def test_what_does_not_merge_is_the_same_to_the_last_bit(self):
+    def function(params, x):
+      y = lax.conv_general_dilated(x, params["wide"], (1, 1), "SAME", dimension_numbers=SPEC)
+      return jnp.sin(y) @ params["dense"] + jnp.float32(2)
+
+    params, x = drawn(wide=(3, 3, 3, 4), dense=(4, 5)), random(2, 8, 9, 3)
+    fused = repjax.fuse(function, params, x)
+    assert not fused.report.merges
+    np.testing.assert_array_equal(
+      jax.jit(fused)(fused.fold(params), x), jax.jit(function)(params, x)
+    )
+
+  def test_a_value_that_is_read_twice_is_computed_once(self):
+    def function(params, x):
+      y = normalised(convolved(x, params["wide"]), params["norm"])
+      return y * jax.nn.relu6(y + 3) / 6
+
+    _, fused = fused_error(function, drawn(), random(2, 8, 9, 3))
+    assert fused.report.after.products == 1
+
+  def test_a_convolution_that_two_norms_read_is_not_copied(self):
+    def function(params, x):
+      y = convolved(x, params["wide"])
+      return normalised(y, params["norm"]), normalised(-y, params["norm"])
+
+    fused = repjax.fuse(function, drawn(), IMAGES)
+    assert fused.report.after.products == 1
+    assert len(fused.report.norms) == 2
+    assert "read 2 times" in fused.report.norms[0].reason
+
+  def test_a_value_that_is_repeated_is_computed_once(self):
+    def function(params, x):
+      y = normalised(convolved(x, params["wide"]), params["norm"])
+      return jnp.concatenate([y, y], -1)
+
+    error, fused = fused_error(function, drawn(), random(2, 8, 9, 3))
+    assert error <= 1e-5
+    assert fused.report.after.products == 1
+
+  def test_the_mean_over_pixels_does_not_enter_a_kernel(self):
+    def function(params, x):
+      return x.mean((1, 2)) @ params["dense"] * params["scale"].reshape(1, 4)
+
+    params, x = drawn(dense=(3, 4), scale=(4,)), random(2, 8, 9, 3)
+    fused = repjax.fuse(function, params, x)
+    small, other = fused.fold(params), random(1, 5, 4, 3)
+    assert relative_error(fused(small, other), function(params, other)) <= 1e-5
+
+  def test_a_chain_that_would_cost_more_is_left_alone_and_allowed_by_growth(self):
+    def function(params, x):
+      return convolved(convolved(x, params["first"]), params["second"], "VALID")
+
+    params, x = drawn(first=(1, 1, 4, 2), second=(3, 3, 2, 8)), random(1, 8, 8, 4)
+    error, fused = fused_error(function, params, x)
+    assert error <= 1e-6
+    assert fused.report.after.products == 2
+    assert "1.89 times the multiplications" in str(fused.report)
+    error, fused = fused_error(function, params, x, growth=2.0)
+    assert error <= 1e-5
+    assert fused.report.after.products == 1
+
+  def test_every_merge_is_checked(self, monkeypatch):
+    run = Merge.run
+    monkeypatch.setattr(Merge, "run", lambda self, *values: [1.1 * run(self, *values)[0]])
+    with pytest.raises(InputError, match=r"mistake.*from the parameters wide, bias") as raised:
+      repjax.fuse(branches, drawn(), IMAGES)
+    assert_one_paragraph(raised.value)
+    repjax.fuse(branches, drawn(), IMAGES, check=False)
+
+  def test_random_numbers_of_a_check_are_finite_and_fit_their_dtype(self):
+    for dtype in ("float32", "bfloat16", "int32", "uint8", "bool"):
+      array = checks.random_array(jax.ShapeDtypeStruct((3, 4), jnp.dtype(dtype)), 0)
+      assert array.dtype == dtype
+      assert np.isfinite(np.asarray(array, np.float32)).all()
+
+
+SPEC = ("NHWC", "HWIO", "NHWC")
+
+
+class TestDtypes:
+  def half(self, params, x):
+    """Returns a block in bfloat16 whose parameters are float32, as Flax computes it."""
+    kernels = {name: params[name].astype(jnp.bfloat16) for name in ("wide", "point")}
+    y = convolved(x, kernels["wide"], ((1, 1), (1, 1))) + convolved(x, kernels["point"], "VALID")
+    return normalised(y.astype(jnp.float32), params["norm"]).astype(jnp.bfloat16)
+
+  def test_kernels_are_rounded_once(self):
+    params, x = drawn(), random(2, 8, 9, 3, dtype=jnp.bfloat16)
+    fused = repjax.fuse(self.half, params, x)
+    small = fused.fold(params)
+    assert fused.report.after.products == 1
+    assert small["wide"].dtype == jnp.bfloat16
+    scale = params["norm"]["scale"] / jnp.sqrt(params["norm"]["var"] + 1e-3)
+    exact = params["wide"].at[1, 1].add(params["point"][0, 0]) * scale.reshape(1, 1, 1, 4)
+    np.testing.assert_array_equal(small["wide"], exact.astype(jnp.bfloat16))
+    wanted = self.half(params, x.astype(jnp.bfloat16)).astype(jnp.float32)
+    assert relative_error(fused(small, x).astype(jnp.float32), wanted) <= 2e-2
+
+  def test_an_identity_in_a_wider_dtype_is_not_rounded(self):
+    def function(params, x):
+      y = convolved(x.astype(jnp.bfloat16), params["wide"].astype(jnp.bfloat16))
+      return normalised(y.astype(jnp.float32) + x, params["norm"])
+
+    params = drawn(wide=(3, 3, 3, 3), norm=(3,))
+    error, fused = fused_error(function, params, random(2, 8, 9, 3))
+    assert error <= 2e-2
+    assert "bfloat16 and float32 would be rounded" in str(fused.report)
+
+  def test_a_shift_in_a_wider_dtype_is_not_rounded(self):
+    def function(params, x):
+      x = (x - params["mean"].reshape(1, 1, 1, 3)).astype(jnp.bfloat16)
+      return jax.nn.relu(convolved(x, params["wide"].astype(jnp.bfloat16)))
+
+    params = drawn(wide=(3, 3, 3, 4), mean=(3,))
+    params["mean"] = params["mean"] + 1000
+    x = random(2, 8, 9, 3) + 1000
+    error, fused = fused_error(function, params, x)
+    assert error <= 1e-2
+    assert "a shift in float32 before a product in bfloat16" in str(fused.report)
+
+
+class TestSizes:
+  def test_sizes_that_need_different_kernels_are_refused(self):
+    def function(params, x):
+      return branches(params, x, (2, 2), "SAME")
+
+    fused, params = repjax.fuse(function, drawn(), IMAGES), drawn()
+    with pytest.raises(InputError, match=r"different fused parameters.*wide.*also") as raised:
+      fused(fused.fold(params), random(2, 9, 9, 3))
+    assert_one_paragraph(raised.value)
+
+  def test_also_merges_what_holds_for_all_sizes(self):
+    def function(params, x):
+      return branches(params, x, (2, 2), "SAME")
+
+    params = drawn()
+    fused = repjax.fuse(function, params, IMAGES, also=[random(2, 9, 9, 3), (random(1, 7, 8, 3),)])
+    small = fused.fold(params)
+    for height, width in ((8, 9), (9, 9), (7, 8)):
+      x = random(2, height, width, 3)
+      assert relative_error(fused(small, x), function(params, x)) <= 1e-5
+    assert fused.report.after.products == 2
+
+  def test_new_sizes_are_planned_while_a_call_is_traced(self):
+    fused, params = repjax.fuse(branches, drawn(), IMAGES), drawn()
+    x = random(1, 12, 5, 3)
+    assert relative_error(jax.jit(fused)(fused.fold(params), x), branches(params, x)) <= 1e-5
+
+
+class TestParts:
+  def scanned(self, params, x):
+    """Returns two blocks as the body of a scan, with a kernel that the blocks share."""
+
+    def block(carry, own):
+      y, count = carry
+      y = jax.nn.relu(branches(own, y) + y)
+      return (convolved(y, params["shared"]) * 0.5, count + 1), y.mean((1, 2))
+
+    blocks = {name: params[name] for name in ("wide", "point", "norm")}
+    (y, _), means = lax.scan(block, (x, 0), blocks)
+    return y, means
+
+  def test_the_body_of_a_scan_is_fused(self):
+    one = drawn(wide=(3, 3, 3, 3), point=(1, 1, 3, 3), norm=(3,))
+    params = jax.tree.map(lambda leaf: jnp.stack([leaf, 1.1 * leaf]), one)
+    params["shared"], x = random(1, 1, 3, 3), random(2, 8, 8, 3)
+    fused = repjax.fuse(self.scanned, params, x)
+    small = fused.fold(params)
+    assert small["wide"].shape == (2, 3, 3, 3, 3)
+    assert (fused.report.before.products, fused.report.after.products) == (3, 2)
+    for mine, wanted in zip(fused(small, x), self.scanned(params, x), strict=True):
+      assert relative_error(mine, wanted) <= 1e-5
+
+  @pytest.mark.parametrize("mode", ["reflect", "symmetric"])
+  def test_padding_by_reflection_moves_before_a_norm(self, mode):
+    def function(params, x):
+      y = normalised(convolved(x, params["point"]), params["norm"])
+      y, x = (jnp.pad(each, ((0, 0), (1, 1), (1, 1), (0, 0)), mode=mode) for each in (y, x))
+      y = convolved(y, params["wide"], "VALID") + convolved(x, params["skip"], "VALID")
+      return jax.nn.relu(y)
+
+    params = drawn(point=(1, 1, 3, 4), norm=(4,), wide=(3, 3, 4, 4), skip=(3, 3, 3, 4))
+    error, fused = fused_error(function, params, random(2, 8, 9, 3))
+    assert error <= 1e-5
+    assert fused.report.after.products == 1
+
+  def test_reflection_after_a_scale_that_merges_with_nothing_stays(self):
+    def function(params, x):
+      scale = params["scale"].reshape(1, 1, 1, 3)
+      return jnp.sin(jnp.pad(x * scale, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect"))
+
+    error, fused = fused_error(function, drawn(scale=(3,)), random(2, 8, 9, 3))
+    assert error == 0
+    assert not fused.report.merges
+
+  def test_a_norm_after_a_concatenation_merges_into_its_parts(self):
+    def function(params, x):
+      parts = [convolved(x, params["wide"]), convolved(x, params["point"])]
+      return jax.nn.relu(normalised(jnp.concatenate(parts, -1), params["norm"])[..., 1:])
+
+    params = drawn(wide=(3, 3, 3, 4), point=(1, 1, 3, 2), norm=(6,))
+    error, fused = fused_error(function, params, random(2, 8, 9, 3))
+    assert error <= 1e-5
+    assert not fused.report.norms
+
+  def test_channels_that_nothing_reads_are_dropped(self):
+    def function(params, x):
+      return jax.nn.relu(normalised(convolved(x, params["wide"]), params["norm"])[..., 1:3])
+
+    error, fused = fused_error(function, drawn(wide=(3, 3, 3, 4), norm=(4,)), random(2, 8, 9, 3))
+    assert error <= 1e-5
+    assert fused.fold(drawn(wide=(3, 3, 3, 4), norm=(4,)))["wide"].shape == (3, 3, 3, 2)
+
+  def test_a_norm_merges_into_products_over_several_axes(self):
+    def function(params, x):
+      x = normalised(x, params["norm"])
+      heads = [jnp.einsum("bhwc,cnd->bhwnd", x, params[name]) for name in ("first", "second")]
+      return [jnp.sin(head) for head in heads]
+
+    params, x = drawn(first=(3, 2, 4), second=(3, 2, 5), norm=(3,)), random(2, 4, 5, 3)
+    fused = repjax.fuse(function, params, x)
+    results = fused(fused.fold(params), x)
+    for mine, wanted in zip(results, function(params, x), strict=True):
+      assert relative_error(mine, wanted) <= 1e-5
+    assert not fused.report.norms
+
+  def test_a_convolution_over_tiles_merges_into_the_product_beside_it(self):
+    def function(params, x):
+      x = jnp.sin(x)
+      groups = x.reshape(2, 4, 4, 2, 3).transpose(3, 0, 1, 2, 4).reshape(2, 2, 48)
+      y = jnp.einsum("gni,gio->gno", groups, params["dense"])
+      y = y.reshape(2, 2, 4, 4, 3).transpose(1, 2, 3, 0, 4).reshape(x.shape)
+      local = convolved(x, params["wide"], feature_group_count=2)
+      return jnp.sin(y + normalised(local, params["norm"]))
+
+    params = drawn(dense=(2, 48, 48), wide=(3, 3, 3, 6), norm=(6,))
+    error, fused = fused_error(function, params, random(2, 4, 4, 6))
+    assert error <= 1e-5
+    assert (fused.report.before.products, fused.report.after.products) == (2, 1)
+
+
+class TestReport:
+  def test_the_report_counts_convolutions_multiplications_and_parameters(self):
+    report = repjax.fuse(branches, drawn(), IMAGES).report
+    (merge,) = report.merges
+    assert merge.before == (2, 2 * 72 * 4 * 3 * 10, 108 + 12 + 16)
+    assert merge.after == (1, 2 * 72 * 4 * 3 * 9, 112)
+    assert merge.parts == ("conv3x3", "conv1x1")
+    assert "2 -> 1" in str(report)
+
+  def test_the_report_is_json(self):
+    report = repjax.fuse(branches, drawn(), IMAGES).report
+    tree = json.loads(json.dumps(report.to_json()))
+    assert tree["merges"][0]["after"]["products"] == 1
+    assert tree["left"] == []
+
+  def test_branches_of_a_choice_are_reported(self):
+    def function(params, x):
+      choice = x.sum() > 0
+      return lax.cond(choice, lambda x: branches(params, x), lambda x: branches(params, -x), x)
+
+    fused = repjax.fuse(function, drawn(), IMAGES)
+    assert "holds 4 products" in str(fused.report)
+    assert fused.report.after.products == 4
+
+  def test_strict_raises_if_a_norm_stays(self):
+    def function(params, x):
+      return jnp.sin(normalised(jnp.sin(x), params["norm"]))
+
+    params = drawn(norm=(3,))
+    error, fused = fused_error(function, params, random(2, 8, 9, 3))
+    assert error <= 1e-6
+    assert len(fused.report.norms) == 1
+    with pytest.raises(InputError, match=r"1 norms stay.*follows sin"):
+      repjax.fuse(function, params, IMAGES, strict=True)
+    repjax.fuse(branches, drawn(), IMAGES, strict=True)
+
+  def test_a_norm_that_stays_is_one_multiply_add(self):
+    def function(params, x):
+      return jnp.sin(normalised(jnp.sin(x), params["norm"]))
+
+    fused = repjax.fuse(function, drawn(norm=(3,)), IMAGES)
+    small = fused.fold(drawn(norm=(3,)))
+    assert {name: array.shape for name, array in small.items()} == {
+      "norm/scale": (3,),
+      "norm/bias": (3,),
+    }
+
+  def test_training_mode_is_noticed(self):
+    def function(params, x):
+      y = convolved(x, params["wide"])
+      mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
+      return normalised(y, {**params["norm"], "mean": mean, "var": var})
+
+    with pytest.warns(UserWarning, match=r"deviation of its batch.*train=False"):
+      repjax.fuse(function, drawn(), IMAGES)
+
+  def test_random_numbers_are_noticed(self):
+    def function(params, x):
+      keep = jax.random.bernoulli(jax.random.key(0), 0.5, x.shape)
+      return branches(params, jnp.where(keep, x, jnp.float32(0)))
+
+    with pytest.warns(UserWarning, match="draws random numbers"):
+      repjax.fuse(function, drawn(), IMAGES)
+
+
+class TestMistakes:
+  def test_parameters_that_are_no_arrays(self):
+    with pytest.raises(InputError, match=r"the parameter name is 'relu'.*functools.partial"):
+      repjax.fuse(branches, drawn() | {"name": "relu"}, IMAGES)
+
+  def test_a_growth_below_one(self):
+    with pytest.raises(InputError, match=r"growth is 0.5, but must be 1 or more"):
+      repjax.fuse(branches, drawn(), IMAGES, growth=0.5)
+
+  def test_arguments_that_are_no_arrays(self):
+    with pytest.raises(InputError, match=r"argument 1 is 'train'"):
+      repjax.fuse(branches, drawn(), IMAGES, "train")
+
+  @pytest.mark.parametrize(
+    "function",
+    [lambda params, x: x if x.sum() > 0 else -x, lambda params, x: x[x > 0]],
+    ids=["choice", "shape"],
+  )
+  def test_functions_whose_program_depends_on_values(self, function):
+    with pytest.raises(InputError, match="depends on the values of its arguments") as raised:
+      repjax.fuse(function, drawn(), IMAGES)
+    assert_one_paragraph(raised.value)
+
+  def test_parameters_of_a_different_tree(self):
+    fused = repjax.fuse(branches, drawn(), IMAGES)
+    with pytest.raises(InputError, match="different structure"):
+      fused.fold({"wide": drawn()["wide"]})
+    with pytest.raises(InputError, match=r"wide with shape \(5, 5, 3, 4\)"):
+      fused.fold(drawn(wide=(5, 5, 3, 4), point=(1, 1, 3, 4), norm=(4,)))
+
+  def test_keys_and_empty_places_among_the_parameters_are_no_mistake(self):
+    params, x = {"net": drawn(), "key": jax.random.key(0), "none": None}, random(2, 8, 9, 3)
+    error, fused = fused_error(lambda params, x: branches(params["net"], x), params, x)
+    assert error <= 1e-5
+    assert fused.report.after.products == 1
+
+  def test_folded_parameters_of_a_different_function(self):
+    fused = repjax.fuse(branches, drawn(), IMAGES)
+    with pytest.raises(InputError, match=r"not from its own fold: 3 arrays.*such as wide"):
+      fused(drawn(dense=(3, 4)), random(2, 8, 9, 3))
