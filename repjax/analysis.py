@@ -8,7 +8,7 @@ import inspect
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -19,7 +19,15 @@ from flax import linen as nn
 from repjax.devices import need_devices
 from repjax.models import image_size_of
 from repjax.models.checks import check_image_size
-from repjax.program import Equation, Operand, Program, flat, inner_programs, interpret, trace
+from repjax.program import (
+  Equation,
+  Program,
+  constants_and_carries,
+  flat,
+  inner_programs,
+  interpret,
+  trace,
+)
 
 
 class Cost(NamedTuple):
@@ -279,21 +287,13 @@ def _layers_after(equation: Equation, given: list[float]) -> list[float]:
 def _layers_after_scan(equation: Equation, given: list[float]) -> list[float]:
   """Counts the layers before each output of a scan, by running its body on counts."""
   body = flat(equation.params["jaxpr"])
-  # Versions of JAX store the numbers of constants and carries in different ways. The shapes tell
-  # them too: the body reads rows of some inputs and makes rows of some outputs, one axis less.
-  moving = len(equation.outputs) - _count_rows(equation.outputs, body.outputs)
-  held = len(equation.inputs) - _count_rows(equation.inputs, body.inputs) - moving
+  held, moving = constants_and_carries(equation)
   consts, carry, rows = given[:held], given[held : held + moving], given[held + moving :]
   stacked = [_UNREACHED] * (len(equation.outputs) - moving)
   for _ in range(equation.params["length"]):
     outputs = _layers_before(body, [*consts, *carry, *rows])
     carry, stacked = outputs[:moving], [max(pair) for pair in zip(stacked, outputs[moving:])]
   return [*carry, *stacked]
-
-
-def _count_rows(stacked: Sequence[Operand], inner: Sequence[Operand]) -> int:
-  """Counts the values of a scan that have an axis more than those of its body."""
-  return sum(len(one.aval.shape) > len(row.aval.shape) for one, row in zip(stacked, inner))
 
 
 def _convolution(equation: Equation) -> int:

@@ -300,3 +300,20 @@ def _jaxprs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
 
 def _is_jaxpr(value: Any) -> bool:
   return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
+def constants_and_carries(scan: Equation) -> tuple[int, int]:
+  """Returns how many inputs of a scan are constants, and how many are carried from step to step.
+
+  The inputs of a scan are its constants, its carries and its sequences, in this order. Versions of
+  JAX store the numbers in different ways. Shapes tell them too: the body reads rows of sequences,
+  and makes rows of the stacked outputs, which have an axis less.
+  """
+  body = flat(scan.params["jaxpr"])
+  carries = len(scan.outputs) - _count_rows(scan.outputs, body.outputs)
+  return len(scan.inputs) - _count_rows(scan.inputs, body.inputs) - carries, carries
+
+
+def _count_rows(stacked: Sequence[Operand], inner: Sequence[Operand]) -> int:
+  """Counts the values of a scan that have an axis more than those of its body."""
+  return sum(len(one.aval.shape) > len(row.aval.shape) for one, row in zip(stacked, inner))

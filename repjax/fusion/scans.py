@@ -16,7 +16,7 @@ from repjax.fusion.counts import Counts
 from repjax.fusion.expressions import Expression, evaluate
 from repjax.fusion.plan import Plan
 from repjax.fusion.values import Node
-from repjax.program import Equation
+from repjax.program import Equation, constants_and_carries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,8 @@ class FusedScan:
   def run(self, *values: Any) -> Sequence[Any]:
     """Runs the scan from the operands that are no parameters, and the stored arrays."""
     params = self.equation.params
-    first, end = params["num_consts"], params["num_consts"] + params["num_carry"]
+    first, carries = constants_and_carries(self.equation)
+    end = first + carries
     given = dict(zip(self.moving, values))
     held = dict(zip(self.body.stored, values[len(self.moving) :]))
     fixed = {name: array for name, array in held.items() if name not in self.mapped}
@@ -95,7 +96,7 @@ class FusedScan:
 
 def fixed_inputs(equation: Equation, operands: Sequence[Node | Expression]) -> list[int]:
   """Returns the places of the inputs of a scan's body that follow from parameters alone."""
-  first, carries = equation.params["num_consts"], equation.params["num_carry"]
+  first, carries = constants_and_carries(equation)
   return [
     place
     for place, each in enumerate(operands)
@@ -115,7 +116,7 @@ def fused_scan(
     counts: what the products of the fused body cost in one step.
   """
   fixed = fixed_inputs(equation, operands)
-  first_mapped = equation.params["num_consts"] + equation.params["num_carry"]
+  first_mapped = sum(constants_and_carries(equation))
   found = {name: _of_all_steps(each, operands, first_mapped) for name, each in body.stored.items()}
   return FusedScan(
     equation,
