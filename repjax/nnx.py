@@ -18,7 +18,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from repjax import layers
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, listed, printable
 from repjax.layers import RepLayer
 from repjax.trees import check_arrays, leaves, pure
 
@@ -33,7 +33,6 @@ The shapes do not depend on the size. The map only must be larger than the kerne
 """
 _CHANGEABLE = ("axis_name", "dtype")
 """Attributes on which neither the tree nor its fold depends."""
-_MOST_LISTED = 5
 
 
 class _Module(nnx.Module):
@@ -209,11 +208,10 @@ def load(model: nnx.Module, params: Tree, batch_stats: Tree | None = None) -> No
     *_different(norms, statistics),
   ]
   if problems:
-    rest = len(problems) - _MOST_LISTED
-    listed = sorted(problems)[:_MOST_LISTED] + ([f"and {rest} more"] if rest > 0 else [])
     raise InputError(
-      f"the arrays do not fit the model: {printable('; '.join(listed), 1000)}. A deploy form takes "
-      "the result of repjax.reparameterize from a training form with the same attributes"
+      f"the arrays do not fit the model: "
+      f"{listed(sorted(problems), between='; ', longest=200)}. "
+      "A deploy form takes the result of repjax.reparameterize from a training form with the same attributes"
     )
   flat = {path: values[name][1] for name, (path, _) in places.items()}
   flat |= {path: statistics[name][1] for name, (path, _) in norms.items()}

@@ -1,4 +1,4 @@
-"""Which layer a scope of a tree holds: recognised by its content, or by the name of its class.
+"""Recognition of layers in a tree: by the content of a scope, or by the name of its class.
 
 The layers of repjax are recognised by what a scope holds. Six of them hold only scopes with
 ordinary names: AuxHead, GlobalPerceptron, RepFFN, RepHead, RepNorm and SkipSqueezeExcite. Such a

@@ -376,7 +376,7 @@ def test_the_search_of_repopt_is_that_of_its_authors(name):
     "label_smoothing": 0.1,
   }
   assert config.batch_size == 256
-  # What is searched is what the plain network of the other config takes.
+  # The search finds the scales that the plain network of the second config needs.
   plain = planning.model_spec(load(name.removesuffix("_search"))[0], ())
   searched = planning.model_spec(config, ()).variable_shapes()["params"]
   assert repoptimizer.scale_shapes(plain) == repoptimizer.scales_in(searched)

@@ -41,7 +41,7 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def said(small_folder):
-  """What each call raises in a process whose JAX shall use devices that are not there."""
+  """Returns the error of each call, in a process whose JAX is told to use missing devices."""
   calls = {name: call.format(folder=str(small_folder)) for name, call in CALLS.items()}
   done = subprocess.run(
     [sys.executable, "-c", f"CALLS = {calls!r}\n{PROGRAM}"],

@@ -156,7 +156,7 @@ class TestLaws:
 
 
 class TestChoice:
-  """Of all training forms that compute the same, which one it is."""
+  """The choice among the many training forms that compute the same."""
 
   def expanded(self, **attributes):
     model = RepConv(4, **attributes)
@@ -191,7 +191,7 @@ class TestChoice:
       kernels = [each[name]["conv"]["kernel"] for each in (one, two)]
       return np.linalg.norm(kernels[0] - kernels[1]) / whole
 
-    # What is drawn depends on the key. The remainder does so by the small shares alone.
+    # Small branches depend on the key. The largest branch does so only by what they leave to it.
     assert 0 < moved("conv3x3") < 2.5 * SHARE
     assert moved("conv3x3_1") > 0.3
     assert moved("conv1x1") > 0.3

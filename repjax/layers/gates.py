@@ -227,7 +227,7 @@ def expand_skip_squeeze_excite(
   kernel, bias = (deploy["dense"][name].astype(dtype) for name in ("kernel", "bias"))
   lost = scale == 0
   kernel = jnp.where(lost[:, None], 0, kernel / jnp.where(lost, 1, scale)[:, None])
-  # Of all rows that make up the rest of b', these have the smallest norm.
+  # Many rows make up the rest of b'. These rows have the smallest norm.
   rest = bias - jnp.einsum("i,io->o", shift, kernel, precision=lax.Precision.HIGHEST)
   free = jnp.where(lost, shift, 0)
   power = jnp.square(free).sum()

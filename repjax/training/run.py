@@ -187,7 +187,7 @@ def _first_of_repoptimizer(config: Config, plan: Plan, variables: dict[str, Any]
   print(f"scales and initial kernels from {config.scales}", flush=True)
   key = jax.random.key(config.seed)
   variables = repoptimizer.initial_variables(plan.spec, variables, scales, key)
-  # Of the optimizer, only the initial state depends on the values of the scales.
+  # The values of the scales decide the initial state of the optimizer, and nothing else in it.
   optimizer = planning.make_optimizer(config, optax.constant_schedule(0.0), scales)
   return create_state(variables, optimizer, ema=config.ema_decay > 0)
 

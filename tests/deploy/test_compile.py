@@ -142,7 +142,7 @@ def test_convolutions_and_products_are_computed_in_the_dtype(small, dtype):
 
 
 class TwoConvolutionsAndAPool(nn.Module):
-  """What XLA of jax 0.12 computes to NaN in bfloat16 on CPUs, unless options tell it not to."""
+  """A network for which jax 0.12 computes NaN in bfloat16 on CPUs, unless options prevent it."""
 
   dtype: jnp.dtype = jnp.float32  # pyright: ignore[reportInvalidTypeForm]
 
