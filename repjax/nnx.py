@@ -209,9 +209,9 @@ def load(model: nnx.Module, params: Tree, batch_stats: Tree | None = None) -> No
   ]
   if problems:
     raise InputError(
-      f"the arrays do not fit the model: "
-      f"{listed(sorted(problems), between='; ', longest=200)}. "
-      "A deploy form takes the result of repjax.reparameterize from a training form with the same attributes"
+      f"the arrays do not fit the model: {listed(sorted(problems), between='; ', longest=200)}. A "
+      "deploy form takes the result of repjax.reparameterize from a training form with the same "
+      "attributes"
     )
   flat = {path: values[name][1] for name, (path, _) in places.items()}
   flat |= {path: statistics[name][1] for name, (path, _) in norms.items()}
