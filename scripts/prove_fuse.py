@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import repjax
-from repjax.fusion.counts import counts_of, total
+from repjax.fusion.report import counts_of, total
 from repjax.program import trace
 from scripts.prove_equivalence import randomise
 from tests.fusion.roads import unmatched

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from repjax.errors import InputError, printable
-from repjax.fusion.agreement import differing, kept_apart
-from repjax.fusion.checks import check, reason_of_training
+from repjax.fusion.checks import check, differing, kept_apart, reason_of_training
 from repjax.fusion.expressions import Expressions
 from repjax.fusion.plan import Plan
 from repjax.fusion.planning import Planner

@@ -12,38 +12,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from repjax.fusion.counts import Counts
-from repjax.fusion.expressions import Expression, evaluate
+from repjax.fusion.expressions import Expression, evaluate, later
 from repjax.fusion.plan import Plan
+from repjax.fusion.report import Counts
 from repjax.fusion.values import Node
 from repjax.program import Equation, constants_and_carries
-
-
-@dataclasses.dataclass(frozen=True)
-class StackedValue:
-  """Computes a stored array of a scan's body for all steps at once.
-
-  Attributes:
-    expression: the array of one step, whose leaves are inputs of the body.
-    leaves: the inputs of the body that it depends on.
-    mapped: for each of them if it differs between steps.
-  """
-
-  expression: Expression
-  leaves: tuple[int, ...]
-  mapped: tuple[bool, ...]
-
-  def __call__(self, *arrays: Any) -> Any:
-    """Returns the stored array of each step, stacked; or the array itself if steps share it."""
-    if not any(self.mapped):
-      return self._of_step(*arrays)
-    return jax.vmap(self._of_step, in_axes=tuple(0 if each else None for each in self.mapped))(
-      *arrays
-    )
-
-  def _of_step(self, *arrays: Any) -> Any:
-    (value,) = evaluate([self.expression], dict(zip(self.leaves, arrays)))
-    return value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,5 +111,25 @@ def _of_all_steps(
   inputs = [each for each in given if isinstance(each, Expression)]
   if expression.function is None:
     return inputs[0], mapped[0]
-  function = StackedValue(expression, leaves, mapped)
-  return inputs[0].table.derived(function, *inputs), any(mapped)
+  return _stacked(*inputs, expression=expression, leaves=leaves, mapped=mapped), any(mapped)
+
+
+@later
+def _stacked(
+  *arrays: Any, expression: Expression, leaves: tuple[int, ...], mapped: tuple[bool, ...]
+) -> Any:
+  """Returns a stored array of all steps, stacked; or the array itself if steps share it.
+
+  Args:
+    *arrays: the inputs of the body that the array depends on, of all steps.
+    expression: the array of one step.
+    leaves: the places of these inputs.
+    mapped: for each of them if it differs between steps.
+  """
+
+  def of_step(*arrays: Any) -> Any:
+    (value,) = evaluate([expression], dict(zip(leaves, arrays)))
+    return value
+
+  axes = tuple(0 if each else None for each in mapped)
+  return jax.vmap(of_step, in_axes=axes)(*arrays) if any(mapped) else of_step(*arrays)

@@ -11,7 +11,7 @@ from jax import lax
 import repjax
 from repjax.errors import InputError
 from repjax.fusion import checks
-from repjax.fusion.emission import Merge
+from repjax.fusion.merges import Merge
 from tests.fusion.nets import convolved, normalised, randomised, shapes
 from tests.helpers import assert_one_paragraph, relative_error
 

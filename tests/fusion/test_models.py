@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax.fusion.counts import counts_of
+from repjax.fusion.report import counts_of
 from repjax.program import flat
 from tests.fusion.roads import unmatched
 from tests.helpers import F64, assert_close, quick_jit, random_variables
