@@ -95,39 +95,14 @@ def _vector(value: Expression, shape: tuple[int, ...]) -> tuple[int | None, Expr
 
 def multiply(given: Given) -> Affine | None:
   """Applies the rule of a product: a scale."""
-  sides = None if _is_mean(given) else _sides(given)
+  sides = _sides(given)
   return None if sides is None else sides[0].scaled(sides[1])
 
 
 def divide(given: Given) -> Affine | None:
   """Applies the rule of a quotient: a scale by the inverse."""
-  sides = None if given.node(1) is not None or _is_mean(given) else _sides(given)
+  sides = None if given.node(1) is not None else _sides(given)
   return None if sides is None else sides[0].scaled(inverse(sides[1]))
-
-
-def _is_mean(given: Given) -> bool:
-  """Checks if a sum over pixels is divided by a number, which depends on the size of the input.
-
-  A kernel that held the number would not be the same at all sizes.
-  """
-  for operand, other in zip(given.operands, reversed(given.operands)):
-    if isinstance(operand, Node) and isinstance(other, Expression) and not other.leaves:
-      return _sums_over_all(operand)
-  return False
-
-
-def _sums_over_all(node: Node) -> bool:
-  affine = affine_of(node)
-  if affine.is_view and affine.terms[0].source is not node:
-    return _sums_over_all(affine.terms[0].source)
-  if node.equation is not None and node.equation.primitive == "reduce_sum":
-    return node.affine is None
-  pools = [term for term in affine.terms if term.sums]
-  return any(
-    window.taps > 1 and window.taps >= size
-    for term in pools
-    for window, size in zip(term.windows, term.source.shape)
-  )
 
 
 def add(given: Given) -> Affine | None:

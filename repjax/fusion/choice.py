@@ -11,39 +11,15 @@ input.
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from repjax.fusion import kernels
 from repjax.fusion.composition import substituted
 from repjax.fusion.expressions import Expression
 from repjax.fusion.kernels import plus
-from repjax.fusion.report import PRODUCTS, Report
+from repjax.fusion.report import PRODUCTS, Counts, Report, total
 from repjax.fusion.values import Affine, Node, Refusal, Term
 from repjax.fusion.windows import Window
-
-
-class Cost(NamedTuple):
-  """The cost of products.
-
-  Attributes:
-    products: number of convolutions and matrix products.
-    multiplications: for each pixel of the result.
-    parameters: number of weights.
-  """
-
-  products: int
-  multiplications: float
-  parameters: int
-
-  def plus(self, other: "Cost") -> "Cost":
-    """Returns what both cost together."""
-    work = self.multiplications + other.multiplications
-    return Cost(self.products + other.products, work, self.parameters + other.parameters)
-
-  def within(self, bound: "Cost", growth: float) -> bool:
-    """Checks that neither multiplications nor parameters are more than `growth` times a bound."""
-    small = self.multiplications <= growth * bound.multiplications
-    return small and self.parameters <= growth * bound.parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +52,15 @@ class Group:
     return self.head.kernel is not None
 
   @property
-  def cost(self) -> Cost:
-    """The cost of the group. A sum over neighbours without a kernel counts its additions."""
+  def cost(self) -> Counts:
+    """The cost of the group for each pixel. A sum over neighbours counts its additions."""
     head = self.head
     taps = math.prod(self.windows[axis].taps for axis in head.others)
     if head.kernel is None:
-      return Cost(0, taps * (head.features or 1) if taps > 1 else 0, 0)
+      return Counts(0, taps * (head.features or 1) if taps > 1 else 0, 0)
     weights = taps * head.kernel.shape[-1] * head.kernel.shape[-2] * head.groups // self.groups
     spread = math.prod(window.spread for window in self.windows)
-    return Cost(1, weights / spread, weights)
+    return Counts(1, weights / spread, weights)
 
   @property
   def kernel(self) -> Expression:
@@ -138,7 +114,7 @@ def grouped(terms: Iterable[Term], growth: float) -> list[Group]:
   for one in sorted(singles, key=lambda group: (-group.cost.products, -group.cost.multiplications)):
     for place, group in enumerate(groups):
       joint = joined(group, one.members[0])
-      if joint and joint.cost.within(group.cost.plus(one.cost), growth):
+      if joint and joint.cost.within(total([group.cost, one.cost]), growth):
         groups[place] = joint
         break
     else:
@@ -146,12 +122,9 @@ def grouped(terms: Iterable[Term], growth: float) -> list[Group]:
   return groups
 
 
-def cost_of(groups: Iterable[Group]) -> Cost:
-  """Returns what all groups cost together."""
-  total = Cost(0, 0, 0)
-  for group in groups:
-    total = total.plus(group.cost)
-  return total
+def _cost(affine: Affine, growth: float) -> Counts:
+  """Returns what the products of a sum cost for each pixel."""
+  return total(group.cost for group in grouped(affine.terms, growth))
 
 
 def best_sum(node: Node, growth: float, report: Report) -> tuple[Affine, list[Group]]:
@@ -190,10 +163,10 @@ def _composed(
   except Refusal as refusal:
     report.add_left(scope, " ".join(mine[0].names), str(refusal))
     return None
-  now, then, own = (cost_of(grouped(each.terms, growth)) for each in (affine, result, inner.affine))
+  now, then, own = (_cost(each, growth) for each in (affine, result, inner.affine))
   # Pixels of the inner value for each pixel of the result.
   finer = max(math.prod(window.stride for window in term.windows) for term in mine)
-  before = now.plus(own._replace(multiplications=own.multiplications * finer))
+  before = total([now, own.times(finer)])
   fewer = then.products < before.products or not own.products
   if not fewer or then.products > before.products:
     return None

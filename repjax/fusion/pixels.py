@@ -45,7 +45,9 @@ def pad(given: Given) -> Affine | None:
   """Applies the rule of padding with zeros, without zeros between the inputs."""
   node, fill = given.operands
   config = given.params["padding_config"]
-  zero = isinstance(fill, Expression) and fill.value is not None and not np.any(np.asarray(fill.value))
+  zero = (
+    isinstance(fill, Expression) and fill.value is not None and not np.any(np.asarray(fill.value))
+  )
   if not isinstance(node, Node) or not zero or any(between for *_, between in config):
     return None
   sides = zip(node.shape, config)
@@ -180,15 +182,16 @@ def _run(x: Any, axis: int, first: int, step: int, length: int) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-  """An operation that takes the mean over axes, which keep length 1."""
+  """An operation that takes the mean over axes, which keep length 1.
+
+  Attributes:
+    axes: the axes.
+    dropped: those of them that the program drops.
+  """
 
   axes: tuple[int, ...]
+  dropped: tuple[int, ...] = ()
   counts = Counts()
-
-  @property
-  def dropped(self) -> tuple[int, ...]:
-    """The axes that the program drops."""
-    return self.axes
 
   def sized(self, shape: Sequence[int]) -> tuple[int, ...]:
     """Returns the shape of the result."""
@@ -241,22 +244,43 @@ def with_operations(equations: Sequence[Equation], outputs: Sequence[Operand]) -
 
 
 def _mean(equation: Equation, made: Mapping[Any, Equation], reads: Counter) -> Several | None:
-  """Returns a mean over axes that ends with an equation, None if there is none."""
-  total, number = equation.inputs
-  if isinstance(total, Constant):
-    total, number = number, total
-  first = made.get(total)
-  if first is None or first.primitive != "reduce_sum" or reads[total] > 1:
+  """Returns a mean over whole axes that ends with an equation, None if there is none."""
+  value, number = equation.inputs
+  if isinstance(value, Constant) and equation.primitive == "mul":
+    value, number = number, value
+  chain = [equation]
+  while value in made and reads[value] == 1:
+    chain.insert(0, made[value])
+    (value, *_) = chain[0].inputs
+    mean = _whole_sum(chain[0])
+    if mean is not None:
+      break
+    if chain[0].primitive not in ("broadcast_in_dim", "reshape") or len(chain) > 2:
+      return None
+  else:
     return None
-  axes, (source,) = tuple(first.params["axes"]), first.inputs
-  if not isinstance(number, Constant) or np.ndim(number.array) or isinstance(source, Constant):
+  shape, result = mean.sized(value.aval.shape), tuple(equation.outputs[0].aval.shape)
+  mean = dataclasses.replace(mean, dropped=() if result == shape else mean.axes)
+  kept = tuple(size for axis, size in enumerate(shape) if axis not in mean.dropped)
+  if kept != result or not isinstance(number, Constant) or np.ndim(number.array):
     return None
-  count, factor = math.prod(source.aval.shape[axis] for axis in axes), float(number.array)
-  if equation.primitive == "div" and (equation.inputs[1] is not number or factor != count):
+  count = math.prod(value.aval.shape[axis] for axis in mean.axes)
+  factor = float(number.array)
+  same = factor == count if equation.primitive == "div" else abs(factor * count - 1) < 1e-6
+  return Several(mean, (value,), tuple(chain)) if same else None
+
+
+def _whole_sum(equation: Equation) -> Mean | None:
+  """Returns the mean over the axes that an equation sums as a whole, None if there are none."""
+  params = equation.params
+  if equation.primitive == "reduce_sum":
+    return Mean(tuple(params["axes"]))
+  if equation.primitive != "reduce_window_sum":
     return None
-  if equation.primitive == "mul" and abs(factor * count - 1) > 1e-6:
-    return None
-  return Several(Mean(axes), (source,), (first, equation))
+  sizes_of = params["window_dimensions"]
+  axes = tuple(axis for axis, size in enumerate(sizes_of) if size > 1)
+  whole = all(sizes_of[axis] == equation.inputs[0].aval.shape[axis] for axis in axes)
+  return Mean(axes) if axes and whole and not any(map(any, params["padding"])) else None
 
 
 def _pick(equation: Equation, made: Mapping[Any, Equation], reads: Counter) -> Several | None:
@@ -326,7 +350,9 @@ def _pool(given: Given) -> Affine | None:
 
   The number of pixels must not depend on the size of the input, as that of a whole axis does.
   """
-  total, last = given.equation.equations
+  total, *_, last = given.equation.equations
+  if total.primitive != "reduce_sum" or not given.equation.operation.dropped:
+    return None
   sums = sum_blocks(dataclasses.replace(given, equation=total))
   if sums is None:
     return None

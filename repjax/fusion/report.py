@@ -11,17 +11,22 @@ PRODUCTS = ("conv_general_dilated", "dot_general")
 
 
 class Counts(NamedTuple):
-  """The cost of products at the sizes of the arguments.
+  """The cost of products.
 
   Attributes:
     products: number of convolutions and matrix products.
-    multiplications: multiply-adds in them.
+    multiplications: multiply-adds in them, at the sizes of the arguments or for each pixel.
     parameters: elements of the parameters that are read.
   """
 
   products: int = 0
-  multiplications: int = 0
+  multiplications: float = 0
   parameters: int = 0
+
+  def within(self, bound: "Counts", growth: float) -> bool:
+    """Checks that neither multiplications nor parameters are more than `growth` times a bound."""
+    small = self.multiplications <= growth * bound.multiplications
+    return small and self.parameters <= growth * bound.parameters
 
   def times(self, steps: int) -> "Counts":
     """Returns what a loop of some steps costs. Its products and parameters are counted once."""
