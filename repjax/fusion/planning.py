@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from repjax.fusion import layouts, pixels, products
 from repjax.fusion.arithmetic import Given
+from repjax.fusion.bodies import FusedBodies, bodies_of, fused_body
 from repjax.fusion.choice import best_sum
 from repjax.fusion.expressions import Expression, Expressions, Parameters, evaluate
 from repjax.fusion.layouts import Layout
@@ -25,9 +26,8 @@ from repjax.fusion.merges import merge_of
 from repjax.fusion.pixels import Several, with_operations
 from repjax.fusion.plan import Input, Instruction, Plan, constant_array, has_effects, live, named
 from repjax.fusion.report import PRODUCTS, Report, counts_of, total
-from repjax.fusion.scans import fixed_inputs, fused_scan
 from repjax.fusion.values import Affine, Node, Refusal
-from repjax.program import Constant, Equation, Operand, Program, RuleCall, Variable, inner_programs
+from repjax.program import Constant, Equation, Operand, Program, RuleCall, Variable
 
 RULES = {**pixels.RULES, **layouts.RULES, **products.RULES}
 _FREE = {"broadcast_in_dim", "convert_element_type", "copy", "name", "reshape", "squeeze"}
@@ -95,7 +95,7 @@ class Planner:
         self.nodes[variable] = self._node(variable, computed=True)
     for step in self._steps:
       if any(each in self.nodes for each in step.inputs) or has_effects(step):
-        if not self._add_scan(step):
+        if not self._add_bodies(step):
           self._add(step)
       else:
         for each in _equations(step):
@@ -121,26 +121,26 @@ class Planner:
     arguments = tuple(each for each in self.program.inputs if each in self.nodes)
     return Plan(self.program, arguments, tuple(instructions), outputs, stored, constants)
 
-  def _add_scan(self, equation: Equation) -> bool:
-    """Adds a scan with a fused body. Returns False if it is no scan or nothing merges in it."""
-    if equation.primitive != "scan" or equation in self._apart:
+  def _add_bodies(self, equation: Equation) -> bool:
+    """Adds a loop or a choice with fused bodies. Returns False if nothing merges in them."""
+    bodies = bodies_of(equation) if equation not in self._apart else []
+    operands = [self._operand(each) for each in equation.inputs] if bodies else []
+    fused, costs = [], []
+    for number, body in enumerate(bodies):
+      # The place of a loop is the same in the programs of most shapes, which then share a table.
+      table = self.table.child((self.equations.index(equation), number))
+      inner, fixed = Planner(body.program, table, self.growth), body.fixed(operands)
+      plan = inner.planned(fixed, {place: str(place) for place in fixed})
+      fused.append(fused_body(body, plan, operands))
+      costs.append(inner.report.after.times(body.steps))
+      self.report.add_body(inner.report, body.steps)
+      for inside, stored in zip(plan.stored.values(), fused[-1].stored.values()):
+        self.hints.setdefault(stored, (stored, inner.hints.get(inside, (inside, "kernel"))[1]))
+    if not any(each.merged for body in fused for each in body.plan.instructions):
       return False
-    operands = [self._operand(each) for each in equation.inputs]
-    fixed = fixed_inputs(equation, operands)
-    (program,) = inner_programs(equation)
-    # The place of a scan is the same in the programs of most shapes, which then share a table.
-    inner = Planner(program, self.table.child(self.equations.index(equation)), self.growth)
-    body = inner.planned(fixed, {place: str(place) for place in fixed})
-    self.report.add_body(inner.report, equation.params["length"])
-    if not any(each.merged for each in body.instructions):
-      return False
-    step = fused_scan(equation, operands, body, inner.report.after)
-    for inside, stored in zip(body.stored.values(), step.stored):
-      self.hints.setdefault(stored, (stored, inner.hints.get(inside, (inside, "kernel"))[1]))
-    inputs = [self._input(equation.inputs[place]) for place in step.moving]
-    self.instructions.append(
-      Instruction(step, (*inputs, *step.stored), equation.outputs, equation.scope)
-    )
+    step = FusedBodies(equation, tuple(fused), total(costs))
+    inputs = (*(self._input(equation.inputs[place]) for place in step.moving), *step.stored)
+    self.instructions.append(Instruction(step, inputs, equation.outputs, equation.scope))
     for variable in equation.outputs:
       self.nodes[variable] = self._node(variable, equation, computed=True)
     return True
