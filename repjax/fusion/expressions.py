@@ -77,6 +77,7 @@ class Expressions:
 
   def __init__(self):
     self._known: dict[Any, Expression] = {}
+    self._avals: dict[Any, Any] = {}
     self._alive: list[Any] = []
     self._children: dict[Any, Expressions] = {}
 
@@ -133,7 +134,11 @@ class Expressions:
     if key in self._known:
       return self._known[key]
     call = functools.partial(function, **static)
-    aval = jax.eval_shape(call, *(each.aval for each in inputs))
+    # Blocks of a network are alike, and tracing for a shape is most of the time of planning.
+    form = (*key[:2], *((each.shape, each.dtype) for each in inputs))
+    if form not in self._avals:
+      self._avals[form] = jax.eval_shape(call, *(each.aval for each in inputs))
+    aval = self._avals[form]
     leaves = frozenset().union(*(each.leaves for each in inputs))
     return self._entry(key, call, inputs, aval, leaves)
 

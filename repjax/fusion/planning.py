@@ -69,6 +69,10 @@ class Planner:
     self.instructions: list[Instruction] = []
     self.hints: dict[Expression, tuple[Expression, str]] = {}
     self.report = Report()
+    for rule in program.rules:
+      if rule.call.primitive.startswith("custom_vjp") and _has_product(program, rule):
+        reason = "holds products, and was opened: gradients of the call do not follow its rule"
+        self.report.add_left(rule.call.scope, "custom_vjp", reason)
     self._moved: dict[Any, Node] = {}
     self._apart = {self.equations[place] for place in apart}
     self._sizes: dict[int, int] = {}
