@@ -78,7 +78,7 @@ def error_of(model: Any, fused: Any, folded: Any, variables: Any, size: int) -> 
 
 
 def proved_network(name: str) -> bool:
-  """Compares a network with its fused function at all sizes, prints a line, and returns the result."""
+  """Compares a network with its fused function at all sizes, and prints a line."""
   net = nets()[name]()
   params = randomised(net.params)
   with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):

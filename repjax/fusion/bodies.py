@@ -56,7 +56,8 @@ def bodies_of(equation: Equation) -> list[Body]:
     return [Body(program, range(count), range(first, end), range(end, count), steps)]
   if equation.primitive == "cond":
     return [Body(flat(each, scope), range(1, count)) for each in params["branches"]]
-  if equation.primitive == "while":
+  # Where images are mapped, a loop may run for some of them only, and is then left alone.
+  if equation.primitive == "while" and flat(params["cond_jaxpr"]).outputs[0].aval.shape == ():
     bodies, start = [], 0
     carry = range(params["cond_nconsts"] + params["body_nconsts"], count)
     for name in ("cond", "body"):

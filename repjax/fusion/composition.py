@@ -9,6 +9,7 @@ these zeros.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -179,7 +180,7 @@ def _with_joint_kernel(joint: Term, term: Term, each: Term, inner: Affine) -> Te
   axes = each.others
   place = {source: axis for axis, source in enumerate(each.view) if source is not None}
   second = [term.windows[place[axis]] if axis in place else Window(1) for axis in axes]
-  kernel, groups = _on_source(term, each, [window.taps for window in second]), term.groups
+  kernel, groups = _taps_along(term.kernel, term, [place.get(axis) for axis in axes]), term.groups
   if each.features != inner.shape[term.channel]:
     if groups != 1:
       raise Refusal("a grouped convolution of channels that are concatenated")
@@ -198,14 +199,13 @@ def _with_joint_kernel(joint: Term, term: Term, each: Term, inner: Affine) -> Te
   return dataclasses.replace(joint, kernel=kernel, scale=None, groups=fewer)
 
 
-def _on_source(term: Term, each: Term, taps: list[int]) -> Expression:
-  """Returns the term's kernel with taps along the axes of the inner term's source."""
-  assert term.kernel is not None
+def _taps_along(kernel: Expression, term: Term, axes: Sequence[int | None]) -> Expression:
+  """Returns a kernel or a map of taps with its taps along axes of the term's source, 1 for None."""
   order = {axis: place for place, axis in enumerate(term.others)}
-  place = {source: order[axis] for axis, source in enumerate(each.view) if axis in order}
-  first = [place[axis] for axis in each.others if axis in place]
-  rest = [at for at in range(len(order)) if at not in first]
-  return kernels.rearranged(term.kernel, [*first, *rest], taps)
+  first = [order[axis] for axis in axes if axis is not None]
+  rest = [place for place in range(len(order)) if place not in first]
+  taps = [1 if axis is None else term.windows[axis].taps for axis in axes]
+  return kernels.rearranged(kernel, [*first, *rest], taps)
 
 
 def _with_shift(result: Affine, term: Term, inner: Affine) -> Affine:
@@ -234,15 +234,8 @@ def _border(by_tap: Expression, term: Term, inner: Affine) -> Border:
     else (term.windows[axis], inner.shape[axis])
     for axis in term.view
   )
-  order = {axis: place for place, axis in enumerate(term.others)}
-  kept = [order[axis] for axis in term.view if axis is not None and axis != term.channel]
-  rest = [place for place in range(len(order)) if place not in kept]
-  taps = [
-    window[0].taps if window else 1
-    for axis, window in zip(term.view, windows)
-    if axis is None or axis != term.channel
-  ]
-  return Border(kernels.rearranged(by_tap, [*kept, *rest], taps), windows)
+  others = [axis for axis in term.view if axis is None or axis != term.channel]
+  return Border(_taps_along(by_tap, term, others), windows)
 
 
 def _moved_border(border: Border, term: Term, inner: Affine) -> Border:

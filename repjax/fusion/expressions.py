@@ -2,14 +2,14 @@
 
 A plan is made once, and the fold of a plan runs for any parameters. So a plan computes nothing: it
 writes down how each fused kernel follows from the leaves of the parameter tree. An expression is
-one such computation. `derived` applies a pure function to expressions, and `evaluate` computes
+one such computation. `later` turns a pure function into one of expressions, and `evaluate` computes
 them. A table holds each expression once. Two plans that share a table fold a parameter in the same
 way exactly if both hold the same object.
 
 Example:
   >>> table = Expressions()
   >>> leaf = table.leaf(0, jax.ShapeDtypeStruct((2,), jnp.float32))
-  >>> double = derived(jnp.multiply, leaf, table.constant(np.float32(2)))
+  >>> double = table.derived(jnp.multiply, leaf, table.constant(np.float32(2)))
   >>> evaluate([double], [jnp.ones(2)])
   [Array([2., 2.], dtype=float32)]
 """
@@ -155,11 +155,6 @@ def _pick(place: int, results: Sequence[Any]) -> Any:
   return results[place]
 
 
-def derived(function: Callable[..., Any], *inputs: Expression, **static: Any) -> Expression:
-  """Returns the expression of a function of expressions, see `Expressions.derived`."""
-  return inputs[0].table.derived(function, *inputs, **static)
-
-
 def later(function: Callable[..., Any]) -> Callable[..., Expression]:
   """Turns a function of arrays into the same function of expressions.
 
@@ -168,7 +163,7 @@ def later(function: Callable[..., Any]) -> Callable[..., Expression]:
 
   @functools.wraps(function)
   def call(*inputs: Expression, **static: Any) -> Expression:
-    return derived(function, *inputs, **static)
+    return inputs[0].table.derived(function, *inputs, **static)
 
   return call
 

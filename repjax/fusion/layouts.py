@@ -199,31 +199,40 @@ def spread(value: Expression, axes: Axes, target: Axes) -> Expression | None:
   )
 
 
-def reshape(given: Given) -> Affine | Layout | None:
-  """Applies the rule of a reshape, which is a view if it only adds or drops axes of length 1."""
-  node, new = given.node(), given.shape
-  if node is None or math.prod(new) != math.prod(node.shape) or 0 in new:
+def move(given: Given) -> Affine | Layout | None:
+  """Applies the rule of a transposition, a reshape, or a broadcast that only adds axes of length 1.
+
+  The result is a view if no axis is split or joined, and else a layout. A moved sum that is not
+  computed keeps its layout, so that its terms may yet merge.
+  """
+  node, shape, params = given.node(), given.shape, given.params
+  if node is None or math.prod(shape) != math.prod(node.shape) or 0 in shape:
     return None
-  if not _is_moved_sum(node) and _long(node.shape) == _long(new):
-    view = affine_of(node) if node.shape == new else moved(node, new, _places(node.shape, new))
-    if view is not None:
-      return view
-  return layout_of(node).reshaped(new)
+  waits = node.layout is not None and not node.computed and node.layout.source.is_open
+  places = _places(given, node.shape)
+  view = None if waits or places is None else moved(node, shape, places)
+  if view is not None:
+    return view
+  layout = layout_of(node)
+  order = params.get("permutation")
+  return layout.reshaped(shape) if order is None else layout.permuted(order)
 
 
-def _is_moved_sum(node: Node) -> bool:
-  """Checks if a node is a moved sum that is not computed, whose terms may yet merge."""
-  return node.layout is not None and not node.computed and node.layout.source.is_open
+def _places(given: Given, old: Sequence[int]) -> list[int | None] | None:
+  """Returns for each axis of a result the axis of the operand, None for a new axis of length 1.
 
-
-def _long(shape: Sequence[int]) -> list[int]:
-  return [size for size in shape if size != 1]
-
-
-def _places(old: Sequence[int], new: Sequence[int]) -> list[int | None]:
-  """Returns for each new axis the old one; axes of length 1 are matched from left to right."""
+  Returns None alone if axes are split or joined.
+  """
+  params, new = given.params, given.shape
+  if "permutation" in params:
+    return list(params["permutation"])
+  if "broadcast_dimensions" in params:
+    axes = {place: axis for axis, place in enumerate(params["broadcast_dimensions"])}
+    return [axes.get(place) for place in range(len(new))]
+  if [size for size in old if size != 1] != [size for size in new if size != 1]:
+    return None
   places: list[int | None] = []
-  at = 0
+  at = 0  # axes of length 1 are matched from left to right
   for size in new:
     while size != 1 and old[at] == 1:
       at += 1  # an old axis of length 1 that is dropped
@@ -231,27 +240,6 @@ def _places(old: Sequence[int], new: Sequence[int]) -> list[int | None]:
     places.append(at if same else None)
     at += same
   return places
-
-
-def transpose(given: Given) -> Affine | Layout | None:
-  """Applies the rule of a transposition."""
-  node, order = given.node(), given.params["permutation"]
-  if node is None:
-    return None
-  view = None if _is_moved_sum(node) else moved(node, given.shape, order)
-  return layout_of(node).permuted(order) if view is None else view
-
-
-def broadcast(given: Given) -> Affine | Layout | None:
-  """Applies the rule of a broadcast that only adds axes of length 1."""
-  node = given.node()
-  if node is None or math.prod(given.shape) != math.prod(node.shape):
-    return None
-  places: list[int | None] = [None] * len(given.shape)
-  for axis, place in enumerate(given.params["broadcast_dimensions"]):
-    places[place] = axis
-  view = None if _is_moved_sum(node) else moved(node, given.shape, places)
-  return layout_of(node).reshaped(given.shape) if view is None else view
 
 
 def moved(node: Node, shape: tuple[int, ...], places: Sequence[int | None]) -> Affine | None:
@@ -290,9 +278,6 @@ def _moved_border(border: Border, channel: int | None, places: Sequence[int | No
   return Border(kernels.rearranged(border.kernel, kept, taps), windows)
 
 
-RULES: dict[str, Rule] = {
-  "broadcast_in_dim": broadcast,
-  "reshape": reshape,
-  "squeeze": reshape,
-  "transpose": transpose,
-}
+RULES: dict[str, Rule] = dict.fromkeys(
+  ("broadcast_in_dim", "reshape", "squeeze", "transpose"), move
+)

@@ -262,11 +262,14 @@ def _mean(equation: Equation, made: Mapping[Any, Equation], reads: Counter) -> S
   shape, result = mean.sized(value.aval.shape), tuple(equation.outputs[0].aval.shape)
   mean = dataclasses.replace(mean, dropped=() if result == shape else mean.axes)
   kept = tuple(size for axis, size in enumerate(shape) if axis not in mean.dropped)
-  if kept != result or not isinstance(number, Constant) or np.ndim(number.array):
+  floating = jnp.issubdtype(equation.outputs[0].aval.dtype, jnp.floating)
+  if kept != result or not floating or not isinstance(number, Constant) or np.ndim(number.array):
     return None
   count = math.prod(value.aval.shape[axis] for axis in mean.axes)
   factor = float(number.array)
-  same = factor == count if equation.primitive == "div" else abs(factor * count - 1) < 1e-6
+  rounding = 4 * float(jnp.finfo(equation.outputs[0].aval.dtype).eps)
+  divides = equation.primitive == "div" and factor == count
+  same = divides or (equation.primitive == "mul" and abs(factor * count - 1) <= rounding)
   return Several(mean, (value,), tuple(chain)) if same else None
 
 
