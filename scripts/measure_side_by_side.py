@@ -1,9 +1,8 @@
 """Measures products of one source side by side, against one product and slices of its result.
 
-`repjax.fuse` writes products of one source as one product where that is faster
-(`repjax/fusion/side_by_side.py` states the rule). For matrix products and 1x1 convolutions of
-several sizes, the script prints processor time of both forms, and their ratio: below 1, one product
-is faster. Both forms end with an activation of each result, as networks do.
+`repjax.fuse` keeps such products apart, and this script shows why. For matrix products and 1x1
+convolutions of several sizes, it prints processor time of both forms, and their ratio: below 1, one
+product is faster. Both forms end with an activation of each result, as networks do.
 
   python scripts/measure_side_by_side.py
 """
@@ -83,7 +82,7 @@ def seconds(function: Callable[..., Any], args: Sequence[Any], least: float) -> 
 
 def main() -> None:
   """Prints a line for each case."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description="Measures products side by side.")
   parser.add_argument("--rounds", type=int, default=9, help="rounds for each case, in turn")
   flags = parser.parse_args()
   rng = np.random.default_rng(0)

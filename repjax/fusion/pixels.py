@@ -2,8 +2,8 @@
 
 Zero padding, slices and sums of neighbours are windows of a term. Two more operations are found in
 several equations at once: `jnp.pad(mode="reflect")` picks pixels, by slices, flips and a
-concatenation; a mean over whole axes is a sum and a division. Both may change places with anything
-that works on each pixel alone, such as a norm or a 1x1 convolution:
+concatenation; a mean over whole axes is a sum and a division. Both may change places with a norm,
+and with anything else that works on each pixel alone:
 
   reflect(norm(x))    becomes    norm(reflect(x))
   mean(norm(x))       becomes    norm(mean(x))
@@ -255,7 +255,7 @@ def _mean(equation: Equation, made: Mapping[Any, Equation], reads: Counter) -> S
     mean = _whole_sum(chain[0])
     if mean is not None:
       break
-    if chain[0].primitive not in ("broadcast_in_dim", "reshape") or len(chain) > 2:
+    if chain[0].primitive not in ("broadcast_in_dim", "convert_element_type", "reshape"):
       return None
   else:
     return None
