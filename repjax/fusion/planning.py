@@ -226,27 +226,33 @@ class Planner:
       return
     node.computed = True
     if node.step is not None:
-      source, step = node.step
-      self.compute(source)
-      self.instructions.append(Instruction(step, (source.variable,), (node.variable,)))
+      self._rearrange(*node.step, node)
     elif node.layout is not None:
       source = node.layout.source
-      if source.hidden and source.affine is not None and self._merge(source):
-        step, scope = node.layout.step, node.equation.scope
-        self.instructions.append(Instruction(step, (source.variable,), (node.variable,), scope))
+      if source.hidden and source.is_open and self._merge(source):
+        self._rearrange(source, node.layout.step, node)
       else:
         self._emit(node.equation)
-    elif not self._merge(node):
+    elif not self._merge(node, always=node.hidden):
       self._emit(node.equation)
     if node.affine is not None and not node.affine.is_view:
       node.affine = None
 
-  def _merge(self, node: Node) -> bool:
-    """Adds the instruction that computes a sum. Returns False if that is no gain."""
+  def _rearrange(self, source: Node, step: Any, node: Node) -> None:
+    """Adds the instruction that moves the numbers of a node into another one."""
+    self.compute(source)
+    scope = "" if node.equation is None else node.equation.scope
+    self.instructions.append(Instruction(step, (source.variable,), (node.variable,), scope))
+
+  def _merge(self, node: Node, always: bool = False) -> bool:
+    """Adds the instruction that computes a sum.
+
+    Returns False if that is no gain over the program's own equations, unless the program has none.
+    """
     affine, groups = best_sum(node, self.growth, self.report)
     step, scope = merge_of(affine, groups, node.dtype), node.equation.scope
     saved = sum(each.primitive not in _FREE for each in affine.equations)
-    if step.operations >= saved and not (node.hidden and node.computed):
+    if step.operations >= saved and not always:
       return False
     node.computed = True
     for source in step.sources:

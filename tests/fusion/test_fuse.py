@@ -370,6 +370,36 @@ class TestParts:
       assert relative_error(mine, wanted) <= 1e-5
     assert not fused.report.norms
 
+  @pytest.mark.parametrize(
+    "product",
+    [
+      "bhwc,cnd->bhwnd",
+      "cnd,bhwc->ndbhw",
+      "bhwc,cnd->nbhwd",
+      "bhwc,hcnd->bhwnd",
+      "bhwc,wcnd->bnhd",
+    ],
+  )
+  def test_arithmetic_after_a_product_over_several_axes_merges(self, product):
+    operands, result = product.split("->")
+    kernel = "dense" if operands.startswith("bhwc") else "first"
+    weights = {"c": 3, "n": 2, "d": 4, "h": 5, "w": 6}
+    letters = next(each for each in operands.split(",") if each != "bhwc")
+    vector = tuple(weights[letter] if letter in "nd" else 1 for letter in result)
+
+    def function(params, x):
+      given = (x, params["dense"]) if kernel == "dense" else (params["dense"], x)
+      y = jnp.einsum(product, *given)
+      return jnp.sin(y * params["scale"] - params["shift"])
+
+    params = drawn(dense=tuple(weights[each] for each in letters), scale=vector, shift=vector)
+    x = random(2, 5, 6, 3)
+    error, fused = fused_error(function, params, x)
+    assert error <= 1e-5
+    (merge,) = fused.report.merges
+    assert merge.operations == 3
+    assert len(fused.fold(params)) == 2
+
   def test_a_convolution_over_tiles_merges_into_the_product_beside_it(self):
     def function(params, x):
       x = jnp.sin(x)
