@@ -11,8 +11,8 @@ import numpy as np
 from repjax.algebra import wide_dtype
 from repjax.errors import InputError
 from repjax.fusion.expressions import evaluate
-from repjax.fusion.plan import Instruction, Plan, constant_array
-from repjax.program import Constant, Equation
+from repjax.fusion.plan import Instruction, Plan, read
+from repjax.program import Equation
 
 _TOLERANCE = {8: 1e-9, 4: 1e-3, 2: 0.1}
 """Largest relative error of a merge, by the bytes of a number. Mistakes make errors near 1."""
@@ -111,23 +111,19 @@ def _errors(
   values.update(zip(plan.stored.values(), plan.fold(leaves).values()))
   values.update(plan.constants)
   for equation in equations:
-    results = equation.run(*(_read(values, each) for each in equation.inputs))
+    results = equation.run(*(read(values, each) for each in equation.inputs))
     values.update(zip(equation.outputs, results))
   # Values that the program does not have, such as picked pixels, follow from those that it has.
   errors = []
   for each in plan.instructions:
     if each.merged:
-      made = each.step.run(*(_read(values, given) for given in each.inputs))
+      made = each.step.run(*(read(values, given) for given in each.inputs))
       if each in merges:
         pairs = zip(made, (values[output] for output in each.outputs))
         errors.append(jnp.max(jnp.stack([relative_error(mine, wanted) for mine, wanted in pairs])))
       else:
         values.update(zip(each.outputs, made))
   return errors
-
-
-def _read(values: Mapping[Any, Any], given: Any) -> Any:
-  return constant_array(given) if isinstance(given, Constant) else values[given]
 
 
 def relative_error(result: Any, wanted: Any) -> Any:
