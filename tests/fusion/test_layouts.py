@@ -28,6 +28,7 @@ def layout_after(chain):
   layout = layouts.layout_of(source())
   for kind, given in chain:
     layout = layout.reshaped(given) if kind == "reshape" else layout.permuted(given)
+    assert layout is not None
   return layout
 
 
@@ -46,6 +47,7 @@ def test_a_spread_vector_moves_as_the_value_does(chain):
   layout, table = layout_after(chain), Expressions()
   vector = np.arange(6, dtype=np.float32).reshape(1, 6, 1, 1)
   spread = layouts.spread(table.constant(vector), layout.origin, layout.axes)
+  assert spread is not None
   (moved,) = evaluate([spread], ())
   (wanted,) = layout.step.run(np.broadcast_to(vector, SHAPE))
   np.testing.assert_array_equal(np.broadcast_to(moved, wanted.shape), wanted)

@@ -52,4 +52,5 @@ def test_both_roads_give_the_same_kernels(name):
   assert fused.report.after.products == products
   x = jnp.asarray(np.random.default_rng(0).normal(size=images.shape))
   both = quick_jit(lambda small, params, x: (fused(small, x), model.apply(params, x)))
-  assert_close(*both(folded, variables, x), 1e-12)
+  mine, wanted = both(folded, variables, x)
+  assert_close(mine, wanted, 1e-12)
