@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from repjax.errors import InputError, listed, printable
+from repjax.errors import InputError, listed, printable, unknown
 from repjax.layers.base import read_notes
 from repjax.layers.grammar import find
 from repjax.recognition import (
@@ -73,7 +73,7 @@ def reparameterize(
       scope, or None to remove the scope.
     keep: paths, or one path, such as "neck/BatchNorm_0". Statistics below these paths may stay
       unused, because the caller keeps them for batch norms that are not repjax layers. A scope is
-      not folded if its own path, or a path in it, is kept.
+      not folded if its own path, or a path in it, is kept. Every path must lie in one of the trees.
 
   Returns:
     A tree of dictionaries with the structure, shapes and dtypes of the deploy form's `init`.
@@ -81,8 +81,8 @@ def reparameterize(
   Raises:
     InputError: a tree is no nested dictionary, has an axis of devices, or holds numbers that are
       not floating-point in a layer. Or statistics lie among the parameters, `folds` lacks the fold
-      of a layer, an array or scope of a layer lies in the wrong place, or a different argument is
-      of the wrong kind.
+      of a layer, an array or scope of a layer lies in the wrong place, no scope has a path of
+      `keep`, or a different argument is of the wrong kind.
     ValueError: no fold used some statistics, a layer in training form has no statistics, or the two
       trees do not belong together. The text names the path.
 
@@ -112,6 +112,7 @@ def reparameterize(
   check_tree("batch_stats", batch_stats)
   check_apart(params, batch_stats)
   rules = _rules(folds, epsilon, keep)
+  _check_kept(rules.kept, params, batch_stats)
   return dict(_walk(params, batch_stats, (), rules) or {})
 
 
@@ -124,6 +125,24 @@ def _kept(keep: str | Iterable[str]) -> list[Path]:
       "names of scopes with slashes; () keeps nothing"
     )
   return [tuple(entry.strip("/").split("/")) for entry in entries]
+
+
+def _check_kept(kept: Sequence[Path], params: Tree, stats: Tree) -> None:
+  """Raises InputError for an entry of `keep` at which neither of the two trees holds anything."""
+  if not kept:
+    return
+  held, owned = (_paths_in(tree) for tree in (params, stats))
+  for entry in kept:
+    if entry not in held | owned:
+      # Only statistics need keeping. A path is often given without the scopes above it.
+      near = {path for path in owned if path[-len(entry) :] == entry} or owned or held
+      raise unknown("path in keep", "/".join(entry), map("/".join, near))
+
+
+def _paths_in(tree: Tree) -> set[Path]:
+  """Returns the paths of all scopes and leaves of a tree."""
+  paths = [tuple(map(str, path)) for path, _ in leaves(tree)]
+  return {path[:end] for path in paths for end in range(1, len(path) + 1)}
 
 
 class _Rules(NamedTuple):
