@@ -285,7 +285,7 @@ def test_a_folder_of_another_model_is_named(
 
 def test_a_run_is_not_continued_as_another_model(source, digits_dir):
   config = open_config(digits_dir, model="resnet18", image_size=32)
-  with pytest.raises(InputError, match="different model: .*name repvgg_a0 -> resnet18"):
+  with pytest.raises(InputError, match=r"different model: .*name repvgg_a0 -> resnet18"):
     training.train(config, source)
 
 
