@@ -9,6 +9,7 @@ have the same tree and the same forward pass, and one fold serves both:
 """
 
 import dataclasses
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from repjax import layers
-from repjax.errors import InputError, listed, printable
+from repjax.errors import InputError, listed, printable, unknown
 from repjax.layers import RepLayer
 from repjax.trees import check_arrays, leaves, pure
 
@@ -49,6 +50,17 @@ class _Module(nnx.Module):
   linen: ClassVar[type[RepLayer]]
 
   def __init__(self, in_features: int, rngs: nnx.Rngs, attributes: Mapping[str, Any]):
+    if not hasattr(rngs, "params"):
+      raise InputError(
+        "rngs must be random streams that draw parameters, such as nnx.Rngs(0), got "
+        f"{printable(repr(rngs), 60)}"
+      )
+    if not (isinstance(in_features, numbers.Integral) and in_features > 0):
+      raise InputError(
+        f"in_features takes a whole number above 0, got {printable(repr(in_features), 60)}"
+      )
+    if odd := attributes.keys() - set(self._attributes()):
+      raise unknown(f"attribute of {type(self).__name__}", min(odd), self._attributes())
     # A name that begins with no class name makes the layer write its mark, see `RepLayer.note`.
     layer = self.linen(**attributes, name="layer", parent=None)
     self.in_features = in_features

@@ -159,6 +159,11 @@ def check(layer: Layer, inputs: int, where: str) -> None:
     raise InputError(
       f"{where}: branches takes several names, got {layer.branches!r}. Pass ({layer.branches!r},)"
     )
+  if not isinstance(layer.branches, Collection):
+    raise InputError(
+      f"{where}: branches takes a tuple of names such as ('conv3x3', 'conv1x1'), got "
+      f"{printable(repr(layer.branches), 60)}"
+    )
   branches = [parse(name) for name in layer.branches]
   size = layer_size(branches)
   if len({branch.name for branch in branches}) != len(branches):

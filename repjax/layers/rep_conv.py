@@ -141,6 +141,10 @@ class RepConv(RepLayer):
     return y.astype(self.dtype)
 
   @nn.nowrap
+  def check_own(self) -> None:
+    """Leaves the checks to the forward pass, which knows the path of the layer and its input."""
+
+  @nn.nowrap
   def notes(self) -> dict[str, float]:
     """Returns the notes of `RepLayer`, and the skips. These hold nothing that a fold could see."""
     return {**super().notes(), **dict.fromkeys(skips(self), 1.0)}

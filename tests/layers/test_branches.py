@@ -398,6 +398,8 @@ class TestRefusals:
       ({"norm": ("conv3x3", "after_sum")}, "identity holds nothing but a norm"),
       ({"norm": ("conv3x3", "conv1x1", "identity", "after_sum")}, "at least one convolution goes"),
       ({"branches": QAREP, "norm": ()}, "no norm at all"),
+      ({"branches": 3}, "branches takes a tuple of names .*got 3"),
+      ({"branches": None}, "branches takes a tuple of names .*got None"),
       ({"branches": "conv3x3"}, r"branches takes several names.*\('conv3x3',\)"),
       ({"conv_bias": None}, "conv_bias takes a tuple of names.* got None"),
       ({"groups": 0}, "groups takes a whole number of at least 1, got 0"),

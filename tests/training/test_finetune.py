@@ -270,9 +270,7 @@ def test_a_run_does_not_start_from_itself(source, digits_dir):
 
 @pytest.mark.parametrize("name", ["repvgg_b0", "resnet18"])  # a ResNet has no `strides`
 @pytest.mark.parametrize("form", ["run", "deploy form"])
-def test_a_folder_of_another_model_is_named(
-  finished, plain, digits_dir, tmp_path, name, form
-):
+def test_a_folder_of_another_model_is_named(finished, plain, digits_dir, tmp_path, name, form):
   folder = finished[0] if form == "run" else plain
   config = open_config(digits_dir, init_from=str(folder), model=name)
   said = f"holds the model repvgg_a0, but the config builds {name}.*--config.model=repvgg_a0"
