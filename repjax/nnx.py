@@ -212,18 +212,23 @@ def load(model: nnx.Module, params: Tree, batch_stats: Tree | None = None) -> No
       "the model has no parameters. A Linen model in nnx.bridge.ToNNX gets its parameters when "
       "lazy_init is called: nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(images)"
     )
-  problems = [
+  unfit = [
     *_missing("params", places, values),
     *(f"params {path} has no place in the model" for path in values.keys() - places.keys()),
-    *_missing("batch_stats", norms, statistics),
     *_different(places, values),
-    *_different(norms, statistics),
   ]
+  problems = [*unfit, *_missing("batch_stats", norms, statistics), *_different(norms, statistics)]
   if problems:
+    # Parameters that fit alone are those of a model that keeps statistics, such as a training form.
+    way_out = (
+      "Pass the statistics too: repjax.nnx.load(model, params, batch_stats)"
+      if not (unfit or statistics)
+      else "A deploy form takes the result of repjax.reparameterize from a training form with the "
+      "same attributes"
+    )
     raise InputError(
-      f"the arrays do not fit the model: {listed(sorted(problems), between='; ', longest=200)}. A "
-      "deploy form takes the result of repjax.reparameterize from a training form with the same "
-      "attributes"
+      "the arrays do not fit the model: "
+      f"{listed(sorted(problems), between='; ', longest=200)}. {way_out}"
     )
   flat = {path: values[name][1] for name, (path, _) in places.items()}
   flat |= {path: statistics[name][1] for name, (path, _) in norms.items()}
