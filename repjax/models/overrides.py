@@ -12,12 +12,10 @@ from flax import linen as nn
 from repjax import schema
 from repjax.errors import InputError, unknown
 from repjax.layers.attributes import rule_of
-from repjax.schema import Rule
+from repjax.schema import LONGEST, Rule
 
 MOST = 1_000_000
 """Largest number in an attribute, such as a number of channels or classes."""
-LONGEST = 100
-"""Largest number of items in an attribute, such as stages, and of characters in a name."""
 MOST_BLOCKS = 1_000
 """Largest number of blocks in a network. Thousands take minutes to trace."""
 ARGUMENTS = ("num_classes", "deploy", "dtype", "param_dtype")
@@ -44,8 +42,10 @@ def check_overrides(
     if override not in rules:
       # Without a prefix, `create_model` got the overrides beside its own arguments.
       raise unknown(f"override of {name}", override, [*rules, *(() if prefix else ARGUMENTS)])
+    # A rule looks at every item, of which a file may hold millions.
+    _check_length(value, f"{prefix}{override}")
     schema.check(value, rules[override], f"{prefix}{override}")
-    _check_sizes(value, f"{prefix}{override}")
+    _check_numbers(value, f"{prefix}{override}")
   blocks = sum(
     sum(value) if isinstance(value, list | tuple) else value
     for value in (overrides.get(field, 0) for field in ("stage_sizes", "stem_blocks"))
@@ -57,10 +57,14 @@ def check_overrides(
     )
 
 
-def _check_sizes(value: Any, path: str) -> None:
-  """Raises InputError for numbers and lists with which no computer could build a network."""
+def _check_length(value: Any, path: str) -> None:
+  """Raises InputError for a list, table or name that is longer than that of any network."""
   if isinstance(value, list | tuple | str | Mapping) and len(value) > LONGEST:
     raise InputError(f"{path} has a length of {len(value):,}, and at most {LONGEST} is allowed")
+
+
+def _check_numbers(value: Any, path: str) -> None:
+  """Raises InputError for numbers with which no computer could build a network."""
   for item in _numbers(value):
     if item > MOST:
       raise InputError(f"{path} must be at most {MOST:,}, got {schema.shown(value)}")
