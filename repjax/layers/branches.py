@@ -92,7 +92,7 @@ def forward(x: jax.Array, layer: Layer, scope: Scope, where: str) -> jax.Array:
   Raises:
     InputError: the branches do not fit the input or each other.
   """
-  check(layer, x.shape[-1], where)
+  check(layer, x.shape, where)
   branches = [parse(name) for name in layer.branches]
   size = layer_size(branches)
   convs = convolutions(layer, x.shape[-1])
