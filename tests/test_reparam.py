@@ -400,6 +400,23 @@ def fold_post_norm(params, stats, epsilon):
   return {"conv": {"kernel": fused.kernel, "bias": fused.bias}}
 
 
+@pytest.mark.parametrize("returned", [3, [1.0], "text", jnp.ones(2), dict], ids=repr)
+def test_a_fold_that_returns_no_dictionary_is_named(returned):
+  params, stats = halves(random_variables(PostNorm(), X32))
+  folds = {**repjax.FOLDS, "PostNorm": lambda params, stats, epsilon: returned}
+  with pytest.raises(InputError, match=r"^neck/PostNorm_7: the fold of PostNorm returned") as told:
+    repjax.reparameterize(
+      {"neck": {"PostNorm_7": params}}, {"neck": {"PostNorm_7": stats}}, folds=folds
+    )
+  helpers.assert_one_paragraph(told.value)
+
+
+@pytest.mark.parametrize("folds", [{"Mine": 3}, {3: fold_post_norm}, {"Mine": None}], ids=repr)
+def test_folds_are_functions_by_name(folds):
+  with pytest.raises(InputError, match="folds must be a dictionary of functions by class name"):
+    repjax.reparameterize({}, {}, folds=folds)
+
+
 class Outsider(nn.Module):
   """A network that mixes an outsider's layers with repjax's."""
 
