@@ -248,6 +248,11 @@ class Parts(NamedTuple):
   branches: dict[str, ConvParams]
   shift: jax.Array | None
 
+  def whole(self) -> ConvParams:
+    """Returns the convolution that computes the layer."""
+    whole = add(*self.branches.values())
+    return whole if self.shift is None else ConvParams(whole.kernel, whole.bias + self.shift)
+
 
 def merge_branches(params: Tree, stats: Tree, epsilon: Any) -> ConvParams:
   """Merges all branches into one convolution, without rounding to the dtype of the kernels.
@@ -270,9 +275,7 @@ def merge_branches(params: Tree, stats: Tree, epsilon: Any) -> ConvParams:
     InputError: a branch is no affine map.
     ValueError: the two trees do not hold the same branches, or shapes do not fit.
   """
-  parts = branch_parts(params, stats, epsilon)
-  whole = add(*parts.branches.values())
-  return whole if parts.shift is None else ConvParams(whole.kernel, whole.bias + parts.shift)
+  return branch_parts(params, stats, epsilon).whole()
 
 
 def branch_parts(params: Tree, stats: Tree, epsilon: Any) -> Parts:
