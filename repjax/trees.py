@@ -208,14 +208,19 @@ def _check_stats(path: tuple[str, ...], params: Any, stats: Any, axes: int) -> N
         "together"
       )
     if not is_scope:
-      if value.ndim != axes:
-        raise InputError(f"{here} must be one number, got an array of shape {value.shape}")
+      _check_scalar(here, value, axes)
       check_note((*path, name), value)
     elif name == "bn":
       if odd := [below for below, leaf in value.items() if isinstance(leaf, Mapping)]:
         raise InputError(f"{_place(path, name, odd[0])} must be {_wanted(True)}")
     else:
       _check_stats((*path, name), params[name], value, axes)
+
+
+def _check_scalar(here: str, note: Any, axes: int) -> None:
+  """Raises InputError if a note is not one number for each copy of the layer."""
+  if note.ndim != axes:
+    raise InputError(f"{here} must be one number, got an array of shape {note.shape}")
 
 
 def check_note(path: tuple[str, ...], note: Any) -> None:
