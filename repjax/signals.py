@@ -23,9 +23,11 @@ class Stopped(KeyboardInterrupt):
   Attributes:
     agreed: True if all processes of the run stop together.
     number: number of the signal.
+    saved: True if the run has said which step is saved.
   """
 
   number: int = signal.SIGINT
+  saved: bool = False
 
   def __init__(self, agreed: bool = False):
     """Makes the error of a signal to this process, or of a stop that all processes agreed on."""

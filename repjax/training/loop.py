@@ -117,6 +117,7 @@ def fit(
       journal.show_data_waiting()
     if interruption.noted is not None and done:
       print(f"step {done}/{run.plan.total_steps} is saved", flush=True)
+      interruption.saved = True
 
 
 def _take_steps(

@@ -79,6 +79,7 @@ def test_a_signal_saves_the_step_in_hand_and_nothing_is_lost(
     with pytest.raises(KeyboardInterrupt) as caught:
       training.train(config, tmp_path)
   assert type(caught.value) is error
+  assert caught.value.saved
   printed = capsys.readouterr().out
   assert "re-parameterizing" not in printed
   newest = max(runs.checkpoints(tmp_path))
@@ -294,7 +295,10 @@ def test_killed_at_random_moments_and_stopped_the_same_command_ends_with_the_sam
   stopped.terminate()
   text, errors = stopped.communicate()
   assert stopped.returncode == 0, errors
-  assert text.endswith("the same command continues from the last checkpoint, if there is one yet\n")
+  newest = max(runs.checkpoints(workdir))
+  assert text.endswith(
+    f"step {newest}/{tiny.STEPS} is saved\nstopped; the same command continues from this step\n"
+  )
   assert not half_saved(workdir)
 
   for _ in range(2):
