@@ -19,21 +19,21 @@ from typing import Any, NoReturn
 from repjax import output, signals
 
 
-def stop_training(number: int, saved: bool) -> NoReturn:
+def stop_training(number: int, saved: str) -> NoReturn:
   """Ends `repjax train` after a signal.
 
   Args:
     number: number of the signal.
-    saved: the line before this one says which step is saved.
+    saved: the step that the run has saved, such as "step 13/900"; empty if it is not known.
   """
-  whence = "this step" if saved else "the last checkpoint, if there is one yet"
+  whence = saved or "the last checkpoint, if there is one yet"
   try:
     print(f"stopped; the same command continues from {whence}")
   finally:  # a lost output does not change the status
     sys.exit(signals.status_of(signals.error_of(number)))
 
 
-def stop(number: int, saved: bool) -> NoReturn:
+def stop(number: int, saved: str) -> NoReturn:
   """Ends any other command after a signal; arguments as in `stop_training`."""
   del saved  # no other command saves a step
   print("stopped; nothing is half-written, and the same command starts again", file=sys.stderr)
@@ -41,7 +41,7 @@ def stop(number: int, saved: bool) -> NoReturn:
 
 
 @contextlib.contextmanager
-def session(stopped: Callable[[int, bool], NoReturn]) -> Iterator[None]:
+def session(stopped: Callable[[int, str], NoReturn]) -> Iterator[None]:
   """Ends the command in the block with one line, wherever a signal stops it.
 
   Args:
@@ -51,7 +51,7 @@ def session(stopped: Callable[[int, bool], NoReturn]) -> Iterator[None]:
     SystemExit: a signal came, or the output cannot be written to.
   """
   came: list[int] = []
-  ends = saved = False
+  ends, saved = False, ""
 
   def handle(number: int) -> None:
     if not ends:  # Otherwise a further signal would interrupt the one line that is printed.
@@ -63,7 +63,7 @@ def session(stopped: Callable[[int, bool], NoReturn]) -> Iterator[None]:
       yield
     except KeyboardInterrupt as error:
       ends = True
-      number, saved = getattr(error, "number", signal.SIGINT), getattr(error, "saved", False)
+      number, saved = getattr(error, "number", signal.SIGINT), getattr(error, "saved", "")
     except Exception:
       # A stop in the middle of an import, or in a callback from C, can come out as a different
       # error.

@@ -29,14 +29,14 @@ class Interruption:
   Attributes:
     noted: number of the signal that came inside `deferred`; None: no signal came.
     agreed: True if all processes of the run stop for the signal.
-    saved: True if the run has said which step is saved.
+    saved: the step that the run has saved, as in `Stopped`.
   """
 
   def __init__(self) -> None:
     """Prepares the listener, which listens once it is entered."""
     self.noted: int | None = None
     self.agreed = False
-    self.saved = False
+    self.saved = ""
     self._deferring = False
     self._handling = handled(self._handle)
 

@@ -238,7 +238,7 @@ def test_a_further_signal_does_not_interrupt_the_last_line(number):
 
 @pytest.mark.parametrize(
   ("saved", "said"),
-  [(True, "from this step"), (False, "from the last checkpoint, if")],
+  [("step 3/9", "from step 3/9"), ("", "from the last checkpoint, if")],
 )
 def test_the_last_line_of_training_agrees_with_what_is_saved(capsys, saved, said):
   error = signals.error_of(signal.SIGTERM)
