@@ -20,6 +20,7 @@ import numpy as np
 from repjax.errors import InputError, listed, printable
 from repjax.fusion import Fused, fuse
 from repjax.program import Program, inner_programs, trace, traceable
+from repjax.trees import leaf_name
 
 Function = Callable[[Any, Any], Any]
 """A pure function of a tree of parameters and of images."""
@@ -77,7 +78,7 @@ def check_params(params: Any) -> None:
   """
   paths = jax.tree_util.tree_leaves_with_path(params)
   odd = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    leaf_name(path): leaf
     for path, leaf in paths
     if isinstance(leaf, jax.ShapeDtypeStruct)
     or not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex))

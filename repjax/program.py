@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
+import numpy as np
 
 from repjax.errors import InputError, printable
 
@@ -60,6 +61,14 @@ class Constant:
 
 
 Operand: TypeAlias = Variable | Constant
+
+
+def constant_array(constant: Constant) -> Any:
+  """Returns the array of a constant in the dtype of the program."""
+  array = constant.array
+  if isinstance(array, jax.Array | np.ndarray) and array.dtype == constant.aval.dtype:
+    return array
+  return np.asarray(array, constant.aval.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

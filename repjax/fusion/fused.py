@@ -18,6 +18,7 @@ from repjax.fusion.planning import Planner
 from repjax.fusion.report import Report
 from repjax.fusion.saving import load, save
 from repjax.program import Program, trace, traceable
+from repjax.trees import leaf_name
 
 
 class Fused:
@@ -46,8 +47,8 @@ class Fused:
       )
     self._function, self._growth, self._check = function, growth, check
     paths, self._tree = jax.tree_util.tree_flatten_with_path(params)
-    self._paths = [_name(path) for path, _ in paths]
-    self._avals = [_aval(leaf, f"the parameter {_name(path)}") for path, leaf in paths]
+    self._paths = [leaf_name(path) for path, _ in paths]
+    self._avals = [_aval(leaf, f"the parameter {leaf_name(path)}") for path, leaf in paths]
     self._table = Expressions()
     self._plans: dict[Any, Plan] = {}
     self._first, self.report = self._planned_together(calls)
@@ -268,11 +269,6 @@ def _form(leaf: Any) -> tuple[Any, Any]:
 def _shapes(args: Any) -> Any:
   leaves, tree = jax.tree.flatten(args)
   return tree, tuple((jnp.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-  """Returns the name of a parameter. Flax NNX puts `.value` at the end of each path."""
-  return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def _aval(leaf: Any, what: str) -> jax.ShapeDtypeStruct:
