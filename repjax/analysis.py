@@ -125,9 +125,7 @@ def summary(model: Any, image_size: int | tuple[int, int], params: Any = None) -
   return _summary_of([train, deploy], deploy_shapes | shapes)
 
 
-def _summary_of(
-  forms: Sequence[dict[str, Cost]], shapes: Mapping[str, tuple[int, ...]]
-) -> Summary:
+def _summary_of(forms: Sequence[dict[str, Cost]], shapes: Mapping[str, tuple[int, ...]]) -> Summary:
   """Returns the summary of the costs of one form, or of both forms, by stage."""
   train, deploy = forms[0], forms[1] if len(forms) > 1 else None
   stages = tuple(
@@ -137,9 +135,7 @@ def _summary_of(
   return Summary(stages, _total(train), _total(deploy) if deploy else None)
 
 
-def depth(
-  model: Any, image_size: int | tuple[int, int] | None = None, params: Any = None
-) -> int:
+def depth(model: Any, image_size: int | tuple[int, int] | None = None, params: Any = None) -> int:
   """Counts the layers on the longest path from the images to an output, in evaluation.
 
   A layer is a convolution or a matrix product that reads something computed from the images. Paths
@@ -250,9 +246,7 @@ class _Evaluation(NamedTuple):
   options: Mapping[str, Any]
 
 
-def _evaluation(
-  model: Any, image_size: int | tuple[int, int], params: Any = None
-) -> _Evaluation:
+def _evaluation(model: Any, image_size: int | tuple[int, int], params: Any = None) -> _Evaluation:
   """Returns what to trace a module or a function on: variables, one image, and evaluation options.
 
   Args:

@@ -1,4 +1,4 @@
-"""Turns a model of any kind into one pure function of its fewest parameters, ready to be compiled."""
+"""Turns a model of any kind, in its plainest form, into one pure function, ready to be compiled."""
 
 import functools
 import warnings
@@ -102,7 +102,15 @@ def inference(
 
   def finished(outputs: Any) -> Any:  # after the network
     outputs = jax.tree.map(lambda rows: rows.astype(jnp.float32), outputs)
-    return jax.nn.softmax(outputs) if probabilities else outputs
+    if not probabilities:
+      return outputs
+    if getattr(outputs, "ndim", 0) != 2:
+      raise InputError(
+        "probabilities need a model that returns one array of logits (N, K), got "
+        f"{listed([leaf.shape for leaf in jax.tree.leaves(outputs)], 3)}. Leave "
+        "probabilities out, or return the logits alone"
+      )
+    return jax.nn.softmax(outputs)
 
   def function(tree: Any, images: jax.Array) -> Any:
     return finished(functions.check_results(apply(tree, ready(images)), images))

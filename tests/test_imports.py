@@ -36,7 +36,7 @@ MAY_IMPORT = {
   "weights": {"config", "models", "recognition", "reparam", "spec"},
   "inference": {"functions", "fusion", "models", "program", "recognition", "reparam", "spec"},
   "onnx": {"inference", "program", "spec"},
-  "quantization": {"algebra", "inference", "onnx", "program"},
+  "quantization": {"algebra", "functions", "inference", "onnx", "program"},
   "deploy": {
     *("algebra", "data", "functions", "inference", "models", "onnx", "program", "spec"),
   },

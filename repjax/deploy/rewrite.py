@@ -120,9 +120,7 @@ def computed_by(
 
 def _traced(function: Function, tree: Any, inputs: Any) -> tuple[Program, dict[Any, str]]:
   """Returns a function's program, and its variables that are leaves of the tree, by name."""
-  shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (tree, inputs)
-  )
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (tree, inputs))
   program = trace(function, *shapes)
   # A program's first inputs are the leaves of the tree, in the order of flattening.
   names = {variable: name for variable, (name, _) in zip(program.inputs, _named(tree))}

@@ -257,8 +257,8 @@ def _check_folded(folded: Any, plan: Plan) -> None:
   if odd:
     raise InputError(
       f"a fused function got parameters that are not from its own fold: {len(odd)} arrays are "
-      f"missing, unknown or of a different shape or dtype, such as {printable(odd[0])}. Pass what its "
-      "`fold` returned"
+      f"missing, unknown or of a different shape or dtype, such as {printable(odd[0])}. Pass what "
+      "its `fold` returned"
     )
 
 

@@ -1,9 +1,9 @@
 """Folders of folded parameters.
 
-  folder/
-    params/        one Zarr array for each array, as in a deploy folder
-    fused.json     the names, shapes and dtypes of the arrays
-    manifest.json  checksums
+folder/
+  params/        one Zarr array for each array, as in a deploy folder
+  fused.json     the names, shapes and dtypes of the arrays
+  manifest.json  checksums
 """
 
 import os

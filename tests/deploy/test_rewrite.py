@@ -157,4 +157,3 @@ def test_channels_may_come_first(x64, name):
   prepared = rewrite.with_kernels(tree, {"second": kernel})
   y = rewrite.computed_by(channels_first, tree, {"second": name}, found)(prepared, x)
   assert_close(y, channels_first(tree, x), 1e-12)
-
