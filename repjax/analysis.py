@@ -328,7 +328,7 @@ def _costs_of_function(given: _Evaluation) -> dict[str, Cost]:
 
 
 def _stage_of(name: str, own: str) -> str:
-  """Returns the stage of a parameter: the first name of its path, with a number that follows.
+  """Returns the stage of a parameter: the first name of its path, with a number beside it.
 
   Args:
     name: name of the parameter, such as "params/Conv_0/kernel" or "layers/3/weight".
@@ -338,7 +338,8 @@ def _stage_of(name: str, own: str) -> str:
   parts = parts[1:] if parts[0] in ("params", "batch_stats") else parts
   if len(parts) < 2:
     return own
-  return "/".join(parts[: 2 if parts[1].isdigit() else 1])
+  numbered = parts[0].isdigit() or parts[1].isdigit()  # an entry of a list
+  return "/".join(parts[: min(2 if numbered else 1, len(parts) - 1)])
 
 
 def _owned_products(

@@ -74,7 +74,7 @@ def check_params(params: Any) -> None:
   """Checks that the parameters of a function are a tree of arrays.
 
   Raises:
-    InputError: a leaf is no array, is a shape without numbers, or holds NaN or infinity.
+    InputError: a leaf is no array, or is a shape without numbers.
   """
   paths = jax.tree_util.tree_leaves_with_path(params)
   odd = {

@@ -50,6 +50,11 @@ def leaf_name(path: Sequence[Any]) -> str:
   return name.removesuffix("/value")
 
 
+def is_key(leaf: Any) -> bool:
+  """Tells if an array, or its shape and dtype, is a random key, which is no array of numbers."""
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def check_tree(where: str, tree: Any) -> None:
   """Checks that a tree is made of nested dictionaries, and belongs to one device.
 

@@ -6,8 +6,8 @@ An exported folder:
     model.stablehlo   the program without its parameters, for any batch size and several platforms
     model.onnx        or this: the program with its parameters, for any batch size
     params/           the parameters, in the program's dtype
-    model.json        the ModelSpec; `repjax.load` and `repjax.deploy.Predictor` take the folder too;
-                      not for functions of other libraries
+    model.json        the ModelSpec; `repjax.load` and `repjax.deploy.Predictor` take the folder,
+                      but not that of a function, which has no ModelSpec
     export.json       what the program takes and returns, and for how long it can be read
                       (StableHLO) or how it compares with JAX (ONNX)
 """
@@ -39,7 +39,7 @@ from repjax.onnx import of_function, written_dtype
 from repjax.onnx.check import checked
 from repjax.onnx.proto import OPSET
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.trees import leaf_name
+from repjax.trees import is_key, leaf_name
 
 FORMATS = ("stablehlo", "onnx")
 _PLAIN_NAME = re.compile(r"\w[\w.~-]{0,200}", re.ASCII)
@@ -150,7 +150,7 @@ def _with_named_leaves(function: Function, tree: Any) -> tuple[Function, dict[st
   """Returns a function of {"params": arrays by name} instead of a tree of any kind, and this tree.
 
   Only dictionaries can be read back without the library that made the tree. The names are those of
-  the leaves, or numbers where these cannot be names of folders.
+  the leaves, or numbers where these cannot be names of folders. Random keys become numbers.
   """
   paths = jax.tree_util.tree_leaves_with_path(tree)
   structure = jax.tree.structure(tree)
@@ -158,10 +158,21 @@ def _with_named_leaves(function: Function, tree: Any) -> tuple[Function, dict[st
   if len(set(keys)) < len(keys) or not all(map(_PLAIN_NAME.fullmatch, keys)):
     keys = [f"{place:05}" for place in range(len(keys))]
 
-  def named(named: Any, images: jax.Array) -> Any:
-    return function(structure.unflatten([named["params"][key] for key in keys]), images)
+  kinds = [jax.random.key_impl(leaf) if is_key(leaf) else None for _, leaf in paths]
+  arrays = [
+    leaf if kind is None else jax.random.key_data(leaf) for (_, leaf), kind in zip(paths, kinds)
+  ]
 
-  return named, {"params": dict(zip(keys, (leaf for _, leaf in paths)))}
+  def named(named: Any, images: jax.Array) -> Any:
+    leaves = [
+      named["params"][key]
+      if kind is None
+      else jax.random.wrap_key_data(named["params"][key], impl=kind)
+      for key, kind in zip(keys, kinds)
+    ]
+    return function(structure.unflatten(leaves), images)
+
+  return named, {"params": dict(zip(keys, arrays))}
 
 
 def _written_dtype(format: str, dtype: jax.typing.DTypeLike) -> np.dtype:  # noqa: A002
