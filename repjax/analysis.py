@@ -289,7 +289,7 @@ def _size_of(model: Any) -> tuple[int, int]:
 
 
 class _Origin(NamedTuple):
-  """What a value of a program was computed from.
+  """The origin of a value of a program: the images, and the largest parameter.
 
   Attributes:
     moving: the value depends on the images.
@@ -350,7 +350,7 @@ def _owned_products(
   A product belongs to the stage of its weights. A product of two values that depend on the images,
   as in attention, belongs to no stage.
   """
-  found = dict(zip(program.inputs, origins))
+  found: dict[Any, _Origin] = dict(zip(program.inputs, origins))
   for equation in program.equations:
     given = [found.get(operand, _Origin()) for operand in equation.inputs]
     fixed = [origin for origin in given if not origin.moving]
