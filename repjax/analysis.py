@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from repjax.devices import need_devices
 from repjax.errors import InputError
-from repjax.functions import check_callable, name_of
+from repjax.functions import check_callable, check_params, name_of
 from repjax.fusion import Fused
 from repjax.models import image_size_of
 from repjax.models.checks import check_image_size
@@ -277,6 +277,7 @@ def _forms_of_function(model: Any, params: Any) -> list[tuple[Any, Any]]:
       f"{name_of(model)} is a function, whose parameters are wanted too: pass params, as arrays or "
       "as shapes such as jax.eval_shape gives"
     )
+  check_params(params, or_shapes=True)
   return [(model, params)]
 
 

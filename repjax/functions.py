@@ -70,17 +70,21 @@ def check_callable(model: Any) -> None:
   )
 
 
-def check_params(params: Any) -> None:
+def check_params(params: Any, *, or_shapes: bool = False) -> None:
   """Checks that the parameters of a function are a tree of arrays.
 
+  Args:
+    params: the parameters.
+    or_shapes: shapes without numbers are taken too.
+
   Raises:
-    InputError: a leaf is no array, or is a shape without numbers.
+    InputError: a leaf is something else.
   """
   paths = jax.tree_util.tree_leaves_with_path(params)
   odd = {
     leaf_name(path): leaf
     for path, leaf in paths
-    if isinstance(leaf, jax.ShapeDtypeStruct)
+    if (isinstance(leaf, jax.ShapeDtypeStruct) and not or_shapes)
     or not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex))
   }
   if odd:

@@ -312,6 +312,28 @@ def test_costs_of_functions_need_parameters_and_a_size():
     analysis.summary(function, SIZE)
   with pytest.raises(InputError, match="pass image_size"):
     analysis.depth(function, params=params)
+  with pytest.raises(InputError, match="tree of arrays, but a is 'relu'"):
+    analysis.summary(function, SIZE, {"a": "relu"})
+  with pytest.raises(InputError, match="cannot trace"):
+    analysis.depth(by_value, SIZE, HEAD)
+
+
+DOORS = {
+  "predictor": lambda *given: repjax.deploy.Predictor.of(*given, SQUARE),
+  "export": lambda *given: repjax.deploy.export(*given, SQUARE, "never made"),
+  "onnx": functools.partial(repjax.onnx.to_onnx, image_size=SIZE),
+  "simulated": lambda *given: quantization.simulated(*given, None, image_size=SIZE),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("case", ["text", "values", "a module of NNX"])
+def test_every_door_refuses_the_same(door, case, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  function, params, said = BAD[case]
+  with pytest.raises(InputError, match=said):
+    DOORS[door](function, params)
+  assert not [*tmp_path.iterdir()]
 
 
 def test_probabilities_need_logits():
