@@ -16,6 +16,7 @@ Example:
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -71,12 +72,26 @@ class Expression:
     """The number of elements of the value."""
     return math.prod(self.shape)
 
+  @property
+  def known(self) -> bool:
+    """Tells if the value is a constant whose numbers can be read now.
+
+    A function that is fused while JAX traces it may close over tracers, whose numbers come later.
+    """
+    return self.value is not None and not isinstance(self.value, Tracer)
+
 
 class Expressions:
-  """A table of expressions, in which equal expressions are one object."""
+  """A table of expressions, in which equal expressions are one object.
+
+  Attributes:
+    traced: a constant is a tracer, whose numbers are not known yet.
+  """
 
   def __init__(self):
     self._known: dict[Any, Expression] = {}
+    self._serials = itertools.count()
+    self.traced = False
     self._avals: dict[Any, Any] = {}
     self._alive: list[Any] = []
     self._children: dict[Any, Expressions] = {}
@@ -95,6 +110,7 @@ class Expressions:
     aval = jax.ShapeDtypeStruct(np.shape(array), array.dtype)
     if isinstance(array, Tracer) or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
       key: Any = id(array)
+      self.traced |= isinstance(array, Tracer)
     else:
       key = np.asarray(array).tobytes() if array.nbytes <= _BYTES else id(array)
     self._alive.append(array)  # so that no other array gets the same id
@@ -103,7 +119,7 @@ class Expressions:
 
   def equation(self, equation: Equation, inputs: Sequence[Expression]) -> list[Expression]:
     """Returns the expressions of an equation's outputs, constants if they are small and known."""
-    known = all(each.value is not None for each in inputs)
+    known = all(each.known for each in inputs)
     if known and all(math.prod(output.aval.shape) <= _KNOWN for output in equation.outputs):
       with jax.ensure_compile_time_eval():
         return [self.constant(each) for each in equation.run(*(each.value for each in inputs))]
@@ -145,8 +161,9 @@ class Expressions:
   def _entry(self, key: Any, function: Any, inputs: Any, aval: Any, leaves: Any, value: Any = None):
     """Returns the expression with a key, and makes it if the table has none."""
     if key not in self._known:
-      entry = Expression(self, len(self._known), function, inputs, aval, leaves, value)
-      self._known[key] = entry
+      # Threads may plan at the same time: no two expressions get one serial, and one entry wins.
+      entry = Expression(self, next(self._serials), function, inputs, aval, leaves, value)
+      self._known.setdefault(key, entry)
     return self._known[key]
 
 
@@ -214,7 +231,8 @@ class Parameters:
 
   Two more forms of each value are kept for the rules. The compact form leaves axes at length 1 that
   a broadcast made longer, so that a vector is still seen as a vector. The precise form leaves out
-  casts to a narrower dtype, so that a fused kernel is rounded once, at the end.
+  casts to a narrower dtype, so that a fused kernel is rounded once, at the end. A value that was
+  narrowed and widened again has no precise form, because the function means it to be rounded.
 
   Attributes:
     table: the table of expressions.
@@ -253,10 +271,21 @@ class Parameters:
       return
     output = equation.outputs[0]
     if equation.primitive == "convert_element_type":
-      if jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
+      if rounds(inputs[0].dtype, equation.params["new_dtype"]):
         self.precise[output] = before
     elif equation.primitive in _MOVES and before is not inputs[0]:
       (self.precise[output],) = self.table.equation(_in_dtype(equation, before), [before])
+
+
+def rounds(old: Any, new: Any) -> bool:
+  """Tells if a cast from one floating-point dtype to another only rounds, or changes nothing.
+
+  A cast that widens does not round, and a cast to 8 bits or fewer does more: it quantizes.
+  """
+  if not jnp.issubdtype(new, jnp.floating) or jnp.dtype(new).itemsize < 2:
+    return False
+  before, after = jnp.finfo(old), jnp.finfo(new)
+  return after.nmant <= before.nmant and after.maxexp <= before.maxexp
 
 
 def _in_dtype(equation: Equation, value: Expression) -> Equation:

@@ -19,6 +19,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from repjax.fusion import arithmetic, kernels
 from repjax.fusion.arithmetic import Given, Rule
 from repjax.fusion.choice import Group, alone, grouped, joined
@@ -46,6 +48,7 @@ def convolve(given: Given) -> Affine:
     raise Refusal("a convolution whose kernel depends on the input")
   if params["batch_group_count"] != 1:
     raise Refusal("a convolution with groups of the batch")
+  _check_operands(given)
   spec = params["dimension_numbers"]
   batch, channel, *spatial = spec.lhs_spec
   view = [0] * len(node.shape)
@@ -83,6 +86,17 @@ def convolve(given: Given) -> Affine:
   return Affine(given.shape, (term,), channel=view.index(channel)).replacing(given.equation)
 
 
+def _check_operands(given: Given) -> None:
+  """Refuses products whose weights could not hold other numbers as exactly as their own.
+
+  A scale of quantized numbers, for example, must stay after the product.
+  """
+  kinds = sorted({str(each.dtype) for each in given.operands})
+  (dtype, *others) = (jnp.dtype(each.dtype) for each in given.operands)
+  if others != [dtype] or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+    raise Refusal(f"a product in {' and '.join(kinds)}")
+
+
 def _settings(params: Mapping[str, Any], dtype: Any) -> tuple[Any, ...]:
   """Returns precision and preferred dtype of a product, None for the dtype of its operands."""
   preferred = params["preferred_element_type"]
@@ -95,6 +109,7 @@ def multiply_matrices(given: Given) -> Affine | Layout | None:
   node, weights = given.operands[place], given.precise[1 - place]
   if not isinstance(node, Node) or not isinstance(weights, Expression):
     return None  # a product of two values, as in attention
+  _check_operands(given)
   contract, batch = given.params["dimension_numbers"]
   summed, shared = contract[place], batch[place]
   rows, groups = contract[1 - place], batch[1 - place]
