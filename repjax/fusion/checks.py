@@ -7,18 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from repjax.algebra import wide_dtype
 from repjax.errors import InputError
+from repjax.fusion.bodies import FusedBodies
 from repjax.fusion.expressions import evaluate
 from repjax.fusion.plan import Instruction, Plan, read
-from repjax.program import Equation
+from repjax.program import Constant, Equation, inner_programs
+from repjax.trees import generator_of, is_key
 
 _TOLERANCE = {8: 1e-9, 4: 1e-3, 2: 0.1}
 """Largest relative error of a merge, by the bytes of a number. Mistakes make errors near 1."""
-
-_KEYS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
-"""The generators of JAX, by the names that dtypes of keys have."""
 
 
 def random_array(aval: Any, seed: int) -> Any:
@@ -27,10 +27,11 @@ def random_array(aval: Any, seed: int) -> Any:
   Vectors are positive, since a variance may be among them. Kernels get smaller with their fan-in.
   """
   rng = np.random.default_rng(seed)
-  if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-    kind = _KEYS[str(aval.dtype).removeprefix("key<").removesuffix(">")]
-    count = max(1, math.prod(aval.shape))
-    return jax.random.split(jax.random.key(seed, impl=kind), count).reshape(aval.shape)
+  if is_key(aval):
+    count = math.prod(aval.shape)
+    return jax.random.split(jax.random.key(seed, impl=generator_of(aval)), count).reshape(
+      aval.shape
+    )
   if aval.dtype == np.uint8:
     return jnp.asarray(rng.integers(0, 256, aval.shape), aval.dtype)
   if not jnp.issubdtype(aval.dtype, jnp.inexact):
@@ -44,6 +45,10 @@ def random_array(aval: Any, seed: int) -> Any:
 def check(plan: Plan, equations: Sequence[Equation]) -> None:
   """Compares each merge with the equations that it replaces, from the same values.
 
+  Nothing is compared where numbers or sizes are not known yet: in a function that closes over
+  tracers, and for sizes that are symbols of `jax.export`. Calls of the host, such as prints, do not
+  happen. A `while_loop` may never end on random numbers: its programs are compared once.
+
   Args:
     plan: to be checked.
     equations: those of the traced program, in order.
@@ -52,8 +57,8 @@ def check(plan: Plan, equations: Sequence[Equation]) -> None:
     InputError: a merge computes something different. The text names its parameters.
   """
   made = {output for each in equations for output in each.outputs}
-  merges = [each for each in plan.instructions if each.merged and each.outputs[0] in made]
-  if not merges:
+  merges = [each for each in plan.instructions if each.merged and _comparable(each, made)]
+  if not merges or not _is_known(plan, equations):
     return
   makers = {each.outputs[0]: each for each in plan.instructions if each.merged}
   names = {expression: name for name, expression in plan.stored.items()}
@@ -65,6 +70,40 @@ def check(plan: Plan, equations: Sequence[Equation]) -> None:
         f"differs from the function by {error:.1e} of the largest value, from the parameters "
         f"{', '.join(read)}. Please report the function, and leave this part out of `fuse`"
       )
+
+
+def _is_known(plan: Plan, equations: Sequence[Equation]) -> bool:
+  """Tells if all sizes are numbers, and no constant is a tracer."""
+  sizes = [size for each in plan.program.inputs for size in each.aval.shape]
+  constants = [
+    given.array for each in equations for given in each.inputs if isinstance(given, Constant)
+  ]
+  constants += [*plan.constants.values()]
+  return not any(isinstance(each, Tracer) for each in constants) and not any(
+    map(jax.export.is_symbolic_dim, sizes)
+  )
+
+
+def _runs(equation: Equation) -> bool:
+  """Tells if an equation ends on any numbers and does nothing on the host."""
+  if equation.primitive == "while" or _is_on_host(equation):
+    return False
+  return all(_runs(each) for held in inner_programs(equation) for each in held.equations)
+
+
+def _is_on_host(equation: Equation) -> bool:
+  return "callback" in equation.primitive or equation.primitive == "debug_print"
+
+
+def _comparable(instruction: Instruction, made: Container[Any]) -> bool:
+  """Tells if a merge makes a value of the program that can be computed on random numbers."""
+  if instruction.outputs[0] not in made:
+    return False
+  step = instruction.step
+  if not isinstance(step, FusedBodies) or _runs(step.equation):
+    return True
+  inside = [each for body in step.bodies for each in body.body.program.equations]
+  return step.equation.primitive == "while" and all(map(_runs, inside))
 
 
 def _inputs(merge: Instruction, makers: Mapping[Any, Instruction], made: Container[Any]) -> list:
@@ -86,9 +125,13 @@ def _measured(
   plan: Plan, equations: Sequence[Equation], merges: Sequence[Instruction]
 ) -> list[float]:
   """Returns the relative error of each merge on random numbers."""
-  shapes = [jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in plan.program.inputs]
+  # The results of equations that are not run are random numbers too.
+  run = {each: None for each in equations if _runs(each)}
+  drawn = [each for equation in equations if equation not in run for each in equation.outputs]
+  variables = [*plan.program.inputs, *drawn]
+  shapes = [jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in variables]
   errors = jax.jit(
-    lambda *inputs: _errors(plan, equations, merges, inputs),
+    lambda *inputs: _errors(plan, [*run], merges, dict(zip(variables, inputs))),
     # The program runs once, so that compiling it well would cost more than it gives.
     compiler_options={"xla_backend_optimization_level": 0},
   )
@@ -100,14 +143,22 @@ def _measured(
 
 
 def _errors(
-  plan: Plan, equations: Sequence[Equation], merges: Sequence[Instruction], inputs: Sequence[Any]
+  plan: Plan,
+  equations: Sequence[Equation],
+  merges: Sequence[Instruction],
+  values: dict[Any, Any],
 ) -> list[Any]:
-  """Returns the relative error of each merge, in order."""
+  """Returns the relative error of each merge, in order.
+
+  Args:
+    plan: the plan.
+    equations: what is run of the program.
+    merges: what is compared.
+    values: the inputs of the program, and the results of what is not run.
+  """
   leaves = [
-    None if variable in plan.arguments else array
-    for variable, array in zip(plan.program.inputs, inputs)
+    None if variable in plan.arguments else values[variable] for variable in plan.program.inputs
   ]
-  values: dict[Any, Any] = dict(zip(plan.program.inputs, inputs))
   values.update(zip(plan.stored.values(), plan.fold(leaves).values()))
   values.update(plan.constants)
   for equation in equations:
@@ -116,14 +167,32 @@ def _errors(
   # Values that the program does not have, such as picked pixels, follow from those that it has.
   errors = []
   for each in plan.instructions:
-    if each.merged:
-      made = each.step.run(*(read(values, given) for given in each.inputs))
-      if each in merges:
-        pairs = zip(made, (values[output] for output in each.outputs))
-        errors.append(jnp.max(jnp.stack([relative_error(mine, wanted) for mine, wanted in pairs])))
-      else:
-        values.update(zip(each.outputs, made))
+    if not each.merged:
+      continue
+    inputs = [read(values, given) for given in each.inputs]
+    if each not in merges:
+      if each.outputs[0] not in values:
+        values.update(zip(each.outputs, each.step.run(*inputs)))
+    elif isinstance(each.step, FusedBodies) and not _runs(each.step.equation):
+      operands = [read(values, given) for given in each.step.equation.inputs]
+      errors.append(_largest_error(each.step.steps(operands, *inputs)))
+    else:
+      pairs = zip(each.step.run(*inputs), (values[output] for output in each.outputs))
+      errors.append(_largest_error(pairs))
   return errors
+
+
+def _largest_error(pairs: Iterable[tuple[Any, Any]]) -> Any:
+  """Returns the largest relative error of pairs of floating-point arrays.
+
+  Whole numbers are left out, since one that is chosen by a comparison may differ by rounding.
+  """
+  errors = [
+    relative_error(mine, wanted)
+    for mine, wanted in pairs
+    if jnp.issubdtype(wanted.dtype, jnp.floating)
+  ]
+  return jnp.max(jnp.stack(errors)) if errors else jnp.zeros(())
 
 
 def relative_error(result: Any, wanted: Any) -> Any:
@@ -189,6 +258,8 @@ def differing(first: Plan, second: Plan, avals: Sequence[Any]) -> list[str]:
   rest = [name for name in names if name not in lost]
   if not rest:
     return lost
+  if one[rest[0]].table.traced:
+    return names  # their numbers are not known yet
   with jax.ensure_compile_time_eval():
     leaves = [random_array(aval, seed) for seed, aval in enumerate(avals)]
     ours = evaluate([one[name] for name in rest], leaves)
@@ -197,7 +268,10 @@ def differing(first: Plan, second: Plan, avals: Sequence[Any]) -> list[str]:
 
 
 def _close(first: Any, second: Any) -> bool:
-  first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+  first, second = (
+    np.asarray(jax.random.key_data(each) if is_key(each) else each, np.complex128)
+    for each in (first, second)
+  )
   return bool(np.allclose(first, second, rtol=1e-4, atol=1e-5 * np.abs(first).max(initial=0)))
 
 
