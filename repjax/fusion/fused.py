@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from repjax.errors import InputError, printable
 from repjax.fusion.checks import check, differing, kept_apart, reason_of_training
@@ -39,7 +40,7 @@ class Fused:
     growth: float,
     check: bool,
   ):
-    if not growth >= 1:
+    if not isinstance(growth, int | float) or not growth >= 1:
       raise InputError(
         f"growth is {growth!r}, but must be 1 or more: the largest factor by which a merge may "
         "raise multiplications or weights. Leave it out to allow no more of either"
@@ -75,10 +76,11 @@ class Fused:
         f"{len(self._avals)} parameters that fuse was called with. Pass the same model's parameters"
       )
     for path, leaf, aval in zip(self._paths, leaves, self._avals):
-      if (jnp.shape(leaf), jnp.result_type(leaf)) != (aval.shape, aval.dtype):
+      shape, dtype = _form(leaf)
+      if (shape, dtype) != (aval.shape, aval.dtype):
         raise InputError(
-          f"fold got {path} with shape {jnp.shape(leaf)} and dtype {jnp.result_type(leaf)}, but "
-          f"fuse was called with {aval.shape} and {aval.dtype}. Pass parameters of the same model"
+          f"fold got {path} with shape {shape} and dtype {dtype}, but fuse was called with "
+          f"{aval.shape} and {aval.dtype}. Pass parameters of the same model"
         )
     return self._fold(leaves)
 
@@ -262,24 +264,33 @@ def _check_folded(folded: Any, plan: Plan) -> None:
 
 
 def _form(leaf: Any) -> tuple[Any, Any]:
-  return jnp.shape(leaf), jnp.result_type(leaf)
+  """Returns shape and dtype of an array, None for what is none."""
+  is_array = hasattr(leaf, "shape") or isinstance(leaf, int | float | complex)
+  return (jnp.shape(leaf), jnp.result_type(leaf)) if is_array else (None, None)
 
 
 def _shapes(args: Any) -> Any:
   leaves, tree = jax.tree.flatten(args)
-  return tree, tuple((jnp.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves)
+  return tree, tuple((*_form(leaf), _is_weak(leaf)) for leaf in leaves)
+
+
+def _is_weak(leaf: Any) -> bool:
+  """Tells if an array takes the dtype of what it meets, as the numbers of Python do."""
+  number = isinstance(leaf, int | float | complex) and not isinstance(leaf, bool | np.generic)
+  return bool(getattr(leaf, "weak_type", number))
 
 
 def _aval(leaf: Any, what: str) -> jax.ShapeDtypeStruct:
-  """Returns shape and dtype of an array.
+  """Returns shape, dtype and weak type of an array.
 
   Raises:
     InputError: it is no array.
   """
   if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-    return jax.ShapeDtypeStruct(leaf.shape, jax.eval_shape(jnp.asarray, leaf).dtype)
+    dtype = jax.eval_shape(jnp.asarray, leaf).dtype
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, weak_type=_is_weak(leaf))
   if isinstance(leaf, int | float | complex):
-    return jax.ShapeDtypeStruct((), jnp.result_type(leaf))
+    return jax.ShapeDtypeStruct((), jnp.result_type(leaf), weak_type=_is_weak(leaf))
   raise InputError(
     f"fuse takes trees of arrays, or of shapes and dtypes, but {printable(what)} is "
     f"{printable(repr(leaf), 80)}. Pass settings by functools.partial instead"

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from repjax.fusion.expressions import Expression, evaluate
 from repjax.program import Constant, Equation, Program, Variable, constant_array
@@ -82,12 +84,21 @@ class Plan:
       for each in last.get(instruction, ()):
         if each not in self.outputs:
           values.pop(each, None)  # as JAX would free it, where calls are not compiled
-    return [read(values, each) for each in self.outputs]
+    return [_as_jax(read(values, each)) for each in self.outputs]
 
 
 def read(values: Mapping[Any, Any], given: Input) -> Any:
   """Returns the array of an input, among the arrays that are known."""
   return constant_array(given) if isinstance(given, Constant) else values[given]
+
+
+def _as_jax(value: Any) -> Any:
+  """Returns a result as an array of JAX. Constants of the program may be arrays of NumPy."""
+  return (
+    jnp.asarray(value)
+    if isinstance(value, np.ndarray | np.generic | int | float | complex)
+    else value
+  )
 
 
 def _last_readers(instructions: Sequence[Instruction]) -> dict[Instruction, list[Variable]]:
@@ -135,13 +146,17 @@ def named(
   Returns:
     Expressions by name. A name that is taken gets "~2" at its end, and so on.
   """
-  names, counts = {}, Counter()
+  names: dict[str, Expression] = {}
+  counts = Counter()
   for expression in expressions:
     kernel, kind = hints.get(expression, (expression, ""))
     leaves = kernel.leaves or expression.leaves
     path = paths[max(leaves, key=lambda leaf: (sizes[leaf], leaf))]
     if kind and kind != "kernel":
       path = "/".join([*path.split("/")[:-1], kind])
-    counts[path] += 1
-    names[path if counts[path] == 1 else f"{path}~{counts[path]}"] = expression
+    name = path
+    while name in names:  # a parameter may itself have a name that ends with "~2"
+      counts[path] += 1
+      name = f"{path}~{counts[path] + 1}"
+    names[name] = expression
   return names
