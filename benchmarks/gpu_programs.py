@@ -65,8 +65,8 @@ def train(wanted: Wanted, device: Any) -> Any:
 
 
 def evaluate(wanted: Wanted, device: Any) -> Any:
-  """Lowers the evaluation step of a training run."""
-  model = repjax.create_model(wanted.model, dtype=jnp.dtype(wanted.dtype))
+  """Lowers the evaluation step of a training run, which computes the deploy form."""
+  model = repjax.create_model(wanted.model, deploy=True, dtype=jnp.dtype(wanted.dtype))
   step = make_eval_step(model.apply, _preprocessing(wanted), axis_name=parallel.AXIS)
   mask = jax.ShapeDtypeStruct((1, wanted.batch_size), np.bool_)
   shapes = shapes_of(model, wanted.image_size)
