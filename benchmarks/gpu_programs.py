@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import repjax
+from repjax.deploy import layouts
 from repjax.inference import inference
 from repjax.spec import Preprocessing, shapes_of
 from repjax.training import optimizer, parallel
@@ -54,7 +55,8 @@ def deploy(wanted: Wanted, device: Any) -> Any:
     return found.tree
 
   tree = jax.eval_shape(build, shapes_of(model, wanted.image_size))
-  return jax.jit(found.function).lower(*_on(device, (tree, _images(wanted, jnp.float32))))
+  images = _on(device, _images(wanted, jnp.float32))
+  return layouts.trace(found.function, tree, images, images.sharding).lower()
 
 
 def train(wanted: Wanted, device: Any) -> Any:
