@@ -39,10 +39,6 @@ _WAY_OUT = (
   f"Get it by: python benchmarks/gpu_compiler.py --fetch FOLDER, and set {VARIABLE}=FOLDER/{PLUGIN}"
 )
 
-CONVOLUTIONS_IN_GRAPHS = {
-  "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONVOLUTION"
-}
-
 
 class Compiled(NamedTuple):
   """A compiled program, and how its kernels are launched.

@@ -35,6 +35,7 @@ import gpu_kernels
 from gpu_programs import FORMS, Wanted
 from gpu_targets import TARGETS
 
+from repjax.deploy.gpu import GRAPHS
 from repjax.errors import InputError, one_paragraph
 from repjax.inference import DTYPES
 
@@ -159,7 +160,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
   """Prints the table, and writes the file that the flags name."""
   before = read(arguments.against) if arguments.against else None
-  options = gpu_compiler.CONVOLUTIONS_IN_GRAPHS if arguments.graphs else {}
+  options = GRAPHS if arguments.graphs else {}
   target = TARGETS[arguments.gpu]
   print(f"{target.name}, compute capability {'.'.join(map(str, target.capability))}")
   print(HEADER)

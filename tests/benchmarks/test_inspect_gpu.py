@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+from repjax.deploy.gpu import GRAPHS
 from repjax.errors import InputError
 from tests.training import tiny
 
@@ -154,3 +155,37 @@ def test_a_comparison_with_an_earlier_file(load, tmp_path, capsys):
   assert f"kernels {row['kernels']} -> {row['kernels']} (+0%)" in change
   assert "launches" in change
   assert row["kinds"]["convolution"]["relu NHWC"]["kernels"] == 22
+
+
+# Model, form, dtype, batch size: the most kernels, and the most MiB that they move.
+HELD = {
+  ("repvgg_a2", "deploy", "bfloat16", 1): (26, 62),
+  ("repvgg_a2", "deploy", "bfloat16", 128): (27, 1735),
+  ("resnet50", "deploy", "bfloat16", 1): (58, 104),
+  ("parnet_s", "deploy", "bfloat16", 1): (90, 82),
+  ("parnet_s", "deploy", "bfloat16", 128): (112, 4990),
+  ("repvgg_a2", "evaluate", "float32", 128): (50, 3520),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("held", HELD, ids=str)
+def test_what_a_gpu_would_run(load, held, optimized):
+  model, form, dtype, batch_size = held
+  wanted = load("gpu_programs").Wanted(model, form, dtype, batch_size, 224)
+  row = load("inspect_gpu").inspect("h100", wanted)
+  kernels, mib = HELD[held]
+  assert row["kernels"] <= kernels
+  assert row["moved_mib"] <= mib
+  copies = row["kinds"].get("parameter copy", {}).values()
+  if form == "deploy":  # Small vectors aside, no parameter is moved to a new place in a call.
+    assert sum(counts["bytes"] for counts in copies) < 2**20
+
+
+@needs_compiler
+def test_with_graphs_a_network_is_one_launch(load, optimized):
+  wanted = load("gpu_programs").Wanted("repvgg_a2", "deploy", "bfloat16", 1, 224)
+  inspect = load("inspect_gpu").inspect
+  plain, graphs = inspect("h100", wanted), inspect("h100", wanted, GRAPHS)
+  assert (plain["launches"], plain["in_graphs"]) == (plain["kernels"], 0)
+  assert (graphs["launches"], graphs["in_graphs"]) == (1, plain["kernels"])
