@@ -34,6 +34,7 @@ class CompiledModel:
     image_size: (height, width) in pixels.
     input_dtype: dtype of the images.
     plans: batch size to `BatchPlan`, which says how the batch runs and what was measured.
+    programs: batch size to the compiled program, whose `start` returns results on the devices.
   """
 
   def __init__(
@@ -61,12 +62,12 @@ class CompiledModel:
     need_devices()
     self.batch_sizes = _checked_batch_sizes(batch_sizes)
     self.image_size, self.input_dtype = image_size, np.dtype(input_dtype)
-    self.plans, self._programs = {}, {}
+    self.plans, self.programs = {}, {}
     placed = place(tree, devices)
     with keep_every_program():
       for size in self.batch_sizes:
         batch = jax.ShapeDtypeStruct((size, *image_size, 3), self.input_dtype)
-        self._programs[size], self.plans[size] = placed.program(function, batch)
+        self.programs[size], self.plans[size] = placed.program(function, batch)
 
   def __call__(self, images: np.ndarray | jax.Array) -> Any:
     """Computes the model's result for a batch of images.
@@ -93,7 +94,7 @@ class CompiledModel:
     # before the one before it is finished keeps the devices busy while the host copies results.
     for start in range(0, max(count, 1), largest):
       batch = images[start : start + largest] if count > largest else images
-      program = self._programs[next(size for size in self.batch_sizes if size >= len(batch))]
+      program = self.programs[next(size for size in self.batch_sizes if size >= len(batch))]
       unfinished.append(functools.partial(program.finish, program.start(batch), len(batch)))
       if len(unfinished) == _IN_FLIGHT:
         results.append(unfinished.popleft()())
