@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from repjax.devices import need_devices
 from repjax.errors import InputError
-from repjax.functions import check_callable, name_of
+from repjax.functions import check_callable, check_params, name_of
 from repjax.fusion import Fused
 from repjax.models import image_size_of
 from repjax.models.checks import check_image_size
@@ -277,6 +277,7 @@ def _forms_of_function(model: Any, params: Any) -> list[tuple[Any, Any]]:
       f"{name_of(model)} is a function, whose parameters are wanted too: pass params, as arrays or "
       "as shapes such as jax.eval_shape gives"
     )
+  check_params(params, or_shapes=True)
   return [(model, params)]
 
 
@@ -289,7 +290,7 @@ def _size_of(model: Any) -> tuple[int, int]:
 
 
 class _Origin(NamedTuple):
-  """What a value of a program was computed from.
+  """The origin of a value of a program: the images, and the largest parameter.
 
   Attributes:
     moving: the value depends on the images.
@@ -350,7 +351,7 @@ def _owned_products(
   A product belongs to the stage of its weights. A product of two values that depend on the images,
   as in attention, belongs to no stage.
   """
-  found = dict(zip(program.inputs, origins))
+  found: dict[Any, _Origin] = dict(zip(program.inputs, origins))
   for equation in program.equations:
     given = [found.get(operand, _Origin()) for operand in equation.inputs]
     fixed = [origin for origin in given if not origin.moving]

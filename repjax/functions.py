@@ -70,17 +70,21 @@ def check_callable(model: Any) -> None:
   )
 
 
-def check_params(params: Any) -> None:
+def check_params(params: Any, *, or_shapes: bool = False) -> None:
   """Checks that the parameters of a function are a tree of arrays.
 
+  Args:
+    params: the parameters.
+    or_shapes: shapes without numbers are taken too.
+
   Raises:
-    InputError: a leaf is no array, or is a shape without numbers.
+    InputError: a leaf is something else.
   """
   paths = jax.tree_util.tree_leaves_with_path(params)
   odd = {
     leaf_name(path): leaf
     for path, leaf in paths
-    if isinstance(leaf, jax.ShapeDtypeStruct)
+    if (isinstance(leaf, jax.ShapeDtypeStruct) and not or_shapes)
     or not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex))
   }
   if odd:
@@ -115,27 +119,34 @@ def check_results(results: Any, images: Any) -> Any:
   return results
 
 
-def check_trace(function: Any, params: Any, dtype: np.dtype, size: tuple[int, int]) -> None:
-  """Traces a function on one image, so that what is wrong with it shows at once.
+def check_dtype(function: Any, params: Any, dtype: np.dtype, size: tuple[int, int]) -> None:
+  """Checks that a function can be traced, and that it computes in a dtype or a narrower one.
 
   Args:
     function: takes parameters and images.
-    params: its parameters, in the dtype of the images where they are floating-point numbers.
-    dtype: dtype of the images, which the function is to compute in.
+    params: its parameters, as arrays or as shapes, in this dtype where they are floating-point.
+    dtype: dtype of the images.
     size: (height, width).
 
   Raises:
     InputError: the program depends on the values of the images or parameters, or its products are
       computed in a wider dtype.
   """
+  if wide := _wider(function, params, dtype, size):
+    raise InputError(
+      f"{name_of(function)} computes in {wide} although its parameters and images are {dtype}. "
+      f"Build its layers for {dtype}, or leave dtype out"
+    )
+
+
+def _wider(function: Any, params: Any, dtype: np.dtype, size: tuple[int, int]) -> np.dtype | None:
+  """Returns a dtype wider than the images' in which a function computes products, if there is one.
+
+  The arguments are those of `check_dtype`.
+  """
   with traceable("repjax"):
     program = trace(function, params, jax.ShapeDtypeStruct((1, *size, 3), dtype))
-  wide = {found for found in _dtypes(program) if found.itemsize > dtype.itemsize}
-  if wide and dtype.itemsize < 4:
-    raise InputError(
-      f"{name_of(function)} computes in {max(wide, key=str)} although its parameters and images "
-      f"are {dtype}. Build its layers for {dtype}, or leave dtype out"
-    )
+  return next((found for found in _dtypes(program) if found.itemsize > dtype.itemsize), None)
 
 
 def _dtypes(program: Program) -> Iterator[np.dtype]:
@@ -190,22 +201,31 @@ def fused(
     model: the model, for its name.
 
   Returns:
-    The fused function; None if nothing merges.
+    The fused function. None if nothing merges, or if some products are computed in a wider dtype:
+    their parameters are rounded to `dtype` first, and a fold would not round them.
 
   Raises:
     InputError: the function cannot be traced, or `fuse` finds that it made a mistake.
   """
-  made = fuse(function, params, jax.ShapeDtypeStruct((1, *size, 3), dtype))
+  if wide := _wider(function, params, dtype, size):
+    _say(f"{name_of(model)}: not fused, since parts of it compute in {wide} and not in {dtype}")
+    return None
+  try:
+    made = fuse(function, params, jax.ShapeDtypeStruct((1, *size, 3), dtype))
+  except InputError as error:
+    raise InputError(f"{error}. Pass fuse=False to leave the whole model as it is") from error
   report = made.report
   if not report.merges:
     return None
   operations = sum(merge.operations for merge in report.merges)
-  print(
+  _say(
     f"{name_of(model)}: {operations:,} operations merged into {len(report.merges):,}, "
     f"{report.before.products:,} -> {report.after.products:,} convolutions and matrix products, "
-    f"{len(report.norms):,} norms left; fuse=False leaves all as it is",
-    file=sys.stderr,
-    flush=True,
+    f"{len(report.norms):,} norms left; fuse=False leaves all as it is"
   )
   # Batches of other sizes differ from one image in the number of rows alone.
   return made.without_checks()
+
+
+def _say(line: str) -> None:
+  print(printable(line), file=sys.stderr, flush=True)

@@ -139,13 +139,13 @@ def _plainest(
   if isinstance(model, nn.Module):
     plain = _of_module(model, variables, image_size, dtype)
     # The deploy form of a classifier of repjax has no statistics left, and nothing to merge.
-    merged = isinstance(plain.network, Classifier) and "batch_stats" not in plain.tree
+    is_merged = isinstance(plain.network, Classifier) and "batch_stats" not in plain.tree
   else:
     functions.check_callable(model)
     functions.check_params(variables)
-    plain, merged = _Plain(model, variables), False
-    functions.check_trace(model, jax.eval_shape(cast, variables), dtype, size)
-  if fuse and not merged:
+    plain, is_merged = _Plain(model, variables), False
+    functions.check_dtype(model, jax.eval_shape(cast, variables), dtype, size)
+  if fuse and not is_merged:
     # Kernels are folded from the parameters before they are cast, and rounded once.
     fused = functions.fused(
       lambda tree, images: plain.apply(cast(tree), images), plain.tree, size, dtype, model

@@ -2,11 +2,13 @@
 
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import repjax
@@ -97,6 +99,39 @@ def test_a_module_of_others_is_fused_in_evaluation(dtype, capsys):
   compiled = repjax.deploy.compile(Block(), variables, batch_sizes=(3,), dtype=dtype, **SETTINGS)
   assert "Block: " in capsys.readouterr().err
   assert_close(compiled(images()), wanted, 1e-5 if dtype == "float32" else 3e-2)
+
+
+class Mixed(nn.Module):
+  """A module whose norm computes in float32 in any case."""
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(8, (3, 3), dtype=jnp.float32)(x)
+    x = nn.BatchNorm(use_running_average=True, dtype=jnp.float32)(x)
+    return x.astype(self.dtype).mean((1, 2))
+
+
+def test_a_module_that_computes_wider_is_not_fused_and_says_so(capsys):
+  variables = Mixed().init(jax.random.key(0), images())
+  settings = {"batch_sizes": (3,), "dtype": "bfloat16", **SETTINGS}
+  with jax.numpy_dtype_promotion("standard"):
+    compiled = repjax.deploy.compile(Mixed(), variables, **settings)
+  assert "not fused, since parts of it compute in float32" in capsys.readouterr().err
+  assert_close(compiled(images()), Mixed().apply(variables, images()), 3e-2)
+
+
+def test_a_mistake_of_fuse_names_the_way_out(monkeypatch):
+  def mistaken(*arguments):
+    raise InputError("fuse made a mistake")
+
+  monkeypatch.setattr(functions, "fuse", mistaken)
+  function, params, wanted = network("plain")
+  with pytest.raises(InputError, match=r"fuse made a mistake.*fuse=False"):
+    repjax.deploy.compile(function, params, batch_sizes=(3,), **SETTINGS)
+  compiled = repjax.deploy.compile(function, params, batch_sizes=(3,), fuse=False, **SETTINGS)
+  assert_close(compiled(images()), wanted, 1e-5)
 
 
 def test_deploy_forms_of_repjax_are_not_touched(small, capsys):
@@ -277,6 +312,28 @@ def test_costs_of_functions_need_parameters_and_a_size():
     analysis.summary(function, SIZE)
   with pytest.raises(InputError, match="pass image_size"):
     analysis.depth(function, params=params)
+  with pytest.raises(InputError, match="tree of arrays, but a is 'relu'"):
+    analysis.summary(function, SIZE, {"a": "relu"})
+  with pytest.raises(InputError, match="cannot trace"):
+    analysis.depth(by_value, SIZE, HEAD)
+
+
+DOORS = {
+  "predictor": lambda *given: repjax.deploy.Predictor.of(*given, SQUARE),
+  "export": lambda *given: repjax.deploy.export(*given, SQUARE, "never made"),
+  "onnx": functools.partial(repjax.onnx.to_onnx, image_size=SIZE),
+  "simulated": lambda *given: quantization.simulated(*given, None, image_size=SIZE),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("case", ["text", "values", "a module of NNX"])
+def test_every_door_refuses_the_same(door, case, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  function, params, said = BAD[case]
+  with pytest.raises(InputError, match=said):
+    DOORS[door](function, params)
+  assert not [*tmp_path.iterdir()]
 
 
 def test_probabilities_need_logits():

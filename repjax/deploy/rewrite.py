@@ -109,7 +109,8 @@ def computed_by(
       with jax.named_scope(equation.scope):
         if name is None:
           return equation.run(*values)
-        return [ALGORITHMS[choices[name]].compute(*values, found[name])]
+        x, kernel = values
+        return [ALGORITHMS[choices[name]].compute(x, kernel, found[name])]
 
     values = [*jax.tree.leaves(prepared), *jax.tree.leaves(inputs)]
     outputs = interpret(program, values, compute, constant_array)
@@ -152,14 +153,13 @@ def _described(equation: Equation) -> Convolution | None:
   x, kernel = (operand.aval for operand in equation.inputs)
   result, params = equation.outputs[0].aval, equation.params
   numbers, strides = params["dimension_numbers"], params["window_strides"]
-  padding = tuple((low, high) for low, high in params["padding"])
   special = (
     x.ndim != 4
     or not x.dtype == kernel.dtype == result.dtype
     or set(params["lhs_dilation"]) != {1}
     or params["batch_group_count"] != 1
     or numbers.lhs_spec != numbers.out_spec
-    or min(min(pair) for pair in padding) < 0
+    or min(min(pair) for pair in params["padding"]) < 0
   )
   if special:
     return None
@@ -170,7 +170,7 @@ def _described(equation: Equation) -> Convolution | None:
     tuple(x.shape[axis] for axis in image_axes),
     tuple(kernel.shape[axis] for axis in kernel_axes),
     tuple(strides),
-    padding,
+    (tuple(params["padding"][0]), tuple(params["padding"][1])),
     tuple(params["rhs_dilation"]),
     params["feature_group_count"],
     x.dtype.name,

@@ -27,6 +27,7 @@ Files, in the order in which a function passes them:
   plan          instructions and stored arrays: what runs
   agreement, checks    plans of several shapes; plans against the original equations
   report, counts    what was merged, what was left alone and why
+  saving        folders of folded parameters
 """
 
 from collections.abc import Callable, Sequence
