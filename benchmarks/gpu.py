@@ -191,7 +191,7 @@ def run_jobs(part: str, folder: Path, rehearse: bool, left: Callable[[], float])
     print(job.key, flush=True)
     try:
       make = gpu_peers.Task if job.model.startswith("timm:") else new
-      task = make(job.model, job.batch_size, 32 if rehearse else 224, job.dtype)
+      task: Any = make(job.model, job.batch_size, 32 if rehearse else 224, job.dtype)
       race = {"rounds": 2 if rehearse else 10, "calls": 2 if rehearse else 20}
       found = inference.measure(kinds, task, _able(kinds, task, job.subjects), **race)
       append(folder, {"key": job.key, "part": part, "results": found})
