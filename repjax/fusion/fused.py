@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from repjax.errors import InputError, printable
-from repjax.fusion.agreement import differing, kept_apart
-from repjax.fusion.checks import check, reason_of_training
+from repjax.fusion.checks import check, differing, kept_apart, reason_of_training
 from repjax.fusion.expressions import Expressions
 from repjax.fusion.plan import Plan
 from repjax.fusion.planning import Planner
@@ -164,7 +163,7 @@ class Fused:
     """Returns the plan for arguments, and makes it if there is none."""
     key = _shapes(args)
     if key not in self._plans:
-      plan, equations, names = self._planned_like_first(args)
+      ((plan, equations, _),), names = self._agreeing([args], self._first)
       if names:
         raise InputError(
           f"arguments of these shapes need different fused parameters than those that fuse was "
@@ -177,43 +176,43 @@ class Fused:
       self._plans[key] = plan
     return self._plans[key]
 
-  def _planned_like_first(self, args: tuple[Any, ...]):
-    """Returns a plan that folds the same parameters as the first, its equations, and what differs.
-
-    What the first plan keeps apart, since it does not hold for all shapes in `also`, is kept apart.
-    """
-    apart: frozenset[int] = frozenset()
-    found: list[str] = []
-    while True:
-      plan, equations, _ = self._plan(args, apart)
-      names = differing(self._first, plan, self._avals)
-      found = found or names
-      more = apart | kept_apart(plan, equations, names)
-      if not names or more == apart:
-        return plan, equations, names and found
-      apart = more
-
   def _planned_together(self, calls: Sequence[tuple[Any, ...]]) -> tuple[Plan, Report]:
     """Plans several calls so that all of them fold the same parameters."""
-    apart: list[frozenset[int]] = [frozenset() for _ in calls]
-    while True:
-      made = [self._plan(args, own) for args, own in zip(calls, apart)]
-      first = made[0][0]
-      names = {name for plan, *_ in made[1:] for name in differing(first, plan, self._avals)}
-      if not names:
-        break
-      more = [own | kept_apart(plan, steps, names) for own, (plan, steps, _) in zip(apart, made)]
-      if more == apart:
-        raise InputError(
-          "no plan holds for all shapes in `also`: the parameters "
-          f"{', '.join(sorted(names)[:3])} are read in different ways. Call fuse for each shape"
-        )
-      apart = more
+    made, names = self._agreeing(calls)
+    if names:
+      raise InputError(
+        "no plan holds for all shapes in `also`: the parameters "
+        f"{', '.join(sorted(names)[:3])} are read in different ways. Call fuse for each shape"
+      )
     for args, (plan, equations, _) in zip(calls, made):
       if self._check:
         check(plan, equations)
       self._plans[_shapes(args)] = plan
-    return first, made[0][2]
+    return made[0][0], made[0][2]
+
+  def _agreeing(self, calls: Sequence[tuple[Any, ...]], wanted: Plan | None = None):
+    """Plans calls, and keeps apart what would fold parameters in different ways.
+
+    Args:
+      calls: arguments of each.
+      wanted: the plan to agree with, None for that of the first call.
+
+    Returns:
+      For each call the plan, its equations and the report; and the names of the parameters that
+      differ nevertheless.
+    """
+    apart: list[frozenset[int]] = [frozenset() for _ in calls]
+    found: list[str] = []
+    while True:
+      made = [self._plan(args, own) for args, own in zip(calls, apart)]
+      first = wanted or made[0][0]
+      differ = [differing(first, plan, self._avals) for plan, *_ in made]
+      names = list(dict.fromkeys(name for each in differ for name in each))
+      found = found or names
+      more = [own | kept_apart(plan, steps, names) for own, (plan, steps, _) in zip(apart, made)]
+      if not names or more == apart:
+        return made, names and found
+      apart = more
 
   def _plan(self, args: tuple[Any, ...], apart: frozenset[int]):
     """Returns a plan for arguments, the equations of the traced program, and the report."""

@@ -77,15 +77,16 @@ class Plan:
     last = _last_readers(self.instructions)
     for instruction in self.instructions:
       with jax.named_scope(instruction.scope):
-        results = instruction.step.run(*(_read(values, each) for each in instruction.inputs))
+        results = instruction.step.run(*(read(values, each) for each in instruction.inputs))
       values.update(zip(instruction.outputs, results))
       for each in last.get(instruction, ()):
         if each not in self.outputs:
           values.pop(each, None)  # as JAX would free it, where calls are not compiled
-    return [_read(values, each) for each in self.outputs]
+    return [read(values, each) for each in self.outputs]
 
 
-def _read(values: Mapping[Any, Any], given: Input) -> Any:
+def read(values: Mapping[Any, Any], given: Input) -> Any:
+  """Returns the array of an input, among the arrays that are known."""
   return constant_array(given) if isinstance(given, Constant) else values[given]
 
 
