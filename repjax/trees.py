@@ -2,7 +2,7 @@
 
 import numbers
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,24 @@ def pure(tree: Mapping[Any, Any]) -> Mapping[Any, Any]:
     return tree.get_value() if isinstance(tree, nnx.Variable) else tree
 
   return values(tree)
+
+
+def leaf_name(path: Sequence[Any]) -> str:
+  """Returns the name of a leaf of any tree, from its path in `jax.tree_util`.
+
+  Flax NNX puts `.value` at the end of each path, which is left out.
+
+  Example:
+    >>> leaf_name(jax.tree_util.tree_leaves_with_path({"conv": {"kernel": 1.0}})[0][0])
+    'conv/kernel'
+  """
+  name = jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+  return name.removesuffix("/value")
+
+
+def is_key(leaf: Any) -> bool:
+  """Tells if an array, or its shape and dtype, is a random key, which is no array of numbers."""
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def check_tree(where: str, tree: Any) -> None:

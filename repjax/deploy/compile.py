@@ -2,12 +2,11 @@
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 
 from repjax.cache import keep_every_program
 from repjax.deploy.devices import PlacedTree
@@ -131,8 +130,8 @@ class CompiledModel:
 
 
 def compile(  # noqa: A001
-  model: nn.Module,
-  variables: Mapping[str, Any],
+  model: Any,
+  variables: Any,
   *,
   image_size: int | tuple[int, int],
   dtype: jax.typing.DTypeLike = "float32",
@@ -141,9 +140,13 @@ def compile(  # noqa: A001
   preprocessing: Preprocessing | None = None,
   probabilities: bool = False,
   tune: bool = True,
+  fuse: bool = True,
   parallel: str = "data",
 ) -> CompiledModel:
   """Compiles a model's deploy form ahead of time; calls of the result compile nothing.
+
+  The model may also be a function `function(params, images)` of any library, or what `repjax.fuse`
+  returned, with the parameters that its `fold` returned.
 
   Compiled programs are kept on disk, so that the next process with the same model loads them. The
   folder is `jax_compilation_cache_dir`, by default in the user's cache folder. With
@@ -151,11 +154,13 @@ def compile(  # noqa: A001
   is taken; `CompiledModel.plans` says which.
 
   Args:
-    model: the model in either form; a training form is re-parameterized first.
-    variables: variables of the model.
+    model: the model in either form; a training form is re-parameterized first. Or a function of
+      parameters and of images (N, H, W, 3), in inference mode; or a fused function.
+    variables: variables of the model, or parameters of the function.
     image_size: pixels, one number or (height, width).
     dtype: "float32", "bfloat16" or "float16", the dtype of the computation. Parameters are cast
-      once, after they are folded. Results are float32.
+      once, after they are folded. Results are float32. A function gets parameters and images of
+      this dtype. A fused function takes the dtype for which it was made.
     batch_sizes: batch sizes to compile for. Batches of other sizes are padded, see `CompiledModel`.
     devices: devices of this process; None takes all.
     preprocessing: preprocessing of the model's ModelSpec, to take uint8 images and to compile their
@@ -167,6 +172,9 @@ def compile(  # noqa: A001
       rounding; each layer has at most about twice the rounding error. The parameters of 3x3
       convolutions may take four times the memory, and twice that if batch sizes differ in what is
       fastest. False: every convolution is XLA's.
+    fuse: merges norms and branches of a module or function that is not a deploy form of repjax, by
+      `repjax.fuse`, and prints one line about what was merged. Results then differ by rounding.
+      False: every operation stays.
     parallel: "data": a batch runs on one device, or is split over all of them. "streams", for
       ParNet: every stream has its own device. With k times as many devices as streams, the batch is
       split over k groups and padded to a multiple of k. `critical_path` says what bounds the speed.
@@ -175,8 +183,9 @@ def compile(  # noqa: A001
     A function of images (N, H, W, 3).
 
   Raises:
-    InputError: a dtype, batch size or device cannot be used; the variables do not fit the model; or
-      the model has no deploy form. With "streams": the model has no streams, or the number of
+    InputError: a dtype, batch size or device cannot be used; the variables do not fit the model;
+      the model has no deploy form; or a function cannot be traced, or returns something else than a
+      row for each image. With "streams": the model has no streams, or the number of
       devices is not a multiple of the number of streams.
 
   Example:
@@ -199,6 +208,7 @@ def compile(  # noqa: A001
       dtype=dtype,
       preprocessing=preprocessing,
       probabilities=probabilities,
+      fuse=fuse and not in_streams,
     )
   place = functools.partial(PlacedStreams, found.network) if in_streams else PlacedTree
   return CompiledModel(

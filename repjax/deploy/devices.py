@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from repjax.cache import recall, remember
-from repjax.deploy.rewrite import Function
 from repjax.deploy.tuning import CHUNK, machine, make_tuner
 from repjax.deploy.xla import compile_lowered, planned_bytes
 from repjax.errors import InputError
+from repjax.functions import Function
 
 _AXIS = "batch"
 _ROUNDS = 3
@@ -50,8 +50,8 @@ class BatchPlan(NamedTuple):
       Empty if there was only one, or if the fastest was known from an earlier measurement.
     compile_seconds: seconds to compile all arrangements; little if the programs were on disk.
     memory: bytes that XLA plans for a device, parameters included; None if XLA does not say.
-    convolutions: scope's path to name of the algorithm, for convolutions that XLA does not compute;
-      see `repjax.deploy.convolutions`.
+    convolutions: scope of the kernel to name of the algorithm, for convolutions that XLA does not
+      compute; see `repjax.deploy.convolutions`.
   """
 
   devices: int
@@ -69,7 +69,7 @@ class BatchProgram:
   Attributes:
     arrangement: how many devices take part, and how many images each computes at once.
     images: number of images that run; smaller batches are padded.
-    convolutions: scope's path to name of the algorithm, where it is not XLA's convolution.
+    convolutions: scope of the kernel to name of the algorithm, where it is not XLA's convolution.
     memory: bytes that XLA plans for a device; None if XLA does not say.
   """
 
@@ -183,9 +183,13 @@ class PlacedTree:
     fastest = min(programs, key=lambda program: seconds.get(program.arrangement, 0))
     if self.tuner is not None and seconds:
       remember(question, [*fastest.arrangement])
-    algorithms = by_joined_path(fastest.convolutions)
     return fastest, BatchPlan(
-      *fastest.arrangement, fastest.images, seconds, compile_seconds, fastest.memory, algorithms
+      *fastest.arrangement,
+      fastest.images,
+      seconds,
+      compile_seconds,
+      fastest.memory,
+      fastest.convolutions,
     )
 
   def _question(self, batch: jax.ShapeDtypeStruct) -> str:
@@ -239,11 +243,6 @@ def time_programs(
       program.finish(program.start(noise), len(noise))
       times[program.arrangement].append(time.perf_counter() - start)
   return {arrangement: statistics.median(row[1:]) for arrangement, row in times.items()}
-
-
-def by_joined_path(choices: Mapping[tuple[str, ...], str]) -> dict[str, str]:
-  """Returns the same dictionary with each path joined to one string by "/"."""
-  return {"/".join(path): name for path, name in choices.items()}
 
 
 def pad_images(images: Any, count: int) -> Any:

@@ -38,11 +38,11 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from repjax.deploy.devices import BatchPlan, by_joined_path, checked_devices, pad_images
-from repjax.deploy.rewrite import Function
+from repjax.deploy.devices import BatchPlan, checked_devices, pad_images
 from repjax.deploy.tuning import Tuner, make_tuner
 from repjax.deploy.xla import compile_lowered, planned_bytes
 from repjax.errors import InputError
+from repjax.functions import Function
 from repjax.models.base import StreamScope
 
 _AXIS = "batch"  # name of the axis over the k devices of one stream
@@ -184,7 +184,7 @@ class StreamsProgram:
       padded.
     batch: shape (N, H, W, 3) and dtype of the padded batch.
     pieces: compiled pieces, in an order in which they can run.
-    convolutions: path of a scope to the name of the algorithm that computes its convolution. XLA
+    convolutions: scope of a kernel to the name of the algorithm that computes its convolution. XLA
       computes the convolutions that are not listed.
   """
 
@@ -202,7 +202,7 @@ class StreamsProgram:
     self.batch = jax.ShapeDtypeStruct((self.images, *batch.shape[1:]), batch.dtype)
     self._outputs, self._splits = placed.outputs, groups > 1
     self.pieces: list[CompiledPiece] = []
-    self.convolutions: dict[tuple[str, ...], str] = {}
+    self.convolutions: dict[str, str] = {}
     # Shapes of the whole batch's maps, by name. The dictionary grows piece by piece: tracing a
     # piece gives the shapes of its outputs, which later pieces read.
     maps = {"images": self.batch}
@@ -331,7 +331,7 @@ class PlacedStreams:
       seconds={},
       compile_seconds=time.perf_counter() - start,
       memory=program.memory,
-      convolutions=by_joined_path(program.convolutions),
+      convolutions=program.convolutions,
     )
 
 

@@ -26,6 +26,7 @@ Files, in the order in which a function passes them:
   plan          instructions and stored arrays: what runs
   checks        plans against the original equations, and against plans of different shapes
   report        what was merged, what was left alone and why, and what products cost
+  saving        folders of folded parameters
 """
 
 from collections.abc import Callable, Sequence

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
 from repjax.fusion.expressions import Expression, evaluate
-from repjax.program import Constant, Equation, Program, Variable
+from repjax.program import Constant, Equation, Program, Variable, constant_array
 
 Input = Variable | Expression | Constant
 
@@ -146,11 +145,3 @@ def named(
     counts[path] += 1
     names[path if counts[path] == 1 else f"{path}~{counts[path]}"] = expression
   return names
-
-
-def constant_array(constant: Constant) -> Any:
-  """Returns the array of a constant in the dtype of the program."""
-  array = constant.array
-  if isinstance(array, jax.Array | np.ndarray) and array.dtype == constant.aval.dtype:
-    return array
-  return np.asarray(array, constant.aval.dtype)
