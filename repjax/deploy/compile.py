@@ -173,8 +173,8 @@ def compile(  # noqa: A001
       convolutions may take four times the memory, and twice that if batch sizes differ in what is
       fastest. False: every convolution is XLA's.
     fuse: merges norms and branches of a module or function that is not a deploy form of repjax, by
-      `repjax.fuse`, and prints one line about what was merged. Results then differ by rounding.
-      False: every operation stays.
+      `repjax.fuse`, and prints one line about what was merged. Planning and checking take seconds
+      for a network of 50 layers. Results then differ by rounding. False: every operation stays.
     parallel: "data": a batch runs on one device, or is split over all of them. "streams", for
       ParNet: every stream has its own device. With k times as many devices as streams, the batch is
       split over k groups and padded to a multiple of k. `critical_path` says what bounds the speed.

@@ -291,8 +291,26 @@ def _check_pixels(image: np.ndarray) -> None:
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
     raise InputError(
       f"an image's pixels must be uint8 (H, W, 3), red first, got {image.dtype} {image.shape}. "
-      "Make a grey image (H, W) fit with np.repeat(grey[..., None], 3, 2)."
+      + " ".join(_ways_to_pixels(image))
     )
+
+
+def _ways_to_pixels(image: np.ndarray) -> list[str]:
+  """Returns what makes uint8 (H, W, 3) of an array, in the order in which to apply it."""
+  ways = []
+  if np.issubdtype(image.dtype, np.floating):
+    ways.append("From numbers of 0 to 1: image = np.rint(255 * image).astype(np.uint8).")
+  elif image.dtype != np.uint8:
+    ways.append("From numbers of 0 to 255: image = image.astype(np.uint8).")
+  if image.ndim == 2:
+    ways.append("From grey (H, W): image = np.repeat(image[..., None], 3, 2).")
+  elif image.ndim == 3 and image.shape[2] == 1:
+    ways.append("From grey (H, W, 1): image = np.repeat(image, 3, 2).")
+  elif image.ndim == 3 and image.shape[2] == 4:
+    ways.append("From RGBA: image = image[..., :3].")
+  elif image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
+    ways.append("From (3, H, W): image = image.transpose(1, 2, 0).")
+  return ways
 
 
 def _is_pillows(image: Any) -> bool:

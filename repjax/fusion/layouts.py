@@ -144,19 +144,18 @@ def regrouped(axes: Axes, shape: Sequence[int]) -> tuple[Axes, Splits] | None:
   rest, splits, result = list(atoms_of(axes)), {}, []
   for size in shape:
     axis: list[Atom] = []
-    while (length := math.prod(sizes(axis))) < size:
+    # Equality comes first: a batch of any size cannot be compared with a number.
+    while (length := math.prod(sizes(axis))) != size:
       if not rest or size % length:
         return None
       atom, missing = rest.pop(0), size // length
-      if atom.size > missing:
+      if atom.size != missing and atom.size > missing:
         if atom.size % missing:
           return None
         splits[atom] = (Atom(missing), Atom(atom.size // missing))
         atom, second = splits[atom]
         rest.insert(0, second)
       axis.append(atom)
-    if length != size:
-      return None
     result.append(tuple(axis))
   return (tuple(result), splits) if not rest else None
 

@@ -24,10 +24,18 @@ from repjax.fusion.expressions import Expression, Expressions, Parameters, evalu
 from repjax.fusion.layouts import Layout
 from repjax.fusion.merges import merge_of
 from repjax.fusion.pixels import Several, with_operations
-from repjax.fusion.plan import Input, Instruction, Plan, constant_array, has_effects, live, named
+from repjax.fusion.plan import Input, Instruction, Plan, has_effects, live, named
 from repjax.fusion.report import PRODUCTS, Report, counts_of, total
 from repjax.fusion.values import Affine, Node, Refusal
-from repjax.program import Constant, Equation, Operand, Program, RuleCall, Variable
+from repjax.program import (
+  Constant,
+  Equation,
+  Operand,
+  Program,
+  RuleCall,
+  Variable,
+  constant_array,
+)
 
 RULES = {**pixels.RULES, **layouts.RULES, **products.RULES}
 _FREE = {"broadcast_in_dim", "convert_element_type", "copy", "name", "reshape", "squeeze"}

@@ -11,9 +11,11 @@ from flax import linen as nn
 
 from repjax.algebra import wide_dtype
 from repjax.errors import InputError
+from repjax.layers.attributes import check_attributes, check_dtypes
 
 EPSILON = 1e-5
 MOMENTUM = 0.9  # the weight of the old running value; PyTorch calls the same rule 0.1
+_SHARED = ("epsilon", "axis_name", "deploy", "dtype", "param_dtype")
 Tree = Mapping[str, Any]
 
 
@@ -44,9 +46,16 @@ class RepLayer(nn.Module, kw_only=True):
   def __post_init__(self):
     if not (isinstance(self.epsilon, numbers.Real) and 0 <= self.epsilon < math.inf):
       raise InputError(f"epsilon must be a number of at least 0, got {self.epsilon!r}")
+    check_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
+    self.check_own()
     super().__post_init__()
 
   # `nowrap` marks plain helpers: Linen neither traces them as calls nor names them in programs.
+  @nn.nowrap
+  def check_own(self) -> None:
+    """Raises InputError if an attribute of the subclass is not of its annotated type."""
+    check_attributes(self, but={"parent", "name", *_SHARED})
+
   @nn.nowrap
   def norm(self, x: jax.Array, train: bool, axis: int | tuple[int, ...] = -1) -> jax.Array:
     """Applies a batch norm in the scope `bn`; arguments and result as in `batch_norm`."""

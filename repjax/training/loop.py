@@ -116,7 +116,8 @@ def fit(
         done = _take_steps(run, state, train_step, evaluate, batches, journal, interruption)
       journal.show_data_waiting()
     if interruption.noted is not None and done:
-      print(f"step {done}/{run.plan.total_steps} is saved", flush=True)
+      interruption.saved = f"step {done}/{run.plan.total_steps}"
+      print(f"{interruption.saved} is saved", flush=True)
 
 
 def _take_steps(
