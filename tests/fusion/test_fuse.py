@@ -126,6 +126,15 @@ class TestExactness:
     assert len(fused.report.norms) == 2
     assert "read 2 times" in fused.report.norms[0].reason
 
+  def test_a_part_that_is_read_twice_does_not_copy_the_convolution_that_it_is_cut_from(self):
+    def function(params, x):
+      part = convolved(x, params["wide"])[:, ::2, ::2]
+      return part @ params["dense"], part
+
+    params = drawn(wide=(3, 3, 3, 4), dense=(4, 4))
+    fused = repjax.fuse(function, params, IMAGES)
+    assert fused.report.after.multiplications <= fused.report.before.multiplications
+
   def test_a_value_that_is_repeated_is_computed_once(self):
     def function(params, x):
       y = normalised(convolved(x, params["wide"]), params["norm"])
