@@ -250,14 +250,15 @@ class Parameters:
       for given, value in zip(equation.inputs, inputs)
     ]
     if equation.primitive == "broadcast_in_dim":
-      shape = [1] * len(equation.params["shape"])
+      longer = [1] * len(equation.params["shape"])
       for size, axis in zip(short[0].shape, equation.params["broadcast_dimensions"]):
-        shape[axis] = size
-      self.compact[equation.outputs[0]] = reshaped(short[0], shape=tuple(shape))
+        longer[axis] = size
+      self.compact[equation.outputs[0]] = reshaped(short[0], shape=tuple(longer))
     elif equation.primitive in _POINTWISE and short != list(inputs):
       shapes = {each.shape for each in short if each.shape}
       if len(shapes) == 1:
-        aval = jax.ShapeDtypeStruct(*shapes, equation.outputs[0].aval.dtype)
+        (shape,) = shapes
+        aval = jax.ShapeDtypeStruct(shape, equation.outputs[0].aval.dtype)
         same = dataclasses.replace(equation, outputs=(Variable(aval),))
         (self.compact[equation.outputs[0]],) = self.table.equation(same, short)
 
