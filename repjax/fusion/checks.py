@@ -45,7 +45,7 @@ def random_array(aval: Any, seed: int, positive: bool = False) -> Any:
     return jnp.asarray(rng.uniform(0.5, 1.5, aval.shape), aval.dtype)
   fan_in = max(1, math.prod(aval.shape) // max(1, *aval.shape))
   numbers = rng.normal(size=aval.shape) / math.sqrt(fan_in)
-  # What positive numbers add up to does not cancel, and would grow from layer to layer.
+  # Sums of positive numbers do not cancel, and would grow from layer to layer.
   return jnp.asarray(np.abs(numbers) / math.sqrt(fan_in) if positive else numbers, aval.dtype)
 
 
@@ -72,11 +72,11 @@ def check(plan: Plan, equations: Sequence[Equation], exact: Sequence[Equation]) 
   for error, merge in zip(_measured(plan, equations, exact, merges), merges):
     inputs = _inputs(merge, steps, made)
     if error > _tolerance([*_passed(merge, inputs, makers)]):
-      read = [names[each] for each in inputs if each in names]
+      parameters = [names[each] for each in inputs if each in names]
       raise InputError(
         f"fuse made a mistake in the scope {merge.scope!r}: on random parameters the merged layer "
         f"differs from the function by {error:.1e} of the largest value, from the parameters "
-        f"{', '.join(read)}. Please report the function, and leave this part out of `fuse`"
+        f"{', '.join(parameters)}. Please report the function, and leave this part out of `fuse`"
       )
 
 

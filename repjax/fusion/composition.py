@@ -72,7 +72,10 @@ def composed(term: Term, inner: Affine, shape: tuple[int, ...]) -> Affine:
 
 
 def _with_known_channel(term: Term, inner: Affine) -> Term:
-  """Takes the channels of the inner sum over, and gives a sum over neighbours a kernel."""
+  """Returns a term with the channels of the inner sum.
+
+  A sum over neighbours of a product, or of such a sum, gets a kernel.
+  """
   if None not in (term.channel, inner.channel) and term.channel != inner.channel:
     raise Refusal("the channels of its input lie along a different axis")
   channel = inner.channel if term.channel is None else term.channel

@@ -25,7 +25,7 @@ class Fused:
   """A function in two parts: `fold`, which runs once, and a call, which runs for each input.
 
   Made by `repjax.fuse`. Each new shape of arguments is planned at its first call, and must fold
-  the same parameters as the shapes that `fuse` was called with.
+  the same parameters as the shapes that `fuse` was called with. Threads may share it.
 
   Attributes:
     report: what was merged and what was not, for the arguments that `fuse` was called with.
@@ -63,13 +63,14 @@ class Fused:
     float32 or wider, and rounded once to the dtype of the program.
 
     Args:
-      params: a tree of arrays like the one that `fuse` was called with.
+      params: a tree of arrays with the names of the one that `fuse` was called with. Its
+        dictionaries may be of a different class or order.
 
     Returns:
       Arrays by name. A kernel has the name of the largest parameter that became part of it.
 
     Raises:
-      InputError: the tree differs from that of `fuse`.
+      InputError: names, shapes or dtypes differ from those of `fuse`.
     """
     leaves = self._leaves(params)
     for path, leaf, aval in zip(self._paths, leaves, self._avals):
@@ -88,8 +89,8 @@ class Fused:
       *args: the arguments of the function after its parameters.
 
     Raises:
-      InputError: the arrays are not those of `fold`, or arguments of these shapes need different
-        fused parameters.
+      InputError: the arrays are not those of `fold`, arguments of these shapes need different
+        fused parameters, or a size is a symbol of `jax.export` and checks are on.
     """
     plan = self._planned(args)
     _check_folded(folded, self._first)
@@ -293,10 +294,14 @@ def _form(leaf: Any) -> tuple[Any, Any]:
   return jnp.shape(leaf), jnp.result_type(leaf)
 
 
+_MODES = ("jax_enable_x64", "jax_default_matmul_precision")
+"""The settings of JAX that programs of the same shapes depend on."""
+
+
 def _key(args: Any) -> Any:
   """Returns all that the program of a call depends on besides the function and its parameters."""
   avals, tree = _forms(args)
-  modes = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+  modes = tuple(getattr(jax.config, name) for name in _MODES)
   return tree, tuple((aval.shape, aval.dtype, aval.weak_type) for aval in avals), modes
 
 

@@ -1,4 +1,4 @@
-"""Plans a fused program: meets the equations in order and decides what is merged.
+"""Plans a fused program: visits the equations in order and decides what is merged.
 
 An equation whose operands depend on parameters alone becomes an expression. An affine equation
 becomes a sum of terms, and nothing is computed yet. Any other equation is an instruction, before

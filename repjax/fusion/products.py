@@ -390,7 +390,7 @@ class _Tile:
 
 
 def _leading(atoms: Atoms, count: int) -> Atoms | None:
-  """Returns the first atoms, as many as together have a size; None if there are none."""
+  """Returns the first atoms whose sizes multiply to a count, None if no number of them does."""
   for stop in range(len(atoms) + 1):
     if math.prod(sizes(atoms[:stop])) == count:
       return atoms[:stop]

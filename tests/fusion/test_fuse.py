@@ -636,6 +636,15 @@ class TestReport:
       repjax.fuse(function, params, IMAGES, strict=True)
     repjax.fuse(branches, drawn(), IMAGES, strict=True)
 
+  def test_norms_that_stay_in_two_loops_are_counted_apart(self):
+    def function(params, x):
+      for own in params:
+        x, _ = lax.scan(lambda y, own: (jnp.sin(normalised(jnp.sin(y), own["norm"])), 0), x, own)
+      return x
+
+    own = jax.tree.map(lambda leaf: leaf[None], drawn(norm=(3,)))
+    assert len(repjax.fuse(function, [own, own], IMAGES).report.norms) == 2
+
   def test_a_norm_that_stays_is_one_multiply_add(self):
     def function(params, x):
       return jnp.sin(normalised(jnp.sin(x), params["norm"]))
