@@ -189,8 +189,8 @@ class Planner:
       node.affine = made
     else:
       node.layout = made
-    if node.reads > 1 and not self._stays_open(node):
-      self.compute(node)
+    if node.reads > 1:
+      self._compute_shared(node)
 
   def _made(self, equation: Any) -> Affine | Layout | None:
     """Returns what an equation makes by its rule, None if it is opaque."""
@@ -217,16 +217,18 @@ class Planner:
     shape = tuple(equation.outputs[0].aval.shape)
     return Given(equation, shape, self.table, operands, compact, precise, self._moved)
 
-  def _stays_open(self, node: Node) -> bool:
-    """Checks if a value that is read more than once need not be computed.
+  def _compute_shared(self, node: Node) -> None:
+    """Computes a value that is read more than once, so that no kernel is copied.
 
-    A view costs nothing. A norm may vanish in all products that read it.
+    A view costs nothing, and stays open. What it views is read as often, and is computed instead.
+    A norm stays open if products alone read it, since it may vanish in all of them.
     """
-    affine = node.affine
-    if affine is None:
-      return False
-    readers = {*self._readers[node.variable]}
-    return affine.is_view or (affine.linear and readers <= {*PRODUCTS})
+    readers, affine = {*self._readers[node.variable]}, node.affine
+    while affine is not None and affine.is_view and affine.terms[0].source.is_open:
+      node = affine.terms[0].source
+      affine = node.affine
+    if affine is None or not (affine.is_view or (affine.linear and readers <= {*PRODUCTS})):
+      self.compute(node)
 
   def compute(self, node: Node) -> None:
     """Adds the instruction that computes a node, if there is none yet."""

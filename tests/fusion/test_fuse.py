@@ -154,6 +154,15 @@ class TestExactness:
     assert len(fused.report.norms) == 2
     assert "read 2 times" in fused.report.norms[0].reason
 
+  def test_a_part_that_is_read_twice_does_not_copy_the_convolution_that_it_is_cut_from(self):
+    def function(params, x):
+      part = convolved(x, params["wide"])[:, ::2, ::2]
+      return part @ params["dense"], part
+
+    params = drawn(wide=(3, 3, 3, 4), dense=(4, 4))
+    fused = repjax.fuse(function, params, IMAGES)
+    assert fused.report.after.multiplications <= fused.report.before.multiplications
+
   def test_a_value_that_is_repeated_is_computed_once(self):
     def function(params, x):
       y = normalised(convolved(x, params["wide"]), params["norm"])
@@ -432,6 +441,29 @@ class TestParts:
     blocks = {name: params[name] for name in ("wide", "point", "norm")}
     (y, _), means = lax.scan(block, (x, 0), blocks)
     return y, means
+
+  def test_a_norm_whose_statistics_are_broadcast_to_the_map_first_merges(self):
+    def function(params, x):
+      norm = params["norm"]
+
+      def one(x):
+        y = convolved(x[None], params["wide"])[0]
+        mean, var, scale, bias = (
+          jnp.broadcast_to(norm[key], y.shape) for key in ("mean", "var", "scale", "bias")
+        )
+        return jax.nn.relu((y - mean) / jnp.sqrt(var + 1e-3) * scale + bias)
+
+      return jax.vmap(one)(x)
+
+    params = drawn(wide=(3, 3, 3, 4), norm=(4,))
+    error, fused = fused_error(function, params, random(2, 8, 9, 3))
+    assert error <= 1e-5
+    assert not fused.report.norms
+    assert not fused.report.left
+    assert {name: array.shape for name, array in fused.fold(params).items()} == {
+      "wide": (3, 3, 3, 4),
+      "bias": (4,),
+    }
 
   def test_the_body_of_a_scan_is_fused(self):
     one = drawn(wide=(3, 3, 3, 3), point=(1, 1, 3, 3), norm=(3,))
