@@ -1,4 +1,4 @@
-"""Plans a fused program: meets the equations in order and decides what is merged.
+"""Plans a fused program: visits the equations in order and decides what is merged.
 
 An equation whose operands depend on parameters alone becomes an expression. An affine equation
 becomes a sum of terms, and nothing is computed yet. Any other equation is an instruction, before
@@ -68,8 +68,7 @@ class Planner:
       apart: places of equations across which nothing is merged.
     """
     self.program, self.table, self.growth = program, table, growth
-    kept = program.with_rules(lambda rule: not _has_product(program, rule))
-    self.equations = live(list(kept), program.outputs, has_effects)
+    self.equations = equations_of(program)
     steps = with_operations(self.equations, program.outputs)
     self._steps = live(steps, program.outputs, has_effects)
     self.parameters = Parameters(table)
@@ -152,7 +151,8 @@ class Planner:
       return False
     step = FusedBodies(equation, tuple(fused), total(costs))
     inputs = (*(self._input(equation.inputs[place]) for place in step.moving), *step.stored)
-    self.instructions.append(Instruction(step, inputs, equation.outputs, equation.scope))
+    made, scope = equation.outputs, equation.scope
+    self.instructions.append(Instruction(step, inputs, made, scope, has_effects(equation)))
     for variable in equation.outputs:
       self.nodes[variable] = self._node(variable, equation, computed=True)
     return True
@@ -284,7 +284,8 @@ class Planner:
       for variable in each.outputs:
         if variable not in self.parameters.values:
           self.nodes.setdefault(variable, self._node(variable, each)).computed = True
-      self.instructions.append(Instruction(each, inputs, each.outputs, each.scope))
+      made, scope, effects = each.outputs, each.scope, has_effects(each)
+      self.instructions.append(Instruction(each, inputs, made, scope, effects))
 
   def _input(self, operand: Operand) -> Input:
     """Returns an operand as the input of an instruction, once it is computed or stored."""
@@ -303,6 +304,12 @@ class Planner:
       self._copied.add(maker)
       self._emit(maker)
     return operand
+
+
+def equations_of(program: Program) -> list[Equation]:
+  """Returns the equations that are computed. A derivative rule around a product is opened."""
+  kept = program.with_rules(lambda rule: not _has_product(program, rule))
+  return live(list(kept), program.outputs, has_effects)
 
 
 def _equations(step: Any) -> tuple[Equation, ...]:
