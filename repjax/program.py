@@ -102,9 +102,9 @@ class Equation:
     primitive = self.source.primitive
     # A call with a derivative rule stores its functions in a form that `bind` does not take.
     params = primitive.get_bind_params(self.source.params)
-    values = _varying(values)
+    operands = _varying(values)
     with self.source.ctx.manager:
-      results = primitive.bind(*values, **params)
+      results = primitive.bind(*operands, **params)
     return results if primitive.multiple_results else [results]
 
 

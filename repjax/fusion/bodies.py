@@ -1,8 +1,8 @@
 """Loops and choices: the programs that they hold are fused like functions of their own.
 
-In such a program, what is read from stacked parameters, or held fixed, are the parameters; a carry
-and everything else are the arguments. What the fold of a body would compute for each step of a scan
-is computed for all steps at once, by the fold of the whole function.
+Inputs of such a program that follow from parameters alone, stacked ones included, count as its
+parameters. Carries and all other inputs are its arguments. What the fold of a body would compute
+for each step of a scan is computed for all steps at once, by the fold of the whole function.
 """
 
 import dataclasses
@@ -192,17 +192,20 @@ class FusedBodies:
       [held[place] for place in carried],
     )
 
-  def steps(self, operands: Sequence[Any], *values: Any) -> Iterator[tuple[Any, Any]]:
+  def once(
+    self, programs: Sequence[Program], operands: Sequence[Any], *values: Any
+  ) -> Iterator[tuple[Any, Any]]:
     """Yields each result of one run of each program, fused and as the function has it.
 
     Args:
+      programs: those of the equation.
       operands: the values that the equation reads.
       *values: the inputs of the instruction, as for `run`.
     """
     held = dict(zip([*self.moving, *self.stored], values))
-    for each in self.bodies:
+    for each, program in zip(self.bodies, programs, strict=True):
       given = [operands[place] for place in each.body.places]
-      wanted = interpret(each.body.program, given, lambda one, x: one.run(*x), constant_array)
+      wanted = interpret(program, given, lambda one, x: one.run(*x), constant_array)
       yield from zip(each.run(held), wanted)
 
   def _carried(self) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Checks of plans, on random numbers: merges against equations, and plans against each other."""
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,20 +11,25 @@ from jax.core import Tracer
 
 from repjax.algebra import wide_dtype
 from repjax.errors import InputError
-from repjax.fusion.bodies import FusedBodies
+from repjax.fusion.bodies import FusedBodies, bodies_of
 from repjax.fusion.expressions import evaluate
 from repjax.fusion.plan import Instruction, Plan, read
 from repjax.program import Constant, Equation, inner_programs
 from repjax.trees import generator_of, is_key
 
-_TOLERANCE = {8: 1e-9, 4: 1e-3, 2: 0.1}
+_TOLERANCE = {8: 1e-9, 4: 1e-3, 2: 0.1, 1: 0.5}
 """Largest relative error of a merge, by the bytes of a number. Mistakes make errors near 1."""
 
 
-def random_array(aval: Any, seed: int) -> Any:
+def random_array(aval: Any, seed: int, positive: bool = False) -> Any:
   """Returns random numbers that keep the numbers of a network moderate.
 
   Vectors are positive, since a variance may be among them. Kernels get smaller with their fan-in.
+
+  Args:
+    aval: shape and dtype.
+    seed: of the random numbers.
+    positive: make all numbers positive, kernels included.
   """
   rng = np.random.default_rng(seed)
   if is_key(aval):
@@ -39,112 +44,151 @@ def random_array(aval: Any, seed: int) -> Any:
   if len(aval.shape) < 2:
     return jnp.asarray(rng.uniform(0.5, 1.5, aval.shape), aval.dtype)
   fan_in = max(1, math.prod(aval.shape) // max(1, *aval.shape))
-  return jnp.asarray(rng.normal(size=aval.shape) / math.sqrt(fan_in), aval.dtype)
+  numbers = rng.normal(size=aval.shape) / math.sqrt(fan_in)
+  # Sums of positive numbers do not cancel, and would grow from layer to layer.
+  return jnp.asarray(np.abs(numbers) / math.sqrt(fan_in) if positive else numbers, aval.dtype)
 
 
-def check(plan: Plan, equations: Sequence[Equation]) -> None:
+def check(plan: Plan, equations: Sequence[Equation], exact: Sequence[Equation]) -> None:
   """Compares each merge with the equations that it replaces, from the same values.
 
-  Nothing is compared where numbers or sizes are not known yet: in a function that closes over
-  tracers, and for sizes that are symbols of `jax.export`. Calls of the host, such as prints, do not
-  happen. A `while_loop` may never end on random numbers: its programs are compared once.
+  Calls of the host, such as prints, do not happen. A `while_loop` may never end on random numbers,
+  so that its programs are compared once. Loops that hold either are not compared.
 
   Args:
     plan: to be checked.
     equations: those of the traced program, in order.
+    exact: the same equations, with products of full precision.
 
   Raises:
-    InputError: a merge computes something different. The text names its parameters.
+    InputError: a merge computes something different, and the text names its parameters; or there
+      are no numbers to compare on.
   """
   made = {output for each in equations for output in each.outputs}
-  merges = [each for each in plan.instructions if each.merged and _comparable(each, made)]
-  if not merges or not _is_known(plan, equations):
+  merges = [each for each in plan.instructions if each.merged and _is_comparable(each, made)]
+  if not merges:
     return
-  makers = {each.outputs[0]: each for each in plan.instructions if each.merged}
+  _check_known(plan, equations)
+  steps = {each.outputs[0]: each for each in plan.instructions if each.merged}
+  makers = {output: each for each in equations for output in each.outputs}
   names = {expression: name for name, expression in plan.stored.items()}
-  for error, merge in zip(_measured(plan, equations, merges), merges):
-    if not error <= _tolerance(merge):
-      read = [names[each] for each in _inputs(merge, makers, made) if each in names]
+  for error, merge in zip(_measured(plan, equations, exact, merges), merges):
+    inputs = _inputs(merge, steps, made)
+    if error > _tolerance([*_passed(merge, inputs, makers)]):
+      parameters = [names[each] for each in inputs if each in names]
       raise InputError(
         f"fuse made a mistake in the scope {merge.scope!r}: on random parameters the merged layer "
         f"differs from the function by {error:.1e} of the largest value, from the parameters "
-        f"{', '.join(read)}. Please report the function, and leave this part out of `fuse`"
+        f"{', '.join(parameters)}. Please report the function, and leave this part out of `fuse`"
       )
 
 
-def _is_known(plan: Plan, equations: Sequence[Equation]) -> bool:
-  """Tells if all sizes are numbers, and no constant is a tracer."""
+def _check_known(plan: Plan, equations: Sequence[Equation]) -> None:
+  """Raises InputError if sizes or numbers are not known while a plan is made."""
   sizes = [size for each in plan.program.inputs for size in each.aval.shape]
-  constants = [
-    given.array for each in equations for given in each.inputs if isinstance(given, Constant)
-  ]
-  constants += [*plan.constants.values()]
-  return not any(isinstance(each, Tracer) for each in constants) and not any(
-    map(jax.export.is_symbolic_dim, sizes)
-  )
+  if not all(isinstance(size, int) for size in sizes):
+    raise InputError(
+      "fuse cannot check a call whose sizes are symbols, as of jax.export. Export "
+      "fused.without_checks() instead; the sizes that fuse was called with are checked already"
+    )
+  operands = [each for equation in equations for each in equation.inputs]
+  if any(isinstance(each, Constant) and isinstance(each.array, Tracer) for each in operands):
+    raise InputError(
+      "fuse cannot check a function that holds traced arrays, as of a jax.jit or jax.grad around "
+      "fuse. Pass these arrays as parameters, or set check=False"
+    )
 
 
-def _runs(equation: Equation) -> bool:
-  """Tells if an equation ends on any numbers and does nothing on the host."""
-  if equation.primitive == "while" or _is_on_host(equation):
+def _ends(equation: Equation) -> bool:
+  """Tells if an equation ends on any numbers, and does nothing on the host."""
+  if equation.primitive in ("debug_print", "while") or "callback" in equation.primitive:
     return False
-  return all(_runs(each) for held in inner_programs(equation) for each in held.equations)
+  return all(_ends(each) for held in inner_programs(equation) for each in held.equations)
 
 
-def _is_on_host(equation: Equation) -> bool:
-  return "callback" in equation.primitive or equation.primitive == "debug_print"
-
-
-def _comparable(instruction: Instruction, made: Container[Any]) -> bool:
-  """Tells if a merge makes a value of the program that can be computed on random numbers."""
+def _is_comparable(instruction: Instruction, made: Container[Any]) -> bool:
+  """Tells if a merge makes a value of the program that random numbers can be compared on."""
+  step = instruction.step
   if instruction.outputs[0] not in made:
     return False
-  step = instruction.step
-  if not isinstance(step, FusedBodies) or _runs(step.equation):
+  if not isinstance(step, FusedBodies) or _ends(step.equation):
     return True
   inside = [each for body in step.bodies for each in body.body.program.equations]
-  return step.equation.primitive == "while" and all(map(_runs, inside))
+  return step.equation.primitive == "while" and all(map(_ends, inside))
 
 
-def _inputs(merge: Instruction, makers: Mapping[Any, Instruction], made: Container[Any]) -> list:
+def _inputs(merge: Instruction, steps: Mapping[Any, Instruction], made: Container[Any]) -> list:
   """Returns what an instruction reads, and what makes each value that the program lacks reads."""
   inputs = []
   for each in merge.inputs:
-    inputs += _inputs(makers[each], makers, made) if each in makers and each not in made else [each]
+    inputs += _inputs(steps[each], steps, made) if each in steps and each not in made else [each]
   return inputs
 
 
-def _tolerance(merge: Instruction) -> float:
-  """Returns the largest error of a merge by the narrowest dtype that it computes in."""
-  avals = [each.aval for each in (*merge.inputs, *merge.outputs)]
-  sizes = [aval.dtype.itemsize for aval in avals if jnp.issubdtype(aval.dtype, jnp.floating)]
-  return _TOLERANCE.get(min(sizes, default=4), 0.1)
+def _passed(
+  merge: Instruction, inputs: Sequence[Any], makers: Mapping[Any, Equation]
+) -> Iterator[Any]:
+  """Yields all values of the program that a merge stands for, from its inputs to its outputs.
+
+  Parameters are followed back to the arguments of the function, since the program may round them.
+  """
+  seen: set[Any] = set()
+  rest = [*inputs, *merge.outputs]
+  while rest:
+    each = rest.pop()
+    if each in seen:
+      continue
+    seen.add(each)
+    yield each
+    if each in makers and each not in inputs:
+      rest += makers[each].inputs
+      for inner in inner_programs(makers[each]):
+        yield from (output for equation in inner.equations for output in equation.outputs)
+
+
+def _tolerance(values: Sequence[Any]) -> float:
+  """Returns the largest error of a merge by the narrowest dtype of the values."""
+  dtypes = [each.aval.dtype for each in values]
+  sizes = [dtype.itemsize for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+  return _TOLERANCE[min(sizes, default=4)]
 
 
 def _measured(
-  plan: Plan, equations: Sequence[Equation], merges: Sequence[Instruction]
+  plan: Plan,
+  equations: Sequence[Equation],
+  exact: Sequence[Equation],
+  merges: Sequence[Instruction],
 ) -> list[float]:
-  """Returns the relative error of each merge on random numbers."""
+  """Returns the relative error of each merge on random numbers.
+
+  The program may turn some numbers into NaN, as the root of a negative variance is. Where a value
+  is NaN as a whole, the error on positive numbers counts.
+  """
+  pairs = list(zip(equations, exact, strict=True))
   # The results of equations that are not run are random numbers too.
-  run = {each: None for each in equations if _runs(each)}
-  drawn = [each for equation in equations if equation not in run for each in equation.outputs]
+  drawn = [each for equation in equations if not _ends(equation) for each in equation.outputs]
   variables = [*plan.program.inputs, *drawn]
   shapes = [jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in variables]
   errors = jax.jit(
-    lambda *inputs: _errors(plan, [*run], merges, dict(zip(variables, inputs))),
+    lambda *inputs: _errors(plan, pairs, merges, dict(zip(variables, inputs))),
     # The program runs once, so that compiling it well would cost more than it gives.
     compiler_options={"xla_backend_optimization_level": 0},
   )
   with jax.default_matmul_precision("highest"):
     compiled = errors.lower(*shapes).compile()
-  with jax.ensure_compile_time_eval():  # a call may be traced, and the check is not
-    inputs = [random_array(each, seed) for seed, each in enumerate(shapes)]
+
+  def errors_on(positive: bool) -> list[float]:
+    inputs = [random_array(each, seed, positive) for seed, each in enumerate(shapes)]
     return [float(error) for error in compiled(*inputs)]
+
+  with jax.ensure_compile_time_eval():  # a call may be traced, and the check is not
+    found = errors_on(positive=False)
+    return list(np.fmax(found, errors_on(positive=True))) if np.isnan(found).any() else found
 
 
 def _errors(
   plan: Plan,
-  equations: Sequence[Equation],
+  equations: Sequence[tuple[Equation, Equation]],
   merges: Sequence[Instruction],
   values: dict[Any, Any],
 ) -> list[Any]:
@@ -152,59 +196,65 @@ def _errors(
 
   Args:
     plan: the plan.
-    equations: what is run of the program.
+    equations: those of the program, each with the same one of full precision.
     merges: what is compared.
-    values: the inputs of the program, and the results of what is not run.
+    values: the inputs of the program, and the results of equations that are not run.
   """
   leaves = [
     None if variable in plan.arguments else values[variable] for variable in plan.program.inputs
   ]
   values.update(zip(plan.stored.values(), plan.fold(leaves).values()))
   values.update(plan.constants)
-  for equation in equations:
-    results = equation.run(*(read(values, each) for each in equation.inputs))
-    values.update(zip(equation.outputs, results))
+  for equation, same in equations:
+    if _ends(equation):
+      results = same.run(*(read(values, each) for each in equation.inputs))
+      values.update(zip(equation.outputs, results))
+  precise = dict(equations)
   # Values that the program does not have, such as picked pixels, follow from those that it has.
   errors = []
   for each in plan.instructions:
-    if not each.merged:
+    if not each.merged or (each not in merges and each.outputs[0] in values):
       continue
-    inputs = [read(values, given) for given in each.inputs]
+    step, inputs = each.step, [read(values, given) for given in each.inputs]
     if each not in merges:
-      if each.outputs[0] not in values:
-        values.update(zip(each.outputs, each.step.run(*inputs)))
-    elif isinstance(each.step, FusedBodies) and not _runs(each.step.equation):
-      operands = [read(values, given) for given in each.step.equation.inputs]
-      errors.append(_largest_error(each.step.steps(operands, *inputs)))
+      values.update(zip(each.outputs, step.run(*inputs)))
+    elif isinstance(step, FusedBodies) and not _ends(step.equation):
+      operands = [read(values, given) for given in step.equation.inputs]
+      programs = [body.program for body in bodies_of(precise[step.equation])]
+      errors.append(_largest_error(step.once(programs, operands, *inputs)))
     else:
-      pairs = zip(each.step.run(*inputs), (values[output] for output in each.outputs))
-      errors.append(_largest_error(pairs))
+      wanted = [values[output] for output in each.outputs]
+      errors.append(_largest_error(zip(step.run(*inputs), wanted)))
   return errors
 
 
 def _largest_error(pairs: Iterable[tuple[Any, Any]]) -> Any:
   """Returns the largest relative error of pairs of floating-point arrays.
 
-  Whole numbers are left out, since one that is chosen by a comparison may differ by rounding.
+  Whole numbers are left out, since one that a comparison chooses may differ by rounding.
   """
   errors = [
     relative_error(mine, wanted)
     for mine, wanted in pairs
     if jnp.issubdtype(wanted.dtype, jnp.floating)
   ]
-  return jnp.max(jnp.stack(errors)) if errors else jnp.zeros(())
+  return jnp.nanmax(jnp.stack(errors)) if errors else jnp.zeros(())
 
 
 def relative_error(result: Any, wanted: Any) -> Any:
-  """Returns max|a - b| / max|b|, over all places where b is finite."""
+  """Returns max|a - b| / max|b|, over all places where b is finite.
+
+  NaN if b is finite nowhere, and infinite if a is NaN where b is finite.
+  """
   wide = wide_dtype(wanted.dtype)
   result, wanted = result.astype(wide), wanted.astype(wide)
   finite = jnp.isfinite(wanted)
-  zero = jnp.zeros((), wide)
-  difference = jnp.max(jnp.where(finite, jnp.abs(result - wanted), zero), initial=0)
-  return difference / jnp.maximum(
-    jnp.max(jnp.where(finite, jnp.abs(wanted), zero), initial=0), jnp.finfo(wide).tiny
+  difference = jnp.abs(result - wanted)
+  difference = jnp.where(jnp.isnan(difference), jnp.inf, difference)
+  largest, scale = (
+    jnp.max(jnp.where(finite, each, 0), initial=0) for each in (difference, jnp.abs(wanted))
   )
+  return jnp.where(finite.any(), largest / jnp.maximum(scale, jnp.finfo(wide).tiny), jnp.nan)
 
 
 def reason_of_training(equations: Sequence[Equation], moving: Container[Any]) -> str | None:

@@ -5,7 +5,6 @@ program as it was, or a merge, which computes one of the program's variables in 
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -29,22 +28,19 @@ class Instruction:
     inputs: variables, stored expressions and constants.
     outputs: variables of the traced program.
     scope: the name stack.
+    effects: the step does something besides its outputs, such as printing.
   """
 
   step: Any
   inputs: tuple[Input, ...]
   outputs: tuple[Variable, ...]
   scope: str = ""
+  effects: bool = False
 
   @property
   def merged(self) -> bool:
     """Tells if the step is not an equation of the traced program."""
     return not isinstance(self.step, Equation)
-
-  @property
-  def effects(self) -> bool:
-    """Tells if the step does something besides its outputs, such as printing."""
-    return not self.merged and has_effects(self.step)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,11 +90,7 @@ def read(values: Mapping[Any, Any], given: Input) -> Any:
 
 def _as_jax(value: Any) -> Any:
   """Returns a result as an array of JAX. Constants of the program may be arrays of NumPy."""
-  return (
-    jnp.asarray(value)
-    if isinstance(value, np.ndarray | np.generic | int | float | complex)
-    else value
-  )
+  return jnp.asarray(value) if isinstance(value, np.ndarray) else value
 
 
 def _last_readers(instructions: Sequence[Instruction]) -> dict[Instruction, list[Variable]]:
@@ -147,16 +139,14 @@ def named(
     Expressions by name. A name that is taken gets "~2" at its end, and so on.
   """
   names: dict[str, Expression] = {}
-  counts = Counter()
   for expression in expressions:
     kernel, kind = hints.get(expression, (expression, ""))
     leaves = kernel.leaves or expression.leaves
     path = paths[max(leaves, key=lambda leaf: (sizes[leaf], leaf))]
     if kind and kind != "kernel":
       path = "/".join([*path.split("/")[:-1], kind])
-    name = path
-    while name in names:  # a parameter may itself have a name that ends with "~2"
-      counts[path] += 1
-      name = f"{path}~{counts[path] + 1}"
+    name, number = path, 1
+    while name in names:  # a parameter may itself have a name with "~2" at its end
+      name, number = f"{path}~{number + 1}", number + 1
     names[name] = expression
   return names
