@@ -43,6 +43,7 @@ ADAMW = ("adamw", "repoptimizer_adamw")
 OPTIMIZERS = ("sgd", "adamw", *REPOPTIMIZERS)
 DECAY_RULES = ("kernels_and_fast_biases", "all_but_penalised_kernels", "more_than_one_axis")
 QAT_ACTIVATIONS = ("uint8", "int8")
+RUNNING_VARIANCES = ("unbiased", "biased")
 
 _ABOVE_0 = number(above=0)
 _AT_LEAST_0 = number(0)
@@ -163,6 +164,15 @@ FIELDS = (
     text(*DTYPES),
   ),
   Field("sync_batch_norm", False, "Share the statistics of batch norms between devices."),
+  Field(
+    "running_variance",
+    None,
+    'Variance of a batch that running variances average: "unbiased" as PyTorch, "biased" as Flax. '
+    'None: as the run began; "unbiased" in a new run.',
+    text(*RUNNING_VARIANCES),
+    kind=str,
+    before="biased",
+  ),
   # Data.
   Field(
     "dataset",
@@ -588,3 +598,7 @@ def check_overrides(config: Config) -> None:
   for name in ("axis_name", "deploy", "features_only"):
     if overrides.get(name):
       raise InputError(f"model_overrides.{name} is not for training; leave it out")
+  if overrides.get("running_variance"):
+    raise InputError(
+      "model_overrides.running_variance is no override of a run; set config.running_variance"
+    )
