@@ -96,6 +96,12 @@ OVERRIDES = (
   Field("act", None, 'Activation: "relu", "silu" or "gelu".', kind=str),
   Field("dropout", None, "Rate of the dropout before the classifier.", kind=float),
   Field("remat", None, "Recompute each block in the backward pass, to save memory.", kind=bool),
+  Field(
+    "statistics",
+    None,
+    'How training finds the statistics of 1x1 branches: "auto", "covariance" or "outputs".',
+    kind=str,
+  ),
   Field("stage_sizes", None, "Blocks in each stage, or in each stream of ParNet.", kind=tuple),
   Field("width_multipliers", None, "Factors on the channels of RepVGG's stages.", kind=tuple),
   Field("strides", None, "Strides of the stem and of each stage.", kind=tuple),

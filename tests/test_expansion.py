@@ -143,7 +143,8 @@ class TestLaws:
   def test_channels_that_are_constant_on_the_images(self, kept):
     x = np.array(X)
     x[..., 1:3] = kept
-    model = RepConv(4, BRANCHES["two steps"]["branches"] + ("identity",), **F64)
+    branches = BRANCHES["two steps"]["branches"] + ("identity",)
+    model = RepConv(4, branches, running_variance="biased", **F64)
     params = folded(model, x)
     params["conv"]["kernel"] = params["conv"]["kernel"].at[..., 0].set(0.0)
     variables = check_laws(model, x, params)

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from repjax.algebra import wide_dtype
 from repjax.errors import InputError, unknown
-from repjax.layers.batch_norm import MOMENTUM, RUNNING_VARIANCES, BatchNorm
+from repjax.layers.batch_norm import MOMENTUM, RUNNING_VARIANCES, STATISTICS, BatchNorm
 
 EPSILON = 1e-5
 Tree = Mapping[str, Any]
@@ -20,7 +20,7 @@ Tree = Mapping[str, Any]
 class RepLayer(nn.Module, kw_only=True):
   """A layer with a training form, and with a deploy form that computes the same.
 
-  The six attributes are given by keyword. A layer writes notes beside its statistics if a fold
+  The seven attributes are given by keyword. A layer writes notes beside its statistics if a fold
   could not read the layer from shapes and names alone, see `notes`.
 
   Attributes:
@@ -29,6 +29,9 @@ class RepLayer(nn.Module, kw_only=True):
       the statistics of each device apart.
     running_variance: variance of a batch of n values that running variances average. "unbiased"
       divides the sum of squares by n - 1, as PyTorch does, and "biased" by n, as Flax does.
+    statistics: how training finds the statistics of 1x1 branches. "covariance" merges them, see
+      `repjax.layers.covariance`; the results are the same to rounding. "outputs" computes each
+      branch. "auto" merges where that is expected to be faster.
     deploy: build the deploy form.
     dtype: dtype of the computation and of the result. Norms compute in at least float32.
     param_dtype: dtype of the parameters.
@@ -37,6 +40,7 @@ class RepLayer(nn.Module, kw_only=True):
   epsilon: float = EPSILON
   axis_name: str | None = None
   running_variance: str = "unbiased"
+  statistics: str = "auto"
   deploy: bool = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -47,7 +51,7 @@ class RepLayer(nn.Module, kw_only=True):
   def __post_init__(self):
     if not (isinstance(self.epsilon, numbers.Real) and 0 <= self.epsilon < math.inf):
       raise InputError(f"epsilon must be a number of at least 0, got {self.epsilon!r}")
-    check_training(self.running_variance)
+    check_training(self)
     super().__post_init__()
 
   # `nowrap` marks plain helpers: Linen neither traces them as calls nor names them in programs.
@@ -133,7 +137,7 @@ class RepLayer(nn.Module, kw_only=True):
 
   @nn.nowrap
   def shared(self) -> dict[str, Any]:
-    """Returns the six attributes by name, for layers inside this one."""
+    """Returns the seven attributes by name, for layers inside this one."""
     return {
       "epsilon": self.epsilon,
       "deploy": self.deploy,
@@ -201,14 +205,15 @@ def dtypes_of(module: Any) -> dict[str, Any]:
 
 
 def training_of(module: Any) -> dict[str, Any]:
-  """Returns what a module's norms do in training alone, by name, for layers inside the module."""
-  return {name: getattr(module, name) for name in ("axis_name", "running_variance")}
+  """Returns what concerns the norms of a module in training alone, by name, for layers inside."""
+  return {name: getattr(module, name) for name in ("axis_name", "running_variance", "statistics")}
 
 
-def check_training(running_variance: Any) -> None:
+def check_training(module: Any) -> None:
   """Raises InputError if an attribute that concerns training alone has an unknown value."""
-  if running_variance not in RUNNING_VARIANCES:
-    raise unknown("running_variance", running_variance, RUNNING_VARIANCES)
+  for name, known in (("running_variance", RUNNING_VARIANCES), ("statistics", STATISTICS)):
+    if getattr(module, name) not in known:
+      raise unknown(name, getattr(module, name), known)
 
 
 def refuse_training(deploy: bool, train: bool) -> None:

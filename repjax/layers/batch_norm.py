@@ -12,6 +12,8 @@ from jax import lax
 MOMENTUM = 0.9  # the weight of the old running value; PyTorch calls the same rule 0.1
 RUNNING_VARIANCES = ("unbiased", "biased")
 """The variances of a batch that a running variance can average."""
+STATISTICS = ("auto", "covariance", "outputs")
+"""The ways to find the statistics of 1x1 branches, see `repjax.layers.base.RepLayer`."""
 
 
 class Moments(NamedTuple):
@@ -64,6 +66,17 @@ class BatchNorm(nn.BatchNorm):
       jnp.expand_dims(leaf, averaged) for leaf in (mean, self.factor(var), self.bias)
     )
     return jnp.asarray((x - mean) * factor + bias, self.dtype)
+
+  def of_moments(self, moments: Moments) -> tuple[jax.Array, jax.Array]:
+    """Returns factor and bias of the norm in training, and updates the running statistics.
+
+    A norm computes (x - mean) * factor + bias, so that the caller can merge these steps.
+
+    Args:
+      moments: statistics of the array to normalise, of all devices where the norm shares them.
+    """
+    self.update(moments)
+    return self.factor(moments.var), self.bias
 
   @nn.nowrap
   def averaged_axes(self, rank: int) -> tuple[int, ...]:

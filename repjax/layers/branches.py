@@ -36,7 +36,9 @@ from repjax.algebra import (
   wide_dtype,
 )
 from repjax.errors import InputError
+from repjax.layers import covariance
 from repjax.layers.base import holds_arrays, read_notes
+from repjax.layers.batch_norm import Moments
 from repjax.layers.composition import (
   Conv,
   Layer,
@@ -63,6 +65,20 @@ class Scope(Protocol):
 
   def norm(self, x: jax.Array) -> jax.Array:
     """Applies the batch norm in the scope `bn` below this one; returns at least float32."""
+    ...
+
+  @property
+  def trains(self) -> bool:
+    """Tells if the layer trains, with variables that exist already."""
+    ...
+
+  @property
+  def axis_name(self) -> str | None:
+    """The name of the mapped axis over which norms share their statistics."""
+    ...
+
+  def norm_of(self, moments: Moments) -> tuple[jax.Array, jax.Array]:
+    """Returns factor and bias of the norm in the scope `bn`, and updates it; for training."""
     ...
 
   def held(self) -> tuple[Tree, Tree, Any]:
@@ -108,6 +124,12 @@ def forward(x: jax.Array, layer: Layer, scope: Scope, where: str) -> jax.Array:
   if layer.deploy:
     return scope.conv(source, convs[("conv",)])
   outputs = []
+  if scope.trains and (merged := covariance.mergeable(layer, branches)):
+    padding = centred_padding(layer, size, (1, 1))
+    seen = covariance.strided(_pad(source, padding), layer.strides)
+    if covariance.merges(layer, seen.shape):
+      outputs.append(covariance.merged_sum(seen, layer, merged, scope))
+      branches = [branch for branch in branches if branch not in merged]
   for branch in branches:
     padding = centred_padding(layer, size, branch.span)
     if branch.two_steps:

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.layers.base import RepLayer, holds_arrays, leading_axes, refuse_training
+from repjax.layers.batch_norm import Moments
 from repjax.layers.branches import (
   Scope,
   Tree,
@@ -55,6 +56,22 @@ class _LinenScope:
     """Applies the batch norm of the layer."""
     # A RepConv has an attribute in the place of this method.
     return RepLayer.norm(self._layer, x, self._train)
+
+  @property
+  def trains(self) -> bool:
+    """Tells if the layer trains, and is not being initialised."""
+    return self._train and not self._layer.is_initializing()
+
+  @property
+  def axis_name(self) -> str | None:
+    """The name of the mapped axis over which norms share their statistics."""
+    return self._layer.axis_name
+
+  def norm_of(self, moments: Moments) -> tuple[jax.Array, jax.Array]:
+    """Returns factor and bias of the batch norm of the layer, and updates its statistics."""
+    mean = moments.mean
+    with jax.numpy_dtype_promotion("standard"):  # as in `RepLayer.norm`
+      return self._layer.build_norm(mean.shape, mean.dtype, train=True).of_moments(moments)
 
   def held(self) -> tuple[Tree, Tree, Any]:
     """Returns parameters, statistics and epsilon."""

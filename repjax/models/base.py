@@ -91,6 +91,8 @@ class Classifier(nn.Module, kw_only=True):
       the statistics of each device apart.
     running_variance: "unbiased" or "biased", the variance of a batch that running variances
       average; see `RepLayer`.
+    statistics: "auto", "covariance" or "outputs", the way in which training finds the statistics of
+      1x1 branches; see `RepLayer`.
     features_only: return the maps of the stages by name instead of logits, and build no classifier.
     deploy: build the deploy form.
     dtype: dtype of the computation and of the result.
@@ -103,6 +105,7 @@ class Classifier(nn.Module, kw_only=True):
   remat: bool = False
   axis_name: str | None = None
   running_variance: str = "unbiased"
+  statistics: str = "auto"
   features_only: bool = False
   deploy: bool = False
   dtype: Any = jnp.float32
@@ -111,7 +114,7 @@ class Classifier(nn.Module, kw_only=True):
   def __post_init__(self):
     check_classifier(self.num_classes, self.dropout, self.act)
     check_flags(self)
-    check_training(self.running_variance)
+    check_training(self)
     check_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
     super().__post_init__()
 

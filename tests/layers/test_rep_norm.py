@@ -111,5 +111,5 @@ class TestRunningVariance:
       jax.eval_shape(lambda v: layer.apply(v, x, True, mutable=["batch_stats"]), variables)
 
   def test_unknown_kinds_are_refused(self):
-    with pytest.raises(InputError, match="running_variance.*'sample'.*biased, unbiased"):
+    with pytest.raises(InputError, match=r"running_variance.*'sample'.*biased, unbiased"):
       RepNorm(running_variance="sample")

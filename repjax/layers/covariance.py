@@ -1,0 +1,190 @@
+"""The training of 1x1 branches without their outputs: statistics from the input's covariance.
+
+The statistics of W'x follow from those of x: the mean is W'm and the variance diag(W' S W), with
+the mean m and the covariance S of x. A norm after W'x is therefore known before W'x is computed:
+
+  norm(W'x) = (W a)' (x - m) + b,  a = scale / sqrt(var + epsilon).
+
+The identity is W = I. A sum of such branches is one 1x1 convolution with the kernel sum_b W_b a_b.
+Its values, gradients and statistics are those of the branches one by one, to rounding. Neither the
+outputs of the branches nor their normalised outputs are written, or kept for the backward pass.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from repjax.algebra import wide_dtype
+from repjax.layers.batch_norm import Moments
+from repjax.layers.composition import Layer, is_normed, pair
+from repjax.layers.grammar import Branch
+
+PIXELS_PER_CHANNEL = 32
+"""Fewest pixels of a batch for each input channel of a group at which "auto" merges branches.
+
+The covariance of C channels costs C^2 products for each pixel, and its use in the gradients C^3.
+With fewer pixels these outweigh the passes over maps that merging saves.
+"""
+
+
+class Input(NamedTuple):
+  """Statistics of a map in g groups of channels, in at least float32.
+
+  Attributes:
+    mean: mean of each channel (g, C/g).
+    covariance: covariance of the channels of each group (g, C/g, C/g).
+    count: number of pixels that were averaged, those of all devices that share their statistics.
+  """
+
+  mean: jax.Array
+  covariance: jax.Array
+  count: int
+
+
+def mergeable(layer: Layer, branches: Sequence[Branch]) -> list[Branch]:
+  """Returns the branches of a layer that training could merge into one 1x1 convolution.
+
+  These are the 1x1 convolutions and identities that end with a norm. An identity alone is merged
+  with nothing.
+  """
+  found = [branch for branch in branches if is_pointwise(layer, branch)]
+  return found if any(branch.has_kernel for branch in found) else []
+
+
+def is_pointwise(layer: Layer, branch: Branch) -> bool:
+  """Tells if a branch is a norm of W'x with one matrix W for every pixel, and nothing after it."""
+  is_matrix = branch.kind in ("conv", "identity") and branch.size == (1, 1)
+  return is_matrix and not branch.two_steps and not branch.relu and is_normed(layer, branch)
+
+
+def merges(layer: Layer, shape: Sequence[int]) -> bool:
+  """Tells if training merges the branches of a layer, as `statistics` of the layer says.
+
+  Args:
+    layer: the layer.
+    shape: shape (N, H, W, C) of the map that the branches see.
+  """
+  if layer.statistics != "auto":
+    return layer.statistics == "covariance"
+  *pixels, channels = shape
+  return math.prod(pixels) * layer.groups >= PIXELS_PER_CHANNEL * channels
+
+
+def merged_sum(
+  x: jax.Array, layer: Layer, branches: Sequence[Branch], scope: Any
+) -> jax.Array:
+  """Computes the sum of merged branches in training, and updates their running statistics.
+
+  Args:
+    x: map (N, H, W, I) that the branches see, with the strides taken.
+    layer: the layer.
+    branches: result of `mergeable`.
+    scope: scope of the layer.
+
+  Returns:
+    (N, H, W, O) in at least float32.
+  """
+  wide = wide_dtype(x.dtype)
+  statistics = input_statistics(x, layer.groups, scope.axis_name)
+  parts = [
+    scope.inside(branch.name, functools.partial(_part, branch=branch), statistics)
+    for branch in branches
+  ]
+  kernel = sum(part[0] for part in parts)  # (g, C, O/g)
+  # The rounded kernel decides the shift, so that a large mean cancels in half precision too.
+  kernel = kernel.astype(x.dtype)
+  shift = sum(part[1] for part in parts) - _means(statistics, kernel.astype(wide))
+  return pointwise(x, kernel).astype(wide) + shift[None, None, None, :]
+
+
+def _part(scope: Any, statistics: Input, branch: Branch) -> tuple[jax.Array, jax.Array]:
+  """Returns the kernel of a branch with its norm (g, C, O/g), and the bias of the norm (O,)."""
+  mean, covariance, count = statistics
+  groups, inputs = mean.shape
+  if not branch.has_kernel:
+    moments = Moments(mean.ravel(), jnp.diagonal(covariance, axis1=1, axis2=2).ravel(), count)
+    factor, bias = scope.norm_of(moments)
+    return jnp.eye(inputs, dtype=mean.dtype)[None] * factor.reshape(groups, 1, inputs), bias
+  held, _, _ = scope.held()
+  kernel = held["conv"]["kernel"].astype(mean.dtype).reshape(inputs, groups, -1).swapaxes(0, 1)
+  var = jnp.einsum("gio,gio->go", kernel, jnp.einsum("gij,gjo->gio", covariance, kernel))
+  outputs = _means(statistics, kernel)
+  if "bias" in held["conv"]:
+    # Nothing but the running mean shows a bias in front of a norm.
+    outputs += held["conv"]["bias"].astype(mean.dtype)
+  factor, bias = scope.norm_of(Moments(outputs, jnp.maximum(0.0, var.ravel()), count))
+  return kernel * factor.reshape(groups, 1, -1), bias
+
+
+def _means(statistics: Input, kernel: jax.Array) -> jax.Array:
+  """Returns the mean W'm of what a kernel (g, C, O/g) makes of the input, (O,)."""
+  return jnp.einsum("gi,gio->go", statistics.mean, kernel).ravel()
+
+
+def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Applies a 1x1 convolution: (N, H, W, C) and a kernel (g, C/g, O/g) to (N, H, W, O)."""
+  groups, inputs, _ = kernel.shape
+  if groups == 1:
+    return lax.dot_general(x, kernel[0], (((3,), (0,)), ((), ())))
+  return lax.conv_general_dilated(
+    x,
+    kernel.swapaxes(0, 1).reshape(1, 1, inputs, -1),
+    (1, 1),
+    "VALID",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=groups,
+  )
+
+
+def strided(x: jax.Array, strides: Any) -> jax.Array:
+  """Returns every so many rows and columns of (N, H, W, C), as a 1x1 convolution sees them."""
+  down, across = pair(strides)
+  return x if (down, across) == (1, 1) else x[:, ::down, ::across]
+
+
+def input_statistics(x: jax.Array, groups: int, axis_name: str | None) -> Input:
+  """Returns the statistics of a map.
+
+  Args:
+    x: (N, H, W, C).
+    groups: number of groups of channels.
+    axis_name: name of a mapped axis over which the statistics are averaged; None: none.
+  """
+  wide, pixels = wide_dtype(x.dtype), x.size // x.shape[-1]
+  mean = x.astype(wide).mean((0, 1, 2)).reshape(groups, -1)
+  square = second_moments(x.reshape(pixels, groups, -1))
+  if axis_name is not None:
+    mean, square = lax.pmean((mean, square), axis_name)
+    pixels *= lax.axis_size(axis_name)
+  return Input(mean, square - mean[:, :, None] * mean[:, None, :], pixels)
+
+
+@jax.custom_jvp
+def second_moments(x: jax.Array) -> jax.Array:
+  """Returns E[x_i x_j] for the channels of each group: (P, g, C) to (g, C, C), at least float32.
+
+  The rule below gives the backward pass one product, x (G + G'). That of `products` has two.
+  """
+  return products(x, x, wide_dtype(x.dtype)) / x.shape[0]
+
+
+@second_moments.defjvp
+def _second_moments_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  # In the dtype of x, so that the backward pass multiplies matrices of one dtype.
+  half = products(dx, x, x.dtype)
+  tangent = (half + half.swapaxes(1, 2)).astype(wide_dtype(x.dtype)) / x.shape[0]
+  return second_moments(x), tangent
+
+
+def products(x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Returns the sums over pixels of x_i y_j, for each group: twice (P, g, C) to (g, C, C)."""
+  if x.shape[1] == 1:
+    x, y = x[:, 0], y[:, 0]
+    return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=dtype)[None]
+  return lax.dot_general(x, y, (((0,), (0,)), ((1,), (1,))), preferred_element_type=dtype)
