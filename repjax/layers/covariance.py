@@ -89,17 +89,14 @@ def merged_sum(
   Returns:
     (N, H, W, O) in at least float32.
   """
-  wide = wide_dtype(x.dtype)
   statistics = input_statistics(x, layer.groups, scope.axis_name)
   parts = [
     scope.inside(branch.name, functools.partial(_part, branch=branch), statistics)
     for branch in branches
   ]
   kernel = sum(part[0] for part in parts)  # (g, C, O/g)
-  # The rounded kernel decides the shift, so that a large mean cancels in half precision too.
-  kernel = kernel.astype(x.dtype)
-  shift = sum(part[1] for part in parts) - _means(statistics, kernel.astype(wide))
-  return pointwise(x, kernel).astype(wide) + shift[None, None, None, :]
+  bias = sum(part[1] for part in parts)
+  return centred_product(x, kernel, statistics.mean) + bias[None, None, None, :]
 
 
 def _part(scope: Any, statistics: Input, branch: Branch) -> tuple[jax.Array, jax.Array]:
@@ -113,7 +110,7 @@ def _part(scope: Any, statistics: Input, branch: Branch) -> tuple[jax.Array, jax
   held, _, _ = scope.held()
   kernel = held["conv"]["kernel"].astype(mean.dtype).reshape(inputs, groups, -1).swapaxes(0, 1)
   var = jnp.einsum("gio,gio->go", kernel, jnp.einsum("gij,gjo->gio", covariance, kernel))
-  outputs = _means(statistics, kernel)
+  outputs = _means(mean, kernel)
   if "bias" in held["conv"]:
     # Nothing but the running mean shows a bias in front of a norm.
     outputs += held["conv"]["bias"].astype(mean.dtype)
@@ -121,16 +118,67 @@ def _part(scope: Any, statistics: Input, branch: Branch) -> tuple[jax.Array, jax
   return kernel * factor.reshape(groups, 1, -1), bias
 
 
-def _means(statistics: Input, kernel: jax.Array) -> jax.Array:
-  """Returns the mean W'm of what a kernel (g, C, O/g) makes of the input, (O,)."""
-  return jnp.einsum("gi,gio->go", statistics.mean, kernel).ravel()
+def _means(mean: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Returns W'm (O,) of a mean (g, C/g) and a kernel (g, C/g, O/g)."""
+  return jnp.einsum("gi,gio->go", mean, kernel).ravel()
 
 
-def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def centred_product(x: jax.Array, kernel: jax.Array, mean: jax.Array) -> jax.Array:
+  """Applies a 1x1 convolution to a map without its mean, as W'x - W'm.
+
+  In half precision, both have the same rounded kernel, so that a large mean cancels.
+
+  Args:
+    x: map (N, H, W, C).
+    kernel: (g, C/g, O/g) in at least float32.
+    mean: mean of the map (g, C/g), in the dtype of the kernel.
+
+  Returns:
+    (N, H, W, O) in the dtype of the kernel.
+  """
+  if x.dtype == kernel.dtype:
+    product = pointwise(x, kernel, kernel.dtype)
+  else:
+    product = half_product(x, kernel)
+    rounded = kernel.astype(x.dtype).astype(kernel.dtype)
+    # Rounding has the derivative 1, so that the gradient of the kernel is not rounded too.
+    kernel = kernel + lax.stop_gradient(rounded - kernel)
+  return product - _means(mean, kernel)[None, None, None, :]
+
+
+@jax.custom_vjp
+def half_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Applies a 1x1 convolution in the half precision of the map, with sums in the kernel's dtype.
+
+  Every product is one of two matrices in half precision, in the backward pass too. There the sums
+  over pixels stay in the kernel's dtype: the part that belongs to the mean of the map, which may be
+  large, is subtracted from them later.
+  """
+  return pointwise(x, kernel.astype(x.dtype), kernel.dtype)
+
+
+def _half_product_forward(x, kernel):
+  return half_product(x, kernel), (x, kernel)
+
+
+def _half_product_backward(held, gradient):
+  x, kernel = held
+  gradient = gradient.astype(x.dtype)
+  groups, inputs, outputs = kernel.shape
+  to_x = pointwise(gradient, kernel.astype(x.dtype).swapaxes(1, 2), x.dtype)
+  rows = x.reshape(-1, groups, inputs), gradient.reshape(-1, groups, outputs)
+  return to_x, products(*rows, kernel.dtype)
+
+
+half_product.defvjp(_half_product_forward, _half_product_backward)
+
+
+def pointwise(x: jax.Array, kernel: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   """Applies a 1x1 convolution: (N, H, W, C) and a kernel (g, C/g, O/g) to (N, H, W, O)."""
   groups, inputs, _ = kernel.shape
   if groups == 1:
-    return lax.dot_general(x, kernel[0], (((3,), (0,)), ((), ())))
+    dimensions = (((3,), (0,)), ((), ()))
+    return lax.dot_general(x, kernel[0], dimensions, preferred_element_type=dtype)
   return lax.conv_general_dilated(
     x,
     kernel.swapaxes(0, 1).reshape(1, 1, inputs, -1),
@@ -138,6 +186,7 @@ def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     "VALID",
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
     feature_group_count=groups,
+    preferred_element_type=dtype,
   )
 
 
