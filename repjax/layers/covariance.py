@@ -24,7 +24,7 @@ from repjax.layers.batch_norm import Moments
 from repjax.layers.composition import Layer, is_normed, pair
 from repjax.layers.grammar import Branch
 
-PIXELS_PER_CHANNEL = 32
+PIXELS_PER_CHANNEL = 128
 """Fewest pixels of a batch for each input channel of a group at which "auto" merges branches.
 
 The covariance of C channels costs C^2 products for each pixel, and its use in the gradients C^3.
