@@ -127,7 +127,7 @@ def forward(x: jax.Array, layer: Layer, scope: Scope, where: str) -> jax.Array:
   if scope.trains and (merged := covariance.mergeable(layer, branches)):
     padding = centred_padding(layer, size, (1, 1))
     seen = covariance.strided(_pad(source, padding), layer.strides)
-    if covariance.merges(layer, seen.shape):
+    if covariance.merges(layer, branches, seen.shape):
       outputs.append(covariance.merged_sum(seen, layer, merged, scope))
       branches = [branch for branch in branches if branch not in merged]
   for branch in branches:

@@ -24,11 +24,21 @@ from repjax.layers.batch_norm import Moments
 from repjax.layers.composition import Layer, is_normed, pair
 from repjax.layers.grammar import Branch
 
-PIXELS_PER_CHANNEL = 128
+PIXELS_PER_CHANNEL, PIXELS_PER_CHANNEL_ON_CPU = 128, 8
 """Fewest pixels of a batch for each input channel of a group at which "auto" merges branches.
 
-The covariance of C channels costs C^2 products for each pixel, and its use in the gradients C^3.
-With fewer pixels these outweigh the passes over maps that merging saves.
+Matrices of C^2 entries are computed, stored and read again. With few pixels they outweigh the maps
+of C channels that merging saves. The number for CPUs comes from `benchmarks/covariance.py`. The
+other number comes from programs compiled for an H100: with a quarter of the pixels, merging moves
+more bytes than it saves.
+"""
+
+
+MOST_PRODUCTS = 1 / 8
+"""Largest share of a covariance in the products of a layer at which "auto" merges branches.
+
+The share is 1/15 in a 3x3 convolution with a 1x1 and as many outputs as inputs. It is 2/3 in a 1x1
+convolution alone, which takes longer with the covariance.
 """
 
 
@@ -62,22 +72,28 @@ def is_pointwise(layer: Layer, branch: Branch) -> bool:
   return is_matrix and not branch.two_steps and not branch.relu and is_normed(layer, branch)
 
 
-def merges(layer: Layer, shape: Sequence[int]) -> bool:
+def merges(layer: Layer, branches: Sequence[Branch], shape: Sequence[int]) -> bool:
   """Tells if training merges the branches of a layer, as `statistics` of the layer says.
 
   Args:
     layer: the layer.
+    branches: all branches of the layer.
     shape: shape (N, H, W, C) of the map that the branches see.
   """
   if layer.statistics != "auto":
     return layer.statistics == "covariance"
   *pixels, channels = shape
-  return math.prod(pixels) * layer.groups >= PIXELS_PER_CHANNEL * channels
+  inputs, outputs = channels // layer.groups, layer.features // layer.groups
+  on_cpu = jax.default_backend() == "cpu"
+  fewest = PIXELS_PER_CHANNEL_ON_CPU if on_cpu else PIXELS_PER_CHANNEL
+  taps = sum(math.prod(branch.size) for branch in branches if branch.has_kernel)
+  # For each pixel and group, a covariance takes twice C^2 products: forwards and backwards. The
+  # convolutions take 3 C O for each tap. Groups of one channel have no matrices to multiply.
+  is_cheap = 2 * inputs**2 <= MOST_PRODUCTS * 3 * inputs * outputs * taps
+  return is_cheap and inputs > 1 and math.prod(pixels) >= fewest * inputs
 
 
-def merged_sum(
-  x: jax.Array, layer: Layer, branches: Sequence[Branch], scope: Any
-) -> jax.Array:
+def merged_sum(x: jax.Array, layer: Layer, branches: Sequence[Branch], scope: Any) -> jax.Array:
   """Computes the sum of merged branches in training, and updates their running statistics.
 
   Args:

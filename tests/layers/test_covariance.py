@@ -9,6 +9,7 @@ import pytest
 
 from repjax.errors import InputError
 from repjax.layers import RepConv, covariance
+from repjax.layers.grammar import parse
 from tests import helpers
 from tests.helpers import F64, quick_jit, random_input, random_variables
 
@@ -150,7 +151,7 @@ def products_of(layer, x):
 
 
 class TestRule:
-  FEW, MANY = (1, 15, 17, 2), (1, 16, 16, 2)  # pixels, at 128 for each of two channels
+  FEW, MANY = (1, 3, 5, 2), (1, 4, 4, 2)  # pixels, at 8 for each of two channels
 
   @pytest.mark.parametrize(
     ("attributes", "shape", "expected"),
@@ -163,13 +164,22 @@ class TestRule:
       ({"branches": ("conv3x3", "conv1x1_relu")}, MANY, (2, False)),
       ({"branches": ("conv3x3", "conv1x1"), "norm": "after_sum"}, MANY, (2, False)),
       ({"branches": ("conv3x3", "conv1x1"), "strides": 2}, MANY, (2, False)),
+      ({"branches": ("conv1x1",)}, MANY, (1, False)),
+      ({"branches": ("conv1x1",), "statistics": "covariance"}, MANY, (0, True)),
+      ({"groups": 2}, MANY, (2, False)),
     ],
     ids=str,
   )
   def test_branches_merge_where_they_can_and_pixels_are_many(self, attributes, shape, expected):
-    assert covariance.PIXELS_PER_CHANNEL == 128
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     assert products_of(RepConv(2, **attributes), x) == expected
+
+  def test_other_devices_than_cpus_merge_with_more_pixels_only(self, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    layer = RepConv(2)
+    branches = [parse(name) for name in layer.branches]
+    assert not covariance.merges(layer, branches, (1, 15, 17, 2))
+    assert covariance.merges(layer, branches, (1, 16, 16, 2))
 
   def test_evaluation_and_initialisation_compute_every_branch(self):
     x = jnp.zeros(self.MANY)
