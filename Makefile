@@ -1,4 +1,5 @@
-# make demo | make test | make lint. Each makes .venv when it is missing or out of date.
+# make demo | make test | make lint | make gpu. The first three make .venv when it is missing
+# or out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ comma := ,
 # CUDA wheels only where there is an NVIDIA GPU.
 EXTRAS := dev$(if $(shell nvidia-smi -L 2>/dev/null),$(comma)cuda)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/python main.py --config configs/digits.py
@@ -20,6 +21,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Takes PYTHON as it is and installs nothing: a machine with a GPU may have no network.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 # Runs again only when pyproject.toml has changed.
 $(VENV)/installed: pyproject.toml

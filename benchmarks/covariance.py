@@ -1,8 +1,8 @@
 """Times the gradient step with statistics from the covariance of the input, and without.
 
 A step is forward pass, loss, backward pass and updated statistics, in training mode. The ways are
-the values of `statistics` of a model. The ratio is the time with "outputs" divided by that of a way,
-measured in turns. The memory is what XLA plans for intermediate values.
+the values of `statistics` of a model. The ratio is the time with "outputs" divided by that of a
+way, measured in turns. The memory is what XLA plans for intermediate values.
 
 On a machine that does other work, --cpu-time counts the seconds of all cores that the process used,
 in place of the seconds that passed.

@@ -3,9 +3,9 @@
 A subject is left out where its libraries are not installed (pip install 'repjax[bench]').
 
   repjax-train-form   the training form in evaluation mode
-  repjax-deploy       the deploy form, by repjax.deploy.compile; a call ends when the logits are on
-                      the host, for any --calls
+  repjax-deploy       the deploy form, by repjax.deploy.compile
   repjax-untuned      the same, without measuring which convolution algorithm is fastest
+  repjax-graphs       the same, with convolutions in CUDA graphs (on GPUs)
   torch-eager         the deploy form with the same weights in PyTorch, channels last
   torch-compile       the same, by torch.compile
   onnxruntime         the deploy form, exported by PyTorch, in ONNX Runtime (on CPUs)

@@ -22,6 +22,7 @@ Example:
 
 import argparse
 import importlib
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
   rows[QAT] = rows[QAT]._replace(error=row.error)
   print(f"\n{name}: {baseline.spec.name}")
   int8_table.print_rows(rows, arguments.batch_size)
-  return {row: facts._asdict() for row, facts in rows.items()}
+  return {name: row.facts() for name, row in rows.items()}
 
 
 def measure_speed(name: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -122,12 +123,13 @@ def measure_speed(name: str, arguments: argparse.Namespace) -> dict[str, float]:
   sessions = {name: int8_table.session(file) for name, file in files.items()}
   batch = images[: arguments.batch_size]
   found = int8_table.speeds(sessions, batch, arguments.rounds // 5 + 1, calls=1)
+  medians = {name: statistics.median(seconds) for name, seconds in found.items()}
   print(
-    f"{name:<30}{f'{size} px':>8}{1e3 * found[FLOAT]:>10.2f}{1e3 * found[INT8]:>10.2f}"
-    f"{found[FLOAT] / found[INT8]:>8.2f}x",
+    f"{name:<30}{f'{size} px':>8}{1e3 * medians[FLOAT]:>10.2f}{1e3 * medians[INT8]:>10.2f}"
+    f"{int8_table.speed(found[FLOAT], found[INT8]):>9}",
     flush=True,
   )
-  return found
+  return medians
 
 
 if __name__ == "__main__":

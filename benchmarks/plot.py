@@ -39,6 +39,7 @@ PUBLISHED = {
 STYLES = {
   "repjax-deploy": ("#c0392b", "o", "-"),
   "repjax-untuned": ("#c0392b", "o", "--"),
+  "repjax-graphs": ("#c0392b", "x", ":"),
   "repjax-train-form": ("#e59866", "o", "--"),
   "repjax-onnxruntime": ("#1e8449", "^", ":"),
   "repjax-openvino": ("#7d3c98", "D", ":"),

@@ -121,12 +121,15 @@ class Kind(NamedTuple):
   one_device: bool = False
 
 
-def why_not(kind: Kind, task: Task) -> str | None:
+def why_not(kind: Kind, task: Any) -> str | None:
   """Returns the reason why a subject cannot do a task on this machine, or None if it can."""
   missing = [package for package in kind.needs if importlib.util.find_spec(package) is None]
   if missing:
     return f"not installed: {', '.join(missing)} (pip install 'repjax[bench]')"
-  if "torch" in kind.needs and not twins.has_twin(task.model):
+  if task.model is None:
+    if "torch" not in kind.needs:
+      return f"repjax has no {task.name}"
+  elif "torch" in kind.needs and not twins.has_twin(task.model):
     return f"{task.name} is not written in PyTorch here; ResNet and RepVGG without gates are"
   place = "cpu" if jax.default_backend() == "cpu" else "gpu"
   if place not in kind.on:
@@ -146,8 +149,8 @@ def train_form(task: Task) -> Subject:
   return _on_images(timing.program(task.create(dtype=dtype).apply, task.variables), dtype)
 
 
-def deploy_form(task: Task, tune: bool = True) -> Subject:
-  """Returns the deploy form, by `repjax.deploy.compile`. A call copies the logits to the host."""
+def deploy_form(task: Task, tune: bool = True, cuda_graphs: bool = False) -> Subject:
+  """Returns the deploy form, by `repjax.deploy.compile`. The logits stay on the device."""
 
   def start(images: Any) -> Running:
     compiled = repjax.deploy.compile(
@@ -157,8 +160,10 @@ def deploy_form(task: Task, tune: bool = True) -> Subject:
       dtype=task.dtype,
       batch_sizes=(len(images),),
       tune=tune,
+      cuda_graphs=cuda_graphs,
     )
-    return Running(compiled, lambda: compiled.plans[len(images)].memory)
+    program = compiled.programs[len(images)]
+    return Running(program.start, lambda: program.memory)
 
   return Subject(start)
 
@@ -183,12 +188,12 @@ def in_torch(task: Task, compiled: bool = False) -> Subject:
 
     def run(images: Any) -> Any:
       with torch.inference_mode():
-        return call(images)
+        return call(images.to(dtype))  # timed, as the conversion in the programs of JAX is
 
     return Running(run, twins.memory)
 
   def prepare(images: np.ndarray) -> Any:
-    return torch.from_numpy(images).to(device, dtype).permute(0, 3, 1, 2)  # strides of NHWC
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # strides of NHWC
 
   return Subject(start, prepare, twins.wait, lambda y: y.float().cpu().numpy())
 
@@ -252,6 +257,7 @@ KINDS: dict[str, Kind] = {
   "repjax-train-form": Kind(train_form),
   "repjax-deploy": Kind(deploy_form),
   "repjax-untuned": Kind(functools.partial(deploy_form, tune=False)),
+  "repjax-graphs": Kind(functools.partial(deploy_form, cuda_graphs=True), on=("gpu",)),
   "torch-eager": Kind(in_torch, ("torch",)),
   "torch-compile": Kind(functools.partial(in_torch, compiled=True), ("torch",)),
   "onnxruntime": Kind(

@@ -82,7 +82,7 @@ def compiled(network: Any) -> Any:
   inductor.freezing = not network.training
   torch.compiler.reset()
   gpu = next(network.parameters()).is_cuda
-  return torch.compile(network, mode="reduce-overhead" if gpu else None)
+  return torch.compile(network, mode="max-autotune" if gpu else None)
 
 
 def _conv_bn(nn: Any, inputs: int, outputs: int, size: int, stride: int, groups: int) -> Any:

@@ -1,5 +1,6 @@
-"""Turns a model in either form into one pure function of its deploy form, ready to be compiled."""
+"""Turns a model of any kind, in its plainest form, into one pure function, ready to be compiled."""
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,74 +10,90 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from repjax import functions
 from repjax.devices import need_devices
 from repjax.errors import InputError, listed, unknown
+from repjax.functions import Function
+from repjax.fusion import Fused
+from repjax.models.base import Classifier
 from repjax.models.checks import check_image_size
+from repjax.program import traceable
 from repjax.recognition import LAYERS
 from repjax.reparam import reparameterize
-from repjax.spec import Preprocessing, shapes_of
+from repjax.spec import Preprocessing, evaluation_options, shapes_of
 from repjax.trees import check_leaves, check_tree, misfits
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Inference(NamedTuple):
-  """A model in deploy form as pure functions of a tree, and the tree.
+  """A model in its plainest form as pure functions of a tree, and the tree.
 
   Attributes:
     function: a function of the tree and of images; returns float32.
-    tree: variables of the deploy form, cast to the dtype of the computation.
+    tree: variables of the deploy form, cast to the dtype of the computation; or the parameters of a
+      function; or fused parameters.
     run: for a network in streams: a function of the tree, of maps by scope, and of the scopes to
       run, like the network's method `run`. Images are normalized and cast as by `function`. The
       map of the last scope, if the network's output is this one map, is the result of `function`.
-    network: the deploy form as a module.
+    network: the deploy form as a module; None for a function.
   """
 
-  function: Callable[[Any, jax.Array], Any]
+  function: Function
   tree: Any
   run: Callable[[Any, dict[str, jax.Array], Sequence[str]], dict[str, jax.Array]]
   network: Any
 
 
+class _Plain(NamedTuple):
+  """A model in its plainest form, before images are prepared and results are finished.
+
+  Attributes:
+    apply: a function of the tree and of images.
+    tree: what the function reads.
+    network: the module, or None.
+  """
+
+  apply: Function
+  tree: Any
+  network: Any = None
+
+
 def inference(
-  model: nn.Module,
-  variables: Mapping[str, Any],
+  model: Any,
+  variables: Any,
   *,
   image_size: int | tuple[int, int],
   dtype: jax.typing.DTypeLike,
   preprocessing: Preprocessing | None,
   probabilities: bool,
+  fuse: bool = False,
 ) -> Inference:
-  """Folds a model into its deploy form and returns functions that are ready to be compiled.
+  """Brings a model into its plainest form and returns functions that are ready to be compiled.
 
   Args:
-    model: the model in either form.
-    variables: variables of the model.
+    model: a Linen module in either form, a function of parameters and of images, or what
+      `repjax.fuse` returned.
+    variables: variables of the module, parameters of the function, or what `fold` returned.
     image_size: pixels, one number or (height, width).
     dtype: "float32", "bfloat16" or "float16": dtype of parameters and of the computation.
     preprocessing: normalizes uint8 images inside the functions; None takes normalized images.
     probabilities: returns a softmax of the logits.
+    fuse: merges what can be merged by `repjax.fuse`, except in deploy forms of repjax, in which
+      nothing is left to merge.
 
   Raises:
-    InputError: an argument cannot be used, the variables do not fit the model, or the model has no
-      deploy form.
+    InputError: an argument cannot be used, the variables do not fit the model, the model has no
+      deploy form, or a function cannot be traced.
   """
   need_devices()
   check_image_size(image_size)
   dtype = checked_dtype(dtype)
-  plain, tree = _deploy_form(model, variables, image_size)
-  if hasattr(plain, "dtype"):
-    plain = plain.clone(dtype=dtype)
-  elif dtype != jnp.float32:
-    raise InputError(
-      f"{type(model).__name__} has no attribute `dtype`, so it cannot compute in {dtype}. Give the "
-      "module one and pass it to its layers, or compile the model in float32."
-    )
   if probabilities and getattr(model, "features_only", False):
     raise InputError(
       "a model with features_only=True has no classifier; leave probabilities out, or features_only"
     )
-  tree = jax.tree.map(lambda leaf: _cast(leaf, dtype), tree)
+  apply, tree, network = _plainest(model, variables, image_size, dtype, fuse)
 
   def ready(images: jax.Array) -> jax.Array:  # before the network
     if preprocessing is not None:
@@ -85,21 +102,77 @@ def inference(
 
   def finished(outputs: Any) -> Any:  # after the network
     outputs = jax.tree.map(lambda rows: rows.astype(jnp.float32), outputs)
-    return jax.nn.softmax(outputs) if probabilities else outputs
+    if not probabilities:
+      return outputs
+    if getattr(outputs, "ndim", 0) != 2:
+      raise InputError(
+        "probabilities need a model that returns one array of logits (N, K), got "
+        f"{listed([leaf.shape for leaf in jax.tree.leaves(outputs)], 3)}. Leave "
+        "probabilities out, or return the logits alone"
+      )
+    return jax.nn.softmax(outputs)
 
   def function(tree: Any, images: jax.Array) -> Any:
-    return finished(plain.apply(tree, ready(images)))
+    return finished(functions.check_results(apply(tree, ready(images)), images))
 
   def run(tree: Any, maps: dict[str, jax.Array], scopes: Sequence[str]) -> dict[str, jax.Array]:
     if "images" in maps:
       maps = maps | {"images": ready(maps["images"])}
-    made: Any = plain.apply(tree, maps, scopes, method="run")
+    made: Any = network.apply(tree, maps, scopes, method="run")
     # A classifier's output is one scope. A network that returns feature maps has several outputs,
     # which the caller casts to float32 on the host.
-    last = plain.outputs
+    last = network.outputs
     return made | {last: finished(made[last])} if last in tuple(scopes) else made
 
-  return Inference(function, tree, run, plain)
+  return Inference(function, tree, run, network)
+
+
+def _plainest(
+  model: Any, variables: Any, image_size: int | tuple[int, int], dtype: np.dtype, fuse: bool
+) -> _Plain:
+  """Returns a model of any kind in its plainest form."""
+  size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+  if isinstance(model, Fused):
+    functions.check_fused(model, variables, dtype, size)
+    return _Plain(model.without_checks(), variables)
+  cast = functools.partial(jax.tree.map, functools.partial(_cast, dtype=dtype))
+  if isinstance(model, nn.Module):
+    plain = _of_module(model, variables, image_size, dtype)
+    # The deploy form of a classifier of repjax has no statistics left, and nothing to merge.
+    is_merged = isinstance(plain.network, Classifier) and "batch_stats" not in plain.tree
+  else:
+    functions.check_callable(model)
+    functions.check_params(variables)
+    plain, is_merged = _Plain(model, variables), False
+    functions.check_dtype(model, jax.eval_shape(cast, variables), dtype, size)
+  if fuse and not is_merged:
+    # Kernels are folded from the parameters before they are cast, and rounded once.
+    fused = functions.fused(
+      lambda tree, images: plain.apply(cast(tree), images), plain.tree, size, dtype, model
+    )
+    if fused is not None:
+      return _Plain(fused, fused.fold(plain.tree), plain.network)
+  return plain._replace(tree=cast(plain.tree))
+
+
+def _of_module(
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  image_size: int | tuple[int, int],
+  dtype: np.dtype,
+) -> _Plain:
+  """Returns the deploy form of a Linen module, which computes in a dtype."""
+  with traceable("repjax"):
+    plain, tree = _deploy_form(model, variables, image_size)
+  if hasattr(plain, "dtype"):
+    plain = plain.clone(dtype=dtype)
+  elif dtype != jnp.float32:
+    raise InputError(
+      f"{type(model).__name__} has no attribute `dtype`, so it cannot compute in {dtype}. Give the "
+      "module one and pass it to its layers, or compile the model in float32."
+    )
+  apply = functools.partial(plain.apply, **evaluation_options(plain))
+  return _Plain(apply, tree, plain)
 
 
 def checked_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
@@ -199,7 +272,7 @@ def _warn_of_branches(network: nn.Module, image_size: int | tuple[int, int]) -> 
       f"{scopes[0]}: every branch is computed. Only an attribute called `deploy` is set "
       "here. Build the network with deploy=True in these layers, and pass "
       '{"params": repjax.reparameterize(variables["params"], variables["batch_stats"])}',
-      stacklevel=5,
+      stacklevel=7,
     )
 
 

@@ -9,6 +9,7 @@ have the same tree and the same forward pass, and one fold serves both:
 """
 
 import dataclasses
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from repjax import layers
-from repjax.errors import InputError, listed, printable
+from repjax.errors import InputError, listed, printable, unknown
 from repjax.layers import RepLayer
 from repjax.trees import check_arrays, leaves, pure
 
@@ -49,6 +50,17 @@ class _Module(nnx.Module):
   linen: ClassVar[type[RepLayer]]
 
   def __init__(self, in_features: int, rngs: nnx.Rngs, attributes: Mapping[str, Any]):
+    if not hasattr(rngs, "params"):
+      raise InputError(
+        "rngs must be random streams that draw parameters, such as nnx.Rngs(0), got "
+        f"{printable(repr(rngs), 60)}"
+      )
+    if not (isinstance(in_features, numbers.Integral) and in_features > 0):
+      raise InputError(
+        f"in_features takes a whole number above 0, got {printable(repr(in_features), 60)}"
+      )
+    if odd := attributes.keys() - set(self._attributes()):
+      raise unknown(f"attribute of {type(self).__name__}", min(odd), self._attributes())
     # A name that begins with no class name makes the layer write its mark, see `RepLayer.note`.
     layer = self.linen(**attributes, name="layer", parent=None)
     self.in_features = in_features
@@ -128,8 +140,8 @@ class RepConv(_Module):
   """A sum of conv-BN branches over one input; its deploy form is one convolution with bias.
 
   The module has the attributes, the tree and the forward pass of `repjax.layers.RepConv`. All
-  attributes but `axis_name`, `running_variance`, `statistics` and `dtype` are fixed when the layer is
-  built.
+  attributes but `axis_name`, `running_variance`, `statistics` and `dtype` are fixed when the layer
+  is built.
 
   Args:
     in_features: number of input channels I.
@@ -158,8 +170,8 @@ class RepNorm(_Module):
   """A batch norm that stands alone; its deploy form is a scale and a shift for each channel.
 
   The module has the attributes, the tree and the forward pass of `repjax.layers.RepNorm`. All
-  attributes but `axis_name`, `running_variance`, `statistics` and `dtype` are fixed when the layer is
-  built.
+  attributes but `axis_name`, `running_variance`, `statistics` and `dtype` are fixed when the layer
+  is built.
 
   Args:
     in_features: number of channels C.
@@ -202,18 +214,23 @@ def load(model: nnx.Module, params: Tree, batch_stats: Tree | None = None) -> No
       "the model has no parameters. A Linen model in nnx.bridge.ToNNX gets its parameters when "
       "lazy_init is called: nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(images)"
     )
-  problems = [
+  unfit = [
     *_missing("params", places, values),
     *(f"params {path} has no place in the model" for path in values.keys() - places.keys()),
-    *_missing("batch_stats", norms, statistics),
     *_different(places, values),
-    *_different(norms, statistics),
   ]
+  problems = [*unfit, *_missing("batch_stats", norms, statistics), *_different(norms, statistics)]
   if problems:
+    # Parameters that fit alone are those of a model that keeps statistics, such as a training form.
+    way_out = (
+      "Pass the statistics too: repjax.nnx.load(model, params, batch_stats)"
+      if not (unfit or statistics)
+      else "A deploy form takes the result of repjax.reparameterize from a training form with the "
+      "same attributes"
+    )
     raise InputError(
-      f"the arrays do not fit the model: {listed(sorted(problems), between='; ', longest=200)}. A "
-      "deploy form takes the result of repjax.reparameterize from a training form with the same "
-      "attributes"
+      "the arrays do not fit the model: "
+      f"{listed(sorted(problems), between='; ', longest=200)}. {way_out}"
     )
   flat = {path: values[name][1] for name, (path, _) in places.items()}
   flat |= {path: statistics[name][1] for name, (path, _) in norms.items()}

@@ -13,11 +13,15 @@ Example:
   ['sin', 'max']
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
+import numpy as np
+
+from repjax.errors import InputError, printable
 
 Jaxpr: TypeAlias = Any
 """A jaxpr of JAX, with its constants or without; newer versions have one class for both."""
@@ -57,6 +61,14 @@ class Constant:
 
 
 Operand: TypeAlias = Variable | Constant
+
+
+def constant_array(constant: Constant) -> Any:
+  """Returns the array of a constant in the dtype of the program."""
+  array = constant.array
+  if isinstance(array, jax.Array | np.ndarray) and array.dtype == constant.aval.dtype:
+    return array
+  return np.asarray(array, constant.aval.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,6 +163,39 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
   """
   jaxpr, results = jax.make_jaxpr(function, return_shape=True)(*args)
   return flat(jaxpr)._replace(results=results)
+
+
+_UNTRACED = (
+  jax.errors.ConcretizationTypeError,
+  jax.errors.NonConcreteBooleanIndexError,
+  jax.errors.TracerArrayConversionError,
+  jax.errors.TracerIntegerConversionError,
+  TypeError,
+)
+
+
+@contextlib.contextmanager
+def traceable(what: str) -> Iterator[None]:
+  """Explains in its block what JAX cannot trace: a program that depends on values of arguments.
+
+  Args:
+    what: who traces, for the message.
+
+  Raises:
+    InputError: instead of JAX's own error.
+  """
+  try:
+    yield
+  except _UNTRACED as error:
+    # Most errors of type are mistakes of the function's own, which are not to be hidden. Shapes
+    # that depend on values have no class of error, but these words.
+    if type(error) is TypeError and "concrete values" not in str(error):
+      raise
+    raise InputError(
+      f"{what} cannot trace this function: its program depends on the values of its arguments. "
+      f"{printable(str(error).partition(chr(10))[0])} Bind settings such as train=False with "
+      "functools.partial, and write choices by value with jnp.where or lax.cond"
+    ) from error
 
 
 def flat(jaxpr: Jaxpr, scope: str = "") -> Program:

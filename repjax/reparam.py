@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from repjax.errors import InputError, listed, printable
+from repjax.errors import InputError, listed, printable, unknown
 from repjax.layers.base import read_notes
 from repjax.layers.grammar import find
 from repjax.recognition import (
@@ -38,7 +38,16 @@ from repjax.recognition import (
   shown,
   why_unclear,
 )
-from repjax.trees import check_apart, check_leaves, check_parts, check_tree, leaves, pure
+from repjax.trees import (
+  check_apart,
+  check_arrays,
+  check_leaves,
+  check_note,
+  check_parts,
+  check_tree,
+  leaves,
+  pure,
+)
 
 
 def reparameterize(
@@ -73,7 +82,7 @@ def reparameterize(
       scope, or None to remove the scope.
     keep: paths, or one path, such as "neck/BatchNorm_0". Statistics below these paths may stay
       unused, because the caller keeps them for batch norms that are not repjax layers. A scope is
-      not folded if its own path, or a path in it, is kept.
+      not folded if its own path, or a path in it, is kept. Every path must lie in one of the trees.
 
   Returns:
     A tree of dictionaries with the structure, shapes and dtypes of the deploy form's `init`.
@@ -81,8 +90,8 @@ def reparameterize(
   Raises:
     InputError: a tree is no nested dictionary, has an axis of devices, or holds numbers that are
       not floating-point in a layer. Or statistics lie among the parameters, `folds` lacks the fold
-      of a layer, an array or scope of a layer lies in the wrong place, or a different argument is
-      of the wrong kind.
+      of a layer, an array or scope of a layer lies in the wrong place, no scope has a path of
+      `keep`, a fold returns no dictionary, or a different argument is of the wrong kind.
     ValueError: no fold used some statistics, a layer in training form has no statistics, or the two
       trees do not belong together. The text names the path.
 
@@ -112,6 +121,7 @@ def reparameterize(
   check_tree("batch_stats", batch_stats)
   check_apart(params, batch_stats)
   rules = _rules(folds, epsilon, keep)
+  _check_kept(rules.kept, params, batch_stats)
   return dict(_walk(params, batch_stats, (), rules) or {})
 
 
@@ -124,6 +134,24 @@ def _kept(keep: str | Iterable[str]) -> list[Path]:
       "names of scopes with slashes; () keeps nothing"
     )
   return [tuple(entry.strip("/").split("/")) for entry in entries]
+
+
+def _check_kept(kept: Sequence[Path], params: Tree, stats: Tree) -> None:
+  """Raises InputError for an entry of `keep` at which neither of the two trees holds anything."""
+  if not kept:
+    return
+  held, owned = (_paths_in(tree) for tree in (params, stats))
+  for entry in kept:
+    if entry not in held | owned:
+      # Only statistics need keeping. A path is often given without the scopes above it.
+      near = {path for path in owned if path[-len(entry) :] == entry} or owned or held
+      raise unknown("path in keep", "/".join(entry), map("/".join, near))
+
+
+def _paths_in(tree: Tree) -> set[Path]:
+  """Returns the paths of all scopes and leaves of a tree."""
+  paths = [tuple(map(str, path)) for path, _ in leaves(tree)]
+  return {path[:end] for path in paths for end in range(1, len(path) + 1)}
 
 
 class _Rules(NamedTuple):
@@ -158,6 +186,13 @@ def _rules(folds: Any, epsilon: Any, keep: Any) -> _Rules:
       f"folds must be a dictionary of functions by class name, got {printable(repr(folds), 60)}. "
       'Pass {**repjax.FOLDS, "MyLayer": fold}'
     )
+  for key, fold in folds.items():
+    if not isinstance(key, str) or not callable(fold):
+      raise InputError(
+        "folds must be a dictionary of functions by class name, got "
+        f"{printable(repr(fold), 60)} for {printable(repr(key), 60)}. Write "
+        '"MyLayer": fold, with fold(params, stats, epsilon)'
+      )
   return _Rules(folds, epsilon, _kept(keep))
 
 
@@ -175,7 +210,7 @@ def _walk(params: Tree, stats: Tree, path: Path, rules: _Rules) -> Mapping[str, 
   """Folds all layers in a scope that lies at a path; None if the scope disappears."""
   name, foreign = path[-1] if path else "", rules.foreign()
   if key := layer_name(name, foreign):
-    return _fold_foreign(foreign[key], params, stats, path, rules)
+    return _fold_foreign(key, foreign[key], params, stats, path, rules)
   kind = None if rules.keeps_in(path) else kind_of(name, params, stats)
   if kind and rules.folds.get(kind.layer.__name__) is kind.fold:
     return _fold_known(kind, params, stats, path, rules)
@@ -198,11 +233,22 @@ def _walk(params: Tree, stats: Tree, path: Path, rules: _Rules) -> Mapping[str, 
 
 
 def _fold_foreign(
-  fold: Fold, params: Tree, stats: Tree, path: Path, rules: _Rules
+  key: str, fold: Fold, params: Tree, stats: Tree, path: Path, rules: _Rules
 ) -> Mapping[str, Any] | None:
   """Folds one layer of other people, or copies the layer if it is in deploy form already."""
   if stats:
-    return _fold(fold, params, *read_notes(stats, rules.epsilon), path)
+    alone, epsilon = read_notes(stats, rules.epsilon)
+    if "epsilon" in stats:
+      check_arrays((*path, "epsilon"), epsilon)
+      check_note((*path, "epsilon"), epsilon)
+    folded = _fold(fold, params, alone, epsilon, path)
+    if folded is not None and not isinstance(folded, Mapping):
+      raise InputError(
+        f"{shown(path)}: the fold of {printable(key, 60)} returned "
+        f"{printable(type(folded).__name__, 60)}. A fold returns a dictionary with the parameters "
+        "of the deploy form, or None to remove the scope"
+      )
+    return folded
   if {"conv", "dense", "affine"} & params.keys() and "bn" not in params:
     # A walk without folds copies the dictionaries and shares the leaves.
     return _walk(params, {}, path, _Rules({}, rules.epsilon, ()))

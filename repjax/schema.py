@@ -176,18 +176,20 @@ def items(each: Rule, *, length: int | None = None, most: int | None = None) -> 
   return Rule(wanted, check)
 
 
-def table(each: Rule, name: Rule | None = None) -> Rule:
+def table(each: Rule, name: Rule | None = None, *, most: int | None = None) -> Rule:
   """Returns the rule of tables with any names.
 
   Args:
     each: rule of each value.
     name: rule of each name; None: any string.
+    most: largest number of names.
   """
-  wanted = f"a table {{{'name' if name is None else name.wanted}: {each.wanted}}}"
+  count = f"of at most {most} names " if most else ""
+  wanted = f"a table {count}{{{'name' if name is None else name.wanted}: {each.wanted}}}"
   names = text() if name is None else name
 
   def check(value: Any, path: str) -> None:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or (most is not None and len(value) > most):
       raise MisfitError(path, f"must be {wanted}", value)
     for key, item in value.items():
       try:
@@ -279,14 +281,27 @@ def optional(rule: Rule) -> Rule:
   return either(rule, null)
 
 
-def _anything(name: Rule, depth: int = 8) -> Rule:
-  """Returns the rule of all values that JSON holds, down to some depth."""
-  scalar = either(boolean, number(), text(), null)
+def _is_scalar(value: Any) -> bool:
+  """Tells if a value is a boolean, a finite number, a string or null."""
+  return (
+    value is None
+    or isinstance(value, bool)
+    or _is_text(value)
+    or (_is_number(value, numbers.Real) and _is_finite(value))
+  )
+
+
+# One test, not `either` of four rules, which would raise errors for most items of a long list.
+_SCALAR = _rule("true or false or a finite number or a string or null", _is_scalar)
+
+
+def _anything(name: Rule, depth: int = 8, most: int | None = None) -> Rule:
+  """Returns the rule of all values that JSON holds, down to some depth and up to some length."""
   if depth == 0:
-    return scalar
-  inner = _anything(name, depth - 1)
+    return _SCALAR
+  inner = _anything(name, depth - 1, most)
   wanted = "a finite number, a string, true, false, null, or a list or table of these"
-  lists, tables = items(inner), table(inner, name)
+  lists, tables = items(inner, most=most), table(inner, name, most=most)
 
   def check(value: Any, path: str) -> None:
     if isinstance(value, Mapping):
@@ -294,7 +309,7 @@ def _anything(name: Rule, depth: int = 8) -> Rule:
     elif isinstance(value, list | tuple):
       lists.check(value, path)
     else:
-      scalar.check(value, path)
+      _SCALAR.check(value, path)
 
   return Rule(wanted, check)
 
@@ -305,6 +320,10 @@ identifier = _rule(
 )
 anything = _anything(text())
 """The rule of all values of JSON that are finite and not nested deeply."""
+LONGEST = 100
+"""Largest number of items in an attribute of a model, such as stages."""
+overrides = table(_anything(text(), most=LONGEST), most=LONGEST)
+"""The rule of the attributes that model.json gives. The model has a rule for each."""
 attributes = _anything(identifier)
 """The rule of the same values whose tables have names that are words of Python."""
 

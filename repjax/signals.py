@@ -23,9 +23,11 @@ class Stopped(KeyboardInterrupt):
   Attributes:
     agreed: True if all processes of the run stop together.
     number: number of the signal.
+    saved: the step that the run has saved, such as "step 13/900"; empty if it is not known.
   """
 
   number: int = signal.SIGINT
+  saved: str = ""
 
   def __init__(self, agreed: bool = False):
     """Makes the error of a signal to this process, or of a stop that all processes agreed on."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -181,6 +182,19 @@ class ModelSpec:
       raise InputError(f"{runs.model_file(folder)}: {error}") from error
 
 
+_EVALUATION = {
+  **dict.fromkeys(("train", "training", "is_training"), False),
+  **dict.fromkeys(("deterministic", "use_running_average"), True),
+}
+"""Arguments by which modules are told that they evaluate, with their values."""
+
+
+def evaluation_options(module: nn.Module) -> dict[str, Any]:
+  """Returns the arguments that put the call of a Linen module into evaluation, by name."""
+  taken = inspect.signature(type(module).__call__).parameters
+  return {name: value for name, value in _EVALUATION.items() if name in taken}
+
+
 @functools.lru_cache(maxsize=128)
 def shapes_of(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, Any]:
   """Returns the tree of shapes of a model's variables, which callers must not change.
@@ -190,7 +204,9 @@ def shapes_of(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, 
   need_devices()
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-  return jax.eval_shape(model.init, jax.random.key(0), images)
+  return jax.eval_shape(
+    functools.partial(model.init, **evaluation_options(model)), jax.random.key(0), images
+  )
 
 
 def load(

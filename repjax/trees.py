@@ -1,12 +1,15 @@
 """Checks of trees of variables that come from outside: one sentence names what came."""
 
+import math
 import numbers
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from repjax.errors import InputError, listed, printable
 
@@ -35,6 +38,24 @@ def pure(tree: Mapping[Any, Any]) -> Mapping[Any, Any]:
     return tree.get_value() if isinstance(tree, nnx.Variable) else tree
 
   return values(tree)
+
+
+def leaf_name(path: Sequence[Any]) -> str:
+  """Returns the name of a leaf of any tree, from its path in `jax.tree_util`.
+
+  Flax NNX puts `.value` at the end of each path, which is left out.
+
+  Example:
+    >>> leaf_name(jax.tree_util.tree_leaves_with_path({"conv": {"kernel": 1.0}})[0][0])
+    'conv/kernel'
+  """
+  name = jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+  return name.removesuffix("/value")
+
+
+def is_key(leaf: Any) -> bool:
+  """Tells if an array, or its shape and dtype, is a random key, which is no array of numbers."""
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def check_tree(where: str, tree: Any) -> None:
@@ -162,7 +183,8 @@ def check_parts(path: tuple[str, ...], params: Any, stats: Any, axes: int) -> No
 
   Raises:
     InputError: an array lies in the place of a scope or a scope in the place of an array, a
-      convolution has no kernel, a note is no single number, or parameters lack a norm.
+      convolution has no kernel, a note is no single finite number of at least 0, or parameters lack
+      a norm.
   """
   _check_params(path, params, axes)
   _check_stats(path, params, stats, axes)
@@ -204,7 +226,8 @@ def _check_stats(path: tuple[str, ...], params: Any, stats: Any, axes: int) -> N
         "together"
       )
     if not is_scope:
-      _check_note(here, value, axes)
+      _check_scalar(here, value, axes)
+      check_note((*path, name), value)
     elif name == "bn":
       if odd := [below for below, leaf in value.items() if isinstance(leaf, Mapping)]:
         raise InputError(f"{_place(path, name, odd[0])} must be {_wanted(True)}")
@@ -212,10 +235,33 @@ def _check_stats(path: tuple[str, ...], params: Any, stats: Any, axes: int) -> N
       _check_stats((*path, name), params[name], value, axes)
 
 
-def _check_note(here: str, note: Any, axes: int) -> None:
+def _check_scalar(here: str, note: Any, axes: int) -> None:
   """Raises InputError if a note is not one number for each copy of the layer."""
   if note.ndim != axes:
     raise InputError(f"{here} must be one number, got an array of shape {note.shape}")
+
+
+def check_note(path: tuple[str, ...], note: Any) -> None:
+  """Checks a number beside statistics that says what shapes do not, such as an epsilon.
+
+  Under a transformation of JAX such as `jit` the number is not known yet, and passes.
+
+  Args:
+    path: place of the note, for the message.
+    note: the number, or an array of one number for each copy of a layer.
+
+  Raises:
+    InputError: a number is negative, infinite or NaN.
+  """
+  is_known = not isinstance(note, jax.Array) or (
+    not isinstance(note, Tracer) and note.is_fully_addressable
+  )
+  if is_known and not all(0 <= number < math.inf for number in np.ravel(note)):
+    raise InputError(
+      f"{_place(path)} must be a finite number of at least 0, got "
+      f"{printable(' '.join(str(np.asarray(note)).split()), 60)}. Restore the statistics of the "
+      "layer, which hold it"
+    )
 
 
 def _wanted(is_array: bool) -> str:

@@ -6,7 +6,7 @@ digits data set.
 
 Examples:
   python scripts/example_folder.py photographs --to pictures/photographs
-  python scripts/example_folder.py digits --to pictures/digits --classes 0 1 2 3 4 --per-class 10
+  python scripts/example_folder.py digits --to pictures/digits --classes 0 1 2 --train-per-class 10
   repjax prepare-dataset --from-folder pictures/digits --name few_digits
 """
 
@@ -123,8 +123,8 @@ def check(arguments: argparse.Namespace) -> list[str]:
   folder = arguments.to
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise InputError(f"{folder} is not an empty folder; give another path, or remove it first")
-  if arguments.per_class is not None and arguments.per_class < 1:
-    raise InputError(f"--per-class is at least 1; got {arguments.per_class}")
+  if arguments.train_per_class is not None and arguments.train_per_class < 1:
+    raise InputError(f"--train-per-class is at least 1; got {arguments.train_per_class}")
   known = list(PHOTOGRAPHS) if arguments.kind == "photographs" else list("0123456789")
   classes = sorted(set(arguments.classes or known))
   for name in classes:
@@ -141,18 +141,19 @@ def main() -> None:
   parser.add_argument("--to", required=True, type=Path, help="folder to make")
   parser.add_argument("--classes", nargs="+", help="classes to make (default: all)")
   parser.add_argument(
-    "--per-class",
+    "--train-per-class",
     type=int,
-    help="training images in a class (default: 40, or all digits)",
+    help="training images in a class (default: 40, or all digits); for validation come a quarter "
+    "as many crops, or all test images of the digits",
   )
   parser.add_argument("--seed", type=int, default=0, help="seed of the crops (default: 0)")
   arguments = parser.parse_args()
   with one_paragraph():
     classes = check(arguments)
     if arguments.kind == "photographs":
-      write_photographs(arguments.to, arguments.per_class or 40, arguments.seed, classes)
+      write_photographs(arguments.to, arguments.train_per_class or 40, arguments.seed, classes)
     else:
-      write_digits(arguments.to, arguments.per_class, classes)
+      write_digits(arguments.to, arguments.train_per_class, classes)
   print(arguments.to)
   for split in ("train", "val"):
     count = sum(1 for path in (arguments.to / split).rglob("*") if path.is_file())

@@ -142,7 +142,19 @@ def randomise(variables: Any, seed: int = 0, epsilon: float = 0.1) -> Any:
 
 def init_shapes(module: nn.Module, x: Any, train: bool = False) -> Any:
   """Returns the variables of a module as shapes and dtypes, without computing anything."""
+  x64 = jax.config.jax_enable_x64  # part of what is remembered: it changes dtypes
+  try:
+    found = _init_shapes(module, jnp.shape(x), jnp.result_type(x), train, x64)
+  except TypeError:  # a module that cannot be hashed
+    found = _init_shapes.__wrapped__(module, jnp.shape(x), jnp.result_type(x), train, x64)
+  return jax.tree.map(lambda leaf: leaf, found)
+
+
+@functools.cache
+def _init_shapes(module: nn.Module, shape: Any, dtype: Any, train: bool, x64: bool) -> Any:
+  del x64
   arguments = (train,) if "train" in inspect.signature(module.__call__).parameters else ()
+  x = jax.ShapeDtypeStruct(shape, dtype)
   return jax.eval_shape(lambda key, x: module.init(key, x, *arguments), jax.random.key(0), x)
 
 

@@ -1,6 +1,7 @@
 """Layers as modules of Flax NNX: the tree, the forward pass and the deploy form of Linen."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -206,8 +207,25 @@ class TestAttributes:
     assert layer(jnp.ones((2, 4))).dtype == jnp.bfloat16
 
   def test_unknown_ones_are_refused(self):
-    with pytest.raises(TypeError, match="kernel_size"):
-      RepConv(4, 4, kernel_size=(3, 3), rngs=nnx.Rngs(0))
+    for unknown in ({"kernel_size": (3, 3)}, {"name": "conv1"}, {"parent": None}):
+      with pytest.raises(InputError, match=f"unknown attribute of RepConv .{next(iter(unknown))}"):
+        RepConv(4, 4, **unknown, rngs=nnx.Rngs(0))
+
+  @pytest.mark.parametrize("rngs", [None, 3, jax.random.key(0), nnx.Rngs(dropout=0)], ids=str)
+  @pytest.mark.parametrize(
+    "build",
+    [functools.partial(RepConv, 4, 4), functools.partial(RepNorm, 4)],
+    ids=["RepConv", "RepNorm"],
+  )
+  def test_random_streams_draw_parameters(self, rngs, build):
+    with pytest.raises(InputError, match=r"rngs must be .*nnx\.Rngs\(0\), got") as told:
+      build(rngs=rngs)
+    helpers.assert_one_paragraph(told.value)
+
+  @pytest.mark.parametrize("channels", ["4", 0, None])
+  def test_channels_are_a_number(self, channels):
+    with pytest.raises(InputError, match="in_features takes a whole number above 0"):
+      RepNorm(channels, rngs=nnx.Rngs(0))
 
   def test_mistakes_are_told_when_the_layer_is_built(self):
     with pytest.raises(InputError, match=r"identity branch needs.*4 -> 8 channels"):
@@ -306,7 +324,8 @@ class TestTransforms:
     with pytest.raises(ValueError, match=r"foreign/mean.*keep=\('foreign',\)"):
       repjax.reparameterize(*halves(model))
     params = repjax.reparameterize(*halves(model), keep="foreign")
-    with pytest.raises(InputError, match="batch_stats foreign/mean is missing"):
+    said = r"batch_stats foreign/mean is missing.*load\(model, params, batch_stats\)"
+    with pytest.raises(InputError, match=said):
       load(nnx.eval_shape(lambda: self.build(deploy=True)), params)
 
   @pytest.mark.parametrize("also", [{}, None], ids=["no statistics", "statistics"])

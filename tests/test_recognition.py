@@ -395,6 +395,31 @@ class TestEpsilon:
     folded = Net(deploy=True).apply({"params": params}, x)
     assert relative_error(folded, model.apply(variables, x)) <= 1e-12
 
+  @pytest.mark.parametrize("wrong", [-1e-5, np.nan, np.inf, -np.inf])
+  def test_a_note_that_is_no_epsilon_is_named(self, wrong):
+    variables = random_variables(RepConv(4, epsilon=0.1, **F64), X)
+    params, stats = halves(variables)
+    for kind in (np.float64, jnp.float64):
+      with pytest.raises(InputError, match=r"neck/conv/epsilon must be a finite number") as told:
+        repjax.reparameterize(
+          {"neck": {"conv": params}}, {"neck": {"conv": {**stats, "epsilon": kind(wrong)}}}
+        )
+      helpers.assert_one_paragraph(told.value)
+
+  def test_so_are_other_notes_and_those_of_other_people(self):
+    skip = random_variables(RepConv(4, ("conv3x3", "skip"), **F64), X)
+    stats = {**skip["batch_stats"], "skip": jnp.asarray(jnp.nan)}
+    with pytest.raises(InputError, match="conv/skip must be a finite number"):
+      repjax.reparameterize({"conv": skip["params"]}, {"conv": stats})
+    folds = {**repjax.FOLDS, "Mine": lambda params, stats, epsilon: {}}
+    with pytest.raises(InputError, match="Mine/epsilon must be a finite number"):
+      repjax.reparameterize({"Mine": {}}, {"Mine": {"epsilon": np.float32(-1)}}, folds=folds)
+
+  def test_under_jit_a_note_is_not_known(self):
+    params, stats = halves(random_variables(RepConv(4, epsilon=0.1, **F64), X))
+    folded = jax.jit(repjax.reparameterize)(params, {**stats, "epsilon": jnp.asarray(jnp.nan)})
+    assert np.isnan(folded["conv"]["bias"]).all()
+
   def test_a_tree_without_the_note_takes_the_argument(self):
     layer = RepConv(4, epsilon=0.1, **F64)
     variables = random_variables(layer, X)

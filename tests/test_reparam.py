@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import repjax
 from repjax.algebra import ConvParams, add, fuse_bn, identity_kernel, pad_kernel
+from repjax.errors import InputError
 from repjax.layers import AuxHead, RepConv, RepNorm, linear
 from repjax.recognition import layer_name
 from tests import helpers
@@ -328,10 +329,27 @@ class TestKeep:
     folded = repjax.reparameterize(params, stats, keep=(entry,))
     assert folded["norm"]["scale"] is params["norm"]["scale"]
 
-  @pytest.mark.parametrize("entry", ["no", "nor", "norm_0", "norm/me", "Neck_0/norm"])
-  def test_prefixes_are_compared_by_component(self, entry):
-    with pytest.raises(ValueError, match="batch_stats hold norm/mean"):
-      repjax.reparameterize(*self.detector(), keep=(entry,))
+  @pytest.mark.parametrize("entry", ["no", "nor", "norm_0", "norm/me", "Neck_0/norm", ""])
+  def test_an_entry_that_names_nothing_is_refused(self, entry):
+    with pytest.raises(InputError, match=rf"unknown path in keep '{entry}'") as told:
+      repjax.reparameterize(*self.detector(), keep=("norm", entry))
+    helpers.assert_one_paragraph(told.value)
+
+  @pytest.mark.parametrize("entry", ["norn", "neck/norm", "Norm"])
+  def test_near_paths_are_proposed(self, entry):
+    with pytest.raises(InputError, match=r"did you mean .*\bnorm\b"):
+      repjax.reparameterize(*self.detector(), keep=entry)
+
+  def test_a_path_without_the_scopes_above_it_is_completed(self):
+    params, stats = self.detector()
+    params, stats = ({"a_long_name": {"of_a_scope": tree}} for tree in (params, stats))
+    with pytest.raises(InputError, match="a_long_name/of_a_scope/norm"):
+      repjax.reparameterize(params, stats, keep="norm")
+
+  def test_a_tree_in_deploy_form_takes_the_same_paths(self):
+    params = repjax.reparameterize(*self.detector(), keep="norm")
+    again = repjax.reparameterize(params, {}, keep="norm")
+    assert again["norm"]["scale"] is params["norm"]["scale"]
 
   def test_deeper_norms_and_several_entries(self):
     params, stats = halves(random_variables(Neck(), X32))
@@ -380,6 +398,23 @@ def fold_post_norm(params, stats, epsilon):
   total = add(*(ConvParams(part, none) for part in (kernel, pointwise, identity)))
   fused = fuse_bn(total, params["bn"], stats["bn"], epsilon)
   return {"conv": {"kernel": fused.kernel, "bias": fused.bias}}
+
+
+@pytest.mark.parametrize("returned", [3, [1.0], "text", jnp.ones(2), dict], ids=repr)
+def test_a_fold_that_returns_no_dictionary_is_named(returned):
+  params, stats = halves(random_variables(PostNorm(), X32))
+  folds = {**repjax.FOLDS, "PostNorm": lambda params, stats, epsilon: returned}
+  with pytest.raises(InputError, match=r"^neck/PostNorm_7: the fold of PostNorm returned") as told:
+    repjax.reparameterize(
+      {"neck": {"PostNorm_7": params}}, {"neck": {"PostNorm_7": stats}}, folds=folds
+    )
+  helpers.assert_one_paragraph(told.value)
+
+
+@pytest.mark.parametrize("folds", [{"Mine": 3}, {3: fold_post_norm}, {"Mine": None}], ids=repr)
+def test_folds_are_functions_by_name(folds):
+  with pytest.raises(InputError, match="folds must be a dictionary of functions by class name"):
+    repjax.reparameterize({}, {}, folds=folds)
 
 
 class Outsider(nn.Module):

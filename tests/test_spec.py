@@ -199,3 +199,9 @@ def test_a_square_that_is_larger_than_the_resized_image_is_refused():
   value["preprocessing"] |= {"image_size": 64, "resize_size": 63}
   with pytest.raises(InputError, match=r"resize_size of model\.json is 63"):
     repjax.ModelSpec.from_json(value)
+
+
+def test_a_description_has_the_classes_beside_the_overrides():
+  with pytest.raises(InputError, match="unknown override of repvgg_a0 'num_classes'") as told:
+    repjax.ModelSpec("repvgg_a0", overrides={"num_classes": 3})
+  assert "did you mean" not in str(told.value)

@@ -19,22 +19,29 @@ from typing import Any, NoReturn
 from repjax import output, signals
 
 
-def stop_training(number: int) -> NoReturn:
-  """Ends `repjax train` after a signal."""
+def stop_training(number: int, saved: str) -> NoReturn:
+  """Ends `repjax train` after a signal.
+
+  Args:
+    number: number of the signal.
+    saved: the step that the run has saved, such as "step 13/900"; empty if it is not known.
+  """
+  whence = saved or "the last checkpoint, if there is one yet"
   try:
-    print("stopped; the same command continues from the last checkpoint, if there is one yet")
+    print(f"stopped; the same command continues from {whence}")
   finally:  # a lost output does not change the status
     sys.exit(signals.status_of(signals.error_of(number)))
 
 
-def stop(number: int) -> NoReturn:
-  """Ends any other command after a signal."""
+def stop(number: int, saved: str) -> NoReturn:
+  """Ends any other command after a signal; arguments as in `stop_training`."""
+  del saved  # no other command saves a step
   print("stopped; nothing is half-written, and the same command starts again", file=sys.stderr)
   sys.exit(128 + number)
 
 
 @contextlib.contextmanager
-def session(stopped: Callable[[int], NoReturn]) -> Iterator[None]:
+def session(stopped: Callable[[int, str], NoReturn]) -> Iterator[None]:
   """Ends the command in the block with one line, wherever a signal stops it.
 
   Args:
@@ -44,7 +51,7 @@ def session(stopped: Callable[[int], NoReturn]) -> Iterator[None]:
     SystemExit: a signal came, or the output cannot be written to.
   """
   came: list[int] = []
-  ends = False
+  ends, saved = False, ""
 
   def handle(number: int) -> None:
     if not ends:  # Otherwise a further signal would interrupt the one line that is printed.
@@ -56,7 +63,7 @@ def session(stopped: Callable[[int], NoReturn]) -> Iterator[None]:
       yield
     except KeyboardInterrupt as error:
       ends = True
-      number = getattr(error, "number", signal.SIGINT)
+      number, saved = getattr(error, "number", signal.SIGINT), getattr(error, "saved", "")
     except Exception:
       # A stop in the middle of an import, or in a callback from C, can come out as a different
       # error.
@@ -66,7 +73,7 @@ def session(stopped: Callable[[int], NoReturn]) -> Iterator[None]:
       number = came[-1]
     else:
       return
-    stopped(number)
+    stopped(number, saved)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ ONNX Runtime. `repjax quantize` and benchmarks/int8.py print the table.
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from repjax.quantization.sensitivity import compared
 from repjax.training import evaluation, planning
 from repjax.training.quantization import calibration_images, check_apart
 
+_CALLS = 10  # timed calls of a file in a round
 FLOAT, HALF, WEIGHTS, INT8 = "float32", "bfloat16, JAX", "int8 weights", "int8"
 
 
@@ -57,14 +58,19 @@ class Int8Row(NamedTuple):
     loss: mean cross-entropy.
     error: relative root mean square error of the logits against those of the float32 file.
     size: bytes of the file, or of the weights.
-    seconds: seconds of a call in ONNX Runtime; None for the form that JAX computes.
+    seconds: seconds of a call in ONNX Runtime in each round; None for the form that JAX computes.
   """
 
   accuracy: float
   loss: float
   error: float
   size: int
-  seconds: float | None
+  seconds: Sequence[float] | None
+
+  def facts(self) -> dict[str, Any]:
+    """Returns the row for a file, with the median of the seconds."""
+    seconds = None if self.seconds is None else statistics.median(self.seconds)
+    return {**self._asdict(), "seconds": seconds}
 
 
 def read_baseline(folder: Path, count: int, *, verify: bool = True, **changes: Any) -> Baseline:
@@ -134,16 +140,39 @@ def measure(
 
 
 def print_rows(rows: Mapping[str, Int8Row], batch_size: int) -> None:
-  """Prints the table. The last column is the speed relative to the float32 file."""
+  """Prints the table. The last columns are times, and the speed relative to the float32 file."""
+  rounds = len(rows[FLOAT].seconds or ())
   print(
-    f"{'':<30}{'accuracy':>9}{'loss':>9}{'error':>9}{'bytes':>13}{f'ms, batch {batch_size}':>14}"
+    f"{'':<30}{'accuracy':>9}{'loss':>9}{'error':>9}{'bytes':>13}{'min ms':>10}{'median':>10}"
+    f"{'speed':>9}"
   )
   for name, row in rows.items():
-    speed = ""
+    times = ""
     if row.seconds is not None:
-      ratio = (rows[FLOAT].seconds or 0) / row.seconds
-      speed = f"{1000 * row.seconds:>14.3f}{ratio:>8.2f}x"
-    print(f"{name:<30}{row.accuracy:>9.2%}{row.loss:>9.4f}{row.error:>9.2%}{row.size:>13,}{speed}")
+      times = f"{1000 * min(row.seconds):>10.3f}{1000 * statistics.median(row.seconds):>10.3f}"
+      times += f"{speed(rows[FLOAT].seconds or (), row.seconds):>9}"
+    print(f"{name:<30}{row.accuracy:>9.2%}{row.loss:>9.4f}{row.error:>9.2%}{row.size:>13,}{times}")
+  print(
+    f"times: {rounds} rounds of {_CALLS} calls with a batch of {batch_size}; speed: against "
+    "float32 in the same round, unclear where a quarter of the rounds says faster and a quarter "
+    "slower"
+  )
+
+
+def speed(base: Sequence[float], seconds: Sequence[float]) -> str:
+  """Returns how many times as fast something is, or that the rounds do not agree.
+
+  Args:
+    base: seconds of what it is compared with, in each round.
+    seconds: its seconds in the same rounds.
+  """
+  if base == seconds:
+    return "1.00x"
+  ratios = sorted(one / other for one, other in zip(base, seconds, strict=True))
+  quarter = len(ratios) // 4
+  low, high = ratios[quarter], ratios[-1 - quarter]
+  agree = len(ratios) > 1 and (low > 1 or high < 1)
+  return f"{statistics.median(ratios):.2f}x" if agree else "unclear"
 
 
 def _loss(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -204,9 +233,9 @@ def _outputs(
 
 
 def speeds(
-  sessions: Mapping[str, Any], images: np.ndarray, rounds: int, calls: int = 10
-) -> dict[str, float]:
-  """Returns the seconds of a call of each session: the median over the rounds.
+  sessions: Mapping[str, Any], images: np.ndarray, rounds: int, calls: int = _CALLS
+) -> dict[str, list[float]]:
+  """Returns the seconds of a call of each session, in each round.
 
   Args:
     sessions: name to session, from `session`.
@@ -220,5 +249,4 @@ def speeds(
     return lambda number, calls: [ready.run(None, batch) for _ in range(calls)]
 
   turns = {name: turn(ready) for name, ready in sessions.items()}
-  found = timing.time_in_turns(turns, rounds, calls)
-  return {name: statistics.median(seconds) for name, seconds in found.items()}
+  return timing.time_in_turns(turns, rounds, calls)

@@ -2,19 +2,19 @@
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 
 from repjax.cache import keep_every_program
-from repjax.deploy.devices import PlacedTree
+from repjax.deploy import gpu
+from repjax.deploy.devices import PlacedTree, checked_devices
 from repjax.deploy.streams import PlacedStreams, device_groups
 from repjax.devices import need_devices
 from repjax.errors import InputError, unknown
-from repjax.inference import inference
+from repjax.inference import checked_dtype, inference
 from repjax.schema import MisfitError, items, shown, whole
 from repjax.spec import Preprocessing
 
@@ -34,6 +34,7 @@ class CompiledModel:
     image_size: (height, width) in pixels.
     input_dtype: dtype of the images.
     plans: batch size to `BatchPlan`, which says how the batch runs and what was measured.
+    programs: batch size to the compiled program, whose `start` returns results on the devices.
   """
 
   def __init__(
@@ -61,12 +62,12 @@ class CompiledModel:
     need_devices()
     self.batch_sizes = _checked_batch_sizes(batch_sizes)
     self.image_size, self.input_dtype = image_size, np.dtype(input_dtype)
-    self.plans, self._programs = {}, {}
+    self.plans, self.programs = {}, {}
     placed = place(tree, devices)
     with keep_every_program():
       for size in self.batch_sizes:
         batch = jax.ShapeDtypeStruct((size, *image_size, 3), self.input_dtype)
-        self._programs[size], self.plans[size] = placed.program(function, batch)
+        self.programs[size], self.plans[size] = placed.program(function, batch)
 
   def __call__(self, images: np.ndarray | jax.Array) -> Any:
     """Computes the model's result for a batch of images.
@@ -93,7 +94,7 @@ class CompiledModel:
     # before the one before it is finished keeps the devices busy while the host copies results.
     for start in range(0, max(count, 1), largest):
       batch = images[start : start + largest] if count > largest else images
-      program = self._programs[next(size for size in self.batch_sizes if size >= len(batch))]
+      program = self.programs[next(size for size in self.batch_sizes if size >= len(batch))]
       unfinished.append(functools.partial(program.finish, program.start(batch), len(batch)))
       if len(unfinished) == _IN_FLIGHT:
         results.append(unfinished.popleft()())
@@ -131,8 +132,8 @@ class CompiledModel:
 
 
 def compile(  # noqa: A001
-  model: nn.Module,
-  variables: Mapping[str, Any],
+  model: Any,
+  variables: Any,
   *,
   image_size: int | tuple[int, int],
   dtype: jax.typing.DTypeLike = "float32",
@@ -141,9 +142,14 @@ def compile(  # noqa: A001
   preprocessing: Preprocessing | None = None,
   probabilities: bool = False,
   tune: bool = True,
+  fuse: bool = True,
   parallel: str = "data",
+  cuda_graphs: bool = False,
 ) -> CompiledModel:
   """Compiles a model's deploy form ahead of time; calls of the result compile nothing.
+
+  The model may also be a function `function(params, images)` of any library, or what `repjax.fuse`
+  returned, with the parameters that its `fold` returned.
 
   Compiled programs are kept on disk, so that the next process with the same model loads them. The
   folder is `jax_compilation_cache_dir`, by default in the user's cache folder. With
@@ -151,11 +157,13 @@ def compile(  # noqa: A001
   is taken; `CompiledModel.plans` says which.
 
   Args:
-    model: the model in either form; a training form is re-parameterized first.
-    variables: variables of the model.
+    model: the model in either form; a training form is re-parameterized first. Or a function of
+      parameters and of images (N, H, W, 3), in inference mode; or a fused function.
+    variables: variables of the model, or parameters of the function.
     image_size: pixels, one number or (height, width).
     dtype: "float32", "bfloat16" or "float16", the dtype of the computation. Parameters are cast
-      once, after they are folded. Results are float32.
+      once, after they are folded. Results are float32. A function gets parameters and images of
+      this dtype. A fused function takes the dtype for which it was made.
     batch_sizes: batch sizes to compile for. Batches of other sizes are padded, see `CompiledModel`.
     devices: devices of this process; None takes all.
     preprocessing: preprocessing of the model's ModelSpec, to take uint8 images and to compile their
@@ -167,16 +175,22 @@ def compile(  # noqa: A001
       rounding; each layer has at most about twice the rounding error. The parameters of 3x3
       convolutions may take four times the memory, and twice that if batch sizes differ in what is
       fastest. False: every convolution is XLA's.
+    fuse: merges norms and branches of a module or function that is not a deploy form of repjax, by
+      `repjax.fuse`, and prints one line about what was merged. Planning and checking take seconds
+      for a network of 50 layers. Results then differ by rounding. False: every operation stays.
     parallel: "data": a batch runs on one device, or is split over all of them. "streams", for
       ParNet: every stream has its own device. With k times as many devices as streams, the batch is
       split over k groups and padded to a multiple of k. `critical_path` says what bounds the speed.
+    cuda_graphs: on NVIDIA GPUs, puts convolutions into CUDA graphs, so that a network is one launch
+      and small batches wait less for the host. Off, since no measurement has proven it yet.
 
   Returns:
     A function of images (N, H, W, 3).
 
   Raises:
-    InputError: a dtype, batch size or device cannot be used; the variables do not fit the model; or
-      the model has no deploy form. With "streams": the model has no streams, or the number of
+    InputError: a dtype, batch size or device cannot be used; the variables do not fit the model;
+      the model has no deploy form; or a function cannot be traced, or returns something else than a
+      row for each image. With "streams": the model has no streams, or the number of
       devices is not a multiple of the number of streams.
 
   Example:
@@ -199,8 +213,11 @@ def compile(  # noqa: A001
       dtype=dtype,
       preprocessing=preprocessing,
       probabilities=probabilities,
+      fuse=fuse and not in_streams,
     )
   place = functools.partial(PlacedStreams, found.network) if in_streams else PlacedTree
+  gpu.warn_of_dtype(checked_devices(devices)[0], checked_dtype(dtype))
+  options = gpu.GRAPHS if cuda_graphs else {}
   return CompiledModel(
     found.run if in_streams else found.function,
     found.tree,
@@ -208,7 +225,7 @@ def compile(  # noqa: A001
     input_dtype=np.float32 if preprocessing is None else np.uint8,
     batch_sizes=batch_sizes,
     devices=devices,
-    place=functools.partial(place, tune=tune),
+    place=functools.partial(place, tune=tune, options=options),
   )
 
 

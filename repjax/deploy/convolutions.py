@@ -21,6 +21,7 @@ import numpy as np
 
 from repjax.deploy import winograd
 
+_IN_ORDER = (0, 1, 2, 3)
 _MOST_ROW_NUMBERS = 2**27
 """The most numbers that `matmul` may gather, 512 MiB in float32: more need too much memory."""
 
@@ -29,13 +30,15 @@ class Convolution(NamedTuple):
   """The shapes and options of one convolution, without its numbers.
 
   Attributes:
-    images: shape (N, H, W, C) of the input.
-    kernel: shape (h, w, C / groups, O) of the kernel.
+    images: sizes (N, H, W, C) of the input, in this order for any layout.
+    kernel: sizes (h, w, C / groups, O) of the kernel, in this order for any layout.
     strides: (vertical, horizontal).
     padding: rows and columns of zeros, ((above, below), (left, right)).
     dilation: dilation of the kernel, (vertical, horizontal).
     groups: number of channel groups.
     dtype: dtype of the input, the kernel and the result.
+    image_axes: places of N, H, W and C in the input and in the result.
+    kernel_axes: places of h, w, C / groups and O in the kernel.
   """
 
   images: tuple[int, ...]
@@ -45,6 +48,18 @@ class Convolution(NamedTuple):
   dilation: tuple[int, int]
   groups: int
   dtype: str
+  image_axes: tuple[int, ...] = _IN_ORDER
+  kernel_axes: tuple[int, ...] = _IN_ORDER
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of the input."""
+    return tuple(self.images[place] for place in np.argsort(self.image_axes))
+
+  @property
+  def kernel_shape(self) -> tuple[int, ...]:
+    """The shape of the kernel."""
+    return tuple(self.kernel[place] for place in np.argsort(self.kernel_axes))
 
 
 class Algorithm(NamedTuple):
@@ -53,7 +68,8 @@ class Algorithm(NamedTuple):
   Attributes:
     suits: tells whether the algorithm can compute a Convolution.
     prepare: turns a kernel into the form that `compute` takes; done once, ahead of time.
-    compute: maps images (N, H, W, C) and a prepared kernel to (N, H', W', O), without the bias.
+    compute: maps images and a prepared kernel to the result, without the bias. Images, kernel and
+      result have the layout of the Convolution.
   """
 
   suits: Callable[[Convolution], bool]
@@ -62,6 +78,8 @@ class Algorithm(NamedTuple):
 
 
 def _direct(x: jax.Array, kernel: jax.Array, conv: Convolution) -> jax.Array:
+  n, h, w, c = conv.image_axes
+  first, second, i, o = conv.kernel_axes
   return jax.lax.conv_general_dilated(
     x,
     kernel,
@@ -69,8 +87,25 @@ def _direct(x: jax.Array, kernel: jax.Array, conv: Convolution) -> jax.Array:
     conv.padding,
     rhs_dilation=conv.dilation,
     feature_group_count=conv.groups,
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    dimension_numbers=jax.lax.ConvDimensionNumbers(
+      (n, c, h, w), (o, i, first, second), (n, c, h, w)
+    ),
   )
+
+
+def _channels_last(algorithm: Algorithm) -> Algorithm:
+  """Returns an algorithm for every layout, made from one for (N, H, W, C) and (h, w, I, O)."""
+
+  def prepare(kernel: np.ndarray, conv: Convolution) -> np.ndarray:
+    return algorithm.prepare(kernel.transpose(conv.kernel_axes), conv)
+
+  def compute(x: jax.Array, kernel: jax.Array, conv: Convolution) -> jax.Array:
+    if conv.image_axes == _IN_ORDER:
+      return algorithm.compute(x, kernel, conv)
+    y = algorithm.compute(x.transpose(conv.image_axes), kernel, conv)
+    return y.transpose(np.argsort(conv.image_axes))
+
+  return Algorithm(algorithm.suits, prepare, compute)
 
 
 def _group_kernel(kernel: np.ndarray, groups: int) -> np.ndarray:
@@ -137,12 +172,12 @@ def _winograd(tile: int) -> Algorithm:
     groups = _split_channels(x, conv.groups)
     return _join_channels(winograd.convolve(groups, kernel, conv.padding, tile))
 
-  return Algorithm(_suits_winograd, prepare, compute)
+  return _channels_last(Algorithm(_suits_winograd, prepare, compute))
 
 
 ALGORITHMS: dict[str, Algorithm] = {
   "direct": Algorithm(lambda conv: True, lambda kernel, conv: kernel, _direct),
-  "matmul": Algorithm(_suits_matmul, _prepare_matmul, _matmul),
+  "matmul": _channels_last(Algorithm(_suits_matmul, _prepare_matmul, _matmul)),
   "winograd2": _winograd(2),
   "winograd4": _winograd(4),
 }

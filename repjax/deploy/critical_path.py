@@ -120,7 +120,7 @@ def critical_path(
     )
   if rounds < 1:
     raise InputError(f"rounds must be 1 or more, got {rounds}")
-  program = compiled._programs[size]
+  program = compiled.programs[size]
   if not isinstance(program, StreamsProgram):
     raise InputError(
       'this model is not compiled in streams and has no pieces; compile it with parallel="streams"'

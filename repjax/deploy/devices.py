@@ -1,4 +1,4 @@
-"""Runs batches on one device, or on all devices by `jax.pmap`; see also `streams`.
+"""Runs batches on one device, or splits them over all devices; see also `streams`.
 
 A batch that runs on D devices is padded to a multiple of D. Several devices are not always faster:
 distributing images and collecting results can cost more than the devices save. Each batch size is
@@ -17,10 +17,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from repjax.cache import recall, remember
-from repjax.deploy.rewrite import Function
+from repjax.deploy.layouts import lay_out, trace
 from repjax.deploy.tuning import CHUNK, machine, make_tuner
 from repjax.deploy.xla import compile_lowered, planned_bytes
 from repjax.errors import InputError
+from repjax.functions import Function
 
 _AXIS = "batch"
 _ROUNDS = 3
@@ -50,8 +51,8 @@ class BatchPlan(NamedTuple):
       Empty if there was only one, or if the fastest was known from an earlier measurement.
     compile_seconds: seconds to compile all arrangements; little if the programs were on disk.
     memory: bytes that XLA plans for a device, parameters included; None if XLA does not say.
-    convolutions: scope's path to name of the algorithm, for convolutions that XLA does not compute;
-      see `repjax.deploy.convolutions`.
+    convolutions: scope of the kernel to name of the algorithm, for convolutions that XLA does not
+      compute; see `repjax.deploy.convolutions`.
   """
 
   devices: int
@@ -69,7 +70,7 @@ class BatchProgram:
   Attributes:
     arrangement: how many devices take part, and how many images each computes at once.
     images: number of images that run; smaller batches are padded.
-    convolutions: scope's path to name of the algorithm, where it is not XLA's convolution.
+    convolutions: scope of the kernel to name of the algorithm, where it is not XLA's convolution.
     memory: bytes that XLA plans for a device; None if XLA does not say.
   """
 
@@ -95,16 +96,15 @@ class BatchProgram:
       at_once = jax.ShapeDtypeStruct((chunk, *batch.shape[1:]), batch.dtype)
       function, tree, self.convolutions = placed.tuner(function, at_once)
     function = _in_chunks(function, chunk)
-    if count == 1:
-      self._tree, self._sharding = placed.on_first(tree), placed.one
-      self._shape = (self.images, *batch.shape[1:])
-      mapped = jax.jit(function)
-    else:
-      self._tree, self._sharding = tree, placed.split
-      self._shape = (count, self.images // count, *batch.shape[1:])
-      mapped = jax.pmap(function, _AXIS, in_axes=(None, 0), devices=placed.devices)
-    shape = jax.ShapeDtypeStruct(self._shape, batch.dtype, sharding=self._sharding)
-    self._executable = compile_lowered(mapped.lower(self._tree, shape), placed.devices[0])
+    alone = count == 1
+    self._sharding = placed.one if alone else placed.split
+    shape = jax.ShapeDtypeStruct(
+      (self.images, *batch.shape[1:]), batch.dtype, sharding=self._sharding
+    )
+    traced = trace(function, tree, shape, placed.one if alone else placed.whole)
+    self._executable = compile_lowered(traced.lower(), placed.devices[0], placed.options)
+    tree = placed.lay_out(tree, self._executable)
+    self._tree = placed.on_first(tree) if alone else tree
     self.memory = planned_bytes(self._executable)
 
   def start(self, images: Any) -> Any:
@@ -113,18 +113,15 @@ class BatchProgram:
     Args:
       images: (n, H, W, 3) with n at most the program's number of images.
     """
+    if self.arrangement.devices > 1:
+      # JAX would compile a program to split an array on one device over several devices.
+      images = np.asarray(images)
     images = pad_images(images, self.images)
-    if images.shape != self._shape:
-      images = np.asarray(images).reshape(self._shape)  # (D, N / D, H, W, 3)
     return self._executable(self._tree, jax.device_put(images, self._sharding))
 
   def finish(self, results: Any, count: int) -> Any:
     """Waits for results and returns the first `count` rows of each, on the host."""
-    return jax.tree.map(lambda rows: self._join_devices(np.asarray(rows))[:count], results)
-
-  def _join_devices(self, rows: np.ndarray) -> np.ndarray:
-    """Joins the rows of all devices (D, N / D, ...) to (N, ...)."""
-    return rows if self.arrangement.devices == 1 else rows.reshape(-1, *rows.shape[2:])
+    return jax.tree.map(lambda rows: np.asarray(rows)[:count], results)
 
 
 class PlacedTree:
@@ -133,18 +130,27 @@ class PlacedTree:
   Attributes:
     devices: devices of this process.
     one: sharding of arrays on the first device.
+    whole: sharding of arrays that all devices hold whole.
     split: sharding of arrays whose first axis is split over all devices.
-    tree: the tree on all devices.
+    tree: the tree on all devices, in the layouts of the program that was compiled last.
     tuner: chooses how convolutions are computed; None leaves every convolution to XLA.
+    options: options of XLA besides those that suit the devices.
   """
 
-  def __init__(self, tree: Any, devices: Sequence[Any] | None = None, tune: bool = False):
+  def __init__(
+    self,
+    tree: Any,
+    devices: Sequence[Any] | None = None,
+    tune: bool = False,
+    options: Mapping[str, Any] | None = None,
+  ):
     """Copies the tree.
 
     Args:
       tree: the arrays.
       devices: devices of this process; None takes all.
       tune: choose the fastest algorithm for each convolution; no effect except on CPUs.
+      options: options of XLA besides those that suit the devices.
 
     Raises:
       InputError: there are no devices, or a device is given twice, or the devices are of several
@@ -153,10 +159,20 @@ class PlacedTree:
     self.devices = checked_devices(devices)
     mesh = Mesh(np.array(self.devices), (_AXIS,))
     self.one = SingleDeviceSharding(self.devices[0])
+    self.whole = NamedSharding(mesh, PartitionSpec())
     self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
-    copy_to_all = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
+    self.options = options or {}
+    copy_to_all = functools.partial(jax.device_put, device=self.whole)
     self.tree = copy_to_all(tree)
     self.tuner = make_tuner(self.tree, self.devices[0], copy_to_all, tune)
+
+  def lay_out(self, tree: Any, executable: Any) -> Any:
+    """Returns a tree on all devices in the layouts that an executable wants."""
+    laid = lay_out(tree, executable)
+    if self.tuner is None:
+      # Programs for several batch sizes mostly want the same layouts, and then share the arrays.
+      self.tree = laid
+    return laid
 
   def on_first(self, tree: Any) -> Any:
     """Returns the first device's copy of a tree that is on all devices, without copying it."""
@@ -183,9 +199,13 @@ class PlacedTree:
     fastest = min(programs, key=lambda program: seconds.get(program.arrangement, 0))
     if self.tuner is not None and seconds:
       remember(question, [*fastest.arrangement])
-    algorithms = by_joined_path(fastest.convolutions)
     return fastest, BatchPlan(
-      *fastest.arrangement, fastest.images, seconds, compile_seconds, fastest.memory, algorithms
+      *fastest.arrangement,
+      fastest.images,
+      seconds,
+      compile_seconds,
+      fastest.memory,
+      fastest.convolutions,
     )
 
   def _question(self, batch: jax.ShapeDtypeStruct) -> str:
@@ -239,11 +259,6 @@ def time_programs(
       program.finish(program.start(noise), len(noise))
       times[program.arrangement].append(time.perf_counter() - start)
   return {arrangement: statistics.median(row[1:]) for arrangement, row in times.items()}
-
-
-def by_joined_path(choices: Mapping[tuple[str, ...], str]) -> dict[str, str]:
-  """Returns the same dictionary with each path joined to one string by "/"."""
-  return {"/".join(path): name for path, name in choices.items()}
 
 
 def pad_images(images: Any, count: int) -> Any:

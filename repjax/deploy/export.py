@@ -6,19 +6,21 @@ An exported folder:
     model.stablehlo   the program without its parameters, for any batch size and several platforms
     model.onnx        or this: the program with its parameters, for any batch size
     params/           the parameters, in the program's dtype
-    model.json        the ModelSpec; `repjax.load` and `repjax.deploy.Predictor` take the folder too
+    model.json        the ModelSpec; `repjax.load` and `repjax.deploy.Predictor` take the folder,
+                      but not that of a function, which has no ModelSpec
     export.json       what the program takes and returns, and for how long it can be read
                       (StableHLO) or how it compares with JAX (ONNX)
 """
 
+import dataclasses
 import importlib.metadata
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 
 from repjax import disk, names, runs
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
@@ -31,19 +33,22 @@ from repjax.deploy.stablehlo import (
 )
 from repjax.devices import need_devices
 from repjax.errors import InputError, unknown
+from repjax.functions import Function
 from repjax.inference import checked_dtype, inference
 from repjax.onnx import of_function, written_dtype
 from repjax.onnx.check import checked
 from repjax.onnx.proto import OPSET
-from repjax.spec import ModelSpec
+from repjax.spec import ModelSpec, Preprocessing
+from repjax.trees import is_key, leaf_name
 
 FORMATS = ("stablehlo", "onnx")
+_PLAIN_NAME = re.compile(r"\w[\w.~-]{0,200}", re.ASCII)
 
 
 def export(
-  model: nn.Module,
-  variables: Mapping[str, Any],
-  spec: ModelSpec,
+  model: Any,
+  variables: Any,
+  spec: ModelSpec | Preprocessing,
   folder: str | os.PathLike[str],
   *,
   format: str = "stablehlo",  # noqa: A002
@@ -61,9 +66,10 @@ def export(
 
   Args:
     model: the model in either form, as `repjax.load` returns it; a training form is
-      re-parameterized first.
-    variables: variables of the model.
-    spec: ModelSpec of the model.
+      re-parameterized first. Or a function or a fused function, as in `repjax.deploy.compile`.
+    variables: variables of the model, or parameters of the function.
+    spec: ModelSpec of the model. For a model that is not one of `repjax.list_models`, its
+      Preprocessing: the folder then has no model.json.
     folder: the folder to write, which must not exist yet.
     format: "stablehlo" or "onnx".
     dtype: as in `repjax.deploy.compile`, or in `repjax.onnx.to_onnx`.
@@ -90,24 +96,30 @@ def export(
     if platform not in PLATFORMS:
       raise unknown("platform", platform, PLATFORMS)
   dtype = _written_dtype(format, dtype)
-  size = spec.preprocessing.image_size
-  function, tree, *_ = inference(
+  known = isinstance(spec, ModelSpec)
+  preprocessing = spec.preprocessing if known else spec
+  size = preprocessing.image_size
+  function, tree, _, network = inference(
     model,
     variables,
     image_size=size,
     dtype=dtype,
-    preprocessing=spec.preprocessing if normalize else None,
+    preprocessing=preprocessing if normalize else None,
     probabilities=probabilities,
   )
+  if not known or [*tree] != ["params"]:
+    function, tree = _with_named_leaves(function, tree)
   input_dtype = np.dtype(np.uint8 if normalize else dtype if format == "onnx" else np.float32)
   facts = {
     "format": format,
     "dtype": dtype.name,
     "image_size": size,
     "input": input_dtype.name,
-    "output": _output(model, probabilities),
+    "output": _output(network, probabilities),
     "jax": jax.__version__,
   }
+  if not known:
+    facts["preprocessing"] = dataclasses.asdict(preprocessing)
   if format == "onnx":
     program = of_function(function, tree, size, input_dtype, probabilities).SerializeToString()
     facts |= {"opset": OPSET, "checked": checked(program, function, tree, size)}
@@ -115,15 +127,52 @@ def export(
     program = serialize(function, tree, size, input_dtype, platforms)
     facts |= {"platforms": list(platforms), "note": PROMISE}
   name = (runs.onnx_file if format == "onnx" else runs.stablehlo_file)(path).name
-  runs.write_export(path, {name: program}, spec=spec.to_json(), facts=facts, params=tree["params"])
+  runs.write_export(
+    path,
+    {name: program},
+    spec=spec.to_json() if known else None,
+    facts=facts,
+    params=tree["params"],
+  )
   return facts
 
 
-def _output(model: nn.Module, probabilities: bool) -> str:
+def _output(network: Any, probabilities: bool) -> str:
   """Names what the program returns."""
-  if getattr(model, "features_only", False):
+  if getattr(network, "features_only", False):
     return "feature maps"
+  if network is None and not probabilities:
+    return "results"  # A function may return anything.
   return "probabilities" if probabilities else "logits"
+
+
+def _with_named_leaves(function: Function, tree: Any) -> tuple[Function, dict[str, Any]]:
+  """Returns a function of {"params": arrays by name} instead of a tree of any kind, and this tree.
+
+  Only dictionaries can be read back without the library that made the tree. The names are those of
+  the leaves, or numbers where these cannot be names of folders. Random keys become numbers.
+  """
+  paths = jax.tree_util.tree_leaves_with_path(tree)
+  structure = jax.tree.structure(tree)
+  keys = [leaf_name(path).replace("/", ".") for path, _ in paths]
+  if len(set(keys)) < len(keys) or not all(map(_PLAIN_NAME.fullmatch, keys)):
+    keys = [f"{place:05}" for place in range(len(keys))]
+
+  kinds = [jax.random.key_impl(leaf) if is_key(leaf) else None for _, leaf in paths]
+  arrays = [
+    leaf if kind is None else jax.random.key_data(leaf) for (_, leaf), kind in zip(paths, kinds)
+  ]
+
+  def named(named: Any, images: jax.Array) -> Any:
+    leaves = [
+      named["params"][key]
+      if kind is None
+      else jax.random.wrap_key_data(named["params"][key], impl=kind)
+      for key, kind in zip(keys, kinds)
+    ]
+    return function(structure.unflatten(leaves), images)
+
+  return named, {"params": dict(zip(keys, arrays))}
 
 
 def _written_dtype(format: str, dtype: jax.typing.DTypeLike) -> np.dtype:  # noqa: A002

@@ -16,7 +16,7 @@ from repjax.cache import keep_every_program
 from repjax.deploy.compile import BATCH_SIZES, compile  # noqa: A004
 from repjax.devices import need_devices
 from repjax.errors import InputError, printable
-from repjax.spec import load
+from repjax.spec import ModelSpec, Preprocessing, load
 
 if TYPE_CHECKING:
   from PIL.Image import Image as PillowImage
@@ -32,11 +32,14 @@ Images may have any size. A Pillow image is turned as its EXIF asks for, as a fi
 class Predictor:
   """A classifier in deploy form, loaded from a folder together with its preprocessing.
 
+  `Predictor.of` makes one of a model or function that no folder holds.
+
   Images are decoded, resized and cropped on the host, in threads, exactly as in evaluation. They
   are normalized on the device.
 
   Attributes:
-    spec: ModelSpec of the model.
+    spec: ModelSpec of the model; None for a model that no folder holds.
+    preprocessing: steps from images to the input of the model.
     labels: the name of each class, or its number if the folder has no names.
     program: the `CompiledModel`, a function of uint8 images (N, S, S, 3) to probabilities (N, K).
 
@@ -71,20 +74,71 @@ class Predictor:
     """
     need_devices()
     with keep_every_program():  # `load` folds a run without a deploy folder, which compiles too.
-      model, variables, self.spec = load(workdir, verify=verify)
-    self.program = compile(
+      model, variables, spec = load(workdir, verify=verify)
+    self.spec: ModelSpec | None = spec
+    self._compile(
       model,
       variables,
-      image_size=self.spec.preprocessing.image_size,
+      spec.preprocessing,
       dtype=dtype,
       batch_sizes=batch_sizes,
       devices=devices,
-      preprocessing=self.spec.preprocessing,
-      probabilities=True,
       tune=tune,
     )
-    names = self.spec.class_names or map(str, range(self.spec.num_classes))
-    self.labels = tuple(names)
+    self.labels = tuple(spec.class_names or map(str, range(spec.num_classes)))
+
+  @classmethod
+  def of(
+    cls,
+    model: Any,
+    variables: Any,
+    preprocessing: Preprocessing,
+    class_names: Sequence[str] = (),
+    **settings: Any,
+  ) -> "Predictor":
+    """Returns the predictor of a model that no folder holds, such as a function of any library.
+
+    Args:
+      model: as in `compile`: a module, a function of parameters and images, or a fused function.
+        It returns logits (N, K).
+      variables: variables of the model, or parameters of the function.
+      preprocessing: steps from images to the input of the model.
+      class_names: the name of each class; empty: classes have numbers.
+      **settings: `dtype`, `batch_sizes`, `devices`, `tune` and `fuse`, as in `compile`.
+
+    Raises:
+      InputError: the model does not return logits, there is not one name for each class, or
+        `compile` refuses an argument.
+
+    Example:
+      predictor = repjax.deploy.Predictor.of(fused, small, repjax.spec.Preprocessing(224, 256))
+    """
+    made = cls.__new__(cls)
+    made.spec = None
+    made._compile(model, variables, preprocessing, **settings)
+    size = preprocessing.image_size
+    (count,) = made.program(np.zeros((1, size, size, 3), np.uint8)).shape[1:]
+    if len(class_names) not in (0, count):
+      raise InputError(
+        f"class_names has {len(class_names):,} names, and the model has {count:,} classes. Give a "
+        "name for each class, or none"
+      )
+    made.labels = tuple(class_names or map(str, range(count)))
+    return made
+
+  def _compile(
+    self, model: Any, variables: Any, preprocessing: Preprocessing, **settings: Any
+  ) -> None:
+    """Compiles the model to a function of uint8 images that returns probabilities."""
+    self.preprocessing = preprocessing
+    self.program = compile(
+      model,
+      variables,
+      image_size=preprocessing.image_size,
+      preprocessing=preprocessing,
+      probabilities=True,
+      **settings,
+    )
 
   def __call__(self, images: Image | Iterable[Image]) -> np.ndarray:
     """Computes the class probabilities of images.
@@ -101,7 +155,7 @@ class Predictor:
     need_devices()
     with ThreadPoolExecutor(_threads()) as threads:
       squares = list(threads.map(self.read, _several(images)))
-    size = self.spec.preprocessing.image_size
+    size = self.preprocessing.image_size
     return self.program(np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8))
 
   def top(self, images: Image | Iterable[Image], k: int = 5) -> list[list[tuple[str, float]]]:
@@ -166,7 +220,7 @@ class Predictor:
     from repjax.data import transforms
     from repjax.data.decode import Picture, image_errors
 
-    how = self.spec.preprocessing
+    how = self.preprocessing
     name = name_of(image)
     with image_errors(name):
       if isinstance(image, bytes | bytearray | memoryview):
@@ -237,8 +291,26 @@ def _check_pixels(image: np.ndarray) -> None:
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
     raise InputError(
       f"an image's pixels must be uint8 (H, W, 3), red first, got {image.dtype} {image.shape}. "
-      "Make a grey image (H, W) fit with np.repeat(grey[..., None], 3, 2)."
+      + " ".join(_ways_to_pixels(image))
     )
+
+
+def _ways_to_pixels(image: np.ndarray) -> list[str]:
+  """Returns what makes uint8 (H, W, 3) of an array, in the order in which to apply it."""
+  ways = []
+  if np.issubdtype(image.dtype, np.floating):
+    ways.append("From numbers of 0 to 1: image = np.rint(255 * image).astype(np.uint8).")
+  elif image.dtype != np.uint8:
+    ways.append("From numbers of 0 to 255: image = image.astype(np.uint8).")
+  if image.ndim == 2:
+    ways.append("From grey (H, W): image = np.repeat(image[..., None], 3, 2).")
+  elif image.ndim == 3 and image.shape[2] == 1:
+    ways.append("From grey (H, W, 1): image = np.repeat(image, 3, 2).")
+  elif image.ndim == 3 and image.shape[2] == 4:
+    ways.append("From RGBA: image = image[..., :3].")
+  elif image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
+    ways.append("From (3, H, W): image = image.transpose(1, 2, 0).")
+  return ways
 
 
 def _is_pillows(image: Any) -> bool:

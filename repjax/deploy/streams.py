@@ -38,11 +38,12 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from repjax.deploy.devices import BatchPlan, by_joined_path, checked_devices, pad_images
-from repjax.deploy.rewrite import Function
+from repjax.deploy.devices import BatchPlan, checked_devices, pad_images
+from repjax.deploy.layouts import lay_out, share, trace
 from repjax.deploy.tuning import Tuner, make_tuner
 from repjax.deploy.xla import compile_lowered, planned_bytes
 from repjax.errors import InputError
+from repjax.functions import Function
 from repjax.models.base import StreamScope
 
 _AXIS = "batch"  # name of the axis over the k devices of one stream
@@ -184,7 +185,7 @@ class StreamsProgram:
       padded.
     batch: shape (N, H, W, 3) and dtype of the padded batch.
     pieces: compiled pieces, in an order in which they can run.
-    convolutions: path of a scope to the name of the algorithm that computes its convolution. XLA
+    convolutions: scope of a kernel to the name of the algorithm that computes its convolution. XLA
       computes the convolutions that are not listed.
   """
 
@@ -202,7 +203,7 @@ class StreamsProgram:
     self.batch = jax.ShapeDtypeStruct((self.images, *batch.shape[1:]), batch.dtype)
     self._outputs, self._splits = placed.outputs, groups > 1
     self.pieces: list[CompiledPiece] = []
-    self.convolutions: dict[tuple[str, ...], str] = {}
+    self.convolutions: dict[str, str] = {}
     # Shapes of the whole batch's maps, by name. The dictionary grows piece by piece: tracing a
     # piece gives the shapes of its outputs, which later pieces read.
     maps = {"images": self.batch}
@@ -214,12 +215,12 @@ class StreamsProgram:
       function = _piece_function(run, piece)
       if tuner is not None:
         # One device computes the share of one group, and algorithms are chosen for this size.
-        shares = {name: _share(shape, groups) for name, shape in inputs.items()}
-        function, tree, choices = tuner(function, shares)
+        function, tree, choices = tuner(function, jax.tree.map(share, inputs))
         self.convolutions |= choices
-      traced = _split_over_groups(function, sharding).trace(tree, inputs)
+      traced = trace(function, tree, inputs, NamedSharding(sharding.mesh, PartitionSpec()))
       maps |= traced.out_info
-      executable = compile_lowered(traced.lower(), placed.groups[0, 0])
+      executable = compile_lowered(traced.lower(), placed.groups[0, 0], placed.options)
+      tree = lay_out(tree, executable)
       self.pieces.append(CompiledPiece(piece, sharding, tree, executable))
 
   @property
@@ -274,10 +275,16 @@ class PlacedStreams:
     groups: array (k, S) of devices: k groups of S devices, one device for each stream.
     outputs: outputs of the network: a tree with names of scopes in the place of their maps.
     pieces: pieces with their variables on devices, in an order in which they can run.
+    options: options of XLA besides those that suit the devices.
   """
 
   def __init__(
-    self, network: Any, tree: Any, devices: Sequence[Any] | None = None, tune: bool = False
+    self,
+    network: Any,
+    tree: Any,
+    devices: Sequence[Any] | None = None,
+    tune: bool = False,
+    options: Mapping[str, Any] | None = None,
   ):
     """Cuts the network into pieces and copies the variables of each to its devices.
 
@@ -286,10 +293,12 @@ class PlacedStreams:
       tree: variables of the network.
       devices: devices of this process; None takes all.
       tune: choose the fastest algorithm for each convolution; no effect except on CPUs.
+      options: options of XLA besides those that suit the devices.
 
     Raises:
       InputError: as in `device_groups`.
     """
+    self.options = options or {}
     self.outputs = network.outputs
     self.groups = device_groups(network, devices)
     self.pieces = []
@@ -331,7 +340,7 @@ class PlacedStreams:
       seconds={},
       compile_seconds=time.perf_counter() - start,
       memory=program.memory,
-      convolutions=by_joined_path(program.convolutions),
+      convolutions=program.convolutions,
     )
 
 
@@ -382,31 +391,3 @@ def _piece_function(run: Callable[..., Any], piece: Piece) -> Function:
     return {scope: made[scope] for scope in piece.makes}
 
   return function
-
-
-def _share(maps: jax.ShapeDtypeStruct, groups: int) -> jax.ShapeDtypeStruct:
-  """Returns the shape and dtype of the share of a batch of maps that one group computes."""
-  return jax.ShapeDtypeStruct((maps.shape[0] // groups, *maps.shape[1:]), maps.dtype)
-
-
-def _split_over_groups(function: Function, sharding: NamedSharding) -> Any:
-  """Returns a jitted function that runs on all devices of a stream, each on its group's share.
-
-  Args:
-    function: function of variables and of maps by name, for the share of one group.
-    sharding: sharding of the maps, whose mesh holds the devices of the stream.
-
-  Returns:
-    A function of variables, whole on each device, and of maps, split along the batch. It returns
-    maps split in the same way.
-  """
-  split = PartitionSpec(_AXIS)
-  each = jax.shard_map(
-    function,
-    mesh=sharding.mesh,
-    in_specs=(PartitionSpec(), split),
-    out_specs=split,
-    # The check refuses a scan whose carry starts equal on all devices and later differs.
-    check_vma=False,
-  )
-  return jax.jit(each, out_shardings=sharding)

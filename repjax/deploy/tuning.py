@@ -21,15 +21,15 @@ import numpy as np
 from repjax.cache import recall, remember
 from repjax.deploy.convolutions import ALGORITHMS, Convolution, suitable
 from repjax.deploy.rewrite import (
-  Function,
-  ScopePath,
   computed_by,
   convolutions_in,
   kernel_of,
   prepare_kernel,
+  scope_of,
   with_kernels,
 )
 from repjax.deploy.xla import compile_lowered
+from repjax.functions import Function
 
 CHUNK = 4
 """The largest number of images to measure with. What is fastest for these is so for more images."""
@@ -45,12 +45,12 @@ class Tuned(NamedTuple):
   Attributes:
     function: a function of `tree` and of inputs.
     tree: parameters, with kernels prepared for the algorithms.
-    choices: path of a scope to name of an algorithm, where it is not "direct".
+    choices: scope of a convolution to name of its algorithm, where it is not "direct".
   """
 
   function: Function
   tree: Any
-  choices: Mapping[ScopePath, str]
+  choices: Mapping[str, str]
 
 
 class Tuner:
@@ -69,7 +69,7 @@ class Tuner:
       place: copies an array to all of the tree's devices.
     """
     self._tree, self._device, self._place = tree, device, place
-    self._kernels: dict[tuple[ScopePath, str], jax.Array] = {}
+    self._kernels: dict[tuple[str, str], jax.Array] = {}
 
   def __call__(self, function: Function, inputs: Any) -> Tuned:
     """Chooses an algorithm for each convolution of a function, for one batch size.
@@ -84,14 +84,15 @@ class Tuner:
     )
     found = convolutions_in(function, self._tree, few)
     names = fastest(found.values(), self._device)
-    choices = {path: names[conv] for path, conv in found.items() if names[conv] != "direct"}
-    for path, name in choices.items():
-      if (path, name) not in self._kernels:
-        kernel = prepare_kernel(kernel_of(self._tree, path), name, found[path])
-        self._kernels[path, name] = self._place(kernel)
-    kernels = {path: self._kernels[path, name] for path, name in choices.items()}
+    choices = {leaf: names[conv] for leaf, conv in found.items() if names[conv] != "direct"}
+    for leaf, name in choices.items():
+      if (leaf, name) not in self._kernels:
+        kernel = prepare_kernel(kernel_of(self._tree, leaf), name, found[leaf])
+        self._kernels[leaf, name] = self._place(kernel)
+    kernels = {leaf: self._kernels[leaf, name] for leaf, name in choices.items()}
     tree = with_kernels(self._tree, kernels)
-    return Tuned(computed_by(function, choices, found), tree, choices)
+    rewritten = computed_by(function, self._tree, choices, found)
+    return Tuned(rewritten, tree, {scope_of(leaf): name for leaf, name in choices.items()})
 
 
 def make_tuner(
@@ -142,9 +143,9 @@ def time_algorithms(conv: Convolution, names: Iterable[str], device: Any) -> dic
     Name to seconds in each round.
   """
   rng = np.random.default_rng(0)
-  x = jax.device_put(rng.standard_normal(conv.images).astype(conv.dtype), device)
+  x = jax.device_put(rng.standard_normal(conv.shape).astype(conv.dtype), device)
   bias = jnp.zeros(conv.kernel[-1:], conv.dtype, device=device)
-  kernel = rng.standard_normal(conv.kernel)
+  kernel = rng.standard_normal(conv.kernel_shape)
   runs = {}
   for name in names:
     algorithm = ALGORITHMS[name]
@@ -162,7 +163,9 @@ def time_algorithms(conv: Convolution, names: Iterable[str], device: Any) -> dic
 
 def _layer(name: str, conv: Convolution, x: Any, kernel: Any, bias: Any) -> jax.Array:
   """Computes a layer as a network has it: XLA merges bias and ReLU into some algorithms only."""
-  return jax.nn.relu(ALGORITHMS[name].compute(x, kernel, conv) + bias.reshape(1, 1, 1, -1))
+  shape = [1, 1, 1, 1]
+  shape[conv.image_axes[3]] = -1
+  return jax.nn.relu(ALGORITHMS[name].compute(x, kernel, conv) + bias.reshape(shape))
 
 
 def _measure_fastest(conv: Convolution, device: Any) -> str:
@@ -178,7 +181,9 @@ def _measure_fastest(conv: Convolution, device: Any) -> str:
 
 def _question(conv: Convolution, device: Any) -> str:
   """Returns a text with everything that decides which algorithm is fastest."""
-  return f"the fastest of {suitable(conv)} for {tuple(conv)} on {machine(device)}"
+  # Answers are older than layouts: what has the usual one is asked without it.
+  asked = tuple(conv) if conv != conv[:7] + Convolution(*conv[:7])[7:] else conv[:7]
+  return f"the fastest of {suitable(conv)} for {asked} on {machine(device)}"
 
 
 def machine(device: Any) -> str:

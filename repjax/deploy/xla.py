@@ -1,5 +1,6 @@
 """Compiles programs by XLA with the options that suit inference."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,20 +17,26 @@ of them give NaN.
 """
 
 
-def compile_lowered(lowered: Any, device: Any) -> Any:
+def compile_lowered(lowered: Any, device: Any, options: Mapping[str, Any] | None = None) -> Any:
   """Compiles a lowered program with the options that suit a device.
 
-  A version of XLA that does not know an option compiles without all of them.
+  A version of XLA that does not know an option of CPU_OPTIONS compiles without these.
+
+  Args:
+    lowered: the program.
+    device: a device that the program is for.
+    options: further options.
   """
+  options = dict(options or {})
   if device.platform != "cpu":
-    return lowered.compile()
+    return lowered.compile(compiler_options=options or None)
   try:
-    return lowered.compile(compiler_options=CPU_OPTIONS)
+    return lowered.compile(compiler_options=options | CPU_OPTIONS)
   except (jax.errors.JaxRuntimeError, ValueError) as error:
     # Only an error about an option is forgiven; any other error of the compiler stays an error.
     if not any(name in str(error) for name in CPU_OPTIONS):
       raise
-    return lowered.compile()
+    return lowered.compile(compiler_options=options)
 
 
 def planned_bytes(executable: Any) -> int | None:

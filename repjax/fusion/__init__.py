@@ -15,18 +15,18 @@ original equation stays.
 
 Files, in the order in which a function passes them:
   fused         traces, plans each shape once, checks, folds and calls
-  planning      meets equations in order, decides what merges and where values are computed
-  parameters, expressions    what depends on parameters alone, to be evaluated later
-  arithmetic, products, views, channels, picks    rules: which equations are affine, by kind
-  contracting, contractions, layouts, tiles    the same for products over several axes
-  scans         the bodies of loops
-  values, vectors, windows    sums of terms; how a term reads its source along each axis
-  choice, cost  which steps are put into which, and which terms become one product
+  planning      meets equations in order, decides what is computed and where
+  expressions   what depends on parameters alone, to be evaluated by the fold
+  values, windows    sums of terms; how a term reads its source along each axis
+  arithmetic, pixels, layouts, products    rules: which equations are affine, by kind
+  bodies        loops and choices, whose programs are fused like functions
+  choice        which steps are put into which, and which terms become one product
   composition, kernels    puts one step into the next; the algebra of their kernels
-  emission, contracted, execution    sums and products as instructions, and how they run
+  merges        sums as instructions, and how they run
   plan          instructions and stored arrays: what runs
-  agreement, checks    plans of several shapes; plans against the original equations
-  report, counts    what was merged, what was left alone and why
+  checks        plans against the original equations, and against plans of different shapes
+  report        what was merged, what was left alone and why, and what products cost
+  saving        folders of folded parameters
 """
 
 from collections.abc import Callable, Sequence

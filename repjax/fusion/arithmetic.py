@@ -1,7 +1,11 @@
-"""Rules for arithmetic: which equations between values are affine, and what they become.
+"""Rules for arithmetic and for channels: which equations are affine, and what they become.
 
 A rule takes an equation and its operands. It returns the result as a sum of terms, or None where
 the result is not affine in the operands. It raises `Refusal` where a reader should be told why.
+
+Where a convolution is among the parts of a concatenation, the concatenation stays a sum: each term
+says at which channel of the value it starts. A norm after the concatenation then merges into all
+convolutions, and a convolution after it may merge with each of them.
 """
 
 import dataclasses
@@ -9,21 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
-from repjax.fusion.expressions import Expression, Expressions, derived
-from repjax.fusion.values import (
-  Affine,
-  Node,
-  Refusal,
-  added,
-  affine_of,
-  scaled,
-  shifted,
-  with_channel,
-)
-from repjax.fusion.vectors import widened
-from repjax.program import Equation
+from repjax.fusion import kernels
+from repjax.fusion.expressions import Expression, Expressions, reshaped
+from repjax.fusion.kernels import inverse, opposite, widened
+from repjax.fusion.values import Affine, Border, Node, Refusal, added, affine_of, negated
 
 Operand = Node | Expression
 
@@ -34,22 +28,26 @@ class Given:
 
   Attributes:
     equation: the equation.
+    shape: of the result.
     table: the table of expressions.
     operands: nodes, and expressions of what depends on parameters alone.
     compact: the same without the length of axes that a broadcast made.
     precise: the same before the program rounded parameters to a narrower dtype.
+    moved: the hidden nodes of moved values, by what they are.
   """
 
-  equation: Equation
+  equation: Any
+  shape: tuple[int, ...]
   table: Expressions
   operands: Sequence[Operand]
   compact: Sequence[Operand]
   precise: Sequence[Operand]
+  moved: dict[Any, Node]
 
   @property
-  def shape(self) -> tuple[int, ...]:
-    """The shape of the result."""
-    return tuple(self.equation.outputs[0].aval.shape)
+  def dtype(self) -> Any:
+    """The dtype of the result."""
+    return self.equation.outputs[0].aval.dtype
 
   @property
   def params(self) -> Any:
@@ -62,20 +60,15 @@ class Given:
     return operand if isinstance(operand, Node) else None
 
 
-Rule = Callable[[Given], Affine | None]
+Rule = Callable[[Given], Any]
+"""Returns an `Affine`, or a `Layout` (see `layouts`), or None."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sides:
-  """An operation of a node and a number or vector."""
+def _sides(given: Given) -> tuple[Affine, Expression, bool] | None:
+  """Returns the operands of an operation of a node and a number or vector, None for two nodes.
 
-  affine: Affine
-  vector: Expression
-  node_first: bool
-
-
-def _sides(given: Given) -> _Sides | None:
-  """Returns the operands of an operation of a node and an expression, None for two nodes."""
+  The last result tells if the node comes first.
+  """
   first = isinstance(given.operands[0], Node)
   node, other = given.operands[not first], given.compact[first]
   if not isinstance(node, Node) or not isinstance(other, Expression):
@@ -83,9 +76,7 @@ def _sides(given: Given) -> _Sides | None:
   if node.shape != given.shape:
     raise Refusal(f"a value {node.shape} that is broadcast to {given.shape}")
   axis, vector = _vector(other, given.shape)
-  affine = with_channel(affine_of(node), axis)
-  affine = dataclasses.replace(affine, equations=affine.equations | {given.equation})
-  return _Sides(affine, vector, first)
+  return affine_of(node).with_channel(axis).replacing(given.equation), vector, first
 
 
 def _vector(value: Expression, shape: tuple[int, ...]) -> tuple[int | None, Expression]:
@@ -96,63 +87,22 @@ def _vector(value: Expression, shape: tuple[int, ...]) -> tuple[int | None, Expr
   """
   long = [axis for axis, size in enumerate(value.shape) if size != 1]
   if not long:
-    return None, derived(_reshaped, widened(value), shape=())
+    return None, reshaped(widened(value), shape=())
   if len(long) > 1 or len(value.shape) != len(shape):
     raise Refusal(f"a value {value.shape} that varies along several axes")
-  return long[0], derived(_reshaped, widened(value), shape=(-1,))
-
-
-def _reshaped(value: Any, shape: tuple[int, ...]) -> Any:
-  return value.reshape(shape)
-
-
-def inverse(value: Any) -> Any:
-  """Returns 1 / value."""
-  return jnp.reciprocal(value)
-
-
-def opposite(value: Any) -> Any:
-  """Returns -value."""
-  return jnp.negative(value)
+  return long[0], reshaped(widened(value), shape=(-1,))
 
 
 def multiply(given: Given) -> Affine | None:
   """Applies the rule of a product: a scale."""
-  sides = None if _is_mean(given) else _sides(given)
-  return None if sides is None else scaled(sides.affine, sides.vector)
+  sides = _sides(given)
+  return None if sides is None else sides[0].scaled(sides[1])
 
 
 def divide(given: Given) -> Affine | None:
   """Applies the rule of a quotient: a scale by the inverse."""
-  if given.node(1) is not None or _is_mean(given):
-    return None
-  sides = _sides(given)
-  return None if sides is None else scaled(sides.affine, derived(inverse, sides.vector))
-
-
-def _is_mean(given: Given) -> bool:
-  """Checks if a sum over pixels is divided by a number, which depends on the size of the input.
-
-  A kernel that held the number would not be the same at all sizes.
-  """
-  for operand, other in zip(given.operands, reversed(given.operands)):
-    if isinstance(operand, Node) and isinstance(other, Expression) and not other.leaves:
-      return _sums_over_all(operand)
-  return False
-
-
-def _sums_over_all(node: Node) -> bool:
-  affine = affine_of(node)
-  if affine.is_view and affine.terms[0].source is not node:
-    return _sums_over_all(affine.terms[0].source)
-  if node.equation is not None and node.equation.primitive == "reduce_sum":
-    return node.affine is None
-  pools = [term for term in affine.terms if term.sums]
-  return any(
-    window.taps > 1 and window.taps >= size
-    for term in pools
-    for window, size in zip(term.windows, term.source.shape)
-  )
+  sides = None if given.node(1) is not None else _sides(given)
+  return None if sides is None else sides[0].scaled(inverse(sides[1]))
 
 
 def add(given: Given) -> Affine | None:
@@ -171,31 +121,23 @@ def _sum(given: Given, negative: bool) -> Affine | None:
     if first.shape != second.shape:
       return None
     other = affine_of(second)
-    total = added(affine_of(first), negated(other, given.table) if negative else other)
-    return dataclasses.replace(total, equations=total.equations | {given.equation})
+    total = added(affine_of(first), negated(other) if negative else other)
+    return total.replacing(given.equation)
   sides = _sides(given)
   if sides is None:
     return None
-  affine, vector = sides.affine, sides.vector
-  if negative and sides.node_first:
-    vector = derived(opposite, vector)
+  affine, vector, node_first = sides
+  if negative and node_first:
+    vector = opposite(vector)
   elif negative:
-    affine = negated(affine, given.table)
-  return shifted(affine, vector)
-
-
-def negated(affine: Affine, table: Expressions) -> Affine:
-  """Returns the sum times -1."""
-  return scaled(affine, table.constant(np.float32(-1)))
+    affine = negated(affine)
+  return affine.shifted(vector)
 
 
 def negate(given: Given) -> Affine | None:
   """Applies the rule of a negative."""
   node = given.node()
-  if node is None:
-    return None
-  affine = negated(affine_of(node), given.table)
-  return dataclasses.replace(affine, equations=affine.equations | {given.equation})
+  return None if node is None else negated(affine_of(node)).replacing(given.equation)
 
 
 def convert(given: Given) -> Affine | None:
@@ -224,7 +166,51 @@ def copy(given: Given) -> Affine | None:
   return None if node is None else affine_of(node)
 
 
-RULES: dict[str, Rule] = {
+def concatenate(given: Given) -> Affine | None:
+  """Applies the rule of a concatenation: parts at different channels."""
+  axis = given.params["dimension"]
+  parts = [affine_of(each) for each in given.operands if isinstance(each, Node)]
+  if len(parts) < len(given.operands) or not any(part.has_kernel for part in parts):
+    return None
+  total, start = Affine(given.shape, (), channel=axis), 0
+  for part in parts:
+    total = total.joined(part.with_channel(axis).at_channels(start, given.shape[axis]))
+    start += part.shape[axis]
+  return total.replacing(given.equation)
+
+
+def cut_channels(given: Given) -> Affine | None:
+  """Applies the rule of a slice of the channels of a product."""
+  node, params = given.node(), given.params
+  affine = None if node is None else node.affine
+  if node is None or affine is None or not affine.has_kernel:
+    return None
+  changed = [axis for axis, size in enumerate(given.shape) if size != node.shape[axis]]
+  if changed != [affine.channel] or params["strides"] not in (None, (1,) * len(given.shape)):
+    return None
+  start = params["start_indices"][changed[0]]
+  stop = start + given.shape[changed[0]]
+  if len(affine.segments()) > 1 or any(
+    term.kernel is None or term.groups > 1 for term in affine.terms
+  ):
+    raise Refusal("a cut through channels of groups, of a source or of a concatenation")
+
+  def part(value: Expression) -> Expression:
+    return kernels.channels(value, start=start, stop=stop)
+
+  terms = [dataclasses.replace(each, kernel=part(each.kernel)) for each in affine.terms]  # type: ignore[arg-type]
+  cut = Affine(
+    given.shape,
+    tuple(terms),
+    affine.bias and part(affine.bias),
+    tuple(Border(part(border.kernel), border.windows) for border in affine.borders),
+    affine.channel,
+    affine.equations,
+  )
+  return cut.replacing(given.equation)
+
+
+ELEMENTWISE: dict[str, Rule] = {
   "add": add,
   "add_any": add,
   "convert_element_type": convert,

@@ -1,7 +1,7 @@
-"""Checks of a plan: each merge against the equations that it replaces, on random numbers."""
+"""Checks of plans, on random numbers: merges against equations, and plans against each other."""
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,9 @@ import numpy as np
 
 from repjax.algebra import wide_dtype
 from repjax.errors import InputError
-from repjax.fusion.expressions import Expression, evaluate
-from repjax.fusion.plan import Instruction, Plan, constant_array
-from repjax.program import Constant, Equation, Variable
+from repjax.fusion.expressions import evaluate
+from repjax.fusion.plan import Instruction, Plan, read
+from repjax.program import Equation
 
 _TOLERANCE = {8: 1e-9, 4: 1e-3, 2: 0.1}
 """Largest relative error of a merge, by the bytes of a number. Mistakes make errors near 1."""
@@ -52,21 +52,27 @@ def check(plan: Plan, equations: Sequence[Equation]) -> None:
     InputError: a merge computes something different. The text names its parameters.
   """
   made = {output for each in equations for output in each.outputs}
-  merges = {
-    each.outputs[0]: each for each in plan.instructions if each.merged and each.outputs[0] in made
-  }
+  merges = [each for each in plan.instructions if each.merged and each.outputs[0] in made]
   if not merges:
     return
-  found = _measured(plan, equations, merges)
+  makers = {each.outputs[0]: each for each in plan.instructions if each.merged}
   names = {expression: name for name, expression in plan.stored.items()}
-  for error, merge in zip(found, merges.values()):
+  for error, merge in zip(_measured(plan, equations, merges), merges):
     if not error <= _tolerance(merge):
-      read = [names[each] for each in merge.inputs if each in names]
+      read = [names[each] for each in _inputs(merge, makers, made) if each in names]
       raise InputError(
         f"fuse made a mistake in the scope {merge.scope!r}: on random parameters the merged layer "
         f"differs from the function by {error:.1e} of the largest value, from the parameters "
         f"{', '.join(read)}. Please report the function, and leave this part out of `fuse`"
       )
+
+
+def _inputs(merge: Instruction, makers: Mapping[Any, Instruction], made: Container[Any]) -> list:
+  """Returns what an instruction reads, and what makes each value that the program lacks reads."""
+  inputs = []
+  for each in merge.inputs:
+    inputs += _inputs(makers[each], makers, made) if each in makers and each not in made else [each]
+  return inputs
 
 
 def _tolerance(merge: Instruction) -> float:
@@ -77,7 +83,7 @@ def _tolerance(merge: Instruction) -> float:
 
 
 def _measured(
-  plan: Plan, equations: Sequence[Equation], merges: Mapping[Variable, Instruction]
+  plan: Plan, equations: Sequence[Equation], merges: Sequence[Instruction]
 ) -> list[float]:
   """Returns the relative error of each merge on random numbers."""
   shapes = [jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in plan.program.inputs]
@@ -94,40 +100,30 @@ def _measured(
 
 
 def _errors(
-  plan: Plan,
-  equations: Sequence[Equation],
-  merges: Mapping[Variable, Instruction],
-  inputs: Sequence[Any],
-):
+  plan: Plan, equations: Sequence[Equation], merges: Sequence[Instruction], inputs: Sequence[Any]
+) -> list[Any]:
   """Returns the relative error of each merge, in order."""
-  values: dict[Any, Any] = dict(zip(plan.program.inputs, inputs))
   leaves = [
     None if variable in plan.arguments else array
     for variable, array in zip(plan.program.inputs, inputs)
   ]
-  stored = [
-    each for merge in merges.values() for each in merge.inputs if isinstance(each, Expression)
-  ]
-  values.update(zip(stored, evaluate(stored, leaves)))
-  makers = {each.outputs[0]: each for each in plan.instructions if each.outputs}
-  found = {}
+  values: dict[Any, Any] = dict(zip(plan.program.inputs, inputs))
+  values.update(zip(plan.stored.values(), plan.fold(leaves).values()))
+  values.update(plan.constants)
   for equation in equations:
-    results = equation.run(*(_read(values, each) for each in equation.inputs))
+    results = equation.run(*(read(values, each) for each in equation.inputs))
     values.update(zip(equation.outputs, results))
-    merge = merges.get(equation.outputs[0]) if equation.outputs else None
-    if merge is not None:
-      for each in merge.inputs:
-        if isinstance(each, Variable) and each not in values:  # picked pixels of a value
-          maker = makers[each]
-          values.update(zip(maker.outputs, maker.step.run(values[maker.inputs[0]])))
-      made = merge.step.run(*(_read(values, each) for each in merge.inputs))
-      errors = [relative_error(mine, wanted) for mine, wanted in zip(made, results)]
-      found[equation.outputs[0]] = jnp.max(jnp.stack(errors))
-  return [found[variable] for variable in merges]
-
-
-def _read(values: Mapping[Any, Any], given: Any) -> Any:
-  return constant_array(given) if isinstance(given, Constant) else values[given]
+  # Values that the program does not have, such as picked pixels, follow from those that it has.
+  errors = []
+  for each in plan.instructions:
+    if each.merged:
+      made = each.step.run(*(read(values, given) for given in each.inputs))
+      if each in merges:
+        pairs = zip(made, (values[output] for output in each.outputs))
+        errors.append(jnp.max(jnp.stack([relative_error(mine, wanted) for mine, wanted in pairs])))
+      else:
+        values.update(zip(each.outputs, made))
+  return errors
 
 
 def relative_error(result: Any, wanted: Any) -> Any:
@@ -170,3 +166,50 @@ def _is_statistic(equation: Equation, moving: Container[Any]) -> bool:
     return False
   rank, axes = len(equation.inputs[0].aval.shape), equation.params["axes"]
   return rank >= 2 and 0 in axes and len(axes) == rank - 1
+
+
+def differing(first: Plan, second: Plan, avals: Sequence[Any]) -> list[str]:
+  """Returns the names of stored arrays that two plans do not fold in the same way.
+
+  Plans share a table of expressions, so that equal folds are the same object. Where two folds of
+  one shape are written differently, they are compared on random parameters.
+
+  Args:
+    first, second: plans of one function.
+    avals: shapes and dtypes of the parameters.
+  """
+  one, two = first.stored, second.stored
+  names = [name for name in {**one, **two} if one.get(name) is not two.get(name)]
+  lost = [name for name in names if name not in one or name not in two]
+  lost += [
+    name
+    for name in names
+    if name not in lost and (one[name].shape, one[name].dtype) != (two[name].shape, two[name].dtype)
+  ]
+  rest = [name for name in names if name not in lost]
+  if not rest:
+    return lost
+  with jax.ensure_compile_time_eval():
+    leaves = [random_array(aval, seed) for seed, aval in enumerate(avals)]
+    ours = evaluate([one[name] for name in rest], leaves)
+    theirs = evaluate([two[name] for name in rest], leaves)
+    return lost + [name for name, a, b in zip(rest, ours, theirs) if not _close(a, b)]
+
+
+def _close(first: Any, second: Any) -> bool:
+  first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+  return bool(np.allclose(first, second, rtol=1e-4, atol=1e-5 * np.abs(first).max(initial=0)))
+
+
+def kept_apart(plan: Plan, equations: Sequence[Equation], names: Iterable[str]) -> frozenset[int]:
+  """Returns the places of the equations whose merges read some of the stored arrays."""
+  made = {output for each in equations for output in each.outputs}
+  reached: set[Any] = {plan.stored[name] for name in names if name in plan.stored}
+  outputs = set()
+  for each in plan.instructions:
+    if each.merged and reached & {*each.inputs}:
+      outputs |= {*each.outputs} & made
+      reached |= {*each.outputs} - made  # values that the program does not have
+  return frozenset(
+    place for place, equation in enumerate(equations) if outputs & {*equation.outputs}
+  )

@@ -9,41 +9,69 @@ these zeros.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from repjax.fusion import kernels
 from repjax.fusion.expressions import Expression
-from repjax.fusion.values import NEW, Affine, Border, Refusal, Term, part_of, scaled_term, segments
-from repjax.fusion.vectors import times, widened
+from repjax.fusion.kernels import times
+from repjax.fusion.values import NEW, Affine, Border, Node, Refusal, Term, part_of, scaled_term
 from repjax.fusion.windows import Window
 
 
-def composed(term: Term, inner: Affine, shape: tuple[int, ...], table: Any) -> Affine:
+def substituted(affine: Affine, inner: Node) -> Affine:
+  """Returns a sum with what a node is made of in place of the node.
+
+  Raises:
+    Refusal: that is not exact at every size.
+  """
+  assert inner.affine is not None
+  terms: list[Term] = []
+  total = dataclasses.replace(affine, terms=())
+  for term in affine.terms:
+    if term.source is not inner:
+      terms.append(term)
+      continue
+    part = composed(term, inner.affine, affine.shape)
+    terms += part.terms
+    part = dataclasses.replace(part, terms=())
+    if affine.channel is not None and term.features is not None:
+      start, length = term.start, affine.shape[affine.channel]
+      part = _shrunk(part, affine.channel, term.features).at_channels(start, length)
+    total = total.joined(part)
+  # The channels of all terms lie along one axis of the value.
+  channel = total.channel
+  return dataclasses.replace(total, terms=tuple(terms), channel=None).with_channel(channel)
+
+
+def _shrunk(part: Affine, channel: int, features: int) -> Affine:
+  """Returns a sum without terms as one of fewer channels, those that its shift and borders have."""
+  shape = (*part.shape[:channel], features, *part.shape[channel + 1 :])
+  return dataclasses.replace(part, shape=shape, channel=channel)
+
+
+def composed(term: Term, inner: Affine, shape: tuple[int, ...]) -> Affine:
   """Returns a term as a sum over the sources of its source.
 
   Args:
     term: to be replaced.
     inner: what the source of the term is, a sum of terms.
     shape: shape of the value that the term adds to.
-    table: the table of expressions.
 
   Raises:
     Refusal: the two do not merge into one step, or not at every size or without loss.
   """
-  term = _with_known_channel(term, inner, table)
-  for each in inner.terms:
-    _check_dtypes(term, each, inner)
-  terms = tuple(_composed_term(term, each, inner, table) for each in inner.terms)
+  term = _with_known_channel(term, inner)
+  terms = tuple(_composed_term(term, each, inner) for each in inner.terms)
   channel = None if term.channel is None else term.view.index(term.channel)
-  result = Affine(shape, terms, channel=channel, equations=inner.equations)
-  result = _with_shift(result, term, inner)
   borders = tuple(_moved_border(border, term, inner) for border in inner.borders)
-  return dataclasses.replace(result, borders=result.borders + borders)
+  result = Affine(shape, terms, None, borders, channel, inner.equations)
+  return _with_shift(result, term, inner)
 
 
-def _with_known_channel(term: Term, inner: Affine, table: Any) -> Term:
+def _with_known_channel(term: Term, inner: Affine) -> Term:
   """Takes the channels of the inner sum over, and gives a sum over neighbours a kernel."""
   if None not in (term.channel, inner.channel) and term.channel != inner.channel:
     raise Refusal("the channels of its input lie along a different axis")
@@ -52,14 +80,33 @@ def _with_known_channel(term: Term, inner: Affine, table: Any) -> Term:
     raise Refusal("channels that are padded or cut")
   if channel is not None and channel not in term.view:
     raise Refusal("channels that are summed away")
-  if channel is None and len(segments(inner)) > 1:
+  if channel is None and len(inner.segments()) > 1:
     raise Refusal("channels that are concatenated")
   term = dataclasses.replace(term, channel=channel)
   if term.sums and any(each.kernel is not None or each.sums for each in inner.terms):
     if channel is None:
       raise Refusal("a sum over neighbours after a sum over neighbours")
-    term = kernels.with_kernel(term, table)
+    return term.with_kernel()
   return term
+
+
+def _composed_term(term: Term, each: Term, inner: Affine) -> Term:
+  """Returns the term over one of the inner terms."""
+  _check_dtypes(term, each, inner)
+  each = dataclasses.replace(each, channel=_joint_channel(term, each))
+  joint = dataclasses.replace(
+    each,
+    view=tuple(None if axis is None else each.view[axis] for axis in term.view),
+    windows=_joint_windows(term, each, inner),
+    batch=_joint_batch(term, each),
+    settings=term.settings or each.settings,
+    names=tuple(name for name in each.names + term.names if name != "identity") or ("identity",),
+    dtype=_joint_dtype(term, each),
+    start=term.start + (each.start if term.kernel is None else 0),
+  )
+  if term.kernel is not None:
+    return _with_joint_kernel(joint, term, each, inner)
+  return joint if term.scale is None else scaled_term(joint, part_of(term.scale, each))
 
 
 def _check_dtypes(term: Term, each: Term, inner: Affine) -> None:
@@ -72,36 +119,17 @@ def _check_dtypes(term: Term, each: Term, inner: Affine) -> None:
     raise Refusal(f"a shift in {origin} before a product in {term.dtype} would be rounded")
 
 
-def _composed_term(term: Term, each: Term, inner: Affine, table: Any) -> Term:
-  """Returns the term over one of the inner terms."""
-  windows = _joint_windows(term, each, inner)
-  channel = _joint_channel(term, each)
-  each = dataclasses.replace(each, channel=channel)
-  joint = dataclasses.replace(
-    each,
-    view=tuple(None if axis is None else each.view[axis] for axis in term.view),
-    windows=windows,
-    batch=_joint_batch(term, each),
-    settings=term.settings or each.settings,
-    names=_joint_names(term, each),
-    dtype=_joint_dtype(term, each),
-    start=term.start + (each.start if term.kernel is None else 0),
-  )
-  if term.kernel is not None:
-    return _with_joint_kernel(joint, term, each, inner, table)
-  return joint if term.scale is None else scaled_term(joint, part_of(term.scale, each))
-
-
 def _joint_channel(term: Term, each: Term) -> int | None:
   """Returns the axis of the inner term's source that holds the term's channels."""
   if term.channel is None:
     return None
   channel = each.view[term.channel]
-  refusal = Refusal("the channels of its input are padded, cut or of length 1")
-  if channel is None or each.channel not in (None, channel):
-    raise refusal
-  if not each.windows[channel].plain(each.source.shape[channel]):
-    raise refusal
+  if (
+    channel is None
+    or each.channel not in (None, channel)
+    or not each.windows[channel].plain(each.source.shape[channel])
+  ):
+    raise Refusal("the channels of its input are padded, cut or of length 1")
   return channel
 
 
@@ -117,7 +145,7 @@ def _joint_windows(term: Term, each: Term, inner: Affine) -> tuple[Window, ...]:
         raise Refusal("taps along an axis of length 1")
       continue
     first, inputs = each.windows[place], each.source.shape[place]
-    padded = second.spread != 1 or max(second.padding(inner.shape[axis])) > 0
+    padded = max(second.padding(inner.shape[axis])) > 0
     if padded and second.spread == 1 and not first.zero_outside(inputs, inner.shape[axis]):
       raise Refusal("padding between two steps, the first of which reads beyond the border")
     joint = first.then(second)
@@ -129,17 +157,10 @@ def _joint_windows(term: Term, each: Term, inner: Affine) -> tuple[Window, ...]:
 
 def _joint_batch(term: Term, each: Term) -> int | None:
   """Returns the batch axis of the term as an axis of the inner term's source."""
-  if each.batch is not None and each.batch != NEW:
-    return each.batch
-  if term.batch is None:
+  if each.batch not in (None, NEW) or term.batch is None:
     return each.batch
   place = None if term.batch == NEW else each.view[term.batch]
   return NEW if place is None else place
-
-
-def _joint_names(term: Term, each: Term) -> tuple[str, ...]:
-  names = tuple(name for name in each.names + term.names if name != "identity")
-  return names or ("identity",)
 
 
 def _joint_dtype(term: Term, each: Term) -> Any:
@@ -151,101 +172,79 @@ def _joint_dtype(term: Term, each: Term) -> Any:
   return min(term.dtype, each.dtype, key=lambda dtype: dtype.itemsize)
 
 
-def _with_joint_kernel(joint: Term, term: Term, each: Term, inner: Affine, table: Any) -> Term:
+def _with_joint_kernel(joint: Term, term: Term, each: Term, inner: Affine) -> Term:
   """Returns the joint term with the kernel of the inner term and then the term's kernel."""
-  kernel, groups = _on_source(term, each), term.groups
-  features = each.features
+  assert term.kernel is not None
   assert term.channel is not None
-  assert features is not None
-  if features != inner.shape[term.channel]:
+  assert each.features is not None
+  axes = each.others
+  place = {source: axis for axis, source in enumerate(each.view) if source is not None}
+  second = [term.windows[place[axis]] if axis in place else Window(1) for axis in axes]
+  kernel, groups = _taps_along(term.kernel, term, [place.get(axis) for axis in axes]), term.groups
+  if each.features != inner.shape[term.channel]:
     if groups != 1:
       raise Refusal("a grouped convolution of channels that are concatenated")
-    kernel = kernels.input_rows(kernel, each.start, each.start + features)
+    kernel = kernels.input_rows(kernel, start=each.start, stop=each.start + each.features)
   if each.kernel is None and not each.sums:
-    kernel = kernel if each.scale is None else kernels.input_scaled(kernel, each.scale, groups)
+    if each.scale is not None:
+      kernel = kernels.input_scaled(kernel, each.scale, groups=groups)
     return dataclasses.replace(joint, kernel=kernel, scale=None, groups=groups)
-  each = kernels.with_kernel(each, table)
+  each = each.with_kernel()
   fewer = math.gcd(each.groups, groups)
-  first = kernels.kernel_of(each, fewer, table)
-  second = kernels.regrouped(widened(kernel), groups, fewer)
-  axes = each.others
-  windows = (
-    [each.windows[axis] for axis in axes],
-    _windows_on_source(term, each),
-    [joint.windows[axis] for axis in axes],
-  )
-  kernel = kernels.chained(first, second, fewer, windows)
+  windows = [
+    (each.windows[axis], window, joint.windows[axis]) for axis, window in zip(axes, second)
+  ]
+  last = kernels.regrouped(kernels.widened(kernel), groups, fewer)
+  kernel = kernels.chained(each.kernel_in(fewer), last, fewer, windows)
   return dataclasses.replace(joint, kernel=kernel, scale=None, groups=fewer)
 
 
-def _windows_on_source(term: Term, each: Term) -> list[Window]:
-  """Returns the term's windows along the axes, besides the channels, of the inner term's source."""
-  place = {source: axis for axis, source in enumerate(each.view) if source is not None}
-  return [term.windows[place[axis]] if axis in place else Window(1) for axis in each.others]
-
-
-def _on_source(term: Term, each: Term) -> Expression:
-  """Returns the term's kernel with taps along the axes of the inner term's source."""
-  assert term.kernel is not None
+def _taps_along(kernel: Expression, term: Term, axes: Sequence[int | None]) -> Expression:
+  """Returns a kernel or a map of taps with its taps along axes of the term's source, 1 for None."""
   order = {axis: place for place, axis in enumerate(term.others)}
-  view = [(source, axis) for axis, source in enumerate(each.view) if source is not None]
-  place = {source: order[axis] for source, axis in view if axis in order}
-  first = [place[axis] for axis in each.others if axis in place]
-  rest = [at for at in range(len(order)) if at not in first]
-  taps = [window.taps for window in _windows_on_source(term, each)]
-  return kernels.rearranged(term.kernel, [*first, *rest], taps)
+  first = [order[axis] for axis in axes if axis is not None]
+  rest = [place for place in range(len(order)) if place not in first]
+  taps = [1 if axis is None else term.windows[axis].taps for axis in axes]
+  return kernels.rearranged(kernel, [*first, *rest], taps)
 
 
 def _with_shift(result: Affine, term: Term, inner: Affine) -> Affine:
   """Adds what the term makes of the inner sum's shift."""
   if inner.bias is None:
     return result
-  lengths = zip(term.windows, inner.shape)
-  uniform = all(window.uniform(inputs) for window, inputs in lengths)
+  uniform = all(map(Window.uniform, term.windows, inner.shape))
   if term.kernel is None:
     if not uniform:
       raise Refusal("a shift before padding")
     count = math.prod(window.taps for window in term.windows)
     bias = inner.bias if term.scale is None else times(inner.bias, term.scale)
     bias = bias if count == 1 else times(bias, bias.table.constant(np.asarray(count, bias.dtype)))
-    return dataclasses.replace(result, bias=bias)
-  by_tap = kernels.shift_by_tap(term.kernel, inner.bias, term.groups)
+    return result.shifted(bias)
+  by_tap = kernels.shift_by_tap(kernels.input_scaled(term.kernel, inner.bias, groups=term.groups))
   if uniform:
-    return dataclasses.replace(result, bias=kernels.summed_taps(by_tap))
-  return dataclasses.replace(result, borders=(_border(by_tap, term, inner),))
+    return result.shifted(kernels.summed_taps(by_tap))
+  return dataclasses.replace(result, borders=(_border(by_tap, term, inner), *result.borders))
 
 
 def _border(by_tap: Expression, term: Term, inner: Affine) -> Border:
   """Returns the border that a shift makes after a padded convolution."""
   windows = tuple(
     None
-    if axis is None or _is_plain(term, inner, axis)
+    if axis is None or term.windows[axis].plain(inner.shape[axis])
     else (term.windows[axis], inner.shape[axis])
     for axis in term.view
   )
-  order = {axis: place for place, axis in enumerate(term.others)}
-  kept = [order[axis] for axis in term.view if axis is not None and axis != term.channel]
-  rest = [place for place in range(len(order)) if place not in kept]
-  taps = [
-    window[0].taps if window else 1
-    for axis, window in zip(term.view, windows)
-    if axis is None or axis != term.channel
-  ]
-  return Border(kernels.rearranged(by_tap, [*kept, *rest], taps), windows)
-
-
-def _is_plain(term: Term, inner: Affine, axis: int) -> bool:
-  return term.windows[axis].plain(inner.shape[axis])
+  others = [axis for axis in term.view if axis is None or axis != term.channel]
+  return Border(_taps_along(by_tap, term, others), windows)
 
 
 def _moved_border(border: Border, term: Term, inner: Affine) -> Border:
   """Returns a border of the inner sum after the term, which must be pointwise."""
-  pointwise = all(window.plain(inputs) for window, inputs in zip(term.windows, inner.shape))
-  if not pointwise or term.view != tuple(range(len(inner.shape))):
+  if not term.plain or term.view != tuple(range(len(inner.shape))):
     raise Refusal("a second step after a shift before padding")
+  kernel = border.kernel
   if term.kernel is not None:
-    kernel = kernels.pointwise_map(border.kernel, term.kernel, term.groups)
-    return dataclasses.replace(border, kernel=kernel)
-  if term.scale is not None:
-    return dataclasses.replace(border, kernel=times(border.kernel, term.scale))
-  return border
+    kernel = kernels.pointwise_map(kernel, term.kernel_in(1))
+  elif term.scale is not None:
+    kernel = times(kernel, term.scale)
+  return Border(kernel, border.windows)

@@ -2,14 +2,14 @@
 
 A plan is made once, and the fold of a plan runs for any parameters. So a plan computes nothing: it
 writes down how each fused kernel follows from the leaves of the parameter tree. An expression is
-one such computation. `derived` applies a pure function to expressions, and `evaluate` computes
+one such computation. `later` turns a pure function into one of expressions, and `evaluate` computes
 them. A table holds each expression once. Two plans that share a table fold a parameter in the same
 way exactly if both hold the same object.
 
 Example:
   >>> table = Expressions()
   >>> leaf = table.leaf(0, jax.ShapeDtypeStruct((2,), jnp.float32))
-  >>> double = derived(jnp.multiply, leaf, table.constant(np.float32(2)))
+  >>> double = table.derived(jnp.multiply, leaf, table.constant(np.float32(2)))
   >>> evaluate([double], [jnp.ones(2)])
   [Array([2., 2.], dtype=float32)]
 """
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from repjax.program import Equation
+from repjax.program import Equation, Variable
 
 _BYTES = 1 << 20
 """Constants up to this size are compared by content, and larger ones by identity."""
@@ -77,6 +77,7 @@ class Expressions:
 
   def __init__(self):
     self._known: dict[Any, Expression] = {}
+    self._avals: dict[Any, Any] = {}
     self._alive: list[Any] = []
     self._children: dict[Any, Expressions] = {}
 
@@ -133,7 +134,11 @@ class Expressions:
     if key in self._known:
       return self._known[key]
     call = functools.partial(function, **static)
-    aval = jax.eval_shape(call, *(each.aval for each in inputs))
+    # Blocks of a network are alike, and tracing for a shape is most of the time of planning.
+    form = (*key[:2], *((each.shape, each.dtype) for each in inputs))
+    if form not in self._avals:
+      self._avals[form] = jax.eval_shape(call, *(each.aval for each in inputs))
+    aval = self._avals[form]
     leaves = frozenset().union(*(each.leaves for each in inputs))
     return self._entry(key, call, inputs, aval, leaves)
 
@@ -150,9 +155,17 @@ def _pick(place: int, results: Sequence[Any]) -> Any:
   return results[place]
 
 
-def derived(function: Callable[..., Any], *inputs: Expression, **static: Any) -> Expression:
-  """Returns the expression of a function of expressions, see `Expressions.derived`."""
-  return inputs[0].table.derived(function, *inputs, **static)
+def later(function: Callable[..., Any]) -> Callable[..., Expression]:
+  """Turns a function of arrays into the same function of expressions.
+
+  Positional arguments are expressions. Keyword arguments are known now, and have a hash.
+  """
+
+  @functools.wraps(function)
+  def call(*inputs: Expression, **static: Any) -> Expression:
+    return inputs[0].table.derived(function, *inputs, **static)
+
+  return call
 
 
 def evaluate(wanted: Iterable[Expression], leaves: Sequence[Any] | Mapping[int, Any]) -> list[Any]:
@@ -183,3 +196,72 @@ def evaluate(wanted: Iterable[Expression], leaves: Sequence[Any] | Mapping[int, 
     else:
       values[serial] = jnp.asarray(each.value)
   return [values[each.serial] for each in wanted]
+
+
+@later
+def reshaped(value: Any, *, shape: tuple[int, ...]) -> Any:
+  """Returns an array in a shape."""
+  return value.reshape(shape)
+
+
+_MOVES = {"broadcast_in_dim", "reshape", "squeeze", "transpose", "copy", "slice", "rev"}
+"""Primitives that compute the same in any dtype."""
+
+
+@dataclasses.dataclass
+class Parameters:
+  """The expressions of all variables that depend on parameters and constants alone.
+
+  Two more forms of each value are kept for the rules. The compact form leaves axes at length 1 that
+  a broadcast made longer, so that a vector is still seen as a vector. The precise form leaves out
+  casts to a narrower dtype, so that a fused kernel is rounded once, at the end.
+
+  Attributes:
+    table: the table of expressions.
+    values: the expression of each variable.
+    compact: other expressions for variables that broadcasts made longer.
+    precise: other expressions for variables that were rounded.
+    makers: the equation that makes each variable.
+  """
+
+  table: Expressions
+  values: dict[Variable, Expression] = dataclasses.field(default_factory=dict)
+  compact: dict[Variable, Expression] = dataclasses.field(default_factory=dict)
+  precise: dict[Variable, Expression] = dataclasses.field(default_factory=dict)
+  makers: dict[Variable, Equation] = dataclasses.field(default_factory=dict)
+
+  def add(self, equation: Equation, inputs: Sequence[Expression]) -> None:
+    """Notes what an equation computes from expressions."""
+    outputs = self.table.equation(equation, inputs)
+    for variable, expression in zip(equation.outputs, outputs):
+      self.values[variable] = expression
+      self.makers[variable] = equation
+    if equation.primitive == "broadcast_in_dim":
+      self._add_compact(equation, inputs[0])
+    self._add_precise(equation, inputs)
+
+  def _add_compact(self, equation: Equation, value: Expression) -> None:
+    shape = [1] * len(equation.params["shape"])
+    for size, axis in zip(value.shape, equation.params["broadcast_dimensions"]):
+      shape[axis] = size
+    self.compact[equation.outputs[0]] = reshaped(value, shape=tuple(shape))
+
+  def _add_precise(self, equation: Equation, inputs: Sequence[Expression]) -> None:
+    source = equation.inputs[0] if equation.inputs else None
+    before = self.precise.get(source, inputs[0]) if inputs else None  # type: ignore[arg-type]
+    if before is None or not jnp.issubdtype(before.dtype, jnp.floating):
+      return
+    output = equation.outputs[0]
+    if equation.primitive == "convert_element_type":
+      if jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
+        self.precise[output] = before
+    elif equation.primitive in _MOVES and before is not inputs[0]:
+      (self.precise[output],) = self.table.equation(_in_dtype(equation, before), [before])
+
+
+def _in_dtype(equation: Equation, value: Expression) -> Equation:
+  """Returns an equation that only moves numbers, for numbers of a different dtype."""
+  outputs = tuple(
+    Variable(jax.ShapeDtypeStruct(output.aval.shape, value.dtype)) for output in equation.outputs
+  )
+  return dataclasses.replace(equation, outputs=outputs)

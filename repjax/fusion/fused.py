@@ -1,5 +1,7 @@
 """`Fused`, what `repjax.fuse` returns: a function in two parts."""
 
+import copy
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,20 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from repjax.errors import InputError, printable
-from repjax.fusion.agreement import differing, kept_apart
-from repjax.fusion.checks import check, reason_of_training
+from repjax.fusion.checks import check, differing, kept_apart, reason_of_training
 from repjax.fusion.expressions import Expressions
 from repjax.fusion.plan import Plan
 from repjax.fusion.planning import Planner
 from repjax.fusion.report import Report
-from repjax.program import Program, trace
-
-_UNTRACED = (
-  jax.errors.ConcretizationTypeError,
-  jax.errors.NonConcreteBooleanIndexError,
-  jax.errors.TracerArrayConversionError,
-  jax.errors.TracerIntegerConversionError,
-)
+from repjax.fusion.saving import load, save
+from repjax.program import Program, trace, traceable
+from repjax.trees import leaf_name
 
 
 class Fused:
@@ -50,8 +46,8 @@ class Fused:
       )
     self._function, self._growth, self._check = function, growth, check
     paths, self._tree = jax.tree_util.tree_flatten_with_path(params)
-    self._paths = [_name(path) for path, _ in paths]
-    self._avals = [_aval(leaf, f"the parameter {_name(path)}") for path, leaf in paths]
+    self._paths = [leaf_name(path) for path, _ in paths]
+    self._avals = [_aval(leaf, f"the parameter {leaf_name(path)}") for path, leaf in paths]
     self._table = Expressions()
     self._plans: dict[Any, Plan] = {}
     self._first, self.report = self._planned_together(calls)
@@ -102,11 +98,72 @@ class Fused:
     results = plan.call(folded, jax.tree.leaves(args))
     return jax.tree.unflatten(jax.tree.structure(plan.program.results), results)
 
+  @property
+  def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of what `fold` returns, by name."""
+    stored = self._first.stored.items()
+    return {name: jax.ShapeDtypeStruct(each.shape, each.dtype) for name, each in stored}
+
+  @property
+  def arguments(self) -> list[jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of the arrays after the parameters that `fuse` was called with."""
+    avals = [variable.aval for variable in self._first.arguments]
+    return [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+
+  @property
+  def original(self) -> tuple[Callable[..., Any], Any]:
+    """The function that `fuse` was called with, and its parameters as shapes and dtypes."""
+    return self._function, self._tree.unflatten(self._avals)
+
+  def without_checks(self) -> "Fused":
+    """Returns the same fused function, which does not check its plans for further shapes.
+
+    For batches of further sizes: their plans differ from a checked plan in the number of rows
+    alone. A batch size may then also be a symbol of `jax.export`.
+    """
+    other = copy.copy(self)
+    other._check = False
+    return other
+
+  def save(self, folded: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Writes folded parameters into a folder, with a checksum for each file.
+
+    A process that has the function, but not its parameters, goes on from there:
+    `repjax.fuse(function, shapes, images)` and `load`. The folder is replaced as a whole.
+
+    Args:
+      folded: what `fold` returned.
+      folder: the folder to make, or one of an earlier call.
+
+    Raises:
+      InputError: the arrays are not those of `fold`, or the folder cannot be written.
+    """
+    _check_folded(folded, self._first)
+    save(folded, folder)
+
+  def load(self, folder: str | os.PathLike[str], *, verify: bool = True) -> dict[str, jax.Array]:
+    """Reads folded parameters that `save` wrote.
+
+    They are known by their names, shapes and dtypes. Functions that differ in nothing else, such as
+    in an activation, cannot be told apart.
+
+    Args:
+      folder: the folder.
+      verify: compare every file with its checksum, and refuse numbers that are not finite.
+
+    Returns:
+      The arrays that `fold` returned.
+
+    Raises:
+      InputError: the folder is missing or damaged, or holds the parameters of a different function.
+    """
+    return load(self.shapes, folder, verify=verify)
+
   def _planned(self, args: tuple[Any, ...]) -> Plan:
     """Returns the plan for arguments, and makes it if there is none."""
     key = _shapes(args)
     if key not in self._plans:
-      plan, equations, names = self._planned_like_first(args)
+      ((plan, equations, _),), names = self._agreeing([args], self._first)
       if names:
         raise InputError(
           f"arguments of these shapes need different fused parameters than those that fuse was "
@@ -119,43 +176,43 @@ class Fused:
       self._plans[key] = plan
     return self._plans[key]
 
-  def _planned_like_first(self, args: tuple[Any, ...]):
-    """Returns a plan that folds the same parameters as the first, its equations, and what differs.
-
-    What the first plan keeps apart, since it does not hold for all shapes in `also`, is kept apart.
-    """
-    apart: frozenset[int] = frozenset()
-    found: list[str] = []
-    while True:
-      plan, equations, _ = self._plan(args, apart)
-      names = differing(self._first, plan, self._avals)
-      found = found or names
-      more = apart | kept_apart(plan, equations, names)
-      if not names or more == apart:
-        return plan, equations, names and found
-      apart = more
-
   def _planned_together(self, calls: Sequence[tuple[Any, ...]]) -> tuple[Plan, Report]:
     """Plans several calls so that all of them fold the same parameters."""
-    apart: list[frozenset[int]] = [frozenset() for _ in calls]
-    while True:
-      made = [self._plan(args, own) for args, own in zip(calls, apart)]
-      first = made[0][0]
-      names = {name for plan, *_ in made[1:] for name in differing(first, plan, self._avals)}
-      if not names:
-        break
-      more = [own | kept_apart(plan, steps, names) for own, (plan, steps, _) in zip(apart, made)]
-      if more == apart:
-        raise InputError(
-          "no plan holds for all shapes in `also`: the parameters "
-          f"{', '.join(sorted(names)[:3])} are read in different ways. Call fuse for each shape"
-        )
-      apart = more
+    made, names = self._agreeing(calls)
+    if names:
+      raise InputError(
+        "no plan holds for all shapes in `also`: the parameters "
+        f"{', '.join(sorted(names)[:3])} are read in different ways. Call fuse for each shape"
+      )
     for args, (plan, equations, _) in zip(calls, made):
       if self._check:
         check(plan, equations)
       self._plans[_shapes(args)] = plan
-    return first, made[0][2]
+    return made[0][0], made[0][2]
+
+  def _agreeing(self, calls: Sequence[tuple[Any, ...]], wanted: Plan | None = None):
+    """Plans calls, and keeps apart what would fold parameters in different ways.
+
+    Args:
+      calls: arguments of each.
+      wanted: the plan to agree with, None for that of the first call.
+
+    Returns:
+      For each call the plan, its equations and the report; and the names of the parameters that
+      differ nevertheless.
+    """
+    apart: list[frozenset[int]] = [frozenset() for _ in calls]
+    found: list[str] = []
+    while True:
+      made = [self._plan(args, own) for args, own in zip(calls, apart)]
+      first = wanted or made[0][0]
+      differ = [differing(first, plan, self._avals) for plan, *_ in made]
+      names = list(dict.fromkeys(name for each in differ for name in each))
+      found = found or names
+      more = [own | kept_apart(plan, steps, names) for own, (plan, steps, _) in zip(apart, made)]
+      if not names or more == apart:
+        return made, names and found
+      apart = more
 
   def _plan(self, args: tuple[Any, ...], apart: frozenset[int]):
     """Returns a plan for arguments, the equations of the traced program, and the report."""
@@ -179,45 +236,38 @@ class Fused:
     def function(params: Any, args: Any) -> Any:
       return self._function(self._tree.unflatten(params), *tree.unflatten(args))
 
-    try:
+    with traceable("fuse"):
       return trace(function, self._avals, avals)
-    except _UNTRACED as error:
-      raise InputError(
-        "fuse cannot trace this function: its program depends on the values of its arguments. "
-        f"{printable(str(error).partition(chr(10))[0])} Bind settings such as train=False with "
-        "functools.partial, and write choices by value with jnp.where or lax.cond"
-      ) from error
 
 
 def _check_folded(folded: Any, plan: Plan) -> None:
   """Checks that arrays are those of a plan's fold.
 
   Raises:
-    InputError: names or shapes differ.
+    InputError: names, shapes or dtypes differ.
   """
   names = set(folded) if isinstance(folded, Mapping) else set()
   odd = [
     name
     for name, expression in plan.stored.items()
-    if name not in names or jnp.shape(folded[name]) != expression.shape
+    if name not in names or _form(folded[name]) != (expression.shape, expression.dtype)
   ]
   odd += sorted(names - set(plan.stored))
   if odd:
     raise InputError(
       f"a fused function got parameters that are not from its own fold: {len(odd)} arrays are "
-      f"missing, unknown or of a different shape, such as {printable(odd[0])}. Pass what its "
-      "`fold` returned"
+      f"missing, unknown or of a different shape or dtype, such as {printable(odd[0])}. Pass what "
+      "its `fold` returned"
     )
+
+
+def _form(leaf: Any) -> tuple[Any, Any]:
+  return jnp.shape(leaf), jnp.result_type(leaf)
 
 
 def _shapes(args: Any) -> Any:
   leaves, tree = jax.tree.flatten(args)
   return tree, tuple((jnp.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-  """Returns the name of a parameter. Flax NNX puts `.value` at the end of each path."""
-  return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def _aval(leaf: Any, what: str) -> jax.ShapeDtypeStruct:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
 from repjax.fusion.expressions import Expression, evaluate
-from repjax.program import Constant, Equation, Program, Variable
+from repjax.program import Constant, Equation, Program, Variable, constant_array
 
 Input = Variable | Expression | Constant
 
@@ -78,15 +77,16 @@ class Plan:
     last = _last_readers(self.instructions)
     for instruction in self.instructions:
       with jax.named_scope(instruction.scope):
-        results = instruction.step.run(*(_read(values, each) for each in instruction.inputs))
+        results = instruction.step.run(*(read(values, each) for each in instruction.inputs))
       values.update(zip(instruction.outputs, results))
       for each in last.get(instruction, ()):
         if each not in self.outputs:
           values.pop(each, None)  # as JAX would free it, where calls are not compiled
-    return [_read(values, each) for each in self.outputs]
+    return [read(values, each) for each in self.outputs]
 
 
-def _read(values: Mapping[Any, Any], given: Input) -> Any:
+def read(values: Mapping[Any, Any], given: Input) -> Any:
+  """Returns the array of an input, among the arrays that are known."""
   return constant_array(given) if isinstance(given, Constant) else values[given]
 
 
@@ -145,11 +145,3 @@ def named(
     counts[path] += 1
     names[path if counts[path] == 1 else f"{path}~{counts[path]}"] = expression
   return names
-
-
-def constant_array(constant: Constant) -> Any:
-  """Returns the array of a constant in the dtype of the program."""
-  array = constant.array
-  if isinstance(array, jax.Array | np.ndarray) and array.dtype == constant.aval.dtype:
-    return array
-  return np.asarray(array, constant.aval.dtype)

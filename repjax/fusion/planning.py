@@ -16,30 +16,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from repjax.fusion import arithmetic, channels, contracting, products, views
+from repjax.fusion import layouts, pixels, products
 from repjax.fusion.arithmetic import Given
-from repjax.fusion.choice import best_product, best_sum, is_norm, norm_reason
-from repjax.fusion.contracted import product_of
-from repjax.fusion.contractions import Contraction
-from repjax.fusion.cost import grouped, reasons_apart
-from repjax.fusion.counts import PRODUCTS, counts_of, total
-from repjax.fusion.emission import merge_of
-from repjax.fusion.expressions import Expression, Expressions, evaluate
+from repjax.fusion.bodies import FusedBodies, bodies_of, fused_body
+from repjax.fusion.choice import best_sum
+from repjax.fusion.expressions import Expression, Expressions, Parameters, evaluate
 from repjax.fusion.layouts import Layout
-from repjax.fusion.parameters import Parameters
-from repjax.fusion.picks import Pick, picked, with_picks
-from repjax.fusion.plan import Input, Instruction, Plan, constant_array, has_effects, live, named
-from repjax.fusion.report import Report, counts_of_step
-from repjax.fusion.scans import fixed_inputs, fused_scan
-from repjax.fusion.values import (
-  Affine,
-  Node,
-  Refusal,
-  identity,
+from repjax.fusion.merges import merge_of
+from repjax.fusion.pixels import Several, with_operations
+from repjax.fusion.plan import Input, Instruction, Plan, has_effects, live, named
+from repjax.fusion.report import PRODUCTS, Report, counts_of, total
+from repjax.fusion.values import Affine, Node, Refusal
+from repjax.program import (
+  Constant,
+  Equation,
+  Operand,
+  Program,
+  RuleCall,
+  Variable,
+  constant_array,
 )
-from repjax.program import Constant, Equation, Operand, Program, RuleCall, Variable, inner_programs
 
-RULES = {**arithmetic.RULES, **products.RULES, **views.RULES, **channels.RULES}
+RULES = {**pixels.RULES, **layouts.RULES, **products.RULES}
 _FREE = {"broadcast_in_dim", "convert_element_type", "copy", "name", "reshape", "squeeze"}
 _FREE |= {"transpose"}
 """Affine equations that cost next to nothing, so that saving them is no reason to merge."""
@@ -49,6 +47,8 @@ class Planner:
   """The instructions of a fused program under construction.
 
   Attributes:
+    program: the traced program.
+    equations: those of the program that are computed.
     parameters: expressions of what depends on parameters alone.
     nodes: the value of each variable that depends on the arguments.
     instructions: what has been decided so far.
@@ -67,24 +67,26 @@ class Planner:
       growth: largest factor by which a merge may raise multiplications or weights.
       apart: places of equations across which nothing is merged.
     """
-    self.program = program
+    self.program, self.table, self.growth = program, table, growth
     kept = program.with_rules(lambda rule: not _has_product(program, rule))
     self.equations = live(list(kept), program.outputs, has_effects)
-    steps = live(with_picks(self.equations, program.outputs), program.outputs, has_effects)
-    self._steps = steps
-    self._picked: dict[Any, Node] = {}
-    self.growth = growth
-    self.table = table
+    steps = with_operations(self.equations, program.outputs)
+    self._steps = live(steps, program.outputs, has_effects)
     self.parameters = Parameters(table)
     self.nodes: dict[Variable, Node] = {}
     self.instructions: list[Instruction] = []
     self.hints: dict[Expression, tuple[Expression, str]] = {}
     self.report = Report()
+    for rule in program.rules:
+      if rule.call.primitive.startswith("custom_vjp") and _has_product(program, rule):
+        reason = "holds products, and was opened: gradients of the call do not follow its rule"
+        self.report.add_left(rule.call.scope, "custom_vjp", reason)
+    self._moved: dict[Any, Node] = {}
     self._apart = {self.equations[place] for place in apart}
     self._sizes: dict[int, int] = {}
     self._copied: set[Equation] = set()
     self._readers: dict[Variable, list[str]] = {}
-    reads = [(each.primitive, each.inputs) for each in steps]
+    reads = [(each.primitive, each.inputs) for each in self._steps]
     for reader, operands in [*reads, ("output", program.outputs)]:
       for operand in operands:
         if isinstance(operand, Variable):
@@ -102,63 +104,16 @@ class Planner:
         self.parameters.values[variable] = self.table.leaf(place, variable.aval)
         self._sizes[place] = math.prod(variable.aval.shape)
       else:
-        self.nodes[variable] = Node(variable, reads=self._reads(variable), computed=True)
+        self.nodes[variable] = self._node(variable, computed=True)
     for step in self._steps:
-      if isinstance(step, Pick):
-        self._add_pick(step)
+      if any(each in self.nodes for each in step.inputs) or has_effects(step):
+        if not self._add_bodies(step):
+          self._add(step)
       else:
-        self._add_any(step)
+        for each in _equations(step):
+          self.parameters.add(each, [self._expression(given) for given in each.inputs])
     outputs = tuple(self._input(each) for each in self.program.outputs)
     return self._finished(outputs, paths)
-
-  def _add_any(self, equation: Equation) -> None:
-    """Adds an equation, once."""
-    if any(each in self.nodes or each in self.parameters.values for each in equation.outputs):
-      return  # chains of pixels that are picked may begin alike
-    if all(each not in self.nodes for each in equation.inputs) and not has_effects(equation):
-      self.parameters.add(equation, [self._expression(each) for each in equation.inputs])
-    elif not self._add_scan(equation):
-      self._add(equation)
-
-  def _add_pick(self, pick: Pick) -> None:
-    """Adds picked pixels of a value: in front of a sum of pointwise terms, or as they are."""
-    base, (variable,) = self.nodes.get(pick.inputs[0]), pick.outputs  # type: ignore[arg-type]
-    affine = None if base is None else self._picked_affine(base, pick)
-    if affine is None:
-      if base is not None:
-        self._read_by(base, pick.equations)
-      for equation in pick.equations:
-        self._add_any(equation)
-      if base is not None:
-        self._picked.setdefault((base, pick.places), self.nodes[variable])
-      return
-    *before, last = pick.equations
-    node = Node(variable, last, affine, self._reads(variable), chain=tuple(before))
-    self.nodes[variable] = node
-    if node.reads > 1 and not self._stays_open(node):
-      self.compute(node)
-
-  def _read_by(self, node: Node, equations: Iterable[Equation]) -> None:
-    """Notes that several equations read a value, after all, and computes it if it is no view."""
-    reads = [
-      each.primitive for each in equations for given in each.inputs if given is node.variable
-    ]
-    self._readers.setdefault(node.variable, []).extend(reads)
-    node.reads = max(node.reads, len(reads))
-    if node.reads > 1 and not node.computed and not self._stays_open(node):
-      self.compute(node)
-
-  def _picked_affine(self, base: Node, pick: Pick) -> Affine | None:
-    """Returns picked pixels of a value as a sum, None if that is no gain."""
-    if (base, pick.places) in self._picked:
-      return identity(self._picked[base, pick.places])
-    if base.affine is None or base.affine.is_view or base.computed:
-      return None
-    try:
-      return picked(base.affine, pick, self._picked)
-    except Refusal as refusal:
-      self.report.add_left(pick.scope, "pad", str(refusal))
-      return None
 
   def _finished(self, outputs: tuple[Input, ...], paths: Mapping[int, str]) -> Plan:
     """Returns the plan without what nothing reads."""
@@ -169,43 +124,42 @@ class Planner:
     fixed = [each for each in read if not each.leaves]
     with jax.ensure_compile_time_eval():
       constants = dict(zip(fixed, evaluate(fixed, ())))
-    self.report.before = total(counts_of_step(each) for each in self.equations)._replace(
+    self.report.before = total(map(counts_of, self.equations))._replace(
       parameters=sum(self._sizes.values())
     )
-    self.report.after = total(counts_of_step(each.step) for each in instructions)._replace(
+    self.report.after = total(counts_of(each.step) for each in instructions)._replace(
       parameters=sum(each.size for each in stored.values())
     )
     arguments = tuple(each for each in self.program.inputs if each in self.nodes)
     return Plan(self.program, arguments, tuple(instructions), outputs, stored, constants)
 
-  def _add_scan(self, equation: Equation) -> bool:
-    """Adds a scan with a fused body. Returns False if it is no scan or nothing merges in it."""
-    if equation.primitive != "scan" or equation in self._apart:
+  def _add_bodies(self, equation: Equation) -> bool:
+    """Adds a loop or a choice with fused bodies. Returns False if nothing merges in them."""
+    bodies = bodies_of(equation) if equation not in self._apart else []
+    operands = [self._operand(each) for each in equation.inputs] if bodies else []
+    fused, costs = [], []
+    for number, body in enumerate(bodies):
+      # The place of a loop is the same in the programs of most shapes, which then share a table.
+      table = self.table.child((self.equations.index(equation), number))
+      inner, fixed = Planner(body.program, table, self.growth), body.fixed(operands)
+      plan = inner.planned(fixed, {place: str(place) for place in fixed})
+      fused.append(fused_body(body, plan, operands))
+      costs.append(inner.report.after.times(body.steps))
+      self.report.add_body(inner.report, body.steps)
+      for inside, stored in zip(plan.stored.values(), fused[-1].stored.values()):
+        self.hints.setdefault(stored, (stored, inner.hints.get(inside, (inside, "kernel"))[1]))
+    if not any(each.merged for body in fused for each in body.plan.instructions):
       return False
-    operands = [self._operand(each) for each in equation.inputs]
-    fixed = fixed_inputs(equation, operands)
-    (program,) = inner_programs(equation)
-    # The place of a scan is the same in the programs of most shapes, which then share a table.
-    inner = Planner(program, self.table.child(self.equations.index(equation)), self.growth)
-    body = inner.planned(fixed, {place: str(place) for place in fixed})
-    self.report.add_body(inner.report, equation.params["length"])
-    if not any(each.merged for each in body.instructions):
-      return False
-    step = fused_scan(equation, operands, body, inner.report.after)
-    for inside, stored in zip(body.stored.values(), step.stored):
-      self.hints.setdefault(stored, (stored, inner.hints.get(inside, (inside, "kernel"))[1]))
-    inputs = [self._input(equation.inputs[place]) for place in step.moving]
-    self._emit_instruction(step, (*inputs, *step.stored), equation)
-    return True
-
-  def _emit_instruction(self, step: Any, inputs: tuple[Input, ...], equation: Equation) -> None:
-    """Adds what takes the place of an equation with outputs that are opaque."""
+    step = FusedBodies(equation, tuple(fused), total(costs))
+    inputs = (*(self._input(equation.inputs[place]) for place in step.moving), *step.stored)
     self.instructions.append(Instruction(step, inputs, equation.outputs, equation.scope))
     for variable in equation.outputs:
-      self.nodes[variable] = Node(variable, equation, reads=self._reads(variable), computed=True)
+      self.nodes[variable] = self._node(variable, equation, computed=True)
+    return True
 
-  def _reads(self, variable: Variable) -> int:
-    return len(self._readers.get(variable, ()))
+  def _node(self, variable: Variable, equation: Any = None, computed: bool = False) -> Node:
+    reads = len(self._readers.get(variable, ()))
+    return Node(variable, self.table, equation, reads=reads, computed=computed)
 
   def _operand(self, operand: Operand) -> Node | Expression:
     if isinstance(operand, Variable) and operand in self.nodes:
@@ -217,49 +171,41 @@ class Planner:
       return self.table.constant(constant_array(operand))
     return self.parameters.values[operand]
 
-  def _add(self, equation: Equation) -> None:
+  def _add(self, equation: Any) -> None:
     """Adds an equation that depends on the arguments."""
     made = self._made(equation)
-    inside = counts_of(equation).products if equation.primitive not in PRODUCTS else 0
+    (last,) = _equations(equation)[-1:]
+    inside = counts_of(last).products if last.primitive not in PRODUCTS else 0
     if inside:
       reason = f"holds {inside} products, and what it holds is not merged"
       self.report.add_left(equation.scope, equation.primitive, reason)
     for variable in equation.outputs:
-      self.nodes[variable] = Node(variable, equation, reads=self._reads(variable))
+      self.nodes[variable] = self._node(variable, equation)
     if made is None:
       self._emit(equation)
       return
     node = self.nodes[equation.outputs[0]]
     if isinstance(made, Affine):
       node.affine = made
-    elif isinstance(made, Contraction):
-      node.product = made
     else:
       node.layout = made
     if node.reads > 1 and not self._stays_open(node):
       self.compute(node)
 
-  def _made(self, equation: Equation) -> Affine | Contraction | Layout | None:
-    """Returns what an equation makes by the first rule that fits, None if it is opaque."""
-    if len(equation.outputs) != 1 or equation in self._apart:
+  def _made(self, equation: Any) -> Affine | Layout | None:
+    """Returns what an equation makes by its rule, None if it is opaque."""
+    rule = RULES.get(equation.primitive)
+    if rule is None or len(equation.outputs) != 1 or _equations(equation)[-1] in self._apart:
       return None
     if not jnp.issubdtype(equation.outputs[0].aval.dtype, jnp.floating):
       return None
-    given, reason = self._given(equation), None
-    several = any(isinstance(each, Node) and contracting.is_open(each) for each in given.operands)
-    for rules in (contracting.RULES, RULES) if several else (RULES, contracting.RULES):
-      rule = rules.get(equation.primitive)
-      try:
-        made = rule(given) if rule else None
-      except Refusal as refusal:
-        made, reason = None, str(refusal)
-      if made is not None:
-        return made
-    if reason:
-      self.report.add_left(equation.scope, equation.primitive, reason)
-    return None
+    try:
+      return rule(self._given(equation))
+    except Refusal as refusal:
+      self.report.add_left(equation.scope, equation.primitive, str(refusal))
+      return None
 
-  def _given(self, equation: Equation) -> Given:
+  def _given(self, equation: Any) -> Given:
     operands = [self._operand(each) for each in equation.inputs]
     compact, precise = (
       [
@@ -268,7 +214,8 @@ class Planner:
       ]
       for others in (self.parameters.compact, self.parameters.precise)
     )
-    return Given(equation, self.table, operands, compact, precise)
+    shape = tuple(equation.outputs[0].aval.shape)
+    return Given(equation, shape, self.table, operands, compact, precise, self._moved)
 
   def _stays_open(self, node: Node) -> bool:
     """Checks if a value that is read more than once need not be computed.
@@ -286,65 +233,56 @@ class Planner:
     if node.computed:
       return
     node.computed = True
-    if node.pick is not None:
-      source, step = node.pick
-      self.compute(source)
-      self.instructions.append(Instruction(step, (source.variable,), (node.variable,)))
-      return
-    assert node.equation is not None
-    if node.layout is not None:
+    if node.step is not None:
+      self._rearrange(*node.step, node)
+    elif node.layout is not None:
+      source = node.layout.source
+      if source.hidden and source.is_open and self._merge(source):
+        self._rearrange(source, node.layout.step, node)
+      else:
+        self._emit(node.equation)
+    elif not self._merge(node, always=node.hidden):
       self._emit(node.equation)
-      return
-    if node.product is not None:
-      product = best_product(node.product)
-      step, equations = product_of(product, node.shape, node.dtype), product.equations
-    else:
-      affine = self._best_sum(node)
-      groups = grouped(affine.terms, self.growth)
-      step = merge_of(affine, groups, node.dtype, self.table)
-      equations = affine.equations
-    if step.operations < sum(each.primitive not in _FREE for each in equations):
-      self._emit_step(node, step, equations)
-    else:
-      for each in node.chain:
-        self._add_any(each)
-      self._emit(node.equation)
-    node.product = None
     if node.affine is not None and not node.affine.is_view:
       node.affine = None
 
-  def _best_sum(self, node: Node) -> Affine:
-    """Returns the sum that computes a node, and reports what it leaves alone."""
-    assert node.equation is not None
-    affine, scope = best_sum(node, self.table, self.growth, self.report), node.equation.scope
-    groups = grouped(affine.terms, self.growth)
-    for reason in reasons_apart(groups):
-      self.report.add_left(scope, " ".join(groups[0].head.names), reason)
-    if is_norm(affine):
-      reason = norm_reason(affine.terms[0].source)
-      self.report.add_left(scope, "scale and shift", reason, norm=True)
-    return affine
+  def _rearrange(self, source: Node, step: Any, node: Node) -> None:
+    """Adds the instruction that moves the numbers of a node into another one."""
+    self.compute(source)
+    scope = "" if node.equation is None else node.equation.scope
+    self.instructions.append(Instruction(step, (source.variable,), (node.variable,), scope))
 
-  def _emit_step(self, node: Node, step: Any, equations: frozenset[Equation]) -> None:
-    """Adds what takes the place of equations."""
-    assert node.equation is not None
+  def _merge(self, node: Node, always: bool = False) -> bool:
+    """Adds the instruction that computes a sum.
+
+    Returns False if that is no gain over the program's own equations, unless the program has none.
+    """
+    affine, groups = best_sum(node, self.growth, self.report)
+    step, scope = merge_of(affine, groups, node.dtype), node.equation.scope
+    saved = sum(each.primitive not in _FREE for each in affine.equations)
+    if step.operations >= saved and not always:
+      return False
+    node.computed = True
     for source in step.sources:
       self.compute(source)
     first = next(iter(step.stored), None)
-    for stored, kind in zip(step.stored, step.kinds):
+    for stored, kind in step.stored.items():
       self.hints.setdefault(stored, (stored if kind == "kernel" else first or stored, kind))
     inputs = (*(source.variable for source in step.sources), *step.stored)
-    scope = node.equation.scope
     self.instructions.append(Instruction(step, inputs, (node.variable,), scope))
-    self.report.add_merge(scope, step, equations, self._sizes)
+    self.report.add_merge(scope, step, affine.equations, self._sizes)
+    return True
 
-  def _emit(self, equation: Equation) -> None:
-    """Adds an equation as it is."""
-    inputs = tuple(self._input(each) for each in equation.inputs)
-    for variable in equation.outputs:
-      if variable in self.nodes:
-        self.nodes[variable].computed = True
-    self.instructions.append(Instruction(equation, inputs, equation.outputs, equation.scope))
+  def _emit(self, equation: Any) -> None:
+    """Adds an equation, or the equations that it stands for, as in the program."""
+    for each in _equations(equation):
+      if each.outputs != equation.outputs and any(made in self.nodes for made in each.outputs):
+        continue  # two chains of slices may begin alike
+      inputs = tuple(self._input(given) for given in each.inputs)
+      for variable in each.outputs:
+        if variable not in self.parameters.values:
+          self.nodes.setdefault(variable, self._node(variable, each)).computed = True
+      self.instructions.append(Instruction(each, inputs, each.outputs, each.scope))
 
   def _input(self, operand: Operand) -> Input:
     """Returns an operand as the input of an instruction, once it is computed or stored."""
@@ -363,6 +301,11 @@ class Planner:
       self._copied.add(maker)
       self._emit(maker)
     return operand
+
+
+def _equations(step: Any) -> tuple[Equation, ...]:
+  """Returns the equations of the program that a step stands for."""
+  return step.equations if isinstance(step, Several) else (step,)
 
 
 def _has_product(program: Program, rule: RuleCall) -> bool:

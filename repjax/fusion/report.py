@@ -1,11 +1,68 @@
-"""The report of a plan: what was merged, and what was left alone for which reason."""
+"""The report of a plan: what was merged, what was left alone and why, and what products cost."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-from repjax.fusion.counts import Counts, counts_of, total
-from repjax.program import Equation
+from repjax.program import Equation, inner_programs
+
+PRODUCTS = ("conv_general_dilated", "dot_general")
+
+
+class Counts(NamedTuple):
+  """The cost of products.
+
+  Attributes:
+    products: number of convolutions and matrix products.
+    multiplications: multiply-adds in them, at the sizes of the arguments or for each pixel.
+    parameters: elements of the parameters that are read.
+  """
+
+  products: int = 0
+  multiplications: float = 0
+  parameters: int = 0
+
+  def within(self, bound: "Counts", growth: float) -> bool:
+    """Checks that neither multiplications nor parameters are more than `growth` times a bound."""
+    small = self.multiplications <= growth * bound.multiplications
+    return small and self.parameters <= growth * bound.parameters
+
+  def times(self, steps: int) -> "Counts":
+    """Returns what a loop of some steps costs. Its products and parameters are counted once."""
+    return self._replace(multiplications=self.multiplications * steps)
+
+
+def multiplications(equation: Equation) -> int:
+  """Returns the multiply-adds of a convolution or matrix product, taps on padding included."""
+  (result,) = equation.outputs
+  size = math.prod(result.aval.shape)
+  if equation.primitive == "dot_general":
+    (contract, _), _ = equation.params["dimension_numbers"]
+    return size * math.prod(equation.inputs[0].aval.shape[axis] for axis in contract)
+  kernel = equation.inputs[1].aval.shape
+  return size * math.prod(kernel) // kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+
+
+def counts_of(equation: Any) -> Counts:
+  """Returns what an equation, or the instruction in its place, costs.
+
+  The products of programs that an equation holds are included. The products of a loop's body are
+  counted once, and their multiplications for each step. A loop of unknown length counts as one
+  step, and a choice as all its branches.
+  """
+  if not isinstance(equation, Equation):
+    return equation.counts
+  if equation.primitive in PRODUCTS:
+    return Counts(1, multiplications(equation))
+  inner = total(counts_of(each) for held in inner_programs(equation) for each in held.equations)
+  return inner.times(equation.params["length"] if equation.primitive == "scan" else 1)
+
+
+def total(counts: Iterable[Counts]) -> Counts:
+  """Returns a sum of counts."""
+  rows = list(counts)
+  return Counts(*(sum(column) for column in zip(*rows))) if rows else Counts()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +167,6 @@ class Report:
 def _as_dict(merge: Merged) -> dict[str, Any]:
   counts = {"before": merge.before._asdict(), "after": merge.after._asdict()}
   return {**dataclasses.asdict(merge), "parts": list(merge.parts), **counts}
-
-
-def counts_of_step(step: Any) -> Counts:
-  """Returns what an equation, or an instruction in its place, costs."""
-  return counts_of(step) if isinstance(step, Equation) else step.counts
 
 
 def _row(scope: str, parts: str, before: Counts, after: Counts) -> list[str]:

@@ -11,9 +11,12 @@ from flax import linen as nn
 
 from repjax.algebra import wide_dtype
 from repjax.errors import InputError, unknown
-from repjax.layers.batch_norm import MOMENTUM, RUNNING_VARIANCES, STATISTICS, BatchNorm
+from repjax.layers.attributes import check_attributes, check_dtypes
+from repjax.layers.batch_norm import MOMENTUM, RUNNING_VARIANCES, STATISTICS, BatchNorm, Moments
 
 EPSILON = 1e-5
+_TRAINING = ("axis_name", "running_variance", "statistics")
+_SHARED = ("epsilon", "deploy", "dtype", "param_dtype", *_TRAINING)
 Tree = Mapping[str, Any]
 
 
@@ -52,9 +55,16 @@ class RepLayer(nn.Module, kw_only=True):
     if not (isinstance(self.epsilon, numbers.Real) and 0 <= self.epsilon < math.inf):
       raise InputError(f"epsilon must be a number of at least 0, got {self.epsilon!r}")
     check_training(self)
+    check_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
+    self.check_own()
     super().__post_init__()
 
   # `nowrap` marks plain helpers: Linen neither traces them as calls nor names them in programs.
+  @nn.nowrap
+  def check_own(self) -> None:
+    """Raises InputError if an attribute of the subclass is not of its annotated type."""
+    check_attributes(self, but={"parent", "name", *_SHARED})
+
   @nn.nowrap
   def norm(self, x: jax.Array, train: bool, axis: int | tuple[int, ...] = -1) -> jax.Array:
     """Applies a batch norm in the scope `bn`; for use in a compact method.
@@ -75,6 +85,19 @@ class RepLayer(nn.Module, kw_only=True):
     # Linen mixes float32 statistics with parameters of other dtypes, which strict rules forbid.
     with jax.numpy_dtype_promotion("standard"):
       return norm(x.astype(wide))
+
+  @nn.nowrap
+  def norm_of(self, moments: Moments) -> tuple[jax.Array, jax.Array]:
+    """Returns factor and bias of a batch norm in training, in the scope `bn`, and updates it.
+
+    The norm computes (x - mean) * factor + bias.
+
+    Args:
+      moments: statistics of x, of all devices where the norm shares them.
+    """
+    mean = moments.mean
+    with jax.numpy_dtype_promotion("standard"):  # as in `norm`
+      return self.build_norm(mean.shape, mean.dtype, train=True).of_moments(moments)
 
   @nn.nowrap
   def build_norm(
@@ -206,7 +229,7 @@ def dtypes_of(module: Any) -> dict[str, Any]:
 
 def training_of(module: Any) -> dict[str, Any]:
   """Returns what concerns the norms of a module in training alone, by name, for layers inside."""
-  return {name: getattr(module, name) for name in ("axis_name", "running_variance", "statistics")}
+  return {name: getattr(module, name) for name in _TRAINING}
 
 
 def check_training(module: Any) -> None:

@@ -1,8 +1,7 @@
 """The forward pass of a sum of branches, and its fold into one convolution, side by side.
 
-`forward` is written on four functions of a framework, the methods of `Scope`. `RepConv` passes
-those of Flax Linen. The fold, `merge_branches`, reads the tree of such a layer. The table says
-what the scopes of the tree hold.
+`forward` is what the compact method of `RepConv` runs. The fold, `merge_branches`, reads the tree
+of such a layer. The table says what the scopes of the tree hold.
 
 | scope                  | holds                                                        |
 |------------------------|--------------------------------------------------------------|
@@ -14,13 +13,13 @@ what the scopes of the tree hold.
 A `skip` holds nothing, so that the layer notes the name of the branch beside its statistics.
 """
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from repjax.algebra import (
   ConvParams,
@@ -37,8 +36,7 @@ from repjax.algebra import (
 )
 from repjax.errors import InputError
 from repjax.layers import covariance
-from repjax.layers.base import holds_arrays, read_notes
-from repjax.layers.batch_norm import Moments
+from repjax.layers.base import RepLayer, holds_arrays, read_notes
 from repjax.layers.composition import (
   Conv,
   Layer,
@@ -51,55 +49,25 @@ from repjax.layers.composition import (
   layer_padding,
   pair,
 )
+from repjax.layers.convolution import convolution
 from repjax.layers.grammar import POOLED, Branch, find, is_skip, layer_size, parse
 
+if TYPE_CHECKING:
+  from repjax.layers.rep_conv import RepConv
+
 Tree = Mapping[str, Any]
-
-
-class Scope(Protocol):
-  """A scope of a framework: a place in the tree of parameters, and what can be run there."""
-
-  def conv(self, x: jax.Array, conv: Conv) -> jax.Array:
-    """Applies the convolution in the scope `conv` below this one."""
-    ...
-
-  def norm(self, x: jax.Array) -> jax.Array:
-    """Applies the batch norm in the scope `bn` below this one; returns at least float32."""
-    ...
-
-  @property
-  def trains(self) -> bool:
-    """Tells if the layer trains, with variables that exist already."""
-    ...
-
-  @property
-  def axis_name(self) -> str | None:
-    """The name of the mapped axis over which norms share their statistics."""
-    ...
-
-  def norm_of(self, moments: Moments) -> tuple[jax.Array, jax.Array]:
-    """Returns factor and bias of the norm in the scope `bn`, and updates it; for training."""
-    ...
-
-  def held(self) -> tuple[Tree, Tree, Any]:
-    """Returns the parameters and the statistics in this scope as they are now, and epsilon."""
-    ...
-
-  def inside(self, name: str, function: Callable[["Scope", jax.Array], Any], x: jax.Array) -> Any:
-    """Returns function(scope, x), run in the scope of this name below this one."""
-    ...
 
 
 # The forward pass.
 
 
-def forward(x: jax.Array, layer: Layer, scope: Scope, where: str) -> jax.Array:
+def forward(x: jax.Array, layer: "RepConv", train: bool, where: str) -> jax.Array:
   """Computes a layer in either form: y = sum_b branch_b(x), perhaps with a norm after the sum.
 
   Args:
     x: (N, H, W, I).
-    layer: the layer. Its framework casts the result to the dtype of the layer.
-    scope: scope of the layer.
+    layer: the layer, in whose compact method this is called.
+    train: normalise with the statistics of the batch and update the running ones.
     where: name of the layer for messages.
 
   Returns:
@@ -108,44 +76,136 @@ def forward(x: jax.Array, layer: Layer, scope: Scope, where: str) -> jax.Array:
   Raises:
     InputError: the branches do not fit the input or each other.
   """
-  check(layer, x.shape[-1], where)
+  check(layer, x.shape, where)
   branches = [parse(name) for name in layer.branches]
-  size = layer_size(branches)
-  convs = convolutions(layer, x.shape[-1])
-
-  def padded(x: jax.Array) -> jax.Array:
-    # A convolution pads with zeros alone. In other modes the map is padded for the layer's kernel,
-    # and smaller kernels crop the padded map.
-    if layer.padding_mode == "constant":
-      return x
-    return _pad(x, layer_padding(layer, size), layer.padding_mode)
-
-  source = padded(x)
+  run = _Run(layer, train, layer_size(branches), convolutions(layer, x.shape[-1]))
+  source = run.padded(x)
   if layer.deploy:
-    return scope.conv(source, convs[("conv",)])
+    return run.conv(source, ("conv",))
   outputs = []
-  if scope.trains and (merged := covariance.mergeable(layer, branches)):
-    padding = centred_padding(layer, size, (1, 1))
-    seen = covariance.strided(_pad(source, padding), layer.strides)
-    if covariance.merges(layer, branches, seen.shape):
-      outputs.append(covariance.merged_sum(seen, layer, merged, scope))
-      branches = [branch for branch in branches if branch not in merged]
+  if train and not layer.is_initializing():
+    merged, total = run.merged(source, branches)
+    branches = [branch for branch in branches if branch not in merged]
+    outputs += [total] if merged else []
   for branch in branches:
-    padding = centred_padding(layer, size, branch.span)
-    if branch.two_steps:
-      run = functools.partial(
-        _two_steps, layer=layer, branch=branch, convs=convs, padded=padded, padding=padding
-      )
-      y = scope.inside(branch.name, run, x)
-    else:
-      seen = _seen(source, layer, branch, padding)
-      run = functools.partial(
-        _step, conv=convs.get((branch.name, "conv")), normed=is_normed(layer, branch)
-      )
-      y = _wide(seen) if branch.kind == "skip" else scope.inside(branch.name, run, seen)
+    y = run.two_steps(x, branch) if branch.two_steps else run.one_step(source, branch)
     outputs.append(jax.nn.relu(y) if branch.relu else y)
   total = sum(outputs[1:], outputs[0])
-  return scope.norm(total) if is_normed_after_sum(layer) else total
+  return run.norm(total) if is_normed_after_sum(layer) else total
+
+
+class _Inside(nn.Module):
+  """The scope of a branch or of a step.
+
+  Attributes:
+    function: function of (this module, x) that runs in the scope.
+  """
+
+  function: Callable[[nn.Module, jax.Array], Any]
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> Any:
+    return self.function(self, x)
+
+
+class _Run(NamedTuple):
+  """One call of a layer: what its branches share.
+
+  Linen puts the submodules that a method builds into the scope of the module that is running.
+
+  Attributes:
+    layer: the layer.
+    train: as in `forward`.
+    size: size of the layer's kernel.
+    convs: the convolutions of the layer, by path.
+  """
+
+  layer: "RepConv"
+  train: bool
+  size: tuple[int, int]
+  convs: Mapping[Path, Conv]
+
+  def conv(self, x: jax.Array, path: Path) -> jax.Array:
+    """Applies the convolution at a path of the layer, in the scope `conv`."""
+    return convolution(self.convs[path], **self.layer.dtypes())(name="conv")(x)
+
+  def norm(self, x: jax.Array) -> jax.Array:
+    """Applies a batch norm in the scope `bn`; returns at least float32."""
+    # A RepConv has an attribute in the place of this method.
+    return RepLayer.norm(self.layer, x, self.train)
+
+  def padded(self, x: jax.Array) -> jax.Array:
+    """Pads a map for the layer's kernel in other modes than zeros; smaller kernels crop it."""
+    # A convolution pads with zeros by itself.
+    if self.layer.padding_mode == "constant":
+      return x
+    return _pad(x, layer_padding(self.layer, self.size), self.layer.padding_mode)
+
+  def padding(self, branch: Branch) -> tuple[int, int]:
+    """Returns the padding of zeros for the kernel of a branch."""
+    return centred_padding(self.layer, self.size, branch.span)
+
+  def step(self, x: jax.Array, path: Path, *, normed: bool) -> jax.Array:
+    """Applies the convolution of a scope and a norm, where there are such, in at least float32."""
+    if (*path, "conv") in self.convs:
+      x = self.conv(x, (*path, "conv"))
+    return self.norm(x) if normed else _wide(x)
+
+  def merged(self, x: jax.Array, branches: Sequence[Branch]) -> tuple[list[Branch], Any]:
+    """Computes in training the branches that merge into one 1x1 convolution, perhaps none.
+
+    Args:
+      x: padded map.
+      branches: all branches of the layer.
+
+    Returns:
+      The merged branches and their sum, None without any.
+    """
+    found = covariance.mergeable(self.layer, branches)
+    if not found:
+      return [], None
+    seen = covariance.strided(_pad(x, self.padding(found[0])), self.layer.strides)
+    if not covariance.merges(self.layer, branches, seen.shape):
+      return [], None
+
+    def inside(name: str, function: Callable[[nn.Module, Any], Any], value: Any) -> Any:
+      return _Inside(function, name=name)(value)
+
+    return found, covariance.merged_sum(seen, self.layer, found, inside)
+
+  def one_step(self, x: jax.Array, branch: Branch) -> jax.Array:
+    """Applies a branch of one step to a padded map."""
+    seen = _seen(x, self.layer, branch, self.padding(branch))
+    if branch.kind == "skip":
+      return _wide(seen)
+    normed = is_normed(self.layer, branch)
+
+    def run(_: nn.Module, x: jax.Array) -> jax.Array:
+      return self.step(x, (branch.name,), normed=normed)
+
+    return _Inside(run, name=branch.name)(seen)
+
+  def two_steps(self, x: jax.Array, branch: Branch) -> jax.Array:
+    """Applies a branch of two steps to a map as it is."""
+    last, normed = (branch.name, "second"), is_normed(self.layer, branch)
+
+    def first(module: nn.Module, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+      y = self.step(x, (branch.name, "first"), normed=True)
+      return y, _of_zero(self.layer, module)
+
+    def second(_: nn.Module, y: jax.Array) -> jax.Array:
+      return self.step(y, last, normed=normed)
+
+    def run(_: nn.Module, x: jax.Array) -> jax.Array:
+      y, zero = _Inside(first, name="first")(x)
+      # The first step acts on single pixels. Modes that repeat pixels may therefore pad after it.
+      y = _pad(self.padded(y), self.padding(branch), border=zero)
+      if branch.kind == "avg":
+        y = _average(y, self.layer, branch)
+      is_bare = not normed and (*last, "conv") not in self.convs
+      return y if is_bare else _Inside(second, name="second")(y)
+
+    return _Inside(run, name=branch.name)(x)
 
 
 def _seen(x: jax.Array, layer: Layer, branch: Branch, padding: tuple[int, int]) -> jax.Array:
@@ -157,47 +217,21 @@ def _seen(x: jax.Array, layer: Layer, branch: Branch, padding: tuple[int, int]) 
   return _pad(x, padding) if branch.is_input else x
 
 
-def _step(scope: Scope, x: jax.Array, conv: Conv | None, normed: bool) -> jax.Array:
-  """Applies a convolution and a norm, where there are such, in at least float32."""
-  if conv is not None:
-    x = scope.conv(x, conv)
-  return scope.norm(x) if normed else _wide(x)
-
-
-def _two_steps(
-  scope: Scope,
-  x: jax.Array,
-  layer: Layer,
-  branch: Branch,
-  convs: Mapping[Path, Conv],
-  padded: Callable[[jax.Array], jax.Array],
-  padding: tuple[int, int],
-) -> jax.Array:
-  """Applies a branch of two steps in its scope."""
-
-  def first(scope: Scope, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    y = _step(scope, x, convs[branch.name, "first", "conv"], normed=True)
-    return y, _of_zero(*scope.held())
-
-  y, zero = scope.inside("first", first, x)
-  # The first step acts on single pixels. Modes that repeat pixels may therefore pad after it.
-  y = _pad(padded(y), padding, border=zero)
-  if branch.kind == "avg":
-    y = _average(y, layer, branch)
-  conv, normed = convs.get((branch.name, "second", "conv")), is_normed(layer, branch)
-  if conv is None and not normed:
-    return y
-  return scope.inside("second", functools.partial(_step, conv=conv, normed=normed), y)
-
-
-def _of_zero(params: Tree, stats: Tree, epsilon: Any) -> jax.Array:
-  """Returns what a convolution and its norm make of zeros at inference, (O,).
+def _of_zero(layer: "RepConv", module: nn.Module) -> jax.Array:
+  """Returns what the convolution and the norm in a scope make of zeros at inference, (O,).
 
   Training uses this value too, as in the code of Diverse Branch Block. No gradient flows into the
   statistics, which training moves towards those of the batch.
+
+  Args:
+    layer: the layer, which holds the note of epsilon.
+    module: module of the scope.
   """
-  scale, shift = bn_affine(params["bn"], jax.lax.stop_gradient(dict(stats["bn"])), epsilon)
-  bias = params["conv"].get("bias")
+  conv, bn = (module.get_variable("params", name, {}) for name in ("conv", "bn"))
+  stats = jax.lax.stop_gradient(dict(module.get_variable("batch_stats", "bn", {})))
+  epsilon = layer.get_variable("batch_stats", "epsilon", layer.epsilon)
+  scale, shift = bn_affine(bn, stats, epsilon)
+  bias = conv.get("bias")
   return shift if bias is None else bias.astype(scale.dtype) * scale + shift
 
 
@@ -270,6 +304,11 @@ class Parts(NamedTuple):
   branches: dict[str, ConvParams]
   shift: jax.Array | None
 
+  def whole(self) -> ConvParams:
+    """Returns the convolution that computes the layer."""
+    whole = add(*self.branches.values())
+    return whole if self.shift is None else ConvParams(whole.kernel, whole.bias + self.shift)
+
 
 def merge_branches(params: Tree, stats: Tree, epsilon: Any) -> ConvParams:
   """Merges all branches into one convolution, without rounding to the dtype of the kernels.
@@ -292,9 +331,7 @@ def merge_branches(params: Tree, stats: Tree, epsilon: Any) -> ConvParams:
     InputError: a branch is no affine map.
     ValueError: the two trees do not hold the same branches, or shapes do not fit.
   """
-  parts = branch_parts(params, stats, epsilon)
-  whole = add(*parts.branches.values())
-  return whole if parts.shift is None else ConvParams(whole.kernel, whole.bias + parts.shift)
+  return branch_parts(params, stats, epsilon).whole()
 
 
 def branch_parts(params: Tree, stats: Tree, epsilon: Any) -> Parts:

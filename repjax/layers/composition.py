@@ -153,12 +153,26 @@ def _of_branch(layer: Layer, branch: Branch, plain: Conv) -> Iterator[tuple[Path
     yield (branch.name, "conv"), spatial._replace(padding=padding, is_dirac=is_dirac)
 
 
-def check(layer: Layer, inputs: int, where: str) -> None:
-  """Raises InputError if the branches do not fit the input or each other."""
+def check(layer: Layer, shape: Sequence[int], where: str) -> None:
+  """Raises InputError if the branches do not fit the input or each other.
+
+  Args:
+    layer: the layer.
+    shape: shape of the input, (N, H, W, I).
+    where: name of the layer for messages.
+  """
   _check_numbers(layer, where)
+  if len(shape) < 3:
+    raise InputError(f"{where}: the input must be (N, H, W, C), got the shape {tuple(shape)}")
+  inputs = shape[-1]
   if isinstance(layer.branches, str):
     raise InputError(
       f"{where}: branches takes several names, got {layer.branches!r}. Pass ({layer.branches!r},)"
+    )
+  if not isinstance(layer.branches, Collection):
+    raise InputError(
+      f"{where}: branches takes a tuple of names such as ('conv3x3', 'conv1x1'), got "
+      f"{printable(repr(layer.branches), 60)}"
     )
   branches = [parse(name) for name in layer.branches]
   size = layer_size(branches)
@@ -172,8 +186,25 @@ def check(layer: Layer, inputs: int, where: str) -> None:
   if layer.padding_mode not in _PADDING_MODES:
     raise InputError(f"{where}: padding_mode {layer.padding_mode!r} is none of {_PADDING_MODES}")
   _check_norms(layer, branches, where)
+  _check_map(layer, size, shape, where)
   for branch in branches:
     _check_branch(layer, branch, size, inputs, where)
+
+
+def _check_map(layer: Layer, size: tuple[int, int], shape: Sequence[int], where: str) -> None:
+  """Raises InputError if the layer's kernel finds no place on the map.
+
+  Smaller kernels crop the map, so that the branches would not have outputs of the same size.
+  """
+  padding, dilation = layer_padding(layer, size), pair(layer.dilation)
+  for side, pad, taps, rate in zip(shape[-3:-1], padding, size, dilation):
+    # A side can be a symbol, with which a program is exported for all sizes.
+    if isinstance(side, Integral) and side + 2 * pad < rate * (taps - 1) + 1:
+      raise InputError(
+        f"{where}: the kernel covers {rate * (taps - 1) + 1} pixels, but the map has {side} and "
+        f"its padding adds {2 * pad} (input {tuple(shape)}, padding={layer.padding}). Use larger "
+        "maps, or more padding"
+      )
 
 
 def _check_numbers(layer: Layer, where: str) -> None:

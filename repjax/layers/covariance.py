@@ -12,17 +12,21 @@ outputs of the branches nor their normalised outputs are written, or kept for th
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import lax
 
 from repjax.algebra import wide_dtype
 from repjax.layers.batch_norm import Moments
 from repjax.layers.composition import Layer, is_normed, pair
 from repjax.layers.grammar import Branch
+
+if TYPE_CHECKING:
+  from repjax.layers.rep_conv import RepConv
 
 PIXELS_PER_CHANNEL, PIXELS_PER_CHANNEL_ON_CPU = 128, 8
 """Fewest pixels of a batch for each input channel of a group at which "auto" merges branches.
@@ -93,50 +97,58 @@ def merges(layer: Layer, branches: Sequence[Branch], shape: Sequence[int]) -> bo
   return is_cheap and inputs > 1 and math.prod(pixels) >= fewest * inputs
 
 
-def merged_sum(x: jax.Array, layer: Layer, branches: Sequence[Branch], scope: Any) -> jax.Array:
+def merged_sum(
+  x: jax.Array,
+  layer: "RepConv",
+  branches: Sequence[Branch],
+  inside: Callable[[str, Callable[[nn.Module, Any], Any], Any], Any],
+) -> jax.Array:
   """Computes the sum of merged branches in training, and updates their running statistics.
 
   Args:
     x: map (N, H, W, I) that the branches see, with the strides taken.
-    layer: the layer.
+    layer: the layer, in whose compact method this is called.
     branches: result of `mergeable`.
-    scope: scope of the layer.
+    inside: calls a function of (module, value) in the scope of a branch.
 
   Returns:
     (N, H, W, O) in at least float32.
   """
-  statistics = input_statistics(x, layer.groups, scope.axis_name)
+  statistics = input_statistics(x, layer.groups, layer.axis_name)
   parts = [
-    scope.inside(branch.name, functools.partial(_part, branch=branch), statistics)
+    inside(branch.name, functools.partial(_part, layer=layer, branch=branch), statistics)
     for branch in branches
   ]
-  kernel = sum(part[0] for part in parts)  # (g, C, O/g)
-  bias = sum(part[1] for part in parts)
+  kernel, bias = (functools.reduce(jnp.add, summands) for summands in zip(*parts))
   return centred_product(x, kernel, statistics.mean) + bias[None, None, None, :]
 
 
-def _part(scope: Any, statistics: Input, branch: Branch) -> tuple[jax.Array, jax.Array]:
+def _part(
+  module: nn.Module, statistics: Input, layer: "RepConv", branch: Branch
+) -> tuple[jax.Array, jax.Array]:
   """Returns the kernel of a branch with its norm (g, C, O/g), and the bias of the norm (O,)."""
   mean, covariance, count = statistics
   groups, inputs = mean.shape
-  if not branch.has_kernel:
-    moments = Moments(mean.ravel(), jnp.diagonal(covariance, axis1=1, axis2=2).ravel(), count)
-    factor, bias = scope.norm_of(moments)
-    return jnp.eye(inputs, dtype=mean.dtype)[None] * factor.reshape(groups, 1, inputs), bias
-  held, _, _ = scope.held()
-  kernel = held["conv"]["kernel"].astype(mean.dtype).reshape(inputs, groups, -1).swapaxes(0, 1)
-  var = jnp.einsum("gio,gio->go", kernel, jnp.einsum("gij,gjo->gio", covariance, kernel))
-  outputs = _means(mean, kernel)
-  if "bias" in held["conv"]:
-    # Nothing but the running mean shows a bias in front of a norm.
-    outputs += held["conv"]["bias"].astype(mean.dtype)
-  factor, bias = scope.norm_of(Moments(outputs, jnp.maximum(0.0, var.ravel()), count))
+  if branch.has_kernel:
+    conv = module.get_variable("params", "conv")
+    kernel = conv["kernel"].astype(mean.dtype).reshape(inputs, groups, -1).swapaxes(0, 1)
+    means = _means(mean, kernel)
+    seen = jnp.einsum("gij,gjo->gio", covariance, kernel, precision=lax.Precision.HIGHEST)
+    # Rounding can make a variance negative.
+    var = jnp.maximum(0.0, (kernel * seen).sum(1).ravel())
+    if "bias" in conv:
+      # Nothing but the running mean shows a bias in front of a norm.
+      means += conv["bias"].astype(mean.dtype)
+  else:
+    kernel = jnp.eye(inputs, dtype=mean.dtype)[None]
+    means, var = mean.ravel(), jnp.diagonal(covariance, axis1=1, axis2=2).ravel()
+  factor, bias = layer.norm_of(Moments(means, var, count))
   return kernel * factor.reshape(groups, 1, -1), bias
 
 
 def _means(mean: jax.Array, kernel: jax.Array) -> jax.Array:
   """Returns W'm (O,) of a mean (g, C/g) and a kernel (g, C/g, O/g)."""
-  return jnp.einsum("gi,gio->go", mean, kernel).ravel()
+  return jnp.einsum("gi,gio->go", mean, kernel, precision=lax.Precision.HIGHEST).ravel()
 
 
 def centred_product(x: jax.Array, kernel: jax.Array, mean: jax.Array) -> jax.Array:
@@ -235,7 +247,8 @@ def second_moments(x: jax.Array) -> jax.Array:
 
   The rule below gives the backward pass one product, x (G + G'). That of `products` has two.
   """
-  return products(x, x, wide_dtype(x.dtype)) / x.shape[0]
+  # GPUs would round float32 to fewer digits, which a large mean needs.
+  return products(x, x, wide_dtype(x.dtype), lax.Precision.HIGHEST) / x.shape[0]
 
 
 @second_moments.defjvp
@@ -247,9 +260,14 @@ def _second_moments_jvp(primals, tangents):
   return second_moments(x), tangent
 
 
-def products(x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def products(
+  x: jax.Array,
+  y: jax.Array,
+  dtype: jax.typing.DTypeLike,
+  precision: lax.Precision | None = None,
+) -> jax.Array:
   """Returns the sums over pixels of x_i y_j, for each group: twice (P, g, C) to (g, C, C)."""
+  how: Any = {"preferred_element_type": dtype, "precision": precision}
   if x.shape[1] == 1:
-    x, y = x[:, 0], y[:, 0]
-    return lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=dtype)[None]
-  return lax.dot_general(x, y, (((0,), (0,)), ((1,), (1,))), preferred_element_type=dtype)
+    return lax.dot_general(x[:, 0], y[:, 0], (((0,), (0,)), ((), ())), **how)[None]
+  return lax.dot_general(x, y, (((0,), (0,)), ((1,), (1,))), **how)

@@ -2,10 +2,10 @@
 
 RepConv is the linear layer of which all networks are made. `repjax.layers.grammar` says what the
 names of branches mean, and `repjax.layers.branches` holds the forward pass and the fold. This file
-is the layer in Flax Linen.
+is the layer, and tells its scopes from others.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,82 +13,8 @@ from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.layers.base import RepLayer, holds_arrays, leading_axes, refuse_training
-from repjax.layers.batch_norm import Moments
-from repjax.layers.branches import (
-  Scope,
-  Tree,
-  forward,
-  holds_branch,
-  merge_branches,
-  norm_paths,
-  skips,
-)
-from repjax.layers.composition import Conv
-from repjax.layers.convolution import convolution
+from repjax.layers.branches import forward, holds_branch, merge_branches, norm_paths, skips
 from repjax.layers.grammar import find, is_skip
-
-
-class _Inside(nn.Module):
-  """The scope of a branch or of a step.
-
-  Attributes:
-    function: function of (this module, x) that runs in the scope.
-  """
-
-  function: Callable[[nn.Module, jax.Array], Any]
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> Any:
-    return self.function(self, x)
-
-
-class _LinenScope:
-  """The scope of a module, for `forward`: submodules belong to the module that is running."""
-
-  def __init__(self, layer: "RepConv", module: nn.Module, train: bool):
-    self._layer, self._module, self._train = layer, module, train
-
-  def conv(self, x: jax.Array, conv: Conv) -> jax.Array:
-    """Applies a convolution."""
-    return convolution(conv, **self._layer.dtypes())(name="conv")(x)
-
-  def norm(self, x: jax.Array) -> jax.Array:
-    """Applies the batch norm of the layer."""
-    # A RepConv has an attribute in the place of this method.
-    return RepLayer.norm(self._layer, x, self._train)
-
-  @property
-  def trains(self) -> bool:
-    """Tells if the layer trains, and is not being initialised."""
-    return self._train and not self._layer.is_initializing()
-
-  @property
-  def axis_name(self) -> str | None:
-    """The name of the mapped axis over which norms share their statistics."""
-    return self._layer.axis_name
-
-  def norm_of(self, moments: Moments) -> tuple[jax.Array, jax.Array]:
-    """Returns factor and bias of the batch norm of the layer, and updates its statistics."""
-    mean = moments.mean
-    with jax.numpy_dtype_promotion("standard"):  # as in `RepLayer.norm`
-      return self._layer.build_norm(mean.shape, mean.dtype, train=True).of_moments(moments)
-
-  def held(self) -> tuple[Tree, Tree, Any]:
-    """Returns parameters, statistics and epsilon."""
-    params, stats = (
-      {name: self._module.get_variable(collection, name, {}) for name in ("conv", "bn")}
-      for collection in ("params", "batch_stats")
-    )
-    epsilon = self._layer.get_variable("batch_stats", "epsilon", self._layer.epsilon)
-    return params, stats, epsilon
-
-  def inside(self, name: str, function: Callable[[Scope, jax.Array], Any], x: jax.Array) -> Any:
-    """Runs a function in a scope below."""
-
-    def run(module: nn.Module, x: jax.Array) -> Any:
-      return function(_LinenScope(self._layer, module, self._train), x)
-
-    return _Inside(run, name=name)(x)
 
 
 class RepConv(RepLayer):
@@ -153,9 +79,11 @@ class RepConv(RepLayer):
     """
     refuse_training(self.deploy, train)
     self._check_skips()
-    scope = _LinenScope(self, self, train)
-    y = forward(x, self, scope, self._shown())
-    return y.astype(self.dtype)
+    return forward(x, self, train, self._shown()).astype(self.dtype)
+
+  @nn.nowrap
+  def check_own(self) -> None:
+    """Leaves the checks to the forward pass, which knows the path of the layer and its input."""
 
   @nn.nowrap
   def notes(self) -> dict[str, float]:

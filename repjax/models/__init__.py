@@ -91,7 +91,7 @@ def check_model(
   Raises:
     InputError: the name or an override is unknown, or an override has a wrong type.
   """
-  if name not in _MODELS:
+  if not isinstance(name, str) or name not in _MODELS:
     raise unknown("model", name, _MODELS)
   check_overrides(name, _MODELS[name][0], overrides, prefix)
   return _MODELS[name]

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.layers import RepConv, RepLayer, activation, linear
+from repjax.layers.attributes import check_dtypes
 from repjax.layers.base import check_training, dtypes_of, refuse_training, training_of
-from repjax.models.checks import check_classifier, check_dtypes, check_flags, check_pixels
+from repjax.models.checks import check_classifier, check_flags, check_pixels
 
 
 class Block(RepLayer, kw_only=True):

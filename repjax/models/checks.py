@@ -48,17 +48,6 @@ def check_flags(module: nn.Module) -> None:
       raise InputError(f"{field.name} takes True or False, got {value!r}")
 
 
-def check_dtypes(**dtypes: Any) -> None:
-  """Raises InputError if a dtype that a network computes or stores in is not floating-point."""
-  for name, dtype in dtypes.items():
-    try:
-      floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-      floating = False
-    if not floating:
-      raise InputError(f"{name} takes a floating-point type such as jnp.bfloat16, got {dtype!r}")
-
-
 def check_pixels(images: jax.Array) -> None:
   """Warns of images that nobody normalized, and raises InputError for images that are none."""
   if jnp.issubdtype(images.dtype, jnp.integer):

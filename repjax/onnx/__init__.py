@@ -26,13 +26,12 @@ and Max, ReduceSum and Div where runtimes look for Relu and GlobalAveragePool. A
 layer of repjax would be short, but blind to what a user writes between the layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.inference import checked_dtype, inference
@@ -44,8 +43,8 @@ __all__ = ["to_onnx"]
 
 
 def to_onnx(
-  model: nn.Module,
-  variables: Mapping[str, Any],
+  model: Any,
+  variables: Any,
   *,
   image_size: int | tuple[int, int],
   dtype: jax.typing.DTypeLike = "float32",
@@ -59,8 +58,9 @@ def to_onnx(
   float32.
 
   Args:
-    model: in either form. A training form is re-parameterized first.
-    variables: variables of the model.
+    model: in either form. A training form is re-parameterized first. Or a function of parameters
+      and images, or what `repjax.fuse` returned for one, as in `repjax.deploy.compile`.
+    variables: variables of the model, parameters of the function, or what `fold` returned.
     image_size: pixels, one number or (height, width).
     dtype: dtype of parameters, computation and images, "float32" or "float16".
     preprocessing: from the model's ModelSpec, to take uint8 images and normalize them in the graph.
@@ -76,6 +76,7 @@ def to_onnx(
 
   Example:
     onnx.save(repjax.onnx.to_onnx(model, variables, image_size=224), "a0.onnx")
+    onnx.save(repjax.onnx.to_onnx(fused, fused.fold(params), image_size=224), "fused.onnx")
   """
   dtype = written_dtype(dtype)
   function, tree, *_ = inference(

@@ -19,7 +19,8 @@ from repjax.errors import InputError
 from repjax.onnx.graph import Graph
 from repjax.onnx.operators import OPERATORS, VIEWS
 from repjax.onnx.values import Value, known, new_axes
-from repjax.program import Constant, Equation, Program, interpret, trace
+from repjax.program import Constant, Equation, Program, constant_array, interpret, trace
+from repjax.trees import is_key
 
 BATCH, IMAGES = "batch", "images"
 _PRODUCTS = {"conv_general_dilated", "dot_general"}
@@ -91,7 +92,7 @@ def translated(
   axes = new_axes(shape)
   # ONNX's images are channels first. The function still sees (N, H, W, 3).
   stored = tuple(axes[axis] for axis in (0, 3, 1, 2))
-  inputs = [*map(known, jax.tree.leaves(tree)), Value(IMAGES, axes, stored)]
+  inputs = [*map(_parameter, jax.tree.leaves(tree)), Value(IMAGES, axes, stored)]
 
   def translate(equation: Equation, operands: list[Value]) -> Sequence[Value]:
     graph.scope = equation.scope
@@ -123,7 +124,12 @@ def _traced(function: Callable[[Any, jax.Array], Any], tree: Any, images: Any) -
 
 
 def _constant(constant: Constant) -> Value:
-  return known(np.asarray(constant.array, constant.aval.dtype))
+  return _parameter(constant_array(constant))
+
+
+def _parameter(leaf: Any) -> Value:
+  """Returns a known array. Random keys, which models hold for their training, become numbers."""
+  return known(jax.random.key_data(leaf) if is_key(leaf) else leaf)
 
 
 def _key(entry: Any) -> str:
@@ -188,7 +194,9 @@ def _empty(shape: Sequence[Any]) -> Value:
 
 
 def _is_static(equation: Equation) -> bool:
-  """Checks that no output's shape depends on the batch size."""
+  """Checks that no output's shape depends on the batch size, and that nothing reads random keys."""
+  if any(map(is_key, (operand.aval for operand in equation.inputs))):
+    return False
   sizes = (size for output in equation.outputs for size in output.aval.shape)
   return all(isinstance(size, int) for size in sizes)
 

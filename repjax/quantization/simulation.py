@@ -30,15 +30,15 @@ References:
     Inference, CVPR 2018, section 3. https://arxiv.org/abs/1712.05877
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from repjax.errors import InputError
+from repjax.functions import name_of
 from repjax.inference import inference
 from repjax.onnx import with_tensors
 from repjax.onnx.translation import IMAGES, EquationTensors
@@ -58,8 +58,8 @@ Results lie on the grid of the operands, if all operands lie on one grid.
 
 
 def simulated(
-  model: nn.Module,
-  variables: Mapping[str, Any],
+  model: Any,
+  variables: Any,
   roundings: Roundings,
   *,
   image_size: int | tuple[int, int],
@@ -67,13 +67,14 @@ def simulated(
   """Returns a function that computes what a model's int8 file computes, and has gradients.
 
   Args:
-    model: in either form.
+    model: in either form; or a function or a fused function, as in `repjax.onnx.to_onnx`.
     variables: variables of the model. Only their shapes matter.
     roundings: from `roundings_of` for the graph of this model.
     image_size: pixels, one number or (height, width).
 
   Returns:
-    A pure function of a deploy tree {"params": ...} and normalized images (N, H, W, 3). It returns
+    A pure function of a deploy tree {"params": ...}, or of the parameters of the function, and of
+    normalized images (N, H, W, 3). It returns
     in float32 what the file of `quantize_by` computes with this tree. Only the order of sums
     differs: a sum that lies in the middle between two steps may be rounded to the other step.
 
@@ -92,7 +93,7 @@ def simulated(
   proto, tensors = with_tensors(function, tree, image_size, np.dtype(np.float32), False)
   if missing := missing_in(proto, (*roundings.tensors, *roundings.weights)):
     raise InputError(
-      f"these roundings are of another network: {type(model).__name__} has no {missing[0]}. Take "
+      f"these roundings are of another network: {name_of(model)} has no {missing[0]}. Take "
       "those that repjax.quantization.roundings_of gives for its graph"
     )
 

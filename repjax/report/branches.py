@@ -12,7 +12,7 @@ from flax import linen as nn
 from repjax import runs
 from repjax.errors import InputError
 from repjax.layers import RepConv, ScaledConv, fold_scaled_conv, recognize_scaled_conv
-from repjax.layers.branches import branch_names, branch_parts, merge_branches
+from repjax.layers.branches import branch_names, branch_parts
 from repjax.layers.grammar import branch_order
 from repjax.layers.scaled_conv import branch_kernels
 from repjax.recognition import LAYERS
@@ -89,12 +89,13 @@ def read_kernels(workdir: Path, *, verify: bool = True) -> Kernels:
   spec, name = ModelSpec.read(workdir, verify=verify), workdir.absolute().name
   if not runs.checkpoints(workdir):
     _, variables, _ = load(workdir, verify=verify)
-    paths, _ = trace(spec, deploy=True)
-    layers = [_layer(path, variables["params"], {}) for path in paths]
+    features, _ = trace(spec, deploy=True)
+    layers = [_layer(path, variables["params"], {}, width) for path, width in features.items()]
     return Kernels(name, spec.name, None, layers)
-  paths, shapes = trace(spec)
+  features, shapes = trace(spec)
   step, variables, _ = runs.read_best(workdir, shapes, verify=verify)
-  layers = [_layer(path, variables["params"], variables["batch_stats"]) for path in paths]
+  trees = variables["params"], variables["batch_stats"]
+  layers = [_layer(path, *trees, width) for path, width in features.items()]
   return Kernels(name, spec.name, step, layers)
 
 
@@ -106,19 +107,19 @@ def _is_inside_a_layer(module: nn.Module) -> bool:
   )
 
 
-def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...]], Any]:
-  """Returns the paths of a model's layers of branches in the order of calls, and all shapes.
+def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[dict[tuple[str, ...], int], Any]:
+  """Returns the output channels of a model's layers of branches by path, and all shapes.
 
-  The layers are RepConvs and ScaledConvs. A layer inside another layer with a fold is left out,
-  since that fold removes or absorbs it.
+  The layers are RepConvs and ScaledConvs, in the order of calls. A layer inside another layer with
+  a fold is left out, since that fold removes or absorbs it.
   """
-  paths = []
+  features = {}
 
   def note(method: Callable[..., Any], arguments: Any, keywords: Any, context: Any) -> Any:
     layer = context.module
-    is_call = context.method_name == "__call__" and layer.path not in paths
-    if is_call and isinstance(layer, RepConv | ScaledConv) and not _is_inside_a_layer(layer):
-      paths.append(layer.path)
+    is_branched = context.method_name == "__call__" and isinstance(layer, RepConv | ScaledConv)
+    if is_branched and not _is_inside_a_layer(layer):
+      features.setdefault(layer.path, layer.features)
     return method(*arguments, **keywords)
 
   size = spec.preprocessing.image_size
@@ -126,7 +127,7 @@ def trace(spec: ModelSpec, *, deploy: bool = False) -> tuple[list[tuple[str, ...
   # `ModelSpec.variable_shapes` would not do: its result is cached, and then nothing is called.
   with nn.intercept_methods(note):
     shapes = jax.eval_shape(spec.create_model(deploy=deploy).init, jax.random.key(0), images)
-  return paths, shapes
+  return features, shapes
 
 
 def choose(layers: list[FoldedLayer], most: int = 6) -> list[FoldedLayer]:
@@ -152,7 +153,7 @@ def _middle(stage: list[FoldedLayer]) -> FoldedLayer:
   return full[len(full) // 2]
 
 
-def _layer(path: tuple[str, ...], params: Tree, stats: Tree) -> FoldedLayer:
+def _layer(path: tuple[str, ...], params: Tree, stats: Tree, features: int) -> FoldedLayer:
   """Measures the layer of branches at a path, in training form or deploy form."""
   for scope in path:
     params, stats = params[scope], stats.get(scope, {})
@@ -160,9 +161,8 @@ def _layer(path: tuple[str, ...], params: Tree, stats: Tree) -> FoldedLayer:
   names = () if is_deployed else tuple(branch_order(branch_names(params, stats)))
   measured = jax.device_get(_measure_fused(params) if is_deployed else _measure(params, stats))
   parts = {name: _kernel_stats(path, *leaves) for name, leaves in measured.items()}
-  channels = _outputs(params, stats)
   branches = {name: parts[name] for name in names} if len(names) > 1 else {}
-  return FoldedLayer("/".join(path), channels, parts[""], branches)
+  return FoldedLayer("/".join(path), features, parts[""], branches)
 
 
 def _kernel_stats(path: tuple[str, ...], taps: Any, norm: Any) -> KernelStats:
@@ -172,21 +172,14 @@ def _kernel_stats(path: tuple[str, ...], taps: Any, norm: Any) -> KernelStats:
   return KernelStats(np.asarray(taps, np.float64), float(norm))
 
 
-def _outputs(params: Tree, stats: Tree) -> int:
-  """Returns the number of output channels of a layer in either form."""
-  if "conv" in params:
-    return params["conv"]["bias"].shape[0]
-  return jax.eval_shape(_kernels, params, stats)[""].shape[-1]
-
-
 def _kernels(params: Tree, stats: Tree) -> dict[str, jax.Array]:
   """Returns the part of each branch in the fused kernel by name, and the fused kernel under ""."""
   if recognize_scaled_conv(params) is not None:
     fused = fold_scaled_conv(params, stats, EPSILON)["conv"]["kernel"]
     return {"": fused, **branch_kernels(params, stats, EPSILON)}
-  parts = branch_parts(params, stats, EPSILON).branches
-  fused = merge_branches(params, stats, EPSILON).kernel
-  return {"": fused, **{name: part.kernel for name, part in parts.items()}}
+  parts = branch_parts(params, stats, EPSILON)
+  kernels = {name: part.kernel for name, part in parts.branches.items()}
+  return {"": parts.whole().kernel, **kernels}
 
 
 @jax.jit

@@ -11,6 +11,7 @@ from repjax.schema import (
   items,
   number,
   optional,
+  overrides,
   record,
   table,
   text,
@@ -37,7 +38,7 @@ MODEL = record(
   {
     "name": text(),
     "num_classes": whole(1, MOST_CLASSES),
-    "overrides": table(anything),
+    "overrides": overrides,
     "preprocessing": PREPROCESSING,
     "class_names": items(text(), most=MOST_CLASSES),
   },

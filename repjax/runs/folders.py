@@ -135,7 +135,7 @@ def write_export(
   folder: Path,
   programs: Mapping[str, bytes],
   *,
-  spec: Mapping[str, Any],
+  spec: Mapping[str, Any] | None,
   facts: Mapping[str, Any],
   params: Any = None,
   exists: bool = False,
@@ -145,7 +145,7 @@ def write_export(
   Args:
     folder: the folder to write.
     programs: name to content of the program's files.
-    spec: content of model.json.
+    spec: content of model.json; None writes none, for a program that no ModelSpec describes.
     facts: content of export.json.
     params: the parameters; None writes no params folder.
     exists: an exported folder that is there is replaced; False: only an empty folder.
@@ -158,7 +158,8 @@ def write_export(
       (draft / name).write_bytes(content)
     if params is not None:
       trees.write_tree(paths.params_folder(draft), params)
-    files.write_spec(draft, spec)
+    if spec is not None:
+      files.write_spec(draft, spec)
     disk.write_json(paths.export_file(draft), facts)
     disk.write_manifest(draft)
 

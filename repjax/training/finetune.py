@@ -81,17 +81,30 @@ def _held_spec(config: Config, workdir: str | Path | None) -> ModelSpec | None:
       )
     if runs.checkpoints(own) and runs.model_file(own).exists():
       return ModelSpec.read(own)
-  return source_spec(config.init_from) if config.init_from else None
+  if not config.init_from:
+    return None
+  held = source_spec(config.init_from)
+  if config.model not in (None, held.name):
+    raise InputError(
+      f"config.init_from: {config.init_from} holds the model {held.name}, but the config builds "
+      f"{config.model}. Pass --config.model={held.name}, or give the folder of a {config.model}. "
+      "The config finetune names no model and takes that of the folder"
+    )
+  return held
 
 
 def _fill(full: Config, held: ModelSpec) -> None:
-  """Puts the facts of a model into a config where the config has None."""
+  """Puts the facts of a model into a config where the config has None.
+
+  Overrides belong to a model: they are taken over by a config of this model alone.
+  """
   if full.model is None:
     full.model = held.name
-  given = full.model_overrides.to_dict() if full.model_overrides is not None else {}
-  overrides = {**given, **continuing.plain(held.overrides)}
-  overrides.update({name: value for name, value in given.items() if value is not None})
-  full.model_overrides = ml_collections.ConfigDict(overrides)
+  if full.model == held.name:
+    given = full.model_overrides.to_dict() if full.model_overrides is not None else {}
+    overrides = {**given, **continuing.plain(held.overrides)}
+    overrides.update({name: value for name, value in given.items() if value is not None})
+    full.model_overrides = ml_collections.ConfigDict(overrides)
   theirs = held.preprocessing
   size = full.image_size if full.eval_image_size is None else full.eval_image_size
   if full.resize_size is None and size is not None:
@@ -236,8 +249,7 @@ def _deploy_program(spec: ModelSpec) -> str:
 
 def _check_fit(folder: str | Path, held: ModelSpec, spec: ModelSpec) -> None:
   """Raises InputError if two models differ in more than their classes."""
-  theirs, ours = ({"model": s.name, **_attributes(s)} for s in (held, spec))
-  differences = continuing.difference(theirs, ours)
+  differences = continuing.difference(_attributes(held), _attributes(spec))
   if not differences:
     theirs, ours = (_body_shapes(s) for s in (held, spec))
     differences = continuing.difference(theirs, ours)

@@ -29,12 +29,14 @@ class Interruption:
   Attributes:
     noted: number of the signal that came inside `deferred`; None: no signal came.
     agreed: True if all processes of the run stop for the signal.
+    saved: the step that the run has saved, as in `Stopped`.
   """
 
   def __init__(self) -> None:
     """Prepares the listener, which listens once it is entered."""
     self.noted: int | None = None
     self.agreed = False
+    self.saved = ""
     self._deferring = False
     self._handling = handled(self._handle)
 
@@ -59,7 +61,9 @@ class Interruption:
     finally:
       self._deferring = False
     if self.noted is not None:
-      raise error_of(self.noted, self.agreed)
+      error = error_of(self.noted, self.agreed)
+      error.saved = self.saved
+      raise error
 
   def agree(self) -> None:
     """Marks that all processes stop, and treats a signal to a different process as SIGTERM here."""

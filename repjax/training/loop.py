@@ -33,7 +33,9 @@ from repjax.config import Config
 from repjax.data import train_batches
 from repjax.errors import InputError
 from repjax.quantization.roundings import Roundings
+from repjax.reparam import reparameterize
 from repjax.runs import Bookmark
+from repjax.spec import ModelSpec
 from repjax.training import evaluation, parallel, planning, processes
 from repjax.training.interruption import Interruption
 from repjax.training.journal import Journal
@@ -116,7 +118,8 @@ def fit(
         done = _take_steps(run, state, train_step, evaluate, batches, journal, interruption)
       journal.show_data_waiting()
     if interruption.noted is not None and done:
-      print(f"step {done}/{run.plan.total_steps} is saved", flush=True)
+      interruption.saved = f"step {done}/{run.plan.total_steps}"
+      print(f"{interruption.saved} is saved", flush=True)
 
 
 def _take_steps(
@@ -272,10 +275,9 @@ def _make_evaluate(run: Prepared, network: Network | None) -> Evaluate:
   """Builds a function that evaluates the variables and, if the run averages them, the average."""
   plan = run.plan
   preprocessing = plan.spec.preprocessing
+  fold, network = (_as_they_are, network) if network else _deploy_form(plan.spec)
   eval_step = parallel.data_parallel(
-    make_eval_step(
-      network or plan.spec.create_model().apply, preprocessing, axis_name=parallel.AXIS
-    )
+    make_eval_step(network, preprocessing, axis_name=parallel.AXIS)
   )
 
   def evaluate(state: TrainState, interruption: Interruption) -> Mapping[str, Mapping[str, float]]:
@@ -284,11 +286,30 @@ def _make_evaluate(run: Prepared, network: Network | None) -> Evaluate:
     results = {}
     for name, variables in trees.items():
       batches = evaluation.batches(run.config, plan.eval, preprocessing)
-      results[name] = evaluation.run(eval_step, variables, _until_stopped(batches, interruption))
+      split = _until_stopped(batches, interruption)
+      results[name] = evaluation.run(eval_step, fold(variables), split)
       _check_finite("the evaluation's loss", results[name]["loss"], int(state.step))
     return results
 
   return evaluate
+
+
+def _deploy_form(spec: ModelSpec) -> tuple[Callable[[Any], Any], Network]:
+  """Returns a fold of variables on the devices, and the network that takes the result.
+
+  An evaluation folds once and then computes a plain network for every batch. In inference both
+  forms compute the same, up to rounding. The fold is float32 like the variables.
+  """
+
+  # The name is that of the compiled program.
+  def fold(variables: Any) -> Any:
+    return {"params": reparameterize(variables["params"], variables["batch_stats"])}
+
+  return jax.jit(fold), spec.create_model(deploy=True).apply
+
+
+def _as_they_are(variables: Any) -> Any:
+  return variables
 
 
 def _until_stopped(

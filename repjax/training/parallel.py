@@ -4,7 +4,7 @@ A batch of B examples is cut into D consecutive parts of B / D, one for each dev
 The devices may belong to several processes. Each process reads only the part of its own devices.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +18,16 @@ AXIS = "batch"
 """Name of the axis of devices, over which gradients, statistics and metrics are averaged."""
 
 
-def data_parallel(step: Callable[..., Any], donate: bool = False) -> Callable[..., Any]:
+def data_parallel(
+  step: Callable[..., Any], donate: bool = False, devices: Sequence[Any] | None = None
+) -> Any:
   """Runs `step(state, batch)` on all devices, each on its part of the batch.
 
   Args:
     step: function that reduces everything it returns over AXIS, so that all devices return the
       same.
     donate: reuse the memory of the state, which the caller must not read again.
+    devices: devices to run on; None takes all.
 
   Returns:
     A function of a state from `place` and a batch from `split` or `prefetch`. Its results have no
@@ -36,6 +39,7 @@ def data_parallel(step: Callable[..., Any], donate: bool = False) -> Callable[..
     in_axes=(None, 0),
     out_axes=None,
     donate_argnums=(0,) if donate else (),
+    devices=devices,
   )
 
 

@@ -127,29 +127,43 @@ def _safetensor(path: Path, file: Any, name: str) -> np.ndarray:
 
 
 def _is_npz(path: Path) -> bool:
-  """Returns True for a zip archive with .npy files; files of `torch.save` are zip archives too."""
+  """Returns True for a zip archive that NumPy wrote; files of `torch.save` are zip archives too.
+
+  An archive without arrays is one of NumPy's if it is empty, or called so.
+  """
   try:
     with zipfile.ZipFile(path) as archive:
-      return any(name.endswith(".npy") for name in archive.namelist())
+      held = archive.namelist()
+    if any(name.endswith(".npy") for name in held):
+      return True
+    return not held or (path.suffix == ".npz" and not any(map(_is_torchs, held)))
   except Exception:  # A damaged archive raises anything. Reading it as torch's says what is wrong.
     return False
+
+
+def _is_torchs(name: str) -> bool:
+  """Tells if a file in a zip archive is one that `torch.save` writes into every archive."""
+  return name.endswith("data.pkl")
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
   try:
     _check_claims(path)
     with np.load(path, allow_pickle=False) as file:
-      arrays = dict(file)
+      is_empty = not any(name.endswith(".npy") for name in file.zip.namelist())
+      arrays = {} if is_empty else dict(file)
     for name, array in arrays.items():
       if array.dtype.kind == "V":
         raise ValueError(f"{name} has a dtype that .npz cannot hold; store it as float32")
-    return arrays
   except Exception as error:  # A damaged archive or header can raise nearly anything.
     raise InputError(
       f"{path} cannot be read: it is damaged, or holds something else than plain arrays "
       f"({printable(f'{type(error).__name__}: {error}', 300)}). Fetch the file again, or write its "
       "arrays with numpy.savez"
     ) from error
+  if not arrays:
+    raise InputError(f"{path} holds no arrays. Write them by name: numpy.savez(FILE, **state_dict)")
+  return arrays
 
 
 def _check_claims(path: Path) -> None:

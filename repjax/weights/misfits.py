@@ -9,13 +9,15 @@ import jax
 import numpy as np
 
 from repjax.errors import listed
-from repjax.models import create_model
-from repjax.weights import repmlp
+from repjax.weights.attributes import changed_attributes, model_with
 from repjax.weights.naming import Entry
 from repjax.weights.recognition import Recognition, closest_model, model_as_deep
 from repjax.weights.sources import KINDS, expected
 
-_MOST_LINES = 20
+_MOST_LINES = 10
+"""Number of problems up to which each one is told."""
+_MOST_GROUPS = 5
+"""Number of examples that are told of more problems."""
 
 
 class Problem(NamedTuple):
@@ -59,21 +61,23 @@ def misfits(state: Mapping[str, np.ndarray], wanted: Mapping[str, Entry]) -> lis
 
 
 def lines_of(problems: Sequence[Problem]) -> list[str]:
-  """Returns a line for each problem; if there are many, one for each scope and kind of problem."""
+  """Returns a line for each problem, or a few examples with the size of their group.
+
+  A group is a kind of problem in one scope. The largest groups come first.
+  """
   if len(problems) <= _MOST_LINES:
     return [problem.text for problem in problems]
   groups: dict[tuple[str, str], list[Problem]] = {}
   for problem in problems:
     groups.setdefault((problem.kind, _scope(problem.name)), []).append(problem)
   lines = [
-    f"{kind}: {len(group)} tensors of {scope}, such as {group[0].text}"
+    f"{kind}: {len(group)} tensors of {scope}, such as {group[0].text.removeprefix(kind).strip()}"
     if len(group) > 1
     else group[0].text
-    for (kind, scope), group in groups.items()
+    for (kind, scope), group in sorted(groups.items(), key=lambda each: -len(each[1]))
   ]
-  if len(lines) > _MOST_LINES:
-    lines = [*lines[:_MOST_LINES], f"and {len(lines) - _MOST_LINES} more groups of tensors"]
-  return lines
+  others = sum(sorted(map(len, groups.values()), reverse=True)[_MOST_GROUPS:])
+  return [*lines[:_MOST_GROUPS], f"and {others} more"] if others else lines
 
 
 def _scope(name: str) -> str:
@@ -182,11 +186,14 @@ def _other_attributes_or_model(
   odd = {name for name, _ in ours ^ theirs}
   if len(odd) < 4:  # Few tensors are damaged; a different model would differ in more.
     return []
-  changed = _changed_attributes(state, wanted, found, overrides)
-  if changed:
+  if changed := changed_attributes(state, wanted, found, overrides):
+    given = {**overrides, **changed}
+    if model := model_with(found, given):
+      return [f"Its names and shapes are those of {model}."]
     return [
-      f"Its RepMLPs have {', '.join(f'{name}={value}' for name, value in changed.items())}: pass "
-      f"this (from the command line: --overrides '{json.dumps({**overrides, **changed})}')."
+      f"Its layers have {', '.join(f'{name}={value}' for name, value in changed.items())}: pass "
+      f"this (from the command line: --overrides '{json.dumps(given)}'). "
+      "Attributes that no shape shows, such as strides, are to be given as well."
     ]
   model = None
   # Searching all models takes many seconds. Two models never differ in a few names only, so the
@@ -197,19 +204,3 @@ def _other_attributes_or_model(
     closest, fits = closest_model(state, {})
     model = closest.model if closest and fits and closest.model != found.model else None
   return [f"Its names and shapes are those of {model}."] if model else []
-
-
-def _changed_attributes(
-  state: Mapping[str, np.ndarray],
-  wanted: Mapping[str, Entry],
-  found: Recognition,
-  overrides: Mapping[str, Any],
-) -> dict[str, Any]:
-  """Returns attributes that a RepMLP's state dict shows and that differ from the model's."""
-  if found.model not in repmlp.NAMINGS:
-    return {}
-  model = create_model(found.model, **overrides)
-  shapes = {name: entry.shape for name, entry in wanted.items()}
-  held = repmlp.attributes(shapes, shapes, model.tile)
-  read = repmlp.attributes({name: value.shape for name, value in state.items()}, shapes, model.tile)
-  return {name: value for name, value in read.items() if value != held.get(name)}

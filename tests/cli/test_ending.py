@@ -226,10 +226,23 @@ def test_ctrl_c_in_the_middle_of_a_command_is_one_line(monkeypatch, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_further_signal_does_not_interrupt_the_last_line(number):
-  def stopped(first):
+  def stopped(first, saved):
+    del saved
     os.kill(os.getpid(), number)
     sys.exit(first)
 
   with pytest.raises(SystemExit) as caught, ending.session(stopped):
     raise signals.error_of(signal.SIGTERM)
   assert caught.value.code == signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+  ("saved", "said"),
+  [("step 3/9", "from step 3/9"), ("", "from the last checkpoint, if")],
+)
+def test_the_last_line_of_training_agrees_with_what_is_saved(capsys, saved, said):
+  error = signals.error_of(signal.SIGTERM)
+  error.saved = saved
+  with pytest.raises(SystemExit), ending.session(ending.stop_training):
+    raise error
+  assert said in capsys.readouterr().out

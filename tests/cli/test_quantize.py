@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import repjax
+from repjax.cli import int8_table
 from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.quantization import processor, runtime
@@ -48,6 +49,7 @@ def test_quantize_writes_a_folder_and_a_table(run_command, workdir, tmp_path, mo
   for name in ("float32", "bfloat16, JAX", "int8 weights", "int8"):
     assert name in table
   assert "calibrated with 16 of its train split" in printed
+  assert "times: 2 rounds of 10 calls with a batch of 1;" in printed
   names = {"model.onnx", "export.json", "model.json", "manifest.json"}
   if importlib.util.find_spec("matplotlib"):
     names |= {"sensitivity.png"}
@@ -132,3 +134,17 @@ def test_mistakes_end_in_one_paragraph(run_command, workdir, tmp_path, monkeypat
     lambda name, *rest: None if name == "onnxruntime" else find_spec(name, *rest),
   )
   assert text("--workdir", workdir).startswith("error: 8 bits need the package onnxruntime")
+
+
+@pytest.mark.parametrize(
+  ("base", "seconds", "said"),
+  [
+    ([2.0, 2.2, 1.8, 4.0], [1.0, 1.1, 0.9, 2.0], "2.00x"),
+    ([2.0, 2.0, 2.0, 2.0], [4.0, 4.0, 4.0, 1.0], "0.50x"),  # one disturbed round of four
+    ([1.0, 1.0, 1.0, 1.0], [0.9, 1.1, 0.8, 1.2], "unclear"),
+    ([1.0], [0.5], "unclear"),
+    ([1.0, 1.1], [1.0, 1.1], "1.00x"),
+  ],
+)
+def test_a_speed_is_told_where_the_rounds_agree(base, seconds, said):
+  assert int8_table.speed(base, seconds) == said

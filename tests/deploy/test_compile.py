@@ -106,7 +106,7 @@ def test_devices_can_be_chosen(small):
   third = jax.devices()[2]
   compiled = compiled_plainly(*small, image_size=16, batch_sizes=3, devices=[third])
   assert compiled.plans[3][:4] == (1, 3, 3, {})
-  assert all(leaf.devices() == {third} for leaf in jax.tree.leaves(compiled._programs[3]._tree))
+  assert all(leaf.devices() == {third} for leaf in jax.tree.leaves(compiled.programs[3]._tree))
   images = noise(3)
   assert_close(compiled(jax.device_put(images, jax.devices()[0])), logits_of(*small, images), 1e-5)
 
@@ -114,7 +114,7 @@ def test_devices_can_be_chosen(small):
 @pytest.mark.parametrize("dtype", ["float32", jnp.bfloat16, "float16"])
 def test_parameters_are_cast_once_behind_the_folding(small, dtype):
   compiled = compiled_plainly(*small, image_size=16, dtype=dtype, batch_sizes=(4,), devices=ONE)
-  tree = compiled._programs[4]._tree
+  tree = compiled.programs[4]._tree
   assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(dtype)}
   folded = deploy_form(*small)[1]
   jax.tree.map(np.testing.assert_array_equal, tree, jax.tree.map(lambda x: x.astype(dtype), folded))

@@ -125,7 +125,7 @@ def test_normalized_input_half_precision_and_probabilities(small, tmp_path):
     tmp_path / "half", batch_sizes=(2,), devices=jax.devices()[:1]
   )
   assert program.input_dtype == np.float32
-  tree = program._programs[2]._tree
+  tree = program.programs[2]._tree
   assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.bfloat16)}
   rows = program(np.asarray(SPEC.preprocessing.normalize(jnp.asarray(PIXELS))))
   assert rows.dtype == np.float32

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import shutil
 import types
 
@@ -169,6 +170,25 @@ def test_the_dtype_is_the_programs(small_folder, small):
 def test_what_is_no_image_is_refused(predictor, image, said):
   with pytest.raises(InputError, match=said):
     predictor(image)
+
+
+@pytest.mark.parametrize(
+  "image",
+  [
+    np.linspace(0, 1, 64).reshape(8, 8),
+    np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8, 1),
+    np.arange(64, dtype=np.int64).reshape(8, 8),
+    np.zeros((8, 8, 4), np.uint8),
+    np.zeros((3, 8, 8), np.float16),
+  ],
+  ids=["grey floats", "one channel", "integers", "alpha", "channels first"],
+)
+def test_what_the_message_says_makes_an_image(predictor, image):
+  with pytest.raises(InputError) as told:
+    predictor(image)
+  for way in re.findall(r"image = (.+?)\.(?: |$)", str(told.value)):
+    image = eval(way, {"np": np, "image": image})
+  assert predictor(image).shape == (1, len(predictor.labels))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -45,7 +45,8 @@ def several(x64):
 def test_what_can_be_replaced_is_found(several):
   model, variables, x = several
   found = rewrite.convolutions_in(model.apply, variables, x)
-  assert {"/".join(path): one.kernel for path, one in found.items()} == {
+  by_name = {rewrite.scope_of(name): one for name, one in found.items()}
+  assert {name: one.kernel for name, one in by_name.items()} == {
     "first": (3, 3, 3, 8),
     "Conv_0": (3, 3, 4, 16),
     "plain": (3, 3, 16, 16),
@@ -53,9 +54,10 @@ def test_what_can_be_replaced_is_found(several):
     "valid": (2, 2, 16, 16),
     "small": (1, 1, 16, 16),
     "dilated": (3, 3, 16, 16),
+    "not_zeros": (3, 3, 16, 16),  # the border is padded before the convolution
+    "transposed": (3, 3, 16, 16),  # at stride 1 a plain convolution
   }
   assert rewrite.convolutions_in(model.apply, variables, x) == found  # however often it is asked
-  by_name = {path[0]: one for path, one in found.items()}
   assert by_name["Conv_0"].groups == 2
   assert by_name["same"].strides == (2, 2)
   assert by_name["same"].padding == ((1, 1), (0, 1))  # rows are odd here and columns even
@@ -76,7 +78,7 @@ def test_all_ways_give_the_same(several, place):
     for path, name in choices.items()
   }
   tree = rewrite.with_kernels(variables, kernels)
-  y = jax.jit(rewrite.computed_by(model.apply, choices, found))(tree, x)
+  y = jax.jit(rewrite.computed_by(model.apply, variables, choices, found))(tree, x)
   assert_close(y, model.apply(variables, x), 1e-12)
   assert len(set(choices.values())) == min(place + 1, 3)
 
@@ -120,11 +122,38 @@ def test_kernels_that_are_altered_or_read_elsewhere_are_left_alone(x64):
   x = np.random.default_rng(0).standard_normal((2, 9, 9, 8))
   variables = Altered().init(jax.random.key(0), x)
   found = rewrite.convolutions_in(Altered().apply, variables, x)
-  assert list(found) == [("by_name",)]
-  choices = {("by_name",): "winograd2"}
-  kernel = rewrite.prepare_kernel(
-    rewrite.kernel_of(variables, ("by_name",)), "winograd2", *found.values()
-  )
-  tree = rewrite.with_kernels(variables, {("by_name",): kernel})
-  y = rewrite.computed_by(Altered().apply, choices, found)(tree, x)
+  names = ["params/promoted/kernel", "params/by_name/kernel"]
+  assert list(found) == names
+  choices = dict.fromkeys(names, "winograd2")
+  kernels = {
+    name: rewrite.prepare_kernel(rewrite.kernel_of(variables, name), "winograd2", found[name])
+    for name in names
+  }
+  tree = rewrite.with_kernels(variables, kernels)
+  y = rewrite.computed_by(Altered().apply, variables, choices, found)(tree, x)
   assert_close(y, Altered().apply(variables, x), 1e-6)  # a part of it is in float32
+
+
+def channels_first(tree, x):
+  """Two layers over (N, C, H, W)."""
+  layout = ("NCHW", "OIHW", "NCHW")
+  for kernel in (tree["first"], tree["second"]):
+    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+  return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_channels_may_come_first(x64, name):
+  del x64
+  rng = np.random.default_rng(0)
+  tree = {"first": rng.standard_normal((8, 3, 3, 3)), "second": rng.standard_normal((9, 8, 3, 3))}
+  x = rng.standard_normal((2, 3, 7, 6))
+  found = rewrite.convolutions_in(channels_first, tree, x)
+  assert found["second"].images == (2, 7, 6, 8)
+  assert found["second"].shape == (2, 8, 7, 6)
+  assert found["second"].kernel == (3, 3, 8, 9)
+  assert found["second"].kernel_shape == (9, 8, 3, 3)
+  kernel = rewrite.prepare_kernel(tree["second"], name, found["second"])
+  prepared = rewrite.with_kernels(tree, {"second": kernel})
+  y = rewrite.computed_by(channels_first, tree, {"second": name}, found)(prepared, x)
+  assert_close(y, channels_first(tree, x), 1e-12)

@@ -67,7 +67,7 @@ def test_three_devices_give_what_one_gives_for_every_number_of_images(pair):
 
 def test_every_scope_is_on_the_device_of_its_stream_alone(pair, small):
   found = {}
-  for compiled in pair[1]._programs[3].pieces:
+  for compiled in pair[1].programs[3].pieces:
     for scope, tree in compiled.tree["params"].items():
       assert scope not in found
       (found[scope],) = {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
@@ -114,7 +114,7 @@ compiled = repjax.deploy.compile(
   model, tree, image_size=batches[0].shape[1], batch_sizes=5, parallel="streams"
 )
 devices = [[each.id for each in piece.sharding.mesh.devices.flat]
-           for piece in compiled._programs[5].pieces[:3]]
+           for piece in compiled.programs[5].pieces[:3]]
 sys.stdout.buffer.write(pickle.dumps((
   [compiled(batch) for batch in batches], tuple(compiled.plans[5]), devices
 )))
@@ -198,7 +198,7 @@ def test_parameters_and_what_is_moved_have_the_dtype():
   model, images = TwoStreams(), noise(3)
   variables = random_variables(model, images)
   streams = in_streams(model, variables, dtype="bfloat16", devices=THREE[:2])
-  for compiled in streams._programs[3].pieces:
+  for compiled in streams.programs[3].pieces:
     made = {info.dtype for name, info in compiled.executable.out_info.items() if name != "head"}
     assert {leaf.dtype for leaf in jax.tree.leaves(compiled.tree)} | made == {jnp.dtype("bfloat16")}
   for name, rows in streams(images).items():
@@ -232,7 +232,7 @@ def test_no_stream_waits_for_another_to_be_done():
   model, images = TwoStreams(rounds=20_000), noise(1)
   compiled = in_streams(model, random_variables(model, images), batch_sizes=(1,), devices=THREE[:2])
   compiled(images)
-  started = compiled._programs[1].start(images)
+  started = compiled.programs[1].start(images)
   assert not any(leaf.is_ready() for leaf in jax.tree.leaves(started))
   jax.block_until_ready(started)
 

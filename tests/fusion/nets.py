@@ -221,7 +221,7 @@ class ViT(nn.Module):
 
 
 class ConvMixer(nn.Module):
-  """Norms after activations. The first is read twice, and the last stands before a mean."""
+  """Norms after activations. The first is read twice, so that it stays."""
 
   @nn.compact
   def __call__(self, x):
@@ -330,7 +330,7 @@ def nets() -> dict[str, Callable[[], Net]]:
     "squeeze and excitation": lambda: linen(SqueezeExcitation(), (5, 4)),
     "u-net": lambda: linen(UNet(), (5, 5), sizes=((2, 16, 16), (1, 20, 18))),
     "vit": lambda: linen(ViT(), (10, 10), sizes=((2, 16, 16), (1, 16, 16))),
-    "convmixer": lambda: linen(ConvMixer(), (4, 4), norms=2),
+    "convmixer": lambda: linen(ConvMixer(), (4, 4), norms=1),
     "nnx": nnx_block,
     "asymmetric": lambda: Net(
       asymmetric,

@@ -18,6 +18,7 @@ STEPS = [
   *("conv", "conv", "conv", "conv", "conv", "norm", "norm", "norm", "add", "add", "add", "relu"),
   *("pad", "cut", "pool", "blocks", "scale", "transposed", "shift", "negative", "dense"),
   *("branches", "branches", "branches", "unit axis", "concatenate", "channels", "tap", "reflect"),
+  "mean",
 ]
 
 
@@ -222,6 +223,11 @@ def _blocks(y, layout, draw, own):
   shape[layout.spatial[1] : layout.spatial[1] + 1] = [width // 2, 2]
   shape[layout.spatial[0] : layout.spatial[0] + 1] = [height // 2, 2]
   return y.reshape(shape).mean((layout.spatial[0] + 1, layout.spatial[1] + 2))
+
+
+def _mean(y, layout, draw, own):
+  means = y.mean(layout.spatial, keepdims=True)
+  return means if own.integers(2) else y * jax.nn.sigmoid(means)
 
 
 def _scale(y, layout, draw, own):

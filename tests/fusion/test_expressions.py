@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repjax.fusion.expressions import Expressions, derived, evaluate
+from repjax.fusion.expressions import Expressions, evaluate
 from repjax.program import trace
 
 VECTOR = jax.ShapeDtypeStruct((3,), jnp.float32)
@@ -15,9 +15,9 @@ def test_equal_expressions_are_one_object():
   leaf = table.leaf(0, VECTOR)
   assert table.leaf(0, VECTOR) is leaf
   assert table.constant(np.float32(2)) is table.constant(np.float32(2))
-  double = derived(jnp.multiply, leaf, table.constant(np.float32(2)))
-  assert derived(jnp.multiply, leaf, table.constant(np.float32(2))) is double
-  assert derived(jnp.multiply, leaf, table.constant(np.float32(3))) is not double
+  double = table.derived(jnp.multiply, leaf, table.constant(np.float32(2)))
+  assert table.derived(jnp.multiply, leaf, table.constant(np.float32(2))) is double
+  assert table.derived(jnp.multiply, leaf, table.constant(np.float32(3))) is not double
 
 
 def test_equations_of_two_traces_are_one_object():
@@ -43,9 +43,11 @@ def test_a_common_part_is_computed_once():
     return x + 1
 
   table = Expressions()
-  part = derived(noted, table.leaf(0, VECTOR))
+  part = table.derived(noted, table.leaf(0, VECTOR))
   calls.clear()
-  first, second = evaluate([derived(jnp.sin, part), derived(jnp.cos, part)], [jnp.zeros(3)])
+  first, second = evaluate(
+    [table.derived(jnp.sin, part), table.derived(jnp.cos, part)], [jnp.zeros(3)]
+  )
   assert len(calls) == 1
   np.testing.assert_allclose(first, np.sin(np.ones(3)), rtol=1e-6)
   np.testing.assert_allclose(second, np.cos(np.ones(3)), rtol=1e-6)
@@ -53,6 +55,6 @@ def test_a_common_part_is_computed_once():
 
 def test_leaves_are_the_parameters_that_a_value_depends_on():
   table = Expressions()
-  total = derived(jnp.add, table.leaf(4, VECTOR), table.leaf(1, VECTOR))
+  total = table.derived(jnp.add, table.leaf(4, VECTOR), table.leaf(1, VECTOR))
   assert total.leaves == {1, 4}
   assert table.constant(np.ones(3)).leaves == frozenset()

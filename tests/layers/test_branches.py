@@ -398,6 +398,8 @@ class TestRefusals:
       ({"norm": ("conv3x3", "after_sum")}, "identity holds nothing but a norm"),
       ({"norm": ("conv3x3", "conv1x1", "identity", "after_sum")}, "at least one convolution goes"),
       ({"branches": QAREP, "norm": ()}, "no norm at all"),
+      ({"branches": 3}, "branches takes a tuple of names .*got 3"),
+      ({"branches": None}, "branches takes a tuple of names .*got None"),
       ({"branches": "conv3x3"}, r"branches takes several names.*\('conv3x3',\)"),
       ({"conv_bias": None}, "conv_bias takes a tuple of names.* got None"),
       ({"groups": 0}, "groups takes a whole number of at least 1, got 0"),
@@ -411,6 +413,29 @@ class TestRefusals:
   )
   def test_what_cannot_be_is_named(self, attributes, words):
     assert re.search(words, self.refuses(**attributes))
+
+  @pytest.mark.parametrize(
+    ("attributes", "shape"),
+    [
+      ({"padding": -2}, (1, 6, 6, 4)),
+      ({"padding": (1, -2)}, (1, 9, 6, 4)),
+      ({"padding": 0, "branches": ("conv5x5", "conv1x1")}, (2, 4, 9, 4)),
+      ({"padding": -1, "dilation": 2}, (1, 6, 6, 4)),
+      ({"padding": 0, "padding_mode": "edge"}, (1, 2, 2, 4)),
+    ],
+    ids=str,
+  )
+  def test_a_map_on_which_the_kernel_finds_no_place_is_refused(self, attributes, shape):
+    for deploy in (False, True):
+      layer = RepConv(4, deploy=deploy, **{"branches": ("conv3x3", "conv1x1"), **attributes})
+      with pytest.raises(InputError, match=r"the kernel covers \d pixels, but the map") as told:
+        helpers.init_shapes(layer, jnp.ones(shape))
+      helpers.assert_one_paragraph(told.value)
+      helpers.init_shapes(layer, jnp.ones((1, 11, 11, 4)))
+
+  def test_an_input_that_is_no_map_is_refused(self):
+    with pytest.raises(InputError, match=r"must be \(N, H, W, C\)"):
+      helpers.init_shapes(RepConv(4), jnp.ones((2, 4)))
 
   @pytest.mark.parametrize(
     ("made", "used"), [("conv3x3 skip", "conv3x3"), ("conv3x3", "conv3x3 skip")]

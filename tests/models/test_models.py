@@ -38,6 +38,7 @@ def test_both_forms_are_called_alike(name, deploy):
     ("repvgg-b1g4", "did you mean repvgg_b1g4"),
     ("repvggplus", "did you mean repvggplus_l2pse"),
     ("xyz", "unknown model 'xyz'; known: .*repvgg_a0, .*repvgg_d2se"),
+    (["repvgg_a0"], r"unknown model \['repvgg_a0'\]"),
   ],
 )
 def test_an_unknown_model_lists_close_ones(name, said):
@@ -54,6 +55,8 @@ def test_an_unknown_model_lists_close_ones(name, said):
     ),
     ("drop_out", "did you mean dropout"),
     ("parent", "unknown override .*'parent'"),
+    ("num_class", "did you mean num_classes"),
+    ("dtyp", "did you mean .*dtype"),
   ],
 )
 def test_an_unknown_override_lists_close_ones(override, said):

@@ -3,9 +3,11 @@
 import pytest
 
 import repjax
+from repjax import schema
 from repjax.errors import InputError
 from repjax.models import check_model, create_model
 from repjax.models.overrides import rules_of
+from repjax.runs import contents
 from repjax.spec import Preprocessing
 from tests.helpers import assert_one_paragraph
 from tests.models.families import FAMILIES
@@ -52,3 +54,20 @@ def test_the_largest_number_of_blocks_is_checked_before_anything_is_built():
 @pytest.mark.parametrize("groups", [2, {2: 2}, {"2": 2}], ids=str)
 def test_numbers_that_are_names_may_be_strings_as_in_json(groups):
   check_model("repvgg_a0", {"groups": groups})
+
+
+class Unread(list):
+  """A list that nobody may read, such as one of a million items in a file of somebody."""
+
+  def __iter__(self):
+    raise AssertionError("an item was read before the length")
+
+
+def test_lengths_are_checked_before_items():
+  names = Unread(["conv3x3"] * 101)
+  with pytest.raises(InputError, match="at most 100"):
+    create_model("repvgg_a0", branches=names)
+  with pytest.raises(InputError, match="at most 100"):
+    schema.check({"name": "repvgg_a0", "overrides": {"branches": names}}, contents.MODEL)
+  with pytest.raises(InputError, match="at most 100"):
+    schema.check({"name": "repvgg_a0", "overrides": dict.fromkeys(range(101))}, contents.MODEL)

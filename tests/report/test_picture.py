@@ -229,7 +229,7 @@ def test_runs_are_laid_over_one_another_in_colours_that_differ():
   assert legend == ["training", "evaluation", "most accurate evaluation"]
 
 
-@pytest.mark.parametrize("name", ["$x$", "a$b^{$", r"$\frac$", "$"])
+@pytest.mark.parametrize("name", ["a$b^{$", "$x$"])
 def test_a_dollar_in_a_name_begins_no_formula(name):
   def picture(first):
     runs = [RUN._replace(name=first, notes=(f"{first}: a note",)), RUN._replace(name="other")]

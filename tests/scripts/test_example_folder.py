@@ -19,7 +19,7 @@ pytest_plugins = ["tests.training.fixtures"]
 
 
 def test_photographs_are_cropped_apart(run_script, tmp_path):
-  options = ("--per-class", "5", "--classes", "brick", "cat", "page")
+  options = ("--train-per-class", "5", "--classes", "brick", "cat", "page")
   folders = [tmp_path / name for name in ("one", "again", "other")]
   for folder, seed in zip(folders, (0, 0, 1)):
     run_script("scripts/example_folder.py", "photographs", "--to", folder, *options, "--seed", seed)
@@ -50,7 +50,7 @@ def test_parts_of_a_photograph_do_not_overlap(size):
 
 def test_every_photograph_is_inside_scikit_image(run_script, tmp_path):
   printed = run_script(
-    "scripts/example_folder.py", "photographs", "--to", tmp_path, "--per-class", "1"
+    "scripts/example_folder.py", "photographs", "--to", tmp_path, "--train-per-class", "1"
   )
   count = len(list((tmp_path / "train").iterdir()))
   assert count >= 10
@@ -61,7 +61,7 @@ def test_every_photograph_is_inside_scikit_image(run_script, tmp_path):
 
 def test_digits_have_the_projects_own_test_images(run_script, run_command, tmp_path, monkeypatch):
   monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its handlers
-  options = ("--classes", "1", "0", "3", "--per-class", "7")
+  options = ("--classes", "1", "0", "3", "--train-per-class", "7")
   run_script("scripts/example_folder.py", "digits", "--to", tmp_path / "few", *options)
   run_command(
     "prepare-dataset", "--from-folder", tmp_path / "few", "--name", "few", "--data-dir", tmp_path
@@ -88,7 +88,7 @@ def test_digits_have_the_projects_own_test_images(run_script, run_command, tmp_p
   [
     (("digits", "--classes", "10"), "unknown class of the digits '10'; did you mean"),
     (("photographs", "--classes", "dog"), "unknown class of the photographs 'dog'"),
-    (("digits", "--per-class", "0"), "--per-class is at least 1; got 0"),
+    (("digits", "--train-per-class", "0"), "--train-per-class is at least 1; got 0"),
   ],
 )
 def test_example_folders_that_cannot_be(run_script, tmp_path, arguments, said):

@@ -66,7 +66,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(starts_of):
   assert "stopping: the step in hand" in second.stderr
   assert "re-parameterizing" not in first.stdout
   for each in (first, second):
-    assert each.stdout.endswith("continues from the last checkpoint, if there is one yet\n")
+    assert each.stdout.endswith(f"continues from step {held[-1]}/{tiny.STEPS}\n")
   assert held[-1] in (3, 4, 6)  # where they ask one another
 
 

@@ -11,7 +11,7 @@ import pytest
 import repjax
 from repjax import runs, training
 from repjax.errors import InputError
-from repjax.training import evaluation, parallel
+from repjax.training import evaluation, parallel, planning
 from repjax.training.state import create_state, from_items, restore_newest, to_items
 from repjax.training.step import make_train_step
 from tests.helpers import leaves
@@ -92,7 +92,7 @@ def records(workdir):
 
 def newest(workdir, config):
   model = repjax.ModelSpec.read(workdir)
-  sgd = training.planning.make_optimizer(config, lambda step: 0.1)
+  sgd = planning.make_optimizer(config, lambda step: 0.1)
   like = jax.eval_shape(
     lambda variables: create_state(variables, sgd, ema=True), model.variable_shapes()
   )

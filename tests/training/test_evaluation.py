@@ -1,6 +1,7 @@
 """Evaluation against the same thing computed by hand."""
 
 import io
+import json
 
 import jax
 import numpy as np
@@ -45,6 +46,15 @@ def test_accuracy_and_loss_are_those_of_every_image_counted_once(
     "count": 360,
     "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
   }
+
+
+def test_a_run_evaluates_the_deploy_form_to_the_bit(finished, digits_dir):
+  workdir, report, _ = finished
+  rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  losses_of_steps = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+  config = tiny.config(digits_dir)
+  losses = [training.evaluate(config, workdir, deploy=deploy)["loss"] for deploy in (True, False)]
+  assert losses_of_steps[report["step"]] == losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_what_the_report_says_is_what_evaluation_finds(finished, digits_dir):

@@ -15,6 +15,7 @@ from repjax.disk import trees
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
 from repjax.training import finetune, loop, optimizer, planning, run
+from tests import helpers
 from tests.helpers import assert_close, leaves, randomise
 from tests.training import tiny
 from tests.weights import cases
@@ -62,7 +63,6 @@ def test_what_a_config_leaves_open_is_as_in_the_folder_and_as_in_the_data_set(fi
 def test_what_a_config_gives_wins(finished, digits_dir):
   given = {
     "init_from": str(finished[0]),
-    "model": "repvgg_b0",
     "num_classes": 7,
     "model_overrides": {"act": "gelu", "stage_sizes": (1, 2, 1, 1)},
     "image_size": 24,
@@ -71,7 +71,7 @@ def test_what_a_config_gives_wins(finished, digits_dir):
     "mean": (0.1, 0.2, 0.3),
   }
   spec = planning.model_spec(finetune.resolve(open_config(digits_dir, **given)), ())
-  assert (spec.name, spec.num_classes) == ("repvgg_b0", 7)
+  assert (spec.name, spec.num_classes) == ("repvgg_a0", 7)
   assert settings_of(spec) == {**tiny.OVERRIDES, "act": "gelu", "stage_sizes": (1, 2, 1, 1)}
   assert spec.preprocessing == Preprocessing(24, 32, "bicubic", (0.1, 0.2, 0.3), (0.35,) * 3)
 
@@ -268,10 +268,28 @@ def test_a_run_does_not_start_from_itself(source, digits_dir):
   assert tiny.contents(source) == before
 
 
+@pytest.mark.parametrize("name", ["repvgg_b0", "resnet18"])  # a ResNet has no `strides`
+@pytest.mark.parametrize("form", ["run", "deploy form"])
+def test_a_folder_of_another_model_is_named(finished, plain, digits_dir, tmp_path, name, form):
+  folder = finished[0] if form == "run" else plain
+  config = open_config(digits_dir, init_from=str(folder), model=name)
+  said = f"holds the model repvgg_a0, but the config builds {name}.*--config.model=repvgg_a0"
+  with pytest.raises(InputError, match=said) as caught:
+    training.train(config, tmp_path / "run")
+  helpers.assert_one_paragraph(caught.value)
+  assert str(folder) in str(caught.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_continued_as_another_model(source, digits_dir):
+  config = open_config(digits_dir, model="resnet18", image_size=32)
+  with pytest.raises(InputError, match=r"different model: .*name repvgg_a0 -> resnet18"):
+    training.train(config, source)
+
+
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
-    ({"model": "repvgg_b0"}, "config's: model repvgg_a0 -> repvgg_b0. Set these"),
     ({"model_overrides": {"act": "silu"}}, "config's: act relu -> silu. Set these"),
     ({"model_overrides": {"strides": (1, 1, 1, 2, 2)}}, "config's: strides.2 2 -> 1. Set"),
     (

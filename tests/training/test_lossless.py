@@ -82,6 +82,7 @@ def test_a_signal_saves_the_step_in_hand_and_nothing_is_lost(
   printed = capsys.readouterr().out
   assert "re-parameterizing" not in printed
   newest = max(runs.checkpoints(tmp_path))
+  assert caught.value.saved == f"step {newest}/{tiny.STEPS}"
   assert f"step {newest}/{tiny.STEPS} is saved\n" in printed
   assert runs.checkpoints(tmp_path)[newest] == -1
   assert not read_bookmark(tmp_path, newest).evaluated
@@ -294,7 +295,9 @@ def test_killed_at_random_moments_and_stopped_the_same_command_ends_with_the_sam
   stopped.terminate()
   text, errors = stopped.communicate()
   assert stopped.returncode == 0, errors
-  assert text.endswith("the same command continues from the last checkpoint, if there is one yet\n")
+  newest = max(runs.checkpoints(workdir))
+  saved = f"step {newest}/{tiny.STEPS}"
+  assert text.endswith(f"{saved} is saved\nstopped; the same command continues from {saved}\n")
   assert not half_saved(workdir)
 
   for _ in range(2):

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import threading
-import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ import repjax
 from repjax import disk, runs, training
 from repjax.configs import digits_repmlp
 from repjax.errors import InputError
-from repjax.training import loop, optimizer, planning, schedules
+from repjax.training import display, loop, optimizer, planning, schedules
+from repjax.training.prefetch import ReadAhead
 from repjax.training.state import create_state
 from tests.training import tiny
 from tests.training.boards import shown
@@ -269,21 +270,21 @@ def test_repmlp_on_digits_trains_and_deploys(digits_dir, tmp_path):
 
 
 def test_a_run_that_waits_for_its_data_says_so(digits_dir, tmp_path, monkeypatch, capsys):
-  batches_of = loop.train_batches
+  now, take = [0.0], ReadAhead.take
 
-  def slowly(*arguments, **settings):
-    for number, batch in enumerate(batches_of(*arguments, **settings)):
-      time.sleep(0.5 if number > 2 else 0.0)  # of three, the last two are read during compilation
-      yield batch
+  def slowly(self, running=()):  # a step a second, half of which the devices waited
+    batch = take(self, running)
+    now[0] += 1.0
+    self.waited = now[0] / 2
+    return batch
 
-  monkeypatch.setattr(loop, "train_batches", slowly)
+  monkeypatch.setattr(ReadAhead, "take", slowly)
+  monkeypatch.setattr(display, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
   config = tiny.config(digits_dir, num_steps=6, log_every_steps=6, eval_every_epochs=1.0)
   training.train(config, tmp_path)
   printed = capsys.readouterr().out
-  (shown,) = re.findall(r"data (\d+)%", printed)
-  assert int(shown) > 20
-  (waited,) = re.findall(r"steps waited (\S+) s of", printed)
-  assert 0.5 < float(waited) < 3
+  assert re.findall(r"data (\d+)%", printed) == ["50"]
+  assert "steps waited 2.5 s of 5.0 s for data (50.0%)" in printed
   assert "data limits the speed: more --config.num_workers" in printed
 
 

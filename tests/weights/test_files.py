@@ -376,3 +376,13 @@ def test_state_dicts_lists_them_by_entry():
   assert files.state_dicts(STATE) == {"": STATE}
   assert files.state_dicts({"a": STATE, "b": 1, "c": {}}) == {"a": STATE}
   assert files.state_dicts([STATE]) == {}
+
+
+@pytest.mark.parametrize("held", [{}, {"readme.txt": b"hello"}], ids=["nothing", "a text"])
+def test_an_npz_without_arrays_is_called_so(tmp_path, held):
+  path = tmp_path / "a.npz"
+  with zipfile.ZipFile(path, "w") as archive:
+    for name, content in held.items():
+      archive.writestr(name, content)
+  with pytest.raises(InputError, match=r"a\.npz holds no arrays.*numpy\.savez"):
+    read(path)

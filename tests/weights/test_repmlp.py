@@ -115,7 +115,7 @@ def test_tile_kernels_and_groups_that_are_not_the_models_are_named(kind):
   text = refusal(LIGHT, state, **SIZES)
   said = {key: OVERRIDES[key] for key in READABLE if (key, kind) != ("local_kernels", "deploy")}
   spelled = ", ".join(f"{key}={SMALL[key]}" for key in said)
-  assert f"Its RepMLPs have {spelled}: pass this" in text
+  assert f"Its layers have {spelled}: pass this" in text
   way_out = json.loads(re.search("--overrides '(.*)'", text)[1])
   assert way_out == SIZES | said
   # Local convolutions, which a deploy form does not show, are no larger than tiles.

@@ -1,6 +1,7 @@
 """State dicts in and out: every published layout, the authors' outputs, and every refusal."""
 
 import itertools
+import json
 import math
 import re
 
@@ -413,6 +414,30 @@ def test_weights_of_another_model_say_of_which_when_the_head_is_dropped(few_mode
   assert re.search(r"those of repvgg_a0\b", headline)
 
 
+@pytest.mark.parametrize(
+  ("model", "naming", "kind", "overrides"),
+  [
+    ("repvgg_a0", "official", "train", TINY),
+    ("repvgg_a0", "timm", "train", {"stage_sizes": [1, 3, 2, 1]}),
+    ("repvgg_a0", "mmpretrain", "deploy", {"width_multipliers": [0.5, 0.5, 0.25, 0.5]}),
+    ("resnet18", "official", "train", {"stage_sizes": [1, 1, 1, 1], "widths": [16, 32, 32, 64]}),
+  ],
+)
+def test_missing_overrides_are_read_off_the_shapes(model, naming, kind, overrides):
+  state = cases.random_state(model, kind, naming, 10, **overrides)
+  headline, lines = refusal(model, state, num_classes=10)
+  assert f"--overrides '{json.dumps(overrides)}'" in headline
+  assert re.search(r"Problems: \d\d+\.", headline)
+  assert len(lines) <= 6
+
+
+def test_overrides_that_do_not_fit_are_not_proposed():
+  state = cases.random_state("repvgg_a0", "train", "official", 10, **TINY)
+  name = "stage1.0.rbr_1x1.conv.weight"
+  headline, _ = refusal("repvgg_a0", state | {name: state[name][:, 1:]}, num_classes=10)
+  assert "--overrides" not in headline
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=str)
 def test_half_precision_is_refused_with_the_way_out(state, dtype):
   half = {name: value.astype(dtype) for name, value in state.items()}
@@ -422,8 +447,10 @@ def test_half_precision_is_refused_with_the_way_out(state, dtype):
     assert "--allow-half" in headline
     count = sum(not name.endswith("tracked") for name in state)
     assert f"Problems: {count}." in headline
-    assert len(lines) == len({name.partition(".")[0] for name in state})  # a line for each scope
-    assert any(line.endswith(f"linear.bias is {np.dtype(dtype)}") for line in lines)
+    # The scopes with the most tensors are told; the classifier has two.
+    assert len(lines) == 6
+    assert all(line.endswith(f" is {np.dtype(dtype)}") for line in lines[:5])
+    assert lines[5] == "and 2 more"
 
 
 def test_single_precision_widens_to_double(state):
