@@ -22,12 +22,12 @@ class Moments(NamedTuple):
   Attributes:
     mean: mean of each feature.
     var: mean squared distance from the mean, the variance that normalises.
-    count: number of values that were averaged for each feature.
+    values: number of values that were averaged for each feature.
   """
 
   mean: jax.Array
   var: jax.Array
-  count: int
+  values: int
 
 
 class BatchNorm(nn.BatchNorm):
@@ -117,12 +117,12 @@ class BatchNorm(nn.BatchNorm):
     """
     if self.is_initializing():
       return
-    mean, var, count = moments
+    mean, var, values = moments
     self._move(self.mean, mean)
     if self.running_variance == "biased":
       self._move(self.var, var)
-    elif count > 1:
-      self._move(self.var, var * (count / (count - 1)))
+    elif values > 1:
+      self._move(self.var, var * (values / (values - 1)))
     else:
       warnings.warn(
         f"the batch norm {'/'.join(self.path)} trains on one value of each channel, so that its "

@@ -28,7 +28,7 @@ from repjax.layers.grammar import Branch
 if TYPE_CHECKING:
   from repjax.layers.rep_conv import RepConv
 
-PIXELS_PER_CHANNEL, PIXELS_PER_CHANNEL_ON_CPU = 128, 8
+PIXELS_PER_CHANNEL, PIXELS_PER_CHANNEL_ON_CPU = 128, 2
 """Fewest pixels of a batch for each input channel of a group at which "auto" merges branches.
 
 Matrices of C^2 entries are computed, stored and read again. With few pixels they outweigh the maps
@@ -37,6 +37,13 @@ other number comes from programs compiled for an H100: with a quarter of the pix
 more bytes than it saves.
 """
 
+
+FEWEST_CHANNELS = 16
+"""Fewest input channels of a group at which "auto" merges branches.
+
+The variance diag(W' S W) loses twice the digits that W'x loses where the channels of x nearly
+cancel. The three channels of a grey image do. With few channels there is little to save, too.
+"""
 
 MOST_PRODUCTS = 1 / 8
 """Largest share of a covariance in the products of a layer at which "auto" merges branches.
@@ -52,12 +59,12 @@ class Input(NamedTuple):
   Attributes:
     mean: mean of each channel (g, C/g).
     covariance: covariance of the channels of each group (g, C/g, C/g).
-    count: number of pixels that were averaged, those of all devices that share their statistics.
+    pixels: number of pixels that were averaged, those of all devices that share their statistics.
   """
 
   mean: jax.Array
   covariance: jax.Array
-  count: int
+  pixels: int
 
 
 def mergeable(layer: Layer, branches: Sequence[Branch]) -> list[Branch]:
@@ -92,9 +99,9 @@ def merges(layer: Layer, branches: Sequence[Branch], shape: Sequence[int]) -> bo
   fewest = PIXELS_PER_CHANNEL_ON_CPU if on_cpu else PIXELS_PER_CHANNEL
   taps = sum(math.prod(branch.size) for branch in branches if branch.has_kernel)
   # For each pixel and group, a covariance takes twice C^2 products: forwards and backwards. The
-  # convolutions take 3 C O for each tap. Groups of one channel have no matrices to multiply.
+  # convolutions take 3 C O for each tap.
   is_cheap = 2 * inputs**2 <= MOST_PRODUCTS * 3 * inputs * outputs * taps
-  return is_cheap and inputs > 1 and math.prod(pixels) >= fewest * inputs
+  return is_cheap and inputs >= FEWEST_CHANNELS and math.prod(pixels) >= fewest * inputs
 
 
 def merged_sum(
@@ -127,7 +134,7 @@ def _part(
   module: nn.Module, statistics: Input, layer: "RepConv", branch: Branch
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the kernel of a branch with its norm (g, C, O/g), and the bias of the norm (O,)."""
-  mean, covariance, count = statistics
+  mean, covariance, pixels = statistics
   groups, inputs = mean.shape
   if branch.has_kernel:
     conv = module.get_variable("params", "conv")
@@ -142,7 +149,7 @@ def _part(
   else:
     kernel = jnp.eye(inputs, dtype=mean.dtype)[None]
     means, var = mean.ravel(), jnp.diagonal(covariance, axis1=1, axis2=2).ravel()
-  factor, bias = layer.norm_of(Moments(means, var, count))
+  factor, bias = layer.norm_of(Moments(means, var, pixels))
   return kernel * factor.reshape(groups, 1, -1), bias
 
 

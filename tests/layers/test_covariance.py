@@ -151,7 +151,7 @@ def products_of(layer, x):
 
 
 class TestRule:
-  FEW, MANY = (1, 3, 5, 2), (1, 4, 4, 2)  # pixels, at 8 for each of two channels
+  FEW, MANY = (1, 1, 31, 16), (2, 4, 4, 16)  # pixels, at 2 for each of 16 channels
 
   @pytest.mark.parametrize(
     ("attributes", "shape", "expected"),
@@ -167,26 +167,27 @@ class TestRule:
       ({"branches": ("conv1x1",)}, MANY, (1, False)),
       ({"branches": ("conv1x1",), "statistics": "covariance"}, MANY, (0, True)),
       ({"groups": 2}, MANY, (2, False)),
+      ({"groups": 2, "statistics": "covariance"}, MANY, (2, True)),
     ],
     ids=str,
   )
   def test_branches_merge_where_they_can_and_pixels_are_many(self, attributes, shape, expected):
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    assert products_of(RepConv(2, **attributes), x) == expected
+    assert products_of(RepConv(16, **attributes), x) == expected
 
   def test_other_devices_than_cpus_merge_with_more_pixels_only(self, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    layer = RepConv(2)
+    layer = RepConv(16)
     branches = [parse(name) for name in layer.branches]
-    assert not covariance.merges(layer, branches, (1, 15, 17, 2))
-    assert covariance.merges(layer, branches, (1, 16, 16, 2))
+    assert not covariance.merges(layer, branches, (1, 89, 23, 16))
+    assert covariance.merges(layer, branches, (2, 32, 32, 16))
 
   def test_evaluation_and_initialisation_compute_every_branch(self):
     x = jnp.zeros(self.MANY)
-    layer = RepConv(2, statistics="covariance")
+    layer = RepConv(16, statistics="covariance")
     variables = helpers.init_shapes(layer, x, train=True)
     assert "dot_general" not in helpers.primitives(layer.apply, variables, x)
 
   def test_unknown_ways_are_refused(self):
     with pytest.raises(InputError, match=r"statistics.*'inputs'.*outputs"):
-      RepConv(2, statistics="inputs")
+      RepConv(16, statistics="inputs")

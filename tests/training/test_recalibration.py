@@ -71,7 +71,8 @@ def training_batches(digits_dir, count):
 
 def inputs_of_norms(spec, params):
   """Builds a function of images that returns the input of each batch norm in training mode."""
-  model, stats = spec.create_model(remat=False), spec.variable_shapes()["batch_stats"]
+  model = spec.create_model(remat=False, statistics="outputs")
+  stats = spec.variable_shapes()["batch_stats"]
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stats)
 
   def run(images):
