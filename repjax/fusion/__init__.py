@@ -15,7 +15,7 @@ original equation stays.
 
 Files, in the order in which a function passes them:
   fused         traces, plans each shape once, checks, folds and calls
-  planning      meets equations in order, decides what is computed and where
+  planning      visits equations in order, decides what is computed and where
   expressions   what depends on parameters alone, to be evaluated by the fold
   values, windows    sums of terms; how a term reads its source along each axis
   arithmetic, pixels, layouts, products    rules: which equations are affine, by kind

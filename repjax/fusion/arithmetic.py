@@ -31,8 +31,8 @@ class Given:
     shape: of the result.
     table: the table of expressions.
     operands: nodes, and expressions of what depends on parameters alone.
-    compact: the same without the length of axes that a broadcast made.
-    precise: the same before the program rounded parameters to a narrower dtype.
+    compact: the operands, with length 1 along axes that a broadcast made longer.
+    precise: the operands, with parameters as they were before a cast to a narrower dtype.
     moved: the hidden nodes of moved values, by what they are.
   """
 

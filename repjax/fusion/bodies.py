@@ -1,8 +1,8 @@
 """Loops and choices: the programs that they hold are fused like functions of their own.
 
-In such a program, what is read from stacked parameters, or held fixed, are the parameters; a carry
-and everything else are the arguments. What the fold of a body would compute for each step of a scan
-is computed for all steps at once, by the fold of the whole function.
+Inputs of such a program that follow from parameters alone, stacked ones included, count as its
+parameters. Carries and all other inputs are its arguments. What the fold of a body would compute
+for each step of a scan is computed for all steps at once, by the fold of the whole function.
 """
 
 import dataclasses

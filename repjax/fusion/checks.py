@@ -1,30 +1,36 @@
 """Checks of plans, on random numbers: merges against equations, and plans against each other."""
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from repjax.algebra import wide_dtype
 from repjax.errors import InputError
 from repjax.fusion.expressions import evaluate
 from repjax.fusion.plan import Instruction, Plan, read
-from repjax.program import Equation
+from repjax.program import Constant, Equation, inner_programs
 
-_TOLERANCE = {8: 1e-9, 4: 1e-3, 2: 0.1}
+_TOLERANCE = {8: 1e-9, 4: 1e-3, 2: 0.1, 1: 0.5}
 """Largest relative error of a merge, by the bytes of a number. Mistakes make errors near 1."""
 
 _KEYS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
 """The generators of JAX, by the names that dtypes of keys have."""
 
 
-def random_array(aval: Any, seed: int) -> Any:
+def random_array(aval: Any, seed: int, positive: bool = False) -> Any:
   """Returns random numbers that keep the numbers of a network moderate.
 
   Vectors are positive, since a variance may be among them. Kernels get smaller with their fan-in.
+
+  Args:
+    aval: shape and dtype.
+    seed: of the random numbers.
+    positive: make all numbers positive, kernels included.
   """
   rng = np.random.default_rng(seed)
   if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
@@ -38,69 +44,129 @@ def random_array(aval: Any, seed: int) -> Any:
   if len(aval.shape) < 2:
     return jnp.asarray(rng.uniform(0.5, 1.5, aval.shape), aval.dtype)
   fan_in = max(1, math.prod(aval.shape) // max(1, *aval.shape))
-  return jnp.asarray(rng.normal(size=aval.shape) / math.sqrt(fan_in), aval.dtype)
+  numbers = rng.normal(size=aval.shape) / math.sqrt(fan_in)
+  # Sums of positive numbers do not cancel, and would grow from layer to layer.
+  return jnp.asarray(np.abs(numbers) / math.sqrt(fan_in) if positive else numbers, aval.dtype)
 
 
-def check(plan: Plan, equations: Sequence[Equation]) -> None:
+def check(plan: Plan, equations: Sequence[Equation], exact: Sequence[Equation]) -> None:
   """Compares each merge with the equations that it replaces, from the same values.
 
   Args:
     plan: to be checked.
     equations: those of the traced program, in order.
+    exact: the same equations, with products of full precision.
 
   Raises:
-    InputError: a merge computes something different. The text names its parameters.
+    InputError: a merge computes something different, and the text names its parameters; or there
+      are no numbers to compare on.
   """
   made = {output for each in equations for output in each.outputs}
   merges = [each for each in plan.instructions if each.merged and each.outputs[0] in made]
   if not merges:
     return
-  makers = {each.outputs[0]: each for each in plan.instructions if each.merged}
+  _check_known(plan, equations)
+  steps = {each.outputs[0]: each for each in plan.instructions if each.merged}
+  makers = {output: each for each in equations for output in each.outputs}
   names = {expression: name for name, expression in plan.stored.items()}
-  for error, merge in zip(_measured(plan, equations, merges), merges):
-    if not error <= _tolerance(merge):
-      read = [names[each] for each in _inputs(merge, makers, made) if each in names]
+  for error, merge in zip(_measured(plan, equations, exact, merges), merges):
+    inputs = _inputs(merge, steps, made)
+    if error > _tolerance([*_passed(merge, inputs, makers)]):
+      parameters = [names[each] for each in inputs if each in names]
       raise InputError(
         f"fuse made a mistake in the scope {merge.scope!r}: on random parameters the merged layer "
         f"differs from the function by {error:.1e} of the largest value, from the parameters "
-        f"{', '.join(read)}. Please report the function, and leave this part out of `fuse`"
+        f"{', '.join(parameters)}. Please report the function, and leave this part out of `fuse`"
       )
 
 
-def _inputs(merge: Instruction, makers: Mapping[Any, Instruction], made: Container[Any]) -> list:
+def _check_known(plan: Plan, equations: Sequence[Equation]) -> None:
+  """Raises InputError if sizes or numbers are not known while a plan is made."""
+  sizes = [size for each in plan.program.inputs for size in each.aval.shape]
+  if not all(isinstance(size, int) for size in sizes):
+    raise InputError(
+      "fuse cannot check a call whose sizes are symbols, as of jax.export. Export "
+      "fused.without_checks() instead; the sizes that fuse was called with are checked already"
+    )
+  operands = [each for equation in equations for each in equation.inputs]
+  if any(isinstance(each, Constant) and isinstance(each.array, Tracer) for each in operands):
+    raise InputError(
+      "fuse cannot check a function that holds traced arrays, as of a jax.jit or jax.grad around "
+      "fuse. Pass these arrays as parameters, or set check=False"
+    )
+
+
+def _inputs(merge: Instruction, steps: Mapping[Any, Instruction], made: Container[Any]) -> list:
   """Returns what an instruction reads, and what makes each value that the program lacks reads."""
   inputs = []
   for each in merge.inputs:
-    inputs += _inputs(makers[each], makers, made) if each in makers and each not in made else [each]
+    inputs += _inputs(steps[each], steps, made) if each in steps and each not in made else [each]
   return inputs
 
 
-def _tolerance(merge: Instruction) -> float:
-  """Returns the largest error of a merge by the narrowest dtype that it computes in."""
-  avals = [each.aval for each in (*merge.inputs, *merge.outputs)]
-  sizes = [aval.dtype.itemsize for aval in avals if jnp.issubdtype(aval.dtype, jnp.floating)]
-  return _TOLERANCE.get(min(sizes, default=4), 0.1)
+def _passed(
+  merge: Instruction, inputs: Sequence[Any], makers: Mapping[Any, Equation]
+) -> Iterator[Any]:
+  """Yields all values of the program that a merge stands for, from its inputs to its outputs.
+
+  Parameters are followed back to the arguments of the function, since the program may round them.
+  """
+  seen: set[Any] = set()
+  rest = [*inputs, *merge.outputs]
+  while rest:
+    each = rest.pop()
+    if each in seen:
+      continue
+    seen.add(each)
+    yield each
+    if each in makers and each not in inputs:
+      rest += makers[each].inputs
+      for inner in inner_programs(makers[each]):
+        yield from (output for equation in inner.equations for output in equation.outputs)
+
+
+def _tolerance(values: Sequence[Any]) -> float:
+  """Returns the largest error of a merge by the narrowest dtype of the values."""
+  dtypes = [each.aval.dtype for each in values]
+  sizes = [dtype.itemsize for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+  return _TOLERANCE[min(sizes, default=4)]
 
 
 def _measured(
-  plan: Plan, equations: Sequence[Equation], merges: Sequence[Instruction]
+  plan: Plan,
+  equations: Sequence[Equation],
+  exact: Sequence[Equation],
+  merges: Sequence[Instruction],
 ) -> list[float]:
-  """Returns the relative error of each merge on random numbers."""
+  """Returns the relative error of each merge on random numbers.
+
+  The program may turn some numbers into NaN, as the root of a negative variance is. Where a value
+  is NaN as a whole, the error on positive numbers counts.
+  """
   shapes = [jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in plan.program.inputs]
   errors = jax.jit(
-    lambda *inputs: _errors(plan, equations, merges, inputs),
+    lambda *inputs: _errors(plan, equations, exact, merges, inputs),
     # The program runs once, so that compiling it well would cost more than it gives.
     compiler_options={"xla_backend_optimization_level": 0},
   )
   with jax.default_matmul_precision("highest"):
     compiled = errors.lower(*shapes).compile()
-  with jax.ensure_compile_time_eval():  # a call may be traced, and the check is not
-    inputs = [random_array(each, seed) for seed, each in enumerate(shapes)]
+
+  def errors_on(positive: bool) -> list[float]:
+    inputs = [random_array(each, seed, positive) for seed, each in enumerate(shapes)]
     return [float(error) for error in compiled(*inputs)]
+
+  with jax.ensure_compile_time_eval():  # a call may be traced, and the check is not
+    found = errors_on(positive=False)
+    return list(np.fmax(found, errors_on(positive=True))) if np.isnan(found).any() else found
 
 
 def _errors(
-  plan: Plan, equations: Sequence[Equation], merges: Sequence[Instruction], inputs: Sequence[Any]
+  plan: Plan,
+  equations: Sequence[Equation],
+  exact: Sequence[Equation],
+  merges: Sequence[Instruction],
+  inputs: Sequence[Any],
 ) -> list[Any]:
   """Returns the relative error of each merge, in order."""
   leaves = [
@@ -110,8 +176,8 @@ def _errors(
   values: dict[Any, Any] = dict(zip(plan.program.inputs, inputs))
   values.update(zip(plan.stored.values(), plan.fold(leaves).values()))
   values.update(plan.constants)
-  for equation in equations:
-    results = equation.run(*(read(values, each) for each in equation.inputs))
+  for equation, same in zip(equations, exact, strict=True):
+    results = same.run(*(read(values, each) for each in equation.inputs))
     values.update(zip(equation.outputs, results))
   # Values that the program does not have, such as picked pixels, follow from those that it has.
   errors = []
@@ -127,15 +193,19 @@ def _errors(
 
 
 def relative_error(result: Any, wanted: Any) -> Any:
-  """Returns max|a - b| / max|b|, over all places where b is finite."""
+  """Returns max|a - b| / max|b|, over all places where b is finite.
+
+  NaN if b is finite nowhere, and infinite if a is NaN where b is finite.
+  """
   wide = wide_dtype(wanted.dtype)
   result, wanted = result.astype(wide), wanted.astype(wide)
   finite = jnp.isfinite(wanted)
-  zero = jnp.zeros((), wide)
-  difference = jnp.max(jnp.where(finite, jnp.abs(result - wanted), zero), initial=0)
-  return difference / jnp.maximum(
-    jnp.max(jnp.where(finite, jnp.abs(wanted), zero), initial=0), jnp.finfo(wide).tiny
+  difference = jnp.abs(result - wanted)
+  difference = jnp.where(jnp.isnan(difference), jnp.inf, difference)
+  largest, scale = (
+    jnp.max(jnp.where(finite, each, 0), initial=0) for each in (difference, jnp.abs(wanted))
   )
+  return jnp.where(finite.any(), largest / jnp.maximum(scale, jnp.finfo(wide).tiny), jnp.nan)
 
 
 def reason_of_training(equations: Sequence[Equation], moving: Container[Any]) -> str | None:

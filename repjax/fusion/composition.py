@@ -72,7 +72,10 @@ def composed(term: Term, inner: Affine, shape: tuple[int, ...]) -> Affine:
 
 
 def _with_known_channel(term: Term, inner: Affine) -> Term:
-  """Takes the channels of the inner sum over, and gives a sum over neighbours a kernel."""
+  """Returns a term with the channels of the inner sum.
+
+  A sum over neighbours of a product, or of such a sum, gets a kernel.
+  """
   if None not in (term.channel, inner.channel) and term.channel != inner.channel:
     raise Refusal("the channels of its input lie along a different axis")
   channel = inner.channel if term.channel is None else term.channel
@@ -113,9 +116,14 @@ def _check_dtypes(term: Term, each: Term, inner: Affine) -> None:
   """Refuses what would round numbers in a different dtype than the program does."""
   if each.settings and term.settings and each.dtype != term.dtype:
     raise Refusal(f"convolutions in {each.dtype} and {term.dtype}")
+  if each.settings and term.settings and each.settings[0] != term.settings[0]:
+    raise Refusal("convolutions of different precision")
   # The dtype before any cast counts: a sum in float32 may nearly cancel.
   origin = each.source.dtype if each.kernel is None else each.dtype
-  if inner.bias is not None and term.kernel is not None and term.dtype.itemsize < origin.itemsize:
+  narrower = term.kernel is not None and term.dtype.itemsize < origin.itemsize
+  if narrower and each.scale is not None and term.dtype == np.float16:
+    raise Refusal(f"a scale in {origin} before a product in float16, whose range is small")
+  if inner.bias is not None and narrower:
     raise Refusal(f"a shift in {origin} before a product in {term.dtype} would be rounded")
 
 

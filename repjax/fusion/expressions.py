@@ -208,6 +208,10 @@ _MOVES = {"broadcast_in_dim", "reshape", "squeeze", "transpose", "copy", "slice"
 """Primitives that compute the same in any dtype."""
 
 
+_POINTWISE = {"add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "convert_element_type"}
+"""Primitives of each number alone, as norms have them."""
+
+
 @dataclasses.dataclass
 class Parameters:
   """The expressions of all variables that depend on parameters and constants alone.
@@ -219,7 +223,8 @@ class Parameters:
   Attributes:
     table: the table of expressions.
     values: the expression of each variable.
-    compact: other expressions for variables that broadcasts made longer.
+    compact: other expressions for variables that broadcasts made longer, and for what pointwise
+      operations make of them.
     precise: other expressions for variables that were rounded.
     makers: the equation that makes each variable.
   """
@@ -236,15 +241,25 @@ class Parameters:
     for variable, expression in zip(equation.outputs, outputs):
       self.values[variable] = expression
       self.makers[variable] = equation
-    if equation.primitive == "broadcast_in_dim":
-      self._add_compact(equation, inputs[0])
+    self._add_compact(equation, inputs)
     self._add_precise(equation, inputs)
 
-  def _add_compact(self, equation: Equation, value: Expression) -> None:
-    shape = [1] * len(equation.params["shape"])
-    for size, axis in zip(value.shape, equation.params["broadcast_dimensions"]):
-      shape[axis] = size
-    self.compact[equation.outputs[0]] = reshaped(value, shape=tuple(shape))
+  def _add_compact(self, equation: Equation, inputs: Sequence[Expression]) -> None:
+    short = [
+      self.compact.get(given, value) if isinstance(given, Variable) else value
+      for given, value in zip(equation.inputs, inputs)
+    ]
+    if equation.primitive == "broadcast_in_dim":
+      shape = [1] * len(equation.params["shape"])
+      for size, axis in zip(short[0].shape, equation.params["broadcast_dimensions"]):
+        shape[axis] = size
+      self.compact[equation.outputs[0]] = reshaped(short[0], shape=tuple(shape))
+    elif equation.primitive in _POINTWISE and short != list(inputs):
+      shapes = {each.shape for each in short if each.shape}
+      if len(shapes) == 1:
+        aval = jax.ShapeDtypeStruct(*shapes, equation.outputs[0].aval.dtype)
+        same = dataclasses.replace(equation, outputs=(Variable(aval),))
+        (self.compact[equation.outputs[0]],) = self.table.equation(same, short)
 
   def _add_precise(self, equation: Equation, inputs: Sequence[Expression]) -> None:
     source = equation.inputs[0] if equation.inputs else None

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,10 +14,10 @@ from repjax.errors import InputError, printable
 from repjax.fusion.checks import check, differing, kept_apart, reason_of_training
 from repjax.fusion.expressions import Expressions
 from repjax.fusion.plan import Plan
-from repjax.fusion.planning import Planner
+from repjax.fusion.planning import Planner, equations_of
 from repjax.fusion.report import Report
 from repjax.fusion.saving import load, save
-from repjax.program import Program, trace, traceable
+from repjax.program import Equation, Program, trace, traceable
 from repjax.trees import leaf_name
 
 
@@ -24,7 +25,7 @@ class Fused:
   """A function in two parts: `fold`, which runs once, and a call, which runs for each input.
 
   Made by `repjax.fuse`. Each new shape of arguments is planned at its first call, and must fold
-  the same parameters as the shapes that `fuse` was called with.
+  the same parameters as the shapes that `fuse` was called with. Threads may share it.
 
   Attributes:
     report: what was merged and what was not, for the arguments that `fuse` was called with.
@@ -39,7 +40,7 @@ class Fused:
     growth: float,
     check: bool,
   ):
-    if not growth >= 1:
+    if not isinstance(growth, int | float) or not growth >= 1:
       raise InputError(
         f"growth is {growth!r}, but must be 1 or more: the largest factor by which a merge may "
         "raise multiplications or weights. Leave it out to allow no more of either"
@@ -50,6 +51,8 @@ class Fused:
     self._avals = [_aval(leaf, f"the parameter {leaf_name(path)}") for path, leaf in paths]
     self._table = Expressions()
     self._plans: dict[Any, Plan] = {}
+    # Threads of a server may meet new shapes at once, and all plans share one table.
+    self._planning = threading.RLock()
     self._first, self.report = self._planned_together(calls)
     self._fold = jax.jit(self._first.fold)
 
@@ -60,20 +63,16 @@ class Fused:
     float32 or wider, and rounded once to the dtype of the program.
 
     Args:
-      params: a tree of arrays like the one that `fuse` was called with.
+      params: a tree of arrays with the names of the one that `fuse` was called with. Its
+        dictionaries may be of a different class or order.
 
     Returns:
       Arrays by name. A kernel has the name of the largest parameter that became part of it.
 
     Raises:
-      InputError: the tree differs from that of `fuse`.
+      InputError: names, shapes or dtypes differ from those of `fuse`.
     """
-    leaves, tree = jax.tree.flatten(params)
-    if tree != self._tree:
-      raise InputError(
-        f"fold got a tree of {len(leaves)} arrays with a different structure than that of the "
-        f"{len(self._avals)} parameters that fuse was called with. Pass the same model's parameters"
-      )
+    leaves = self._leaves(params)
     for path, leaf, aval in zip(self._paths, leaves, self._avals):
       if (jnp.shape(leaf), jnp.result_type(leaf)) != (aval.shape, aval.dtype):
         raise InputError(
@@ -90,12 +89,12 @@ class Fused:
       *args: the arguments of the function after its parameters.
 
     Raises:
-      InputError: the arrays are not those of `fold`, or arguments of these shapes need different
-        fused parameters.
+      InputError: the arrays are not those of `fold`, arguments of these shapes need different
+        fused parameters, or a size is a symbol of `jax.export` and checks are on.
     """
     plan = self._planned(args)
     _check_folded(folded, self._first)
-    results = plan.call(folded, jax.tree.leaves(args))
+    results = plan.call(folded, [jnp.asarray(leaf) for leaf in jax.tree.leaves(args)])
     return jax.tree.unflatten(jax.tree.structure(plan.program.results), results)
 
   @property
@@ -159,22 +158,46 @@ class Fused:
     """
     return load(self.shapes, folder, verify=verify)
 
+  def _leaves(self, params: Any) -> list[Any]:
+    """Returns the leaves of a parameter tree in the order of the tree that was planned.
+
+    Containers may differ, such as a FrozenDict in place of a dict. Names must not.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    if tree == self._tree:
+      return leaves
+    held = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    odd = sorted({*held} ^ {*self._paths})
+    if odd or not len(leaves) == len(held) == len(self._paths):
+      example = f", such as {printable(odd[0])}" if odd else ""
+      raise InputError(
+        f"fold got a tree of {len(leaves)} arrays with different names than those of the "
+        f"{len(self._paths)} parameters that fuse was called with{example}. Pass the same model's "
+        "parameters"
+      )
+    return [held[path] for path in self._paths]
+
   def _planned(self, args: tuple[Any, ...]) -> Plan:
     """Returns the plan for arguments, and makes it if there is none."""
-    key = _shapes(args)
+    key = _key(args)
     if key not in self._plans:
-      ((plan, equations, _),), names = self._agreeing([args], self._first)
-      if names:
-        raise InputError(
-          f"arguments of these shapes need different fused parameters than those that fuse was "
-          f"called with: {', '.join(names[:3])} ({len(names)} in all). Convolutions with SAME "
-          "padding and stride 2, for example, depend on whether sizes are even. Call fuse for "
-          "these shapes, or pass them in `also`, which merges only what holds for all"
-        )
-      if self._check:
-        check(plan, equations)
-      self._plans[key] = plan
+      with self._planning:
+        if key not in self._plans:
+          self._plans[key] = self._planned_alone(args)
     return self._plans[key]
+
+  def _planned_alone(self, args: tuple[Any, ...]) -> Plan:
+    """Plans a call that must fold the same parameters as the first."""
+    ((plan, equations, _),), names = self._agreeing([args], self._first)
+    if names:
+      raise InputError(
+        "arguments of these shapes and dtypes need different fused parameters than those that fuse "
+        f"was called with: {', '.join(names[:3])} ({len(names)} in all). Convolutions with SAME "
+        "padding and stride 2, for example, depend on whether sizes are even. Call fuse for "
+        "these shapes, or pass them in `also`, which merges only what holds for all"
+      )
+    self._checked(args, plan, equations)
+    return plan
 
   def _planned_together(self, calls: Sequence[tuple[Any, ...]]) -> tuple[Plan, Report]:
     """Plans several calls so that all of them fold the same parameters."""
@@ -185,10 +208,17 @@ class Fused:
         f"{', '.join(sorted(names)[:3])} are read in different ways. Call fuse for each shape"
       )
     for args, (plan, equations, _) in zip(calls, made):
-      if self._check:
-        check(plan, equations)
-      self._plans[_shapes(args)] = plan
+      self._checked(args, plan, equations)
+      self._plans[_key(args)] = plan
     return made[0][0], made[0][2]
+
+  def _checked(self, args: tuple[Any, ...], plan: Plan, equations: Sequence[Equation]) -> None:
+    """Compares the merges of a plan with the function, if checks are wanted."""
+    if self._check:
+      # Products are compared at full precision, which a GPU or TPU does not have by default.
+      with jax.default_matmul_precision("highest"):
+        exact = equations_of(self._traced(args))
+      check(plan, equations, exact)
 
   def _agreeing(self, calls: Sequence[tuple[Any, ...]], wanted: Plan | None = None):
     """Plans calls, and keeps apart what would fold parameters in different ways.
@@ -230,8 +260,7 @@ class Fused:
     return plan, planner.equations, planner.report
 
   def _traced(self, args: tuple[Any, ...]) -> Program:
-    leaves, tree = jax.tree.flatten(args)
-    avals = [_aval(leaf, f"argument {place}") for place, leaf in enumerate(leaves)]
+    avals, tree = _forms(args)
 
     def function(params: Any, args: Any) -> Any:
       return self._function(self._tree.unflatten(params), *tree.unflatten(args))
@@ -265,21 +294,32 @@ def _form(leaf: Any) -> tuple[Any, Any]:
   return jnp.shape(leaf), jnp.result_type(leaf)
 
 
-def _shapes(args: Any) -> Any:
+_MODES = ("jax_enable_x64", "jax_default_matmul_precision")
+"""The settings of JAX that programs of the same shapes depend on."""
+
+
+def _key(args: Any) -> Any:
+  """Returns all that the program of a call depends on besides the function and its parameters."""
+  avals, tree = _forms(args)
+  modes = tuple(getattr(jax.config, name) for name in _MODES)
+  return tree, tuple((aval.shape, aval.dtype, aval.weak_type) for aval in avals), modes
+
+
+def _forms(args: Any) -> tuple[list[jax.ShapeDtypeStruct], Any]:
+  """Returns shapes and dtypes of all arguments, and the structure of their tree."""
   leaves, tree = jax.tree.flatten(args)
-  return tree, tuple((jnp.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves)
+  return [_aval(leaf, f"argument {place}") for place, leaf in enumerate(leaves)], tree
 
 
 def _aval(leaf: Any, what: str) -> jax.ShapeDtypeStruct:
-  """Returns shape and dtype of an array.
+  """Returns shape and dtype of an array. A number of Python takes the dtype of its neighbours.
 
   Raises:
     InputError: it is no array.
   """
-  if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-    return jax.ShapeDtypeStruct(leaf.shape, jax.eval_shape(jnp.asarray, leaf).dtype)
-  if isinstance(leaf, int | float | complex):
-    return jax.ShapeDtypeStruct((), jnp.result_type(leaf))
+  is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+  if is_array or isinstance(leaf, int | float | complex):
+    return jax.eval_shape(jnp.asarray, leaf)
   raise InputError(
     f"fuse takes trees of arrays, or of shapes and dtypes, but {printable(what)} is "
     f"{printable(repr(leaf), 80)}. Pass settings by functools.partial instead"

@@ -146,7 +146,7 @@ def regrouped(axes: Axes, shape: Sequence[int]) -> tuple[Axes, Splits] | None:
     axis: list[Atom] = []
     # Equality comes first: a batch of any size cannot be compared with a number.
     while (length := math.prod(sizes(axis))) != size:
-      if not rest or size % length:
+      if not rest or length == 0 or size % length:
         return None
       atom, missing = rest.pop(0), size // length
       if atom.size != missing and atom.size > missing:
@@ -205,7 +205,7 @@ def move(given: Given) -> Affine | Layout | None:
   computed keeps its layout, so that its terms may yet merge.
   """
   node, shape, params = given.node(), given.shape, given.params
-  if node is None or math.prod(shape) != math.prod(node.shape) or 0 in shape:
+  if node is None or math.prod(shape) != math.prod(node.shape):
     return None
   waits = node.layout is not None and not node.computed and node.layout.source.is_open
   places = _places(given, node.shape)

@@ -233,7 +233,10 @@ class Several:
 
 
 def with_operations(equations: Sequence[Equation], outputs: Sequence[Operand]) -> list[Any]:
-  """Returns equations with each pick and each mean as one. The equations in front stay, unread."""
+  """Returns the equations, with one in place of the last equation of each pick and each mean.
+
+  The other equations of a pick or mean stay in the list, where nothing may read them any more.
+  """
   made = {each: equation for equation in equations for each in equation.outputs}
   reads = Counter([*(each for equation in equations for each in equation.inputs), *outputs])
   kinds = {"concatenate": _pick, "div": _mean, "mul": _mean}

@@ -5,7 +5,6 @@ program as it was, or a merge, which computes one of the program's variables in 
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -27,22 +26,19 @@ class Instruction:
     inputs: variables, stored expressions and constants.
     outputs: variables of the traced program.
     scope: the name stack.
+    effects: the step does something besides its outputs, such as printing.
   """
 
   step: Any
   inputs: tuple[Input, ...]
   outputs: tuple[Variable, ...]
   scope: str = ""
+  effects: bool = False
 
   @property
   def merged(self) -> bool:
     """Tells if the step is not an equation of the traced program."""
     return not isinstance(self.step, Equation)
-
-  @property
-  def effects(self) -> bool:
-    """Tells if the step does something besides its outputs, such as printing."""
-    return not self.merged and has_effects(self.step)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,13 +131,15 @@ def named(
   Returns:
     Expressions by name. A name that is taken gets "~2" at its end, and so on.
   """
-  names, counts = {}, Counter()
+  names: dict[str, Expression] = {}
   for expression in expressions:
     kernel, kind = hints.get(expression, (expression, ""))
     leaves = kernel.leaves or expression.leaves
     path = paths[max(leaves, key=lambda leaf: (sizes[leaf], leaf))]
     if kind and kind != "kernel":
       path = "/".join([*path.split("/")[:-1], kind])
-    counts[path] += 1
-    names[path if counts[path] == 1 else f"{path}~{counts[path]}"] = expression
+    name, number = path, 1
+    while name in names:  # a parameter may itself have a name with "~2" at its end
+      name, number = f"{path}~{number + 1}", number + 1
+    names[name] = expression
   return names

@@ -1,4 +1,4 @@
-"""Plans a fused program: meets the equations in order and decides what is merged.
+"""Plans a fused program: visits the equations in order and decides what is merged.
 
 An equation whose operands depend on parameters alone becomes an expression. An affine equation
 becomes a sum of terms, and nothing is computed yet. Any other equation is an instruction, before
@@ -68,8 +68,7 @@ class Planner:
       apart: places of equations across which nothing is merged.
     """
     self.program, self.table, self.growth = program, table, growth
-    kept = program.with_rules(lambda rule: not _has_product(program, rule))
-    self.equations = live(list(kept), program.outputs, has_effects)
+    self.equations = equations_of(program)
     steps = with_operations(self.equations, program.outputs)
     self._steps = live(steps, program.outputs, has_effects)
     self.parameters = Parameters(table)
@@ -152,7 +151,8 @@ class Planner:
       return False
     step = FusedBodies(equation, tuple(fused), total(costs))
     inputs = (*(self._input(equation.inputs[place]) for place in step.moving), *step.stored)
-    self.instructions.append(Instruction(step, inputs, equation.outputs, equation.scope))
+    made, scope = equation.outputs, equation.scope
+    self.instructions.append(Instruction(step, inputs, made, scope, has_effects(equation)))
     for variable in equation.outputs:
       self.nodes[variable] = self._node(variable, equation, computed=True)
     return True
@@ -189,8 +189,8 @@ class Planner:
       node.affine = made
     else:
       node.layout = made
-    if node.reads > 1 and not self._stays_open(node):
-      self.compute(node)
+    if node.reads > 1:
+      self._compute_shared(node)
 
   def _made(self, equation: Any) -> Affine | Layout | None:
     """Returns what an equation makes by its rule, None if it is opaque."""
@@ -217,16 +217,18 @@ class Planner:
     shape = tuple(equation.outputs[0].aval.shape)
     return Given(equation, shape, self.table, operands, compact, precise, self._moved)
 
-  def _stays_open(self, node: Node) -> bool:
-    """Checks if a value that is read more than once need not be computed.
+  def _compute_shared(self, node: Node) -> None:
+    """Computes a value that is read more than once, so that no kernel is copied.
 
-    A view costs nothing. A norm may vanish in all products that read it.
+    A view costs nothing, and stays open. What it views is read as often, and is computed instead.
+    A norm stays open if products alone read it, since it may vanish in all of them.
     """
-    affine = node.affine
-    if affine is None:
-      return False
-    readers = {*self._readers[node.variable]}
-    return affine.is_view or (affine.linear and readers <= {*PRODUCTS})
+    readers, affine = {*self._readers[node.variable]}, node.affine
+    while affine is not None and affine.is_view and affine.terms[0].source.is_open:
+      node = affine.terms[0].source
+      affine = node.affine
+    if affine is None or not (affine.is_view or (affine.linear and readers <= {*PRODUCTS})):
+      self.compute(node)
 
   def compute(self, node: Node) -> None:
     """Adds the instruction that computes a node, if there is none yet."""
@@ -282,7 +284,8 @@ class Planner:
       for variable in each.outputs:
         if variable not in self.parameters.values:
           self.nodes.setdefault(variable, self._node(variable, each)).computed = True
-      self.instructions.append(Instruction(each, inputs, each.outputs, each.scope))
+      made, scope, effects = each.outputs, each.scope, has_effects(each)
+      self.instructions.append(Instruction(each, inputs, made, scope, effects))
 
   def _input(self, operand: Operand) -> Input:
     """Returns an operand as the input of an instruction, once it is computed or stored."""
@@ -301,6 +304,12 @@ class Planner:
       self._copied.add(maker)
       self._emit(maker)
     return operand
+
+
+def equations_of(program: Program) -> list[Equation]:
+  """Returns the equations that are computed. A derivative rule around a product is opened."""
+  kept = program.with_rules(lambda rule: not _has_product(program, rule))
+  return live(list(kept), program.outputs, has_effects)
 
 
 def _equations(step: Any) -> tuple[Equation, ...]:

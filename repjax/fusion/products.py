@@ -19,6 +19,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from repjax.fusion import arithmetic, kernels
 from repjax.fusion.arithmetic import Given, Rule
 from repjax.fusion.choice import Group, alone, grouped, joined
@@ -46,6 +48,7 @@ def convolve(given: Given) -> Affine:
     raise Refusal("a convolution whose kernel depends on the input")
   if params["batch_group_count"] != 1:
     raise Refusal("a convolution with groups of the batch")
+  dtype = _dtype_of(given)
   spec = params["dimension_numbers"]
   batch, channel, *spatial = spec.lhs_spec
   view = [0] * len(node.shape)
@@ -73,14 +76,24 @@ def convolve(given: Given) -> Affine:
     view=tuple(view),
     windows=tuple(windows),
     channel=channel,
-    dtype=node.dtype,
+    dtype=dtype,
     kernel=kernels.arranged(kernel, order=tuple(axes), into=tuple(shape)),
     groups=params["feature_group_count"],
     batch=batch,
-    settings=_settings(given.params, node.dtype),
+    settings=_settings(given.params, dtype),
     names=(f"{kind}conv{size}",),
   )
   return Affine(given.shape, (term,), channel=view.index(channel)).replacing(given.equation)
+
+
+def _dtype_of(given: Given) -> Any:
+  """Returns the dtype that a product computes in: the wider dtype of its operands."""
+  dtypes = {jnp.dtype(operand.dtype) for operand in given.operands}
+  widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+  same = [dtype for dtype in dtypes if dtype.itemsize == widest.itemsize]
+  if len(same) > 1 or not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+    raise Refusal(f"a product in {' and '.join(sorted(map(str, dtypes)))}")
+  return widest
 
 
 def _settings(params: Mapping[str, Any], dtype: Any) -> tuple[Any, ...]:
@@ -95,6 +108,7 @@ def multiply_matrices(given: Given) -> Affine | Layout | None:
   node, weights = given.operands[place], given.precise[1 - place]
   if not isinstance(node, Node) or not isinstance(weights, Expression):
     return None  # a product of two values, as in attention
+  dtype = _dtype_of(given)
   contract, batch = given.params["dimension_numbers"]
   summed, shared = contract[place], batch[place]
   rows, groups = contract[1 - place], batch[1 - place]
@@ -112,14 +126,14 @@ def multiply_matrices(given: Given) -> Affine | Layout | None:
     view=(*(free if operand is node else range(len(free))), channel),
     windows=tuple(map(Window, operand.shape)),
     channel=channel,
-    dtype=node.dtype,
+    dtype=dtype,
     kernel=kernels.arranged(
       weights,
       order=(*rows, *groups, *columns),
       into=(*(1 for _ in free), inputs, wide * outputs),
     ),
     groups=wide,
-    settings=_settings(given.params, node.dtype),
+    settings=_settings(given.params, dtype),
     names=("dense",),
   )
   shape = (*(node.shape[axis] for axis in free), wide * outputs)
@@ -376,7 +390,7 @@ class _Tile:
 
 
 def _leading(atoms: Atoms, count: int) -> Atoms | None:
-  """Returns the first atoms, as many as together have a size; None if there are none."""
+  """Returns the first atoms whose sizes multiply to a count, None if no number of them does."""
   for stop in range(len(atoms) + 1):
     if math.prod(sizes(atoms[:stop])) == count:
       return atoms[:stop]

@@ -128,7 +128,8 @@ class Report:
     for merge in report.merges:
       before, after = merge.before.times(steps), merge.after.times(steps)
       self.merges.append(dataclasses.replace(merge, before=before, after=after))
-    self.left += [entry for entry in report.left if entry not in self.left]
+    for entry in report.left:
+      self.add_left(entry.scope, entry.what, entry.reason, entry.norm)
 
   def add_left(self, scope: str, what: str, reason: str, norm: bool = False) -> None:
     """Notes something that is left alone. Attempts at one merge are noted once."""
@@ -151,15 +152,15 @@ class Report:
     }
 
   def __str__(self) -> str:
-    rows = [["merged", "of", "convolutions", "multiplications", "parameters"]]
+    rows = [["scope", "merged", "convolutions", "multiplications", "parameters"]]
     rows += [
       _row(each.scope, " + ".join(each.parts), each.before, each.after) for each in self.merges
     ]
     rows.append(_row("the whole program", "", self.before, self.after))
     text = _table(rows)
     if self.left:
-      kept = [["left alone", "what", "reason"]]
-      kept += [[each.scope, each.what, each.reason] for each in self.left]
+      kept = [["scope", "left alone", "reason"]]
+      kept += [[each.scope or "-", each.what, each.reason] for each in self.left]
       text += "\n\n" + _table(kept)
     return text
 

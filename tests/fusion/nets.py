@@ -1,7 +1,8 @@
 """Small networks in other people's styles, none of them of this package's layers."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,10 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 from jax import lax
+
+import repjax
+from repjax.fusion import Fused
+from tests.helpers import quick_jit
 
 F64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 SIZES = ((2, 16, 16), (1, 20, 18), (2, 15, 17), (1, 13, 13))
@@ -28,6 +33,8 @@ class Net(NamedTuple):
     shape: makes the shape of the images from batch, height and width.
     norms: scales and shifts that stay, since they follow no product.
     sizes: batch, height and width to try.
+    tolerance: largest relative error.
+    also: fuse for all sizes at once, since they differ in what merges.
   """
 
   function: Callable[..., Any]
@@ -36,6 +43,8 @@ class Net(NamedTuple):
   shape: Callable[..., tuple[int, ...]] = lambda n, h, w: (n, h, w, 3)
   norms: int = 0
   sizes: tuple[tuple[int, int, int], ...] = SIZES
+  tolerance: float = 1e-12
+  also: bool = False
 
   def images(self, size: tuple[int, int, int]) -> jax.Array:
     """Returns random images of a size."""
@@ -57,6 +66,28 @@ def randomised(tree: Any, seed: int = 0) -> Any:
     value = rng.uniform(0.5, 2, leaf.shape) if positive else value
     drawn.append(jnp.asarray(value, jax.dtypes.canonicalize_dtype(leaf.dtype)))
   return structure.unflatten(drawn)
+
+
+@contextlib.contextmanager
+def lenient() -> Iterator[None]:
+  """Allows what other people's networks do: promotion of ranks and dtypes."""
+  with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+def fused_error(net: Net, sizes: Iterable[tuple[int, int, int]]) -> tuple[float, Fused]:
+  """Returns the largest relative error of a fused network at some sizes, and the network."""
+  params, errors = randomised(net.params), []
+  first, *others = map(net.images, net.sizes)
+  also = others if net.also else ()
+  fused = repjax.fuse(net.function, net.params, first, check=False, also=also)
+  small = fused.fold(params)
+  # Compiled together, which takes less time than twice.
+  both = quick_jit(lambda small, params, x: (fused(small, x), net.function(params, x)))
+  for size in sizes:
+    pairs = zip(*map(jax.tree.leaves, both(small, params, net.images(size))), strict=True)
+    errors += [np.abs(a - b).max() / np.abs(b).max() for a, b in pairs]
+  return float(np.max(errors)), fused  # NumPy's maximum is NaN if one of them is
 
 
 def shapes(**kernels: tuple[int, ...]) -> dict[str, Any]:
@@ -193,15 +224,31 @@ class SqueezeExcitation(nn.Module):
     return nn.relu(y * gate)
 
 
+class EfficientNet(nn.Module):
+  """Two inverted residuals with a gate, as EfficientNet has them."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.silu(Norm()(Conv(8, (3, 3), (2, 2))(x)))
+    for stride in (1, 2):
+      y = nn.silu(Norm()(Conv(16, (1, 1))(x)))
+      y = nn.silu(Norm()(Conv(16, (5, 5), (stride, stride), feature_group_count=16)(y)))
+      gate = nn.silu(nn.Conv(4, (1, 1), **F64)(y.mean((1, 2), keepdims=True)))
+      y = Norm()(Conv(8, (1, 1))(y * nn.sigmoid(nn.Conv(16, (1, 1), **F64)(gate))))
+      x = x + y if stride == 1 else y
+    return Dense(5)(nn.silu(Norm()(Conv(12, (1, 1))(x))).mean((1, 2)))
+
+
 class UNet(nn.Module):
   """One level down and up again, with a transposed convolution and a concatenation."""
 
   @nn.compact
   def __call__(self, x):
     skip = nn.relu(Norm()(Conv(6, (3, 3))(x)))
-    y = nn.max_pool(skip, (2, 2), (2, 2))
+    y = nn.max_pool(skip, (2, 2), (2, 2), padding="SAME")
     y = nn.relu(Norm()(Conv(8, (3, 3))(y)))
     y = Norm()(nn.ConvTranspose(6, (2, 2), (2, 2), use_bias=False, **F64)(y))
+    y = y[:, : skip.shape[1], : skip.shape[2]]
     y = nn.relu(Norm()(Conv(6, (3, 3))(jnp.concatenate([skip, y], -1))))
     return nn.Conv(2, (1, 1), **F64)(y)
 
@@ -328,8 +375,13 @@ def nets() -> dict[str, Callable[[], Net]]:
     "diverse branches, padded between": lambda: linen(DiverseBranches(False), (10, 2)),
     "inception": lambda: linen(Inception(), (7, 7)),
     "squeeze and excitation": lambda: linen(SqueezeExcitation(), (5, 4)),
-    "u-net": lambda: linen(UNet(), (5, 5), sizes=((2, 16, 16), (1, 20, 18))),
-    "vit": lambda: linen(ViT(), (10, 10), sizes=((2, 16, 16), (1, 16, 16))),
+    # The last block has no activation, so that its projection and the head become one.
+    "efficientnet": lambda: linen(EfficientNet(), (13, 12)),
+    "u-net": lambda: linen(UNet(), (5, 5), also=True),
+    # The patches of a size that 4 does not divide are padded, and all sizes have 16 of them.
+    "vit": lambda: linen(
+      ViT(), (10, 10), sizes=((2, 16, 16), (1, 14, 16), (2, 15, 13), (1, 13, 13))
+    ),
     "convmixer": lambda: linen(ConvMixer(), (4, 4), norms=1),
     "nnx": nnx_block,
     "asymmetric": lambda: Net(

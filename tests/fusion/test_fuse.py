@@ -1,19 +1,25 @@
 """The promises of `repjax.fuse`: pure folds, exactness, bounds, reports, and errors that help."""
 
+import collections
+import concurrent.futures
 import functools
 import json
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.core import freeze
 from jax import lax
 
 import repjax
 from repjax.errors import InputError
 from repjax.fusion import checks
 from repjax.fusion.merges import Merge
+from repjax.fusion.planning import Planner
 from tests.fusion.nets import convolved, normalised, randomised, shapes
 from tests.helpers import assert_one_paragraph, relative_error
 
@@ -74,6 +80,28 @@ class TestFold:
       np.testing.assert_allclose(compiled[name], array, rtol=1e-5, atol=1e-6)
       np.testing.assert_allclose(mapped[name][0], array, rtol=1e-5, atol=1e-6)
 
+  def test_containers_and_the_order_of_keys_do_not_matter(self):
+    fused, params = repjax.fuse(branches, drawn(), IMAGES), drawn()
+    turned = collections.OrderedDict(reversed(list(params.items())))
+    for other in (freeze(params), turned):
+      small = fused.fold(other)
+      for name, array in fused.fold(params).items():
+        np.testing.assert_array_equal(small[name], array)
+
+  def test_names_that_look_like_numbered_ones_do_not_collide(self):
+    def function(params, x):
+      first, second = params["kernel"], params["kernel~2"]
+      return [
+        jnp.sin(convolved(x, kernel) * s) for kernel, s in ((first, 2), (first, 3), (second, 4))
+      ]
+
+    params, x = drawn(**{"kernel": (3, 3, 3, 4), "kernel~2": (3, 3, 3, 4)}), random(1, 5, 6, 3)
+    fused = repjax.fuse(function, params, x)
+    small = fused.fold(params)
+    assert len(small) == 3
+    for mine, wanted in zip(fused(small, x), function(params, x), strict=True):
+      assert relative_error(mine, wanted) <= 1e-4
+
   def test_gradients_pass_through_the_fold(self):
     fused, params, x = repjax.fuse(branches, drawn(), IMAGES), drawn(), random(2, 8, 9, 3)
     ours = jax.grad(lambda params: jnp.sum(fused(fused.fold(params), x) ** 2))(params)
@@ -126,6 +154,15 @@ class TestExactness:
     assert len(fused.report.norms) == 2
     assert "read 2 times" in fused.report.norms[0].reason
 
+  def test_a_part_that_is_read_twice_does_not_copy_the_convolution_that_it_is_cut_from(self):
+    def function(params, x):
+      part = convolved(x, params["wide"])[:, ::2, ::2]
+      return part @ params["dense"], part
+
+    params = drawn(wide=(3, 3, 3, 4), dense=(4, 4))
+    fused = repjax.fuse(function, params, IMAGES)
+    assert fused.report.after.multiplications <= fused.report.before.multiplications
+
   def test_a_value_that_is_repeated_is_computed_once(self):
     def function(params, x):
       y = normalised(convolved(x, params["wide"]), params["norm"])
@@ -165,6 +202,29 @@ class TestExactness:
     assert_one_paragraph(raised.value)
     repjax.fuse(branches, drawn(), IMAGES, check=False)
 
+  def test_every_merge_in_a_scan_is_checked(self, monkeypatch):
+    def function(params, x):
+      return lax.scan(lambda y, own: (jax.nn.relu(branches(own, y)), 0), x, params)[0]
+
+    one = drawn(wide=(3, 3, 3, 3), point=(1, 1, 3, 3), norm=(3,))
+    params = jax.tree.map(lambda leaf: jnp.stack(3 * [leaf]), one)
+    run = Merge.run
+    monkeypatch.setattr(Merge, "run", lambda self, *values: [1.1 * run(self, *values)[0]])
+    with pytest.raises(InputError, match="mistake"):
+      repjax.fuse(function, params, IMAGES)
+
+  def test_traced_arrays_that_a_function_holds_cannot_be_checked(self):
+    def function(params, x, check):
+      fused = repjax.fuse(lambda _, x: branches(params, x), {}, x, check=check)
+      return fused({}, x)
+
+    params, x = drawn(), random(2, 8, 9, 3)
+    with pytest.raises(InputError, match=r"holds traced arrays.*check=False") as raised:
+      jax.jit(function, static_argnums=2)(params, x, True)
+    assert_one_paragraph(raised.value)
+    mine = jax.jit(function, static_argnums=2)(params, x, False)
+    assert relative_error(mine, branches(params, x)) <= 1e-5
+
   def test_random_numbers_of_a_check_are_finite_and_fit_their_dtype(self):
     for dtype in ("float32", "bfloat16", "int32", "uint8", "bool"):
       array = checks.random_array(jax.ShapeDtypeStruct((3, 4), jnp.dtype(dtype)), 0)
@@ -193,6 +253,72 @@ class TestDtypes:
     np.testing.assert_array_equal(small["wide"], exact.astype(jnp.bfloat16))
     wanted = self.half(params, x.astype(jnp.bfloat16)).astype(jnp.float32)
     assert relative_error(fused(small, x).astype(jnp.float32), wanted) <= 2e-2
+
+  def test_the_tolerance_of_a_check_follows_the_narrowest_dtype_of_each_merge(self, monkeypatch):
+    def function(params, x):
+      rounded = params["rounded"].astype(jnp.bfloat16).astype(jnp.float32)
+      y = jnp.sin(normalised(convolved(x, rounded), params["norm"]))
+      return normalised(convolved(y, params["exact"]), params["norm"])
+
+    params = drawn(rounded=(3, 3, 3, 3), exact=(3, 3, 3, 3), norm=(3,))
+    assert len(repjax.fuse(function, params, IMAGES).report.merges) == 2
+    run = Merge.run
+    monkeypatch.setattr(Merge, "run", lambda self, *values: [1.01 * run(self, *values)[0]])
+    with pytest.raises(InputError, match="from the parameters exact, bias"):
+      repjax.fuse(function, params, IMAGES)
+
+  def test_a_number_of_python_takes_the_dtype_of_its_neighbours(self):
+    def function(params, x, factor):
+      return convolved(x, params["wide"].astype(x.dtype)) * factor + params["shift"]
+
+    params, x = drawn(wide=(3, 3, 3, 4)) | {"shift": 0.5}, random(2, 8, 9, 3, dtype=jnp.bfloat16)
+    fused = repjax.fuse(function, params, x, 2.0)
+    small = fused.fold(params)
+    for factor in (2.0, jnp.bfloat16(2)):
+      with jax.numpy_dtype_promotion("standard"):
+        assert fused(small, x, factor).dtype == function(params, x, factor).dtype
+
+  def test_products_of_integers_stay(self):
+    def function(params, x):
+      kernel = params["dense"].astype(jnp.int8)
+      numbers = (((3,), (0,)), ((), ()))
+      y = lax.dot_general(x, kernel, numbers, preferred_element_type=jnp.float32)
+      return y * params["scale"].reshape(1, 1, 1, 4)
+
+    params = jax.tree.map(lambda leaf: 9 * leaf, drawn(dense=(3, 4), scale=(4,)))
+    error, fused = fused_error(function, params, (9 * random(2, 8, 9, 3)).astype(jnp.int8))
+    assert error == 0
+    assert "a product in int8" in str(fused.report)
+
+  def test_a_product_of_two_dtypes_is_computed_in_the_wider(self):
+    def function(params, x):
+      numbers = (((3,), (0,)), ((), ()))
+      y = lax.dot_general(x, params["dense"], numbers, preferred_element_type=jnp.float32)
+      return y * params["scale"].reshape(1, 1, 1, 4)
+
+    x = random(2, 8, 9, 3, dtype=jnp.bfloat16)
+    error, fused = fused_error(function, drawn(dense=(3, 4), scale=(4,)), x)
+    assert error <= 1e-6
+    assert fused.report.merges
+
+  def test_convolutions_of_different_precision_are_not_chained(self):
+    def function(params, x):
+      y = convolved(x, params["first"], precision="highest")
+      return convolved(y, params["second"])
+
+    params = drawn(first=(1, 1, 3, 3), second=(3, 3, 3, 3))
+    fused = repjax.fuse(function, params, IMAGES)
+    assert fused.report.after.products == 2
+    assert "different precision" in str(fused.report)
+
+  def test_a_scale_does_not_make_the_weights_of_float16_too_small(self):
+    def function(params, x):
+      return convolved((x / 65535).astype(jnp.float16), params["wide"].astype(jnp.float16))
+
+    x = 65535 * jnp.abs(random(2, 8, 9, 3))
+    error, fused = fused_error(function, drawn(wide=(3, 3, 3, 4)), x)
+    assert error == 0
+    assert "whose range is small" in str(fused.report)
 
   def test_an_identity_in_a_wider_dtype_is_not_rounded(self):
     def function(params, x):
@@ -244,6 +370,64 @@ class TestSizes:
     x = random(1, 12, 5, 3)
     assert relative_error(jax.jit(fused)(fused.fold(params), x), branches(params, x)) <= 1e-5
 
+  def test_batches_without_an_image_are_planned_as_others_are(self):
+    def function(params, x):
+      return 2 * jnp.einsum("bhwc,cnd->bnhwd", x, params["dense"]) + branches(params, x)[:, None]
+
+    params = drawn(**BRANCHES, dense=(3, 2, 4))
+    fused = repjax.fuse(function, params, IMAGES)
+    assert fused(fused.fold(params), random(0, 8, 9, 3)).shape == (0, 2, 8, 9, 4)
+
+  def test_threads_may_plan_new_sizes_at_once(self, monkeypatch):
+    planned, inside, found = Planner.planned, [], []
+
+    def slowly(self, *given):
+      inside.append(self)
+      time.sleep(0.02)
+      found.append(len(inside))
+      inside.remove(self)
+      return planned(self, *given)
+
+    fused, params = repjax.fuse(branches, drawn(), IMAGES), drawn()
+    small, count = fused.fold(params), 8
+    inputs = [random(1, 5 + place, 6, 3) for place in range(count)]
+    start = threading.Barrier(count)
+    monkeypatch.setattr(Planner, "planned", slowly)
+
+    def call(x):
+      start.wait()
+      return fused(small, x)
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+      for x, result in zip(inputs, pool.map(call, inputs), strict=True):
+        assert relative_error(result, branches(params, x)) <= 1e-5
+    assert found == [1] * count  # all plans share a table, which holds one thread at a time
+
+  def test_plans_follow_the_settings_of_jax(self):
+    fused, params, x = repjax.fuse(self.two, drawn(), IMAGES), drawn(), random(2, 8, 9, 3)
+    small = fused.fold(params)
+    fused(small, x)
+    with jax.default_matmul_precision("highest"):
+      assert str(jax.make_jaxpr(fused)(small, x)).count("precision=(Precision.HIGHEST") == 2
+    with jax.enable_x64(True):
+      assert fused(small, x).dtype == self.two(params, x).dtype
+
+  def two(self, params, x):
+    """Returns a merge beside a convolution that stays, times a number of the default dtype."""
+    y = convolved(jnp.sin(x), params["point"])
+    with jax.numpy_dtype_promotion("standard"):
+      return (branches(params, x) + jnp.sin(y)) * jnp.arange(2.0)[1]
+
+  def test_sizes_that_are_symbols_cannot_be_checked(self):
+    fused, params, x = repjax.fuse(branches, drawn(), IMAGES), drawn(), random(3, 8, 9, 3)
+    small, (n,) = fused.fold(params), jax.export.symbolic_shape("n")
+    images = jax.ShapeDtypeStruct((n, 8, 9, 3), jnp.float32)
+    with pytest.raises(InputError, match=r"sizes are symbols.*without_checks") as raised:
+      jax.export.export(jax.jit(fused))(small, images)
+    assert_one_paragraph(raised.value)
+    exported = jax.export.export(jax.jit(fused.without_checks()))(small, images)
+    assert relative_error(exported.call(small, x), branches(params, x)) <= 1e-5
+
 
 class TestParts:
   def scanned(self, params, x):
@@ -258,6 +442,29 @@ class TestParts:
     (y, _), means = lax.scan(block, (x, 0), blocks)
     return y, means
 
+  def test_a_norm_whose_statistics_are_broadcast_to_the_map_first_merges(self):
+    def function(params, x):
+      norm = params["norm"]
+
+      def one(x):
+        y = convolved(x[None], params["wide"])[0]
+        mean, var, scale, bias = (
+          jnp.broadcast_to(norm[key], y.shape) for key in ("mean", "var", "scale", "bias")
+        )
+        return jax.nn.relu((y - mean) / jnp.sqrt(var + 1e-3) * scale + bias)
+
+      return jax.vmap(one)(x)
+
+    params = drawn(wide=(3, 3, 3, 4), norm=(4,))
+    error, fused = fused_error(function, params, random(2, 8, 9, 3))
+    assert error <= 1e-5
+    assert not fused.report.norms
+    assert not fused.report.left
+    assert {name: array.shape for name, array in fused.fold(params).items()} == {
+      "wide": (3, 3, 3, 4),
+      "bias": (4,),
+    }
+
   def test_the_body_of_a_scan_is_fused(self):
     one = drawn(wide=(3, 3, 3, 3), point=(1, 1, 3, 3), norm=(3,))
     params = jax.tree.map(lambda leaf: jnp.stack([leaf, 1.1 * leaf]), one)
@@ -268,6 +475,24 @@ class TestParts:
     assert (fused.report.before.products, fused.report.after.products) == (3, 2)
     for mine, wanted in zip(fused(small, x), self.scanned(params, x), strict=True):
       assert relative_error(mine, wanted) <= 1e-5
+
+  def test_a_loop_that_prints_stays_although_nothing_reads_it(self, capsys):
+    def function(params, x):
+      def step(carry, own):
+        jax.debug.print("seen")
+        return jax.nn.relu(branches(own, carry)), 0
+
+      lax.scan(step, x, params)
+      return x + 1
+
+    one = drawn(wide=(3, 3, 3, 3), point=(1, 1, 3, 3), norm=(3,))
+    params, x = jax.tree.map(lambda leaf: leaf[None], one), random(2, 8, 9, 3)
+    fused = repjax.fuse(function, params, x, check=False)
+    assert fused.report.merges
+    capsys.readouterr()
+    fused(fused.fold(params), x)
+    jax.effects_barrier()
+    assert capsys.readouterr().out == "seen\n"
 
   def test_the_branches_of_a_choice_are_fused(self):
     def function(params, x):
@@ -443,6 +668,15 @@ class TestReport:
       repjax.fuse(function, params, IMAGES, strict=True)
     repjax.fuse(branches, drawn(), IMAGES, strict=True)
 
+  def test_norms_that_stay_in_two_loops_are_counted_apart(self):
+    def function(params, x):
+      for own in params:
+        x, _ = lax.scan(lambda y, own: (jnp.sin(normalised(jnp.sin(y), own["norm"])), 0), x, own)
+      return x
+
+    own = jax.tree.map(lambda leaf: leaf[None], drawn(norm=(3,)))
+    assert len(repjax.fuse(function, [own, own], IMAGES).report.norms) == 2
+
   def test_a_norm_that_stays_is_one_multiply_add(self):
     def function(params, x):
       return jnp.sin(normalised(jnp.sin(x), params["norm"]))
@@ -486,13 +720,17 @@ class TestMistakes:
     with pytest.raises(InputError, match=r"the parameter name is 'relu'.*functools.partial"):
       repjax.fuse(branches, drawn() | {"name": "relu"}, IMAGES)
 
-  def test_a_growth_below_one(self):
-    with pytest.raises(InputError, match=r"growth is 0.5, but must be 1 or more"):
-      repjax.fuse(branches, drawn(), IMAGES, growth=0.5)
+  @pytest.mark.parametrize("growth", [0.5, float("nan"), "2"])
+  def test_a_growth_that_is_no_number_of_at_least_one(self, growth):
+    with pytest.raises(InputError, match=rf"growth is {growth!r}, but must be 1 or more"):
+      repjax.fuse(branches, drawn(), IMAGES, growth=growth)
 
   def test_arguments_that_are_no_arrays(self):
     with pytest.raises(InputError, match=r"argument 1 is 'train'"):
       repjax.fuse(branches, drawn(), IMAGES, "train")
+    fused = repjax.fuse(branches, drawn(), IMAGES)
+    with pytest.raises(InputError, match=r"argument 1 is 'train'"):
+      fused(fused.fold(drawn()), random(2, 8, 9, 3), "train")
 
   @pytest.mark.parametrize(
     "function",
@@ -506,7 +744,7 @@ class TestMistakes:
 
   def test_parameters_of_a_different_tree(self):
     fused = repjax.fuse(branches, drawn(), IMAGES)
-    with pytest.raises(InputError, match="different structure"):
+    with pytest.raises(InputError, match=r"different names.*such as norm/bias"):
       fused.fold({"wide": drawn()["wide"]})
     with pytest.raises(InputError, match=r"wide with shape \(5, 5, 3, 4\)"):
       fused.fold(drawn(wide=(5, 5, 3, 4), point=(1, 1, 3, 4), norm=(4,)))
