@@ -43,6 +43,7 @@ ADAMW = ("adamw", "repoptimizer_adamw")
 OPTIMIZERS = ("sgd", "adamw", *REPOPTIMIZERS)
 DECAY_RULES = ("kernels_and_fast_biases", "all_but_penalised_kernels", "more_than_one_axis")
 QAT_ACTIVATIONS = ("uint8", "int8")
+RUNNING_VARIANCES = ("unbiased", "biased")
 
 _ABOVE_0 = number(above=0)
 _AT_LEAST_0 = number(0)
@@ -95,6 +96,12 @@ OVERRIDES = (
   Field("act", None, 'Activation: "relu", "silu" or "gelu".', kind=str),
   Field("dropout", None, "Rate of the dropout before the classifier.", kind=float),
   Field("remat", None, "Recompute each block in the backward pass, to save memory.", kind=bool),
+  Field(
+    "statistics",
+    None,
+    'How training finds the statistics of 1x1 branches: "auto", "covariance" or "outputs".',
+    kind=str,
+  ),
   Field("stage_sizes", None, "Blocks in each stage, or in each stream of ParNet.", kind=tuple),
   Field("width_multipliers", None, "Factors on the channels of RepVGG's stages.", kind=tuple),
   Field("strides", None, "Strides of the stem and of each stage.", kind=tuple),
@@ -163,6 +170,15 @@ FIELDS = (
     text(*DTYPES),
   ),
   Field("sync_batch_norm", False, "Share the statistics of batch norms between devices."),
+  Field(
+    "running_variance",
+    None,
+    'Variance of a batch that running variances average: "unbiased" as PyTorch, "biased" as Flax. '
+    'None: as the run began; "unbiased" in a new run.',
+    text(*RUNNING_VARIANCES),
+    kind=str,
+    before="biased",
+  ),
   # Data.
   Field(
     "dataset",
@@ -588,3 +604,7 @@ def check_overrides(config: Config) -> None:
   for name in ("axis_name", "deploy", "features_only"):
     if overrides.get(name):
       raise InputError(f"model_overrides.{name} is not for training; leave it out")
+  if overrides.get("running_variance"):
+    raise InputError(
+      "model_overrides.running_variance is no override of a run; set config.running_variance"
+    )

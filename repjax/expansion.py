@@ -26,6 +26,7 @@ from repjax.devices import need_devices
 from repjax.errors import InputError, listed, printable
 from repjax.layers import AuxHead
 from repjax.layers.base import EPSILON, RepLayer
+from repjax.layers.batch_norm import BatchNorm
 from repjax.layers.remainder import cast
 from repjax.models import image_size_of
 from repjax.models.checks import check_key
@@ -400,9 +401,11 @@ def _rebasing(anew: Collection[Path]) -> Iterator[None]:
     fresh = {"mean": jnp.zeros_like(held["mean"]), "var": jnp.ones_like(held["var"])}
     params = dict(norm.variables["params"])
     # With no momentum, the new running statistics are those of the input.
-    alone = norm.clone(
-      parent=None, name=None, use_running_average=False, momentum=0.0, axis_name=None
-    )
+    changes: dict[str, Any] = {"use_running_average": False, "momentum": 0.0, "axis_name": None}
+    if isinstance(norm, BatchNorm):
+      # Training mode divides by the biased variance, also where it is that of one value.
+      changes["running_variance"] = "biased"
+    alone = norm.clone(parent=None, name=None, **changes)
     variables = {"params": params, "batch_stats": fresh}
     _, updates = alone.apply(variables, *arguments, mutable=["batch_stats"])
     found: dict[str, Any] = dict(updates["batch_stats"])

@@ -32,7 +32,7 @@ _SIDE = 1024
 
 The shapes do not depend on the size. The map only must be larger than the kernels and paddings.
 """
-_CHANGEABLE = ("axis_name", "dtype")
+_CHANGEABLE = ("axis_name", "running_variance", "statistics", "dtype")
 """Attributes on which neither the tree nor its fold depends."""
 
 
@@ -140,7 +140,8 @@ class RepConv(_Module):
   """A sum of conv-BN branches over one input; its deploy form is one convolution with bias.
 
   The module has the attributes, the tree and the forward pass of `repjax.layers.RepConv`. All
-  attributes but `axis_name` and `dtype` are fixed when the layer is built.
+  attributes but `axis_name`, `running_variance`, `statistics` and `dtype` are fixed when the layer
+  is built.
 
   Args:
     in_features: number of input channels I.
@@ -169,7 +170,8 @@ class RepNorm(_Module):
   """A batch norm that stands alone; its deploy form is a scale and a shift for each channel.
 
   The module has the attributes, the tree and the forward pass of `repjax.layers.RepNorm`. All
-  attributes but `axis_name` and `dtype` are fixed when the layer is built.
+  attributes but `axis_name`, `running_variance`, `statistics` and `dtype` are fixed when the layer
+  is built.
 
   Args:
     in_features: number of channels C.

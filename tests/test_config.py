@@ -14,6 +14,7 @@ from repjax import config as table
 from repjax import schema
 from repjax.data.transforms import INTERPOLATIONS
 from repjax.errors import InputError
+from repjax.layers import batch_norm
 from repjax.models import create_model, list_models
 from repjax.quantization import runtime
 from repjax.training import optimizer, planning, schedules
@@ -204,20 +205,26 @@ def test_fields_of_other_optimizers_are_refused():
 def test_the_overrides_are_the_attributes_of_the_models():
   # A config sets these outside of model_overrides, or training sets them.
   apart = {"num_classes", "dtype", "param_dtype", "axis_name", "deploy", "features_only"}
+  apart.add("running_variance")
   models = {type(model): model for model in map(create_model, list_models())}.values()
   attributes = {field.name for model in models for field in dataclasses.fields(model)}
   assert {field.name for field in table.OVERRIDES} == attributes - apart - {"parent", "name"}
 
 
-def test_runs_older_than_a_field_did_what_its_default_does():
+def test_runs_older_than_a_field_did_what_its_default_does_or_leaves_open():
   held = table.default()
   assert table.BEFORE == {
     "backbone_rate": 1.0,
     "cooldown_epochs": 0.0,
     "ema_decay": 0.0,
     "qat": False,
+    "running_variance": "biased",
   }
-  assert all(held[name] == value for name, value in table.BEFORE.items())
+  assert all(held[name] in (value, None) for name, value in table.BEFORE.items())
+
+
+def test_running_variances_are_those_of_the_layers():
+  assert table.RUNNING_VARIANCES == batch_norm.RUNNING_VARIANCES
 
 
 def test_importing_repjax_loads_no_config():

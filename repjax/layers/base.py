@@ -3,32 +3,38 @@
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.algebra import wide_dtype
-from repjax.errors import InputError
+from repjax.errors import InputError, unknown
 from repjax.layers.attributes import check_attributes, check_dtypes
+from repjax.layers.batch_norm import MOMENTUM, RUNNING_VARIANCES, STATISTICS, BatchNorm, Moments
 
 EPSILON = 1e-5
-MOMENTUM = 0.9  # the weight of the old running value; PyTorch calls the same rule 0.1
-_SHARED = ("epsilon", "axis_name", "deploy", "dtype", "param_dtype")
+_TRAINING = ("axis_name", "running_variance", "statistics")
+_SHARED = ("epsilon", "deploy", "dtype", "param_dtype", *_TRAINING)
 Tree = Mapping[str, Any]
 
 
 class RepLayer(nn.Module, kw_only=True):
   """A layer with a training form, and with a deploy form that computes the same.
 
-  The five attributes are given by keyword. A layer writes notes beside its statistics if a fold
+  The seven attributes are given by keyword. A layer writes notes beside its statistics if a fold
   could not read the layer from shapes and names alone, see `notes`.
 
   Attributes:
     epsilon: number added to the variance by batch norms.
     axis_name: name of the pmapped axis over which batch norms share their statistics. None keeps
       the statistics of each device apart.
+    running_variance: variance of a batch of n values that running variances average. "unbiased"
+      divides the sum of squares by n - 1, as PyTorch does, and "biased" by n, as Flax does.
+    statistics: how training finds the statistics of 1x1 branches. "covariance" merges them, see
+      `repjax.layers.covariance`; the results are the same to rounding. "outputs" computes each
+      branch. "auto" merges where that is expected to be faster.
     deploy: build the deploy form.
     dtype: dtype of the computation and of the result. Norms compute in at least float32.
     param_dtype: dtype of the parameters.
@@ -36,6 +42,8 @@ class RepLayer(nn.Module, kw_only=True):
 
   epsilon: float = EPSILON
   axis_name: str | None = None
+  running_variance: str = "unbiased"
+  statistics: str = "auto"
   deploy: bool = False
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -46,6 +54,7 @@ class RepLayer(nn.Module, kw_only=True):
   def __post_init__(self):
     if not (isinstance(self.epsilon, numbers.Real) and 0 <= self.epsilon < math.inf):
       raise InputError(f"epsilon must be a number of at least 0, got {self.epsilon!r}")
+    check_training(self)
     check_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
     self.check_own()
     super().__post_init__()
@@ -58,16 +67,69 @@ class RepLayer(nn.Module, kw_only=True):
 
   @nn.nowrap
   def norm(self, x: jax.Array, train: bool, axis: int | tuple[int, ...] = -1) -> jax.Array:
-    """Applies a batch norm in the scope `bn`; arguments and result as in `batch_norm`."""
+    """Applies a batch norm in the scope `bn`; for use in a compact method.
+
+    Args:
+      x: (N, H, W, C), or an array of any rank.
+      train: normalise with the statistics of the batch and update the running ones. Otherwise the
+        running statistics are used.
+      axis: axes that keep statistics of their own; by default the last one. The norm averages over
+        all other axes.
+
+    Returns:
+      The normalised array, in the shape of `x` and its dtype widened to at least float32.
+    """
+    wide, rank = wide_dtype(x.dtype), x.ndim
+    axes = sorted(index % rank for index in (axis if isinstance(axis, tuple) else (axis,)))
+    norm = self.build_norm(tuple(x.shape[index] for index in axes), wide, train, tuple(axes))
+    # Linen mixes float32 statistics with parameters of other dtypes, which strict rules forbid.
+    with jax.numpy_dtype_promotion("standard"):
+      return norm(x.astype(wide))
+
+  @nn.nowrap
+  def norm_of(self, moments: Moments) -> tuple[jax.Array, jax.Array]:
+    """Returns factor and bias of a batch norm in training, in the scope `bn`, and updates it.
+
+    The norm computes (x - mean) * factor + bias.
+
+    Args:
+      moments: statistics of x, of all devices where the norm shares them.
+    """
+    mean = moments.mean
+    with jax.numpy_dtype_promotion("standard"):  # as in `norm`
+      return self.build_norm(mean.shape, mean.dtype, train=True).of_moments(moments)
+
+  @nn.nowrap
+  def build_norm(
+    self,
+    shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike,
+    train: bool,
+    axes: tuple[int, ...] = (-1,),
+  ) -> BatchNorm:
+    """Builds a batch norm in the scope `bn`, with the attributes of this layer.
+
+    Args:
+      shape: number of features, one for each axis in `axes`.
+      dtype: dtype of the result.
+      train: as in `norm`.
+      axes: axes that keep statistics of their own.
+    """
     self.write_notes()
-    return batch_norm(
-      x,
-      train,
+    return BatchNorm(
+      use_running_average=not train,
+      axis=cast(int, axes),  # annotated as one number, but read as one or several
+      momentum=MOMENTUM,
       # The fold reads the number from the tree. Reading the same one here keeps the two equal.
       epsilon=self.get_variable("batch_stats", "epsilon", self.epsilon),
       axis_name=self.axis_name,
+      dtype=dtype,
       param_dtype=self.param_dtype,
-      axis=axis,
+      # True would keep the statistics of a float64 model in float32.
+      force_float32_reductions=jnp.dtype(self.param_dtype) != jnp.float64,
+      shape=shape,
+      running_variance=self.running_variance,
+      name="bn",
     )
 
   @nn.nowrap
@@ -98,11 +160,11 @@ class RepLayer(nn.Module, kw_only=True):
 
   @nn.nowrap
   def shared(self) -> dict[str, Any]:
-    """Returns the five attributes by name, for layers inside this one."""
+    """Returns the seven attributes by name, for layers inside this one."""
     return {
       "epsilon": self.epsilon,
-      "axis_name": self.axis_name,
       "deploy": self.deploy,
+      **training_of(self),
       **self.dtypes(),
     }
 
@@ -165,47 +227,16 @@ def dtypes_of(module: Any) -> dict[str, Any]:
   return {"dtype": module.dtype, "param_dtype": module.param_dtype}
 
 
-def batch_norm(
-  x: jax.Array,
-  train: bool,
-  *,
-  epsilon: float,
-  axis_name: str | None,
-  param_dtype: jax.typing.DTypeLike,
-  axis: int | tuple[int, ...] = -1,
-) -> jax.Array:
-  """Applies a batch norm in a scope called `bn`; for use in a compact method.
+def training_of(module: Any) -> dict[str, Any]:
+  """Returns what concerns the norms of a module in training alone, by name, for layers inside."""
+  return {name: getattr(module, name) for name in _TRAINING}
 
-  Args:
-    x: (N, H, W, C), or an array of any rank.
-    train: normalise with the statistics of the batch and update the running ones. Otherwise the
-      running statistics are used.
-    epsilon: number added to the variance.
-    axis_name: name of the pmapped axis over which statistics are shared. None shares nothing.
-    param_dtype: dtype of scale and bias.
-    axis: axes that keep statistics of their own, ascending; by default the last one. The norm
-      averages over all other axes.
 
-  Returns:
-    The normalised array, in the shape of `x` and its dtype widened to at least float32.
-  """
-  wide = wide_dtype(x.dtype)
-  feature_axes: Any = axis  # annotated as one number, but read as one or several
-  norm = nn.BatchNorm(
-    use_running_average=not train,
-    axis=feature_axes,
-    momentum=MOMENTUM,
-    epsilon=epsilon,
-    axis_name=axis_name,
-    dtype=wide,
-    param_dtype=param_dtype,
-    # True would keep the statistics of a float64 model in float32.
-    force_float32_reductions=jnp.dtype(param_dtype) != jnp.float64,
-    name="bn",
-  )
-  # Linen mixes float32 statistics with parameters of other dtypes, which strict rules forbid.
-  with jax.numpy_dtype_promotion("standard"):
-    return norm(x.astype(wide))
+def check_training(module: Any) -> None:
+  """Raises InputError if an attribute that concerns training alone has an unknown value."""
+  for name, known in (("running_variance", RUNNING_VARIANCES), ("statistics", STATISTICS)):
+    if getattr(module, name) not in known:
+      raise unknown(name, getattr(module, name), known)
 
 
 def refuse_training(deploy: bool, train: bool) -> None:

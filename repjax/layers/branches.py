@@ -13,7 +13,7 @@ of such a layer. The table says what the scopes of the tree hold.
 A `skip` holds nothing, so that the layer notes the name of the branch beside its statistics.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -35,6 +35,7 @@ from repjax.algebra import (
   wide_dtype,
 )
 from repjax.errors import InputError
+from repjax.layers import covariance
 from repjax.layers.base import RepLayer, holds_arrays, read_notes
 from repjax.layers.composition import (
   Conv,
@@ -82,6 +83,10 @@ def forward(x: jax.Array, layer: "RepConv", train: bool, where: str) -> jax.Arra
   if layer.deploy:
     return run.conv(source, ("conv",))
   outputs = []
+  if train and not layer.is_initializing():
+    merged, total = run.merged(source, branches)
+    branches = [branch for branch in branches if branch not in merged]
+    outputs += [total] if merged else []
   for branch in branches:
     y = run.two_steps(x, branch) if branch.two_steps else run.one_step(source, branch)
     outputs.append(jax.nn.relu(y) if branch.relu else y)
@@ -145,6 +150,28 @@ class _Run(NamedTuple):
     if (*path, "conv") in self.convs:
       x = self.conv(x, (*path, "conv"))
     return self.norm(x) if normed else _wide(x)
+
+  def merged(self, x: jax.Array, branches: Sequence[Branch]) -> tuple[list[Branch], Any]:
+    """Computes in training the branches that merge into one 1x1 convolution, perhaps none.
+
+    Args:
+      x: padded map.
+      branches: all branches of the layer.
+
+    Returns:
+      The merged branches and their sum, None without any.
+    """
+    found = covariance.mergeable(self.layer, branches)
+    if not found:
+      return [], None
+    seen = covariance.strided(_pad(x, self.padding(found[0])), self.layer.strides)
+    if not covariance.merges(self.layer, branches, seen.shape):
+      return [], None
+
+    def inside(name: str, function: Callable[[nn.Module, Any], Any], value: Any) -> Any:
+      return _Inside(function, name=name)(value)
+
+    return found, covariance.merged_sum(seen, self.layer, found, inside)
 
   def one_step(self, x: jax.Array, branch: Branch) -> jax.Array:
     """Applies a branch of one step to a padded map."""

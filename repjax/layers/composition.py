@@ -27,6 +27,7 @@ class Layer(Protocol):
   padding_mode: Any
   conv_bias: Any
   norm: Any
+  statistics: Any
   deploy: Any
 
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from repjax.layers import RepConv, RepLayer, activation, linear
 from repjax.layers.attributes import check_dtypes
-from repjax.layers.base import dtypes_of, refuse_training
+from repjax.layers.base import check_training, dtypes_of, refuse_training, training_of
 from repjax.models.checks import check_classifier, check_flags, check_pixels
 
 
@@ -90,6 +90,10 @@ class Classifier(nn.Module, kw_only=True):
     remat: recompute each block in the backward pass instead of keeping its activations.
     axis_name: name of the pmapped axis over which batch norms share their statistics. None keeps
       the statistics of each device apart.
+    running_variance: "unbiased" or "biased", the variance of a batch that running variances
+      average; see `RepLayer`.
+    statistics: "auto", "covariance" or "outputs", the way in which training finds the statistics of
+      1x1 branches; see `RepLayer`.
     features_only: return the maps of the stages by name instead of logits, and build no classifier.
     deploy: build the deploy form.
     dtype: dtype of the computation and of the result.
@@ -101,6 +105,8 @@ class Classifier(nn.Module, kw_only=True):
   dropout: float = 0.0
   remat: bool = False
   axis_name: str | None = None
+  running_variance: str = "unbiased"
+  statistics: str = "auto"
   features_only: bool = False
   deploy: bool = False
   dtype: Any = jnp.float32
@@ -109,6 +115,7 @@ class Classifier(nn.Module, kw_only=True):
   def __post_init__(self):
     check_classifier(self.num_classes, self.dropout, self.act)
     check_flags(self)
+    check_training(self)
     check_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
     super().__post_init__()
 
@@ -175,8 +182,8 @@ class Classifier(nn.Module, kw_only=True):
     """Returns the attributes that the network passes on to every block, by name."""
     return {
       "act": self.act,
-      "axis_name": self.axis_name,
       "deploy": self.deploy,
+      **training_of(self),
       **self.dtypes(),
     }
 

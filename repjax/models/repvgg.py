@@ -26,6 +26,7 @@ from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.layers import AuxHead, RepConv, RepLayer, ScaledConv, SqueezeExcite
+from repjax.layers.base import training_of
 from repjax.layers.composition import AFTER_SUM
 from repjax.layers.grammar import layer_size, parse
 from repjax.models.base import Block, BlockBuilder, Classifier, Stage
@@ -205,9 +206,8 @@ class RepVGG(Classifier, kw_only=True):
         head = AuxHead(
           self.num_classes,
           stage.striding.dilation,
-          axis_name=self.axis_name,
-          dtype=self.dtype,
-          param_dtype=self.param_dtype,
+          **training_of(self),
+          **self.dtypes(),
           name=f"AuxHead_{stage.name}",
         )
         auxiliary[stage.name] = head(maps[stage.name], train)

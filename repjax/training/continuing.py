@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from repjax import disk, runs
-from repjax.config import BEFORE, FREE, RESUME, Config
+from repjax.config import BEFORE, FREE, RESUME, RUNNING_VARIANCES, Config
 from repjax.errors import InputError, printable, unknown
 from repjax.spec import ModelSpec
 from repjax.training.planning import read_config
@@ -151,6 +151,23 @@ def check_workdir(workdir: Path, spec: ModelSpec) -> None:
     )
 
 
+def keep_variance(config: Config, workdir: Path) -> Config:
+  """Returns the config with its `running_variance`: if it is None, that of the run in a workdir.
+
+  A running variance that changed its kind in the middle of a run would be of no kind. A new run
+  gets the unbiased one.
+  """
+  if config.running_variance is not None:
+    return config
+  full = config.copy_and_resolve_references()
+  kind = RUNNING_VARIANCES[0]
+  if runs.checkpoints(workdir) and runs.config_file(workdir).exists():
+    kind = read_config(workdir).get("running_variance") or BEFORE["running_variance"]
+  with full.ignore_type():
+    full.running_variance = kind
+  return full
+
+
 def check_continuing(workdir: Path, config: Config) -> None:
   """Raises InputError if a run with checkpoints would learn differently from how it began.
 
@@ -162,7 +179,7 @@ def check_continuing(workdir: Path, config: Config) -> None:
   if not runs.checkpoints(workdir) or not path.exists():
     return
   held = plain({**BEFORE, **read_config(workdir).to_dict()})
-  new = plain(config.to_dict())
+  new = plain(keep_variance(config, workdir).to_dict())
   fixed = (held.keys() & new.keys()) - FREE
   changed = difference(*({name: facts[name] for name in fixed} for facts in (held, new)))
   if changed:

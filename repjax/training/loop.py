@@ -249,6 +249,7 @@ def _make_train_step(run: Prepared, network: Network | None) -> Callable[..., An
   model = plan.spec.create_model(
     dtype=planning.DTYPES[config.dtype],
     axis_name=parallel.AXIS if config.sync_batch_norm else None,
+    running_variance=config.running_variance,
   )
   step = make_train_step(
     model,

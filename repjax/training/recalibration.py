@@ -78,7 +78,9 @@ def recalibrate(
   config, is_import, spec, step, variables = processes.first(_read, config, workdir, verify)
   train, held_out = processes.together(_open_splits, config, is_import, spec)
   model = spec.create_model(
-    dropout=0.0, axis_name=parallel.AXIS if config.sync_batch_norm else None
+    dropout=0.0,
+    axis_name=parallel.AXIS if config.sync_batch_norm else None,
+    running_variance="biased",  # v_i above
   )
   with contextlib.closing(_training_batches(config, train, spec.preprocessing)) as batches:
     first = itertools.islice(batches, num_batches)
@@ -116,13 +118,16 @@ def pooled_statistics(
   Each device normalises its part of a batch with the statistics of this part, as in training.
 
   Args:
-    model: model in training form, without dropout.
+    model: model in training form, without dropout, whose running variances are biased.
     variables: parameters of the model, and statistics whose values are not read.
     preprocessing: how uint8 images become inputs.
     batches: at least one {"image": uint8 (B, S, S, 3), ...}, all of one size B.
 
   Returns:
     A tree like `variables["batch_stats"]`, accumulated in float64.
+
+  Raises:
+    ValueError: a running variance is not biased.
   """
   step = parallel.data_parallel(_make_statistics_step(model, preprocessing))
   placed = parallel.place(dict(variables))
@@ -276,6 +281,8 @@ def _shares(
 
   def note(method: Any, arguments: Any, keywords: Any, context: Any) -> Any:
     if isinstance(context.module, nn.BatchNorm):
+      if getattr(context.module, "running_variance", "biased") != "biased":
+        raise ValueError('pooled statistics need a model with running_variance="biased"')
       shares[context.module.path] = float(np.float32(1 - context.module.momentum))
     return method(*arguments, **keywords)
 

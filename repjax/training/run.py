@@ -110,7 +110,7 @@ def _lock_workdir(config: Config, workdir: Path, resume: str, held: contextlib.E
   held.enter_context(lock.hold(workdir))
   continuing.check_resume(workdir, resume)
   runs.sweep(workdir)
-  return finetune.resolve(config, workdir)
+  return continuing.keep_variance(finetune.resolve(config, workdir), workdir)
 
 
 def _begin(

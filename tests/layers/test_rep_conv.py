@@ -286,23 +286,19 @@ class TestGoldens:
     step = helpers.quick_jit(lambda v: module.apply(v, x, True, mutable=["batch_stats"]))
     output, updates = step(variables)
     helpers.assert_golden(helpers.nchw(output), case["expect"]["output"])
-    pixels = x.size / x.shape[-1]
-    before = helpers.leaves(variables["batch_stats"])
     for path, after in helpers.leaves(updates["batch_stats"]).items():
-      if path.endswith("var"):
-        # PyTorch stores the unbiased variance of the batch, Flax the biased one it divides by.
-        after = 0.9 * before[path] + (after - 0.9 * before[path]) * pixels / (pixels - 1)
       helpers.assert_golden(after, case["expect"][helpers.official_name(path)])
 
 
 @pytest.mark.usefixtures("x64")
-def test_running_statistics_move_a_tenth_of_the_way_to_the_batch():
-  x, layer = random_input(3, 5, 4, 6), RepConv(6, **F64)
+@pytest.mark.parametrize(("kind", "ddof"), [("unbiased", 1), ("biased", 0)])
+def test_running_statistics_move_a_tenth_of_the_way_to_the_batch(kind, ddof):
+  x, layer = random_input(3, 5, 4, 6), RepConv(6, running_variance=kind, **F64)
   variables = random_variables(layer, x)
   step = helpers.quick_jit(lambda v: layer.apply(v, x, train=True, mutable=["batch_stats"]))
   _, updates = step(variables)
   old, new = (tree["batch_stats"]["identity"]["bn"] for tree in (variables, updates))
-  expected = {"mean": x.mean((0, 1, 2)), "var": x.var((0, 1, 2))}
+  expected = {"mean": x.mean((0, 1, 2)), "var": x.var((0, 1, 2), ddof=ddof)}
   for name, batch in expected.items():
     assert relative_error(new[name], 0.9 * np.asarray(old[name]) + 0.1 * batch) <= 1e-12
 

@@ -123,7 +123,8 @@ def test_remat_keeps_the_tree_and_recomputes_every_block(name):
 @every_family
 def test_every_norm_shares_its_statistics_over_the_axis(name):
   def sums(axis_name):
-    step = functools.partial(train, small(name, axis_name=axis_name, dropout=0.0))
+    own = {"axis_name": axis_name, "statistics": "outputs", "dropout": 0.0}
+    step = functools.partial(train, small(name, **own))
     names = helpers.primitives(step, variables, IMAGES, devices=4)
     return sum(name.startswith("psum") for name in names)
 
@@ -262,6 +263,28 @@ def test_remat_changes_neither_outputs_nor_gradients(name):
     np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * largest)
 
   jax.tree.map(check, rematerialised, plain)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "vgg16"])
+def test_statistics_from_the_covariance_change_no_training_step(name):
+  models = [small(name, statistics=way, dropout=0.0, **F64) for way in ("covariance", "outputs")]
+  x = random_input(4, 32, 32, 3)
+  variables = random_variables(models[0], x)
+
+  def loss(model, params):
+    outputs, updates = train(model, {**variables, "params": params}, x)
+    return sum((leaf**2).sum() for leaf in jax.tree.leaves(outputs)), (outputs, updates)
+
+  @quick_jit
+  def both(params):
+    return [jax.grad(functools.partial(loss, model), has_aux=True)(params) for model in models]
+
+  for found, wanted in zip(*both(variables["params"])):
+    # Gradients of a bias in front of a norm are zero but for rounding.
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+      np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * largest)
 
 
 @every_family

@@ -350,6 +350,7 @@ class TestOverrides:
 
 class TestTraining:
   def test_shared_statistics_are_those_of_the_whole_batch(self):
+    # The last maps of a device hold one pixel, and those of all devices four.
     x, model = random_input(4, 32, 32, 3).astype("float32"), tiny(axis_name="batch")
     variables = random_variables(tiny(), x)
 

@@ -29,6 +29,7 @@ def claimed(digits_dir, tmp_path):
     config = tiny.config(digits_dir, **changes)
     spec = planning.make_plan(config).spec
     continuing.check_workdir(tmp_path, spec)
+    config = continuing.keep_variance(config, tmp_path)
     continuing.write_start_files(tmp_path, config, spec, DATA)
 
   claim()
@@ -37,7 +38,7 @@ def claimed(digits_dir, tmp_path):
 
 def test_a_claimed_workdir_holds_config_and_model(claimed, digits_dir):
   workdir, _ = claimed
-  config = tiny.config(digits_dir)
+  config = tiny.config(digits_dir, running_variance="unbiased")
   assert sorted(tiny.contents(workdir)) == [
     "config.json",
     "data.json",
@@ -210,6 +211,7 @@ def without(workdir, *fields):
     ("cooldown_epochs", 1.0, r"cooldown_epochs 0\.0 -> 1\.0"),
     ("ema_decay", 0.5, r"ema_decay 0\.0 -> 0\.5"),
     ("qat", True, "qat False -> True"),
+    ("running_variance", "unbiased", "running_variance biased -> unbiased"),
   ],
 )
 def test_a_run_older_than_a_field_continues_as_it_did(
@@ -217,9 +219,20 @@ def test_a_run_older_than_a_field_continues_as_it_did(
 ):
   workdir = with_checkpoint(claimed[0])
   without(workdir, *BEFORE)
-  continuing.check_continuing(workdir, tiny.config(digits_dir))
+  config = continuing.keep_variance(tiny.config(digits_dir), workdir)
+  assert config.running_variance == "biased"
+  continuing.check_continuing(workdir, config)
   with pytest.raises(InputError, match=difference):
     continuing.check_continuing(workdir, tiny.config(digits_dir, **{field: value}))
+
+
+@pytest.mark.parametrize("kind", ["biased", "unbiased"])
+def test_a_run_keeps_its_kind_of_running_variance(claimed, digits_dir, kind):
+  workdir, claim = claimed
+  claim(running_variance=kind)
+  config = continuing.keep_variance(tiny.config(digits_dir), with_checkpoint(workdir))
+  assert config.running_variance == kind
+  continuing.check_continuing(workdir, config)
 
 
 def test_a_field_of_which_nothing_is_known_stops_no_older_run(claimed, digits_dir):

@@ -1,4 +1,4 @@
-"""The losses of a RepVGG's first steps against forward and backward passes written in NumPy."""
+"""The first steps of a RepVGG, and evaluation after them, against passes written in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,15 @@ from repjax.spec import Preprocessing
 from repjax.training import optimizer
 from repjax.training.state import create_state
 from repjax.training.step import make_train_step
-from tests.helpers import F64, convolve, fill_variables, init_shapes, leaves, official_name
+from tests.helpers import (
+  F64,
+  assert_close,
+  convolve,
+  fill_variables,
+  init_shapes,
+  leaves,
+  official_name,
+)
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -22,7 +30,7 @@ RATES, DECAY, MOMENTUM, PENALTY, SMOOTHING, STEPS = (0.2, 0.1), 0.05, 0.9, 0.03,
 
 
 def batch_norm(x, scale, bias):
-  """Output, batch variance, and the backward pass: dy to (dx, dscale, dbias)."""
+  """Output, mean and variance of the batch, and the backward pass: dy to (dx, dscale, dbias)."""
   mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
   deviation = np.sqrt(var + 1e-5)
   normal = (x - mean) / deviation
@@ -32,7 +40,7 @@ def batch_norm(x, scale, bias):
     count = dy.size / len(scale)
     return scale / deviation * (dy - dbias / count - normal * dscale / count), dscale, dbias
 
-  return normal * scale + bias, var, backward
+  return normal * scale + bias, mean, var, backward
 
 
 def convolution(x, kernel, stride):
@@ -56,13 +64,32 @@ def convolution(x, kernel, stride):
 
 
 class Network:
-  """Parameters by path, running variances, and one training step at a time."""
+  """Parameters and running statistics by path, and one training step at a time."""
 
   def __init__(self, variables):
     self.params = {path: np.asarray(value) for path, value in leaves(variables["params"]).items()}
     stats = leaves(variables["batch_stats"]).items()
-    self.var = {path[: -len("/var")]: np.asarray(value) for path, value in stats if "/var" in path}
+    self.mean, self.var = (
+      {path[: -len(name)]: np.asarray(value) for path, value in stats if path.endswith(name)}
+      for name in ("/mean", "/var")
+    )
     self.trace = {}
+
+  def evaluate(self, x):
+    """Logits with the running statistics."""
+    for block, stride in zip(BLOCKS, STRIDES):
+      scopes = [f"{block}/RepConv_0/{branch}" for branch in ("conv3x3", "conv1x1", "identity")]
+      x = np.maximum(
+        sum(self._evaluated(scope, x, stride) for scope in scopes if f"{scope}/bn" in self.var), 0
+      )
+    return x.mean((1, 2)) @ self.params["head/kernel"] + self.params["head/bias"]
+
+  def _evaluated(self, scope, x, stride):
+    kernel = self.params.get(f"{scope}/conv/kernel")
+    y = x if kernel is None else convolution(x, kernel, stride)[0]
+    scale, bias = (self.params[f"{scope}/bn/{name}"] for name in ("scale", "bias"))
+    mean, var = self.mean[f"{scope}/bn"], self.var[f"{scope}/bn"]
+    return (y - mean) / np.sqrt(var + 1e-5) * scale + bias
 
   def loss_and_gradients(self, x, labels):
     gradients, steps_back = {}, []
@@ -88,8 +115,11 @@ class Network:
     kernel = self.params.get(f"{scope}/conv/kernel")
     y, conv_back = (x, None) if kernel is None else convolution(x, kernel, stride)
     norm = (self.params[f"{scope}/bn/{name}"] for name in ("scale", "bias"))
-    y, var, norm_back = batch_norm(y, *norm)
-    self.var[f"{scope}/bn"] = 0.9 * self.var[f"{scope}/bn"] + 0.1 * var
+    y, mean, var, norm_back = batch_norm(y, *norm)
+    # PyTorch averages the variance that divides by n - 1, and normalises with the one of n.
+    count = y.size / len(var)
+    self.var[f"{scope}/bn"] = 0.9 * self.var[f"{scope}/bn"] + 0.1 * var * count / (count - 1)
+    self.mean[f"{scope}/bn"] = 0.9 * self.mean[f"{scope}/bn"] + 0.1 * mean
 
     def backward(dy):
       dx, gradients[f"{scope}/bn/scale"], gradients[f"{scope}/bn/bias"] = norm_back(dy)
@@ -154,7 +184,9 @@ def no_branch_either(name):
     ("all_but_penalised_kernels", no_branch_either, True, True),
   ],
 )
-def test_the_losses_of_several_steps_are_those_of_numpy(rule, decays, nesterov, penalised):
+def test_several_steps_and_evaluation_after_them_are_those_of_numpy(
+  rule, decays, nesterov, penalised
+):
   model = repjax.create_model("repvgg_a0", num_classes=10, **tiny.OVERRIDES, **F64)
   variables = fill_variables(init_shapes(model, jnp.ones((1, 16, 16, 3))))
   sgd = optimizer.sgd(
@@ -193,3 +225,11 @@ def test_the_losses_of_several_steps_are_those_of_numpy(rule, decays, nesterov, 
   assert len({round(loss, 3) for loss in theirs}) == STEPS
   for path, value in leaves(state.params).items():
     np.testing.assert_allclose(value, network.params[path], rtol=1e-10, atol=1e-12, err_msg=path)
+  for name, running in (("mean", network.mean), ("var", network.var)):
+    found = {path: value for path, value in leaves(state.batch_stats).items() if name in path}
+    assert found.keys() == {f"{path}/{name}" for path in running}
+    for path, value in found.items():
+      wanted = running[path.removesuffix(f"/{name}")]
+      np.testing.assert_allclose(value, wanted, rtol=1e-10, atol=1e-12, err_msg=path)
+  images = rng.standard_normal((2, 16, 16, 3))
+  assert_close(model.apply(state.variables, images), network.evaluate(images), 1e-10)

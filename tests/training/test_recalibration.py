@@ -71,7 +71,8 @@ def training_batches(digits_dir, count):
 
 def inputs_of_norms(spec, params):
   """Builds a function of images that returns the input of each batch norm in training mode."""
-  model, stats = spec.create_model(remat=False), spec.variable_shapes()["batch_stats"]
+  model = spec.create_model(remat=False, statistics="outputs")
+  stats = spec.variable_shapes()["batch_stats"]
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), stats)
 
   def run(images):
@@ -128,7 +129,7 @@ def test_statistics_are_those_of_all_activations_whatever_the_momentum(
   variables = randomise(spec.variable_shapes())
   batches = training_batches(digits_dir, BATCHES)
   result = recalibration.pooled_statistics(
-    spec.create_model(axis_name="batch" if synchronised else None),
+    spec.create_model(axis_name="batch" if synchronised else None, running_variance="biased"),
     variables,
     spec.preprocessing,
     batches,
@@ -146,7 +147,9 @@ class Noted(nn.Module):
 
   @nn.compact
   def __call__(self, x, train=False):
-    return RepNorm(name="norm")(RepConv(4, ("conv3x3", "conv1x1"), epsilon=0.1)(x, train), train)
+    biased = {"running_variance": "biased"}
+    x = RepConv(4, ("conv3x3", "conv1x1"), epsilon=0.1, **biased)(x, train)
+    return RepNorm(name="norm", **biased)(x, train)
 
 
 def test_notes_of_layers_stay_as_they_are(digits_dir):
@@ -160,6 +163,16 @@ def test_notes_of_layers_stay_as_they_are(digits_dir):
   assert not np.array_equal(
     result["norm"]["bn"]["var"], variables["batch_stats"]["norm"]["bn"]["var"]
   )
+
+
+def test_variances_of_samples_are_refused_because_their_mean_is_not_that_of_all(digits_dir):
+  model = RepNorm()
+  variables = random_variables(model, jnp.zeros((1, 16, 16, 3)))
+  preprocessing = repjax.spec.Preprocessing(16, 16, "bilinear")
+  with pytest.raises(ValueError, match="running_variance"):
+    recalibration.pooled_statistics(
+      model, variables, preprocessing, training_batches(digits_dir, 1)
+    )
 
 
 def test_pooled_moments_are_exact_where_means_lie_far_apart():
@@ -184,7 +197,7 @@ def test_pooled_moments_are_exact_where_means_lie_far_apart():
 def test_a_runs_statistics_are_those_of_its_first_batches(recalibrated, digits_dir):
   workdir, _ = recalibrated
   spec, variables = repjax.ModelSpec.read(workdir), own_variables(workdir)
-  model = spec.create_model()
+  model = spec.create_model(running_variance="biased")
   expected = recalibration.pooled_statistics(
     model, variables, spec.preprocessing, training_batches(digits_dir, BATCHES)
   )
