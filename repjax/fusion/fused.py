@@ -294,7 +294,12 @@ def _check_folded(folded: Any, plan: Plan) -> None:
 def _form(leaf: Any) -> tuple[Any, Any]:
   """Returns shape and dtype of an array, None for what is none."""
   is_array = hasattr(leaf, "shape") or isinstance(leaf, int | float | complex)
-  return (jnp.shape(leaf), jnp.result_type(leaf)) if is_array else (None, None)
+  if not is_array:
+    return None, None
+  if not hasattr(leaf, "dtype"):
+    return jnp.shape(leaf), jnp.result_type(leaf)
+  # A weakly typed array keeps its own dtype, also where a number of Python would have 64 bits.
+  return leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
 
 
 _MODES = ("jax_enable_x64", "jax_default_matmul_precision")

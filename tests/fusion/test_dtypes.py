@@ -33,6 +33,13 @@ def test_weak_numbers_take_the_dtype_of_what_they_meet(number):
   assert_same(lambda p, x: convolved(x, p["kernel"]) * p["a"], params | {"a": number}, x)
 
 
+def test_weak_parameters_of_32_bits_are_folded_where_numbers_have_64():
+  params = {"a": jnp.ones((1, 3)), "n": jax.jit(lambda: 0)(), "f": jax.jit(lambda: 1.0)()}
+  x = random(2, 3)
+  with jax.enable_x64(True):
+    assert_same(lambda p, x: jnp.sin(x * p["a"] + p["n"]) * p["f"], params, x)
+
+
 @pytest.mark.parametrize("narrow", [HALF, jnp.float16, TINY])
 @pytest.mark.parametrize("what", ["kernel", "input", "result"])
 def test_a_cast_to_fewer_bits_and_back_is_kept(narrow, what):
