@@ -264,24 +264,32 @@ def reason_of_training(equations: Sequence[Equation], moving: Container[Any]) ->
     equations: of the traced program.
     moving: the variables that depend on the arguments.
   """
-  if any(each.primitive.startswith(_RANDOM) for each in equations):
-    return "draws random numbers, as dropout does"
+  if any(draws(each) for each in equations):
+    return "draws random numbers, as dropout does in training"
   statistics: dict[Any, int] = {}  # variables that follow from statistics, with their sizes
   for each in equations:
     size = math.prod(each.outputs[0].aval.shape) if each.outputs else 0
     if _is_statistic(each, moving) or any(statistics.get(given) == size for given in each.inputs):
       statistics.update(dict.fromkeys(each.outputs, size))
       if each.primitive in ("rsqrt", "sqrt"):
-        return "divides by the deviation of its batch, as a batch norm in training does"
+        return "divides by the deviation over its batch, as a batch norm does in training"
   return None
 
 
-_RANDOM = ("random_", "threefry", "rng_")
+def draws(equation: Equation) -> bool:
+  """Tells if an equation draws random numbers, or random keys from a key."""
+  return equation.primitive.startswith(_DRAWS)
+
+
+_DRAWS = ("random_bits", "random_gamma", "random_split", "random_fold_in", "threefry", "rng_")
 
 
 def _is_statistic(equation: Equation, moving: Container[Any]) -> bool:
-  """Checks for a sum over all axes besides the channels, the batch included."""
-  if equation.primitive != "reduce_sum" or equation.inputs[0] not in moving:
+  """Checks for a sum over all axes besides the channels, the batch included.
+
+  A collective over an axis of `jax.vmap`, as in the batch norm of Equinox, is such a sum too.
+  """
+  if equation.primitive not in ("reduce_sum", "psum") or equation.inputs[0] not in moving:
     return False
   rank, axes = len(equation.inputs[0].aval.shape), equation.params["axes"]
   return rank >= 2 and 0 in axes and len(axes) == rank - 1

@@ -254,8 +254,9 @@ class Fused:
     reason = reason_of_training(planner.equations, planner.nodes)
     if reason:
       warnings.warn(
-        f"the function that fuse was called with {reason}. Pass the function of inference mode, "
-        "such as train=False: nothing merges across such steps",
+        f"the function passed to fuse {reason}. Nothing merges across that. Pass the "
+        "function of inference mode: model.eval() before nnx.split in Flax NNX, train=False or "
+        "use_running_average=True in Linen, eqx.nn.inference_mode(model) in Equinox",
         stacklevel=_caller_level(),
       )
     return plan, planner.equations, planner.report

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from repjax.fusion import layouts, pixels, products
 from repjax.fusion.arithmetic import Given
 from repjax.fusion.bodies import FusedBodies, bodies_of, fused_body
+from repjax.fusion.checks import draws
 from repjax.fusion.choice import best_sum
 from repjax.fusion.expressions import Expression, Expressions, Parameters, evaluate
 from repjax.fusion.layouts import Layout
@@ -107,7 +108,7 @@ class Planner:
       else:
         self.nodes[variable] = self._node(variable, computed=True)
     for step in self._steps:
-      if any(each in self.nodes for each in step.inputs) or has_effects(step):
+      if any(each in self.nodes for each in step.inputs) or self._stays(step):
         if not self._add_bodies(step):
           self._add(step)
       else:
@@ -115,6 +116,15 @@ class Planner:
           self.parameters.add(each, [self._expression(given) for given in each.inputs])
     outputs = tuple(self._input(each) for each in self.program.outputs)
     return self._finished(outputs, paths)
+
+  def _stays(self, step: Any) -> bool:
+    """Tells if a step that depends on parameters alone is left to the call.
+
+    Random numbers have the size of the batch, for which a fold has no place.
+    """
+    first = _equations(step)[0]
+    random = draws(first) and any(self._expression(each).leaves for each in first.inputs)
+    return random or has_effects(step)
 
   def _finished(self, outputs: tuple[Input, ...], paths: Mapping[int, str]) -> Plan:
     """Returns the plan without what nothing reads."""

@@ -720,8 +720,31 @@ class TestReport:
       mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
       return normalised(y, {**params["norm"], "mean": mean, "var": var})
 
-    with pytest.warns(UserWarning, match=r"deviation of its batch.*train=False"):
+    with pytest.warns(UserWarning, match=r"deviation over its batch.*train=False"):
       repjax.fuse(function, drawn(), IMAGES)
+
+  def test_statistics_over_an_axis_of_vmap_are_noticed(self):
+    def one(params, x):
+      y = convolved(x[None], params["wide"])[0]
+      mean, square = (jax.lax.pmean(each.mean((0, 1)), "batch") for each in (y, y * y))
+      return normalised(y, {**params["norm"], "mean": mean, "var": square - mean * mean})
+
+    function = jax.vmap(one, axis_name="batch", in_axes=(None, 0))
+    with pytest.warns(UserWarning, match=r"deviation over its batch.*inference_mode"):
+      repjax.fuse(function, drawn(), IMAGES)
+
+  def test_random_numbers_of_a_parameter_are_drawn_in_each_call(self):
+    def function(params, x):
+      key = jax.random.fold_in(params["key"], params["count"])
+      return branches(params, jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x, 0))
+
+    params = drawn() | {"key": jax.random.key(0), "count": jnp.uint32(3)}
+    with pytest.warns(UserWarning, match=r"draws random numbers.*model\.eval\(\)"):
+      fused = repjax.fuse(function, params, IMAGES)
+      small = fused.fold(params)
+      assert {small["key"].shape, small["count"].shape} == {()}
+      x = random(3, 8, 9, 3)
+      assert relative_error(fused(small, x), function(params, x)) <= 1e-5
 
   def test_random_numbers_are_noticed(self):
     def function(params, x):
