@@ -18,8 +18,9 @@ from flax import linen as nn
 
 from repjax.devices import need_devices
 from repjax.errors import InputError
-from repjax.functions import check_callable, check_params, name_of
+from repjax.functions import name_of
 from repjax.fusion import Fused
+from repjax.fusion.modules import check_callable, check_params
 from repjax.models import image_size_of
 from repjax.models.checks import check_image_size
 from repjax.program import (

@@ -19,25 +19,11 @@ import numpy as np
 
 from repjax.errors import InputError, listed, printable
 from repjax.fusion import Fused, fuse
+from repjax.fusion.modules import check_params
 from repjax.program import Program, inner_programs, trace, traceable
-from repjax.trees import leaf_name
 
 Function = Callable[[Any, Any], Any]
 """A pure function of a tree of parameters and of images."""
-
-_WAYS = {
-  "flax.nnx": (
-    "Module",
-    "graph, state = nnx.split(model), and pass lambda state, images: nnx.merge(graph, state)"
-    "(images) with the state",
-  ),
-  "equinox": (
-    "Module",
-    "params, static = eqx.partition(model, eqx.is_array), and pass lambda params, images: "
-    "jax.vmap(eqx.combine(params, static))(images) with the params",
-  ),
-}
-"""Libraries whose modules are callable without parameters: the class, and a function to pass."""
 
 
 def name_of(model: Any) -> str:
@@ -47,53 +33,6 @@ def name_of(model: Any) -> str:
   owner = getattr(model, "__self__", model)  # the module of a bound method such as `apply`
   name = getattr(owner, "__name__", type(owner).__name__)
   return "the function" if name == "<lambda>" else name
-
-
-def check_callable(model: Any) -> None:
-  """Checks that a model that is no Linen module is a function of parameters and of images.
-
-  Raises:
-    InputError: it is a module of a different library, or nothing that can be called.
-  """
-  for package, (name, way) in _WAYS.items():
-    base = getattr(sys.modules.get(package), name, None)
-    if base is not None and isinstance(model, base):
-      raise InputError(
-        f"{type(model).__name__} is a module of {package}, which holds its parameters itself. A "
-        f"function of parameters and images is wanted: {way}"
-      )
-  if callable(model):
-    return
-  raise InputError(
-    "a model is a Flax Linen module, a function(params, images) or what repjax.fuse returns, got "
-    f"{printable(type(model).__name__)}. Wrap it as such a function, in inference mode"
-  )
-
-
-def check_params(params: Any, *, or_shapes: bool = False) -> None:
-  """Checks that the parameters of a function are a tree of arrays.
-
-  Args:
-    params: the parameters.
-    or_shapes: shapes without numbers are taken too.
-
-  Raises:
-    InputError: a leaf is something else.
-  """
-  paths = jax.tree_util.tree_leaves_with_path(params)
-  odd = {
-    leaf_name(path): leaf
-    for path, leaf in paths
-    if (isinstance(leaf, jax.ShapeDtypeStruct) and not or_shapes)
-    or not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex))
-  }
-  if odd:
-    name, leaf = next(iter(odd.items()))
-    raise InputError(
-      f"the parameters of a function must be a tree of arrays, but {printable(name or 'the tree')} "
-      f"is {printable(repr(leaf), 80)} ({len(odd)} such in all). Pass arrays here, and bind "
-      "settings with functools.partial"
-    )
 
 
 def check_results(results: Any, images: Any) -> Any:

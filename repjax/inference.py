@@ -15,6 +15,7 @@ from repjax.devices import need_devices
 from repjax.errors import InputError, listed, unknown
 from repjax.functions import Function
 from repjax.fusion import Fused
+from repjax.fusion.modules import check_callable, check_params
 from repjax.models.base import Classifier
 from repjax.models.checks import check_image_size
 from repjax.program import traceable
@@ -141,8 +142,8 @@ def _plainest(
     # The deploy form of a classifier of repjax has no statistics left, and nothing to merge.
     is_merged = isinstance(plain.network, Classifier) and "batch_stats" not in plain.tree
   else:
-    functions.check_callable(model)
-    functions.check_params(variables)
+    check_callable(model)
+    check_params(variables)
     plain, is_merged = _Plain(model, variables), False
     functions.check_dtype(model, jax.eval_shape(cast, variables), dtype, size)
   if fuse and not is_merged:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import numpy as np
 
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, printable, sentences
 
 Jaxpr: TypeAlias = Any
 """A jaxpr of JAX, with its constants or without; newer versions have one class for both."""
@@ -216,9 +216,13 @@ def traceable(what: str) -> Iterator[None]:
     if type(error) is TypeError and "concrete values" not in str(error):
       raise
     raise InputError(
-      f"{what} cannot trace this function: its program depends on the values of its arguments. "
-      f"{printable(str(error).partition(chr(10))[0])} Bind settings such as train=False with "
-      "functools.partial, and write choices by value with jnp.where or lax.cond"
+      sentences(
+        f"{what} cannot trace this function: its program depends on the values of its arguments",
+        printable(str(error).partition(chr(10))[0]),
+        "Bind settings such as train=False with functools.partial, and write choices by value with "
+        "jnp.where or lax.cond. Where values decide a shape, keep the shape fixed: jnp.where with "
+        "a mask for x[x > 0], and size= for jnp.unique or jnp.nonzero",
+      )
     ) from error
 
 

@@ -14,6 +14,7 @@ original equation stays.
   y = relu(norm(conv3x3(x)) + norm(conv1x1(x)) + x)    becomes    y = relu(conv3x3(x) + bias)
 
 Files, in the order in which a function passes them:
+  modules       what is no function, and what are no parameters
   fused         traces, plans each shape once, checks, folds and calls
   planning      visits equations in order, decides what is computed and where
   expressions   what depends on parameters alone, to be evaluated by the fold
@@ -34,6 +35,7 @@ from typing import Any
 
 from repjax.errors import InputError, printable
 from repjax.fusion.fused import Fused
+from repjax.fusion.modules import check_callable, check_params
 
 __all__ = ["Fused", "fuse"]
 
@@ -60,15 +62,17 @@ def fuse(
     growth: largest factor by which a merge may raise multiplications or weights. 1 allows no more
       of either than before. Biases and border maps are not counted.
     check: compare each merge with the equations that it replaces, once, on random numbers.
-    strict: raise if a norm cannot be merged.
+    strict: raise if the scale and shift of a norm stay in the program as an operation: of a batch
+      norm, or of any layer that multiplies and shifts channels by parameters.
     also: further arguments, one or a tuple for each call. Only what holds for all is merged.
 
   Returns:
     The function in two parts, with `fold`, a call and a `report`.
 
   Raises:
-    InputError: the parameters are not a tree of arrays, the function cannot be traced, a norm stays
-      although `strict` is set, no plan holds for all shapes, or the check finds a mistake.
+    InputError: the function is a module, the parameters are not a tree of arrays, the function
+      cannot be traced, a norm stays although `strict` is set, no plan holds for all shapes, or the
+      check finds a mistake.
 
   Example:
     fused = repjax.fuse(model.apply, variables, images)
@@ -78,6 +82,8 @@ def fuse(
     Ding et al., RepVGG, CVPR 2021, section 3.3. https://arxiv.org/abs/2101.03697
     Ding et al., Diverse Branch Block, CVPR 2021, section 3. https://arxiv.org/abs/2103.13425
   """
+  check_callable(function, "a function(params, *args)")
+  check_params(params, or_shapes=True)
   if not isinstance(also, list | tuple):
     raise InputError(
       f"also is {printable(repr(also), 80)}, but must be a list of arguments, or of tuples of "
@@ -87,8 +93,10 @@ def fuse(
   fused = Fused(function, params, calls, growth=growth, check=check)
   norms = fused.report.norms
   if strict and norms:
+    stay = "1 norm stays" if len(norms) == 1 else f"{len(norms):,} norms stay"
+    place = f" (scope {norms[0].scope!r})" if norms[0].scope else ""
     raise InputError(
-      f"{len(norms)} norms stay in the fused function, the first in the scope {norms[0].scope!r}: "
-      f"it {norms[0].reason}. Leave strict=True out to accept that"
+      f"{stay} in the fused function. The first{place} {norms[0].reason}. Leave strict=True out to "
+      "accept that"
     )
   return fused

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, listed, printable
 from repjax.fusion.checks import check, differing, kept_apart, reason_of_training
 from repjax.fusion.expressions import Expressions
+from repjax.fusion.modules import is_array
 from repjax.fusion.plan import Plan
 from repjax.fusion.planning import Planner, equations_of
 from repjax.fusion.report import Report
@@ -55,6 +56,14 @@ class Fused:
     self._planning = threading.RLock()
     self._first, self.report = self._planned_together(calls)
     self._fold = jax.jit(self._first.fold)
+
+  def __repr__(self) -> str:
+    before, after = self.report.before, self.report.after
+    return (
+      f"Fused({before.products:,} -> {after.products:,} products, "
+      f"{before.parameters:,} -> {after.parameters:,} parameters, "
+      f"{len(self.report.norms):,} norms left)"
+    )
 
   def fold(self, params: Any) -> dict[str, jax.Array]:
     """Returns the parameters of the fused function.
@@ -193,7 +202,7 @@ class Fused:
     if names:
       raise InputError(
         "arguments of these shapes and dtypes need different fused parameters than those that fuse "
-        f"was called with: {', '.join(names[:3])} ({len(names)} in all). Convolutions with SAME "
+        f"was called with: {listed(names, 3)}. Convolutions with SAME "
         "padding and stride 2, for example, depend on whether sizes are even. Call fuse for "
         "these shapes, or pass them in `also`, which merges only what holds for all"
       )
@@ -206,7 +215,7 @@ class Fused:
     if names:
       raise InputError(
         "no plan holds for all shapes in `also`: the parameters "
-        f"{', '.join(sorted(names)[:3])} are read in different ways. Call fuse for each shape"
+        f"{listed(sorted(names), 3)} are read in different ways. Call fuse for each shape"
       )
     for args, (plan, equations, _) in zip(calls, made):
       self._checked(args, plan, equations)
@@ -286,16 +295,14 @@ def _check_folded(folded: Any, plan: Plan) -> None:
   odd += sorted(names - set(plan.stored))
   if odd:
     raise InputError(
-      f"a fused function got parameters that are not from its own fold: {len(odd)} arrays are "
-      f"missing, unknown or of a different shape or dtype, such as {printable(odd[0])}. Pass what "
-      "its `fold` returned"
+      "a fused function got parameters that are not from its own fold. Missing, unknown or of a "
+      f"different shape or dtype: {listed(odd, 3)}. Pass what its `fold` returned"
     )
 
 
 def _form(leaf: Any) -> tuple[Any, Any]:
   """Returns shape and dtype of an array, None for what is none."""
-  is_array = hasattr(leaf, "shape") or isinstance(leaf, int | float | complex)
-  if not is_array:
+  if not is_array(leaf):
     return None, None
   if not hasattr(leaf, "dtype"):
     return jnp.shape(leaf), jnp.result_type(leaf)
@@ -326,8 +333,7 @@ def _aval(leaf: Any, what: str) -> jax.ShapeDtypeStruct:
   Raises:
     InputError: it is no array.
   """
-  is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-  if is_array or isinstance(leaf, int | float | complex):
+  if is_array(leaf):
     aval = jax.eval_shape(jnp.asarray, leaf)
     # Programs do not say how a call that is inside `jax.shard_map` spreads its arrays over devices.
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)

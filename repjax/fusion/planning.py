@@ -86,6 +86,7 @@ class Planner:
     self._moved: dict[Any, Node] = {}
     self._apart = {self.equations[place] for place in apart}
     self._sizes: dict[int, int] = {}
+    self._paths: Mapping[int, str] = {}
     self._copied: set[Equation] = set()
     self._readers: dict[Variable, list[str]] = {}
     reads = [(each.primitive, each.inputs) for each in self._steps]
@@ -101,6 +102,7 @@ class Planner:
       parameters: the places of the inputs of the program that are parameters.
       paths: names of the parameters.
     """
+    self._paths = paths
     for place, variable in enumerate(self.program.inputs):
       if place in parameters:
         self.parameters.values[variable] = self.table.leaf(place, variable.aval)
@@ -157,7 +159,8 @@ class Planner:
       plan = inner.planned(fixed, {place: str(place) for place in fixed})
       fused.append(fused_body(body, plan, operands))
       costs.append(inner.report.after.times(body.steps))
-      self.report.add_body(inner.report, body.steps)
+      names = {str(place): self._name(operands[body.places[place]]) for place in fixed}
+      self.report.add_body(inner.report, body.steps, names)
       for inside, stored in zip(plan.stored.values(), fused[-1].stored.values()):
         self.hints.setdefault(stored, (stored, inner.hints.get(inside, (inside, "kernel"))[1]))
     if not any(each.merged for body in fused for each in body.plan.instructions):
@@ -178,6 +181,12 @@ class Planner:
     if isinstance(operand, Variable) and operand in self.nodes:
       return self.nodes[operand]
     return self._expression(operand)
+
+  def _name(self, operand: Node | Expression) -> str:
+    """Returns the name of the largest parameter that an operand follows from, "" if none."""
+    leaves = operand.leaves if isinstance(operand, Expression) else ()
+    largest = max(leaves, key=lambda leaf: (self._sizes[leaf], leaf), default=None)
+    return "" if largest is None else self._paths[largest]
 
   def _expression(self, operand: Operand) -> Expression:
     if isinstance(operand, Constant):
@@ -285,7 +294,7 @@ class Planner:
       self.hints.setdefault(stored, (stored if kind == "kernel" else first or stored, kind))
     inputs = (*(source.variable for source in step.sources), *step.stored)
     self.instructions.append(Instruction(step, inputs, (node.variable,), scope))
-    self.report.add_merge(scope, step, affine.equations, self._sizes)
+    self.report.add_merge(scope, step, affine.equations, self._sizes, self._paths)
     return True
 
   def _emit(self, equation: Any) -> None:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from repjax.errors import listed
 from repjax.program import Equation, inner_programs
 
 PRODUCTS = ("conv_general_dilated", "dot_general")
@@ -75,6 +76,7 @@ class Merged:
     parts: the branches, such as "conv1x1 > conv3x3" for a chain.
     operations: the number of equations.
     before, after: what the products cost.
+    names: of the parameters that went in, the largest first.
   """
 
   scope: str
@@ -82,6 +84,12 @@ class Merged:
   operations: int
   before: Counts
   after: Counts
+  names: tuple[str, ...] = ()
+
+  @property
+  def place(self) -> str:
+    """The scope, or the first parameters where the library of the function names no scopes."""
+    return self.scope or listed(self.names, 2, longest=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,19 +124,41 @@ class Report:
   before: Counts = dataclasses.field(default_factory=Counts)
   after: Counts = dataclasses.field(default_factory=Counts)
 
-  def add_merge(self, scope: str, step: Any, equations: Iterable[Equation], sizes: Any) -> None:
-    """Notes a merge. `sizes` has the number of elements of each parameter."""
+  def add_merge(
+    self,
+    scope: str,
+    step: Any,
+    equations: Iterable[Equation],
+    sizes: Mapping[int, int],
+    paths: Mapping[int, str],
+  ) -> None:
+    """Notes a merge.
+
+    Args:
+      scope: the name stack of its last equation.
+      step: what computes the merge.
+      equations: what the step replaces.
+      sizes, paths: the number of elements and the name of each parameter.
+    """
     leaves = frozenset().union(*(stored.leaves for stored in step.stored))
     equations = list(equations)
     read = sum(sizes[leaf] for leaf in leaves)
     before = total(map(counts_of, equations))._replace(parameters=read)
-    self.merges.append(Merged(scope, tuple(step.parts), len(equations), before, step.counts))
+    names = tuple(paths[leaf] for leaf in sorted(leaves, key=lambda leaf: (-sizes[leaf], leaf)))
+    self.merges.append(Merged(scope, tuple(step.parts), len(equations), before, step.counts, names))
 
-  def add_body(self, report: "Report", steps: int) -> None:
-    """Notes what was merged and left alone in the body of a loop of some steps."""
+  def add_body(self, report: "Report", steps: int, names: Mapping[str, str]) -> None:
+    """Notes what was merged and left alone in the body of a loop.
+
+    Args:
+      report: of the body.
+      steps: of the loop.
+      names: for the name of each parameter of the body that of the parameter it follows from.
+    """
     for merge in report.merges:
       before, after = merge.before.times(steps), merge.after.times(steps)
-      self.merges.append(dataclasses.replace(merge, before=before, after=after))
+      own = tuple(dict.fromkeys(names[name] for name in merge.names if names[name]))
+      self.merges.append(dataclasses.replace(merge, before=before, after=after, names=own))
     for entry in report.left:
       self.add_left(entry.scope, entry.what, entry.reason, entry.norm)
 
@@ -153,9 +183,9 @@ class Report:
     }
 
   def __str__(self) -> str:
-    rows = [["scope", "merged", "convolutions", "multiplications", "parameters"]]
+    rows = [["scope or parameters", "merged", "convolutions", "multiplications", "parameters"]]
     rows += [
-      _row(each.scope, " + ".join(each.parts), each.before, each.after) for each in self.merges
+      _row(each.place, " + ".join(each.parts), each.before, each.after) for each in self.merges
     ]
     rows.append(_row("the whole program", "", self.before, self.after))
     text = _table(rows)
@@ -168,7 +198,8 @@ class Report:
 
 def _as_dict(merge: Merged) -> dict[str, Any]:
   counts = {"before": merge.before._asdict(), "after": merge.after._asdict()}
-  return {**dataclasses.asdict(merge), "parts": list(merge.parts), **counts}
+  lists = {"parts": list(merge.parts), "names": list(merge.names)}
+  return {**dataclasses.asdict(merge), **lists, **counts}
 
 
 def _row(scope: str, parts: str, before: Counts, after: Counts) -> list[str]:

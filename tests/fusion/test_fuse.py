@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from flax.core import freeze
 from jax import lax
 
@@ -663,6 +664,24 @@ class TestReport:
     assert merge.parts == ("conv3x3", "conv1x1")
     assert "2 -> 1" in str(report)
 
+  @pytest.mark.parametrize("steps", [0, 2])
+  def test_merges_without_a_scope_are_known_by_their_largest_parameters(self, steps):
+    def scanned(params, x):
+      return lax.scan(lambda x, own: (branches(own, x), 0), x, params)[0]
+
+    params = drawn(wide=(3, 3, 3, 3), point=(1, 1, 3, 3), norm=(3,))
+    if steps:
+      params = jax.tree.map(lambda leaf: jnp.stack([leaf] * steps), params)
+    fused = repjax.fuse(scanned if steps else branches, params, IMAGES)
+    assert fused.report.merges[0].names[:2] == ("wide", "point")
+    assert "\nwide, point and 4 more  conv3x3" in str(fused.report)
+    named = repjax.fuse(jax.named_scope("block")(branches), drawn(), IMAGES).report
+    assert "\nblock " in str(named)
+    assert "wide" not in str(named)
+
+  def test_the_counts_are_shown_in_short(self):
+    assert "2 -> 1 products, 136 -> 112 parameters" in repr(repjax.fuse(branches, drawn(), IMAGES))
+
   def test_the_report_is_json(self):
     report = repjax.fuse(branches, drawn(), IMAGES).report
     tree = json.loads(json.dumps(report.to_json()))
@@ -677,8 +696,10 @@ class TestReport:
     error, fused = fused_error(function, params, random(2, 8, 9, 3))
     assert error <= 1e-6
     assert len(fused.report.norms) == 1
-    with pytest.raises(InputError, match=r"1 norms stay.*follows sin"):
+    with pytest.raises(InputError, match=r"1 norm stays.*first follows sin"):
       repjax.fuse(function, params, IMAGES, strict=True)
+    with pytest.raises(InputError, match=r"1 norm stays.*first \(scope 'block'\) follows sin"):
+      repjax.fuse(jax.named_scope("block")(function), params, IMAGES, strict=True)
     repjax.fuse(branches, drawn(), IMAGES, strict=True)
 
   def test_norms_that_stay_in_two_loops_are_counted_apart(self):
@@ -741,10 +762,11 @@ class TestReport:
     params = drawn() | {"key": jax.random.key(0), "count": jnp.uint32(3)}
     with pytest.warns(UserWarning, match=r"draws random numbers.*model\.eval\(\)"):
       fused = repjax.fuse(function, params, IMAGES)
-      small = fused.fold(params)
-      assert {small["key"].shape, small["count"].shape} == {()}
-      x = random(3, 8, 9, 3)
-      assert relative_error(fused(small, x), function(params, x)) <= 1e-5
+    small, x = fused.fold(params), random(3, 8, 9, 3)
+    assert {small["key"].shape, small["count"].shape} == {()}
+    with pytest.warns(UserWarning, match="draws random numbers"):
+      result = fused(small, x)  # a different batch size, and the same parameters
+    assert relative_error(result, function(params, x)) <= 1e-5
 
   def test_random_numbers_are_noticed(self):
     def function(params, x):
@@ -756,8 +778,30 @@ class TestReport:
 
 
 class TestMistakes:
+  @pytest.mark.parametrize(
+    ("model", "said"),
+    [
+      (nn.Dense(3), "Dense is a module of flax.linen.*model.apply"),
+      (nnx.Dropout(0.5), "Dropout is a module of flax.nnx.*nnx.split"),
+      ({}, "got dict"),
+    ],
+  )
+  def test_what_is_no_function_of_parameters(self, model, said):
+    with pytest.raises(InputError, match=said) as caught:
+      repjax.fuse(model, drawn(), IMAGES)
+    assert_one_paragraph(caught.value)
+
+  def test_a_module_among_the_parameters(self):
+    with pytest.raises(InputError, match=r"a module of flax.linen: pass model.apply"):
+      repjax.fuse(branches, (nn.Dense(3), drawn()), IMAGES)
+
+  @pytest.mark.parametrize("shape", [lambda p, x: x[x > 0], lambda p, x: jnp.unique(x)])
+  def test_a_shape_that_depends_on_values(self, shape):
+    with pytest.raises(InputError, match=r"\. Bind settings.*mask for x\[x > 0\], and size="):
+      repjax.fuse(shape, drawn(), IMAGES)
+
   def test_parameters_that_are_no_arrays(self):
-    with pytest.raises(InputError, match=r"the parameter name is 'relu'.*functools.partial"):
+    with pytest.raises(InputError, match=r"name is 'relu'.*functools.partial"):
       repjax.fuse(branches, drawn() | {"name": "relu"}, IMAGES)
 
   @pytest.mark.parametrize("growth", [0.5, float("nan"), "2"])
@@ -804,7 +848,7 @@ class TestMistakes:
 
   def test_folded_parameters_of_a_different_function(self):
     fused = repjax.fuse(branches, drawn(), IMAGES)
-    with pytest.raises(InputError, match=r"not from its own fold: 3 arrays.*such as wide"):
+    with pytest.raises(InputError, match=r"not from its own fold.*: wide"):
       fused(drawn(dense=(3, 4)), random(2, 8, 9, 3))
     with pytest.raises(InputError, match=r"not from its own fold"):
       fused({"wide": "3x3", "bias": None}, random(2, 8, 9, 3))
