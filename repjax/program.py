@@ -102,9 +102,33 @@ class Equation:
     primitive = self.source.primitive
     # A call with a derivative rule stores its functions in a form that `bind` does not take.
     params = primitive.get_bind_params(self.source.params)
+    operands = _varying(values)
     with self.source.ctx.manager:
-      results = primitive.bind(*values, **params)
+      results = primitive.bind(*operands, **params)
     return results if primitive.multiple_results else [results]
+
+
+def _varying(values: Sequence[Any]) -> Sequence[Any]:
+  """Returns values that all vary over the same axes of a mesh.
+
+  In `jax.shard_map`, an array that all devices share must be cast before it meets one that they do
+  not share. The functions of JAX do so, but a primitive does not.
+  """
+  axes = [_mesh_axes(value) for value in values]
+  every = frozenset().union(*axes)
+  if not every:
+    return values
+  return [
+    jax.lax.pcast(value, tuple(every - own), to="varying") if every - own else value
+    for value, own in zip(values, axes)
+  ]
+
+
+def _mesh_axes(value: Any) -> frozenset[Any]:
+  """Returns the axes of a mesh over which an array varies inside `jax.shard_map`."""
+  aval = jax.typeof(value)  # versions of JAX differ in where it says so
+  kind = getattr(aval, "manual_axis_type", None)
+  return getattr(aval, "vma", frozenset()) if kind is None else frozenset(kind.varying)
 
 
 class RuleCall(NamedTuple):

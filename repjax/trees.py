@@ -58,6 +58,15 @@ def is_key(leaf: Any) -> bool:
   return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+_GENERATORS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
+"""The generators of JAX, by the names that dtypes of keys have."""
+
+
+def generator_of(key: Any) -> str:
+  """Returns the generator of a random key, or of its shape and dtype, for `jax.random.key`."""
+  return _GENERATORS[str(key.dtype).removeprefix("key<").removesuffix(">")]
+
+
 def check_tree(where: str, tree: Any) -> None:
   """Checks that a tree is made of nested dictionaries, and belongs to one device.
 

@@ -208,8 +208,10 @@ def _nearest_folder(target: Path) -> Path:
   """Returns the nearest parent of a target that exists.
 
   Raises:
-    InputError: there is a file in its place.
+    InputError: there is a file in its place, or the target is the root of the file system.
   """
+  if target == target.parent:
+    raise InputError(f"{target} cannot be replaced; give the path of a folder in it")
   nearest = next(folder for folder in target.parents if folder.exists())
   if not nearest.is_dir():
     raise InputError(f"{nearest} cannot be a folder: there is a file of that name")

@@ -32,7 +32,7 @@ Files, in the order in which a function passes them:
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 from repjax.fusion.fused import Fused
 
 __all__ = ["Fused", "fuse"]
@@ -78,6 +78,11 @@ def fuse(
     Ding et al., RepVGG, CVPR 2021, section 3.3. https://arxiv.org/abs/2101.03697
     Ding et al., Diverse Branch Block, CVPR 2021, section 3. https://arxiv.org/abs/2103.13425
   """
+  if not isinstance(also, list | tuple):
+    raise InputError(
+      f"also is {printable(repr(also), 80)}, but must be a list of arguments, or of tuples of "
+      "arguments for functions of several. Write also=[images]"
+    )
   calls = [args, *(each if isinstance(each, tuple) else (each,) for each in also)]
   fused = Fused(function, params, calls, growth=growth, check=check)
   norms = fused.report.norms

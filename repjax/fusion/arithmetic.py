@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from repjax.fusion import kernels
-from repjax.fusion.expressions import Expression, Expressions, reshaped
+from repjax.fusion.expressions import Expression, Expressions, reshaped, rounds
 from repjax.fusion.kernels import inverse, opposite, widened
 from repjax.fusion.values import Affine, Border, Node, Refusal, added, affine_of, negated
 
@@ -144,6 +144,9 @@ def convert(given: Given) -> Affine | None:
   """Applies the rule of a cast between floating-point dtypes.
 
   A term without a kernel takes the narrower dtype. A product keeps its own.
+
+  Raises:
+    Refusal: the cast quantizes, or widens what was computed in more than the narrow dtype holds.
   """
   node = given.node()
   if node is None:
@@ -151,6 +154,8 @@ def convert(given: Given) -> Affine | None:
   old, new = node.dtype, jnp.dtype(given.params["new_dtype"])
   if not jnp.issubdtype(old, jnp.floating) or (old.itemsize == new.itemsize and old != new):
     return None
+  if not rounds(old, new):
+    _check_widened(affine_of(node), old, new)
   terms = tuple(
     dataclasses.replace(term, dtype=new)
     if term.kernel is None and new.itemsize < term.dtype.itemsize
@@ -158,6 +163,16 @@ def convert(given: Given) -> Affine | None:
     for term in affine_of(node).terms
   )
   return dataclasses.replace(affine_of(node), terms=terms)
+
+
+def _check_widened(affine: Affine, old: Any, new: Any) -> None:
+  """Refuses to leave out a cast to a narrow dtype that rounds more than the function's products."""
+  if min(old.itemsize, new.itemsize) < 2:
+    raise Refusal(f"a cast from {old} to {new}")
+  for term in affine.terms:
+    origin = term.source.dtype if term.kernel is None else term.dtype
+    if not rounds(old, origin):
+      raise Refusal(f"a cast to {old} and back of what was computed in {origin}")
 
 
 def copy(given: Given) -> Affine | None:

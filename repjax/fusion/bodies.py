@@ -7,7 +7,7 @@ for each step of a scan is computed for all steps at once, by the fold of the wh
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,14 @@ from repjax.fusion.expressions import Expression, evaluate, later
 from repjax.fusion.plan import Plan
 from repjax.fusion.report import Counts
 from repjax.fusion.values import Node
-from repjax.program import Equation, Program, constants_and_carries, flat
+from repjax.program import (
+  Equation,
+  Program,
+  constant_array,
+  constants_and_carries,
+  flat,
+  interpret,
+)
 
 
 class Body(NamedTuple):
@@ -184,6 +191,22 @@ class FusedBodies:
       lambda carry: step.run(with_carry(carry)),
       [held[place] for place in carried],
     )
+
+  def once(
+    self, programs: Sequence[Program], operands: Sequence[Any], *values: Any
+  ) -> Iterator[tuple[Any, Any]]:
+    """Yields each result of one run of each program, fused and as the function has it.
+
+    Args:
+      programs: those of the equation.
+      operands: the values that the equation reads.
+      *values: the inputs of the instruction, as for `run`.
+    """
+    held = dict(zip([*self.moving, *self.stored], values))
+    for each, program in zip(self.bodies, programs, strict=True):
+      given = [operands[place] for place in each.body.places]
+      wanted = interpret(program, given, lambda one, x: one.run(*x), constant_array)
+      yield from zip(each.run(held), wanted)
 
   def _carried(self) -> tuple[int, int]:
     """Returns the places of the operands that a loop carries, as first and end."""

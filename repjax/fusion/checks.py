@@ -11,15 +11,14 @@ from jax.core import Tracer
 
 from repjax.algebra import wide_dtype
 from repjax.errors import InputError
+from repjax.fusion.bodies import FusedBodies, bodies_of
 from repjax.fusion.expressions import evaluate
 from repjax.fusion.plan import Instruction, Plan, read
 from repjax.program import Constant, Equation, inner_programs
+from repjax.trees import generator_of, is_key
 
 _TOLERANCE = {8: 1e-9, 4: 1e-3, 2: 0.1, 1: 0.5}
 """Largest relative error of a merge, by the bytes of a number. Mistakes make errors near 1."""
-
-_KEYS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
-"""The generators of JAX, by the names that dtypes of keys have."""
 
 
 def random_array(aval: Any, seed: int, positive: bool = False) -> Any:
@@ -33,10 +32,11 @@ def random_array(aval: Any, seed: int, positive: bool = False) -> Any:
     positive: make all numbers positive, kernels included.
   """
   rng = np.random.default_rng(seed)
-  if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-    kind = _KEYS[str(aval.dtype).removeprefix("key<").removesuffix(">")]
-    count = max(1, math.prod(aval.shape))
-    return jax.random.split(jax.random.key(seed, impl=kind), count).reshape(aval.shape)
+  if is_key(aval):
+    count = math.prod(aval.shape)
+    return jax.random.split(jax.random.key(seed, impl=generator_of(aval)), count).reshape(
+      aval.shape
+    )
   if aval.dtype == np.uint8:
     return jnp.asarray(rng.integers(0, 256, aval.shape), aval.dtype)
   if not jnp.issubdtype(aval.dtype, jnp.inexact):
@@ -52,6 +52,9 @@ def random_array(aval: Any, seed: int, positive: bool = False) -> Any:
 def check(plan: Plan, equations: Sequence[Equation], exact: Sequence[Equation]) -> None:
   """Compares each merge with the equations that it replaces, from the same values.
 
+  Calls of the host, such as prints, do not happen. A `while_loop` may never end on random numbers,
+  so that its programs are compared once. Loops that hold either are not compared.
+
   Args:
     plan: to be checked.
     equations: those of the traced program, in order.
@@ -62,7 +65,7 @@ def check(plan: Plan, equations: Sequence[Equation], exact: Sequence[Equation]) 
       are no numbers to compare on.
   """
   made = {output for each in equations for output in each.outputs}
-  merges = [each for each in plan.instructions if each.merged and each.outputs[0] in made]
+  merges = [each for each in plan.instructions if each.merged and _is_comparable(each, made)]
   if not merges:
     return
   _check_known(plan, equations)
@@ -94,6 +97,24 @@ def _check_known(plan: Plan, equations: Sequence[Equation]) -> None:
       "fuse cannot check a function that holds traced arrays, as of a jax.jit or jax.grad around "
       "fuse. Pass these arrays as parameters, or set check=False"
     )
+
+
+def _ends(equation: Equation) -> bool:
+  """Tells if an equation ends on any numbers, and does nothing on the host."""
+  if equation.primitive in ("debug_print", "while") or "callback" in equation.primitive:
+    return False
+  return all(_ends(each) for held in inner_programs(equation) for each in held.equations)
+
+
+def _is_comparable(instruction: Instruction, made: Container[Any]) -> bool:
+  """Tells if a merge makes a value of the program that random numbers can be compared on."""
+  step = instruction.step
+  if instruction.outputs[0] not in made:
+    return False
+  if not isinstance(step, FusedBodies) or _ends(step.equation):
+    return True
+  inside = [each for body in step.bodies for each in body.body.program.equations]
+  return step.equation.primitive == "while" and all(map(_ends, inside))
 
 
 def _inputs(merge: Instruction, steps: Mapping[Any, Instruction], made: Container[Any]) -> list:
@@ -143,9 +164,13 @@ def _measured(
   The program may turn some numbers into NaN, as the root of a negative variance is. Where a value
   is NaN as a whole, the error on positive numbers counts.
   """
-  shapes = [jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in plan.program.inputs]
+  pairs = list(zip(equations, exact, strict=True))
+  # The results of equations that are not run are random numbers too.
+  drawn = [each for equation in equations if not _ends(equation) for each in equation.outputs]
+  variables = [*plan.program.inputs, *drawn]
+  shapes = [jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in variables]
   errors = jax.jit(
-    lambda *inputs: _errors(plan, equations, exact, merges, inputs),
+    lambda *inputs: _errors(plan, pairs, merges, dict(zip(variables, inputs))),
     # The program runs once, so that compiling it well would cost more than it gives.
     compiler_options={"xla_backend_optimization_level": 0},
   )
@@ -163,33 +188,57 @@ def _measured(
 
 def _errors(
   plan: Plan,
-  equations: Sequence[Equation],
-  exact: Sequence[Equation],
+  equations: Sequence[tuple[Equation, Equation]],
   merges: Sequence[Instruction],
-  inputs: Sequence[Any],
+  values: dict[Any, Any],
 ) -> list[Any]:
-  """Returns the relative error of each merge, in order."""
+  """Returns the relative error of each merge, in order.
+
+  Args:
+    plan: the plan.
+    equations: those of the program, each with the same one of full precision.
+    merges: what is compared.
+    values: the inputs of the program, and the results of equations that are not run.
+  """
   leaves = [
-    None if variable in plan.arguments else array
-    for variable, array in zip(plan.program.inputs, inputs)
+    None if variable in plan.arguments else values[variable] for variable in plan.program.inputs
   ]
-  values: dict[Any, Any] = dict(zip(plan.program.inputs, inputs))
   values.update(zip(plan.stored.values(), plan.fold(leaves).values()))
   values.update(plan.constants)
-  for equation, same in zip(equations, exact, strict=True):
-    results = same.run(*(read(values, each) for each in equation.inputs))
-    values.update(zip(equation.outputs, results))
+  for equation, same in equations:
+    if _ends(equation):
+      results = same.run(*(read(values, each) for each in equation.inputs))
+      values.update(zip(equation.outputs, results))
+  precise = dict(equations)
   # Values that the program does not have, such as picked pixels, follow from those that it has.
   errors = []
   for each in plan.instructions:
-    if each.merged:
-      made = each.step.run(*(read(values, given) for given in each.inputs))
-      if each in merges:
-        pairs = zip(made, (values[output] for output in each.outputs))
-        errors.append(jnp.max(jnp.stack([relative_error(mine, wanted) for mine, wanted in pairs])))
-      else:
-        values.update(zip(each.outputs, made))
+    if not each.merged or (each not in merges and each.outputs[0] in values):
+      continue
+    step, inputs = each.step, [read(values, given) for given in each.inputs]
+    if each not in merges:
+      values.update(zip(each.outputs, step.run(*inputs)))
+    elif isinstance(step, FusedBodies) and not _ends(step.equation):
+      operands = [read(values, given) for given in step.equation.inputs]
+      programs = [body.program for body in bodies_of(precise[step.equation])]
+      errors.append(_largest_error(step.once(programs, operands, *inputs)))
+    else:
+      wanted = [values[output] for output in each.outputs]
+      errors.append(_largest_error(zip(step.run(*inputs), wanted)))
   return errors
+
+
+def _largest_error(pairs: Iterable[tuple[Any, Any]]) -> Any:
+  """Returns the largest relative error of pairs of floating-point arrays.
+
+  Whole numbers are left out, since one that a comparison chooses may differ by rounding.
+  """
+  errors = [
+    relative_error(mine, wanted)
+    for mine, wanted in pairs
+    if jnp.issubdtype(wanted.dtype, jnp.floating)
+  ]
+  return jnp.nanmax(jnp.stack(errors)) if errors else jnp.zeros(())
 
 
 def relative_error(result: Any, wanted: Any) -> Any:
@@ -259,6 +308,8 @@ def differing(first: Plan, second: Plan, avals: Sequence[Any]) -> list[str]:
   rest = [name for name in names if name not in lost]
   if not rest:
     return lost
+  if one[rest[0]].table.traced:
+    return names  # their numbers are not known yet
   with jax.ensure_compile_time_eval():
     leaves = [random_array(aval, seed) for seed, aval in enumerate(avals)]
     ours = evaluate([one[name] for name in rest], leaves)
@@ -267,7 +318,10 @@ def differing(first: Plan, second: Plan, avals: Sequence[Any]) -> list[str]:
 
 
 def _close(first: Any, second: Any) -> bool:
-  first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+  first, second = (
+    np.asarray(jax.random.key_data(each) if is_key(each) else each, np.complex128)
+    for each in (first, second)
+  )
   return bool(np.allclose(first, second, rtol=1e-4, atol=1e-5 * np.abs(first).max(initial=0)))
 
 

@@ -71,12 +71,25 @@ class Expression:
     """The number of elements of the value."""
     return math.prod(self.shape)
 
+  @property
+  def known(self) -> bool:
+    """Tells if the value is a constant whose numbers can be read now.
+
+    A function that is fused while JAX traces it may close over tracers, whose numbers come later.
+    """
+    return self.value is not None and not isinstance(self.value, Tracer)
+
 
 class Expressions:
-  """A table of expressions, in which equal expressions are one object."""
+  """A table of expressions, in which equal expressions are one object.
+
+  Attributes:
+    traced: a constant is a tracer, whose numbers are not known yet.
+  """
 
   def __init__(self):
     self._known: dict[Any, Expression] = {}
+    self.traced = False
     self._avals: dict[Any, Any] = {}
     self._alive: list[Any] = []
     self._children: dict[Any, Expressions] = {}
@@ -95,6 +108,7 @@ class Expressions:
     aval = jax.ShapeDtypeStruct(np.shape(array), array.dtype)
     if isinstance(array, Tracer) or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
       key: Any = id(array)
+      self.traced |= isinstance(array, Tracer)
     else:
       key = np.asarray(array).tobytes() if array.nbytes <= _BYTES else id(array)
     self._alive.append(array)  # so that no other array gets the same id
@@ -103,7 +117,7 @@ class Expressions:
 
   def equation(self, equation: Equation, inputs: Sequence[Expression]) -> list[Expression]:
     """Returns the expressions of an equation's outputs, constants if they are small and known."""
-    known = all(each.value is not None for each in inputs)
+    known = all(each.known for each in inputs)
     if known and all(math.prod(output.aval.shape) <= _KNOWN for output in equation.outputs):
       with jax.ensure_compile_time_eval():
         return [self.constant(each) for each in equation.run(*(each.value for each in inputs))]
@@ -218,7 +232,8 @@ class Parameters:
 
   Two more forms of each value are kept for the rules. The compact form leaves axes at length 1 that
   a broadcast made longer, so that a vector is still seen as a vector. The precise form leaves out
-  casts to a narrower dtype, so that a fused kernel is rounded once, at the end.
+  casts to a narrower dtype, so that a fused kernel is rounded once, at the end. A value that was
+  narrowed and widened again has no precise form, because the function means it to be rounded.
 
   Attributes:
     table: the table of expressions.
@@ -250,14 +265,15 @@ class Parameters:
       for given, value in zip(equation.inputs, inputs)
     ]
     if equation.primitive == "broadcast_in_dim":
-      shape = [1] * len(equation.params["shape"])
+      longer = [1] * len(equation.params["shape"])
       for size, axis in zip(short[0].shape, equation.params["broadcast_dimensions"]):
-        shape[axis] = size
-      self.compact[equation.outputs[0]] = reshaped(short[0], shape=tuple(shape))
+        longer[axis] = size
+      self.compact[equation.outputs[0]] = reshaped(short[0], shape=tuple(longer))
     elif equation.primitive in _POINTWISE and short != list(inputs):
       shapes = {each.shape for each in short if each.shape}
       if len(shapes) == 1:
-        aval = jax.ShapeDtypeStruct(*shapes, equation.outputs[0].aval.dtype)
+        (shape,) = shapes
+        aval = jax.ShapeDtypeStruct(shape, equation.outputs[0].aval.dtype)
         same = dataclasses.replace(equation, outputs=(Variable(aval),))
         (self.compact[equation.outputs[0]],) = self.table.equation(same, short)
 
@@ -268,10 +284,21 @@ class Parameters:
       return
     output = equation.outputs[0]
     if equation.primitive == "convert_element_type":
-      if jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
+      if rounds(inputs[0].dtype, equation.params["new_dtype"]):
         self.precise[output] = before
     elif equation.primitive in _MOVES and before is not inputs[0]:
       (self.precise[output],) = self.table.equation(_in_dtype(equation, before), [before])
+
+
+def rounds(old: Any, new: Any) -> bool:
+  """Tells if a cast from one floating-point dtype to another only rounds, or changes nothing.
+
+  A cast that widens does not round, and a cast to 8 bits or fewer does more: it quantizes.
+  """
+  if not jnp.issubdtype(new, jnp.floating) or jnp.dtype(new).itemsize < 2:
+    return False
+  before, after = jnp.finfo(old), jnp.finfo(new)
+  return after.nmant <= before.nmant and after.maxexp <= before.maxexp
 
 
 def _in_dtype(equation: Equation, value: Expression) -> Equation:

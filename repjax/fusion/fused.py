@@ -74,10 +74,11 @@ class Fused:
     """
     leaves = self._leaves(params)
     for path, leaf, aval in zip(self._paths, leaves, self._avals):
-      if (jnp.shape(leaf), jnp.result_type(leaf)) != (aval.shape, aval.dtype):
+      shape, dtype = _form(leaf)
+      if (shape, dtype) != (aval.shape, aval.dtype):
         raise InputError(
-          f"fold got {path} with shape {jnp.shape(leaf)} and dtype {jnp.result_type(leaf)}, but "
-          f"fuse was called with {aval.shape} and {aval.dtype}. Pass parameters of the same model"
+          f"fold got {path} with shape {shape} and dtype {dtype}, but fuse was called with "
+          f"{aval.shape} and {aval.dtype}. Pass parameters of the same model"
         )
     return self._fold(leaves)
 
@@ -291,7 +292,9 @@ def _check_folded(folded: Any, plan: Plan) -> None:
 
 
 def _form(leaf: Any) -> tuple[Any, Any]:
-  return jnp.shape(leaf), jnp.result_type(leaf)
+  """Returns shape and dtype of an array, None for what is none."""
+  is_array = hasattr(leaf, "shape") or isinstance(leaf, int | float | complex)
+  return (jnp.shape(leaf), jnp.result_type(leaf)) if is_array else (None, None)
 
 
 _MODES = ("jax_enable_x64", "jax_default_matmul_precision")
@@ -319,7 +322,9 @@ def _aval(leaf: Any, what: str) -> jax.ShapeDtypeStruct:
   """
   is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
   if is_array or isinstance(leaf, int | float | complex):
-    return jax.eval_shape(jnp.asarray, leaf)
+    aval = jax.eval_shape(jnp.asarray, leaf)
+    # Programs do not say how a call that is inside `jax.shard_map` spreads its arrays over devices.
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
   raise InputError(
     f"fuse takes trees of arrays, or of shapes and dtypes, but {printable(what)} is "
     f"{printable(repr(leaf), 80)}. Pass settings by functools.partial instead"

@@ -97,14 +97,16 @@ def _windowed(x: Any, windows: Sequence[Window]) -> Any:
   if all(window.taps == 1 for window in windows):
     x = lax.pad(x, zero, [(low, high, 0) for low, high in padding])
     return lax.slice(x, [0] * x.ndim, x.shape, strides)
-  x = lax.pad(x, zero, [(min(low, 0), min(high, 0), 0) for low, high in padding])
+  if any(min(each) < 0 for each in padding):  # `reduce_window` does not cut
+    x = lax.pad(x, zero, [(low, high, 0) for low, high in padding])
+    padding = [(0, 0)] * x.ndim
   return lax.reduce_window(
     x,
     zero,
     lax.add,
     [window.taps for window in windows],
     strides,
-    [(max(low, 0), max(high, 0)) for low, high in padding],
+    padding,
     window_dilation=[window.dilation for window in windows],
   )
 

@@ -21,6 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from repjax.algebra import wide_dtype
 from repjax.fusion.arithmetic import Given, Rule, concatenate, cut_channels
@@ -45,9 +46,7 @@ def pad(given: Given) -> Affine | None:
   """Applies the rule of padding with zeros, without zeros between the inputs."""
   node, fill = given.operands
   config = given.params["padding_config"]
-  zero = (
-    isinstance(fill, Expression) and fill.value is not None and not np.any(np.asarray(fill.value))
-  )
+  zero = isinstance(fill, Expression) and fill.known and not np.any(np.asarray(fill.value))
   if not isinstance(node, Node) or not zero or any(between for *_, between in config):
     return None
   sides = zip(node.shape, config)
@@ -268,6 +267,8 @@ def _mean(equation: Equation, made: Mapping[Any, Equation], reads: Counter) -> S
   floating = jnp.issubdtype(equation.outputs[0].aval.dtype, jnp.floating)
   if kept != result or not floating or not isinstance(number, Constant) or np.ndim(number.array):
     return None
+  if isinstance(number.array, Tracer):
+    return None  # the function closes over the number of something that JAX traces
   count = math.prod(value.aval.shape[axis] for axis in mean.axes)
   factor = float(number.array)
   rounding = 4 * float(jnp.finfo(equation.outputs[0].aval.dtype).eps)

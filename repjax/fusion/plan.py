@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from repjax.fusion.expressions import Expression, evaluate
 from repjax.program import Constant, Equation, Program, Variable, constant_array
@@ -78,12 +80,17 @@ class Plan:
       for each in last.get(instruction, ()):
         if each not in self.outputs:
           values.pop(each, None)  # as JAX would free it, where calls are not compiled
-    return [read(values, each) for each in self.outputs]
+    return [_as_jax(read(values, each)) for each in self.outputs]
 
 
 def read(values: Mapping[Any, Any], given: Input) -> Any:
   """Returns the array of an input, among the arrays that are known."""
   return constant_array(given) if isinstance(given, Constant) else values[given]
+
+
+def _as_jax(value: Any) -> Any:
+  """Returns a result as an array of JAX. Constants of the program may be arrays of NumPy."""
+  return jnp.asarray(value) if isinstance(value, np.ndarray) else value
 
 
 def _last_readers(instructions: Sequence[Instruction]) -> dict[Instruction, list[Variable]]:

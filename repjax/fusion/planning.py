@@ -9,6 +9,7 @@ A sum of terms is computed as late as possible, with all its terms in view. An a
 1x1 convolution after it, for example, merge only if a 3x3 convolution stands beside them.
 """
 
+import contextlib
 import math
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
@@ -77,9 +78,10 @@ class Planner:
     self.hints: dict[Expression, tuple[Expression, str]] = {}
     self.report = Report()
     for rule in program.rules:
-      if rule.call.primitive.startswith("custom_vjp") and _has_product(program, rule):
+      if _has_product(program, rule):
         reason = "holds products, and was opened: gradients of the call do not follow its rule"
-        self.report.add_left(rule.call.scope, "custom_vjp", reason)
+        kind = rule.call.primitive.partition("_call")[0]
+        self.report.add_left(rule.call.scope, kind, reason)
     self._moved: dict[Any, Node] = {}
     self._apart = {self.equations[place] for place in apart}
     self._sizes: dict[int, int] = {}
@@ -121,7 +123,8 @@ class Planner:
     read = [each for each in dict.fromkeys([*inputs, *outputs]) if isinstance(each, Expression)]
     stored = named([each for each in read if each.leaves], self.hints, paths, self._sizes)
     fixed = [each for each in read if not each.leaves]
-    with jax.ensure_compile_time_eval():
+    # A call may be traced, and constants are computed now, unless they follow from tracers.
+    with contextlib.nullcontext() if self.table.traced else jax.ensure_compile_time_eval():
       constants = dict(zip(fixed, evaluate(fixed, ())))
     self.report.before = total(map(counts_of, self.equations))._replace(
       parameters=sum(self._sizes.values())

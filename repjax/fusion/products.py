@@ -91,7 +91,9 @@ def _dtype_of(given: Given) -> Any:
   dtypes = {jnp.dtype(operand.dtype) for operand in given.operands}
   widest = max(dtypes, key=lambda dtype: dtype.itemsize)
   same = [dtype for dtype in dtypes if dtype.itemsize == widest.itemsize]
-  if len(same) > 1 or not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+  floating = all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
+  # Weights of 8 bits cannot hold a scale, which must stay after the product.
+  if len(same) > 1 or not floating or any(dtype.itemsize < 2 for dtype in dtypes):
     raise Refusal(f"a product in {' and '.join(sorted(map(str, dtypes)))}")
   return widest
 

@@ -41,7 +41,8 @@ def multiplications(equation: Equation) -> int:
     (contract, _), _ = equation.params["dimension_numbers"]
     return size * math.prod(equation.inputs[0].aval.shape[axis] for axis in contract)
   kernel = equation.inputs[1].aval.shape
-  return size * math.prod(kernel) // kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+  outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+  return size * math.prod(kernel) // outputs if outputs else 0
 
 
 def counts_of(equation: Any) -> Counts:

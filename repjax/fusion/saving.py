@@ -18,6 +18,7 @@ from repjax.devices import need_devices
 from repjax.disk import trees
 from repjax.errors import InputError, listed
 from repjax.schema import record, table, text
+from repjax.trees import generator_of, is_key
 
 _PARAMS, _FACTS = "params", "fused.json"
 _RULE = record({"arrays": table(text())}, required=("arrays",))
@@ -35,7 +36,7 @@ def save(folded: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
   """
   need_devices()
   with disk.replacing(names.folder(folder), known=[_FACTS]) as draft:
-    trees.write_tree(draft / _PARAMS, _numbered(folded))
+    trees.write_tree(draft / _PARAMS, _numbered(jax.tree.map(_plain, dict(folded))))
     disk.write_json(draft / _FACTS, {"arrays": _described(folded)})
     disk.write_manifest(draft)
 
@@ -62,11 +63,11 @@ def load(
       raise InputError(f"{path} holds no folded parameters. Give a folder that `save` wrote")
     held = json_files.content(facts, snapshot.read_bytes(facts), _RULE)["arrays"]
     _check_same(held, _described(shapes), path)
-    numbered = trees.read_tree(
-      snapshot.folder / _PARAMS, _numbered(shapes), snapshot, finite=verify
-    )
+    plain = jax.eval_shape(lambda arrays: jax.tree.map(_plain, arrays), dict(shapes))
+    numbered = trees.read_tree(snapshot.folder / _PARAMS, _numbered(plain), snapshot, finite=verify)
     snapshot.check()
-    return {name: numbered[_number(place)] for place, name in enumerate(sorted(shapes))}
+    arrays = {name: numbered[_number(place)] for place, name in enumerate(sorted(shapes))}
+    return {name: _like(shapes[name], array) for name, array in arrays.items()}
 
   return disk.read_whole(lambda: disk.current_folder(path), read, verify=verify, warn=path)
 
@@ -86,6 +87,18 @@ def _check_same(held: Mapping[str, str], wanted: Mapping[str, str], folder: Any)
       "Load them with the function, shapes and settings of `fuse` that they were saved with, or "
       "fold the parameters again"
     )
+
+
+def _plain(array: Any) -> Any:
+  """Returns an array as numbers, which a random key is not."""
+  return jax.random.key_data(array) if is_key(array) else array
+
+
+def _like(shape: jax.ShapeDtypeStruct, array: jax.Array) -> jax.Array:
+  """Returns numbers as the random keys that they were written from, if they were."""
+  if not is_key(shape):
+    return array
+  return jax.random.wrap_key_data(array, impl=generator_of(shape))
 
 
 def _numbered(arrays: Mapping[str, Any]) -> dict[str, Any]:

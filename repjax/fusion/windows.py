@@ -38,6 +38,8 @@ class Window:
   def padding(self, inputs: int) -> tuple[int, int]:
     """Returns how many zeros are read before and after the inputs; negative numbers cut off."""
     last = (self.size - 1) * self.stride - self.low + (self.taps - 1) * self.dilation
+    if self.size == 0:  # a long stride must not cut more than there is
+      last = max(last, -self.low - 1)
     return self.low, last - (inputs - 1) * self.spread
 
   def uniform(self, inputs: int) -> bool:

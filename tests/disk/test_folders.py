@@ -213,6 +213,11 @@ def test_to_remove_a_folder_leaves_what_is_of_other_people(tmp_path):
   assert [each.name for each in tmp_path.iterdir()] == ["folder"]
 
 
+def test_the_root_of_the_file_system_is_not_replaced():
+  with pytest.raises(InputError, match="/ cannot be replaced; give the path of a folder"):
+    replace(Path("/"), known=["params"])
+
+
 def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path):
   path = make(tmp_path / "deploy", thesis="theirs")
   with pytest.raises(InputError, match="deploy holds files that repjax did not write"):

@@ -365,6 +365,19 @@ class TestSizes:
       assert relative_error(fused(small, x), function(params, x)) <= 1e-5
     assert fused.report.after.products == 2
 
+  def test_results_without_numbers(self):
+    def function(params, x):
+      y = lax.reduce_window(x, np.float32(0), lax.add, (1, 1, 2, 1), (1, 1, 3, 1), "VALID")
+      return jnp.sin(convolved(-y, params["wide"]) * params["scale"].reshape(1, 1, 1, -1)), 2.5
+
+    for features, width in ((0, 9), (4, 1), (4, 0)):
+      params = drawn(wide=(3, 3, 3, features), scale=(features,))
+      x = random(2, 8, width, 3)
+      fused = repjax.fuse(function, params, x)
+      result, number = fused(fused.fold(params), x)
+      assert result.shape == function(params, x)[0].shape
+      assert isinstance(number, jax.Array)
+
   def test_new_sizes_are_planned_while_a_call_is_traced(self):
     fused, params = repjax.fuse(branches, drawn(), IMAGES), drawn()
     x = random(1, 12, 5, 3)
@@ -688,12 +701,16 @@ class TestReport:
       "norm/bias": (3,),
     }
 
-  def test_a_gradient_rule_around_a_product_is_reported(self):
-    @jax.custom_vjp
+  @pytest.mark.parametrize("kind", [jax.custom_vjp, jax.custom_jvp])
+  def test_a_gradient_rule_around_a_product_is_reported(self, kind):
+    @kind
     def product(x, kernel):
       return x @ kernel
 
-    product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), lambda _, y: (y, y))
+    if isinstance(product, jax.custom_vjp):
+      product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), lambda _, y: (y, y))
+    if isinstance(product, jax.custom_jvp):
+      product.defjvp(lambda values, tangents: (values[0] @ values[1], tangents[0] @ values[1]))
     fused = repjax.fuse(lambda params, x: product(x, params["dense"]), drawn(dense=(3, 4)), IMAGES)
     assert "gradients of the call do not follow its rule" in str(fused.report)
 
@@ -725,6 +742,11 @@ class TestMistakes:
     with pytest.raises(InputError, match=rf"growth is {growth!r}, but must be 1 or more"):
       repjax.fuse(branches, drawn(), IMAGES, growth=growth)
 
+  @pytest.mark.parametrize("also", [IMAGES, random(2, 8, 9, 3)])
+  def test_further_arguments_that_are_no_list(self, also):
+    with pytest.raises(InputError, match=r"also is .*must be a list.*also=\[images\]"):
+      repjax.fuse(branches, drawn(), IMAGES, also=also)
+
   def test_arguments_that_are_no_arrays(self):
     with pytest.raises(InputError, match=r"argument 1 is 'train'"):
       repjax.fuse(branches, drawn(), IMAGES, "train")
@@ -748,6 +770,8 @@ class TestMistakes:
       fused.fold({"wide": drawn()["wide"]})
     with pytest.raises(InputError, match=r"wide with shape \(5, 5, 3, 4\)"):
       fused.fold(drawn(wide=(5, 5, 3, 4), point=(1, 1, 3, 4), norm=(4,)))
+    with pytest.raises(InputError, match="wide with shape None"):
+      fused.fold(drawn() | {"wide": "3x3"})
 
   def test_keys_and_empty_places_among_the_parameters_are_no_mistake(self):
     params, x = {"net": drawn(), "key": jax.random.key(0), "none": None}, random(2, 8, 9, 3)
@@ -759,3 +783,5 @@ class TestMistakes:
     fused = repjax.fuse(branches, drawn(), IMAGES)
     with pytest.raises(InputError, match=r"not from its own fold: 3 arrays.*such as wide"):
       fused(drawn(dense=(3, 4)), random(2, 8, 9, 3))
+    with pytest.raises(InputError, match=r"not from its own fold"):
+      fused({"wide": "3x3", "bias": None}, random(2, 8, 9, 3))

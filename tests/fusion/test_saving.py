@@ -51,6 +51,21 @@ def test_arrays_may_have_any_names_and_dtypes(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
 
 
+def test_random_keys_are_written_and_read(tmp_path):
+  key = jax.random.key(3, impl="rbg")
+  params = {"kernel": jnp.ones((3, 4)), "key": key}
+
+  def function(params, x):
+    return 2 * (x @ params["kernel"]), params["key"]
+
+  fused = repjax.fuse(function, params, jnp.ones((2, 3)))
+  fused.save(fused.fold(params), tmp_path / "small")
+  loaded = fused.load(tmp_path / "small")
+  assert jax.random.key_impl(loaded["key"]) == jax.random.key_impl(key)
+  wanted = jax.random.key_data(key)
+  np.testing.assert_array_equal(jax.random.key_data(loaded["key"]), wanted)
+
+
 def test_parameters_of_a_different_function_are_refused(block, tmp_path):
   fused, small, *_ = block
   fused.save(small, tmp_path / "small")
