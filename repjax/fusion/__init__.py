@@ -62,8 +62,8 @@ def fuse(
     growth: largest factor by which a merge may raise multiplications or weights. 1 allows no more
       of either than before. Biases and border maps are not counted.
     check: compare each merge with the equations that it replaces, once, on random numbers.
-    strict: raise if the scale and shift of a norm stay in the program as an operation: of a batch
-      norm, or of any layer that multiplies and shifts channels by parameters.
+    strict: raise if a norm stays: a scale and a shift of each channel, both from parameters, as of
+      a batch norm. Statistics that follow from the input, as of a layer norm, are not counted.
     also: further arguments, one or a tuple for each call. Only what holds for all is merged.
 
   Returns:

@@ -202,9 +202,10 @@ class Fused:
     if names:
       raise InputError(
         "arguments of these shapes and dtypes need different fused parameters than those that fuse "
-        f"was called with: {listed(names, 3)}. Convolutions with SAME "
-        "padding and stride 2, for example, depend on whether sizes are even. Call fuse for "
-        "these shapes, or pass them in `also`, which merges only what holds for all"
+        f"was called with: {listed(names, 3)}. Convolutions with SAME padding and stride 2, for "
+        "example, depend on whether sizes are even, and a parameter that is resized to the input "
+        "depends on the size. Call fuse for these shapes, or pass them in `also`, which merges "
+        "only what holds for all"
       )
     self._checked(args, plan, equations)
     return plan
