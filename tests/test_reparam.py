@@ -411,7 +411,7 @@ def test_a_fold_that_returns_no_dictionary_is_named(returned):
   helpers.assert_one_paragraph(told.value)
 
 
-@pytest.mark.parametrize("folds", [{"Mine": 3}, {3: fold_post_norm}, {"Mine": None}], ids=repr)
+@pytest.mark.parametrize("folds", [{"Mine": 3}, {3: fold_post_norm}, {"Mine": None}], ids=range(3))
 def test_folds_are_functions_by_name(folds):
   with pytest.raises(InputError, match="folds must be a dictionary of functions by class name"):
     repjax.reparameterize({}, {}, folds=folds)
