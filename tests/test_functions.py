@@ -382,5 +382,5 @@ def test_statistics_of_parameters_alone_are_no_training_mode():
 def test_random_numbers_are_no_operator_of_onnx():
   pytest.importorskip("onnx")
   params = {**HEAD, "key": jax.random.key(0)}
-  with pytest.raises(InputError, match="draws random numbers.*inference mode"):
+  with pytest.raises(InputError, match=r"draws random numbers.*inference mode"):
     repjax.onnx.to_onnx(jitter, params, image_size=SIZE)

@@ -464,8 +464,8 @@ def transposed(x):
 REFUSED = {
   "of any size: .*shapes only in ways": lambda x: x * float(x.shape[0]),
   'transposed one, nn.ConvTranspose.*format="stablehlo".*conv_general_dilated': transposed,
-  "draws random numbers.*inference mode": lambda x: x + jax.random.normal(
-    jax.random.key(0), (1, *x.shape[1:])
+  "draws random numbers.*inference mode": lambda x: (
+    x + jax.random.normal(jax.random.key(0), (1, *x.shape[1:]))
   ),
   "deviation of its batch.*inference mode": lambda x: nn.BatchNorm(
     use_running_average=False
