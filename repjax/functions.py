@@ -10,6 +10,7 @@ comes here as a function `function(params, images)`, or as what `repjax.fuse` re
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from repjax.errors import InputError, listed, printable
-from repjax.fusion import Fused, fuse
+from repjax.fusion import Fused, checks, fuse
 from repjax.fusion.modules import check_params
 from repjax.program import Program, inner_programs, trace, traceable
 
@@ -86,6 +87,48 @@ def _wider(function: Any, params: Any, dtype: np.dtype, size: tuple[int, int]) -
   with traceable("repjax"):
     program = trace(function, params, jax.ShapeDtypeStruct((1, *size, 3), dtype))
   return next((found for found in _dtypes(program) if found.itemsize > dtype.itemsize), None)
+
+
+def reason_of_training(program: Program) -> str | None:
+  """Returns how a model shows that it is in training mode, None if it does not.
+
+  Args:
+    program: the traced model, whose last input are the images.
+  """
+  moving = set(program.inputs[-1:])  # Statistics of parameters alone belong to inference too.
+  for equation in program.equations:
+    if not moving.isdisjoint(equation.inputs):
+      moving.update(equation.outputs)
+  # A model that gets a key in inference mode prepares the key, and draws nothing from it.
+  drawing = [each for each in program.equations if each.primitive not in _PREPARE_KEYS]
+  return checks.reason_of_training(drawing, moving)
+
+
+_PREPARE_KEYS = {
+  "random_seed",
+  "random_wrap",
+  "random_unwrap",
+  "random_fold_in",
+  "random_split",
+  "random_clone",
+}
+
+
+def warn_of_training(function: Function, params: Any, images: jax.ShapeDtypeStruct) -> None:
+  """Warns about a function that is in training mode.
+
+  Args:
+    function: takes parameters and images.
+    params: its parameters, as arrays or as shapes.
+    images: the shape and dtype of the images.
+  """
+  if reason := reason_of_training(trace(function, params, images)):
+    warnings.warn(
+      f"the exported function {reason}. Its result for an image then depends on other images, or "
+      "on numbers that were drawn. Export the function of inference mode, such as train=False or "
+      "deterministic=True",
+      stacklevel=3,
+    )
 
 
 def _dtypes(program: Program) -> Iterator[np.dtype]:

@@ -22,7 +22,7 @@ from repjax.program import traceable
 from repjax.recognition import LAYERS
 from repjax.reparam import reparameterize
 from repjax.spec import Preprocessing, evaluation_options, shapes_of
-from repjax.trees import check_leaves, check_tree, misfits
+from repjax.trees import check_leaves, check_tree, leaf_name, misfits
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -107,9 +107,9 @@ def inference(
       return outputs
     if getattr(outputs, "ndim", 0) != 2:
       raise InputError(
-        "probabilities need a model that returns one array of logits (N, K), got "
-        f"{listed([leaf.shape for leaf in jax.tree.leaves(outputs)], 3)}. Leave "
-        "probabilities out, or return the logits alone"
+        "probabilities need a model that returns one array of logits (N, K), and this model "
+        f"returns {_described(outputs)}. Let it return the logits alone, as one array, or use "
+        "`repjax.deploy.compile` without probabilities for results of any kind"
       )
     return jax.nn.softmax(outputs)
 
@@ -126,6 +126,18 @@ def inference(
     return made | {last: finished(made[last])} if last in tuple(scopes) else made
 
   return Inference(function, tree, run, network)
+
+
+def _described(outputs: Any) -> str:
+  """Returns what a model returned, for a message: the kind of the tree, and the shapes in it."""
+  paths = jax.tree_util.tree_leaves_with_path(outputs)
+  # The first axis is the batch, whatever the size that the model was traced with.
+  shapes = [
+    f"{leaf_name(path)} ({', '.join(['N', *map(str, leaf.shape[1:])])})".strip()
+    for path, leaf in paths
+  ]
+  kind = "an array" if hasattr(outputs, "shape") else f"a {type(outputs).__name__} of"
+  return f"{kind} {listed(shapes, 3)}"
 
 
 def _plainest(

@@ -122,6 +122,7 @@ def reparameterize(
   check_apart(params, batch_stats)
   rules = _rules(folds, epsilon, keep)
   _check_kept(rules.kept, params, batch_stats)
+  rules = rules._replace(unmatched=_unmatched(rules.foreign(), params, batch_stats))
   return dict(_walk(params, batch_stats, (), rules) or {})
 
 
@@ -154,12 +155,28 @@ def _paths_in(tree: Tree) -> set[Path]:
   return {path[:end] for path in paths for end in range(1, len(path) + 1)}
 
 
+def _unmatched(folds: Mapping[str, Fold], params: Tree, stats: Tree) -> tuple[str, ...]:
+  """Returns the keys of `folds` by which no scope of the two trees is called."""
+  if not folds:
+    return ()
+  scopes = {name for tree in (params, stats) for path in _paths_in(tree) for name in path}
+  return tuple(key for key in folds if not any(layer_name(name, [key]) for name in scopes))
+
+
 class _Rules(NamedTuple):
-  """The arguments of `reparameterize` that hold for the whole walk."""
+  """The arguments of `reparameterize` that hold for the whole walk.
+
+  Attributes:
+    folds: a fold for each layer name.
+    epsilon: number added to the variance, for layers whose trees do not say.
+    kept: paths below which statistics may stay unused.
+    unmatched: keys of `folds`, other than those of repjax, by which no scope is called.
+  """
 
   folds: Mapping[str, Fold]
   epsilon: float
   kept: Sequence[Path]
+  unmatched: Sequence[str] = ()
 
   def keeps(self, path: Path) -> bool:
     """Tells if the statistics at a path may stay unused."""
@@ -321,13 +338,15 @@ def _refuse_strays(params: Tree, stats: Tree, path: Path, rules: _Rules) -> None
   for below, value in leaves(strays):
     leaf = (*path, *map(str, below))
     if value is not None and not rules.keeps(leaf):
-      raise ValueError(_describe_stray(leaf, params, strays, path))
+      raise ValueError(_describe_stray(leaf, params, strays, path, rules.unmatched))
   norms = [name for name in stats if not rules.keeps((*path, str(name)))]
   if norms and not rules.keeps_in(path) and (reason := why_unclear(params, path)):
     raise ValueError(reason)
 
 
-def _describe_stray(leaf: Path, params: Tree, strays: Tree, path: Path) -> str:
+def _describe_stray(
+  leaf: Path, params: Tree, strays: Tree, path: Path, unmatched: Sequence[str]
+) -> str:
   """Returns the message about a statistic that no fold has used.
 
   Args:
@@ -335,6 +354,7 @@ def _describe_stray(leaf: Path, params: Tree, strays: Tree, path: Path) -> str:
     params: parameters of the scope in which it lies.
     strays: everything in the scope that no fold takes.
     path: place of the scope.
+    unmatched: the caller's keys of `folds` by which no scope is called.
   """
   called = layer_name(path[-1]) if path else None
   owner = (
@@ -354,5 +374,14 @@ def _describe_stray(leaf: Path, params: Tree, strays: Tree, path: Path) -> str:
   return (
     f"batch_stats hold {shown(leaf)}, which no fold has used. Either params and batch_stats "
     "do not belong together, or this is a batch norm outside the layers of repjax. If so, "
-    f"keep the statistics yourself and pass keep=({'/'.join(leaf[:-1])!r},)"
+    f"keep the statistics yourself and pass keep=({'/'.join(leaf[:-1])!r},). Or the layer is your "
+    "own: folds finds a layer by its class name at the beginning of the scope's name, as in "
+    f"MyLayer_0{_named_by_no_scope(unmatched)}"
   )
+
+
+def _named_by_no_scope(keys: Sequence[str]) -> str:
+  """Returns the end of a message that lists the keys of `folds` by which no scope is called."""
+  if not keys:
+    return ""
+  return f". No scope here is called by these keys of folds: {listed(map(repr, sorted(keys)))}"

@@ -14,6 +14,7 @@ import argparse
 import collections
 import functools
 import importlib
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -114,6 +115,8 @@ def main() -> None:
   parser.add_argument("--json", type=Path, help="also write the results to this file")
   arguments = parser.parse_args()
   with one_paragraph():
+    if arguments.openvino and not importlib.util.find_spec("openvino"):
+      raise InputError("--openvino needs the package openvino: pip install -e .[bench]")
     found = {
       name: prove(name, arguments.image_size, arguments.openvino) for name in arguments.models
     }

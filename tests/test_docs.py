@@ -57,7 +57,10 @@ def test_python_examples_run(example, finished, tmp_path, monkeypatch):
   (tmp_path / "runs" / "digits").symlink_to(finished[0])
   monkeypatch.chdir(tmp_path)
   Image.new("L", (8, 8)).save("picture.png")
+  before = set(tmp_path.rglob("*"))
   exec(compile(block, example, "exec"), {})
+  if set(tmp_path.rglob("*")) - before:  # a reader runs an example more than once
+    exec(compile(block, example, "exec"), {})
 
 
 def worked_example():

@@ -15,6 +15,7 @@ import repjax
 from repjax import analysis, functions, quantization
 from repjax.deploy import rewrite
 from repjax.errors import InputError
+from repjax.program import trace
 from repjax.spec import Preprocessing
 from tests.deploy.tiny import SPEC
 from tests.helpers import assert_close, assert_one_paragraph
@@ -337,14 +338,49 @@ def test_every_door_refuses_the_same(door, case, tmp_path, monkeypatch):
 
 
 def test_probabilities_need_logits():
-  with pytest.raises(InputError, match=r"one array of logits .*\(2, 16, 16, 3\)"):
+  with pytest.raises(InputError, match=r"one array of logits .* an array \(N, 16, 16, 3\)"):
     repjax.deploy.compile(
       lambda p, x: x * p["head"].sum(), HEAD, batch_sizes=(2,), probabilities=True, **SETTINGS
     )
 
 
+def test_a_predictor_names_the_results_that_are_no_logits():
+  with pytest.raises(InputError, match=r"logits \(N, K\).* a dict of a \(N, 4\).* alone") as told:
+    repjax.deploy.Predictor.of(
+      lambda p, x: {"a": x.mean((1, 2)) @ p["head"]}, HEAD, SQUARE, batch_sizes=(2,), devices=ONE
+    )
+  assert_one_paragraph(told.value)
+
+
+def by_batch(params, x):
+  y = nn.BatchNorm(use_running_average=False).init_with_output(jax.random.key(0), x)[0]
+  return y.mean((1, 2)) @ params["head"]
+
+
+def by_chance(params, x):
+  return jitter({**params, "key": jax.random.key(0)}, x)
+
+
+@pytest.mark.parametrize(
+  ("function", "said"), [(by_batch, "deviation of its batch"), (by_chance, "draws random numbers")]
+)
+def test_an_export_in_training_mode_warns_with_the_way_out(function, said, tmp_path):
+  with pytest.warns(UserWarning, match=rf"{said}.*inference mode"):
+    repjax.deploy.export(function, HEAD, SQUARE, tmp_path / "made", platforms=("cpu",))
+
+
+def test_statistics_of_parameters_alone_are_no_training_mode():
+  def standardized(params, x):
+    head = params["head"]
+    return x.mean((1, 2)) @ (head / jnp.sqrt(jnp.var(head, 0, keepdims=True) + 1))
+
+  traced = trace(standardized, HEAD, images())
+  assert functions.reason_of_training(traced) is None
+  assert functions.reason_of_training(trace(by_batch, HEAD, images()))
+
+
 def test_random_numbers_are_no_operator_of_onnx():
   pytest.importorskip("onnx")
   params = {**HEAD, "key": jax.random.key(0)}
-  with pytest.raises(InputError, match="no operator for JAX's primitive 'random_"):
+  with pytest.raises(InputError, match=r"draws random numbers.*inference mode"):
     repjax.onnx.to_onnx(jitter, params, image_size=SIZE)

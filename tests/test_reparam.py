@@ -417,6 +417,24 @@ def test_folds_are_functions_by_name(folds):
     repjax.reparameterize({}, {}, folds=folds)
 
 
+@pytest.mark.parametrize(
+  ("scope", "key"), [("post", "PostNorm"), ("PostNorm_0", "PostNrom"), ("OldPostNorm", "PostNorm")]
+)
+def test_a_key_of_folds_that_names_no_scope_is_told(scope, key):
+  params, stats = halves(random_variables(PostNorm(), X32))
+  folds = {**repjax.FOLDS, key: fold_post_norm}
+  told = rf"class name at the beginning of the scope's name.* called by these keys.*{key}'"
+  with pytest.raises(ValueError, match=told):
+    repjax.reparameterize({scope: params}, {scope: stats}, folds=folds)
+
+
+def test_without_such_keys_no_key_is_told():
+  params, stats = halves(random_variables(PostNorm(), X32))
+  with pytest.raises(ValueError, match=r"class name at the beginning") as told:
+    repjax.reparameterize({"post": params}, {"post": stats})
+  assert "keys" not in str(told.value)
+
+
 class Outsider(nn.Module):
   """A network that mixes an outsider's layers with repjax's."""
 

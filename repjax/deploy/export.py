@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax import disk, names, runs
+from repjax import disk, functions, names, runs
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
 from repjax.deploy.stablehlo import (
   PLATFORMS,
@@ -124,6 +124,9 @@ def export(
     program = of_function(function, tree, size, input_dtype, probabilities).SerializeToString()
     facts |= {"opset": OPSET, "checked": checked(program, function, tree, size)}
   else:
+    if network is None:
+      images = jax.ShapeDtypeStruct((1, size, size, 3), input_dtype)
+      functions.warn_of_training(function, tree, images)
     program = serialize(function, tree, size, input_dtype, platforms)
     facts |= {"platforms": list(platforms), "note": PROMISE}
   name = (runs.onnx_file if format == "onnx" else runs.stablehlo_file)(path).name

@@ -142,10 +142,11 @@ class Fused:
 
     Args:
       folded: what `fold` returned.
-      folder: the folder to make, or one of an earlier call.
+      folder: the folder to make, or one of an earlier call for the same function.
 
     Raises:
-      InputError: the arrays are not those of `fold`, or the folder cannot be written.
+      InputError: the arrays are not those of `fold`, or the folder cannot be written or holds
+        something else.
     """
     _check_folded(folded, self._first)
     save(folded, folder)

@@ -8,6 +8,7 @@ folder/
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,15 +30,18 @@ def save(folded: Mapping[str, Any], folder: str | os.PathLike[str]) -> None:
 
   Args:
     folded: arrays by name.
-    folder: the folder to make, or one that this function made.
+    folder: the folder to make, or one that this function made for arrays of the same names, shapes
+      and dtypes.
 
   Raises:
     InputError: the folder cannot be written, or holds something else.
   """
   need_devices()
-  with disk.replacing(names.folder(folder), known=[_FACTS]) as draft:
+  path, described = names.folder(folder), _described(folded)
+  _check_replaceable(disk.current_folder(path), described)
+  with disk.replacing(path, known=[_FACTS]) as draft:
     trees.write_tree(draft / _PARAMS, _numbered(jax.tree.map(_plain, dict(folded))))
-    disk.write_json(draft / _FACTS, {"arrays": _described(folded)})
+    disk.write_json(draft / _FACTS, {"arrays": described})
     disk.write_manifest(draft)
 
 
@@ -70,6 +74,22 @@ def load(
     return {name: _like(shapes[name], array) for name, array in arrays.items()}
 
   return disk.read_whole(lambda: disk.current_folder(path), read, verify=verify, warn=path)
+
+
+def _check_replaceable(folder: Path, described: Mapping[str, str]) -> None:
+  """Raises InputError for a folder that repjax wrote, but not for these arrays."""
+  facts = folder / _FACTS
+  if facts.exists():
+    if json_files.read(facts, _RULE)["arrays"] == described:
+      return
+    held = "folded parameters of a different function"
+  elif (folder / disk.MANIFEST).exists():
+    held = "something else than folded parameters"
+  else:
+    return  # `replacing` refuses the files of others.
+  raise InputError(
+    f"{folder} holds {held}, so it is not replaced. Give a different folder, or remove it first"
+  )
 
 
 def _check_same(held: Mapping[str, str], wanted: Mapping[str, str], folder: Any) -> None:

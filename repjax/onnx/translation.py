@@ -16,11 +16,12 @@ import jax
 import numpy as np
 
 from repjax.errors import InputError
+from repjax.functions import reason_of_training
 from repjax.onnx.graph import Graph
 from repjax.onnx.operators import OPERATORS, VIEWS
 from repjax.onnx.values import Value, known, new_axes
 from repjax.program import Constant, Equation, Program, constant_array, interpret, trace
-from repjax.trees import is_key
+from repjax.trees import generator_of, is_key
 
 BATCH, IMAGES = "batch", "images"
 _PRODUCTS = {"conv_general_dilated", "dot_general"}
@@ -88,6 +89,11 @@ def translated(
 
   shape = export.symbolic_shape(f"{BATCH}, {size[0]}, {size[1]}, 3")
   program = _traced(function, tree, jax.ShapeDtypeStruct(shape, dtype))
+  if reason := reason_of_training(program):
+    raise InputError(
+      f"this model {reason}. An ONNX file holds no random numbers, and computes each image by "
+      "itself. Pass the function of inference mode, such as train=False or deterministic=True"
+    )
   graph, tensors = Graph(), []
   axes = new_axes(shape)
   # ONNX's images are channels first. The function still sees (N, H, W, 3).
@@ -129,7 +135,12 @@ def _constant(constant: Constant) -> Value:
 
 def _parameter(leaf: Any) -> Value:
   """Returns a known array. Random keys, which models hold for their training, become numbers."""
-  return known(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+  return known(_without_key(leaf))
+
+
+def _without_key(leaf: Any) -> Any:
+  """Returns an array, or the numbers of a random key."""
+  return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def _key(entry: Any) -> str:
@@ -194,9 +205,7 @@ def _empty(shape: Sequence[Any]) -> Value:
 
 
 def _is_static(equation: Equation) -> bool:
-  """Checks that no output's shape depends on the batch size, and that nothing reads random keys."""
-  if any(map(is_key, (operand.aval for operand in equation.inputs))):
-    return False
+  """Checks that no output's shape depends on the batch size."""
   sizes = (size for output in equation.outputs for size in output.aval.shape)
   return all(isinstance(size, int) for size in sizes)
 
@@ -205,5 +214,12 @@ def _folded(graph: Graph, equation: Equation, operands: list[Value]) -> list[np.
   """Computes the outputs of an equation whose inputs are known."""
   arrays = [graph.arrange(value, value.axes).tensor for value in operands]
   with jax.default_device(jax.local_devices(backend="cpu")[0]):
-    results = equation.run(*map(jax.numpy.asarray, arrays))
-  return [np.asarray(result) for result in results]
+    results = equation.run(*map(_as_read, equation.inputs, arrays))
+  return [np.asarray(_without_key(result)) for result in results]
+
+
+def _as_read(operand: Any, array: Any) -> jax.Array:
+  """Returns a known array as an equation reads it: the numbers of a random key as the key."""
+  if is_key(operand.aval):
+    return jax.random.wrap_key_data(array, impl=generator_of(operand.aval))
+  return jax.numpy.asarray(array)

@@ -203,4 +203,10 @@ def _other_attributes_or_model(
   elif not overrides and len(odd) > len(wanted) / 10:
     closest, fits = closest_model(state, {})
     model = closest.model if closest and fits and closest.model != found.model else None
-  return [f"Its names and shapes are those of {model}."] if model else []
+  if model:
+    return [f"Its names and shapes are those of {model}."]
+  return [
+    "No model was found that has all of these names and shapes. Name a different model "
+    "(model_name, or --model), or the attributes in which yours differs from the published one "
+    "(overrides, or --overrides)."
+  ]

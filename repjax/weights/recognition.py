@@ -57,7 +57,8 @@ def recognize(
   if closest is None:
     raise InputError(
       f"no model has tensors of the names and shapes of this state dict ({len(state)}: "
-      f"{listed(state, 4)})"
+      f"{listed(state, 4)}). If you know the model, name it (model_name, or --model), with the "
+      "attributes in which it differs from the published one (overrides, or --overrides)"
     )
   return closest
 

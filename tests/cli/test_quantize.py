@@ -140,7 +140,8 @@ def test_mistakes_end_in_one_paragraph(run_command, workdir, tmp_path, monkeypat
   ("base", "seconds", "said"),
   [
     ([2.0, 2.2, 1.8, 4.0], [1.0, 1.1, 0.9, 2.0], "2.00x"),
-    ([2.0, 2.0, 2.0, 2.0], [4.0, 4.0, 4.0, 1.0], "0.50x"),  # one disturbed round of four
+    ([2.0, 2.0, 2.0, 2.0], [4.0, 4.0, 4.0, 9.0], "0.50x"),  # one disturbed round of four
+    ([3.0, 29.0, 29.0, 29.0], [1.0, 1.0, 1.0, 1.0], "unclear"),  # one undisturbed round of four
     ([1.0, 1.0, 1.0, 1.0], [0.9, 1.1, 0.8, 1.2], "unclear"),
     ([1.0], [0.5], "unclear"),
     ([1.0, 1.1], [1.0, 1.1], "1.00x"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import repjax
+from repjax import disk
 from repjax.errors import InputError
 from tests.helpers import assert_one_paragraph
 from tests.libraries import images, linen
@@ -76,6 +77,26 @@ def test_parameters_of_a_different_function_are_refused(block, tmp_path):
   with pytest.raises(InputError, match="not from its own fold"):
     other.save(small, tmp_path / "other")
   assert not (tmp_path / "other").exists()
+
+
+def test_parameters_of_a_different_function_are_not_replaced(block, tmp_path):
+  fused, small, *_ = block
+  fused.save(small, tmp_path / "small")
+  other = repjax.fuse(lambda p, x: x.mean((1, 2)) @ p["head"], {"head": jnp.ones((3, 4))}, images())
+  with pytest.raises(InputError, match="a different function, so it is not replaced") as no:
+    other.save(other.fold({"head": jnp.ones((3, 4))}), tmp_path / "small")
+  assert_one_paragraph(no.value)
+  assert fused.load(tmp_path / "small").keys() == small.keys()
+
+
+def test_other_folders_of_repjax_are_not_replaced(block, tmp_path):
+  fused, small, *_ = block
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run/notes.txt").write_text("mine")
+  disk.write_manifest(tmp_path / "run")
+  with pytest.raises(InputError, match="something else than folded parameters"):
+    fused.save(small, tmp_path / "run")
+  assert (tmp_path / "run/notes.txt").exists()
 
 
 def test_damage_is_found(block, tmp_path):

@@ -463,7 +463,13 @@ def transposed(x):
 
 REFUSED = {
   "of any size: .*shapes only in ways": lambda x: x * float(x.shape[0]),
-  "transposed one, nn.ConvTranspose.*conv_general_dilated": transposed,
+  'transposed one, nn.ConvTranspose.*format="stablehlo".*conv_general_dilated': transposed,
+  "draws random numbers.*inference mode": lambda x: (
+    x + jax.random.normal(jax.random.key(0), (1, *x.shape[1:]))
+  ),
+  "deviation of its batch.*inference mode": lambda x: nn.BatchNorm(
+    use_running_average=False
+  ).init_with_output(jax.random.key(0), x)[0],
   "computes with the number of images": lambda x: x - x.mean(0, keepdims=True),
   "repeats numbers for each image": lambda x: jnp.concatenate(
     [x, jnp.ones((x.shape[0], 1, 8, 3))], 1
@@ -487,6 +493,15 @@ def test_what_cannot_be_is_refused(message):
 
   with pytest.raises(InputError, match=message):
     translated()
+
+
+def test_a_key_from_which_nothing_is_drawn_is_no_hindrance():
+  def function(tree, x):
+    jax.random.fold_in(jax.random.key(0), 1)
+    return x * 2.0
+
+  graph, *_ = translation.translated(function, {}, (8, 8), np.dtype(np.float32))
+  assert [node.op for node in graph.nodes.values()].count("Mul") == 1
 
 
 def test_bfloat16_and_unknown_formats_are_refused(small, tmp_path, monkeypatch):
