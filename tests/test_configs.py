@@ -82,6 +82,7 @@ OTHER_PARNET = {"parnet_xl_320", "parnet_cifar", "digits_parnet"}
 NEVER_SET = {
   "data_dir",
   "init_from",
+  "running_variance",
   "scales",
   "num_steps",
   "eval_image_size",

@@ -362,7 +362,8 @@ def by_chance(params, x):
 
 
 @pytest.mark.parametrize(
-  ("function", "said"), [(by_batch, "deviation over its batch"), (by_chance, "draws random numbers")]
+  ("function", "said"),
+  [(by_batch, "deviation over its batch"), (by_chance, "draws random numbers")],
 )
 def test_an_export_in_training_mode_warns_with_the_way_out(function, said, tmp_path):
   with pytest.warns(UserWarning, match=rf"{said}.*inference mode"):

@@ -35,7 +35,7 @@ from repjax.errors import InputError
 from repjax.quantization.roundings import Roundings
 from repjax.reparam import reparameterize
 from repjax.runs import Bookmark
-from repjax.spec import ModelSpec
+from repjax.spec import ModelSpec, shapes_of
 from repjax.training import evaluation, parallel, planning, processes
 from repjax.training.interruption import Interruption
 from repjax.training.journal import Journal
@@ -275,7 +275,7 @@ def _make_evaluate(run: Prepared, network: Network | None) -> Evaluate:
   """Builds a function that evaluates the variables and, if the run averages them, the average."""
   plan = run.plan
   preprocessing = plan.spec.preprocessing
-  fold, network = (_as_they_are, network) if network else _deploy_form(plan.spec)
+  fold, network = (_as_they_are, network) if network else _form(plan.spec)
   eval_step = parallel.data_parallel(
     make_eval_step(network, preprocessing, axis_name=parallel.AXIS)
   )
@@ -294,17 +294,23 @@ def _make_evaluate(run: Prepared, network: Network | None) -> Evaluate:
   return evaluate
 
 
-def _deploy_form(spec: ModelSpec) -> tuple[Callable[[Any], Any], Network]:
+def _form(spec: ModelSpec) -> tuple[Callable[[Any], Any], Network]:
   """Returns a fold of variables on the devices, and the network that takes the result.
 
   An evaluation folds once and then computes a plain network for every batch. In inference both
-  forms compute the same, up to rounding. The fold is float32 like the variables.
+  forms compute the same, up to rounding. The fold is float32 like the variables. A network with
+  activations inside its branches has no deploy form, and is evaluated as it is.
   """
 
   # The name is that of the compiled program.
   def fold(variables: Any) -> Any:
     return {"params": reparameterize(variables["params"], variables["batch_stats"])}
 
+  model = spec.create_model()
+  try:
+    jax.eval_shape(fold, shapes_of(model, spec.preprocessing.image_size))
+  except InputError:
+    return _as_they_are, model.apply
   return jax.jit(fold), spec.create_model(deploy=True).apply
 
 

@@ -51,10 +51,9 @@ def changed_attributes(
 
 def model_with(found: Recognition, overrides: Mapping[str, Any]) -> str | None:
   """Returns the name of the model that a model with some overrides is, or None."""
-  wanted = create_model(found.model, **overrides)
   for name in list_models():
     try:
-      if create_model(name) == wanted:
+      if create_model(name) == create_model(found.model, **overrides):
         return name
     except InputError:  # Equality with a model that cannot be built is no match.
       continue

@@ -181,7 +181,7 @@ def test_training_moves_the_statistics_of_each_pixel_or_of_each_set(name, shape)
   rows = tiles.reshape(*tiles.shape[:3], len(kernel), -1)  # (M, h, w, g, C/g)
   products = np.einsum("mhwgc,ghwcvuo->mgvuo", rows, kernel)
   over = (0,) if len(shape) > 1 else (0, 2, 3, 4)
-  batch = {"mean": products.mean(over), "var": products.var(over)}
+  batch = {"mean": products.mean(over), "var": products.var(over, ddof=1)}  # as PyTorch keeps it
   for statistic, value in batch.items():
     old, new = (tree["batch_stats"]["fc"]["bn"][statistic] for tree in (variables, updates))
     assert new.shape == shape
