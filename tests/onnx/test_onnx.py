@@ -467,7 +467,7 @@ REFUSED = {
   "draws random numbers.*inference mode": lambda x: (
     x + jax.random.normal(jax.random.key(0), (1, *x.shape[1:]))
   ),
-  "deviation of its batch.*inference mode": lambda x: nn.BatchNorm(
+  "deviation over its batch.*inference mode": lambda x: nn.BatchNorm(
     use_running_average=False
   ).init_with_output(jax.random.key(0), x)[0],
   "computes with the number of images": lambda x: x - x.mean(0, keepdims=True),
