@@ -21,7 +21,6 @@ Example:
 import argparse
 import functools
 import importlib
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -154,11 +153,9 @@ def measure(
   rows = {}
   for name, result in results.items():
     base = results["onnx" if name.startswith("onnx") else "jit"].all_seconds
-    ratios = [before / after for before, after in zip(base, result.all_seconds)]
     rows[name] = {
       "ms": 1e3 * result.median,
-      "ratio": statistics.median(ratios),
-      "quartiles": statistics.quantiles(ratios, n=4)[::2],
+      **timing.spread_of_ratios(base, result.all_seconds),
       "compile_s": result.compile_s[0],
       "memory": result.memory,
     }

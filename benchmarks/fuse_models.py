@@ -17,7 +17,6 @@ import argparse
 import functools
 import json
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -132,15 +131,12 @@ def measure(name: str, batch_size: int, size: int, rounds: int, cpu_time: bool) 
   )
   rows = {}
   for subject, result in results.items():
-    pairs = zip(results["plain"].all_seconds, result.all_seconds)
-    ratios = [before / after for before, after in pairs]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    ms, ratio = 1e3 * result.median, statistics.median(ratios)
-    rows[subject] = {"ms": ms, "ratio": ratio, "quartiles": [low, high]}
-    rows[subject]["memory"] = result.memory
+    spread = timing.spread_of_ratios(results["plain"].all_seconds, result.all_seconds)
+    rows[subject] = {"ms": 1e3 * result.median, **spread, "memory": result.memory}
+    low, high = spread["quartiles"]
     print(
-      f"{name:<16}{batch_size:>3}  {subject:<8}{ms:>9.1f} ms   ratio {ratio:.2f} "
-      f"({low:.2f} to {high:.2f})",
+      f"{name:<16}{batch_size:>3}  {subject:<8}{rows[subject]['ms']:>9.1f} ms   "
+      f"ratio {spread['ratio']:.2f} ({low:.2f} to {high:.2f})",
       flush=True,
     )
   return {"model": name, "batch_size": batch_size, "subjects": rows}

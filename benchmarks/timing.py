@@ -154,6 +154,13 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
   return statistics.median(a / b for a, b in zip(numerators, denominators))
 
 
+def spread_of_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
+  """Returns the median and the quartiles over the rounds of numerator / denominator, for a row."""
+  ratios = [a / b for a, b in zip(numerators, denominators)]
+  low, median, high = statistics.quantiles(ratios, n=4)
+  return {"ratio": median, "quartiles": [low, high]}
+
+
 def relative_errors(
   outputs: Mapping[str, np.ndarray], expected: np.ndarray, tolerance: float
 ) -> dict[str, float]:

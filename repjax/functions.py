@@ -99,19 +99,7 @@ def reason_of_training(program: Program) -> str | None:
   for equation in program.equations:
     if not moving.isdisjoint(equation.inputs):
       moving.update(equation.outputs)
-  # A model that gets a key in inference mode prepares the key, and draws nothing from it.
-  drawing = [each for each in program.equations if each.primitive not in _PREPARE_KEYS]
-  return checks.reason_of_training(drawing, moving)
-
-
-_PREPARE_KEYS = {
-  "random_seed",
-  "random_wrap",
-  "random_unwrap",
-  "random_fold_in",
-  "random_split",
-  "random_clone",
-}
+  return checks.reason_of_training(program.equations, moving)
 
 
 def warn_of_training(function: Function, params: Any, images: jax.ShapeDtypeStruct) -> None:

@@ -172,7 +172,7 @@ def speed(base: Sequence[float], seconds: Sequence[float]) -> str:
   quarter = len(ratios) // 4
   low, high = ratios[quarter], ratios[-1 - quarter]
   agree = len(ratios) > 1 and (low > 1 or high < 1)
-  # Another program on the machine can slow down one of the two in most rounds, but not in all.
+  # If a busy machine slows one file down in most rounds, the fastest rounds show a different speed.
   usual, fastest = statistics.median(ratios), min(base) / min(seconds)
   agree = agree and max(usual, fastest) <= 1.25 * min(usual, fastest)
   return f"{usual:.2f}x" if agree else "unclear"

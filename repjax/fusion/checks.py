@@ -264,7 +264,7 @@ def reason_of_training(equations: Sequence[Equation], moving: Container[Any]) ->
     equations: of the traced program.
     moving: the variables that depend on the arguments.
   """
-  if any(draws(each) for each in equations):
+  if any(each.primitive.startswith(_DRAWS) for each in equations):
     return "draws random numbers, as dropout does in training"
   statistics: dict[Any, int] = {}  # variables that follow from statistics, with their sizes
   for each in equations:
@@ -278,10 +278,12 @@ def reason_of_training(equations: Sequence[Equation], moving: Container[Any]) ->
 
 def draws(equation: Equation) -> bool:
   """Tells if an equation draws random numbers, or random keys from a key."""
-  return equation.primitive.startswith(_DRAWS)
+  return equation.primitive.startswith((*_DRAWS, *_KEYS))
 
 
-_DRAWS = ("random_bits", "random_gamma", "random_split", "random_fold_in", "threefry", "rng_")
+_DRAWS = ("random_bits", "random_gamma", "threefry", "rng_")
+# Keys that come from a key. In inference mode a model may prepare them and draw nothing from them.
+_KEYS = ("random_split", "random_fold_in")
 
 
 def _is_statistic(equation: Equation, moving: Container[Any]) -> bool:

@@ -35,7 +35,6 @@ from repjax.errors import InputError
 from repjax.quantization.roundings import Roundings
 from repjax.reparam import reparameterize
 from repjax.runs import Bookmark
-from repjax.spec import ModelSpec, shapes_of
 from repjax.training import evaluation, parallel, planning, processes
 from repjax.training.interruption import Interruption
 from repjax.training.journal import Journal
@@ -275,7 +274,7 @@ def _make_evaluate(run: Prepared, network: Network | None) -> Evaluate:
   """Builds a function that evaluates the variables and, if the run averages them, the average."""
   plan = run.plan
   preprocessing = plan.spec.preprocessing
-  fold, network = (_as_they_are, network) if network else _form(plan.spec)
+  fold, network = (_as_they_are, network) if network else _form(run)
   eval_step = parallel.data_parallel(
     make_eval_step(network, preprocessing, axis_name=parallel.AXIS)
   )
@@ -294,7 +293,7 @@ def _make_evaluate(run: Prepared, network: Network | None) -> Evaluate:
   return evaluate
 
 
-def _form(spec: ModelSpec) -> tuple[Callable[[Any], Any], Network]:
+def _form(run: Prepared) -> tuple[Callable[[Any], Any], Network]:
   """Returns a fold of variables on the devices, and the network that takes the result.
 
   An evaluation folds once and then computes a plain network for every batch. In inference both
@@ -303,15 +302,15 @@ def _form(spec: ModelSpec) -> tuple[Callable[[Any], Any], Network]:
   """
 
   # The name is that of the compiled program.
+  @jax.jit
   def fold(variables: Any) -> Any:
     return {"params": reparameterize(variables["params"], variables["batch_stats"])}
 
-  model = spec.create_model()
   try:
-    jax.eval_shape(fold, shapes_of(model, spec.preprocessing.image_size))
+    jax.eval_shape(fold, run.state.variables)
   except InputError:
-    return _as_they_are, model.apply
-  return jax.jit(fold), spec.create_model(deploy=True).apply
+    return _as_they_are, run.plan.spec.create_model().apply
+  return fold, run.plan.spec.create_model(deploy=True).apply
 
 
 def _as_they_are(variables: Any) -> Any:

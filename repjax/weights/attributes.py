@@ -51,12 +51,13 @@ def changed_attributes(
 
 def model_with(found: Recognition, overrides: Mapping[str, Any]) -> str | None:
   """Returns the name of the model that a model with some overrides is, or None."""
+  try:
+    wanted = create_model(found.model, **overrides)
+  except InputError:  # Attributes that were read one by one need not fit together.
+    return None
   for name in list_models():
-    try:
-      if create_model(name) == create_model(found.model, **overrides):
-        return name
-    except InputError:  # Equality with a model that cannot be built is no match.
-      continue
+    if create_model(name) == wanted:
+      return name
   return None
 
 

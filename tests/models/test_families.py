@@ -240,11 +240,8 @@ class TestExpanded:
     assert error <= 1e-12 if way == "with images" else error > 1e-3
 
 
-# One place wraps the blocks of all families. ParNet's blocks read one map, or two.
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["repvgg_a0", "parnet_s"])
-def test_remat_changes_neither_outputs_nor_gradients(name):
-  models = [small(name, remat=remat, **F64) for remat in (False, True)]
+def training_steps(models):
+  """Returns gradients, outputs and updates of each model, in training mode on one input."""
   x = random_input(4, 32, 32, 3)
   variables = random_variables(models[0], x)
 
@@ -256,7 +253,15 @@ def test_remat_changes_neither_outputs_nor_gradients(name):
   def both(params):
     return [jax.grad(functools.partial(loss, model), has_aux=True)(params) for model in models]
 
-  plain, rematerialised = both(variables["params"])
+  return both(variables["params"])
+
+
+# One place wraps the blocks of all families. ParNet's blocks read one map, or two.
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["repvgg_a0", "parnet_s"])
+def test_remat_changes_neither_outputs_nor_gradients(name):
+  models = [small(name, remat=remat, **F64) for remat in (False, True)]
+  plain, rematerialised = training_steps(models)
   largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(plain[0]))
 
   def check(a, b):
@@ -269,18 +274,7 @@ def test_remat_changes_neither_outputs_nor_gradients(name):
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "vgg16"])
 def test_statistics_from_the_covariance_change_no_training_step(name):
   models = [small(name, statistics=way, dropout=0.0, **F64) for way in ("covariance", "outputs")]
-  x = random_input(4, 32, 32, 3)
-  variables = random_variables(models[0], x)
-
-  def loss(model, params):
-    outputs, updates = train(model, {**variables, "params": params}, x)
-    return sum((leaf**2).sum() for leaf in jax.tree.leaves(outputs)), (outputs, updates)
-
-  @quick_jit
-  def both(params):
-    return [jax.grad(functools.partial(loss, model), has_aux=True)(params) for model in models]
-
-  for found, wanted in zip(*both(variables["params"])):
+  for found, wanted in zip(*training_steps(models)):
     # Gradients of a bias in front of a norm are zero but for rounding.
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
