@@ -59,14 +59,16 @@ def test_place_copies_a_tree_whole_onto_every_device():
 
 
 def mean_step(state, batch):
-  return state + jax.lax.pmean(batch["x"].sum(), parallel.AXIS)
+  mean = jax.lax.pmean(batch["x"].sum(), parallel.AXIS)
+  return state + mean, {"mean": mean}
 
 
 @pytest.mark.parametrize("donate", [False, True])
 def test_data_parallel_runs_a_step_on_each_devices_part(donate):
   step = parallel.data_parallel(mean_step, donate=donate)
   state = parallel.place(jnp.ones((3,)))
-  result = step(state, parallel.split({"x": np.arange(8, dtype=np.float32)}))
+  result, metrics = step(state, parallel.split({"x": np.arange(8, dtype=np.float32)}))
+  assert metrics["mean"] == np.arange(8).sum() / 4
   np.testing.assert_array_equal(result, 1 + np.full(3, np.arange(8).sum() / 4))
   assert state.is_deleted() == donate
 

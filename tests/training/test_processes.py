@@ -64,11 +64,11 @@ with processes.first_prints():
 
 warnings.simplefilter("error")
 step = parallel.data_parallel(
-  lambda state, batch: state + jax.lax.pmean(batch["x"].sum(), parallel.AXIS), donate=True
+  lambda state, batch: (state + jax.lax.pmean(batch["x"].sum(), parallel.AXIS), {}), donate=True
 )
 held = parallel.place(np.ones(3, np.float32))
 for _ in range(2):
-  new = step(held, parallel.split({"x": np.arange(4, dtype=np.float32) + 4 * me}))
+  new, _ = step(held, parallel.split({"x": np.arange(4, dtype=np.float32) + 4 * me}))
   assert held.is_deleted()
   held = new
 said["copies"] = [np.asarray(shard.data).tolist() for shard in held.addressable_shards]
