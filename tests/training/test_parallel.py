@@ -73,6 +73,28 @@ def test_data_parallel_runs_a_step_on_each_devices_part(donate):
   assert state.is_deleted() == donate
 
 
+def test_kernels_lie_in_the_layout_of_the_platform_and_nothing_else_changes(monkeypatch):
+  def step(state, batch):
+    return jax.tree.map(lambda leaf: leaf + jax.lax.pmean(batch["x"].sum(), parallel.AXIS), state), {}
+
+  kernel, bias = np.arange(48.0, dtype=np.float32).reshape(2, 2, 3, 4), np.ones(4, np.float32)
+  batch = parallel.split({"x": np.ones(4, np.float32)})
+  orders = []
+  for platforms in ((), ("cpu",)):
+    monkeypatch.setattr(parallel, "_REORDERING", platforms)
+    run = parallel.data_parallel(step, donate=True)
+    state = parallel.place({"conv": {"kernel": kernel, "bias": bias}})
+    for _ in range(2):  # the state comes back as the next step takes it
+      held = jax.tree.leaves(state)
+      state, _ = run(state, batch)
+      assert all(leaf.is_deleted() for leaf in held)
+    orders.append(state["conv"]["kernel"].format.layout.major_to_minor)
+    np.testing.assert_array_equal(state["conv"]["kernel"], kernel + 2)
+    np.testing.assert_array_equal(state["conv"]["bias"], bias + 2)
+    assert np.array(state["conv"]["kernel"]).tobytes() == (kernel + 2).tobytes()
+  assert orders == [(0, 1, 2, 3), (3, 0, 1, 2)]
+
+
 @pytest.mark.parametrize("batch_size", [8, 12, 256])
 def test_mixing_takes_batches_of_two_and_more_images_a_device(batch_size):
   parallel.check_batch_size(batch_size, mixing=True)
