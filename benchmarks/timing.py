@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repjax.deploy.xla import planned_bytes, safe_options
+from repjax.deploy.xla import planned_bytes
 from repjax.errors import InputError
 from repjax.timing import Turn, cpus, time_in_turns
+from repjax.xla import safe_options
 
 
 class Plan(NamedTuple):

@@ -13,9 +13,9 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from repjax.deploy.xla import safe_options
 from repjax.errors import InputError
 from repjax.training.prefetch import ReadAhead
+from repjax.xla import safe_options
 
 AXIS = "batch"
 """Name of the axis of devices, over which gradients, statistics and metrics are averaged."""
