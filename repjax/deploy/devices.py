@@ -9,6 +9,7 @@ images, one chunk after the other: the maps of a few images stay in the processo
 import functools
 import statistics
 import time
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +54,8 @@ class BatchPlan(NamedTuple):
     memory: bytes that XLA plans for a device, parameters included; None if XLA does not say.
     convolutions: scope of the kernel to name of the algorithm, for convolutions that XLA does not
       compute; see `repjax.deploy.convolutions`.
+    runtime: name of the runtime that computes the batch.
+    runtimes: least seconds of a batch by the name of each runtime, if these were compared.
   """
 
   devices: int
@@ -62,6 +65,8 @@ class BatchPlan(NamedTuple):
   compile_seconds: float
   memory: int | None
   convolutions: Mapping[str, str]
+  runtime: str = "xla"
+  runtimes: Mapping[str, float] = types.MappingProxyType({})
 
 
 class BatchProgram:
@@ -188,7 +193,7 @@ class PlacedTree:
       batch: shape (N, H, W, 3) and dtype of the images.
     """
     start = time.perf_counter()
-    arrangements, question = self._arrangements(batch.shape[0]), self._question(batch)
+    arrangements, question = self._arrangements(batch.shape[0]), self.question(batch)
     if self.tuner is not None and len(arrangements) > 1:
       # An earlier process may have measured the same; then the other arrangements are not compiled.
       known = recall(question)
@@ -208,7 +213,7 @@ class PlacedTree:
       fastest.convolutions,
     )
 
-  def _question(self, batch: jax.ShapeDtypeStruct) -> str:
+  def question(self, batch: jax.ShapeDtypeStruct) -> str:
     """Returns a text with everything that decides which arrangement is fastest.
 
     The names, shapes and dtypes of the parameters stand for the program.
