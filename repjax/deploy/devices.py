@@ -106,7 +106,7 @@ class BatchProgram:
     shape = jax.ShapeDtypeStruct(
       (self.images, *batch.shape[1:]), batch.dtype, sharding=self._sharding
     )
-    traced = trace(function, tree, shape, placed.one if alone else placed.whole)
+    traced = trace(function, tree, shape, placed.one if alone else placed.whole, placed.axes)
     self._executable = compile_lowered(traced.lower(), placed.devices[0], placed.options)
     tree = placed.lay_out(tree, self._executable)
     self._tree = placed.on_first(tree) if alone else tree
@@ -140,6 +140,7 @@ class PlacedTree:
     tree: the tree on all devices, in the layouts of the program that was compiled last.
     tuner: chooses how convolutions are computed; None leaves every convolution to XLA.
     options: options of XLA besides those that suit the devices.
+    axes: as for `trace` of `repjax.deploy.layouts`.
   """
 
   def __init__(
@@ -148,6 +149,7 @@ class PlacedTree:
     devices: Sequence[Any] | None = None,
     tune: bool = False,
     options: Mapping[str, Any] | None = None,
+    axes: Mapping[str, int] | None = None,
   ):
     """Copies the tree.
 
@@ -156,6 +158,7 @@ class PlacedTree:
       devices: devices of this process; None takes all.
       tune: choose the fastest algorithm for each convolution; no effect except on CPUs.
       options: options of XLA besides those that suit the devices.
+      axes: as for `trace` of `repjax.deploy.layouts`.
 
     Raises:
       InputError: there are no devices, or a device is given twice, or the devices are of several
@@ -166,7 +169,7 @@ class PlacedTree:
     self.one = SingleDeviceSharding(self.devices[0])
     self.whole = NamedSharding(mesh, PartitionSpec())
     self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
-    self.options = options or {}
+    self.options, self.axes = options or {}, axes
     copy_to_all = functools.partial(jax.device_put, device=self.whole)
     self.tree = copy_to_all(tree)
     self.tuner = make_tuner(self.tree, self.devices[0], copy_to_all, tune)
