@@ -192,6 +192,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 def _panel(axis: Any, rows: Sequence[Row]) -> None:
   """Draws the networks of one batch size; a line joins the RepVGGs."""
+  from matplotlib.ticker import LogLocator
+
   rows = sorted(rows, key=lambda row: row["published_top1"])
   for is_own, colour, style in ((True, OWN, "o-"), (False, RIVAL, "s")):
     chosen = [row for row in rows if (row["model"] in GROUPS) == is_own]
@@ -205,7 +207,9 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
       )
   axis.set_xscale("log")
   axis.margins(x=0.22, y=0.1)
+  axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
   axis.xaxis.set_major_formatter("{x:g}")
+  axis.xaxis.set_minor_formatter("")
   axis.set_xlabel("images/s", color=GREY)
   axis.tick_params(which="both", colors=GREY)
   axis.grid(alpha=0.25, which="both", color=GREY)
