@@ -200,8 +200,9 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
     places = [row["images_per_s"] for row in chosen], [row["published_top1"] for row in chosen]
     axis.plot(*places, style, color=colour, markersize=6)
     for row, x, y in zip(chosen, *places):
-      # RepVGGs are above and to the right of their rivals, and so are their names.
-      how = {"xytext": (6, 4), "ha": "left"} if is_own else {"xytext": (-6, -11), "ha": "right"}
+      # Names of networks that no RepVGG beats go away from the line, to the right.
+      right = is_own or not any(beats(other, row) for other in rows if other["model"] in GROUPS)
+      how = {"xytext": (6, 4), "ha": "left"} if right else {"xytext": (-6, -11), "ha": "right"}
       axis.annotate(
         TITLES[row["model"]], (x, y), textcoords="offset points", fontsize=8, color=colour, **how
       )
@@ -215,6 +216,11 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
   axis.grid(alpha=0.25, which="both", color=GREY)
   for spine in axis.spines.values():
     spine.set_color(GREY)
+
+
+def beats(one: Row, other: Row) -> bool:
+  """Tells if a network is both faster and more accurate than another network."""
+  return all(one[name] > other[name] for name in ("images_per_s", "published_top1"))
 
 
 def parse() -> argparse.Namespace:
