@@ -33,8 +33,6 @@ PUBLISHED = {
   "resnet101": 77.21,
   "resnet152": 77.78,
   "vgg16": 72.21,
-  "efficientnet_b0": 75.11,
-  "regnetx_032": 77.98,
 }
 """ImageNet top-1 at 224 px in %: Ding et al., RepVGG, CVPR 2021, Tables 4 and 5 (B3, B3g4)."""
 

@@ -9,7 +9,6 @@ images, one chunk after the other: the maps of a few images stay in the processo
 import functools
 import statistics
 import time
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,7 +54,7 @@ class BatchPlan(NamedTuple):
     convolutions: scope of the kernel to name of the algorithm, for convolutions that XLA does not
       compute; see `repjax.deploy.convolutions`.
     runtime: name of the runtime that computes the batch.
-    runtimes: least seconds of a batch by the name of each runtime, if these were compared.
+    runtimes: least seconds of a batch by the name of each runtime. Empty if none were compared.
   """
 
   devices: int
@@ -65,8 +64,8 @@ class BatchPlan(NamedTuple):
   compile_seconds: float
   memory: int | None
   convolutions: Mapping[str, str]
-  runtime: str = "xla"
-  runtimes: Mapping[str, float] = types.MappingProxyType({})
+  runtime: str
+  runtimes: Mapping[str, float]
 
 
 class BatchProgram:
@@ -214,6 +213,8 @@ class PlacedTree:
       compile_seconds,
       fastest.memory,
       fastest.convolutions,
+      runtime="xla",
+      runtimes={},
     )
 
   def question(self, batch: jax.ShapeDtypeStruct) -> str:

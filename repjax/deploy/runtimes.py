@@ -248,7 +248,7 @@ class PlacedRuntimes:
     # This call prepares the runtime for this batch size, too, so that no later call has to.
     _check_agreement(name, program.finish(program.start(image), 1), wanted)
     seconds = time.perf_counter() - start
-    return program, BatchPlan(1, size, size, {}, seconds, None, {}, name)
+    return program, BatchPlan(1, size, size, {}, seconds, None, {}, name, {})
 
   def _written(self, function: Function, batch: jax.ShapeDtypeStruct) -> bytes:
     """Returns the function as the content of an ONNX file, for any batch size."""

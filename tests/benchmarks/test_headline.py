@@ -35,7 +35,7 @@ def test_every_network_has_a_title_and_published_numbers(load):
   headline = load("headline")
   names = {name for own, rivals in headline.GROUPS.items() for name in (own, *rivals)}
   assert names == headline.SPEEDS.keys() == headline.TITLES.keys()
-  assert names <= load("plot").PUBLISHED.keys()
+  assert names <= headline.PUBLISHED.keys()
 
 
 def test_the_table_has_a_row_for_each_rival(load, results):
