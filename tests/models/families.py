@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import repjax
-from tests.helpers import F64
+from tests.helpers import F64, spread
 
 
 class Family(NamedTuple):
@@ -42,6 +42,9 @@ FAMILIES: dict[str, Family] = {
   "repmlp_cifar": Family(_CIFAR, {"stage1": (1, 4), "stage2": (2, 6)}, 2),
 }
 """Name of the variant to its family."""
+
+THOROUGH = spread(FAMILIES, ("repvgg_a0", "repmlpnet_t224", "parnet_s"))
+"""All families, for costly tests: those whose layers differ most, and the others as proofs."""
 
 
 def small(name: str, **overrides: Any) -> Any:
