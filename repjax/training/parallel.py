@@ -73,7 +73,8 @@ class DataParallel:
       # Each device has one part of the batch, (1, B / D, ...).
       return self._step(state, jax.tree.map(lambda part: part[0], batch))
 
-    # What a step returns is equal on all devices. Not every sum over devices says so to the check.
+    # All results of a step are equal on all devices. The check would refuse some that are, such as
+    # what is gathered from all devices.
     return jax.shard_map(
       step, mesh=self._mesh, in_specs=(_WHOLE, _SPLIT), out_specs=_WHOLE, check_vma=False
     )
@@ -106,7 +107,8 @@ def formats(tree: Any, whole: NamedSharding) -> Any:
 
   On GPUs, the kernels of convolutions lie in memory output channel by output channel. cuDNN reads
   and writes kernels in this order, and Flax's order would cost a transposition in every step. The
-  order is invisible: shapes, indices, values and saved files stay as they are.
+  order is invisible: shapes, indices, values and saved files stay as they are. `Layout.AUTO` would
+  leave 1x1 kernels in Flax's order, and the step of RepVGG-A0 would have 6 % more GPU kernels.
 
   Args:
     tree: arrays, or their shapes.
