@@ -7,8 +7,8 @@ from typing import Any
 
 from repjax.errors import InputError, unknown
 from repjax.recognition import layer_name
-from repjax.spec import ModelSpec
-from repjax.weights import parnet, repmlp, repmlpnet, repvgg, resnet, vgg
+from repjax.spec import ModelSpec, Preprocessing
+from repjax.weights import mobileone, parnet, repmlp, repmlpnet, repvgg, resnet, vgg
 from repjax.weights.naming import Entry, Naming, entries
 
 NAMINGS: dict[str, dict[str, Naming]] = {
@@ -18,6 +18,7 @@ NAMINGS: dict[str, dict[str, Naming]] = {
   **repmlp.NAMINGS,
   **repmlpnet.NAMINGS,
   **parnet.NAMINGS,
+  **mobileone.NAMINGS,
 }
 """Model to source to table of names. A new family adds its table here."""
 
@@ -26,6 +27,15 @@ FOLDED: dict[str, tuple[str, ...]] = {**repmlpnet.FOLDED, **parnet.FOLDED}
 
 All other layers are in these files as they were trained, and are folded on import. Models that are
 not in this table have deploy files without statistics.
+"""
+
+PREPROCESSING: dict[tuple[str, str], Preprocessing] = {
+  **repvgg.PREPROCESSING,
+  **mobileone.PREPROCESSING,
+}
+"""(model, source) to the preprocessing with which its published accuracy was measured.
+
+Models that are not in this table use the defaults of `ModelSpec.usual`.
 """
 
 RELEASED_WITH: dict[tuple[str, str], dict[str, tuple[Any, str]]] = {**parnet.RELEASED_WITH}

@@ -17,8 +17,7 @@ from repjax.weights import hub, repmlpnet, repvgg
 from repjax.weights.files import read_entry
 from repjax.weights.misfits import is_half
 from repjax.weights.recognition import Recognition, recognize, removed_from
-from repjax.weights.repvgg import PREPROCESSING
-from repjax.weights.sources import RELEASED_WITH
+from repjax.weights.sources import PREPROCESSING, RELEASED_WITH
 from repjax.weights.translation import from_torch, to_torch
 
 
