@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from repjax import layers
 from repjax.errors import printable
 from repjax.layers.base import RepLayer, is_named
+from repjax.layers.grammar import is_skip
 from repjax.layers.rep_conv import convolution_branches, other_names
 
 Tree = Mapping[str, Any]
@@ -61,6 +62,9 @@ KINDS: dict[str, Kind] = {
     ),
     Kind(layers.RepFFN, layers.fold_rep_ffn, layers.expand_rep_ffn, layers.recognize_rep_ffn),
     Kind(layers.RepHead, layers.fold_rep_head, layers.expand_rep_head, layers.recognize_rep_head),
+    Kind(
+      layers.RepHeads, layers.fold_rep_heads, layers.expand_rep_heads, layers.recognize_rep_heads
+    ),
     Kind(layers.RepNorm, layers.fold_rep_norm, layers.expand_rep_norm, layers.recognize_rep_norm),
     Kind(
       layers.ScaledConv,
@@ -96,6 +100,14 @@ def layer_name(scope: str, folds: Iterable[str] = FOLDS) -> str | None:
 def is_known(name: str, fold: Fold) -> bool:
   """Tells if a fold is the one that repjax has for the layer of a class name."""
   return name in KINDS and KINDS[name].fold is fold
+
+
+def is_mark(name: str) -> bool:
+  """Tells if a leaf of statistics is a note that only names something, with any value.
+
+  Such notes name a skip, or the class of the layer.
+  """
+  return is_skip(name) or name in KINDS
 
 
 def kind_of(name: str, params: Tree, stats: Tree) -> Kind | None:

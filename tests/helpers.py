@@ -18,8 +18,8 @@ from flax import linen as nn
 import repjax
 from repjax import program
 from repjax.errors import InputError
-from repjax.layers.grammar import is_skip
 from repjax.layers.linear import uniform_bound
+from repjax.recognition import is_mark
 from repjax.weights.naming import Naming, entries, tensor_name
 from repjax.weights.repvgg import NAMINGS
 
@@ -131,7 +131,7 @@ def randomise(variables: Any, seed: int = 0, epsilon: float = 0.1) -> Any:
       values = rng.uniform(-0.3, 0.3, leaf.shape)
     elif kind == "epsilon":
       values = np.full(leaf.shape, epsilon)
-    elif kind in repjax.FOLDS or is_skip(kind):  # notes of layers, whose values mean nothing
+    elif is_mark(kind):  # notes of layers, whose values mean nothing
       values = np.ones(leaf.shape)
     else:
       raise ValueError(f"no rule for a leaf called {kind!r}")

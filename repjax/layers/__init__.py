@@ -23,6 +23,7 @@ from repjax.layers.rep_conv import RepConv, fold_rep_conv, recognize_rep_conv
 from repjax.layers.rep_dense import RepDense, expand_rep_dense, fold_rep_dense, recognize_rep_dense
 from repjax.layers.rep_ffn import RepFFN, expand_rep_ffn, fold_rep_ffn, recognize_rep_ffn
 from repjax.layers.rep_head import RepHead, expand_rep_head, fold_rep_head, recognize_rep_head
+from repjax.layers.rep_heads import RepHeads, expand_rep_heads, fold_rep_heads, recognize_rep_heads
 from repjax.layers.rep_norm import RepNorm, expand_rep_norm, fold_rep_norm, recognize_rep_norm
 from repjax.layers.scaled_conv import (
   ScaledConv,
@@ -39,6 +40,7 @@ __all__ = [
   "RepDense",
   "RepFFN",
   "RepHead",
+  "RepHeads",
   "RepLayer",
   "RepNorm",
   "ScaledConv",
@@ -51,6 +53,7 @@ __all__ = [
   "expand_rep_dense",
   "expand_rep_ffn",
   "expand_rep_head",
+  "expand_rep_heads",
   "expand_rep_norm",
   "expand_scaled_conv",
   "expand_skip_squeeze_excite",
@@ -60,6 +63,7 @@ __all__ = [
   "fold_rep_dense",
   "fold_rep_ffn",
   "fold_rep_head",
+  "fold_rep_heads",
   "fold_rep_norm",
   "fold_scaled_conv",
   "fold_skip_squeeze_excite",
@@ -70,6 +74,7 @@ __all__ = [
   "recognize_rep_dense",
   "recognize_rep_ffn",
   "recognize_rep_head",
+  "recognize_rep_heads",
   "recognize_rep_norm",
   "recognize_scaled_conv",
   "recognize_skip_squeeze_excite",

@@ -16,6 +16,7 @@ from repjax.models import (
   repmlp_resnet,
   repmlpnet,
   repvgg,
+  repvit,
   resnet,
   vgg,
 )
@@ -33,6 +34,7 @@ _FAMILIES = (
   (repmlpnet.RepMLPNet, repmlpnet.VARIANTS),
   (parnet.ParNet, parnet.VARIANTS),
   (mobileone.MobileOne, mobileone.VARIANTS),
+  (repvit.RepViT, repvit.VARIANTS),
 )
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
   name: (family, row) for family, variants in _FAMILIES for name, row in variants.items()

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from repjax.recognition import is_mark
+
 
 class Layout(NamedTuple):
   """A pair of functions that reorder a tensor's axes; they return views if strides allow it.
@@ -125,6 +127,8 @@ class NoNameError(ValueError):
 def entries(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Entry]:
   """Returns the counterpart of every tensor of a state dict, by the tensor's name.
 
+  Notes that only name something have no tensors. `marks_in` returns them.
+
   Args:
     naming: the table.
     variables: a tree of arrays or shapes.
@@ -135,6 +139,8 @@ def entries(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Entry]:
   found = {}
   for key_path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
     path = tuple(entry.key for entry in key_path)
+    if _is_mark(path):
+      continue
     name, layout = tensor_name(naming, path[1:], len(leaf.shape))
     if not isinstance(layout, Layout):
       layout = layout(leaf.shape)
@@ -142,6 +148,17 @@ def entries(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Entry]:
     shape = layout.to_torch(np.broadcast_to(np.zeros((), bool), leaf.shape)).shape
     found[name] = Entry(path, layout, shape)
   return found
+
+
+def marks_in(variables: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Returns path and shape of every note that only names something, such as a skip."""
+  leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
+  paths = ((tuple(entry.key for entry in key_path), leaf.shape) for key_path, leaf in leaves)
+  return {path: shape for path, shape in paths if _is_mark(path)}
+
+
+def _is_mark(path: tuple[str, ...]) -> bool:
+  return path[0] == "batch_stats" and is_mark(path[-1])
 
 
 def tensor_name(naming: Naming, path: tuple[str, ...], axes: int) -> tuple[str, Layout | ByShape]:

@@ -8,8 +8,8 @@ from typing import Any
 from repjax.errors import InputError, unknown
 from repjax.recognition import layer_name
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.weights import mobileone, parnet, repmlp, repmlpnet, repvgg, resnet, vgg
-from repjax.weights.naming import Entry, Naming, entries
+from repjax.weights import mobileone, parnet, repmlp, repmlpnet, repvgg, repvit, resnet, vgg
+from repjax.weights.naming import Entry, Naming, entries, marks_in
 
 NAMINGS: dict[str, dict[str, Naming]] = {
   **repvgg.NAMINGS,
@@ -19,6 +19,7 @@ NAMINGS: dict[str, dict[str, Naming]] = {
   **repmlpnet.NAMINGS,
   **parnet.NAMINGS,
   **mobileone.NAMINGS,
+  **repvit.NAMINGS,
 }
 """Model to source to table of names. A new family adds its table here."""
 
@@ -32,6 +33,7 @@ not in this table have deploy files without statistics.
 PREPROCESSING: dict[tuple[str, str], Preprocessing] = {
   **repvgg.PREPROCESSING,
   **mobileone.PREPROCESSING,
+  **repvit.PREPROCESSING,
 }
 """(model, source) to the preprocessing with which its published accuracy was measured.
 
@@ -71,16 +73,31 @@ def expected(
   return _expected_cached(model_name, naming, kind, num_classes, json.dumps(dict(overrides)))
 
 
+def expected_marks(
+  model_name: str, kind: str, overrides: Mapping[str, Any]
+) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Returns path and shape of the notes in a model's variables for which files hold no tensor."""
+  return marks_in(_shapes(model_name, kind, 1000, dict(overrides)))
+
+
 @functools.lru_cache(maxsize=256)
 def _expected_cached(
   model_name: str, naming: str, kind: str, num_classes: int, overrides: str
 ) -> dict[str, Entry]:
-  spec = ModelSpec.usual(model_name, num_classes, json.loads(overrides))
+  shapes = _shapes(model_name, kind, num_classes, json.loads(overrides))
+  return entries(naming_of(model_name, naming), shapes)
+
+
+def _shapes(
+  model_name: str, kind: str, num_classes: int, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns shapes of the variables of which a file of a kind holds the tensors."""
+  spec = ModelSpec.usual(model_name, num_classes, overrides)
   shapes = spec.variable_shapes(deploy=kind == "deploy")
   if kind == "deploy" and model_name in FOLDED:
     layers = dict.fromkeys(FOLDED[model_name])
-    shapes = _partly_folded(spec.variable_shapes(), shapes["params"], layers)
-  return entries(naming_of(model_name, naming), shapes)
+    return _partly_folded(spec.variable_shapes(), shapes["params"], layers)
+  return shapes
 
 
 def _partly_folded(
