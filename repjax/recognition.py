@@ -60,6 +60,19 @@ KINDS: dict[str, Kind] = {
     Kind(
       layers.RepDense, layers.fold_rep_dense, layers.expand_rep_dense, layers.recognize_rep_dense
     ),
+    Kind(layers.ConvFFN, layers.fold_conv_ffn, layers.expand_conv_ffn, layers.recognize_conv_ffn),
+    Kind(
+      layers.RepAttention,
+      layers.fold_rep_attention,
+      layers.expand_rep_attention,
+      layers.recognize_rep_attention,
+    ),
+    Kind(
+      layers.RepMixer, layers.fold_rep_mixer, layers.expand_rep_mixer, layers.recognize_rep_mixer
+    ),
+    Kind(
+      layers.SkipConv, layers.fold_skip_conv, layers.expand_skip_conv, layers.recognize_skip_conv
+    ),
     Kind(layers.RepFFN, layers.fold_rep_ffn, layers.expand_rep_ffn, layers.recognize_rep_ffn),
     Kind(layers.RepHead, layers.fold_rep_head, layers.expand_rep_head, layers.recognize_rep_head),
     Kind(

@@ -125,7 +125,7 @@ def randomise(variables: Any, seed: int = 0, epsilon: float = 0.1) -> Any:
     kind = path[-1].key
     if kind == "kernel":
       values = rng.standard_normal(leaf.shape) * uniform_bound(leaf.shape)
-    elif kind in ("scale", "var", "diagonal", "gain"):
+    elif kind in ("scale", "var", "diagonal", "gain", "gamma"):
       values = rng.uniform(0.5, 1.5, leaf.shape)
     elif kind in ("bias", "mean"):
       values = rng.uniform(-0.3, 0.3, leaf.shape)

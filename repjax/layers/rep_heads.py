@@ -75,7 +75,9 @@ class RepHeads(RepLayer):
     """
     refuse_training(self.deploy, train)
     if self.heads < 1:
-      raise InputError(f"RepHeads {'/'.join(self.path)}: heads must be at least 1, got {self.heads}")
+      raise InputError(
+        f"RepHeads {'/'.join(self.path)}: heads must be at least 1, got {self.heads}"
+      )
     if self.deploy:
       return linear(x, self.num_classes, name="dense", **self.dtypes())
     outputs = [

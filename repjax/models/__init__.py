@@ -10,6 +10,7 @@ from flax.core import FrozenDict
 
 from repjax.errors import unknown
 from repjax.models import (
+  fastvit,
   mobileone,
   parnet,
   repmlp,
@@ -35,6 +36,7 @@ _FAMILIES = (
   (parnet.ParNet, parnet.VARIANTS),
   (mobileone.MobileOne, mobileone.VARIANTS),
   (repvit.RepViT, repvit.VARIANTS),
+  (fastvit.FastViT, fastvit.VARIANTS),
 )
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
   name: (family, row) for family, variants in _FAMILIES for name, row in variants.items()

@@ -114,7 +114,9 @@ class MobileOne(Classifier, kw_only=True):
     channels = min(64, int(64 * self.width_multipliers[0]))
     first, *stridings = dilate(self.strides, self.output_stride)
     stem = functools.partial(self.builder(RepVGGBlock), groups=1, se=None, se_reduction=1)
-    x = stem(features=channels, striding=first, branches=block_branches(3, 1), name="stem")(x, train)
+    x = stem(features=channels, striding=first, branches=block_branches(3, 1), name="stem")(
+      x, train
+    )
     maps = {}
     for index, striding in enumerate(stridings):
       features = int(64 * 2**index * self.width_multipliers[index])

@@ -38,6 +38,8 @@ CONV = Layout(lambda x: x.transpose(3, 2, 0, 1), lambda x: x.transpose(2, 3, 1, 
 """HWIO here, OIHW in PyTorch."""
 DENSE = Layout(lambda x: x.T, lambda x: x.T)
 """(in, out) here, (out, in) in PyTorch."""
+FACTORS = Layout(lambda x: x[:, None, None], lambda x: x[:, 0, 0])
+"""(C,) here, (C, 1, 1) in PyTorch, which broadcasts over maps with channels first."""
 DENSE_AS_CONV = Layout(lambda x: x.T[:, :, None, None], lambda x: x[:, :, 0, 0].T)
 """(in, out) here, a 1x1 convolution (out, in, 1, 1) in PyTorch."""
 
@@ -93,6 +95,7 @@ Naming = Sequence[Row]
 _LEAVES = {
   "kernel": "weight",
   "scale": "weight",
+  "gamma": "gamma",
   "bias": "bias",
   "mean": "running_mean",
   "var": "running_var",
@@ -177,6 +180,8 @@ def tensor_name(naming: Naming, path: tuple[str, ...], axes: int) -> tuple[str, 
     raise NoNameError(f"{'/'.join(path)}: {path[-1]} is none of {', '.join(_LEAVES)}")
   if path[-1] == "kernel":
     layout = kernel or {7: tile_kernel, 4: CONV, 2: DENSE}[axes]
+  elif path[-1] == "gamma":
+    layout = FACTORS
   else:
     layout = tile_vector if axes == 4 else SAME
   return f"{scope}.{_LEAVES[path[-1]]}", layout

@@ -8,7 +8,17 @@ from typing import Any
 from repjax.errors import InputError, unknown
 from repjax.recognition import layer_name
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.weights import mobileone, parnet, repmlp, repmlpnet, repvgg, repvit, resnet, vgg
+from repjax.weights import (
+  fastvit,
+  mobileone,
+  parnet,
+  repmlp,
+  repmlpnet,
+  repvgg,
+  repvit,
+  resnet,
+  vgg,
+)
 from repjax.weights.naming import Entry, Naming, entries, marks_in
 
 NAMINGS: dict[str, dict[str, Naming]] = {
@@ -20,10 +30,15 @@ NAMINGS: dict[str, dict[str, Naming]] = {
   **parnet.NAMINGS,
   **mobileone.NAMINGS,
   **repvit.NAMINGS,
+  **fastvit.NAMINGS,
 }
 """Model to source to table of names. A new family adds its table here."""
 
-FOLDED: dict[str, tuple[str, ...]] = {**repmlpnet.FOLDED, **parnet.FOLDED}
+FOLDED: dict[str, tuple[str, ...]] = {
+  **repmlpnet.FOLDED,
+  **parnet.FOLDED,
+  **fastvit.FOLDED,
+}
 """Model to the layers that its deploy files hold in deploy form.
 
 All other layers are in these files as they were trained, and are folded on import. Models that are
@@ -34,6 +49,7 @@ PREPROCESSING: dict[tuple[str, str], Preprocessing] = {
   **repvgg.PREPROCESSING,
   **mobileone.PREPROCESSING,
   **repvit.PREPROCESSING,
+  **fastvit.PREPROCESSING,
 }
 """(model, source) to the preprocessing with which its published accuracy was measured.
 
