@@ -35,7 +35,7 @@ _TIMM: Naming = (
   Row("SqueezeExcite_0/up", "attn.fc2", DENSE_AS_CONV),
 )
 
-NAMINGS: dict[str, dict[str, Naming]] = dict.fromkeys(VARIANTS, {"timm": _TIMM})
+NAMINGS: dict[str, dict[str, Naming]] = {name: {"timm": _TIMM} for name in VARIANTS}
 """Model to source to table of names."""
 
 PREPROCESSING: dict[tuple[str, str], Preprocessing] = {

@@ -218,14 +218,15 @@ def closest_model(
   refusals, closest, most = [], None, 0
   # Tracing a model takes half a second, and models of one family share their tables. A table that
   # gave none of the names for one model is not tried for the next one. Once a table gave nearly all
-  # of the names, no other table is tried.
+  # of the names, only tables of the same family and source are tried.
   unmatched: set[Naming] = set()
-  decided: Naming | None = None
+  decided: tuple[type, str] | None = None
   for model_name in likeliest_first:
+    family = type(create_model(model_name))
     tables = {
       naming: table
       for naming, table in NAMINGS[model_name].items()
-      if table not in unmatched and decided in (None, table)
+      if table not in unmatched and decided in (None, (family, naming))
     }
     shared: collections.Counter[Naming] = collections.Counter()
     try:
@@ -233,9 +234,8 @@ def closest_model(
         state = unwrapped(original, wanted).state
         names = sum(name in state and not entry.in_head for name, entry in wanted.items())
         shared[tables[naming]] += names
-        # The two tables of RepViT share four fifths of their names.
-        if names > 0.9 * len(state):
-          decided = tables[naming]
+        if names > 0.75 * len(state):
+          decided = family, naming
         same = sum(name in state and state[name].shape == e.shape for name, e in wanted.items())
         if same > most:
           closest = Recognition(model_name, naming, kind, _num_classes(state, wanted))
