@@ -48,8 +48,8 @@ def import_weights(
     overrides: as in `create_model`.
 
   Returns:
-    The content of import.json: `source`, `file`, `bytes`, `sha256`, `revision` (of the hub),
-    `entry` and `other_entries` (state dicts in the file), `removed` (prefixes and wrappers that
+    The content of import.json: `source`, `file`, `bytes`, `sha256`, `revision` and `license` (as the
+    hub states them), `entry` and `other_entries` (state dicts in the file), `removed` (prefixes and wrappers that
     were taken off the names), `dtypes`, `model`, `naming`, `kind`,
     `num_classes`, `new_head`, `assumed` (overrides that the weights need and the caller has not
     given), and `parameters`.
@@ -100,6 +100,7 @@ def import_weights(
       "bytes": path.stat().st_size,
       "sha256": checksum.result(),
       "revision": fetched.revision if fetched else None,
+      "license": fetched.license if fetched else None,
       "entry": entry,
       "other_entries": others,
       "removed": removed,
