@@ -139,8 +139,8 @@ def fetch(reference: str) -> HubFile:
   config = json_files.read(config_path, _CONFIG) if config_path else {}
   # The path in the cache is .../snapshots/<commit>/<file>, and a file may be in folders.
   folders = path.parts[: -len(Path(names[0]).parts)]
-  license = license_of(card.to_dict() if card else {}, config)
-  return HubFile(path, repository, folders[-1], config, license)
+  stated = license_of(card.to_dict() if card else {}, config)
+  return HubFile(path, repository, folders[-1], config, stated)
 
 
 def license_of(card: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:

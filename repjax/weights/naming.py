@@ -79,7 +79,8 @@ class Row(NamedTuple):
   """One line of a naming.
 
   Attributes:
-    path: regular expression for one or more whole path segments.
+    path: regular expression for one or more whole path segments. The leaf is a part of the path
+      for factors, `gamma`, alone.
     name: the name of these segments in a state dict, with the groups of `path` as \\1, \\2, ...
     kernel: layout of the kernels below. None takes the usual one: `CONV` for four axes, `DENSE` for
       two, `tile_kernel` for seven.
@@ -95,7 +96,6 @@ Naming = Sequence[Row]
 _LEAVES = {
   "kernel": "weight",
   "scale": "weight",
-  "gamma": "gamma",
   "bias": "bias",
   "mean": "running_mean",
   "var": "running_var",
@@ -175,13 +175,13 @@ def tensor_name(naming: Naming, path: tuple[str, ...], axes: int) -> tuple[str, 
   Raises:
     NoNameError: the naming has no name for the leaf.
   """
+  if path[-1] == "gamma":  # a module in one project, a parameter of its own in a different one
+    return _scope_name(tuple(naming), path)[0], FACTORS
   scope, kernel = _scope_name(tuple(naming), path[:-1])
   if path[-1] not in _LEAVES:
     raise NoNameError(f"{'/'.join(path)}: {path[-1]} is none of {', '.join(_LEAVES)}")
   if path[-1] == "kernel":
     layout = kernel or {7: tile_kernel, 4: CONV, 2: DENSE}[axes]
-  elif path[-1] == "gamma":
-    layout = FACTORS
   else:
     layout = tile_vector if axes == 4 else SAME
   return f"{scope}.{_LEAVES[path[-1]]}", layout

@@ -1,12 +1,14 @@
-"""RepViT's names in timm, and the preprocessing of the published weights.
+"""RepViT's names in the authors' repository and in timm, and preprocessing.
 
 In deploy form a convolution has the name of the conv-BN that it was.
 
 References:
+  https://github.com/THU-MIG/RepViT at 960c61b, model/repvit.py
   https://github.com/huggingface/pytorch-image-models, timm/models/repvit.py
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from repjax.models.repvit import VARIANTS
 from repjax.spec import Preprocessing
@@ -56,12 +58,62 @@ def _timm(normed_branches: bool) -> Naming:
   )
 
 
-NAMINGS: dict[str, dict[str, Naming]] = {
-  name: {"timm": _timm(row.get("normed_branches", False))} for name, row in VARIANTS.items()
-}
+def _official(stage_sizes: Sequence[int], normed_branches: bool) -> Naming:
+  """Returns the authors' table of a network; they number all blocks in one row.
+
+  Args:
+    stage_sizes: number of blocks in each stage.
+    normed_branches: as in `_timm`.
+  """
+  return (
+    *_conv_bn("stem/RepConv_conv1", "features.0.0"),
+    *_conv_bn("stem/RepConv_conv2", "features.0.2"),
+    *_official_blocks(stage_sizes),
+    *_conv_bn("RepConv_spatial", "token_mixer.0"),
+    *_conv_bn("RepConv_channel", "token_mixer.2"),
+    Row("RepConv_mixer/conv3x3/conv", "token_mixer.0.conv.c"),
+    Row("RepConv_mixer/conv3x3/bn", "token_mixer.0.conv.bn"),
+    Row("RepConv_mixer/conv1x1/conv", f"token_mixer.0.conv1{'.c' if normed_branches else ''}"),
+    Row("RepConv_mixer/conv1x1/bn", "token_mixer.0.conv1.bn"),
+    Row("RepConv_mixer/bn", "token_mixer.0.bn"),
+    Row("RepConv_mixer/conv", "token_mixer.0"),
+    Row("SqueezeExcite_0/down", "token_mixer.1.fc1", DENSE_AS_CONV),
+    Row("SqueezeExcite_0/up", "token_mixer.1.fc2", DENSE_AS_CONV),
+    *_conv_bn("RepConv_expand", "channel_mixer.m.0"),
+    *_conv_bn("RepConv_project", "channel_mixer.m.2"),
+    Row("head/RepHeads_0/head0/bn", "classifier.classifier.bn"),
+    Row("head/RepHeads_0/head0/dense", "classifier.classifier.l"),
+    Row("head/RepHeads_0/head1/bn", "classifier.classifier_dist.bn"),
+    Row("head/RepHeads_0/head1/dense", "classifier.classifier_dist.l"),
+    Row("head/RepHeads_0/dense", "classifier"),
+  )
+
+
+def _official_blocks(stage_sizes: Sequence[int]) -> Iterator[Row]:
+  """Yields the rows of all blocks. The block before a down-sampling is one of its own there."""
+  number = 0  # the stem
+  for stage, size in enumerate(stage_sizes, 1):
+    if stage > 1:
+      yield Row(f"stage{stage}/downsample/before", f"features.{number + 1}")
+      yield Row(f"stage{stage}/downsample", f"features.{number + 2}")
+      number += 2
+    for block in range(size):
+      number += 1
+      yield Row(f"stage{stage}/block{block}", f"features.{number}")
+
+
+def _namings(row: Mapping[str, Any]) -> dict[str, Naming]:
+  """Returns the tables of a variant by source."""
+  normed = row.get("normed_branches", False)
+  return {"official": _official(row["stage_sizes"], normed), "timm": _timm(normed)}
+
+
+NAMINGS: dict[str, dict[str, Naming]] = {name: _namings(row) for name, row in VARIANTS.items()}
 """Model to source to table of names."""
 
 PREPROCESSING: dict[tuple[str, str], Preprocessing] = {
-  (name, "timm"): Preprocessing(resize_size=235, interpolation="bicubic") for name in VARIANTS
+  (name, source): Preprocessing(resize_size=235, interpolation="bicubic")
+  for name in VARIANTS
+  for source in ("official", "timm")
 }
 """(model, source) to the preprocessing with which its published accuracy was measured."""

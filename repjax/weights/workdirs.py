@@ -48,11 +48,10 @@ def import_weights(
     overrides: as in `create_model`.
 
   Returns:
-    The content of import.json: `source`, `file`, `bytes`, `sha256`, `revision` and `license` (as the
-    hub states them), `entry` and `other_entries` (state dicts in the file), `removed` (prefixes and wrappers that
-    were taken off the names), `dtypes`, `model`, `naming`, `kind`,
-    `num_classes`, `new_head`, `assumed` (overrides that the weights need and the caller has not
-    given), and `parameters`.
+    The content of import.json: `source`, `file`, `bytes`, `sha256`, `revision` and `license` (as
+    the hub states them), `entry` and `other_entries` (state dicts in the file), `removed` (what was
+    taken off the names), `dtypes`, `model`, `naming`, `kind`, `num_classes`, `new_head`, `assumed`
+    (overrides that the weights need and the caller has not given), and `parameters`.
 
   Raises:
     InputError: the folder is not empty, or the weights cannot be read or do not fit.
