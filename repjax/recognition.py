@@ -1,9 +1,9 @@
 """Recognition of layers in a tree: by the content of a scope, or by the name of its class.
 
-The layers of repjax are recognised by what a scope holds. Six of them hold only scopes with
-ordinary names: AuxHead, GlobalPerceptron, RepFFN, RepHead, RepNorm and SkipSqueezeExcite. Such a
-layer has its class name at the beginning of the scope's name, or else a note in its statistics,
-which the layer writes itself.
+The layers of repjax are recognised by what a scope holds. Eight of them hold only scopes with
+ordinary names: AuxHead, GlobalPerceptron, RepFFN, RepHead, RepHeads, RepNorm, SkipConv and
+SkipSqueezeExcite. Such a layer has its class name at the beginning of the scope's name, or else a
+note in its statistics, which the layer writes itself.
 Layers of other people are recognised by their class names alone.
 """
 

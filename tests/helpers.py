@@ -290,6 +290,32 @@ def parnet_goldens() -> dict[str, Any]:
   return json.loads((GOLDENS / "parnet.json").read_text())
 
 
+def mobile_goldens() -> dict[str, Any]:
+  """Reads the golden numbers of MobileOne, RepViT and FastViT, which timm has computed.
+
+  {"counts": {model: {...}}, "cases": networks of full size, "small": small ones with all maps}.
+  """
+  return json.loads((GOLDENS / "mobile.json").read_text())
+
+
+@functools.cache
+def mobile_keys() -> dict[str, dict[str, dict[str, list[int]]]]:
+  """Reads {model: {kind: {name: shape}}} of timm's MobileOne, RepViT and FastViT."""
+  with gzip.open(GOLDENS / "mobile_keys.json.gz", "rt") as file:
+    return json.load(file)
+
+
+def folded_beyond_timm(model: nn.Module) -> int:
+  """Returns how many more parameters timm's deploy form has than ours.
+
+  Each FFN of a FastViT has 2 C parameters more, for C channels: of its norm C stay as a bias, and
+  its factors go. Attention has as many as ours: its norm and factors go, and qkv gets 3 C biases.
+  """
+  if type(model).__name__ != "FastViT":
+    return 0
+  return 2 * sum(blocks * width for blocks, width in zip(model.stage_sizes, model.widths))
+
+
 def folded_beyond_the_authors(model: nn.Module) -> int:
   """Returns how many more parameters the authors' deploy form of a RepMLPNet has than ours.
 

@@ -80,6 +80,7 @@ class RepHeads(RepLayer):
       )
     if self.deploy:
       return linear(x, self.num_classes, name="dense", **self.dtypes())
+    self.write_notes()  # the norms, which would write them, belong to the heads
     outputs = [
       _NormedHead(self.num_classes, **self.shared(), name=f"head{index}")(x, train)
       for index in range(self.heads)
