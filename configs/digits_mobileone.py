@@ -17,4 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
   config = digits.get_config()
   config.model = "mobileone_s0"
   config.model_overrides.copies = 2
+  config.model_overrides.stage_sizes = (1, 1, 2, 1)
+  config.model_overrides.width_multipliers = (0.5, 0.25, 0.25, 0.25)
   return config
