@@ -1,7 +1,7 @@
 """A small FastViT with attention on real handwritten digits, done in about a minute on two cores.
 
-Model: a stem and three stages, the last of which has attention.
-Data and recipe: those of configs/digits.py, at 32 px.
+Model: a stem and two stages, the second of which has attention.
+Data and recipe: those of configs/digits.py.
 Expected: at least 97 % on the 360 test images, equal in both forms. Confirmed here.
 
   repjax train --config digits_fastvit
@@ -16,11 +16,9 @@ def get_config() -> ml_collections.ConfigDict:
   """Returns the recipe of `digits` for a small FastViT."""
   config = digits.get_config()
   config.model = "fastvit_sa12"
-  config.model_overrides.stage_sizes = (1, 1, 2)
-  config.model_overrides.widths = (16, 32, 64)
+  config.model_overrides.stage_sizes = (2, 2)
+  config.model_overrides.widths = (32, 64)
   config.model_overrides.expansion = 2
   config.model_overrides.width_multipliers = None
   config.model_overrides.strides = None
-  config.image_size = 32
-  config.resize_size = 32
   return config
