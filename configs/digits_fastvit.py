@@ -16,8 +16,9 @@ def get_config() -> ml_collections.ConfigDict:
   """Returns the recipe of `digits` for a small FastViT."""
   config = digits.get_config()
   config.model = "fastvit_sa12"
-  config.model_overrides.stage_sizes = (2, 2)
-  config.model_overrides.widths = (32, 64)
+  config.model_overrides.stage_sizes = (1, 2)
+  config.model_overrides.widths = (16, 32)
+  config.model_overrides.head_features = 16
   config.model_overrides.expansion = 2
   config.model_overrides.width_multipliers = None
   config.model_overrides.strides = None

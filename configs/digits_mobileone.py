@@ -19,4 +19,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.model_overrides.copies = 2
   config.model_overrides.stage_sizes = (1, 1, 2, 1)
   config.model_overrides.width_multipliers = (0.5, 0.25, 0.25, 0.25)
+  config.model_overrides.strides = (1, 2, 2, 2, 1)
   return config

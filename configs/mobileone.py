@@ -3,8 +3,8 @@
 Recipe: the paper's, as far as it can be said in fields. 300 epochs, batch 256, SGD 0.1 with cosine,
 weight decay 1e-4, label smoothing 0.1, a moving average of parameters (0.9995). Images: crop and
 flip, and AutoAugment for S2 to S4. Two parts of the paper's recipe are not built, so that its
-numbers are not to be expected in full: weight decay falls from 1e-4 to 1e-5 there along the cosine,
-and images and augmentation grow in the course of the training.
+numbers are not to be expected in full. Weight decay falls from 1e-4 to 1e-5 there along the cosine.
+Images grow, and augmentation gets stronger, in the course of the training.
 Paper: Vasu et al., MobileOne, CVPR 2023, section 4.1. https://arxiv.org/abs/2206.04040
 Expected: the paper's top-1 at 224 px in the table. None is confirmed here.
 

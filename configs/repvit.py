@@ -4,10 +4,9 @@ Recipe: the authors' script, as far as it can be said in fields. 300 epochs and 
 batch 2048, AdamW with cosine from 4e-3 to 1e-5 after 5 epochs of warm-up, weight decay 0.025.
 Images: crop and flip, RandAugment of magnitude 9 with noise 0.5, random erasing 0.25, mixup 0.8,
 CutMix 1.0. Loss and weights: label smoothing 0.1, a moving average of parameters (0.99996). Three
-parts of the script are not built, so that its numbers are not to be expected in full: the answers
-of a teacher (RegNetY-16GF), from which the second classifier learns; gradients that are clipped by
-the norm of each parameter; and three augmentations of each image in an epoch. Here both classifiers
-learn the labels.
+parts of the script are not built, so that its numbers are not to be expected in full. The second
+classifier learns from a teacher (RegNetY-16GF) there; here both classifiers learn the labels.
+Gradients are clipped by the norm of each parameter. An epoch has three augmentations of an image.
 Paper: Wang et al., RepViT, CVPR 2024, section 4. https://arxiv.org/abs/2307.09283
 Source: https://github.com/THU-MIG/RepViT at 8df4270, main.py and README
 Expected: the authors' top-1 at 224 px in the table, with a teacher. None is confirmed here. Names

@@ -133,7 +133,7 @@ def fold_rep_heads(
     own, own_epsilon = read_notes(stats[name], epsilon)
     affine = bn_affine(held["bn"], own.get("bn", {}), own_epsilon)
     folded.append(absorb_affine(affine, held["dense"]["kernel"], held["dense"]["bias"]))
-  kernel, bias = (sum(leaves[1:], leaves[0]) / len(folded) for leaves in zip(*folded))
+  kernel, bias = (jnp.stack(leaves).mean(0) for leaves in zip(*folded))
   dtype = next(iter(params.values()))["dense"]["kernel"].dtype
   return {"dense": {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}}
 

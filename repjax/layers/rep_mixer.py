@@ -22,8 +22,8 @@ class RepMixer(RepLayer):
   """A depthwise mixer whose shortcut is inside of it; the deploy form is one convolution with bias.
 
   y = x + gamma (M(x) - BN(x)). M is a RepConv with one group for each channel and the branches
-  convKxK, conv1x1 and identity. With the kernel K and the bias b of M, and the scale s and the
-  shift t of the norm, the deploy form has
+  convKxK, conv1x1 and identity. Its deploy form has a kernel K and a bias b. The norm has a scale s
+  and a shift t. The deploy form of the whole layer has
 
     K' = I + gamma (K - s I),  b' = gamma (b - t).
 
