@@ -1,4 +1,4 @@
-"""A small MobileOne on real handwritten digits, done in about a minute on two cores.
+"""A small MobileOne on real handwritten digits, done in a minute or two on two cores.
 
 Model: a stem, four stages of depthwise and pointwise blocks, two copies of each convolution.
 Data and recipe: those of configs/digits.py.
