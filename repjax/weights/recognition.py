@@ -234,8 +234,7 @@ def closest_model(
         state = unwrapped(original, wanted).state
         names = sum(name in state and not entry.in_head for name, entry in wanted.items())
         shared[tables[naming]] += names
-        # Deploy files of RepVGG have no names that a deeper MobileOne has not.
-        if names > 0.75 * max(len(state), len(wanted)):
+        if _has_kernels_of(state, wanted):
           decided = family, naming
         same = sum(name in state and state[name].shape == e.shape for name, e in wanted.items())
         if same > most:
@@ -249,6 +248,23 @@ def closest_model(
   if len(refusals) == len(likeliest_first):
     raise refusals[0]
   return closest, False
+
+
+def _has_kernels_of(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> bool:
+  """Tells if nearly all convolutions of a state dict have names and kernels like wanted ones.
+
+  Names alone would not do: all names of a RepVGG in deploy form can be names of a MobileOne, whose
+  convolutions are depthwise or 1x1.
+  """
+  ours = {name: _kernel(entry.shape) for name, entry in wanted.items()}
+  kernels = {name: _kernel(value.shape) for name, value in state.items() if value.ndim == 4}
+  alike = [ours.get(name) == kernel for name, kernel in kernels.items()]
+  return sum(alike) > 0.75 * len(alike)
+
+
+def _kernel(shape: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+  """Returns the size of a kernel, and whether each of its outputs reads one channel."""
+  return shape[2:], shape[1:2] == (1,)
 
 
 def fits(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> bool:
