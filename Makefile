@@ -1,5 +1,5 @@
-# make demo | make test | make lint | make gpu. The first three make .venv when it is missing
-# or out of date.
+# make demo | make test | make proofs | make lint | make gpu. All but the last make .venv when it
+# is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ comma := ,
 # CUDA wheels only where there is an NVIDIA GPU.
 EXTRAS := dev$(if $(shell nvidia-smi -L 2>/dev/null),$(comma)cuda)
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo test proofs lint gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/python main.py --config configs/digits.py
@@ -16,6 +16,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Repeats tests on every model, which takes minutes more: before a release.
+proofs: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m proof
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

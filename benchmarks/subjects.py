@@ -5,7 +5,6 @@ import functools
 import importlib
 import importlib.util
 import io
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from timing import Running, Subject
 
 import repjax
 from repjax import analysis
+from repjax.deploy.runtimes import openvino_alone
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -216,12 +216,6 @@ def in_onnxruntime(task: Task, own: bool = False) -> Subject:
     return Running(lambda images: session.run(None, {"images": images})[0])
 
   return Subject(start, _channels_first, lambda output: output)
-
-
-def openvino_alone() -> Any:
-  """Imports OpenVINO without its telemetry, which would send a report from a forked process."""
-  sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-  return importlib.import_module("openvino")
 
 
 def in_openvino(task: Task, own: bool = False) -> Subject:

@@ -178,7 +178,7 @@ def fused(
     InputError: the function cannot be traced, or `fuse` finds that it made a mistake.
   """
   if wide := _wider(function, params, dtype, size):
-    _say(f"{name_of(model)}: not fused, since parts of it compute in {wide} and not in {dtype}")
+    say(f"{name_of(model)}: not fused, since parts of it compute in {wide} and not in {dtype}")
     return None
   try:
     made = fuse(function, params, jax.ShapeDtypeStruct((1, *size, 3), dtype))
@@ -188,7 +188,7 @@ def fused(
   if not report.merges:
     return None
   operations = sum(merge.operations for merge in report.merges)
-  _say(
+  say(
     f"{name_of(model)}: {operations:,} operations merged into {len(report.merges):,}, "
     f"{report.before.products:,} -> {report.after.products:,} convolutions and matrix products, "
     f"{len(report.norms):,} norms left; fuse=False leaves all as it is"
@@ -197,5 +197,6 @@ def fused(
   return made.without_checks()
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+  """Prints a line for the user on stderr."""
   print(printable(line), file=sys.stderr, flush=True)

@@ -7,12 +7,13 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
 import repjax
@@ -138,6 +139,16 @@ def randomise(variables: Any, seed: int = 0, epsilon: float = 0.1) -> Any:
     return jnp.asarray(values.astype(leaf.dtype))
 
   return jax.tree_util.tree_map_with_path(draw, variables)
+
+
+def spread(cases: Iterable[Any], kept: Collection[Any]) -> list[Any]:
+  """Returns the cases of a parametrized test, where all but those that are kept are proofs.
+
+  A proof repeats a test on one more case. `make test` leaves it out, `make proofs` runs it.
+  """
+  cases = list(cases)
+  assert {*kept} <= {*cases}
+  return [pytest.param(case, marks=() if case in kept else pytest.mark.proof) for case in cases]
 
 
 def init_shapes(module: nn.Module, x: Any, train: bool = False) -> Any:

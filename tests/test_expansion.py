@@ -220,7 +220,7 @@ class TestChoice:
 
 class TestTrees:
   @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
-  @pytest.mark.parametrize("given", [jnp.float32, jnp.bfloat16])
+  @pytest.mark.parametrize("given", helpers.spread([jnp.float32, jnp.bfloat16], [jnp.bfloat16]))
   def test_dtypes_are_those_of_init_and_values_are_kept_to_rounding(self, param_dtype, given):
     model = small("parnet_s", param_dtype=param_dtype)
     x = random_input(2, 32, 32, 3).astype("float32")

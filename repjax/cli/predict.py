@@ -57,6 +57,15 @@ def main(argv: Sequence[str]) -> None:
     "--batch-size",
     help="images in a batch (default: 1, 8 or 32, by the number of images)",
   )
+  parser.add_argument(
+    "--cuda-graphs", action="store_true", help="on NVIDIA GPUs, launch the network as one graph"
+  )
+  parser.add_argument(
+    "--runtime",
+    default="xla",
+    metavar="NAME",
+    help="on CPUs in float32: xla, onnxruntime, openvino, or auto, which measures (default: xla)",
+  )
   arguments = parser.parse_args(argv)
   from repjax.deploy import Predictor
 
@@ -70,6 +79,8 @@ def main(argv: Sequence[str]) -> None:
       dtype=arguments.dtype,
       batch_sizes=(batch_size(arguments.batch_size, len(images)),),
       tune=len(images) >= MANY,
+      cuda_graphs=arguments.cuda_graphs,
+      runtime=arguments.runtime,
       verify=arguments.verify,
     )
     k = min(arguments.top, len(predictor.labels))

@@ -53,6 +53,8 @@ class BatchPlan(NamedTuple):
     memory: bytes that XLA plans for a device, parameters included; None if XLA does not say.
     convolutions: scope of the kernel to name of the algorithm, for convolutions that XLA does not
       compute; see `repjax.deploy.convolutions`.
+    runtime: name of the runtime that computes the batch.
+    runtimes: least seconds of a batch by the name of each runtime. Empty if none were compared.
   """
 
   devices: int
@@ -62,6 +64,8 @@ class BatchPlan(NamedTuple):
   compile_seconds: float
   memory: int | None
   convolutions: Mapping[str, str]
+  runtime: str
+  runtimes: Mapping[str, float]
 
 
 class BatchProgram:
@@ -101,7 +105,7 @@ class BatchProgram:
     shape = jax.ShapeDtypeStruct(
       (self.images, *batch.shape[1:]), batch.dtype, sharding=self._sharding
     )
-    traced = trace(function, tree, shape, placed.one if alone else placed.whole)
+    traced = trace(function, tree, shape, placed.one if alone else placed.whole, placed.axes)
     self._executable = compile_lowered(traced.lower(), placed.devices[0], placed.options)
     tree = placed.lay_out(tree, self._executable)
     self._tree = placed.on_first(tree) if alone else tree
@@ -135,6 +139,7 @@ class PlacedTree:
     tree: the tree on all devices, in the layouts of the program that was compiled last.
     tuner: chooses how convolutions are computed; None leaves every convolution to XLA.
     options: options of XLA besides those that suit the devices.
+    axes: as for `trace` of `repjax.deploy.layouts`.
   """
 
   def __init__(
@@ -143,6 +148,7 @@ class PlacedTree:
     devices: Sequence[Any] | None = None,
     tune: bool = False,
     options: Mapping[str, Any] | None = None,
+    axes: Mapping[str, int] | None = None,
   ):
     """Copies the tree.
 
@@ -151,6 +157,7 @@ class PlacedTree:
       devices: devices of this process; None takes all.
       tune: choose the fastest algorithm for each convolution; no effect except on CPUs.
       options: options of XLA besides those that suit the devices.
+      axes: as for `trace` of `repjax.deploy.layouts`.
 
     Raises:
       InputError: there are no devices, or a device is given twice, or the devices are of several
@@ -161,7 +168,7 @@ class PlacedTree:
     self.one = SingleDeviceSharding(self.devices[0])
     self.whole = NamedSharding(mesh, PartitionSpec())
     self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
-    self.options = options or {}
+    self.options, self.axes = options or {}, axes
     copy_to_all = functools.partial(jax.device_put, device=self.whole)
     self.tree = copy_to_all(tree)
     self.tuner = make_tuner(self.tree, self.devices[0], copy_to_all, tune)
@@ -188,7 +195,7 @@ class PlacedTree:
       batch: shape (N, H, W, 3) and dtype of the images.
     """
     start = time.perf_counter()
-    arrangements, question = self._arrangements(batch.shape[0]), self._question(batch)
+    arrangements, question = self._arrangements(batch.shape[0]), self.question(batch)
     if self.tuner is not None and len(arrangements) > 1:
       # An earlier process may have measured the same; then the other arrangements are not compiled.
       known = recall(question)
@@ -206,9 +213,11 @@ class PlacedTree:
       compile_seconds,
       fastest.memory,
       fastest.convolutions,
+      runtime="xla",
+      runtimes={},
     )
 
-  def _question(self, batch: jax.ShapeDtypeStruct) -> str:
+  def question(self, batch: jax.ShapeDtypeStruct) -> str:
     """Returns a text with everything that decides which arrangement is fastest.
 
     The names, shapes and dtypes of the parameters stand for the program.

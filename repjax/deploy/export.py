@@ -8,11 +8,13 @@ An exported folder:
     params/           the parameters, in the program's dtype
     model.json        the ModelSpec; `repjax.load` and `repjax.deploy.Predictor` take the folder,
                       but not that of a function, which has no ModelSpec
-    export.json       what the program takes and returns, and for how long it can be read
-                      (StableHLO) or how it compares with JAX (ONNX)
+    export.json       what the program takes and returns; for StableHLO, for how long it can be
+                      read, and the matrices that GPUs read faster transposed, with the axis that
+                      is summed over; for ONNX, how it compares with JAX
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import re
@@ -24,6 +26,8 @@ import numpy as np
 
 from repjax import disk, functions, names, runs
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
+from repjax.deploy.devices import PlacedTree
+from repjax.deploy.gpu import summed_axes
 from repjax.deploy.stablehlo import (
   PLATFORMS,
   PROMISE,
@@ -124,11 +128,15 @@ def export(
     program = of_function(function, tree, size, input_dtype, probabilities).SerializeToString()
     facts |= {"opset": OPSET, "checked": checked(program, function, tree, size)}
   else:
+    images = jax.ShapeDtypeStruct((1, size, size, 3), input_dtype)
     if network is None:
-      images = jax.ShapeDtypeStruct((1, size, size, 3), input_dtype)
       functions.warn_of_training(function, tree, images)
     program = serialize(function, tree, size, input_dtype, platforms)
-    facts |= {"platforms": list(platforms), "note": PROMISE}
+    facts |= {
+      "platforms": list(platforms),
+      "summed_axes": summed_axes(function, tree, images),
+      "note": PROMISE,
+    }
   name = (runs.onnx_file if format == "onnx" else runs.stablehlo_file)(path).name
   runs.write_export(
     path,
@@ -226,6 +234,8 @@ def load_exported(
     input_dtype=images.dtype,
     batch_sizes=batch_sizes,
     devices=devices,
+    # The program is closed, so that its products cannot be looked for.
+    place=functools.partial(PlacedTree, axes=facts.get("summed_axes", {})),
   )
 
 

@@ -5,12 +5,15 @@
 - `split_sums`: cuDNN adds a map to the result of a convolution and applies a ReLU, all in one call.
   Before any other activation the addition saves nothing: the activation reads the sum again. XLA
   merges it into the convolution all the same. A barrier keeps the addition out, and XLA then
-  computes it together with the activation and with what made the other map.
+  computes it together with the activation and with what made the other map. On an H100, ParNet-S
+  in bfloat16 then has 90 kernels instead of 102 at batch 1, which the host launches by 85 calls
+  instead of 97; at batch 128, 17 % fewer bytes are moved.
 - `summed_axes`: a product of one row and a matrix is a sum along an axis of the matrix. If numbers
   that are added up lie side by side, XLA multiplies and adds in one kernel. Otherwise one kernel
   writes all products, and a second kernel adds them up.
-- `GRAPHS`: XLA launches kernels as CUDA graphs, but calls of cuDNN one by one. With these options a
-  whole network is one launch.
+- `GRAPHS`: XLA launches kernels as CUDA graphs, but calls of cuDNN one by one. Fewer than five
+  kernels between two of these calls are no graph, either: merging kernels can make more launches.
+  With these options a whole network is one launch.
 - `warn_of_dtype`: GPUs before compute capability 8.0 have no bfloat16, and XLA computes in float32.
 """
 

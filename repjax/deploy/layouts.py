@@ -6,6 +6,7 @@ every call. Programs here say which layouts they want instead, and the parameter
 Their values and shapes stay. On CPUs, XLA wants the layouts that arrays have anyway.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,13 @@ from repjax.functions import Function
 from repjax.trees import is_key, leaf_name
 
 
-def trace(function: Function, tree: Any, inputs: Any, whole: Sharding) -> Any:
+def trace(
+  function: Function,
+  tree: Any,
+  inputs: Any,
+  whole: Sharding,
+  axes: Mapping[str, int] | None = None,
+) -> Any:
   """Traces a function for devices that all hold the whole tree, with layouts left to XLA.
 
   Args:
@@ -26,13 +33,15 @@ def trace(function: Function, tree: Any, inputs: Any, whole: Sharding) -> Any:
     tree: arrays, or their shapes and dtypes.
     inputs: shapes, dtypes and shardings of the inputs. Several devices split the first axis.
     whole: sharding of the tree, for one device or for all devices of a mesh with one axis.
+    axes: as `summed_axes` of `repjax.deploy.gpu` finds them; None finds them here. An exported
+      function hides its products.
 
   Returns:
     JAX's traced function, whose `lower` and `out_info` are of use. What is compiled from it takes
     the tree as `lay_out` returns it.
   """
   device = next(iter(whole.device_set))
-  axes = wanted_axes(function, tree, jax.tree.map(share, inputs), device)
+  axes = wanted_axes(function, tree, jax.tree.map(share, inputs), device, axes)
   if device.platform == "gpu":
     function = gpu.split_sums(function)
   results: dict[str, Any] = {}
@@ -60,9 +69,13 @@ def trace(function: Function, tree: Any, inputs: Any, whole: Sharding) -> Any:
   return jax.jit(function, in_shardings=(formats, shardings), **results).trace(shapes, inputs)
 
 
-def wanted_axes(function: Function, tree: Any, inputs: Any, device: Any) -> dict[str, int]:
+def wanted_axes(
+  function: Function, tree: Any, inputs: Any, device: Any, known: Mapping[str, int] | None = None
+) -> Mapping[str, int]:
   """Returns the matrices for which XLA's own choice is not the best, by name; see `layout_of`."""
-  return gpu.summed_axes(function, tree, inputs) if device.platform == "gpu" else {}
+  if device.platform != "gpu":
+    return {}
+  return gpu.summed_axes(function, tree, inputs) if known is None else known
 
 
 def layout_of(summed_axis: int | None) -> Any:

@@ -57,6 +57,8 @@ class Predictor:
     batch_sizes: Iterable[int] = BATCH_SIZES,
     devices: Sequence[Any] | None = None,
     tune: bool = True,
+    cuda_graphs: bool = False,
+    runtime: str = "xla",
     verify: bool = True,
   ):
     """Loads the model and compiles it.
@@ -67,6 +69,8 @@ class Predictor:
       batch_sizes: batch sizes to compile for, as in `compile`.
       devices: as in `compile`.
       tune: as in `compile`.
+      cuda_graphs: as in `compile`.
+      runtime: as in `compile`; `program.plans` says which runtime computes each batch size.
       verify: as in `repjax.load`.
 
     Raises:
@@ -84,6 +88,8 @@ class Predictor:
       batch_sizes=batch_sizes,
       devices=devices,
       tune=tune,
+      cuda_graphs=cuda_graphs,
+      runtime=runtime,
     )
     self.labels = tuple(spec.class_names or map(str, range(spec.num_classes)))
 
@@ -104,7 +110,8 @@ class Predictor:
       variables: variables of the model, or parameters of the function.
       preprocessing: steps from images to the input of the model.
       class_names: the name of each class; empty: classes have numbers.
-      **settings: `dtype`, `batch_sizes`, `devices`, `tune` and `fuse`, as in `compile`.
+      **settings: `dtype`, `batch_sizes`, `devices`, `tune`, `fuse`, `cuda_graphs` and `runtime`, as
+        in `compile`.
 
     Raises:
       InputError: the model does not return logits, there is not one name for each class, or

@@ -341,6 +341,8 @@ class PlacedStreams:
       compile_seconds=time.perf_counter() - start,
       memory=program.memory,
       convolutions=program.convolutions,
+      runtime="xla",
+      runtimes={},
     )
 
 

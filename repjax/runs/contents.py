@@ -79,7 +79,11 @@ REPORT = record(
 """report.json: the comparison of both forms."""
 
 EXPORT = record(
-  {"format": text("stablehlo", "onnx"), "image_size": whole(1, MOST_PIXELS)},
+  {
+    "format": text("stablehlo", "onnx"),
+    "image_size": whole(1, MOST_PIXELS),
+    "summed_axes": table(whole(0, 1)),
+  },
   required=("image_size",),
   others=anything,
 )

@@ -67,6 +67,14 @@ def test_a_line_for_each_image_in_order(predict, images, best):
   assert len(predict(paths[0]).split(", ")) == 5
 
 
+def test_a_runtime_can_be_chosen(predict, images, best):
+  pytest.importorskip("onnxruntime")
+  path = images / "a.JPG"
+  assert predict(path, "--runtime", "onnxruntime") == line(path, best(path, 5)) + "\n"
+  with pytest.raises(SystemExit, match="unknown runtime 'onnx'; did you mean onnxruntime"):
+    predict(path, "--runtime", "onnx")
+
+
 def test_folders_and_lists_are_files(predict, images, best, tmp_path):
   names = ["a.JPG", "b.png", "more/c.webp", "more/d.bmp", "more/e.jpeg"]
   expected = [line(images / name, best(images / name, 1)) for name in names]

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 
 import repjax
+from repjax.deploy import layouts
+from repjax.deploy.gpu import summed_axes
 from repjax.errors import InputError
+from repjax.inference import inference
 from tests.deploy.tiny import SPEC
 from tests.helpers import assert_close
 
@@ -68,6 +71,19 @@ def test_what_is_read_back_gives_the_models_logits(exported, small, fastest, dev
 
 
 @needs_flatbuffers
+def test_a_program_that_is_read_back_knows_the_matrices_of_the_traced_one(
+  exported, small, monkeypatch
+):
+  known = []
+  monkeypatch.setattr(layouts, "wanted_axes", lambda *given: known.append(given[4]) or {})
+  repjax.deploy.load_exported(exported[0], batch_sizes=(1,), devices=jax.devices()[:1])
+  function, tree, *_ = inference(
+    *small, image_size=16, dtype="float32", preprocessing=SPEC.preprocessing, probabilities=False
+  )
+  assert known == [summed_axes(function, tree, PIXELS[:1])]
+
+
+@needs_flatbuffers
 def test_another_process_runs_it_without_repjax_and_with_it(exported, small, tmp_path):
   params = repjax.load(exported[0])[1]["params"]
   flat = {str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(params))}
@@ -95,9 +111,11 @@ def test_the_folder_says_what_it_is_and_is_a_deploy_folder_too(exported, small):
     "input": "uint8",
     "output": "logits",
     "platforms": ["cpu", "cuda"],
+    "summed_axes": facts["summed_axes"],
     "jax": jax.__version__,
     "note": facts["note"],
   }
+  assert facts["summed_axes"]["params/head/kernel"] == 0
   assert "six months" in facts["note"]
   model, variables, spec = repjax.load(folder)
   assert spec == SPEC

@@ -14,6 +14,7 @@ from PIL import Image
 
 import repjax
 from repjax.data import read_image
+from repjax.deploy import predictor as predictors
 from repjax.errors import InputError
 from tests.deploy.tiny import NAMES, SPEC
 from tests.helpers import assert_close, error_in_child
@@ -141,6 +142,21 @@ def test_the_dtype_is_the_programs(small_folder, small):
   rows, exact = half(images), expected(small, images)
   assert_close(rows, exact, 5e-2)
   assert np.abs(rows - exact).max() > 1e-5
+
+
+def test_the_options_of_compile_are_passed_on(small_folder, small, monkeypatch):
+  given = []
+
+  def noting(*_, **options):
+    given.append(options)
+    return lambda images: np.ones((1, 10))
+
+  monkeypatch.setattr(predictors, "compile", noting)
+  options = {"cuda_graphs": True, "runtime": "auto", "tune": False, "dtype": "float16"}
+  repjax.deploy.Predictor(small_folder, **options)
+  repjax.deploy.Predictor.of(*small, SPEC.preprocessing, **options)
+  assert all(options.items() <= each.items() for each in given)
+  assert len(given) == 2
 
 
 @pytest.mark.parametrize(

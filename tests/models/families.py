@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import repjax
-from tests.helpers import F64
+from tests.helpers import F64, spread
 
 
 class Family(NamedTuple):
@@ -50,6 +50,9 @@ FAMILIES: dict[str, Family] = {
   "fastvit_sa12": Family(_FASTVIT, _FOUR, 11),
 }
 """Name of the variant to its family."""
+
+THOROUGH = spread(FAMILIES, ("repvgg_a0", "repmlpnet_t224", "parnet_s"))
+"""All families, for costly tests: those whose layers differ most, and the others as proofs."""
 
 
 def small(name: str, **overrides: Any) -> Any:

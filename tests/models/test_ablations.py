@@ -17,6 +17,7 @@ from tests.models.families import FAMILIES
 SMALL = FAMILIES["repvgg_a0"].overrides | {"num_classes": 3, "strides": (2, 1, 2, 1, 2)}
 SMALL |= {"stage_sizes": (2, 3, 1, 1)}
 CONVERTED = sorted(common.ABLATIONS.keys() - {"relu_in_branches"})
+DIFFERENT = {"dbb", "norm_after_sum", "relu_in_branches", "residual_reorg"}
 X = random_input(2, 9, 8, 3)
 
 
@@ -25,7 +26,7 @@ def small(name, **attributes):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.parametrize("name", helpers.spread(CONVERTED, DIFFERENT & {*CONVERTED}))
 def test_both_forms_agree_and_the_deploy_form_is_plain(name):
   assert helpers.forms_differ_by(small(name, **F64), X) <= 1e-12
   deployed = helpers.init_shapes(small(name, deploy=True), X.astype("float32"))["params"]
@@ -33,7 +34,7 @@ def test_both_forms_agree_and_the_deploy_form_is_plain(name):
   assert (helpers.shapes(deployed) == helpers.shapes(plain)) == (name != "residual_reorg")
 
 
-@pytest.mark.parametrize("name", common.ABLATIONS)
+@pytest.mark.parametrize("name", helpers.spread(common.ABLATIONS, DIFFERENT))
 def test_a_step_moves_every_parameter_and_every_statistic(name):
   model, x = small(name), X.astype("float32")
   variables = repjax.init(model, jax.random.key(0), X.shape[1:3])

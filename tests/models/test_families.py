@@ -21,7 +21,7 @@ from tests.helpers import (
   random_input,
   random_variables,
 )
-from tests.models.families import FAMILIES, backbone, small
+from tests.models.families import FAMILIES, THOROUGH, backbone, small
 
 IMAGES = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
 
@@ -168,7 +168,7 @@ def results(name):
 
 
 @pytest.mark.usefixtures("x64")
-@every_family
+@pytest.mark.parametrize("name", THOROUGH)
 class TestValues:
   def test_both_forms_agree(self, name):
     _, found = results(name)
@@ -233,7 +233,7 @@ def expanded(name):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("way", ["with images", "without images"])
-@every_family
+@pytest.mark.parametrize("name", THOROUGH)
 class TestExpanded:
   def test_it_folds_into_what_it_was(self, name, way):
     shapes, params, _, found = expanded(name)
@@ -268,7 +268,7 @@ def training_steps(models):
 
 # One place wraps the blocks of all families. ParNet's blocks read one map, or two.
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["repvgg_a0", "parnet_s"])
+@pytest.mark.parametrize("name", helpers.spread(["repvgg_a0", "parnet_s"], ["repvgg_a0"]))
 def test_remat_changes_neither_outputs_nor_gradients(name):
   models = [small(name, remat=remat, **F64) for remat in (False, True)]
   plain, rematerialised = training_steps(models)
@@ -281,7 +281,7 @@ def test_remat_changes_neither_outputs_nor_gradients(name):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "vgg16"])
+@pytest.mark.parametrize("name", [case for case in THOROUGH if case.values != ("vgg16",)])
 def test_statistics_from_the_covariance_change_no_training_step(name):
   models = [small(name, statistics=way, dropout=0.0, **F64) for way in ("covariance", "outputs")]
   for found, wanted in zip(*training_steps(models)):

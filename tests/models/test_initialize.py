@@ -50,10 +50,13 @@ def cut(name, **settings):
 
 # Of those that are the same network when they are cut like this, the last one.
 DISTINCT = {cut(name): name for name in repjax.list_models()}.values()
+ONE_EACH = {
+  next(family for family in NARROW_OF if name.startswith(family)): name for name in DISTINCT
+}.values()
 
 
 @pytest.mark.parametrize("deploy", [False, True])
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", helpers.spread(DISTINCT, ONE_EACH))
 def test_the_tree_is_that_of_the_model_s_init(name, deploy):
   model = cut(name, deploy=deploy)
   variables = repjax.init(model, KEY, image_size=32)

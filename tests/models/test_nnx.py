@@ -10,7 +10,7 @@ from flax import nnx
 import repjax
 from tests import helpers
 from tests.helpers import F64, quick_jit, random_input, relative_error
-from tests.models.families import FAMILIES, small
+from tests.models.families import THOROUGH, small
 
 IMAGES = random_input(4, 32, 32, 3)
 LABELS = np.array([0, 1, 2, 0])
@@ -38,7 +38,7 @@ def loss(model):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_a_bridged_model_takes_a_step_and_is_converted(name):
   linen = small(name, **F64)
   model = random_model(linen)

@@ -152,6 +152,7 @@ class TestBothFormsAgree:
   def test_in_float64_for_every_kind_of_block(self, name):
     assert forms_differ_by(name, jnp.float64, **FEW, **NARROW) <= 1e-12
 
+  @pytest.mark.proof
   def test_in_float32_at_the_greatest_depth(self):
     assert forms_differ_by("repvgg_d2se", jnp.float32, **NARROW) <= 1e-5
 

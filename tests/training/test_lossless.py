@@ -275,6 +275,7 @@ def wait_for_line(process, beginning):
     pass
 
 
+@pytest.mark.proof  # which takes half a minute; scripts/torture.py does more of it
 def test_killed_at_random_moments_and_stopped_the_same_command_ends_with_the_same_bits(
   run_main, averaged, digits_dir, tmp_path
 ):

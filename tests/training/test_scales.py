@@ -201,8 +201,8 @@ def stopping(*arguments, **settings):
   raise KeyboardInterrupt
 
 
-# AdamW's run takes as long, and its state is one more leaf for each parameter.
-@pytest.mark.parametrize("name", ["repoptimizer"])
+@pytest.mark.proof
+@pytest.mark.parametrize("name", ["repoptimizer", "repoptimizer_adamw"])
 def test_a_continued_run_has_the_same_bits_without_the_folder_of_its_scales(
   digits_dir, search, tmp_path, monkeypatch, capsys, name
 ):

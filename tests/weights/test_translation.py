@@ -20,6 +20,7 @@ from tests.weights import cases
 from tests.weights.cases import KINDS, TINY, TINY_PLUS, assert_same_bits
 
 MODELS = sorted(helpers.counts())
+KINDS_OF_MODELS = ("repvgg_a0", "repvgg_b1g4", "repvgg_d2se", "repvggplus_l2pse")
 WITH_GATES = TINY | {"se": "pre", "se_reduction": 4}
 
 
@@ -66,7 +67,7 @@ def renamed_keys(model, source, kind):
   return names
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", helpers.spread(MODELS, KINDS_OF_MODELS))
 def test_every_checkpoint_is_known_and_its_tensors_have_their_places(model):
   hint = f"/models/{model.replace('_', '-').upper()}-v1.pth"
   for kind, source in itertools.product(KINDS, sources_of(model)):

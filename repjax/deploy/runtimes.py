@@ -1,0 +1,353 @@
+"""Runs a network on CPUs in ONNX Runtime or OpenVINO, or in whichever runtime is the fastest.
+
+`repjax.onnx` writes the network as an ONNX file in memory, and a runtime loads the file. No runtime
+is the fastest for every network, batch size and processor, so "auto" measures. The fastest runtime
+is kept in the user's cache folder, as `repjax.deploy.tuning` keeps the fastest algorithms.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from repjax.cache import recall, remember
+from repjax.deploy.devices import BatchPlan, PlacedTree, checked_devices, pad_images
+from repjax.deploy.xla import compile_lowered
+from repjax.errors import InputError, unknown
+from repjax.functions import Function, say
+from repjax.onnx import of_function
+from repjax.onnx.proto import need_onnx
+from repjax.onnx.translation import IMAGES
+from repjax.schema import MisfitError, number, record, table, text
+from repjax.timing import cpus
+
+AGREEMENT = 1e-3
+"""The largest relative error of a runtime's results against those of XLA."""
+
+_WORTHWHILE = 0.95  # A runtime replaces XLA if it takes less than this share of the time.
+_ROUNDS, _FEWEST_ROUNDS, _SECONDS = 10, 2, 3.0
+
+Run = Callable[[np.ndarray], Sequence[np.ndarray]]
+"""Takes images (N, 3, H, W), and returns the outputs of an ONNX file in their order."""
+
+
+def _in_onnxruntime(content: bytes) -> Run:
+  """Loads an ONNX file in ONNX Runtime."""
+  runtime: Any = importlib.import_module("onnxruntime")
+  options = runtime.SessionOptions()
+  options.intra_op_num_threads = cpus()
+  session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+  return lambda images: session.run(None, {IMAGES: images})
+
+
+def openvino_alone() -> Any:
+  """Imports OpenVINO without its telemetry, which would report to its makers."""
+  sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+  return importlib.import_module("openvino")
+
+
+def _in_openvino(content: bytes) -> Run:
+  """Loads an ONNX file in OpenVINO."""
+  core = openvino_alone().Core()
+  settings = {
+    "PERFORMANCE_HINT": "LATENCY",
+    # Without this hint, OpenVINO computes in bfloat16 where the processor can.
+    "INFERENCE_PRECISION_HINT": "f32",
+    "INFERENCE_NUM_THREADS": cpus(),
+  }
+  network = core.compile_model(core.read_model(content), "CPU", settings)
+  lock = threading.Lock()
+
+  def run(images: np.ndarray) -> Sequence[np.ndarray]:
+    with lock:  # A network of OpenVINO has one set of buffers.
+      found = network(images)
+    return [found[output] for output in network.outputs]
+
+  return run
+
+
+_LOADERS: dict[str, Callable[[bytes], Run]] = {
+  "onnxruntime": _in_onnxruntime,
+  "openvino": _in_openvino,
+}
+RUNTIMES = ("xla", *_LOADERS, "auto")
+
+
+def check(runtime: str, dtype: np.dtype, devices: Sequence[Any] | None, *, only_xla: bool) -> None:
+  """Raises unless a runtime is known, is installed, and can do what is asked for.
+
+  Args:
+    runtime: a name among RUNTIMES.
+    dtype: dtype of the computation.
+    devices: devices of this process; None takes all.
+    only_xla: True if an option is set that no other runtime has.
+
+  Raises:
+    InputError: the runtime cannot be used.
+  """
+  if runtime not in RUNTIMES:
+    raise unknown("runtime", runtime, RUNTIMES)
+  if runtime == "xla":
+    return
+  platform = checked_devices(devices)[0].platform
+  if platform != "cpu" or dtype != np.float32 or only_xla:
+    raise InputError(
+      f"runtime={runtime!r} computes in float32 on CPUs, with parallel='data' and without "
+      f"cuda_graphs, and this program is in {dtype} for a {platform}. Change these, or leave "
+      "runtime='xla', which computes everything"
+    )
+  need_onnx()
+  if runtime == "auto" and not _installed():
+    raise InputError(
+      "runtime='auto' compares XLA with ONNX Runtime and OpenVINO, and neither is installed: "
+      "pip install onnxruntime openvino. Without them, leave runtime='xla'"
+    )
+  if runtime in _LOADERS and runtime not in _installed():
+    raise InputError(
+      f"runtime={runtime!r} needs the package {runtime}: pip install {runtime}. runtime='xla' "
+      "needs no further package"
+    )
+
+
+def _installed() -> list[str]:
+  """Returns the names of the installed runtimes besides XLA."""
+  return [name for name in _LOADERS if importlib.util.find_spec(name) is not None]
+
+
+class RuntimeProgram:
+  """A function for batches of one size that a runtime computes, in place of a `BatchProgram`.
+
+  Attributes:
+    images: number of images that run; smaller batches are padded.
+    memory: None, since the runtimes do not say.
+  """
+
+  memory = None
+
+  def __init__(self, run: Run, structure: Any, images: int):
+    """Keeps the arguments.
+
+    Args:
+      run: runs the ONNX file of the function.
+      structure: tree structure of the function's results.
+      images: number of images that run.
+    """
+    self.images = images
+    self._run, self._structure = run, structure
+
+  def start(self, images: Any) -> Any:
+    """Computes the results of a batch, and returns when they are there.
+
+    Args:
+      images: (n, H, W, 3) with n at most the program's number of images.
+    """
+    images = pad_images(np.asarray(images), self.images)
+    outputs = self._run(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))  # (N, 3, H, W)
+    # Maps come with channels first, as the images went in.
+    rows = [each.transpose(0, 2, 3, 1) if each.ndim == 4 else each for each in outputs]
+    return jax.tree.unflatten(self._structure, rows)
+
+  def finish(self, results: Any, count: int) -> Any:
+    """Returns the first `count` rows of each result."""
+    return jax.tree.map(lambda rows: rows[:count], results)
+
+
+class _Measured(NamedTuple):
+  """The runtime to take for a batch size, and the seconds of a batch in each runtime."""
+
+  runtime: str
+  seconds: Mapping[str, float]
+
+
+_ANSWER = record(
+  {"runtime": text("xla", *_LOADERS), "seconds": table(number(0))},
+  required=("runtime", "seconds"),
+)
+
+
+class PlacedRuntimes:
+  """A tree of arrays for programs of a runtime; takes the place of a `PlacedTree`.
+
+  A runtime loads the ONNX file of a function once, for all batch sizes.
+  """
+
+  def __init__(
+    self,
+    runtime: str,
+    tree: Any,
+    devices: Sequence[Any] | None = None,
+    tune: bool = False,
+    options: Mapping[str, Any] | None = None,
+  ):
+    """Keeps the arguments.
+
+    Args:
+      runtime: "onnxruntime", "openvino" or "auto", which `check` has accepted.
+      tree: arrays.
+      devices, tune, options: as for `PlacedTree`, for programs of XLA.
+    """
+    self._runtime, self._tune = runtime, tune
+    self._placed = PlacedTree(tree, devices, tune, options)
+    self._runs: dict[str, Run] = {}
+    self._sample: tuple[np.ndarray, Any] | None = None  # an image, and XLA's results for it
+
+  def program(self, function: Function, batch: jax.ShapeDtypeStruct) -> tuple[Any, BatchPlan]:
+    """Compiles the function for one batch size in a runtime, or in the fastest one.
+
+    Args:
+      function: a function of the tree and of images, the same in every call.
+      batch: shape (N, H, W, 3) and dtype of the images.
+
+    Raises:
+      InputError: ONNX has no operator for a part of the function, or a runtime computes something
+        else than XLA.
+    """
+    if self._runtime != "auto":
+      return self._programs([self._runtime], function, batch)[self._runtime]
+    question = self._question(batch)
+    known = _recalled(question)
+    names = ["xla", *_installed()] if known is None else [known.runtime]
+    programs = self._programs(names, function, batch)
+    if known is None:
+      seconds = measured({name: each for name, (each, _) in programs.items()}, batch)
+      known = _Measured(fastest(seconds), seconds)
+      remember(question, known._asdict())
+      say(f"batches of {batch.shape[0]:,}: {described(known)}")
+    program, plan = programs[known.runtime]
+    return program, plan._replace(runtimes=known.seconds)
+
+  def _programs(
+    self, names: Sequence[str], function: Function, batch: jax.ShapeDtypeStruct
+  ) -> dict[str, tuple[Any, BatchPlan]]:
+    """Returns the program of each runtime, and its plan."""
+    if new := [name for name in names if name not in ("xla", *self._runs)]:
+      content = self._written(function, batch)
+      self._runs |= {name: _LOADERS[name](content) for name in new}
+    return {
+      name: self._placed.program(function, batch)
+      if name == "xla"
+      else self._loaded(name, function, batch)
+      for name in names
+    }
+
+  def _loaded(
+    self, name: str, function: Function, batch: jax.ShapeDtypeStruct
+  ) -> tuple[RuntimeProgram, BatchPlan]:
+    """Returns a program of a runtime that has loaded the function, after a check of its results."""
+    start = time.perf_counter()
+    size = batch.shape[0]
+    self._sample = image, wanted = self._sample or self._computed(function, batch)
+    program = RuntimeProgram(self._runs[name], jax.tree.structure(wanted), size)
+    # This call prepares the runtime for this batch size, too, so that no later call has to.
+    _check_agreement(name, program.finish(program.start(image), 1), wanted)
+    seconds = time.perf_counter() - start
+    return program, BatchPlan(1, size, size, {}, seconds, None, {}, name, {})
+
+  def _written(self, function: Function, batch: jax.ShapeDtypeStruct) -> bytes:
+    """Returns the function as the content of an ONNX file, for any batch size."""
+    size = batch.shape[1], batch.shape[2]
+    try:
+      made = of_function(function, self._placed.tree, size, batch.dtype, probabilities=False)
+    except InputError as error:
+      raise InputError(f"{error}. runtime='xla' runs such a model") from error
+    return made.SerializeToString()
+
+  def _computed(self, function: Function, batch: jax.ShapeDtypeStruct) -> tuple[np.ndarray, Any]:
+    """Returns an image of noise, and what XLA computes from it with its own convolutions."""
+    image = noise((1, *batch.shape[1:]), batch.dtype)
+    arguments = self._placed.on_first(self._placed.tree), jax.device_put(image, self._placed.one)
+    lowered = jax.jit(function).lower(*arguments)
+    results = compile_lowered(lowered, self._placed.devices[0])(*arguments)
+    return image, jax.tree.map(np.asarray, results)
+
+  def _question(self, batch: jax.ShapeDtypeStruct) -> str:
+    """Returns a text with everything that decides which runtime is the fastest."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in _installed()]
+    asked = self._placed.question(batch)
+    return f"the fastest runtime of xla, {', '.join(versions)}, tuned: {self._tune}; {asked}"
+
+
+def _recalled(question: str) -> _Measured | None:
+  """Returns what an earlier process has measured, or None; the file may hold anything."""
+  answer = recall(question)
+  try:
+    _ANSWER.check(answer, "")
+  except MisfitError:
+    return None
+  return _Measured(**answer)
+
+
+def _check_agreement(name: str, results: Any, wanted: Any) -> None:
+  """Raises InputError if the results of a runtime are not those of XLA.
+
+  Args:
+    name: name of the runtime.
+    results, wanted: trees of arrays of the same structure.
+  """
+  pairs = zip(jax.tree.leaves(results), jax.tree.leaves(wanted), strict=True)
+  errors = [np.abs(a - b).max() / (np.abs(b).max() or 1.0) for a, b in pairs]
+  if not all(error <= AGREEMENT for error in errors):  # so that NaN is refused too
+    raise InputError(
+      f"{name} computes something else than XLA: the relative error of the results is "
+      f"{max(errors):.1e}, and at most {AGREEMENT:.0e} can be rounding. Are all parameters finite? "
+      "Otherwise leave runtime='xla'; this is a mistake of repjax or of the runtime"
+    )
+
+
+def measured(programs: Mapping[str, Any], batch: jax.ShapeDtypeStruct) -> dict[str, float]:
+  """Returns the least seconds of a batch in each program.
+
+  The programs take turns, so that a disturbance of the machine slows all of them. Other work on the
+  machine only adds to a time, so the least time is the best estimate.
+
+  Args:
+    programs: name to program.
+    batch: shape (N, H, W, 3) and dtype of the images.
+  """
+  import tqdm
+
+  images = noise(batch.shape, batch.dtype)
+  seconds = dict.fromkeys(programs, float("inf"))
+  begin, title = time.perf_counter(), "measuring which runtime is the fastest"
+  for done in tqdm.tqdm(range(_ROUNDS), title, leave=False, disable=None):
+    if done >= _FEWEST_ROUNDS and time.perf_counter() - begin > _SECONDS:
+      break
+    for name, program in programs.items():
+      # Threads of the runtime before still wait for work during the first call.
+      for _ in range(2):
+        start = time.perf_counter()
+        program.finish(program.start(images), len(images))
+        seconds[name] = min(seconds[name], time.perf_counter() - start)
+  return seconds
+
+
+def fastest(seconds: Mapping[str, float]) -> str:
+  """Returns the fastest runtime; one that is hardly faster than XLA is not taken."""
+  name = min(seconds, key=lambda name: seconds[name])
+  return name if seconds[name] < _WORTHWHILE * seconds["xla"] else "xla"
+
+
+def described(known: _Measured) -> str:
+  """Says which runtime is taken, and how its time compares with the time of the others."""
+  own = known.seconds[known.runtime]
+  others = [
+    f"{seconds / own:.2f} times as fast as {name} ({1e3 * seconds:.1f} ms)"
+    for name, seconds in known.seconds.items()
+    if name != known.runtime
+  ]
+  return f"{known.runtime} takes {1e3 * own:.1f} ms, {', '.join(others)}"
+
+
+def noise(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """Returns images of noise."""
+  rng = np.random.default_rng(0)
+  if dtype == np.uint8:
+    return rng.integers(0, 256, shape, np.uint8)
+  return rng.standard_normal(shape, np.float32).astype(dtype)
