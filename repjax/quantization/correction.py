@@ -85,9 +85,12 @@ def _means(proto: Any, layers: list[GraphLayer], images: np.ndarray) -> dict[str
   """Returns the mean of each channel of the layers' outputs, by tensor."""
   tensors = [layer.result for layer in layers]
   sums = {tensor: np.zeros(()) for tensor in tensors}
+  counts = dict.fromkeys(tensors, 0)
   for batch in observed(proto, tensors, images):
     for tensor, maps in zip(tensors, batch):
-      rows = np.moveaxis(maps, 1, -1).reshape(len(maps), -1, maps.shape[1])  # (N, pixels, C)
-      sums[tensor] = sums[tensor] + rows.mean(1, dtype=np.float64).sum(0)
+      # A Gemm over the pixels of a map has a row for each of them, and not for each image.
+      rows = np.moveaxis(maps, 1, -1).reshape(-1, maps.shape[1])  # (N * pixels, C)
+      sums[tensor] = sums[tensor] + rows.sum(0, dtype=np.float64)
+      counts[tensor] += len(rows)
   check_finite(proto, images, sums.values())
-  return {tensor: total / len(images) for tensor, total in sums.items()}
+  return {tensor: total / counts[tensor] for tensor, total in sums.items()}
