@@ -2,7 +2,7 @@
 
 Model: a stem, four stages of one block each, two classifiers that are averaged.
 Data and recipe: those of configs/digits.py, at 48 px: the last maps have 2x2 pixels.
-Expected: at least 97 % on the 360 test images, equal in both forms. Confirmed here.
+Expected: at least 98 % on the 360 test images, equal in both forms. Confirmed here.
 
   repjax train --config digits_repvit
 """
