@@ -43,6 +43,16 @@ References:
 """
 
 
+SIZES: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
+  {
+    "mobileone": ("s0", "s1", "s2", "s3", "s4"),
+    "repvit": ("m0_9", "m1_0", "m1_1", "m1_5", "m2_3", "m1", "m2", "m3"),
+    "fastvit": ("t8", "t12", "s12", "sa12", "sa24", "sa36", "ma36"),
+  }
+)
+"""Family to the ends of the names of its models, which configs take after a colon."""
+
+
 def get_config() -> ml_collections.ConfigDict:
   """Returns the defaults of all fields: the simple recipe of the RepVGG paper on ImageNet."""
   return default()
@@ -117,6 +127,45 @@ def get_repmlpnet_config() -> ml_collections.ConfigDict:
   config.mixup = 0.4
   config.cutmix = 1.0
   return config
+
+
+def get_timm_config(batch_size: int, rate: float) -> ml_collections.ConfigDict:
+  """Returns what the scripts of RepViT and FastViT, both made from timm's, have in common.
+
+  Args:
+    batch_size: images in an update.
+    rate: peak of the learning rate for such a batch.
+  """
+  config = get_config()
+  config.batch_size = batch_size
+  config.num_epochs = 310.0
+  config.cooldown_epochs = 10.0
+  config.optimizer = "adamw"
+  config.weight_decay_rule = "more_than_one_axis"
+  # Fields hold rates for a batch of 256.
+  config.learning_rate = rate * 256 / batch_size
+  config.final_rate = 1e-5 * 256 / batch_size
+  config.warmup_epochs = 5.0
+  config.warmup_rate = 1e-6 * 256 / batch_size
+  config.warmup_overlaps = True
+  config.interpolation = "bicubic"
+  config.augment = (
+    "random_resized_crop | flip | rand_augment(2, 9, noise=0.5) | random_erasing(0.25)"
+  )
+  config.label_smoothing = 0.1
+  config.cutmix = 1.0
+  return config
+
+
+def variant(family: str, size: str) -> str:
+  """Returns the name of a model from its family and the end of its name.
+
+  Raises:
+    InputError: there is no such size.
+  """
+  if size not in SIZES[family]:
+    raise unknown(f"size of {family}", size, SIZES[family])
+  return f"{family}_{size}"
 
 
 def get_repopt_config() -> ml_collections.ConfigDict:

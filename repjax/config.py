@@ -103,7 +103,12 @@ OVERRIDES = (
     kind=str,
   ),
   Field("stage_sizes", None, "Blocks in each stage, or in each stream of ParNet.", kind=tuple),
-  Field("width_multipliers", None, "Factors on the channels of RepVGG's stages.", kind=tuple),
+  Field(
+    "width_multipliers",
+    None,
+    "Factors on channels in RepVGG and MobileOne.",
+    kind=tuple,
+  ),
   Field("strides", None, "Strides of the stem and of each stage.", kind=tuple),
   Field("groups", None, "Groups of RepVGG's convolutions in every second block.", kind=int),
   Field("branches", None, "Names of the branches of RepVGG's blocks.", kind=tuple),
@@ -138,6 +143,13 @@ OVERRIDES = (
   Field("patch_size", None, "Size and stride in pixels of RepMLPNet's embedding.", kind=int),
   Field("stem_blocks", None, "Stream blocks in ParNet's stem.", kind=int),
   Field("last_block", None, 'Last block of ParNet: "downsample" or "conv1x1".', kind=str),
+  Field("copies", None, "Convolutions of the largest size in each block of MobileOne.", kind=int),
+  Field("se_sizes", None, "Pairs of blocks with SE at the end of MobileOne's stages.", kind=tuple),
+  Field("normed_branches", None, "Norms in the branches of RepViT, none after them.", kind=bool),
+  Field("distilled", None, "Train two classifiers in RepViT, which are averaged.", kind=bool),
+  Field("expansion", None, "Ratio of FastViT's hidden layers to their inputs.", kind=int),
+  Field("attention_stages", None, "Stages with attention at the end of FastViT.", kind=int),
+  Field("head_features", None, "Channels of each head of attention in FastViT.", kind=int),
 )
 """The fields of `config.model_overrides`: attributes of a model. None: as the variant has them.
 

@@ -1,9 +1,9 @@
 """Recognition of layers in a tree: by the content of a scope, or by the name of its class.
 
-The layers of repjax are recognised by what a scope holds. Six of them hold only scopes with
-ordinary names: AuxHead, GlobalPerceptron, RepFFN, RepHead, RepNorm and SkipSqueezeExcite. Such a
-layer has its class name at the beginning of the scope's name, or else a note in its statistics,
-which the layer writes itself.
+The layers of repjax are recognised by what a scope holds. Eight of them hold only scopes with
+ordinary names: AuxHead, GlobalPerceptron, RepFFN, RepHead, RepHeads, RepNorm, SkipConv and
+SkipSqueezeExcite. Such a layer has its class name at the beginning of the scope's name, or else a
+note in its statistics, which the layer writes itself.
 Layers of other people are recognised by their class names alone.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from repjax import layers
 from repjax.errors import printable
 from repjax.layers.base import RepLayer, is_named
+from repjax.layers.grammar import is_skip
 from repjax.layers.rep_conv import convolution_branches, other_names
 
 Tree = Mapping[str, Any]
@@ -59,8 +60,24 @@ KINDS: dict[str, Kind] = {
     Kind(
       layers.RepDense, layers.fold_rep_dense, layers.expand_rep_dense, layers.recognize_rep_dense
     ),
+    Kind(layers.ConvFFN, layers.fold_conv_ffn, layers.expand_conv_ffn, layers.recognize_conv_ffn),
+    Kind(
+      layers.RepAttention,
+      layers.fold_rep_attention,
+      layers.expand_rep_attention,
+      layers.recognize_rep_attention,
+    ),
+    Kind(
+      layers.RepMixer, layers.fold_rep_mixer, layers.expand_rep_mixer, layers.recognize_rep_mixer
+    ),
+    Kind(
+      layers.SkipConv, layers.fold_skip_conv, layers.expand_skip_conv, layers.recognize_skip_conv
+    ),
     Kind(layers.RepFFN, layers.fold_rep_ffn, layers.expand_rep_ffn, layers.recognize_rep_ffn),
     Kind(layers.RepHead, layers.fold_rep_head, layers.expand_rep_head, layers.recognize_rep_head),
+    Kind(
+      layers.RepHeads, layers.fold_rep_heads, layers.expand_rep_heads, layers.recognize_rep_heads
+    ),
     Kind(layers.RepNorm, layers.fold_rep_norm, layers.expand_rep_norm, layers.recognize_rep_norm),
     Kind(
       layers.ScaledConv,
@@ -96,6 +113,14 @@ def layer_name(scope: str, folds: Iterable[str] = FOLDS) -> str | None:
 def is_known(name: str, fold: Fold) -> bool:
   """Tells if a fold is the one that repjax has for the layer of a class name."""
   return name in KINDS and KINDS[name].fold is fold
+
+
+def is_mark(name: str) -> bool:
+  """Tells if a leaf of statistics is a note that only names something, with any value.
+
+  Such notes name a skip, or the class of the layer.
+  """
+  return is_skip(name) or name in KINDS
 
 
 def kind_of(name: str, params: Tree, stats: Tree) -> Kind | None:

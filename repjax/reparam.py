@@ -68,9 +68,10 @@ def reparameterize(
   stays unchanged, so that a deploy tree maps to itself. The function is pure: it works under `jit`,
   `vmap`, `grad` and `pmap`.
 
-  Six layers hold only scopes with ordinary names: AuxHead, GlobalPerceptron, RepFFN, RepHead,
-  RepNorm and SkipSqueezeExcite. Such a layer is recognised by its class name at the beginning of
-  the scope's name, or else by a note in its statistics, which the layer writes itself.
+  Eight layers hold only scopes with ordinary names: AuxHead, GlobalPerceptron, RepFFN, RepHead,
+  RepHeads, RepNorm, SkipConv and SkipSqueezeExcite. Such a layer is recognised by its
+  class name at the beginning of the scope's name, or else by a note in its statistics, which the
+  layer writes itself.
 
   Args:
     params: the "params" collection of any module that contains repjax layers. Mappings of all

@@ -17,7 +17,7 @@ _RANKS = (2, 4, 7)
 """Numbers of axes that kernels have."""
 _LIFTED = ("Vmap", "Scan")
 """Linen begins the automatic names of layers under `nn.vmap` and `nn.scan` so."""
-_ARRAYS = {"kernel", "bias", "scale", "gain", "diagonal"}
+_ARRAYS = {"kernel", "bias", "scale", "gain", "diagonal", "gamma"}
 """Names of the parameters that layers of repjax hold. All other names are scopes."""
 _DEEPEST = 100
 """Largest number of scopes inside of one another. A walk over deeper trees exhausts the stack."""

@@ -19,15 +19,16 @@ import numpy as np
 
 import repjax
 from repjax.errors import one_paragraph
+from repjax.recognition import is_mark
 
 TOLERANCE = 1e-12
 IMAGE_SIZE = 96
 
 
 def randomise(path: tuple[Any, ...], leaf: jax.Array, rng: np.random.Generator) -> np.ndarray:
-  """Returns a kernel unchanged, and random values for any other leaf, positive where required."""
+  """Returns kernels and notes unchanged, and random values for others, positive where required."""
   name = path[-1].key
-  if name == "kernel":
+  if name == "kernel" or is_mark(name):
     return np.asarray(leaf)
   bounds = (0.5, 1.5) if name in ("scale", "var") else (-0.3, 0.3)
   return rng.uniform(*bounds, leaf.shape)

@@ -2,9 +2,10 @@
 
 For each model, source and form, `from_torch` must recognize the state dict and reorder every
 tensor rightly, and `to_torch` must give the state dict back bit by bit. Norms in deploy files of
-RepMLPNet and ParNet are folded by the import and must get the shapes of the deploy form. Each
-golden RepVGG must compute the authors' outputs, in both forms. This takes many minutes and a few
-GB; the test suite does the same with cheaper numbers.
+RepMLPNet, ParNet and FastViT are folded by the import and must get the shapes of the deploy form.
+Each golden RepVGG, MobileOne, RepViT and FastViT must compute the outputs of the authors or of
+timm, in both forms. This takes many minutes and a few GB; the test suite does the same with cheaper
+numbers.
 
 Example:
   python scripts/prove_weights.py --models repvgg_a0 repvgg_b1g4
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests are no part of t
 
 import repjax
 from repjax import weights
+from repjax.recognition import is_mark
 from repjax.weights import sources
 from tests import helpers
 from tests.models import repmlp_cases
@@ -52,6 +54,10 @@ def key_lists() -> Lists:
   for source, lists in helpers.key_lists().items():
     for model, kinds in lists.items():
       found[model][source] = kinds
+  for model, kinds in helpers.mobile_keys().items():
+    found[model]["timm"] = kinds
+    # No list of the authors' names is stored: those of the tables must come back as they were.
+    found[model]["official"] = {kind: expected_shapes(model, "official", kind) for kind in kinds}
   for lists in (repmlp_cases.key_lists(), helpers.repmlpnet_keys(), cases.parnet_keys()):
     for model, kinds in lists.items():
       found[model]["official"] = kinds
@@ -82,6 +88,12 @@ def key_lists() -> Lists:
     found["vgg16"].setdefault("timm", {})[kind] = {name: list(x.shape) for name, x in timm.items()}
   assert found.keys() == sources.NAMINGS.keys()
   return dict(found)
+
+
+def expected_shapes(model: str, source: str, kind: str) -> dict[str, list[int]]:
+  """Returns names and shapes by the table of a source."""
+  wanted = sources.expected(model, source, kind, 1000, {})
+  return {name: list(entry.shape) for name, entry in wanted.items()}
 
 
 def main() -> None:
@@ -115,6 +127,9 @@ def proofs(models: list[str]) -> Iterator[tuple]:
       continue
     if cases.golden_network(case)[0] in models:
       yield f"golden outputs of {name}", check_golden, (case,)
+  for case in helpers.mobile_goldens()["cases"]:
+    if case["model"] in models:
+      yield f"golden outputs of {case['model']}", check_mobile, (case,)
 
 
 def check_checkpoint(model: str, source: str, kind: str) -> str:
@@ -151,6 +166,8 @@ def check_values(variables: dict, state: dict[str, np.ndarray]) -> None:
   for value in state.values():
     left[facts(value)].append(value)
   for path, leaf in helpers.leaves(variables).items():
+    if is_mark(path.rpartition("/")[2]):
+      continue
     array = next(array for array in turned(path, np.asarray(leaf)) if left.get(facts(array)))
     assert np.array_equal(array, left[facts(array)].pop()), path
   assert not any(left.values())
@@ -164,6 +181,8 @@ def turned(path: str, leaf: np.ndarray) -> Iterator[np.ndarray]:
     yield rows.reshape(-1, inputs * height * width, 1, 1)
   elif leaf.ndim == 4 and not path.endswith("kernel"):
     yield np.einsum("ghwo->gohw", leaf).ravel()
+  elif path.endswith("gamma"):  # factors lie beside maps with channels first there
+    yield leaf[:, None, None]
   else:
     array = helpers.oihw(leaf)
     yield array
@@ -181,6 +200,18 @@ def check_golden(case: dict) -> str:
   """Checks a golden network's outputs from a state dict, in both forms."""
   cases.check_golden(case)
   return "as the authors'"
+
+
+def check_mobile(case: dict) -> str:
+  """Checks timm's logits of a network of full size, in both forms."""
+  name, x = case["model"], helpers.golden_input(tuple(case["input"]["shape_nchw"]))
+  state = helpers.fill_state_dict(helpers.mobile_keys()[name]["train"])
+  variables = weights.from_torch(name, state, param_dtype=np.float64)
+  params = jax.jit(repjax.reparameterize)(*helpers.halves(variables))
+  for held, deploy in ((variables, False), ({"params": params}, True)):
+    model = repjax.create_model(name, deploy=deploy, **helpers.F64)
+    helpers.assert_golden(jax.jit(model.apply)(held, x), case["expect"]["logits"])
+  return "as timm's"
 
 
 if __name__ == "__main__":

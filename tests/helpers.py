@@ -19,8 +19,8 @@ from flax import linen as nn
 import repjax
 from repjax import program
 from repjax.errors import InputError
-from repjax.layers.grammar import is_skip
 from repjax.layers.linear import uniform_bound
+from repjax.recognition import is_mark
 from repjax.weights.naming import Naming, entries, tensor_name
 from repjax.weights.repvgg import NAMINGS
 
@@ -126,13 +126,13 @@ def randomise(variables: Any, seed: int = 0, epsilon: float = 0.1) -> Any:
     kind = path[-1].key
     if kind == "kernel":
       values = rng.standard_normal(leaf.shape) * uniform_bound(leaf.shape)
-    elif kind in ("scale", "var", "diagonal", "gain"):
+    elif kind in ("scale", "var", "diagonal", "gain", "gamma"):
       values = rng.uniform(0.5, 1.5, leaf.shape)
     elif kind in ("bias", "mean"):
       values = rng.uniform(-0.3, 0.3, leaf.shape)
     elif kind == "epsilon":
       values = np.full(leaf.shape, epsilon)
-    elif kind in repjax.FOLDS or is_skip(kind):  # notes of layers, whose values mean nothing
+    elif is_mark(kind):  # notes of layers, whose values mean nothing
       values = np.ones(leaf.shape)
     else:
       raise ValueError(f"no rule for a leaf called {kind!r}")
@@ -299,6 +299,32 @@ def repmlpnet_keys() -> dict[str, dict[str, dict[str, list[int]]]]:
 def parnet_goldens() -> dict[str, Any]:
   """Reads {"counts": {model: {...}}, "cases": [{"id", "spec", "input", "expect"}, ...]}."""
   return json.loads((GOLDENS / "parnet.json").read_text())
+
+
+def mobile_goldens() -> dict[str, Any]:
+  """Reads the golden numbers of MobileOne, RepViT and FastViT, which timm has computed.
+
+  {"counts": {model: {...}}, "cases": networks of full size, "small": small ones with all maps}.
+  """
+  return json.loads((GOLDENS / "mobile.json").read_text())
+
+
+@functools.cache
+def mobile_keys() -> dict[str, dict[str, dict[str, list[int]]]]:
+  """Reads {model: {kind: {name: shape}}} of timm's MobileOne, RepViT and FastViT."""
+  with gzip.open(GOLDENS / "mobile_keys.json.gz", "rt") as file:
+    return json.load(file)
+
+
+def folded_beyond_timm(model: nn.Module) -> int:
+  """Returns how many more parameters timm's deploy form has than ours.
+
+  Each FFN of a FastViT has 2 C parameters more, for C channels: of its norm C stay as a bias, and
+  its factors go. Attention has as many as ours: its norm and factors go, and qkv gets 3 C biases.
+  """
+  if type(model).__name__ != "FastViT":
+    return 0
+  return 2 * sum(blocks * width for blocks, width in zip(model.stage_sizes, model.widths))
 
 
 def folded_beyond_the_authors(model: nn.Module) -> int:

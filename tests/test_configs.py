@@ -15,6 +15,7 @@ from repjax.configs import common
 from repjax.data import open_source
 from repjax.errors import InputError
 from repjax.training import finetune, planning, repoptimizer
+from tests import helpers
 from tests.helpers import spread
 from tests.training import tiny
 
@@ -78,6 +79,9 @@ DIGITS_REPOPT = {"digits_repopt", "digits_repopt_search"}
 SMALL_REPMLP = {"repmlp_cifar", "repmlp_cifar_convnet", "digits_repmlp"}
 ABLATIONS = {"repvgg_b0_ablation", "digits_ablation"}
 IN_8_BITS = {"digits_qat", "digits_repmlp_qat", "digits_parnet_qat"}
+# One file for each family, whose argument is the end of the name of a model, and one to try.
+MOBILE = {"mobileone", "repvit", "fastvit"}
+DIGITS_MOBILE = {f"digits_{family}" for family in MOBILE}
 OTHER_PARNET = {"parnet_xl_320", "parnet_cifar", "digits_parnet"}
 
 
@@ -106,6 +110,7 @@ def test_there_is_a_config_for_each_result_and_one_to_try():
     *PARNET,
     *OTHER_PARNET,
     *("digits", "finetune"),
+    *(*MOBILE, *DIGITS_MOBILE),
     *ABLATIONS,
     *IN_8_BITS,
     *(*REPOPT, *SEARCHES, *DIGITS_REPOPT),
@@ -466,6 +471,61 @@ def test_digits_with_another_network_are_the_digits_of_the_first_config(name):
   assert changes(load("digits")[0], config).keys() == {"model", "model_overrides"}
   model = planning.model_spec(config, ()).create_model()
   assert name != "digits_repmlp" or model.image_size == config.image_size
+
+
+@pytest.mark.parametrize("name", sorted(DIGITS_MOBILE))
+def test_digits_with_a_mobile_network_are_those_of_the_first_config_but_for_the_size(name):
+  changed = changes(load("digits")[0], load(name)[0]).keys()
+  assert changed - {"image_size", "resize_size"} == {"model", "model_overrides"}
+
+
+def test_every_mobile_network_has_a_recipe_and_its_number_or_says_that_there_is_none():
+  models = set()
+  for family in sorted(MOBILE):
+    module = importlib.import_module(f"configs.{family}")
+    for size in common.SIZES[family]:
+      config = module.get_config(size)
+      models.add(config.model)
+      assert config.model == f"{family}_{size}"
+      stated = helpers.mobile_goldens()["counts"][config.model]
+      assert config.resize_size == math.floor(stated["input"] / stated["crop_pct"])
+      assert (config.image_size, config.interpolation) == (stated["input"], stated["interpolation"])
+      assert re.search(rf"\| `{size}` +\| (\d\d\.\d|not confirmed)", module.__doc__)
+  assert models == helpers.mobile_goldens()["counts"].keys()
+  with pytest.raises(InputError, match=r"unknown size of repvit 'm0\.9'; did you mean m0_9"):
+    importlib.import_module("configs.repvit").get_config("m0.9")
+
+
+def test_the_recipes_of_mobile_networks_are_those_of_their_authors():
+  mobileone, base = load("mobileone")[0], common.get_config()
+  own = {"model": "mobileone_s0", "num_epochs": 300, "label_smoothing": 0.1, "ema_decay": 0.9995}
+  assert changes(base, mobileone) == own
+  images = "random_resized_crop | flip | rand_augment(2, 9, noise=0.5) | random_erasing(0.25)"
+  shared = {
+    "num_epochs": 310,
+    "cooldown_epochs": 10,
+    "optimizer": "adamw",
+    "weight_decay_rule": "more_than_one_axis",
+    "warmup_epochs": 5,
+    "warmup_overlaps": True,
+    "interpolation": "bicubic",
+    "augment": images,
+    "label_smoothing": 0.1,
+    "cutmix": 1,
+  }
+  for name, batch, rate, own in (
+    ("repvit", 2048, 4e-3, {"resize_size": 235, "weight_decay": 0.025, "mixup": 0.8}),
+    ("fastvit", 1024, 1e-3, {"image_size": 256, "resize_size": 284, "mixup": 0.2}),
+  ):
+    changed = changes(base, load(name)[0])
+    rates = {key: changed.pop(key) for key in ("learning_rate", "final_rate", "warmup_rate")}
+    assert list(rates.values()) == pytest.approx([x * 256 / batch for x in (rate, 1e-5, 1e-6)])
+    assert changed.pop("batch_size") == batch
+    assert (changed.pop("ema_decay"), changed.pop("weight_decay")) == (
+      (0.99996, 0.025) if name == "repvit" else (0.9995, 0.05)
+    )
+    own.pop("weight_decay", None)
+    assert changed == {"model": load(name)[0].model, **shared, **own}
 
 
 @pytest.mark.parametrize("name", sorted(IN_8_BITS))

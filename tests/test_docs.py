@@ -190,12 +190,15 @@ def counts(name):
   """
   golden = helpers.counts() | repmlp_cases.counts()
   golden |= helpers.repmlpnet_goldens()["counts"] | helpers.parnet_goldens()["counts"]
+  golden |= helpers.mobile_goldens()["counts"]
   if name in golden:
     train, deploy = (golden[name][f"{form}_params"] for form in ("train", "deploy"))
     if name.startswith("repmlpnet"):
       deploy -= helpers.folded_beyond_the_authors(repjax.create_model(name))
     if name.startswith("parnet"):
       deploy += test_parnet.folded_beyond_the_authors(repjax.create_model(name))
+    if name in helpers.mobile_goldens()["counts"]:
+      deploy -= helpers.folded_beyond_timm(repjax.create_model(name))
     return train, deploy
   if name in test_resnet.PARAMETERS:
     train = test_resnet.PARAMETERS[name]
@@ -243,6 +246,9 @@ def test_overrides_are_those_of_the_classes():
     "RepMLPNet": "repmlpnet_t224",
     "ParNet": "parnet_s",
     "VGG": "vgg16",
+    "MobileOne": "mobileone_s0",
+    "RepViT": "repvit_m0_9",
+    "FastViT": "fastvit_t8",
   }
   fields = {
     row: {field.name for field in dataclasses.fields(repjax.create_model(name))}

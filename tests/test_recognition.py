@@ -14,13 +14,18 @@ import repjax
 from repjax.errors import InputError
 from repjax.layers import (
   AuxHead,
+  ConvFFN,
   GlobalPerceptron,
+  RepAttention,
   RepConv,
   RepDense,
   RepFFN,
   RepHead,
+  RepHeads,
+  RepMixer,
   RepNorm,
   ScaledConv,
+  SkipConv,
   SkipSqueezeExcite,
 )
 from tests import helpers
@@ -37,6 +42,11 @@ LAYERS = {
   "RepNorm": RepNorm,
   "ScaledConv": functools.partial(ScaledConv, 4),
   "SkipSqueezeExcite": SkipSqueezeExcite,
+  "RepHeads": functools.partial(RepHeads, 4, 2),
+  "RepMixer": RepMixer,
+  "ConvFFN": functools.partial(ConvFFN, 2, 3),
+  "RepAttention": functools.partial(RepAttention, 2),
+  "SkipConv": functools.partial(SkipConv, 3),
 }
 
 

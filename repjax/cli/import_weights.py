@@ -101,6 +101,7 @@ def describe(record: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> str
     f"'{json.dumps({name: '...'})}' for others)\n"
     for name, value in record["assumed"].items()
   )
+  stated = printable(record["license"] or "not stated", 100)
   revision = f", revision {record['revision']}" if record["revision"] else ""
   return (
     f"recognized: {record['model']}, {record['naming']} names, {record['kind']} form, "
@@ -113,4 +114,5 @@ def describe(record: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> str
     f"{preprocessing['interpolation']}, central {preprocessing['image_size']} px, "
     f"mean {preprocessing['mean']}, std {preprocessing['std']}\n"
     f"file: {record['bytes']:,} bytes, sha256 {record['sha256']}{revision}\n"
+    + (f"license: {stated}\n" if record["revision"] else "")
   )

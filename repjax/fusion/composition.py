@@ -235,7 +235,17 @@ def _with_shift(result: Affine, term: Term, inner: Affine) -> Affine:
 
 
 def _border(by_tap: Expression, term: Term, inner: Affine) -> Border:
-  """Returns the border that a shift makes after a padded convolution."""
+  """Returns the border that a shift makes after a padded convolution.
+
+  Raises:
+    Refusal: the term reads padding along an axis that its value does not have.
+  """
+  gone = [place for place, axis in enumerate(term.others) if axis not in term.view]
+  for place in gone:
+    axis = term.others[place]
+    if not term.windows[axis].uniform(inner.shape[axis]):
+      raise Refusal("a shift before padding along an axis that is summed away")
+  by_tap = kernels.summed_along(by_tap, axes=tuple(gone)) if gone else by_tap
   windows = tuple(
     None
     if axis is None or term.windows[axis].plain(inner.shape[axis])

@@ -171,6 +171,12 @@ def summed_taps(shift: Any) -> Any:
   return shift.reshape(-1, shift.shape[-1]).sum(0)
 
 
+@later
+def summed_along(shift: Any, *, axes: tuple[int, ...]) -> Any:
+  """Returns (taps, O) with one tap along some axes, the sum of those that were there."""
+  return shift.sum(axes, keepdims=True)
+
+
 def chained(
   first: Expression,
   second: Expression,

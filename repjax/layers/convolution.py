@@ -38,3 +38,20 @@ def convolution(conv: Conv, dtype: Any, param_dtype: Any) -> Callable[..., nn.Mo
   if is_one:
     return built
   return functools.partial(built, feature_group_count=conv.groups, kernel_init=kernel_init)
+
+
+def depthwise(features: int, size: int, dtype: Any, param_dtype: Any) -> Callable[..., nn.Module]:
+  """Returns a function that builds a depthwise convolution with bias, given its name.
+
+  The convolution has stride 1 and keeps the size of the map.
+
+  Args:
+    features: number of channels, in and out.
+    size: height and width of the kernel in taps, an odd number.
+    dtype: dtype of the computation and of the result.
+    param_dtype: dtype of the parameters.
+  """
+  pad = size // 2
+  sides = (size, size), (1, 1), (pad, pad), (1, 1)
+  conv = Conv(features, features, *sides, groups=features, use_bias=True)
+  return convolution(conv, dtype, param_dtype)

@@ -10,6 +10,7 @@ import numpy as np
 
 from repjax.layers.dirac import DIRAC_GAIN
 from repjax.layers.grammar import is_skip
+from repjax.layers.layer_scale import FIRST_GAMMA
 from repjax.layers.linear import is_orthogonal, tile_kernel_init, uniform_bound
 
 Tree = Mapping[str, Any]
@@ -36,6 +37,8 @@ def fill(shapes: Tree, random: Random, path: tuple[str, ...] = ()) -> dict[str, 
       values[name] = random(here, leaf, shapes["kernel"].shape)
     elif name in ("scale", "var", "diagonal") or is_skip(name):
       values[name] = jnp.ones(leaf.shape, leaf.dtype)
+    elif name == "gamma":
+      values[name] = jnp.full(leaf.shape, FIRST_GAMMA, leaf.dtype)
     elif name == "gain":
       values[name] = jnp.full(leaf.shape, DIRAC_GAIN, leaf.dtype)
     elif name in ("bias", "mean"):

@@ -25,14 +25,15 @@ from repjax.layers.rep_norm import Affine
 class SqueezeExcite(nn.Module):
   """A gate for each channel, computed from the means of all channels: y = x * s(mean(x)).
 
-  s = sigmoid(up(relu(down(.)))), two fully connected layers with biases, C -> C // reduction -> C.
+  s = sigmoid(up(relu(down(.)))), two fully connected layers with biases, C -> hidden -> C.
   The means run over both spatial axes, so maps need not be square. Both forms are the same.
 
   A second map z of as many channels may drive the gate: y = x * s(mean(z)). The Global Perceptron
   of RepMLPNet does so: it reads the input of its block and scales the block's output.
 
   Attributes:
-    reduction: ratio of the number of channels to the hidden layer's width.
+    reduction: ratio of the number of channels to the hidden layer's width, which is rounded down.
+    hidden: width of the hidden layer. None takes the reduction.
     dtype: dtype of the computation and of the result.
     param_dtype: dtype of the parameters.
 
@@ -41,7 +42,8 @@ class SqueezeExcite(nn.Module):
     Ding et al., RepMLPNet, CVPR 2022, section 3.1, for z. https://arxiv.org/abs/2112.11081
   """
 
-  reduction: int
+  reduction: int = 16
+  hidden: int | None = None
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -52,15 +54,17 @@ class SqueezeExcite(nn.Module):
     Raises:
       InputError: the reduction leaves no hidden channel.
     """
-    features = x.shape[-1]
-    if not 0 < self.reduction <= features:
+    features, hidden = x.shape[-1], self.hidden
+    if hidden is None and 0 < self.reduction <= features:
+      hidden = features // self.reduction
+    if hidden is None:
       raise InputError(
         f"SqueezeExcite {'/'.join(self.path)}: {features} channels reduced {self.reduction} times "
         "leave no hidden channel. Lower se_reduction or widen the network"
       )
     dtypes = dtypes_of(self)
     gate = (x if z is None else z).mean((1, 2))  # (N, C)
-    gate = jax.nn.relu(linear(gate, features // self.reduction, name="down", **dtypes))
+    gate = jax.nn.relu(linear(gate, hidden, name="down", **dtypes))
     gate = jax.nn.sigmoid(linear(gate, features, name="up", **dtypes))
     return x * gate[:, None, None, :]  # (N, H, W, C)
 

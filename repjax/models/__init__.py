@@ -9,7 +9,18 @@ from flax import linen as nn
 from flax.core import FrozenDict
 
 from repjax.errors import unknown
-from repjax.models import parnet, repmlp, repmlp_resnet, repmlpnet, repvgg, resnet, vgg
+from repjax.models import (
+  fastvit,
+  mobileone,
+  parnet,
+  repmlp,
+  repmlp_resnet,
+  repmlpnet,
+  repvgg,
+  repvit,
+  resnet,
+  vgg,
+)
 from repjax.models.initialize import init
 from repjax.models.overrides import check_overrides
 
@@ -23,6 +34,9 @@ _FAMILIES = (
   (repmlp_resnet.RepMLPResNet, repmlp_resnet.VARIANTS),
   (repmlpnet.RepMLPNet, repmlpnet.VARIANTS),
   (parnet.ParNet, parnet.VARIANTS),
+  (mobileone.MobileOne, mobileone.VARIANTS),
+  (repvit.RepViT, repvit.VARIANTS),
+  (fastvit.FastViT, fastvit.VARIANTS),
 )
 _MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
   name: (family, row) for family, variants in _FAMILIES for name, row in variants.items()

@@ -1,6 +1,8 @@
 """Checks of attributes and of images that networks of several families share."""
 
 import dataclasses
+import itertools
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -86,6 +88,38 @@ def check_stages(stage_sizes: Any, **others: Any) -> None:
     )
   for field, value in others.items():
     check_whole(field, value, len(stage_sizes), ", one for each stage in stage_sizes")
+
+
+def check_multiplied_stages(network: Any) -> None:
+  """Raises InputError if sizes, widths or strides make no network of a stem and four stages.
+
+  Args:
+    network: a network with `stage_sizes`, `width_multipliers` and `strides`, as RepVGG has them.
+  """
+  for field, length in (("stage_sizes", 4), ("width_multipliers", 4), ("strides", 5)):
+    value = getattr(network, field)
+    if isinstance(value, str | int | float) or len(value) != length or not min(value) > 0:
+      raise InputError(f"{field} takes {length} numbers above 0, got {value!r}")
+  sizes, strides = network.stage_sizes, network.strides
+  if not all(isinstance(number, int) for number in (*sizes, *strides)):
+    raise InputError(f"stage_sizes and strides are whole numbers, got {sizes} and {strides}")
+  if int(64 * min(network.width_multipliers)) < 1:
+    raise InputError(f"width_multipliers {network.width_multipliers} leave a stage no channel")
+
+
+def check_output_stride(network: Any) -> None:
+  """Raises InputError if `output_stride` is no product of the first strides.
+
+  Args:
+    network: a network with `output_stride` and `strides`, as RepVGG has them.
+  """
+  totals = sorted(set(itertools.accumulate(network.strides, operator.mul)))
+  stride = network.output_stride
+  if stride is not None and not (is_whole(stride) and stride in totals):
+    raise InputError(
+      f"output_stride is one of {', '.join(map(str, totals))}, the products of the first of "
+      f"strides={network.strides}, got {stride!r}"
+    )
 
 
 def check_tile(field: str, tile: Any) -> None:

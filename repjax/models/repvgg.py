@@ -14,9 +14,7 @@ References:
 """
 
 import functools
-import itertools
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +28,11 @@ from repjax.layers.base import training_of
 from repjax.layers.composition import AFTER_SUM
 from repjax.layers.grammar import layer_size, parse
 from repjax.models.base import Block, BlockBuilder, Classifier, Stage
-from repjax.models.checks import check_total_stride, is_whole
+from repjax.models.checks import (
+  check_multiplied_stages,
+  check_output_stride,
+  check_total_stride,
+)
 from repjax.models.dilation import Striding, dilate
 from repjax.models.resnet import BasicBlock, Place
 from repjax.schema import shown
@@ -160,8 +162,8 @@ class RepVGG(Classifier, kw_only=True):
   aux_heads: bool = False
 
   def __post_init__(self):
-    _check_sizes(self)
-    _check_output_stride(self)
+    check_multiplied_stages(self)
+    check_output_stride(self)
     if self.aux_heads and self.stage_sizes[2] < 2:
       raise InputError("aux_heads needs two blocks in stage 3, one on each side of its third head")
     blocks = sum(self.stage_sizes)
@@ -312,20 +314,7 @@ def _with_scales(block: Mapping[str, Any], value: float) -> dict[str, Any]:
   return {**block, "ScaledConv_0": {**conv, **scaled}}
 
 
-# Functions, not methods: interceptors of methods cannot take a module that is not set up yet.
-def _check_sizes(network: RepVGG) -> None:
-  """Raises InputError if sizes, widths or strides make no network."""
-  for field, length in (("stage_sizes", 4), ("width_multipliers", 4), ("strides", 5)):
-    value = getattr(network, field)
-    if isinstance(value, str | int | float) or len(value) != length or not min(value) > 0:
-      raise InputError(f"{field} takes {length} numbers above 0, got {value!r}")
-  sizes, strides = network.stage_sizes, network.strides
-  if not all(isinstance(number, int) for number in (*sizes, *strides)):
-    raise InputError(f"stage_sizes and strides are whole numbers, got {sizes} and {strides}")
-  if int(64 * min(network.width_multipliers)) < 1:
-    raise InputError(f"width_multipliers {network.width_multipliers} leave a stage no channel")
-
-
+# A function, not a method: interceptors of methods cannot take a module that is not set up yet.
 def _check_branches(network: RepVGG) -> None:
   """Raises InputError if the branches, or what goes with them, make no block."""
   names, size = network.branches, (0, 0)
@@ -352,17 +341,6 @@ def _check_branches(network: RepVGG) -> None:
     raise InputError(
       f"scaled builds the branches {shown(BRANCHES)} and one norm, got branches={shown(names)} and "
       f"norm={shown(network.norm)}. Leave these out, or scaled"
-    )
-
-
-def _check_output_stride(network: RepVGG) -> None:
-  """Raises InputError if `output_stride` is no product of the first strides."""
-  totals = sorted(set(itertools.accumulate(network.strides, operator.mul)))
-  stride = network.output_stride
-  if stride is not None and not (is_whole(stride) and stride in totals):
-    raise InputError(
-      f"output_stride is one of {', '.join(map(str, totals))}, the products of the first of "
-      f"strides={network.strides}, got {stride!r}"
     )
 
 

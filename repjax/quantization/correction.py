@@ -24,6 +24,10 @@ TOLERANCE = 1e-4
 """Largest error of a mean, relative to the layer's largest mean, that needs no more correction."""
 
 
+SETTLED = 1e-6
+"""The same error of a layer whose bias is no longer moved. It is above the noise of float32."""
+
+
 def with_rounded_weights(
   proto: Any, bits: int = 8, *, per_channel: bool = True, but: Sequence[str] = ()
 ) -> Any:
@@ -74,9 +78,18 @@ def corrected(proto: Any, images: np.ndarray, bits: int = 8, **rounding: Any) ->
   for _ in layers:
     moved = _means(with_constants(coarse, biases), layers, images)
     off = {tensor: mean - moved[tensor] for tensor, mean in wanted.items()}
-    biases |= {layer.bias: biases[layer.bias] + off[layer.result] for layer in layers if layer.bias}
-    largest = {tensor: np.abs(mean).max() for tensor, mean in wanted.items()}
-    if all(np.abs(gap).max() <= TOLERANCE * largest[tensor] for tensor, gap in off.items()):
+    gaps = {
+      tensor: np.abs(gap).max() / (np.abs(wanted[tensor]).max() or 1.0)
+      for tensor, gap in off.items()
+    }
+    # A layer that is right stays as it is. Moving it by the noise of its mean, in every round,
+    # would move all layers after it, by more from layer to layer.
+    biases |= {
+      layer.bias: biases[layer.bias] + off[layer.result]
+      for layer in layers
+      if layer.bias and gaps[layer.result] > SETTLED
+    }
+    if max(gaps.values()) <= TOLERANCE:
       break
   return with_constants(proto, biases)
 
@@ -85,9 +98,12 @@ def _means(proto: Any, layers: list[GraphLayer], images: np.ndarray) -> dict[str
   """Returns the mean of each channel of the layers' outputs, by tensor."""
   tensors = [layer.result for layer in layers]
   sums = {tensor: np.zeros(()) for tensor in tensors}
+  counts = dict.fromkeys(tensors, 0)
   for batch in observed(proto, tensors, images):
     for tensor, maps in zip(tensors, batch):
-      rows = np.moveaxis(maps, 1, -1).reshape(len(maps), -1, maps.shape[1])  # (N, pixels, C)
-      sums[tensor] = sums[tensor] + rows.mean(1, dtype=np.float64).sum(0)
+      # A Gemm over the pixels of a map has a row for each of them, and not for each image.
+      rows = np.moveaxis(maps, 1, -1).reshape(-1, maps.shape[1])  # (N * pixels, C)
+      sums[tensor] = sums[tensor] + rows.sum(0, dtype=np.float64)
+      counts[tensor] += len(rows)
   check_finite(proto, images, sums.values())
-  return {tensor: total / len(images) for tensor, total in sums.items()}
+  return {tensor: total / counts[tensor] for tensor, total in sums.items()}

@@ -14,6 +14,7 @@ from repjax.report.curves import plain, tidy
 
 _BRANCH_COLORS = {"3x3": "#0072B2", "1x1": "#E69F00", "identity": "#009E73"}
 _OTHER_COLORS = ("#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+_LETTERS_IN_A_ROW = 130
 _LABELLED_BARS = 60
 _LABELLED_TAPS = 25
 _NAMED = 4  # Branches in a title.
@@ -45,7 +46,8 @@ def _bars(kernels: Kernels) -> list[FoldedLayer]:
 
 def level_labels(kernels: Kernels) -> bool:
   """Returns whether the labels of all bars fit side by side."""
-  return len(_bars(kernels)) <= 10
+  labels = [_short(layer.path) for layer in _bars(kernels)]
+  return len(labels) * max(map(len, labels)) <= _LETTERS_IN_A_ROW
 
 
 def _shares_title(layers: Sequence[FoldedLayer], names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Fetches weights from the Hugging Face hub, with the preprocessing that the repository states."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,12 +42,14 @@ class HubFile(NamedTuple):
     repository: owner and name of the repository.
     revision: the commit, in full.
     config: content of the repository's config.json; empty if there is none.
+    license: name of the licence that the repository states; None if it states none.
   """
 
   path: Path
   repository: str
   revision: str
   config: dict[str, Any]
+  license: str | None
 
 
 def fetch(reference: str) -> HubFile:
@@ -69,10 +72,11 @@ def fetch(reference: str) -> HubFile:
     ) from None
   repository, _, file = reference.removeprefix(PREFIX).partition(":")
   repository, _, revision = repository.partition("@")
-  unreachable = None
+  unreachable = card = None
   try:
     # This question fails at once without a network, where a download would try for long.
-    huggingface_hub.HfApi().model_info(repository, revision=revision or None, timeout=20)
+    api = huggingface_hub.HfApi()
+    card = api.model_info(repository, revision=revision or None, timeout=20).card_data
   except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
     raise InputError(
       f"the hub has no public repository {repository} with revision {revision or 'main'}. Gated "
@@ -135,7 +139,21 @@ def fetch(reference: str) -> HubFile:
   config = json_files.read(config_path, _CONFIG) if config_path else {}
   # The path in the cache is .../snapshots/<commit>/<file>, and a file may be in folders.
   folders = path.parts[: -len(Path(names[0]).parts)]
-  return HubFile(path, repository, folders[-1], config)
+  stated = license_of(card.to_dict() if card else {}, config)
+  return HubFile(path, repository, folders[-1], config, stated)
+
+
+def license_of(card: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+  """Returns the name of the licence that a repository states, or None.
+
+  Args:
+    card: the fields at the beginning of the repository's README; empty without the hub.
+    config: content of config.json. timm states the licence there too.
+  """
+  # Licences that the hub does not list are called "other", and have their names in a second field.
+  named = card.get("license_name") if card.get("license") == "other" else card.get("license")
+  stated = (config.get("pretrained_cfg") or {}).get("license")
+  return next((name for name in (named, stated) if isinstance(name, str) and name), None)
 
 
 def preprocessing(config: dict[str, Any]) -> Preprocessing | None:

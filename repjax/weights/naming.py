@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from repjax.recognition import is_mark
+
 
 class Layout(NamedTuple):
   """A pair of functions that reorder a tensor's axes; they return views if strides allow it.
@@ -36,6 +38,8 @@ CONV = Layout(lambda x: x.transpose(3, 2, 0, 1), lambda x: x.transpose(2, 3, 1, 
 """HWIO here, OIHW in PyTorch."""
 DENSE = Layout(lambda x: x.T, lambda x: x.T)
 """(in, out) here, (out, in) in PyTorch."""
+FACTORS = Layout(lambda x: x[:, None, None], lambda x: x[:, 0, 0])
+"""(C,) here, (C, 1, 1) in PyTorch, which broadcasts over maps with channels first."""
 DENSE_AS_CONV = Layout(lambda x: x.T[:, :, None, None], lambda x: x[:, :, 0, 0].T)
 """(in, out) here, a 1x1 convolution (out, in, 1, 1) in PyTorch."""
 
@@ -75,7 +79,8 @@ class Row(NamedTuple):
   """One line of a naming.
 
   Attributes:
-    path: regular expression for one or more whole path segments.
+    path: regular expression for one or more whole path segments. The leaf is a part of the path
+      for factors, `gamma`, alone.
     name: the name of these segments in a state dict, with the groups of `path` as \\1, \\2, ...
     kernel: layout of the kernels below. None takes the usual one: `CONV` for four axes, `DENSE` for
       two, `tile_kernel` for seven.
@@ -125,6 +130,8 @@ class NoNameError(ValueError):
 def entries(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Entry]:
   """Returns the counterpart of every tensor of a state dict, by the tensor's name.
 
+  Notes that only name something have no tensors. `marks_in` returns them.
+
   Args:
     naming: the table.
     variables: a tree of arrays or shapes.
@@ -135,6 +142,8 @@ def entries(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Entry]:
   found = {}
   for key_path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
     path = tuple(entry.key for entry in key_path)
+    if _is_mark(path):
+      continue
     name, layout = tensor_name(naming, path[1:], len(leaf.shape))
     if not isinstance(layout, Layout):
       layout = layout(leaf.shape)
@@ -142,6 +151,17 @@ def entries(naming: Naming, variables: Mapping[str, Any]) -> dict[str, Entry]:
     shape = layout.to_torch(np.broadcast_to(np.zeros((), bool), leaf.shape)).shape
     found[name] = Entry(path, layout, shape)
   return found
+
+
+def marks_in(variables: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Returns path and shape of every note that only names something, such as a skip."""
+  leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
+  paths = ((tuple(entry.key for entry in key_path), leaf.shape) for key_path, leaf in leaves)
+  return {path: shape for path, shape in paths if _is_mark(path)}
+
+
+def _is_mark(path: tuple[str, ...]) -> bool:
+  return path[0] == "batch_stats" and is_mark(path[-1])
 
 
 def tensor_name(naming: Naming, path: tuple[str, ...], axes: int) -> tuple[str, Layout | ByShape]:
@@ -155,6 +175,8 @@ def tensor_name(naming: Naming, path: tuple[str, ...], axes: int) -> tuple[str, 
   Raises:
     NoNameError: the naming has no name for the leaf.
   """
+  if path[-1] == "gamma":  # a module in one project, a parameter of its own in a different one
+    return _scope_name(tuple(naming), path)[0], FACTORS
   scope, kernel = _scope_name(tuple(naming), path[:-1])
   if path[-1] not in _LEAVES:
     raise NoNameError(f"{'/'.join(path)}: {path[-1]} is none of {', '.join(_LEAVES)}")

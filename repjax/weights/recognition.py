@@ -218,14 +218,15 @@ def closest_model(
   refusals, closest, most = [], None, 0
   # Tracing a model takes half a second, and models of one family share their tables. A table that
   # gave none of the names for one model is not tried for the next one. Once a table gave nearly all
-  # of the names, no other table is tried.
+  # of the names, only tables of the same family and source are tried.
   unmatched: set[Naming] = set()
-  decided: Naming | None = None
+  decided: tuple[type, str] | None = None
   for model_name in likeliest_first:
+    family = type(create_model(model_name))
     tables = {
       naming: table
       for naming, table in NAMINGS[model_name].items()
-      if table not in unmatched and decided in (None, table)
+      if table not in unmatched and decided in (None, (family, naming))
     }
     shared: collections.Counter[Naming] = collections.Counter()
     try:
@@ -233,8 +234,8 @@ def closest_model(
         state = unwrapped(original, wanted).state
         names = sum(name in state and not entry.in_head for name, entry in wanted.items())
         shared[tables[naming]] += names
-        if names > 0.75 * len(state):
-          decided = tables[naming]
+        if _has_kernels_of(state, wanted):
+          decided = family, naming
         same = sum(name in state and state[name].shape == e.shape for name, e in wanted.items())
         if same > most:
           closest = Recognition(model_name, naming, kind, _num_classes(state, wanted))
@@ -247,6 +248,23 @@ def closest_model(
   if len(refusals) == len(likeliest_first):
     raise refusals[0]
   return closest, False
+
+
+def _has_kernels_of(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> bool:
+  """Tells if nearly all convolutions of a state dict have names and kernels like wanted ones.
+
+  Names alone would not do: all names of a RepVGG in deploy form can be names of a MobileOne, whose
+  convolutions are depthwise or 1x1.
+  """
+  ours = {name: _kernel(entry.shape) for name, entry in wanted.items()}
+  kernels = {name: _kernel(value.shape) for name, value in state.items() if value.ndim == 4}
+  alike = [ours.get(name) == kernel for name, kernel in kernels.items()]
+  return sum(alike) > 0.75 * len(alike)
+
+
+def _kernel(shape: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+  """Returns the size of a kernel, and whether each of its outputs reads one channel."""
+  return shape[2:], shape[1:2] == (1,)
 
 
 def fits(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> bool:

@@ -7,9 +7,19 @@ from typing import Any
 
 from repjax.errors import InputError, unknown
 from repjax.recognition import layer_name
-from repjax.spec import ModelSpec
-from repjax.weights import parnet, repmlp, repmlpnet, repvgg, resnet, vgg
-from repjax.weights.naming import Entry, Naming, entries
+from repjax.spec import ModelSpec, Preprocessing
+from repjax.weights import (
+  fastvit,
+  mobileone,
+  parnet,
+  repmlp,
+  repmlpnet,
+  repvgg,
+  repvit,
+  resnet,
+  vgg,
+)
+from repjax.weights.naming import Entry, Naming, entries, marks_in
 
 NAMINGS: dict[str, dict[str, Naming]] = {
   **repvgg.NAMINGS,
@@ -18,14 +28,32 @@ NAMINGS: dict[str, dict[str, Naming]] = {
   **repmlp.NAMINGS,
   **repmlpnet.NAMINGS,
   **parnet.NAMINGS,
+  **mobileone.NAMINGS,
+  **repvit.NAMINGS,
+  **fastvit.NAMINGS,
 }
 """Model to source to table of names. A new family adds its table here."""
 
-FOLDED: dict[str, tuple[str, ...]] = {**repmlpnet.FOLDED, **parnet.FOLDED}
+FOLDED: dict[str, tuple[str, ...]] = {
+  **repmlpnet.FOLDED,
+  **parnet.FOLDED,
+  **fastvit.FOLDED,
+}
 """Model to the layers that its deploy files hold in deploy form.
 
 All other layers are in these files as they were trained, and are folded on import. Models that are
 not in this table have deploy files without statistics.
+"""
+
+PREPROCESSING: dict[tuple[str, str], Preprocessing] = {
+  **repvgg.PREPROCESSING,
+  **mobileone.PREPROCESSING,
+  **repvit.PREPROCESSING,
+  **fastvit.PREPROCESSING,
+}
+"""(model, source) to the preprocessing with which its published accuracy was measured.
+
+Models that are not in this table use the defaults of `ModelSpec.usual`.
 """
 
 RELEASED_WITH: dict[tuple[str, str], dict[str, tuple[Any, str]]] = {**parnet.RELEASED_WITH}
@@ -61,16 +89,31 @@ def expected(
   return _expected_cached(model_name, naming, kind, num_classes, json.dumps(dict(overrides)))
 
 
+def expected_marks(
+  model_name: str, kind: str, overrides: Mapping[str, Any]
+) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Returns path and shape of the notes in a model's variables for which files hold no tensor."""
+  return marks_in(_shapes(model_name, kind, 1000, dict(overrides)))
+
+
 @functools.lru_cache(maxsize=256)
 def _expected_cached(
   model_name: str, naming: str, kind: str, num_classes: int, overrides: str
 ) -> dict[str, Entry]:
-  spec = ModelSpec.usual(model_name, num_classes, json.loads(overrides))
+  shapes = _shapes(model_name, kind, num_classes, json.loads(overrides))
+  return entries(naming_of(model_name, naming), shapes)
+
+
+def _shapes(
+  model_name: str, kind: str, num_classes: int, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns shapes of the variables of which a file of a kind holds the tensors."""
+  spec = ModelSpec.usual(model_name, num_classes, overrides)
   shapes = spec.variable_shapes(deploy=kind == "deploy")
   if kind == "deploy" and model_name in FOLDED:
     layers = dict.fromkeys(FOLDED[model_name])
-    shapes = _partly_folded(spec.variable_shapes(), shapes["params"], layers)
-  return entries(naming_of(model_name, naming), shapes)
+    return _partly_folded(spec.variable_shapes(), shapes["params"], layers)
+  return shapes
 
 
 def _partly_folded(

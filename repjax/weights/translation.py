@@ -15,7 +15,13 @@ from repjax.trees import check_tree
 from repjax.weights.misfits import Problem, bad_values, explain, lines_of, misfits
 from repjax.weights.naming import NoNameError, entries
 from repjax.weights.recognition import Recognition, normalised, recognize_model
-from repjax.weights.sources import FOLDED, RELEASED_WITH, expected, naming_of
+from repjax.weights.sources import (
+  FOLDED,
+  RELEASED_WITH,
+  expected,
+  expected_marks,
+  naming_of,
+)
 from repjax.weights.wrappers import unwrapped
 
 
@@ -72,6 +78,8 @@ def from_torch(
   variables: dict[str, Any] = {}
   for name, entry in wanted.items():
     _put(variables, entry.path, entry.layout.from_torch(state[name]))
+  for path, shape in expected_marks(model_name, found.kind, overrides).items():
+    _put(variables, path, np.ones(shape, dtype))
   if drop_head:
     spec = ModelSpec.usual(model_name, num_classes, overrides)
     shapes = spec.variable_shapes(deploy=found.kind == "deploy")

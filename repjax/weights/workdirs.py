@@ -17,8 +17,7 @@ from repjax.weights import hub, repmlpnet, repvgg
 from repjax.weights.files import read_entry
 from repjax.weights.misfits import is_half
 from repjax.weights.recognition import Recognition, recognize, removed_from
-from repjax.weights.repvgg import PREPROCESSING
-from repjax.weights.sources import RELEASED_WITH
+from repjax.weights.sources import PREPROCESSING, RELEASED_WITH
 from repjax.weights.translation import from_torch, to_torch
 
 
@@ -49,11 +48,10 @@ def import_weights(
     overrides: as in `create_model`.
 
   Returns:
-    The content of import.json: `source`, `file`, `bytes`, `sha256`, `revision` (of the hub),
-    `entry` and `other_entries` (state dicts in the file), `removed` (prefixes and wrappers that
-    were taken off the names), `dtypes`, `model`, `naming`, `kind`,
-    `num_classes`, `new_head`, `assumed` (overrides that the weights need and the caller has not
-    given), and `parameters`.
+    The content of import.json: `source`, `file`, `bytes`, `sha256`, `revision` and `license` (as
+    the hub states them), `entry` and `other_entries` (state dicts in the file), `removed` (what was
+    taken off the names), `dtypes`, `model`, `naming`, `kind`, `num_classes`, `new_head`, `assumed`
+    (overrides that the weights need and the caller has not given), and `parameters`.
 
   Raises:
     InputError: the folder is not empty, or the weights cannot be read or do not fit.
@@ -101,6 +99,7 @@ def import_weights(
       "bytes": path.stat().st_size,
       "sha256": checksum.result(),
       "revision": fetched.revision if fetched else None,
+      "license": fetched.license if fetched else None,
       "entry": entry,
       "other_entries": others,
       "removed": removed,

@@ -557,6 +557,18 @@ class TestParts:
       x = random(1, 5, 7, 3)
       assert relative_error(fused(small, x), function(params, x, mean)) <= 1e-5
 
+  @pytest.mark.parametrize(("low", "border"), [(0, (1, 3, 4)), (1, (1, 5, 3, 4))])
+  def test_a_border_has_no_taps_along_an_axis_that_is_gone(self, low, border):
+    def function(params, x):
+      scaled = x * params["scale"] + params["shift"]
+      return convolved(scaled, params["wide"], ((low, 0), (1, 1)))[:, 0]
+
+    vector = (1, 1, 1, 3)
+    params = drawn(wide=(5, 3, 3, 4), scale=vector, shift=vector)
+    error, fused = fused_error(function, params, random(2, 5, 6, 3))
+    assert error <= 1e-5
+    assert fused.fold(params)["border"].shape == border
+
   @pytest.mark.parametrize("mode", ["reflect", "symmetric"])
   def test_padding_by_reflection_moves_before_a_norm(self, mode):
     def function(params, x):

@@ -29,6 +29,11 @@ _REPMLP = _RESNET | {"stage_sizes": (1, 2, 1, 1), "repmlp_stages": (2,), "tile":
 _REPMLP |= {"fc3_groups": 1, "local_kernels": (1,)}
 _REPMLPNET = {"stage_sizes": (1, 1), "widths": (8, 16), "tiles": (4, 2), "share_sets": (2, 2)}
 _CIFAR = {"stage_sizes": (1, 1), "widths": (4, 6), "tile": 4, "local_kernels": (1, 3)}
+_MOBILEONE = {"stage_sizes": (1, 1, 1, 1), "se_sizes": (0, 0, 0, 1)}
+_MOBILEONE |= {"width_multipliers": (0.125, 0.0625, 0.0625, 0.03125)}
+_REPVIT = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 16, 16)}
+_FASTVIT = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "expansion": 2}
+_FASTVIT |= {"head_features": 8}
 _VGG = {"stage2": (4, 4), "stage3": (8, 4), "stage4": (16, 6), "stage5": (32, 8)}
 
 FAMILIES: dict[str, Family] = {
@@ -40,6 +45,9 @@ FAMILIES: dict[str, Family] = {
   "repmlpnet_t224": Family(_REPMLPNET, {"stage1": (4, 8), "stage2": (8, 16)}, 2),
   "parnet_s": Family({"stage_sizes": (1, 1, 1), "widths": (8, 8, 16, 16)}, _FOUR, 11),
   "repmlp_cifar": Family(_CIFAR, {"stage1": (1, 4), "stage2": (2, 6)}, 2),
+  "mobileone_s4": Family(_MOBILEONE, _FOUR, 9),
+  "repvit_m0_9": Family(_REPVIT, _FOUR, 7),
+  "fastvit_sa12": Family(_FASTVIT, _FOUR, 11),
 }
 """Name of the variant to its family."""
 

@@ -32,6 +32,11 @@ NARROW_OF = {
     "share_sets": (2, 4),
   },
   "parnet": {"num_classes": 10, "stage_sizes": (1, 1, 2), "widths": (8, 16, 24, 32)},
+  "mobileone": {"stage_sizes": (1, 1, 1, 1), "se_sizes": (0, 0, 1, 0), "copies": 2, **NARROW},
+  "repvit": {"num_classes": 10, "stage_sizes": (1, 1, 1, 1), "widths": (8, 16, 16, 24)}
+  | {"normed_branches": False},
+  "fastvit": {"num_classes": 10, "stage_sizes": (1, 1, 1, 1), "widths": (8, 16, 16, 32)}
+  | {"expansion": 2, "attention_stages": 1},
   "repvgg": {"stage_sizes": (1, 2, 2, 1), **NARROW},
 }
 

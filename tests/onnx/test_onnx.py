@@ -86,6 +86,9 @@ REPMLP = RESNET | {"stage_sizes": (1, 2, 2, 1), "tile": 2, "fc3_groups": 1, "loc
 REPMLPNET = {"stage_sizes": (1, 2), "widths": (8, 16), "tiles": (8, 4), "share_sets": (1, 4)}
 CIFAR = {"stage_sizes": (1, 2, 1), "widths": (4, 6, 8), "tile": 4, "local_kernels": (1, 3)}
 PARNET = {"stage_sizes": (1, 2, 1), "widths": (8, 8, 16, 16)}
+SMALL = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 16, 16)}
+FASTVIT = SMALL | {"expansion": 2, "head_features": 8}
+MOBILEONE = REPVGG | {"stage_sizes": (1, 1, 1, 1), "se_sizes": (0, 0, 0, 1)}
 PLAIN = {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"}
 SE = PLAIN | {"Sigmoid", "Reshape", "Mul"}
 GATED = SE - {"Relu"} | {"Add", "Concat", "Gather"}
@@ -117,6 +120,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, set[str]]] = {
   "repmlpnet": ("repmlpnet_t224", REPMLPNET, 32, FFN),
   "repmlpnet of tiles": ("repmlpnet_t224", REPMLPNET, 64, FFN | {"Transpose", "MatMul"}),
   "parnet": ("parnet_s", PARNET, 64, GATED),
+  "mobileone": ("mobileone_s4", MOBILEONE, 64, SE),
+  "repvit": ("repvit_m0_9", SMALL, 64, FFN),
+  "fastvit": ("fastvit_sa12", FASTVIT, 64, FFN | {"MatMul", "Slice", "Softmax", "Transpose"}),
 }
 """A title to a model, what makes it small, the image size, and the operators of its graph."""
 

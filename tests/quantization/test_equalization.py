@@ -85,6 +85,19 @@ def test_corrected_biases_give_every_layer_its_mean_back(small_proto):
 
 
 @needs_onnx
+@pytest.mark.usefixtures("quickly")
+def test_a_layer_over_pixels_is_corrected_by_the_mean_of_all_of_them():
+  # In the graph, the last layer of attention has a row for each pixel, and not for each image.
+  overrides = {"stage_sizes": (1,), "widths": (8,), "expansion": 1, "head_features": 4}
+  proto = made("fastvit_sa12", overrides, size=16)
+  images = RNG.standard_normal((4, 16, 16, 3)).astype(np.float32)
+  new = correction.corrected(proto, images)
+  wanted = correction._means(proto, layers_of(proto), images)
+  means = correction._means(correction.with_rounded_weights(new), layers_of(proto), images)
+  assert max(relative_error(means[name], wanted[name]) for name in wanted) <= 1e-3
+
+
+@needs_onnx
 def test_layers_in_float_are_neither_rounded_nor_corrected(small_proto):
   first, *others = layers_of(small_proto)
   new = correction.corrected(small_proto, IMAGES, but=[layer.name for layer in others])

@@ -104,12 +104,12 @@ def put(cache, repository, commit=MAIN, refs=("main",), **files):
 def test_a_reference_is_found_in_the_cache_without_the_network(cache):
   snapshot = put(cache, "owner/net", model__safetensors=b"x", config__json=b'{"a": 1}')
   found = hub.fetch("hf:owner/net")
-  assert found == (snapshot / "model.safetensors", "owner/net", MAIN, {"a": 1})
+  assert found == (snapshot / "model.safetensors", "owner/net", MAIN, {"a": 1}, None)
 
 
 def test_the_hub_is_asked_for_the_newest(cache, online):
   snapshot = put(cache, "owner/net", model__safetensors=b"x")
-  assert hub.fetch("hf:owner/net") == (snapshot / "model.safetensors", "owner/net", MAIN, {})
+  assert hub.fetch("hf:owner/net") == (snapshot / "model.safetensors", "owner/net", MAIN, {}, None)
   assert online == [("owner/net", None)]
 
 
@@ -125,8 +125,9 @@ def test_a_revision_and_a_file_can_be_named(cache, request, reachable):
     config__json=b"{}",
   )
   for revision in ("v1", TAGGED):
-    assert hub.fetch(f"hf:owner/net@{revision}")[::2] == (old / "model.safetensors", TAGGED)
-    assert hub.fetch(f"hf:owner/net@{revision}:other.pth")[::2] == (old / "other.pth", TAGGED)
+    for end, name in (("", "model.safetensors"), (":other.pth", "other.pth")):
+      found = hub.fetch(f"hf:owner/net@{revision}{end}")
+      assert (found.path, found.revision) == (old / name, TAGGED)
   found = hub.fetch("hf:owner/net:other.pth")
   assert (found.path.read_bytes(), found.revision) == (b"new", MAIN)
 
@@ -201,6 +202,30 @@ def test_without_the_package_the_way_to_install_it_is_said(monkeypatch):
     hub.fetch("hf:owner/net")
 
 
+@pytest.mark.parametrize(
+  ("card", "stated", "name"),
+  [
+    ({}, {}, None),
+    ({"license": "mit"}, {}, "mit"),
+    ({}, {"license": "fastvit-license"}, "fastvit-license"),
+    ({"license": "other", "license_name": "apple-amlr"}, {"license": "mit"}, "apple-amlr"),
+    ({"license": "other"}, {"license": "mobileone-license"}, "mobileone-license"),
+    ({"license": ["mit"]}, {"license": None}, None),
+  ],
+)
+def test_the_licence_is_that_of_the_card_or_else_of_the_config(card, stated, name):
+  assert hub.license_of(card, {"pretrained_cfg": stated}) == name
+
+
+def test_the_hub_is_asked_for_the_licence(cache, online, monkeypatch):
+  def model_info(self, repository, **settings):
+    return huggingface_hub.ModelInfo(id=repository, sha=MAIN, cardData={"license": "mit"})
+
+  monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+  put(cache, "owner/net", model__safetensors=b"x")
+  assert hub.fetch("hf:owner/net").license == "mit"
+
+
 # The preprocessing in config.json
 
 
@@ -242,7 +267,7 @@ def test_an_import_takes_what_the_repository_states(cache, tmp_path):
   record = weights.import_weights(source, workdir, overrides=overrides)
   assert record["source"] == source
   assert record["file"] == "model.safetensors"
-  assert record["revision"] == MAIN
+  assert (record["revision"], record["license"]) == (MAIN, None)
   assert (record["model"], record["naming"]) == ("repvgg_d2se", "timm")
   spec = repjax.ModelSpec.read(workdir)
   assert spec.preprocessing == STATED

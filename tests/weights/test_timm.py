@@ -1,5 +1,6 @@
-"""timm's own RepVGG-A0 against ours: weights there and back, logits in every form."""
+"""timm's own networks against ours: weights there and back, logits in every form, maps."""
 
+import functools
 import importlib.util
 import sys
 from unittest import mock
@@ -131,3 +132,60 @@ def test_half_precision_tensors_are_refused_with_the_way_out(network, dtype):
   state = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
   with pytest.raises(repjax.errors.InputError, match=r"\.float\(\)|astype\('float32'\)"):
     weights.from_torch("repvgg_a0", state)
+
+
+MOBILE = ("mobileone_s1", "mobileone_s4", "repvit_m0_9", "repvit_m1", "fastvit_t8", "fastvit_sa12")
+
+
+@pytest.mark.parametrize("name", MOBILE)
+class TestMobile:
+  @staticmethod
+  @functools.cache
+  def build(name):
+    """timm's network with random weights and statistics, images, logits and maps."""
+    torch.manual_seed(0)
+    network = timm.create_model(name, pretrained=False).double().eval()
+    for key, tensor in network.state_dict().items():
+      if key.endswith("running_var") or (key.endswith("weight") and tensor.ndim == 1):
+        tensor.uniform_(0.5, 1.5)
+      elif key.endswith(("running_mean", "bias", "gamma")):
+        tensor.uniform_(-0.3, 0.3)
+    images = helpers.random_input(2, 64, 96, 3)
+    with torch.no_grad():
+      x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+      maps = network.forward_intermediates(x, intermediates_only=True)[-4:]
+      return network, images, network(x).numpy(), [each.numpy() for each in maps]
+
+  def test_both_forms_compute_the_logits_and_every_map(self, name):
+    network, images, logits, maps = self.build(name)
+    variables = weights.from_torch(name, network.state_dict(), **TO_F64)
+    params = quick_jit(repjax.reparameterize)(variables["params"], variables["batch_stats"])
+    for held, deploy in ((variables, False), ({"params": params}, True)):
+      model = repjax.create_model(name, deploy=deploy, **helpers.F64)
+      assert_close(quick_jit(model.apply)(held, images), logits, 1e-12)
+      found = quick_jit(model.clone(features_only=True).apply)(held, images)
+      assert len(found) == len(maps) == 4
+      for ours, theirs in zip(found.values(), maps):
+        assert_close(helpers.nchw(ours), theirs, 1e-12)
+
+  def test_timms_own_deploy_form_computes_the_same_here(self, name):
+    from timm.utils import reparameterize_model
+
+    network, images, logits, _ = self.build(name)
+    state = reparameterize_model(network).state_dict()
+    assert weights.recognize(state, name) == (name, "timm", "deploy", 1000)
+    variables = weights.from_torch(name, state, **TO_F64)
+    assert variables.keys() == {"params"}
+    model = repjax.create_model(name, deploy=True, **helpers.F64)
+    # timm's conversion of a RepViT makes layers in float32.
+    tolerance = 1e-5 if name.startswith("repvit") else 1e-12
+    assert_close(quick_jit(model.apply)(variables, images), logits, tolerance)
+
+  def test_timm_loads_what_comes_back(self, name):
+    network, *_ = self.build(name)
+    held = network.state_dict()
+    variables = weights.from_torch(name, held, **TO_F64)
+    state = weights.to_torch(name, variables, "timm")
+    counters = {key for key in held if key.endswith("num_batches_tracked")}
+    assert state.keys() == held.keys() - counters
+    assert_same_bits(state, {key: held[key].numpy() for key in state})

@@ -523,6 +523,6 @@ def test_a_network_that_a_naming_does_not_cover_is_refused(source, kind):
 
 
 def test_leaves_without_a_name_are_refused():
-  variables = {"params": {"head": {"kernel": np.zeros((2, 2)), "gamma": np.zeros(2)}}}
-  with pytest.raises(InputError, match="do not cover head/gamma: gamma is none of kernel, scale"):
+  variables = {"params": {"head": {"kernel": np.zeros((2, 2)), "alpha": np.zeros(2)}}}
+  with pytest.raises(InputError, match="do not cover head/alpha: alpha is none of kernel, scale"):
     weights.to_torch("repvgg_a0", variables)

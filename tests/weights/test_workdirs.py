@@ -27,7 +27,18 @@ AT_320 = Preprocessing(image_size=320, resize_size=320)
 GATES = TINY | {"se_reduction": 4}
 FIELDS = {
   *("entry", "other_entries", "removed", "dtypes"),
-  *("source", "file", "bytes", "sha256", "revision", "model", "naming", "kind", "num_classes"),
+  *(
+    "source",
+    "file",
+    "bytes",
+    "sha256",
+    "revision",
+    "license",
+    "model",
+    "naming",
+    "kind",
+    "num_classes",
+  ),
   *("new_head", "assumed", "parameters"),
 }
 
@@ -98,6 +109,7 @@ def test_the_record_says_what_came_from_where(tmp_path, states, kind):
     "bytes": source.stat().st_size,
     "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
     "revision": None,
+    "license": None,
     "entry": "",
     "other_entries": [],
     "removed": [],
