@@ -84,8 +84,8 @@ def step(wanted: Wanted, device: Any) -> Any:
   train_step = make_train_step(model, sgd, _preprocessing(wanted), axis_name=parallel.AXIS)
   shapes = shapes_of(model, wanted.image_size)
   state = jax.eval_shape(lambda variables: create_state(variables, sgd), shapes)
-  parallel_step = parallel.data_parallel(train_step, donate=True, devices=[device])
-  return parallel_step.lower(state, _batch(wanted))
+  on_device = parallel.data_parallel(train_step, donate=True, devices=[device], dtype=wanted.dtype)
+  return on_device.lower(state, _batch(wanted))
 
 
 FORMS: dict[str, Callable[[Wanted, Any], Any]] = {

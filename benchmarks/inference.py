@@ -24,8 +24,14 @@ each round, so that all meet the same noise. Times are medians with quartiles. T
               multiplications shows more
   of matmul   GFLOP/s divided by those of a large matrix product in JAX, same rounds and dtype
 
-On a machine that other programs use, measure CPU time on one core. With --training, the subjects
-are training steps: forward pass, backward pass and update.
+On a machine that other programs use, measure CPU time on one core.
+
+With --training, the subjects are training steps: forward pass, backward pass and update. The table
+has three more columns, of what XLA plans for each device:
+
+  temporary   bytes of intermediate values
+  arguments   bytes of the state and the images
+  accessed    bytes that operations read and write, where a value counts at each use; an estimate
 
 Examples:
   python benchmarks/inference.py --models repvgg_a0 --batch-sizes 1 8 --image-size 224
@@ -171,7 +177,11 @@ def rows_of(
         "best_peer": best,
         "to_best": timing.median_ratio(results[best].all_seconds, seconds) if best else None,
         "start_s": result.compile_s[0],
-        "memory_mib": None if result.memory is None else result.memory / 2**20,
+        "memory_mib": _mib(result.memory),
+        **{
+          f"{field}_mib": _mib(result.plan and getattr(result.plan, field))
+          for field in timing.Plan._fields
+        },
         "gflops": own / 1e9,
         "matmul_gflops": rate / 1e9,
         "of_matmul": own / rate,
@@ -181,14 +191,20 @@ def rows_of(
   return rows
 
 
+def _mib(count: int | None) -> float | None:
+  """Returns bytes in MiB."""
+  return None if count is None else count / 2**20
+
+
 HEADER = (
   f"{'model':<14}{'batch':>6} {'dtype':<9}{'subject':<18}{'ms':>9}{'quartiles':>16}{'images/s':>10}"
   f"{'to best':>9}{'start':>9}{'memory':>11}{'GFLOP/s':>9}{'of matmul':>10}"
 )
+PLAN_HEADER = "".join(f"{field:>13}" for field in timing.Plan._fields)
 
 
-def line(row: Row) -> str:
-  """Returns the line of a row in the table."""
+def line(row: Row, plan: bool = False) -> str:
+  """Returns the line of a row in the table; with `plan`, also what XLA plans."""
 
   def cell(name: str, form: str, unit: str, width: int) -> str:
     value = row[name]
@@ -205,6 +221,7 @@ def line(row: Row) -> str:
     + cell("memory_mib", ",.0f", " MiB", 11)
     + cell("gflops", ",.0f", "", 9)
     + cell("of_matmul", ".0%", "", 10)
+    + "".join(cell(f"{field}_mib", ",.0f", " MiB", 13) for field in timing.Plan._fields if plan)
   )
 
 
@@ -280,14 +297,14 @@ def run(arguments: argparse.Namespace) -> None:
   print(", ".join(f"{name} {value}" for name, value in {**machine, **facts}.items()))
   if machine["load"] > BUSY * machine["cpus"] and not arguments.cpu_time:
     print(WARNING)
-  print(HEADER)
+  print(HEADER + PLAN_HEADER if arguments.training else HEADER)
   rows: list[Row] = []
   for name in arguments.models:
     for dtype in arguments.dtypes:
       for batch_size in arguments.batch_sizes:
         task = new(name, batch_size, arguments.image_size, dtype)
         rows += (found := measure(kinds, task, arguments.subjects, **race))
-        print(*map(line, found), sep="\n", flush=True)
+        print(*(line(row, arguments.training) for row in found), sep="\n", flush=True)
         if arguments.json:  # after each model, so that a stopped run keeps its results
           timing.write_json(arguments.json, machine | facts, results=rows)
   if arguments.plot:

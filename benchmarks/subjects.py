@@ -146,7 +146,7 @@ def why_not(kind: Kind, task: Any) -> str | None:
 def train_form(task: Task) -> Subject:
   """Returns the training form in evaluation mode. Parameters stay in float32."""
   dtype = DTYPES[task.dtype]
-  return _on_images(timing.program(task.create(dtype=dtype).apply, task.variables), dtype)
+  return _on_images(timing.program(task.create(dtype=dtype).apply, task.variables, dtype), dtype)
 
 
 def deploy_form(task: Task, tune: bool = True, cuda_graphs: bool = False) -> Subject:

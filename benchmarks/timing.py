@@ -20,6 +20,22 @@ import numpy as np
 from repjax.deploy.xla import planned_bytes
 from repjax.errors import InputError
 from repjax.timing import Turn, cpus, time_in_turns
+from repjax.xla import safe_options
+
+
+class Plan(NamedTuple):
+  """The bytes that XLA plans for a call of a program, on each device.
+
+  Attributes:
+    temporary: intermediate values.
+    arguments: inputs, weights and, for a training step, the rest of the state.
+    accessed: bytes that the operations read and write, where each value counts at each use. XLA
+      estimates them after it has merged operations.
+  """
+
+  temporary: int
+  arguments: int
+  accessed: int
 
 
 class Running(NamedTuple):
@@ -28,10 +44,12 @@ class Running(NamedTuple):
   Attributes:
     run: takes an input and returns an output, which may not be ready yet.
     memory: returns the bytes that a call needs, inputs and weights included; None if unknown.
+    plan: returns what XLA plans; None if unknown.
   """
 
   run: Callable[[Any], Any]
   memory: Callable[[], int | None] = lambda: None
+  plan: Callable[[], Plan | None] = lambda: None
 
 
 class Subject(NamedTuple):
@@ -58,11 +76,13 @@ class Result(NamedTuple):
     seconds: seconds of a call, as [repeat][round].
     compile_s: seconds from the start to the first output, for each repeat.
     memory: bytes that a call needs, as in `Running`.
+    plan: what XLA plans, as in `Running`.
   """
 
   seconds: list[list[float]]
   compile_s: list[float]
   memory: int | None
+  plan: Plan | None = None
 
   @property
   def all_seconds(self) -> list[float]:
@@ -75,7 +95,18 @@ class Result(NamedTuple):
     return statistics.median(self.all_seconds)
 
 
-def program(function: Callable[[Any, Any], Any], held: Any) -> Subject:
+def plan_of(executable: Any) -> Plan | None:
+  """Returns what XLA plans for a compiled program, or None if XLA does not say."""
+  memory, costs = executable.memory_analysis(), executable.cost_analysis()
+  if memory is None or not costs:
+    return None
+  accessed = int(costs["bytes accessed"])
+  return Plan(memory.temp_size_in_bytes, memory.argument_size_in_bytes, accessed)
+
+
+def program(
+  function: Callable[[Any, Any], Any], held: Any, dtype: jax.typing.DTypeLike = "float32"
+) -> Subject:
   """Returns the subject that computes `function(held, input)`, compiled by JAX.
 
   Each start copies `held`, since speed depends on the place of arrays in memory.
@@ -83,11 +114,13 @@ def program(function: Callable[[Any, Any], Any], held: Any) -> Subject:
   Args:
     function: takes `held` and an input, and returns an output.
     held: tree of arrays, usually the variables of a model.
+    dtype: dtype of the computation.
   """
+  options = safe_options(jax.devices()[0], dtype)
 
   def start(x: Any) -> Running:
     copied = jax.tree.map(jnp.copy, held)
-    executable = jax.jit(function).lower(copied, x).compile()
+    executable = jax.jit(function, compiler_options=options).lower(copied, x).compile()
     return Running(functools.partial(executable, copied), lambda: planned_bytes(executable))
 
   return Subject(start)
@@ -117,7 +150,7 @@ def race(
       raises where they differ.
   """
   seconds, compile_s = ({name: [] for name in subjects} for _ in range(2))
-  memory = {}
+  started = {}
   for _ in range(repeats):
     turns, outputs = {}, {}
     for name, subject in subjects.items():
@@ -129,11 +162,14 @@ def race(
       compile_s[name].append(clock() - begin)
       outputs[name] = subject.read(output)
       turns[name] = _turn(running.run, subject.wait, prepared)
-      memory[name] = running.memory
+      started[name] = running
     check(outputs)
     for name, row in time_in_turns(turns, rounds, calls, clock).items():
       seconds[name].append(row)
-  return {name: Result(seconds[name], compile_s[name], memory[name]()) for name in subjects}
+  return {
+    name: Result(seconds[name], compile_s[name], running.memory(), running.plan())
+    for name, running in started.items()
+  }
 
 
 def _turn(run: Callable[[Any], Any], wait: Callable[[Any], Any], inputs: Sequence[Any]) -> Turn:

@@ -18,7 +18,7 @@ import numpy as np
 import subjects
 import twins
 from subjects import DTYPES, Kind
-from timing import Running, Subject
+from timing import Running, Subject, plan_of
 
 from repjax.deploy.xla import planned_bytes
 from repjax.spec import Preprocessing
@@ -70,7 +70,9 @@ def in_jax(task: TrainingTask) -> Subject:
   preprocessing = Preprocessing(task.image_size, task.image_size, "bilinear", MEAN, STD)
   model = task.create(dtype=DTYPES[task.dtype])
   step: Any = parallel.data_parallel(
-    make_train_step(model, sgd, preprocessing, axis_name=parallel.AXIS), donate=True
+    make_train_step(model, sgd, preprocessing, axis_name=parallel.AXIS),
+    donate=True,
+    dtype=task.dtype,
   )
 
   def start(batch: Any) -> Running:
@@ -82,7 +84,7 @@ def in_jax(task: TrainingTask) -> Subject:
       held, metrics = executable(held, batch)
       return metrics["loss"]
 
-    return Running(run, lambda: planned_bytes(executable))
+    return Running(run, lambda: planned_bytes(executable), lambda: plan_of(executable))
 
   return Subject(start, lambda batch: next(iter(parallel.prefetch([batch]))))
 

@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 # A room is a file or a folder of the package. Every room may import the leaves.
 LEAVES = {
   *("cache", "devices", "disk", "errors", "json_files", "names", "output", "regular_files"),
-  *("runs", "saving", "schema", "signals", "timing", "trees"),
+  *("runs", "saving", "schema", "signals", "timing", "trees", "xla"),
 }
 # Each room, and the rooms besides the leaves that it may import.
 MAY_IMPORT = {
@@ -51,7 +51,7 @@ MAY_IMPORT = {
 }
 ANYTHING = {"__main__", "cli"}  # may import every room
 # Leaves that a room may not import: these import jax, which a process that reads images must not.
-NOT_LEAVES = {"data": {"cache", "runs", "trees"}}
+NOT_LEAVES = {"data": {"cache", "runs", "trees", "xla"}}
 # Packages outside the standard library: all that a room may import, and those that it may not.
 ONLY = {
   "algebra": {"jax"},

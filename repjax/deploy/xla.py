@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+from repjax.xla import known
 
 CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
 """Options for CPUs: YNNPACK computes all convolutions, where by default it takes only small ones.
@@ -18,25 +18,15 @@ of them give NaN.
 
 
 def compile_lowered(lowered: Any, device: Any, options: Mapping[str, Any] | None = None) -> Any:
-  """Compiles a lowered program with the options that suit a device.
-
-  A version of XLA that does not know an option of CPU_OPTIONS compiles without these.
+  """Compiles a lowered program with the options that suit a device in inference.
 
   Args:
     lowered: the program.
     device: a device that the program is for.
     options: further options.
   """
-  options = dict(options or {})
-  if device.platform != "cpu":
-    return lowered.compile(compiler_options=options or None)
-  try:
-    return lowered.compile(compiler_options=options | CPU_OPTIONS)
-  except (jax.errors.JaxRuntimeError, ValueError) as error:
-    # Only an error about an option is forgiven; any other error of the compiler stays an error.
-    if not any(name in str(error) for name in CPU_OPTIONS):
-      raise
-    return lowered.compile(compiler_options=options)
+  suiting = known(CPU_OPTIONS) if device.platform == "cpu" else {}
+  return lowered.compile(compiler_options={**(options or {}), **suiting} or None)
 
 
 def planned_bytes(executable: Any) -> int | None:

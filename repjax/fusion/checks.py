@@ -16,6 +16,7 @@ from repjax.fusion.expressions import evaluate
 from repjax.fusion.plan import Instruction, Plan, read
 from repjax.program import Constant, Equation, inner_programs
 from repjax.trees import generator_of, is_key
+from repjax.xla import safe_options
 
 _TOLERANCE = {8: 1e-9, 4: 1e-3, 2: 0.1, 1: 0.5}
 """Largest relative error of a merge, by the bytes of a number. Mistakes make errors near 1."""
@@ -171,8 +172,11 @@ def _measured(
   shapes = [jax.ShapeDtypeStruct(each.aval.shape, each.aval.dtype) for each in variables]
   errors = jax.jit(
     lambda *inputs: _errors(plan, pairs, merges, dict(zip(variables, inputs))),
-    # The program runs once, so that compiling it well would cost more than it gives.
-    compiler_options={"xla_backend_optimization_level": 0},
+    compiler_options={
+      # The program runs once, so that compiling it well would cost more than it gives.
+      "xla_backend_optimization_level": 0,
+      **safe_options(jax.devices()[0], jnp.bfloat16),
+    },
   )
   with jax.default_matmul_precision("highest"):
     compiled = errors.lower(*shapes).compile()

@@ -267,7 +267,7 @@ def _make_train_step(run: Prepared, network: Network | None) -> Callable[..., An
     frozen=config.backbone_rate == 0,
     network=network,
   )
-  return parallel.data_parallel(step, donate=True)
+  return parallel.data_parallel(step, donate=True, dtype=config.dtype)
 
 
 def _make_evaluate(run: Prepared, network: Network | None) -> Evaluate:

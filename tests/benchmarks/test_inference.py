@@ -226,13 +226,17 @@ def test_cpu_time_of_one_core(load):
 def test_a_small_run_of_training(run, tmp_path):
   path = tmp_path / "file.json"
   sizes = ("--models", "tiny", "--batch-sizes", 8, "--image-size", 16, "--rounds", 3)
-  run("--training", *sizes, "--calls", 2, "--subjects", "repjax-train-form", "--json", path)
+  rest = ("--calls", 2, "--subjects", "repjax-train-form", "--json", path)
+  header, row = run("--training", *sizes, *rest).splitlines()[-2:]
+  assert header.split()[-3:] == ["temporary", "arguments", "accessed"]
+  assert len(row) == len(header)
   written = json.loads(path.read_text())
   assert [written[name] for name in ("devices", "training", "calls")] == [4, True, 2]
   (result,) = written["results"]
   assert (result["model"], result["batch_size"], result["relative_error"]) == ("tiny", 8, 0)
   assert result["images_per_s"] == pytest.approx(8e3 / result["ms"])
   assert min(result["start_s"], result["memory_mib"]) > 0
+  assert result["accessed_mib"] > result["arguments_mib"] > 0 < result["temporary_mib"]
   macs = repjax.analysis.summary(repjax.create_model("tiny"), 16).train.macs
   assert result["gflops"] * result["ms"] * 1e6 == pytest.approx(3 * 2 * 8 * macs)
 

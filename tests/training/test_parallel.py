@@ -59,16 +59,42 @@ def test_place_copies_a_tree_whole_onto_every_device():
 
 
 def mean_step(state, batch):
-  return state + jax.lax.pmean(batch["x"].sum(), parallel.AXIS)
+  mean = jax.lax.pmean(batch["x"].sum(), parallel.AXIS)
+  return state + mean, {"mean": mean}
 
 
 @pytest.mark.parametrize("donate", [False, True])
 def test_data_parallel_runs_a_step_on_each_devices_part(donate):
   step = parallel.data_parallel(mean_step, donate=donate)
   state = parallel.place(jnp.ones((3,)))
-  result = step(state, parallel.split({"x": np.arange(8, dtype=np.float32)}))
+  result, metrics = step(state, parallel.split({"x": np.arange(8, dtype=np.float32)}))
+  assert metrics["mean"] == np.arange(8).sum() / 4
   np.testing.assert_array_equal(result, 1 + np.full(3, np.arange(8).sum() / 4))
   assert state.is_deleted() == donate
+
+
+def test_kernels_lie_in_the_layout_of_the_platform_and_nothing_else_changes(monkeypatch):
+  def step(state, batch):
+    return jax.tree.map(
+      lambda leaf: leaf + jax.lax.pmean(batch["x"].sum(), parallel.AXIS), state
+    ), {}
+
+  kernel, bias = np.arange(48.0, dtype=np.float32).reshape(2, 2, 3, 4), np.ones(4, np.float32)
+  batch = parallel.split({"x": np.ones(4, np.float32)})
+  orders = []
+  for platforms in ((), ("cpu",)):
+    monkeypatch.setattr(parallel, "_REORDERING", platforms)
+    run = parallel.data_parallel(step, donate=True)
+    state = parallel.place({"conv": {"kernel": kernel, "bias": bias}})
+    for _ in range(2):  # the state comes back as the next step takes it
+      held = jax.tree.leaves(state)
+      state, _ = run(state, batch)
+      assert all(leaf.is_deleted() for leaf in held)
+    orders.append(state["conv"]["kernel"].format.layout.major_to_minor)
+    np.testing.assert_array_equal(state["conv"]["kernel"], kernel + 2)
+    np.testing.assert_array_equal(state["conv"]["bias"], bias + 2)
+    assert np.array(state["conv"]["kernel"]).tobytes() == (kernel + 2).tobytes()
+  assert orders == [(0, 1, 2, 3), (3, 0, 1, 2)]
 
 
 @pytest.mark.parametrize("batch_size", [8, 12, 256])
@@ -123,6 +149,29 @@ def test_a_step_takes_prefetched_batches_without_moving_them_and_with_the_same_r
 
 def test_one_process_reads_the_whole_data_set():
   assert parallel.shard() == (0, 1)
+
+
+@pytest.mark.usefixtures("optimized")
+def test_pools_after_convolutions_are_finite_in_bfloat16():
+  """Without options, XLA of jax 0.12 computes NaN here on CPUs."""
+
+  def step(state, batch):
+    x = batch["x"].astype(jnp.bfloat16)
+    for _ in range(2):
+      axes = ("NHWC", "HWIO", "NHWC")
+      x = jax.lax.conv_general_dilated(x, state["kernel"], (1, 1), "SAME", dimension_numbers=axes)
+      x = jax.nn.relu(x + state["bias"])
+    window = (1, 2, 2, 1)
+    x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID")
+    return jax.lax.pmean(x.astype(jnp.float32).mean(), parallel.AXIS)
+
+  shapes = {"kernel": (3, 3, 128, 128), "bias": (1, 1, 1, 128), "x": (4, 8, 8, 128)}
+  key = jax.random.key(0)
+  drawn = {name: jax.random.normal(key, shape, jnp.bfloat16) for name, shape in shapes.items()}
+  batch = parallel.split({"x": np.asarray(drawn.pop("x"), np.float32)})
+  run = parallel.data_parallel(step, dtype="bfloat16")
+  assert np.isfinite(run(parallel.place(drawn), batch))
+  assert np.isfinite(run.lower(drawn, batch).compile()(parallel.place(drawn), batch))
 
 
 PREPROCESSING = Preprocessing(16, 16, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))

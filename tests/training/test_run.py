@@ -195,8 +195,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
 ):
   data_parallel = loop.parallel.data_parallel
 
-  def spoiling(step, donate=False):
-    run = data_parallel(step, donate)
+  def spoiling(step, donate=False, **rest):
+    run = data_parallel(step, donate, **rest)
     if not donate:
       return run
 
