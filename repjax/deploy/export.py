@@ -15,7 +15,7 @@ An exported folder:
 
 import dataclasses
 import functools
-import importlib.metadata
+import importlib
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -272,5 +272,5 @@ def onnx_facts(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     "input": "uint8",
     "output": "logits",
     "opset": OPSET,
-    "onnxruntime": importlib.metadata.version("onnxruntime"),
+    "onnxruntime": importlib.import_module("onnxruntime").__version__,
   }

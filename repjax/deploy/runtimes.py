@@ -6,7 +6,6 @@ is kept in the user's cache folder, as `repjax.deploy.tuning` keeps the fastest 
 """
 
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 import threading
@@ -20,7 +19,7 @@ import numpy as np
 from repjax.cache import recall, remember
 from repjax.deploy.devices import BatchPlan, PlacedTree, checked_devices, pad_images
 from repjax.deploy.xla import compile_lowered
-from repjax.errors import InputError, unknown
+from repjax.errors import InputError, printable, sentences, unknown
 from repjax.functions import Function, say
 from repjax.onnx import of_function
 from repjax.onnx.proto import need_onnx
@@ -76,6 +75,10 @@ def _in_openvino(content: bytes) -> Run:
 _LOADERS: dict[str, Callable[[bytes], Run]] = {
   "onnxruntime": _in_onnxruntime,
   "openvino": _in_openvino,
+}
+_PACKAGES: dict[str, Callable[[], Any]] = {
+  "onnxruntime": lambda: importlib.import_module("onnxruntime"),
+  "openvino": openvino_alone,
 }
 RUNTIMES = ("xla", *_LOADERS, "auto")
 
@@ -229,7 +232,7 @@ class PlacedRuntimes:
     """Returns the program of each runtime, and its plan."""
     if new := [name for name in names if name not in ("xla", *self._runs)]:
       content = self._written(function, batch)
-      self._runs |= {name: _LOADERS[name](content) for name in new}
+      self._runs |= {name: _load(name, content) for name in new}
     return {
       name: self._placed.program(function, batch)
       if name == "xla"
@@ -256,7 +259,7 @@ class PlacedRuntimes:
     try:
       made = of_function(function, self._placed.tree, size, batch.dtype, probabilities=False)
     except InputError as error:
-      raise InputError(f"{error}. runtime='xla' runs such a model") from error
+      raise InputError(sentences(error, "runtime='xla' runs such a model")) from error
     return made.SerializeToString()
 
   def _computed(self, function: Function, batch: jax.ShapeDtypeStruct) -> tuple[np.ndarray, Any]:
@@ -269,9 +272,19 @@ class PlacedRuntimes:
 
   def _question(self, batch: jax.ShapeDtypeStruct) -> str:
     """Returns a text with everything that decides which runtime is the fastest."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in _installed()]
+    # The version of the module: distributions have several names, such as onnxruntime-gpu.
+    versions = [f"{name} {_PACKAGES[name]().__version__}" for name in _installed()]
     asked = self._placed.question(batch)
     return f"the fastest runtime of xla, {', '.join(versions)}, tuned: {self._tune}; {asked}"
+
+
+def _load(name: str, content: bytes) -> Run:
+  """Loads an ONNX file in a runtime, and raises InputError if the runtime cannot run the file."""
+  try:
+    return _LOADERS[name](content)
+  except Exception as error:  # The errors of ONNX Runtime share no base class of their own.
+    said = f"{name} cannot load this model: {printable(str(error), 300)}"
+    raise InputError(sentences(said, "runtime='xla' runs such a model")) from error
 
 
 def _recalled(question: str) -> _Measured | None:
@@ -281,7 +294,8 @@ def _recalled(question: str) -> _Measured | None:
     _ANSWER.check(answer, "")
   except MisfitError:
     return None
-  return _Measured(**answer)
+  # Whoever wrote the file may have had more runtimes.
+  return _Measured(**answer) if answer["runtime"] in ("xla", *_installed()) else None
 
 
 def _check_agreement(name: str, results: Any, wanted: Any) -> None:

@@ -1,7 +1,6 @@
 """Checks an ONNX file: by the ONNX checker, and in ONNX Runtime against JAX."""
 
 import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -63,7 +62,7 @@ def checked(
       "this is a mistake of repjax"
     )
   return {
-    "onnxruntime": importlib.metadata.version("onnxruntime"),
+    "onnxruntime": runtime.__version__,
     "batch_sizes": list(BATCH_SIZES),
     "relative_error": max(errors),
   }

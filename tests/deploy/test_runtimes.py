@@ -1,6 +1,8 @@
 """Tests of programs that ONNX Runtime or OpenVINO computes, and of the choice among runtimes."""
 
+import importlib.metadata
 import importlib.util
+import re
 import types
 
 import jax
@@ -89,7 +91,14 @@ def test_xla_stays_where_the_others_are_hardly_faster(small, timed):
 
 
 @pytest.mark.parametrize(
-  "answer", [None, [], {"runtime": "a runtime", "seconds": {}}, {"runtime": "xla", "seconds": 1}]
+  "answer",
+  [
+    None,
+    [],
+    {"runtime": "a runtime", "seconds": {}},
+    {"runtime": "xla", "seconds": 1},
+    {"runtime": "openvino", "seconds": {}},  # not installed here
+  ],
 )
 def test_a_damaged_answer_is_no_answer(timed, answer):
   remember("the fastest", answer)
@@ -136,6 +145,22 @@ def test_a_choice_of_one_is_refused(small, monkeypatch):
   monkeypatch.setattr(runtimes, "_installed", list)
   with pytest.raises(InputError, match="neither is installed: pip install"):
     compiled(small, runtime="auto")
+
+
+def test_a_model_that_a_runtime_cannot_load_is_refused_with_the_way_out():
+  with pytest.raises(InputError, match=r"onnxruntime cannot load .*runtime='xla' runs such"):
+    runtimes._load("onnxruntime", b"no model")
+
+
+def test_runtimes_are_known_by_their_modules(monkeypatch, only_onnxruntime):
+  # The distribution that has the module may be called onnxruntime-gpu.
+  def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+  monkeypatch.setattr(importlib.metadata, "version", version)
+  placed = runtimes.PlacedRuntimes("auto", {"scale": jnp.ones(3)}, jax.devices()[:1])
+  question = placed._question(jax.ShapeDtypeStruct((2, 8, 8, 3), np.float32))
+  assert re.search(r"onnxruntime \d+\.\d+", question)
 
 
 def test_a_function_that_onnx_cannot_hold_is_refused_with_the_way_out(timed):
