@@ -47,12 +47,14 @@ class ConvFFN(RepLayer):
     """Maps (N, H, W, C) to the same shape.
 
     Raises:
+      InputError: the size is no odd number.
       ValueError: `train` in deploy form.
     """
     refuse_training(self.deploy, train)
     features = x.shape[-1]
+    conv = depthwise(features, self.size, **self.dtypes())
     if self.deploy:
-      x = depthwise(features, self.size, **self.dtypes())(name="conv")(x)
+      x = conv(name="conv")(x)
     else:
       branches = (f"conv{self.size}x{self.size}",)
       x = RepConv(features, branches, groups=features, **self.shared(), name="spatial")(x, train)

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from repjax.errors import InputError
 from repjax.layers.composition import Conv
 from repjax.layers.dirac import DiracConv
 from repjax.layers.linear import bias_init, kernel_init
@@ -50,7 +51,14 @@ def depthwise(features: int, size: int, dtype: Any, param_dtype: Any) -> Callabl
     size: height and width of the kernel in taps, an odd number.
     dtype: dtype of the computation and of the result.
     param_dtype: dtype of the parameters.
+
+  Raises:
+    InputError: the size is no odd number, so that the map would not keep its size.
   """
+  if size < 1 or size % 2 == 0:
+    raise InputError(
+      f"the size of a depthwise convolution is an odd number of taps such as 3 or 7, got {size}"
+    )
   pad = size // 2
   sides = (size, size), (1, 1), (pad, pad), (1, 1)
   conv = Conv(features, features, *sides, groups=features, use_bias=True)

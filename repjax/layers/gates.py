@@ -52,15 +52,16 @@ class SqueezeExcite(nn.Module):
     """Maps (N, H, W, C), and z (N, H', W', C) if given, to (N, H, W, C).
 
     Raises:
-      InputError: the reduction leaves no hidden channel.
+      InputError: the reduction or `hidden` leaves no hidden channel.
     """
     features, hidden = x.shape[-1], self.hidden
     if hidden is None and 0 < self.reduction <= features:
       hidden = features // self.reduction
-    if hidden is None:
+    if hidden is None or hidden < 1:
       raise InputError(
         f"SqueezeExcite {'/'.join(self.path)}: {features} channels reduced {self.reduction} times "
-        "leave no hidden channel. Lower se_reduction or widen the network"
+        f"leave no hidden channel (hidden={self.hidden}). Widen the network, or lower the "
+        "reduction: se_reduction, where a network has it"
       )
     dtypes = dtypes_of(self)
     gate = (x if z is None else z).mean((1, 2))  # (N, C)

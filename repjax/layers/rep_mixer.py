@@ -43,12 +43,14 @@ class RepMixer(RepLayer):
     """Maps (N, H, W, C) to the same shape.
 
     Raises:
+      InputError: the size is no odd number.
       ValueError: `train` in deploy form.
     """
     refuse_training(self.deploy, train)
     features = x.shape[-1]
+    conv = depthwise(features, self.size, **self.dtypes())
     if self.deploy:
-      return depthwise(features, self.size, **self.dtypes())(name="conv")(x)
+      return conv(name="conv")(x)
     branches = (f"conv{self.size}x{self.size}", "conv1x1", "identity")
     mixer = RepConv(features, branches, groups=features, **self.shared(), name="mixer")
     wide = wide_dtype(x.dtype)

@@ -42,6 +42,7 @@ class SkipConv(RepLayer):
     """Maps (N, H, W, C) to the same shape.
 
     Raises:
+      InputError: the size is no odd number.
       ValueError: `train` in deploy form.
     """
     refuse_training(self.deploy, train)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import repjax
+from repjax.errors import InputError
 from repjax.layers import GlobalGate, SkipSqueezeExcite, SqueezeExcite, fold_skip_squeeze_excite
 from tests import helpers
 from tests.helpers import F64, quick_jit, random_input, random_variables, relative_error
@@ -53,6 +54,8 @@ def test_hidden_channels_are_rounded_down(features, reduction, hidden):
 def test_no_hidden_channel_is_refused():
   with pytest.raises(ValueError, match="8 channels reduced 16 times"):
     helpers.init_shapes(SqueezeExcite(16), jnp.ones((1, 2, 2, 8)))
+  with pytest.raises(InputError, match=r"no hidden channel.*hidden=0"):
+    helpers.init_shapes(SqueezeExcite(hidden=0), jnp.ones((1, 2, 2, 8)))
 
 
 @pytest.mark.parametrize("layer", [SqueezeExcite(4), GlobalGate(6), SkipSqueezeExcite()], ids=repr)

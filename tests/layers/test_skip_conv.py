@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax.layers import SkipConv, fold_skip_conv
+from repjax.errors import InputError
+from repjax.layers import ConvFFN, RepMixer, SkipConv, fold_skip_conv
 from tests import helpers
 from tests.helpers import F64, convolve, random_input, random_variables, relative_error
 
@@ -35,6 +36,13 @@ def test_the_note_tells_the_training_form():
     repjax.reparameterize(params, {})
   other = {"block": {"inner": variables["params"]["inner"]}}
   assert repjax.reparameterize(other, {})["block"].keys() == {"inner"}
+
+
+@pytest.mark.parametrize("layer", [ConvFFN, RepMixer, SkipConv])
+@pytest.mark.parametrize("deploy", [False, True])
+def test_an_even_kernel_would_change_the_size_of_maps(layer, deploy):
+  with pytest.raises(InputError, match=r"odd number of taps.* got 4"):
+    helpers.init_shapes(layer(size=4, deploy=deploy), np.ones((1, 4, 4, 2), np.float32))
 
 
 def test_trees_that_do_not_belong_together_are_refused():
