@@ -53,6 +53,13 @@ builder is called. A bound method would put the block into the scope of the netw
 """
 
 
+def run(builders: Sequence[BlockBuilder], x: jax.Array, train: bool) -> jax.Array:
+  """Builds blocks in the current scope, and applies them one after the other."""
+  for build in builders:
+    x = build()(x, train)
+  return x
+
+
 class Stage(nn.Module):
   """A row of blocks, in the scopes `block0`, `block1`, ... of the stage.
 

@@ -40,7 +40,7 @@ from flax import linen as nn
 
 from repjax.errors import InputError
 from repjax.layers import ConvFFN, RepAttention, RepConv, RepMixer, SkipConv
-from repjax.models.base import Block, BlockBuilder, Classifier, Stage, last_of
+from repjax.models.base import Block, BlockBuilder, Classifier, Stage, last_of, run
 from repjax.models.checks import check_number, check_stages, check_total_stride
 from repjax.models.dilation import Striding
 from repjax.models.mobileone import SE_REDUCTION, block_branches
@@ -188,7 +188,7 @@ class FastViT(Classifier, kw_only=True):
       positions = functools.partial(self.layer(SkipConv), name="SkipConv_positions")
       builders = [down] * (number > 1) + [positions] * attends
       blocks = size * [self.block(attends)]
-      first = functools.partial(_run, builders) if builders else None
+      first = functools.partial(run, builders) if builders else None
       x = maps[f"stage{number}"] = Stage(blocks, first, name=f"stage{number}")(x, train)
     return maps
 
@@ -231,13 +231,6 @@ class FastViT(Classifier, kw_only=True):
     shared = self.shared()
     del shared["act"]
     return functools.partial(layer, **shared)
-
-
-def _run(builders: Sequence[BlockBuilder], x: jax.Array, train: bool) -> jax.Array:
-  """Builds blocks in the current scope, and applies them one after the other."""
-  for build in builders:
-    x = build()(x, train)
-  return x
 
 
 _12 = {"stage_sizes": (2, 2, 6, 2), "widths": (64, 128, 256, 512)}

@@ -33,7 +33,7 @@ from flax import linen as nn
 from repjax.errors import InputError
 from repjax.layers import RepConv, RepHeads, SqueezeExcite
 from repjax.layers.composition import AFTER_SUM
-from repjax.models.base import Block, Classifier, Stage, last_of
+from repjax.models.base import Block, Classifier, Stage, last_of, run
 from repjax.models.checks import check_total_stride, check_whole
 from repjax.models.dilation import Striding, dilate
 
@@ -227,7 +227,7 @@ class RepViT(Classifier, kw_only=True):
       down = functools.partial(
         self.builder(Downsample), features=features, striding=striding, name="downsample", **own
       )
-      first = functools.partial(_run, down) if number > 1 else None
+      first = functools.partial(run, [down]) if number > 1 else None
       name = f"stage{number}"
       x = maps[name] = Stage(blocks, first, name=name)(x, train)
     return maps
@@ -238,11 +238,6 @@ class RepViT(Classifier, kw_only=True):
     heads = 2 if self.distilled else 1
     head = Head(self.num_classes, self.dropout, heads, **self.shared(), name="head")
     return head(last_of(maps), train)
-
-
-def _run(build: Any, x: jax.Array, train: bool) -> jax.Array:
-  """Builds a block in the current scope, and applies it."""
-  return build()(x, train)
 
 
 _A = {"stage_sizes": (2, 2, 14, 2)}
