@@ -134,11 +134,12 @@ def kind_of(name: str, params: Tree, stats: Tree) -> Kind | None:
   return next((kind for kind in KINDS.values() if kind.is_in(name, params, stats)), None)
 
 
-def why_unclear(params: Tree, path: Path) -> str | None:
+def why_unclear(params: Tree, stats: Tree, path: Path) -> str | None:
   """Explains what is unclear about a scope that no fold takes although it looks like a layer.
 
   Args:
     params: parameters of the scope.
+    stats: statistics of the scope.
     path: place of the scope.
 
   Returns:
@@ -161,15 +162,36 @@ def why_unclear(params: Tree, path: Path) -> str | None:
       f"another library, keep their statistics: keep=({norms},)"
     )
   for key, kind in KINDS.items():
-    if kind.layer.mark and "bn" in params and kind.recognize(params) is not None:
+    held = _unclaimed(params, stats) if kind.layer.mark else []
+    if held and kind.recognize(params) is not None:
       fold = f'repjax.FOLDS["{key}"]'
       told = f'folds={{**repjax.FOLDS, "{name}": {fold}}}' if path else f"call {fold}"
+      kept = ", ".join(repr("/".join((*path, name))) for name in held)
       return (
         f"{where} holds {_listed(params)} alone, which can be read in two ways. If it is a {key}, "
-        f"say so: {told}. If it is not, keep the statistics of its norm: "
-        f"keep=({'/'.join((*path, 'bn'))!r},)"
+        f"say so: {told}. If it is not, keep the statistics: keep=({kept},)"
       )
   return None
+
+
+def _unclaimed(params: Tree, stats: Tree) -> list[str]:
+  """Returns paths of statistics that a layer which nobody names may have.
+
+  Such a layer has a norm of its own, or a skip, or a norm in each of its scopes.
+  """
+  if "bn" in params:
+    return ["bn"]
+  if skips := [name for name in stats if is_skip(name)]:
+    return skips
+  inner = {
+    f"{name}/bn"
+    for name, held in params.items()
+    if isinstance(held, Mapping)
+    and "bn" in held
+    and isinstance(stats.get(name), Mapping)
+    and kind_of(str(name), held, stats[name]) is None
+  }
+  return sorted(inner) if len(inner) == len(params) else []
 
 
 def shown(path: Path) -> str:

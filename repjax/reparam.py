@@ -69,9 +69,9 @@ def reparameterize(
   `vmap`, `grad` and `pmap`.
 
   Eight layers hold only scopes with ordinary names: AuxHead, GlobalPerceptron, RepFFN, RepHead,
-  RepHeads, RepNorm, SkipConv and SkipSqueezeExcite. Such a layer is recognised by its
-  class name at the beginning of the scope's name, or else by a note in its statistics, which the
-  layer writes itself.
+  RepHeads, RepNorm, SkipConv and SkipSqueezeExcite. Such a layer is recognised by its class name at
+  the beginning of the scope's name, or else by a note in its statistics, which the layer writes
+  itself.
 
   Args:
     params: the "params" collection of any module that contains repjax layers. Mappings of all
@@ -336,13 +336,13 @@ def _refuse_strays(params: Tree, stats: Tree, path: Path, rules: _Rules) -> None
     for name, value in stats.items()
     if not (isinstance(value, Mapping) and isinstance(params.get(name), Mapping))
   }
+  unused = [name for name in stats if not rules.keeps((*path, str(name)))]
+  if unused and not rules.keeps_in(path) and (reason := why_unclear(params, stats, path)):
+    raise ValueError(reason)
   for below, value in leaves(strays):
     leaf = (*path, *map(str, below))
     if value is not None and not rules.keeps(leaf):
       raise ValueError(_describe_stray(leaf, params, strays, path, rules.unmatched))
-  norms = [name for name in stats if not rules.keeps((*path, str(name)))]
-  if norms and not rules.keeps_in(path) and (reason := why_unclear(params, path)):
-    raise ValueError(reason)
 
 
 def _describe_stray(

@@ -317,6 +317,17 @@ class TestOthers:
     with pytest.raises(ValueError, match=rf"block holds .* two ways.*{name}.*keep=\('block/bn',\)"):
       repjax.reparameterize({"block": variables["params"]}, {"block": variables["batch_stats"]})
 
+  @pytest.mark.parametrize(
+    ("layer", "kept"), [("RepHeads", "'head0/bn', 'head1/bn',"), ("SkipConv", "'skip',")]
+  )
+  def test_a_layer_that_is_the_whole_tree_has_two_readings(self, layer, kept):
+    variables = helpers.init_shapes(LAYERS[layer](), jnp.ones((1, 4)) if "Heads" in layer else X)
+    found = variables["params"], variables["batch_stats"]
+    with pytest.raises(ValueError, match=f"the tree holds .* two ways.*{layer}") as told:
+      repjax.reparameterize(*found)
+    assert f"keep=({kept})" in str(told.value)
+    assert repjax.FOLDS[layer](*helpers.randomise(found), 1e-5).keys() <= {"conv", "dense"}
+
   def test_a_norm_after_branches_with_norms_has_two_readings(self):
     layer, (scale, stats) = random_variables(RepConv(4), X.astype("float32")), self.norm()
     params = {"block": {**layer["params"], "bn": scale}}
