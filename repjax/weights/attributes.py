@@ -1,5 +1,6 @@
 """Reads attributes of a model, such as its depth and widths, off the shapes of weights."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from repjax.errors import InputError
 from repjax.models import create_model, list_models
+from repjax.models.base import Classifier
 from repjax.weights import repmlp
 from repjax.weights.naming import Entry, NoNameError
 from repjax.weights.recognition import Recognition, fits
@@ -25,8 +27,8 @@ def changed_attributes(
 ) -> dict[str, Any]:
   """Returns attributes that a state dict shows and that differ from those of the model.
 
-  Attributes of a RepMLP are returned as they are read. Depth and widths are returned only if the
-  model with these attributes has exactly the names and shapes of the state dict, heads aside.
+  Attributes of a RepMLP are returned as they are read. Depth, widths and flags are returned only if
+  the model with these attributes has exactly the names and shapes of the state dict, heads aside.
 
   Args:
     state: the state dict.
@@ -42,11 +44,26 @@ def changed_attributes(
     read = repmlp.attributes(theirs, ours, model.tile)
     return {name: value for name, value in read.items() if value != held.get(name)}
   read = {**_depth(model, theirs, ours), **_widths(model, theirs, ours)}
+  # Depth and widths show in the names and shapes; flags are tried, alone.
+  tried = [read] if read else [{name: not value} for name, value in _flags(model).items()]
+  return next((each for each in tried if _fits_with(state, found, {**overrides, **each})), {})
+
+
+def _fits_with(
+  state: Mapping[str, np.ndarray], found: Recognition, overrides: Mapping[str, Any]
+) -> bool:
+  """Tells if a state dict fits the model that was found, with these overrides."""
   try:
-    tensors = expected(found.model, found.naming, found.kind, 1000, {**overrides, **read})
+    return fits(state, expected(found.model, found.naming, found.kind, 1000, overrides))
   except (InputError, NoNameError):
-    return {}
-  return read if read and fits(state, tensors) else {}
+    return False
+
+
+def _flags(model: Any) -> dict[str, bool]:
+  """Returns the attributes of a model that are True or False and that not all families have."""
+  shared = {field.name for field in dataclasses.fields(Classifier)}
+  own = (field.name for field in dataclasses.fields(model) if field.name not in shared)
+  return {name: getattr(model, name) for name in own if isinstance(getattr(model, name), bool)}
 
 
 def model_with(found: Recognition, overrides: Mapping[str, Any]) -> str | None:

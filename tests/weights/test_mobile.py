@@ -205,6 +205,14 @@ def test_norms_in_deploy_files_of_fastvit_are_folded_on_the_way_in(source):
   jax.tree.map(lambda a, b: helpers.assert_close(a, b, 1e-12), read["params"], params)
 
 
+def test_weights_without_the_second_classifier_say_their_attribute():
+  name = "repvit_m0_9"
+  wanted = shapes(name, "timm", "train", distilled=False, **TINY[name])
+  state = {key: np.ones(shape, np.float32) for key, shape in wanted.items()}
+  with pytest.raises(InputError, match="Its layers have distilled=False: pass this"):
+    weights.from_torch(name, state, **TINY[name])
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_the_command_takes_a_file(run_command, tmp_path, name):
   wanted = shapes(name, "timm", "train", **TINY[name])
