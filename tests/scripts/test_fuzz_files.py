@@ -40,6 +40,7 @@ fuzz_files.main()
 """
 
 
+@pytest.mark.proof
 def test_good_readers_have_no_findings_and_bad_ones_have_theirs(tmp_path, cache_home):
   script = tmp_path / "program.py"
   script.write_text(PROGRAM)
