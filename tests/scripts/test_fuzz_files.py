@@ -1,5 +1,7 @@
 """The fuzzer finds nothing in the quick readers, and everything in readers that are bad."""
 
+import pytest
+
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
