@@ -11,6 +11,7 @@ pytest_plugins = ["tests.training.fixtures"]
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
 
+@pytest.mark.proof
 def test_a_run_is_written_at_once_and_not_repeated(run_script, tmp_path, digits_dir, monkeypatch):
   build = digits_ablation.get_config
 

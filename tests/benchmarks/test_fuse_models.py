@@ -8,6 +8,7 @@ pytest_plugins = ["tests.training.fixtures"]
 pytestmark = pytest.mark.usefixtures("quick_programs")
 
 
+@pytest.mark.proof
 def test_all_forms_agree_and_are_timed(run_script, tmp_path):
   path = tmp_path / "results" / "file.json"
   few = ("--models", "repvgg_a0", "--image-size", 32, "--batch-sizes", 2, "--rounds", 2)

@@ -187,6 +187,7 @@ def test_a_command_without_streams_ends_as_always(start, closed, tmp_path):
   assert touched.read_text() == ""
 
 
+@pytest.mark.proof
 def test_training_without_a_reader_goes_on_to_its_end(start, finished, digits_dir, tmp_path):
   del finished  # which has compiled this run's programs
   config = tmp_path / "small.py"

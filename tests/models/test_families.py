@@ -21,13 +21,13 @@ from tests.helpers import (
   random_input,
   random_variables,
 )
-from tests.models.families import FAMILIES, THOROUGH, backbone, small
+from tests.models.families import EVERY, FAMILIES, THOROUGH, backbone, small
 
 IMAGES = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
 
 KEY = jax.random.key(0)
 
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_family = pytest.mark.parametrize("name", EVERY)
 both_forms = pytest.mark.parametrize("deploy", [False, True])
 
 

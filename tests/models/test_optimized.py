@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import repjax
-from tests.helpers import assert_close, halves, quick_jit, random_variables
+from tests.helpers import assert_close, halves, quick_jit, random_variables, spread
 
 ONE_EACH = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 8, 8)}
 SMALL = {
@@ -27,7 +27,7 @@ SMALL = {
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", spread(SMALL, ["repvgg_d2se", "repmlp_cifar", "parnet_s"]))
 def test_the_deploy_form_computes_the_same_in_float32(name):
   model = repjax.create_model(name, num_classes=5, **SMALL[name])
   images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)

@@ -1,5 +1,7 @@
 """The fuzzer finds nothing in the quick readers, and everything in readers that are bad."""
 
+import pytest
+
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -40,6 +42,7 @@ fuzz_files.main()
 """
 
 
+@pytest.mark.proof
 def test_good_readers_have_no_findings_and_bad_ones_have_theirs(tmp_path, cache_home):
   script = tmp_path / "program.py"
   script.write_text(PROGRAM)

@@ -99,6 +99,7 @@ def newest(workdir, config):
   return restore_newest(workdir, like)
 
 
+@pytest.mark.proof
 def test_the_average_has_an_evaluation_of_its_own(averaged):
   evaluated = [row for row in records(averaged[0]) if "eval_loss" in row]
   assert [row["step"] for row in evaluated] == [4, 8, 12]

@@ -117,6 +117,7 @@ def test_a_second_ctrl_c_during_a_save_stops_at_once_and_spoils_nothing(
   assert_as_undisturbed(tmp_path)
 
 
+@pytest.mark.proof
 def test_an_evaluation_after_the_last_step_that_was_put_off_twice_is_made_up_for(
   digits_dir, tmp_path, monkeypatch, assert_as_undisturbed
 ):

@@ -150,6 +150,7 @@ def test_with_sgd_a_plain_network_is_the_sum_of_its_branches_after_every_step(
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.proof
 def test_with_adamw_it_is_that_sum_where_gradients_are_large_beside_adams_constant():
   def difference(loss_scale):
     options = {"momentum": 0.9, "weight_decay": 0.1}

@@ -258,6 +258,7 @@ def test_bfloat16_gates_auxiliary_heads_dropout_mixing_and_parts_train_and_deplo
   assert repjax.load(tmp_path)[2].preprocessing.image_size == 16
 
 
+@pytest.mark.proof
 def test_repmlp_on_digits_trains_and_deploys(digits_dir, tmp_path):
   config = digits_repmlp.get_config()
   config.model_overrides.update({"stage_sizes": (1, 1, 1), "widths": (4, 6, 8)})

@@ -177,6 +177,7 @@ def config(digits_dir, search, **changes):
   return tiny.config(digits_dir, model_overrides=plain, **settings)
 
 
+@pytest.mark.proof
 def test_a_run_begins_with_kernels_that_are_sums_of_scaled_branches(digits_dir, search):
   plan = planning.make_plan(config(digits_dir, search))
   fresh, key = init(plan.spec.create_model(), jax.random.key(0), 16), jax.random.key(3)
