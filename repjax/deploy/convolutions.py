@@ -4,11 +4,12 @@
 |-------------|--------------------------|--------------------------------------------------------|
 | `direct`    | every convolution        | XLA's convolution                                      |
 | `matmul`    | no dilation              | the pixels under a kernel in a row, times the kernel   |
+| `shifts`    | depthwise, small kernel  | a sum of shifted maps, each times its tap              |
 | `winograd2` | 3x3 at stride 1, float32 | F(2x2, 3x3), as exact as `direct`                      |
 | `winograd4` | 3x3 at stride 1, float32 | F(4x4, 3x3), with twice the rounding error             |
 
 Two more algorithms were tried and were never faster: blocks of 2x2 pixels as channels of the stem
-(space to depth), and a sum of nine matrix products. `benchmarks/convolutions.py` times all six.
+(space to depth), and a sum of nine matrix products. `benchmarks/convolutions.py` times all of them.
 """
 
 import math
@@ -24,6 +25,9 @@ from repjax.deploy import winograd
 _IN_ORDER = (0, 1, 2, 3)
 _MOST_ROW_NUMBERS = 2**27
 """The most numbers that `matmul` may gather, 512 MiB in float32: more need too much memory."""
+
+_MOST_TAPS = 81
+"""The most taps that `shifts` adds, a 9x9 kernel. XLA splits a much longer sum, which is slow."""
 
 
 class Convolution(NamedTuple):
@@ -123,6 +127,32 @@ def _join_channels(y: jax.Array) -> jax.Array:
   return jnp.moveaxis(y, 0, 3).reshape(*y.shape[1:4], -1)
 
 
+def _padded(x: jax.Array, conv: Convolution) -> jax.Array:
+  """Pads images (N, H, W, C) with zeros as a convolution does."""
+  return jnp.pad(x, ((0, 0), *conv.padding, (0, 0)))
+
+
+def _slices(x: jax.Array, conv: Convolution) -> list[jax.Array]:
+  """Returns the pixels that each tap of the kernel meets, one pixel for every output.
+
+  Args:
+    x: padded maps (..., H, W, C).
+    conv: the convolution.
+
+  Returns:
+    Maps (..., H', W', C) of the output's size, in the order of the kernel's taps.
+  """
+  height, width = conv.kernel[:2]
+  (down, across), (below, beside) = conv.strides, conv.dilation
+  rows = x.shape[-3] - below * (height - 1)
+  columns = x.shape[-2] - beside * (width - 1)
+  return [
+    x[..., i : i + rows : down, j : j + columns : across, :]
+    for i in range(0, below * height, below)
+    for j in range(0, beside * width, beside)
+  ]
+
+
 def _prepare_matmul(kernel: np.ndarray, conv: Convolution) -> np.ndarray:
   grouped = np.moveaxis(_group_kernel(kernel, conv.groups), 2, 0)
   return grouped.reshape(conv.groups, -1, grouped.shape[-1])  # (g, h w C/g, O/g)
@@ -130,18 +160,9 @@ def _prepare_matmul(kernel: np.ndarray, conv: Convolution) -> np.ndarray:
 
 def _matmul(x: jax.Array, kernel: jax.Array, conv: Convolution) -> jax.Array:
   """Computes a convolution as one matrix product for each group (im2col)."""
-  height, width = conv.kernel[:2]
-  x = _split_channels(jnp.pad(x, ((0, 0), *conv.padding, (0, 0))), conv.groups)
-  down, across = conv.strides
-  rows, columns = x.shape[2] - height + 1, x.shape[3] - width + 1
-  # A slice for each place (i, j) of the kernel: the pixels that this place meets at every output.
+  x = _split_channels(_padded(x, conv), conv.groups)
   # Side by side in the last axis, the slices hold the whole window of an output in one row.
-  slices = [
-    x[:, :, i : i + rows : down, j : j + columns : across]
-    for i in range(height)
-    for j in range(width)
-  ]
-  x = jnp.concatenate(slices, -1)  # (g, N, H', W', h w C/g)
+  x = jnp.concatenate(_slices(x, conv), -1)  # (g, N, H', W', h w C/g)
   y = jnp.matmul(x.reshape(conv.groups, -1, x.shape[-1]), kernel)
   return _join_channels(y.reshape(*x.shape[:-1], -1))
 
@@ -149,7 +170,29 @@ def _matmul(x: jax.Array, kernel: jax.Array, conv: Convolution) -> jax.Array:
 def _suits_matmul(conv: Convolution) -> bool:
   outputs = math.prod(conv.images[:3]) // math.prod(conv.strides)
   gathered = outputs * conv.images[3] * math.prod(conv.kernel[:2])
-  return conv.dilation == (1, 1) and gathered <= _MOST_ROW_NUMBERS
+  # A product with a single row of numbers for each group was never faster than `shifts`.
+  depthwise = conv.groups > 1 and _suits_shifts(conv)
+  return conv.dilation == (1, 1) and gathered <= _MOST_ROW_NUMBERS and not depthwise
+
+
+def _shifts(x: jax.Array, kernel: jax.Array, conv: Convolution) -> jax.Array:
+  """Computes a depthwise convolution as a sum over the taps of the kernel.
+
+  y = sum_t x_t kernel_t, where x_t is the map shifted by tap t. XLA computes this sum in one loop
+  over the outputs, with vectors of channels, together with the bias and the activation.
+  """
+  # The barrier keeps the padding out of the loop, which would else ask for the border at each tap.
+  x = jax.lax.optimization_barrier(_padded(x, conv))
+  x = jnp.repeat(x, conv.kernel[3] // conv.groups, -1)  # a map for each output channel
+  # In half precision the sum would lose a digit or two.
+  x = x.astype(np.promote_types(x.dtype, np.float32))
+  terms = [shifted * tap for shifted, tap in zip(_slices(x, conv), kernel.astype(x.dtype))]
+  return sum(terms[1:], terms[0]).astype(kernel.dtype)
+
+
+def _suits_shifts(conv: Convolution) -> bool:
+  """Returns True for a depthwise convolution: one input channel for each group."""
+  return conv.kernel[2] == 1 and math.prod(conv.kernel[:2]) <= _MOST_TAPS
 
 
 def _suits_winograd(conv: Convolution) -> bool:
@@ -178,6 +221,13 @@ def _winograd(tile: int) -> Algorithm:
 ALGORITHMS: dict[str, Algorithm] = {
   "direct": Algorithm(lambda conv: True, lambda kernel, conv: kernel, _direct),
   "matmul": _channels_last(Algorithm(_suits_matmul, _prepare_matmul, _matmul)),
+  "shifts": _channels_last(
+    Algorithm(
+      _suits_shifts,
+      lambda kernel, conv: kernel.reshape(-1, 1, 1, 1, kernel.shape[-1]),  # (taps, 1, 1, 1, O)
+      _shifts,
+    )
+  ),
   "winograd2": _winograd(2),
   "winograd4": _winograd(4),
 }

@@ -1,6 +1,7 @@
 """Every algorithm computes the convolution, wherever it says that it suits."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,6 +22,10 @@ CASES = {
   ),
   "other sides": PLAIN._replace(kernel=(2, 5, 16, 12), padding=((1, 0), (2, 3))),
   "depthwise": PLAIN._replace(kernel=(3, 3, 1, 16), groups=16),
+  "depthwise with two kernels for each channel": PLAIN._replace(
+    kernel=(3, 2, 1, 32), groups=16, strides=(2, 1), dilation=(1, 3)
+  ),
+  "large depthwise": PLAIN._replace(kernel=(9, 10, 1, 16), groups=16, padding=((4, 4), (4, 5))),
   "dilation": PLAIN._replace(dilation=(2, 1)),
 }
 
@@ -47,6 +52,17 @@ def test_it_is_the_convolution(case, name):
   assert_close(y, expected, 1e-13)
 
 
+def test_half_precision_is_summed_in_float32():
+  wanted = CASES["depthwise"]._replace(kernel=(7, 7, 1, 16), padding=((3, 3), (3, 3)))
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.uniform(size=wanted.images), "bfloat16")
+  kernel = jnp.asarray(rng.uniform(size=(49, 1, 1, 1, 16)), "bfloat16")
+  compute = ALGORITHMS["shifts"].compute
+  y, expected = compute(x, kernel, wanted), compute(*map(np.float32, (x, kernel)), wanted)
+  assert y.dtype == x.dtype
+  assert_close(np.float32(y), expected, 2**-8)
+
+
 def test_what_suits_what():
   assert {case: suitable(wanted) for case, wanted in CASES.items()} == {
     "3x3": ["direct", "matmul", "winograd2", "winograd4"],
@@ -56,7 +72,9 @@ def test_what_suits_what():
     "1x1": ["direct", "matmul"],
     "1x1 at stride 2": ["direct", "matmul"],
     "other sides": ["direct", "matmul"],
-    "depthwise": ["direct", "matmul"],
+    "depthwise": ["direct", "shifts"],
+    "depthwise with two kernels for each channel": ["direct", "shifts"],
+    "large depthwise": ["direct", "matmul"],
     "dilation": ["direct"],
   }
   assert suitable(PLAIN._replace(dtype="bfloat16")) == ["direct", "matmul"]

@@ -138,7 +138,10 @@ def channels_first(tree, x):
   """Two layers over (N, C, H, W)."""
   layout = ("NCHW", "OIHW", "NCHW")
   for kernel in (tree["first"], tree["second"]):
-    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+    groups = x.shape[1] // kernel.shape[1]
+    x = jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=groups
+    )
   return x.mean((2, 3))
 
 
@@ -146,13 +149,15 @@ def channels_first(tree, x):
 def test_channels_may_come_first(x64, name):
   del x64
   rng = np.random.default_rng(0)
-  tree = {"first": rng.standard_normal((8, 3, 3, 3)), "second": rng.standard_normal((9, 8, 3, 3))}
+  depth, features = (1, 16) if name == "shifts" else (8, 9)
+  second = rng.standard_normal((features, depth, 3, 3))
+  tree = {"first": rng.standard_normal((8, 3, 3, 3)), "second": second}
   x = rng.standard_normal((2, 3, 7, 6))
   found = rewrite.convolutions_in(channels_first, tree, x)
   assert found["second"].images == (2, 7, 6, 8)
   assert found["second"].shape == (2, 8, 7, 6)
-  assert found["second"].kernel == (3, 3, 8, 9)
-  assert found["second"].kernel_shape == (9, 8, 3, 3)
+  assert found["second"].kernel == (3, 3, depth, features)
+  assert found["second"].kernel_shape == (features, depth, 3, 3)
   kernel = rewrite.prepare_kernel(tree["second"], name, found["second"])
   prepared = rewrite.with_kernels(tree, {"second": kernel})
   y = rewrite.computed_by(channels_first, tree, {"second": name}, found)(prepared, x)
