@@ -254,8 +254,8 @@ def _expand_layer(
     raise InputError(
       f"{shown(path)}: no training form of this {kind.layer.__name__} computes the same. The "
       "parameters are not finite, or a plain network was trained as such: a bias then differs "
-      "between the pixels of a share-set, or does not follow from a gate's weights. Pass a deploy "
-      "form that comes from a training form"
+      "between the pixels of a share-set, or does not follow from the weights after a norm. Pass a "
+      "deploy form that comes from a training form"
     )
   return params
 

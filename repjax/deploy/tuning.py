@@ -7,7 +7,6 @@ how results are rounded: results on one machine stay the same for as long as thi
 
 import contextlib
 import functools
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +29,7 @@ from repjax.deploy.rewrite import (
 )
 from repjax.deploy.xla import compile_lowered
 from repjax.functions import Function
+from repjax.timing import cpus
 
 CHUNK = 4
 """The largest number of images to measure with. What is fastest for these is so for more images."""
@@ -200,5 +200,4 @@ def _processor() -> str:
   with contextlib.suppress(OSError, StopIteration):
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-  cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  return f"{model}, {cpus} CPUs"
+  return f"{model}, {cpus()} CPUs"
