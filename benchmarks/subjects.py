@@ -57,6 +57,12 @@ class Task:
     fold = jax.jit(repjax.reparameterize)
     return {"params": fold(self.variables["params"], self.variables["batch_stats"])}
 
+  @property
+  def has_twin(self) -> bool:
+    """Whether the deploy form can be built in PyTorch here."""
+    of_timm = twins.is_of_timm(self.model) and importlib.util.find_spec("timm") is not None
+    return of_timm or twins.has_twin(self.model)
+
   @functools.cached_property
   def inputs(self) -> list[np.ndarray]:
     """Four batches of images (N, H, W, 3), float32."""
@@ -70,6 +76,8 @@ class Task:
   @functools.cached_property
   def twin(self) -> Any:
     """The deploy form in PyTorch, in float32 on the CPU."""
+    if twins.is_of_timm(self.model):
+      return twins.timm_twin(self.name, self.variables)
     return twins.twin(self.name, self.create(deploy=True), self.deployed)
 
   def flops(self, name: str) -> int:
@@ -129,8 +137,11 @@ def why_not(kind: Kind, task: Any) -> str | None:
   if task.model is None:
     if "torch" not in kind.needs:
       return f"repjax has no {task.name}"
-  elif "torch" in kind.needs and not twins.has_twin(task.model):
-    return f"{task.name} is not written in PyTorch here; ResNet and RepVGG without gates are"
+  elif "torch" in kind.needs and not task.has_twin:
+    return (
+      f"{task.name} is not written in PyTorch here; ResNet and RepVGG without gates are, and "
+      "MobileOne, RepViT and FastViT for inference where timm is installed"
+    )
   place = "cpu" if jax.default_backend() == "cpu" else "gpu"
   if place not in kind.on:
     return f"it is timed on a {kind.on[0]} only"

@@ -50,6 +50,11 @@ class TrainingTask(subjects.Task):
       for _ in range(2)
     ]
 
+  @property
+  def has_twin(self) -> bool:
+    """Whether the training form can be built in PyTorch here."""
+    return twins.has_twin(self.model)
+
   @functools.cached_property
   def twin(self) -> Any:
     """The training form in PyTorch, in float32 on the CPU."""

@@ -1,5 +1,7 @@
 """RepVGG and ResNet in PyTorch, with the same layers and weights as the models of repjax.
 
+MobileOne, RepViT and FastViT are timm's networks with the same weights, converted by timm.
+
 Submodules have the names of the authors' code (for ResNet, of torchvision), so that the networks
 load the state dicts that `repjax.weights.to_torch` returns.
 """
@@ -16,8 +18,33 @@ import numpy as np
 import timing
 
 from repjax import weights
+from repjax.models.fastvit import FastViT
+from repjax.models.mobileone import MobileOne
 from repjax.models.repvgg import RepVGG
+from repjax.models.repvit import RepViT
 from repjax.models.resnet import ResNet
+
+
+def is_of_timm(model: Any) -> bool:
+  """Returns whether a model is timm's in PyTorch, by `timm_twin`."""
+  return isinstance(model, (MobileOne, RepViT, FastViT))
+
+
+def timm_twin(name: str, variables: Mapping[str, Any]) -> Any:
+  """Returns timm's network with the weights of a training form, in timm's own deploy form.
+
+  The network is on the CPU, in float32 and in evaluation mode. timm keeps some norms and factors
+  that repjax folds.
+
+  Args:
+    name: name of the model, the same in both libraries.
+    variables: variables of the training form.
+  """
+  timm: Any = importlib.import_module("timm")
+  manipulate: Any = importlib.import_module("timm.utils.model")
+  network = timm.create_model(name, pretrained=False)
+  _load(network, weights.to_torch(name, variables, "timm"))
+  return manipulate.reparameterize_model(network.eval())
 
 
 def has_twin(model: Any) -> bool:
@@ -39,14 +66,19 @@ def twin(name: str, model: Any, variables: Mapping[str, Any]) -> Any:
   """
   torch: Any = importlib.import_module("torch")
   network = _repvgg(torch.nn, model) if isinstance(model, RepVGG) else _resnet(torch.nn, model)
-  state = weights.to_torch(name, variables)
+  _load(network, weights.to_torch(name, variables))
+  return network.eval()
+
+
+def _load(network: Any, state: Mapping[str, np.ndarray]) -> None:
+  """Loads a state dict of arrays, which must have every weight and no other."""
+  torch: Any = importlib.import_module("torch")
   # PyTorch warns about read-only arrays, so the arrays are copied.
   tensors = {key: torch.from_numpy(np.array(value, np.float32)) for key, value in state.items()}
   missing, unexpected = network.load_state_dict(tensors, strict=False)
   unknown = [key for key in missing if not key.endswith("num_batches_tracked")]
   assert not unexpected, unexpected
   assert not unknown, unknown
-  return network.eval()
 
 
 def device() -> Any:

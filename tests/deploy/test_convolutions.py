@@ -58,7 +58,7 @@ def test_half_precision_is_summed_in_float32():
   x = jnp.asarray(rng.uniform(size=wanted.images), "bfloat16")
   kernel = jnp.asarray(rng.uniform(size=(49, 1, 1, 1, 16)), "bfloat16")
   compute = ALGORITHMS["shifts"].compute
-  y, expected = compute(x, kernel, wanted), compute(*map(np.float32, (x, kernel)), wanted)
+  y, expected = compute(x, kernel, wanted), compute(np.float32(x), np.float32(kernel), wanted)
   assert y.dtype == x.dtype
   assert_close(np.float32(y), expected, 2**-8)
 
