@@ -59,7 +59,7 @@ class Task:
 
   @property
   def has_twin(self) -> bool:
-    """Whether the deploy form can be built in PyTorch here."""
+    """True if the deploy form can be built in PyTorch here."""
     of_timm = twins.is_of_timm(self.model) and importlib.util.find_spec("timm") is not None
     return of_timm or twins.has_twin(self.model)
 
@@ -139,8 +139,8 @@ def why_not(kind: Kind, task: Any) -> str | None:
       return f"repjax has no {task.name}"
   elif "torch" in kind.needs and not task.has_twin:
     return (
-      f"{task.name} is not written in PyTorch here; ResNet and RepVGG without gates are, and "
-      "MobileOne, RepViT and FastViT for inference where timm is installed"
+      f"{task.name} is not written in PyTorch here; ResNet and RepVGG without gates are, and for "
+      "inference, with timm, MobileOne, RepViT and FastViT"
     )
   place = "cpu" if jax.default_backend() == "cpu" else "gpu"
   if place not in kind.on:

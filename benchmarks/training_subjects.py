@@ -52,7 +52,7 @@ class TrainingTask(subjects.Task):
 
   @property
   def has_twin(self) -> bool:
-    """Whether the training form can be built in PyTorch here."""
+    """True if the training form can be built in PyTorch here."""
     return twins.has_twin(self.model)
 
   @functools.cached_property

@@ -12,6 +12,7 @@ Two more algorithms were tried and were never faster: blocks of 2x2 pixels as ch
 (space to depth), and a sum of nine matrix products. `benchmarks/convolutions.py` times all of them.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -187,7 +188,7 @@ def _shifts(x: jax.Array, kernel: jax.Array, conv: Convolution) -> jax.Array:
   # In half precision the sum would lose a digit or two.
   x = x.astype(np.promote_types(x.dtype, np.float32))
   terms = [shifted * tap for shifted, tap in zip(_slices(x, conv), kernel.astype(x.dtype))]
-  return sum(terms[1:], terms[0]).astype(kernel.dtype)
+  return functools.reduce(jnp.add, terms).astype(kernel.dtype)
 
 
 def _suits_shifts(conv: Convolution) -> bool:
