@@ -1,10 +1,11 @@
 """Times the algorithms for each convolution of a model's deploy form, on one device.
 
 Every shape of convolution, followed by bias and ReLU, is timed with all algorithms in turns.
-`repjax.deploy.compile` chooses among the first four. The last two were never the fastest.
+`repjax.deploy.compile` chooses among the first five. The last two were never the fastest.
 
   direct            XLA's convolution
   matmul            the pixels under a kernel in a row, times the kernel
+  shifts            a sum of shifted maps, each times its tap, for depthwise convolutions
   winograd2, 4      F(2x2, 3x3) and F(4x4, 3x3)
   space_to_depth    blocks of 2x2 pixels as channels, for the stem (XLA's convolution at stride 1)
   nine_products     the sum of one matrix product for each tap of the kernel
