@@ -5,7 +5,7 @@ References:
   https://github.com/huggingface/pytorch-image-models, timm/models/fastvit.py
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from repjax.models.fastvit import VARIANTS
@@ -13,29 +13,117 @@ from repjax.spec import Preprocessing
 from repjax.weights.mobileone import OFFICIAL_CONV, TIMM_CONV
 from repjax.weights.naming import DENSE_AS_CONV, Naming, Row
 
-_STAGES = range(1, 10)
-
 
 class _Words(NamedTuple):
   """The words that differ between the projects.
 
   Attributes:
+    stem: name of the stem.
+    final: name of the last convolution.
+    head: name of the classifier.
     convs: name of the largest branches of a convolution.
     scale: name of the 1x1 branch.
     identity: name of the identity branch.
+    large: name of the 7x7 branch between stages.
+    merged: name of the 7x7 convolution between stages in deploy form.
+    positions: name of the convolution that marks positions, in training form.
     ffn: name of the FFN.
     gamma: end of the names of factors.
+    layers: the rows of convolutions, norms and gates.
   """
 
+  stem: str
+  final: str
+  head: str
   convs: str
   scale: str
   identity: str
+  large: str
+  merged: str
+  positions: str
   ffn: str
   gamma: str
+  layers: Naming
 
 
-_OFFICIAL = _Words("rbr_conv", "rbr_scale", "rbr_skip", "convffn", "")
-_TIMM = _Words("conv_kxk", "conv_scale", "identity", "mlp", ".gamma")
+_OFFICIAL = _Words(
+  *("patch_embed", "conv_exp", "head"),
+  *("rbr_conv", "rbr_scale", "rbr_skip"),
+  *("lkb_origin", "lkb_reparam", "pe"),
+  *("convffn", "", OFFICIAL_CONV),
+)
+_TIMM = _Words(
+  *("stem", "final_conv", "head.fc"),
+  *("conv_kxk", "conv_scale", "identity"),
+  *("large_conv", "reparam_conv", "pos_enc"),
+  *("mlp", ".gamma"),
+  layers=(
+    *TIMM_CONV,
+    Row("SqueezeExcite_0/down", "se.fc1", DENSE_AS_CONV),
+    Row("SqueezeExcite_0/up", "se.fc2", DENSE_AS_CONV),
+  ),
+)
+
+
+class _Places(NamedTuple):
+  """The names of the parts of a stage.
+
+  Attributes:
+    blocks: name of the blocks.
+    between: name of the convolution between this stage and the one before.
+    positions: name of the layer that marks positions.
+  """
+
+  blocks: str
+  between: str
+  positions: str
+
+
+def _timm_places(number: int, plain: int) -> _Places:
+  """Returns timm's names of the parts of a stage."""
+  del plain
+  name = f"stages.{number - 1}"
+  return _Places(f"{name}.blocks", f"{name}.downsample.proj", f"{name}.pos_emb")
+
+
+def _official_places(number: int, plain: int) -> _Places:
+  """Returns the authors' names of the parts of a stage.
+
+  The authors number, in one row, the convolutions between stages, those of positions, and stages.
+  """
+  first = 2 * (number - 1) + max(0, number - 1 - plain)  # after the convolution between stages
+  blocks = f"network.{first + (number > plain)}"
+  return _Places(blocks, f"network.{first - 1}.proj", f"network.{first}")
+
+
+def _table(plain: int, words: _Words, places_of: Callable[[int, int], _Places]) -> Naming:
+  """Returns a table; the first stages, `plain` of them, have no attention."""
+  stages = ((n, n > plain, places_of(n, plain)) for n in range(1, 10))
+  return (
+    Row("stem/block([01])/RepConv_0/conv1x1", rf"{words.stem}.\1.{words.scale}"),
+    Row(r"stem/block(\d)", rf"{words.stem}.\1"),
+    *(row for stage in stages for row in _stage(*stage, words)),
+    Row("final/RepConv_0/conv1x1", f"{words.final}.{words.scale}"),
+    Row("final", words.final),
+    Row("head", words.head),
+    *_inside(words),
+    *words.layers,
+  )
+
+
+def _stage(number: int, attends: bool, places: _Places, words: _Words) -> Iterator[Row]:
+  """Yields the rows of a stage. Blocks with attention have two layer scales."""
+  scope, (blocks, between, positions) = f"stage{number}", places
+  if attends:
+    ours = rf"{scope}/block(\d+)/ConvFFN_0/layer_scale/gamma"
+    yield Row(ours, rf"{blocks}.\1.layer_scale_2{words.gamma}")
+  yield Row(rf"{scope}/block(\d+)", rf"{blocks}.\1")
+  yield Row(f"{scope}/downsample/RepConv_large/conv7x7", f"{between}.0.{words.large}")
+  yield Row(f"{scope}/downsample/RepConv_large/conv3x3", f"{between}.0.small_conv")
+  yield Row(f"{scope}/downsample/RepConv_large/conv", f"{between}.0.{words.merged}")
+  yield Row(f"{scope}/downsample/pointwise", f"{between}.1")
+  yield Row(f"{scope}/SkipConv_positions/inner", f"{positions}.{words.positions}")
+  yield Row(f"{scope}/SkipConv_positions/conv", f"{positions}.reparam_conv")
 
 
 def _inside(words: _Words) -> Iterator[Row]:
@@ -54,82 +142,16 @@ def _inside(words: _Words) -> Iterator[Row]:
   yield Row("ConvFFN_0/layer_scale/gamma", f"layer_scale{words.gamma}")
 
 
-def _blocks(scope: str, name: str, attends: bool, words: _Words) -> Iterator[Row]:
-  """Yields the rows of the blocks of a stage. Blocks with attention have two layer scales."""
-  if attends:
-    ours = rf"{scope}/block(\d+)/ConvFFN_0/layer_scale/gamma"
-    yield Row(ours, rf"{name}.\1.layer_scale_2{words.gamma}")
-  yield Row(rf"{scope}/block(\d+)", rf"{name}.\1")
+def _namings(row: Mapping[str, Any]) -> dict[str, Naming]:
+  """Returns the tables of a variant by source."""
+  plain = len(row["stage_sizes"]) - row.get("attention_stages", 0)
+  return {
+    "official": _table(plain, _OFFICIAL, _official_places),
+    "timm": _table(plain, _TIMM, _timm_places),
+  }
 
 
-def _timm(plain: int) -> Naming:
-  """Returns timm's table; the first stages, `plain` of them, have no attention."""
-  return (
-    Row("stem/block([01])/RepConv_0/conv1x1", r"stem.\1.conv_scale"),
-    Row(r"stem/block(\d)", r"stem.\1"),
-    *(row for n in _STAGES for row in _timm_stage(n, n > plain)),
-    Row("final/RepConv_0/conv1x1", "final_conv.conv_scale"),
-    Row("final", "final_conv"),
-    Row("head", "head.fc"),
-    *_inside(_TIMM),
-    *TIMM_CONV,
-    Row("SqueezeExcite_0/down", "se.fc1", DENSE_AS_CONV),
-    Row("SqueezeExcite_0/up", "se.fc2", DENSE_AS_CONV),
-  )
-
-
-def _timm_stage(number: int, attends: bool) -> Iterator[Row]:
-  """Yields the rows of a stage with timm's names."""
-  scope, name = f"stage{number}", f"stages.{number - 1}"
-  yield from _blocks(scope, f"{name}.blocks", attends, _TIMM)
-  yield Row(f"{scope}/downsample/RepConv_large/conv7x7", f"{name}.downsample.proj.0.large_conv")
-  yield Row(f"{scope}/downsample/RepConv_large/conv3x3", f"{name}.downsample.proj.0.small_conv")
-  yield Row(f"{scope}/downsample/RepConv_large/conv", f"{name}.downsample.proj.0.reparam_conv")
-  yield Row(f"{scope}/downsample/pointwise", f"{name}.downsample.proj.1")
-  yield Row(f"{scope}/SkipConv_positions/inner", f"{name}.pos_emb.pos_enc")
-  yield Row(f"{scope}/SkipConv_positions/conv", f"{name}.pos_emb.reparam_conv")
-
-
-def _official(plain: int) -> Naming:
-  """Returns the authors' table; the first stages, `plain` of them, have no attention."""
-  return (
-    Row("stem/block([01])/RepConv_0/conv1x1", r"patch_embed.\1.rbr_scale"),
-    Row(r"stem/block(\d)", r"patch_embed.\1"),
-    *(row for n in _STAGES for row in _official_stage(n, plain)),
-    Row("final/RepConv_0/conv1x1", "conv_exp.rbr_scale"),
-    Row("final", "conv_exp"),
-    Row("head", "head"),
-    *_inside(_OFFICIAL),
-    *OFFICIAL_CONV,
-  )
-
-
-def _official_stage(number: int, plain: int) -> Iterator[Row]:
-  """Yields the rows of a stage with the authors' names.
-
-  The authors number, in one row, the convolutions between stages, those of positions, and stages.
-  """
-  scope, attends = f"stage{number}", number > plain
-  first = 2 * (number - 1) + max(0, number - 1 - plain)  # after the convolution between stages
-  yield from _blocks(scope, f"network.{first + attends}", attends, _OFFICIAL)
-  down = f"network.{first - 1}.proj"
-  yield Row(f"{scope}/downsample/RepConv_large/conv7x7", f"{down}.0.lkb_origin")
-  yield Row(f"{scope}/downsample/RepConv_large/conv3x3", f"{down}.0.small_conv")
-  yield Row(f"{scope}/downsample/RepConv_large/conv", f"{down}.0.lkb_reparam")
-  yield Row(f"{scope}/downsample/pointwise", f"{down}.1")
-  yield Row(f"{scope}/SkipConv_positions/inner", f"network.{first}.pe")
-  yield Row(f"{scope}/SkipConv_positions/conv", f"network.{first}.reparam_conv")
-
-
-def _plain(row: Mapping[str, Any]) -> int:
-  """Returns the number of stages without attention of a variant."""
-  return len(row["stage_sizes"]) - row.get("attention_stages", 0)
-
-
-NAMINGS: dict[str, dict[str, Naming]] = {
-  name: {"official": _official(_plain(row)), "timm": _timm(_plain(row))}
-  for name, row in VARIANTS.items()
-}
+NAMINGS: dict[str, dict[str, Naming]] = {name: _namings(row) for name, row in VARIANTS.items()}
 """Model to source to table of names."""
 
 FOLDED: dict[str, tuple[str, ...]] = dict.fromkeys(VARIANTS, ("RepConv", "RepMixer", "SkipConv"))

@@ -7,8 +7,8 @@ References:
   https://github.com/huggingface/pytorch-image-models, timm/models/repvit.py
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from repjax.models.repvit import VARIANTS
 from repjax.spec import Preprocessing
@@ -30,67 +30,97 @@ def _downsample(number: int) -> Iterator[Row]:
   yield Row(scope, name)
 
 
-def _timm(normed_branches: bool) -> Naming:
-  """Returns the table of networks whose token mixers have norms in both branches, or a bias."""
-  return (
-    *_conv_bn("stem/RepConv_conv1", "stem.conv1"),
-    *_conv_bn("stem/RepConv_conv2", "stem.conv2"),
-    *(Row(rf"stage{n}/block(\d+)", rf"stages.{n - 1}.blocks.\1") for n in (1, 2, 3, 4)),
-    *(row for n in (2, 3, 4) for row in _downsample(n)),
-    *_conv_bn("RepConv_spatial", "spatial_downsample"),
-    *_conv_bn("RepConv_channel", "channel_downsample"),
-    Row("before", "pre_block"),
-    Row("RepConv_mixer/conv3x3/conv", "token_mixer.conv.c"),
-    Row("RepConv_mixer/conv3x3/bn", "token_mixer.conv.bn"),
-    Row("RepConv_mixer/conv1x1/conv", f"token_mixer.conv1{'.c' if normed_branches else ''}"),
-    Row("RepConv_mixer/conv1x1/bn", "token_mixer.conv1.bn"),
-    Row("RepConv_mixer/bn", "token_mixer.bn"),
-    Row("RepConv_mixer/conv", "token_mixer"),
-    Row("SqueezeExcite_0/down", "se.fc1", DENSE_AS_CONV),
-    Row("SqueezeExcite_0/up", "se.fc2", DENSE_AS_CONV),
-    *_conv_bn("RepConv_expand", "channel_mixer.conv1"),
-    *_conv_bn("RepConv_project", "channel_mixer.conv2"),
-    Row("head/RepHeads_0/head0/bn", "head.head.bn"),
-    Row("head/RepHeads_0/head0/dense", "head.head.l"),
-    Row("head/RepHeads_0/head1/bn", "head.head_dist.bn"),
-    Row("head/RepHeads_0/head1/dense", "head.head_dist.l"),
-    Row("head/RepHeads_0/dense", "head"),
-  )
+class _Words(NamedTuple):
+  """The words that differ between the projects.
+
+  Attributes:
+    stem: names of the two convolutions of the stem.
+    spatial, channel: names of the convolutions that halve a map and change its channels.
+    mixer: name of the token mixer.
+    gates: names of the layers of a gate.
+    ffn: names of the convolutions of the channel mixer.
+    heads: names of the two classifiers.
+    head: name of the classifier in deploy form.
+  """
+
+  stem: tuple[str, str]
+  spatial: str
+  channel: str
+  mixer: str
+  gates: tuple[str, str]
+  ffn: tuple[str, str]
+  heads: tuple[str, str]
+  head: str
 
 
-def _official(stage_sizes: Sequence[int], normed_branches: bool) -> Naming:
-  """Returns the authors' table of a network; they number all blocks in one row.
+_TIMM = _Words(
+  stem=("stem.conv1", "stem.conv2"),
+  spatial="spatial_downsample",
+  channel="channel_downsample",
+  mixer="token_mixer",
+  gates=("se.fc1", "se.fc2"),
+  ffn=("channel_mixer.conv1", "channel_mixer.conv2"),
+  heads=("head.head", "head.head_dist"),
+  head="head",
+)
+_OFFICIAL = _Words(
+  stem=("features.0.0", "features.0.2"),
+  spatial="token_mixer.0",
+  channel="token_mixer.2",
+  mixer="token_mixer.0",
+  gates=("token_mixer.1.fc1", "token_mixer.1.fc2"),
+  ffn=("channel_mixer.m.0", "channel_mixer.m.2"),
+  heads=("classifier.classifier", "classifier.classifier_dist"),
+  head="classifier",
+)
+
+
+def _table(words: _Words, blocks: Iterable[Row], normed_branches: bool) -> Naming:
+  """Returns a table.
 
   Args:
-    stage_sizes: number of blocks in each stage.
-    normed_branches: as in `_timm`.
+    words: the words of a project.
+    blocks: the rows that say where blocks are.
+    normed_branches: token mixers have norms in both branches. Otherwise one has a bias.
   """
   return (
-    *_conv_bn("stem/RepConv_conv1", "features.0.0"),
-    *_conv_bn("stem/RepConv_conv2", "features.0.2"),
-    *_official_blocks(stage_sizes),
-    *_conv_bn("RepConv_spatial", "token_mixer.0"),
-    *_conv_bn("RepConv_channel", "token_mixer.2"),
-    Row("RepConv_mixer/conv3x3/conv", "token_mixer.0.conv.c"),
-    Row("RepConv_mixer/conv3x3/bn", "token_mixer.0.conv.bn"),
-    Row("RepConv_mixer/conv1x1/conv", f"token_mixer.0.conv1{'.c' if normed_branches else ''}"),
-    Row("RepConv_mixer/conv1x1/bn", "token_mixer.0.conv1.bn"),
-    Row("RepConv_mixer/bn", "token_mixer.0.bn"),
-    Row("RepConv_mixer/conv", "token_mixer.0"),
-    Row("SqueezeExcite_0/down", "token_mixer.1.fc1", DENSE_AS_CONV),
-    Row("SqueezeExcite_0/up", "token_mixer.1.fc2", DENSE_AS_CONV),
-    *_conv_bn("RepConv_expand", "channel_mixer.m.0"),
-    *_conv_bn("RepConv_project", "channel_mixer.m.2"),
-    Row("head/RepHeads_0/head0/bn", "classifier.classifier.bn"),
-    Row("head/RepHeads_0/head0/dense", "classifier.classifier.l"),
-    Row("head/RepHeads_0/head1/bn", "classifier.classifier_dist.bn"),
-    Row("head/RepHeads_0/head1/dense", "classifier.classifier_dist.l"),
-    Row("head/RepHeads_0/dense", "classifier"),
+    *_conv_bn("stem/RepConv_conv1", words.stem[0]),
+    *_conv_bn("stem/RepConv_conv2", words.stem[1]),
+    *blocks,
+    *_conv_bn("RepConv_spatial", words.spatial),
+    *_conv_bn("RepConv_channel", words.channel),
+    Row("RepConv_mixer/conv3x3/conv", f"{words.mixer}.conv.c"),
+    Row("RepConv_mixer/conv3x3/bn", f"{words.mixer}.conv.bn"),
+    Row("RepConv_mixer/conv1x1/conv", f"{words.mixer}.conv1{'.c' if normed_branches else ''}"),
+    Row("RepConv_mixer/conv1x1/bn", f"{words.mixer}.conv1.bn"),
+    Row("RepConv_mixer/bn", f"{words.mixer}.bn"),
+    Row("RepConv_mixer/conv", words.mixer),
+    Row("SqueezeExcite_0/down", words.gates[0], DENSE_AS_CONV),
+    Row("SqueezeExcite_0/up", words.gates[1], DENSE_AS_CONV),
+    *_conv_bn("RepConv_expand", words.ffn[0]),
+    *_conv_bn("RepConv_project", words.ffn[1]),
+    *(row for number, name in enumerate(words.heads) for row in _head(number, name)),
+    Row("head/RepHeads_0/dense", words.head),
   )
+
+
+def _head(number: int, name: str) -> Iterator[Row]:
+  """Yields the rows of a classifier with its norm."""
+  yield Row(f"head/RepHeads_0/head{number}/bn", f"{name}.bn")
+  yield Row(f"head/RepHeads_0/head{number}/dense", f"{name}.l")
+
+
+def _timm_blocks() -> Iterator[Row]:
+  """Yields the rows of all blocks."""
+  for n in (1, 2, 3, 4):
+    yield Row(rf"stage{n}/block(\d+)", rf"stages.{n - 1}.blocks.\1")
+  for n in (2, 3, 4):
+    yield from _downsample(n)
+  yield Row("before", "pre_block")
 
 
 def _official_blocks(stage_sizes: Sequence[int]) -> Iterator[Row]:
-  """Yields the rows of all blocks. The block before a down-sampling is one of its own there."""
+  """Yields the rows of all blocks, which the authors number in one row."""
   number = 0  # the stem
   for stage, size in enumerate(stage_sizes, 1):
     if stage > 1:
@@ -105,7 +135,10 @@ def _official_blocks(stage_sizes: Sequence[int]) -> Iterator[Row]:
 def _namings(row: Mapping[str, Any]) -> dict[str, Naming]:
   """Returns the tables of a variant by source."""
   normed = row.get("normed_branches", False)
-  return {"official": _official(row["stage_sizes"], normed), "timm": _timm(normed)}
+  return {
+    "official": _table(_OFFICIAL, _official_blocks(row["stage_sizes"]), normed),
+    "timm": _table(_TIMM, _timm_blocks(), normed),
+  }
 
 
 NAMINGS: dict[str, dict[str, Naming]] = {name: _namings(row) for name, row in VARIANTS.items()}
