@@ -20,7 +20,6 @@ Example:
 
 import argparse
 import functools
-import importlib
 import time
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,8 @@ from flax import linen as nn
 from timing import Running, Subject
 
 import repjax
+from repjax.deploy import runtimes
 from repjax.errors import one_paragraph
-from repjax.timing import cpus
 
 TOLERANCE = 1e-4
 
@@ -106,15 +105,12 @@ def compiled(model: Any, variables: Any, size: int, fuse: bool) -> Subject:
 
 def in_onnxruntime(model: Any, variables: Any, size: int) -> Subject:
   """Returns a network in ONNX Runtime on the CPU."""
-  runtime: Any = importlib.import_module("onnxruntime")
   content = repjax.onnx.to_onnx(model, variables, image_size=size).SerializeToString()
 
   def start(images: Any) -> Running:
     del images
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = cpus()
-    session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return Running(lambda images: session.run(None, {"images": images})[0])
+    run = runtimes.in_onnxruntime(content)
+    return Running(lambda images: run(images)[0])
 
   return Subject(
     start, lambda images: np.ascontiguousarray(images.transpose(0, 3, 1, 2)), lambda output: output

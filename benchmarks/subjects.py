@@ -18,6 +18,7 @@ from timing import Running, Subject
 
 import repjax
 from repjax import analysis
+from repjax.deploy import runtimes
 from repjax.deploy.runtimes import openvino_alone
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -216,15 +217,12 @@ def _channels_first(images: np.ndarray) -> np.ndarray:
 
 def in_onnxruntime(task: Task, own: bool = False) -> Subject:
   """Returns the deploy form in ONNX Runtime on the CPU, exported by PyTorch or by repjax."""
-  runtime: Any = importlib.import_module("onnxruntime")
   content = task.own_onnx if own else task.onnx
 
   def start(images: np.ndarray) -> Running:
     del images
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = timing.cpus()
-    session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return Running(lambda images: session.run(None, {"images": images})[0])
+    run = runtimes.in_onnxruntime(content)
+    return Running(lambda images: run(images)[0])
 
   return Subject(start, _channels_first, lambda output: output)
 

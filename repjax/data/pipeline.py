@@ -20,6 +20,7 @@ from repjax.data import augmentation, processes, transforms
 from repjax.data.decode import Picture, image_errors
 from repjax.data.sources import Examples
 from repjax.devices import refuse_iterator_of_parent
+from repjax.timing import cpus
 
 Batch = dict[str, np.ndarray]
 
@@ -175,7 +176,7 @@ def _iterate(batches: grain.MapDataset, num_workers: int, batch_bytes: int) -> G
     flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only an absl program has parsed
   # More threads than cores would only wait. The buffer counts whole batches, and every worker
   # process has a buffer of its own.
-  threads = min(16, math.ceil(processes.cores() / max(1, num_workers)))
+  threads = min(16, math.ceil(cpus() / max(1, num_workers)))
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   iterable = batches.to_iter_dataset(options)
   processes.one_thread_each()

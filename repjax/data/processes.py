@@ -78,11 +78,6 @@ def _cause(code: int) -> str:
   )
 
 
-def cores() -> int:
-  """Returns the number of processor cores that this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def one_thread_each() -> None:
   """Limits OpenCV to one thread per call, because whole images are already handled in parallel."""
   cv2.setNumThreads(1)

@@ -37,7 +37,7 @@ Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 """Takes images (N, 3, H, W), and returns the outputs of an ONNX file in their order."""
 
 
-def _in_onnxruntime(content: bytes) -> Run:
+def in_onnxruntime(content: bytes) -> Run:
   """Loads an ONNX file in ONNX Runtime."""
   runtime: Any = importlib.import_module("onnxruntime")
   options = runtime.SessionOptions()
@@ -73,7 +73,7 @@ def _in_openvino(content: bytes) -> Run:
 
 
 _LOADERS: dict[str, Callable[[bytes], Run]] = {
-  "onnxruntime": _in_onnxruntime,
+  "onnxruntime": in_onnxruntime,
   "openvino": _in_openvino,
 }
 _PACKAGES: dict[str, Callable[[], Any]] = {

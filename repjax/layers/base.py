@@ -179,6 +179,12 @@ def holds_arrays(scope: Any) -> bool:
   return isinstance(scope, Mapping) and not any(isinstance(v, Mapping) for v in scope.values())
 
 
+def kernel_and_bias(layer: tuple[jax.Array, jax.Array], dtype: Any) -> dict[str, jax.Array]:
+  """Returns the kernel and the bias of a layer by name, in a dtype."""
+  kernel, bias = layer
+  return {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}
+
+
 def is_named(scope: str, layer: str) -> bool:
   """Tells if the name of a scope is a class name, or begins with a class name and `_`."""
   return scope == layer or scope.startswith(f"{layer}_")

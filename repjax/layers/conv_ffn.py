@@ -4,17 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax.algebra import ConvParams
-from repjax.layers.base import RepLayer, holds_arrays, leading_axes, read_notes, refuse_training
-from repjax.layers.branches import merge_branches
+from repjax.layers.base import (
+  RepLayer,
+  kernel_and_bias,
+  leading_axes,
+  read_notes,
+  refuse_training,
+)
 from repjax.layers.convolution import depthwise
-from repjax.layers.layer_scale import LayerScale, scale_outputs
+from repjax.layers.layer_scale import LayerScale, holds_layer_scale, ones_like_scale, scale_outputs
 from repjax.layers.linear import TwoLayers
-from repjax.layers.remainder import expand_branches
-from repjax.layers.rep_conv import RepConv, recognize_rep_conv
+from repjax.layers.remainder import expand_rep_conv
+from repjax.layers.rep_conv import RepConv, fold_rep_conv, recognize_rep_conv
 
 _SCOPES = {"spatial", "dense", "layer_scale"}
 
@@ -70,8 +73,8 @@ def recognize_conv_ffn(params: Mapping[str, Any]) -> int | None:
   """
   if params.keys() != _SCOPES or not all(isinstance(held, Mapping) for held in params.values()):
     return None
-  scale, dense = params["layer_scale"], params["dense"]
-  if not holds_arrays(scale) or scale.keys() != {"gamma"} or dense.keys() != {"fc1", "fc2"}:
+  dense = params["dense"]
+  if not holds_layer_scale(params["layer_scale"]) or dense.keys() != {"fc1", "fc2"}:
     return None
   if recognize_rep_conv(params["spatial"]) is None:
     return None
@@ -101,16 +104,11 @@ def fold_conv_ffn(
       f"a ConvFFN holds {', '.join(sorted(_SCOPES))}, with statistics of spatial; got parameters "
       f"of {sorted(params)} and statistics of {sorted(stats)}"
     )
-  conv = merge_branches(params["spatial"], stats["spatial"], epsilon)
   fc1, fc2 = (params["dense"][name] for name in ("fc1", "fc2"))
   folded = scale_outputs(params["layer_scale"]["gamma"], fc2["kernel"], fc2["bias"])
-  own, dtype = next(iter(params["spatial"].values()))["conv"]["kernel"].dtype, fc2["kernel"].dtype
   return {
-    "conv": {name: leaf.astype(own) for name, leaf in conv._asdict().items()},
-    "dense": {
-      "fc1": fc1,
-      "fc2": dict(zip(("kernel", "bias"), (leaf.astype(dtype) for leaf in folded))),
-    },
+    **fold_rep_conv(params["spatial"], stats["spatial"], epsilon),
+    "dense": {"fc1": fc1, "fc2": kernel_and_bias(folded, fc2["kernel"].dtype)},
   }
 
 
@@ -134,10 +132,8 @@ def expand_conv_ffn(
     {spatial, dense, layer_scale}, which folds into `deploy` with these statistics.
   """
   stats, _ = read_notes(stats, epsilon)
-  conv = ConvParams(deploy["conv"]["kernel"], deploy["conv"]["bias"])
-  gamma = shapes["layer_scale"]["gamma"]
   return {
-    "spatial": expand_branches(conv, shapes["spatial"], stats["spatial"], epsilon, key),
+    "spatial": expand_rep_conv(deploy, shapes["spatial"], stats["spatial"], epsilon, key),
     "dense": deploy["dense"],
-    "layer_scale": {"gamma": jnp.ones(gamma.shape, gamma.dtype)},
+    "layer_scale": ones_like_scale(shapes["layer_scale"]),
   }

@@ -14,6 +14,7 @@ from repjax.layers.base import (
   RepLayer,
   dtypes_of,
   holds_arrays,
+  kernel_and_bias,
   leading_axes,
   read_notes,
   refuse_training,
@@ -198,7 +199,7 @@ def fold_skip_squeeze_excite(
   dtype = params["bn"]["scale"].dtype
   return {
     "affine": {"scale": affine.scale.astype(dtype), "bias": affine.bias.astype(dtype)},
-    "dense": dict(zip(("kernel", "bias"), (leaf.astype(kernel.dtype) for leaf in folded))),
+    "dense": kernel_and_bias(folded, kernel.dtype),
   }
 
 

@@ -11,6 +11,7 @@ from repjax.errors import InputError
 from repjax.layers.base import (
   RepLayer,
   holds_arrays,
+  kernel_and_bias,
   leading_axes,
   read_notes,
   refuse_training,
@@ -140,8 +141,8 @@ def fold_global_perceptron(
   fc1 = params["dense"]["fc1"]
   affine = bn_affine(params["bn"], stats["bn"], epsilon)
   folded = absorb_affine(affine, fc1["kernel"], fc1["bias"])
-  kernel, bias = (leaf.astype(fc1["kernel"].dtype) for leaf in folded)
-  return {"dense": {"fc1": {"kernel": kernel, "bias": bias}, "fc2": params["dense"]["fc2"]}}
+  merged = kernel_and_bias(folded, fc1["kernel"].dtype)
+  return {"dense": {"fc1": merged, "fc2": params["dense"]["fc2"]}}
 
 
 def expand_global_perceptron(

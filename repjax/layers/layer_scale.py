@@ -1,11 +1,14 @@
 """LayerScale: a trained factor for each channel at the end of a branch."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.algebra import wide_dtype
+from repjax.layers.base import holds_arrays
 
 FIRST_GAMMA = 1e-5
 """Initial value of the factors: a new block is nearly the identity."""
@@ -32,6 +35,16 @@ class LayerScale(nn.Module):
     first = nn.initializers.constant(FIRST_GAMMA)
     gamma = self.param("gamma", first, (x.shape[-1],), self.param_dtype)
     return x * gamma.astype(x.dtype).reshape((1,) * (x.ndim - 1) + gamma.shape)
+
+
+def holds_layer_scale(scope: Any) -> bool:
+  """Tells if a scope holds the factors of a `LayerScale`, and nothing else."""
+  return holds_arrays(scope) and scope.keys() == {"gamma"}
+
+
+def ones_like_scale(shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Returns the parameters of a `LayerScale` that changes nothing, by their shapes."""
+  return {"gamma": jnp.ones(shapes["gamma"].shape, shapes["gamma"].dtype)}
 
 
 def scale_outputs(

@@ -13,11 +13,12 @@ from repjax.layers.base import (
   RepLayer,
   dtypes_of,
   holds_arrays,
+  kernel_and_bias,
   leading_axes,
   read_notes,
   refuse_training,
 )
-from repjax.layers.layer_scale import LayerScale, scale_outputs
+from repjax.layers.layer_scale import LayerScale, holds_layer_scale, ones_like_scale, scale_outputs
 from repjax.layers.linear import linear
 from repjax.layers.remainder import identity_norm
 
@@ -103,8 +104,8 @@ def recognize_rep_attention(params: Mapping[str, Any]) -> int | None:
   """
   if params.keys() != _SCOPES or not holds_arrays(params["bn"]):
     return None
-  scale, dense = params["layer_scale"], params["dense"]
-  if not holds_arrays(scale) or scale.keys() != {"gamma"} or not isinstance(dense, Mapping):
+  dense = params["dense"]
+  if not holds_layer_scale(params["layer_scale"]) or not isinstance(dense, Mapping):
     return None
   if dense.keys() != {"qkv", "proj"}:
     return None
@@ -141,8 +142,8 @@ def fold_rep_attention(
   last = scale_outputs(params["layer_scale"]["gamma"], proj["kernel"], proj["bias"])
   return {
     "dense": {
-      "qkv": dict(zip(("kernel", "bias"), (leaf.astype(kernel.dtype) for leaf in joint))),
-      "proj": dict(zip(("kernel", "bias"), (leaf.astype(proj["kernel"].dtype) for leaf in last))),
+      "qkv": kernel_and_bias(joint, kernel.dtype),
+      "proj": kernel_and_bias(last, proj["kernel"].dtype),
     }
   }
 
@@ -171,7 +172,7 @@ def expand_rep_attention(
   """
   del key
   stats, epsilon = read_notes(stats, epsilon)
-  held, gamma = deploy["dense"], shapes["layer_scale"]["gamma"]
+  held = deploy["dense"]
   dtype = wide_dtype(held["qkv"]["kernel"].dtype, held["qkv"]["bias"].dtype)
   kernel, bias = (held["qkv"][name].astype(dtype) for name in ("kernel", "bias"))
   # 3 C equations for C numbers, which agree if the bias comes from a norm.
@@ -179,5 +180,5 @@ def expand_rep_attention(
   return {
     "bn": identity_norm(stats["bn"], epsilon, shapes["bn"], shift),
     "dense": {"qkv": {"kernel": kernel}, "proj": held["proj"]},
-    "layer_scale": {"gamma": jnp.ones(gamma.shape, gamma.dtype)},
+    "layer_scale": ones_like_scale(shapes["layer_scale"]),
   }

@@ -12,7 +12,13 @@ import jax
 from flax import linen as nn
 
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, holds_arrays, leading_axes, refuse_training
+from repjax.layers.base import (
+  RepLayer,
+  holds_arrays,
+  kernel_and_bias,
+  leading_axes,
+  refuse_training,
+)
 from repjax.layers.branches import forward, holds_branch, merge_branches, norm_paths, skips
 from repjax.layers.grammar import find, is_skip
 
@@ -190,7 +196,11 @@ def fold_rep_conv(
   References:
     Ding et al., RepVGG, CVPR 2021, section 3.3. https://arxiv.org/abs/2101.03697
   """
-  kernel, bias = merge_branches(params, stats, epsilon)
+  merged = merge_branches(params, stats, epsilon)
+  return {"conv": kernel_and_bias(merged, kernel_dtype(params))}
+
+
+def kernel_dtype(params: Mapping[str, Any]) -> Any:
+  """Returns the dtype of the first kernel of a RepConv in training form."""
   held = params[convolution_branches(params)[0]]
-  dtype = held.get("first", held)["conv"]["kernel"].dtype
-  return {"conv": {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}}
+  return held.get("first", held)["conv"]["kernel"].dtype

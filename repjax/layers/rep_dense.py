@@ -15,7 +15,14 @@ from jax import lax
 
 from repjax.algebra import AffineParams, bn_affine, conv_to_dense, wide_dtype
 from repjax.errors import InputError
-from repjax.layers.base import RepLayer, Tree, leading_axes, read_notes, refuse_training
+from repjax.layers.base import (
+  RepLayer,
+  Tree,
+  kernel_and_bias,
+  leading_axes,
+  read_notes,
+  refuse_training,
+)
 from repjax.layers.branches import branch_parts, merge_branches
 from repjax.layers.composition import pair
 from repjax.layers.drawing import draw
@@ -262,7 +269,7 @@ def fold_rep_dense(
   kernel = params["fc"]["dense"]["kernel"]
   fc_stats, fc_epsilon = read_notes(stats["fc"], epsilon)
   scale, bias = _tile_affine(params["fc"]["bn"], fc_stats.get("bn", {}), kernel, fc_epsilon)
-  wide, dtype = kernel.astype(wide_dtype(kernel.dtype, scale.dtype)), kernel.dtype
+  wide = kernel.astype(wide_dtype(kernel.dtype, scale.dtype))
   # The scale belongs to the outputs: (g, h, w, O/g) broadcasts over the input axes (h, w, C/g).
   fused = wide * scale[:, None, None, None]
   if "local" in params:
@@ -274,7 +281,7 @@ def fold_rep_dense(
       )
     local_kernel, local_bias = conv_to_dense(conv, (height, width), groups)
     fused, bias = fused + local_kernel, bias + local_bias
-  return {"dense": {"kernel": fused.astype(dtype), "bias": bias.astype(dtype)}}
+  return {"dense": kernel_and_bias((fused, bias), kernel.dtype)}
 
 
 def _tile_affine(

@@ -11,6 +11,7 @@ from repjax.layers.activations import activation
 from repjax.layers.base import (
   RepLayer,
   holds_arrays,
+  kernel_and_bias,
   leading_axes,
   read_notes,
   refuse_training,
@@ -111,12 +112,7 @@ def fold_rep_ffn(
   # The first norm acts on the input of `expand`; the norms after the convolutions are folded above.
   layers["expand"] = absorb_affine(bn_affine(params["bn"], stats["bn"], epsilon), *layers["expand"])
   dtype = params["expand"]["conv1x1"]["conv"]["kernel"].dtype
-  return {
-    "dense": {
-      name: {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}
-      for name, (kernel, bias) in layers.items()
-    }
-  }
+  return {"dense": {name: kernel_and_bias(layer, dtype) for name, layer in layers.items()}}
 
 
 def expand_rep_ffn(

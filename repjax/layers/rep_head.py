@@ -10,6 +10,7 @@ from repjax.algebra import absorb_affine, bn_affine
 from repjax.layers.base import (
   RepLayer,
   holds_arrays,
+  kernel_and_bias,
   leading_axes,
   read_notes,
   refuse_training,
@@ -91,9 +92,8 @@ def fold_rep_head(
     )
   held = params["dense"]
   affine = bn_affine(params["bn"], stats["bn"], epsilon)
-  kernel, bias = absorb_affine(affine, held["kernel"], held["bias"])
-  dtype = held["kernel"].dtype
-  return {"dense": {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}}
+  folded = absorb_affine(affine, held["kernel"], held["bias"])
+  return {"dense": kernel_and_bias(folded, held["kernel"].dtype)}
 
 
 def expand_rep_head(

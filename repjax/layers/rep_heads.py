@@ -10,16 +10,11 @@ from flax import linen as nn
 
 from repjax.algebra import absorb_affine, bn_affine, wide_dtype
 from repjax.errors import InputError
-from repjax.layers.base import (
-  RepLayer,
-  holds_arrays,
-  leading_axes,
-  read_notes,
-  refuse_training,
-)
+from repjax.layers.base import RepLayer, kernel_and_bias, read_notes, refuse_training
 from repjax.layers.drawing import draw
 from repjax.layers.linear import linear
 from repjax.layers.remainder import identity_norm, share_of
+from repjax.layers.rep_head import recognize_rep_head
 
 _HEAD = re.compile(r"head\d+", re.ASCII)
 
@@ -96,14 +91,14 @@ def recognize_rep_heads(params: Mapping[str, Any]) -> int | None:
   """
   if not params or not all(_holds_head(str(name), held) for name, held in params.items()):
     return None
-  return leading_axes(next(iter(params.values())), ("dense", "kernel"), 2)
+  return recognize_rep_head(next(iter(params.values())))
 
 
 def _holds_head(name: str, held: Any) -> bool:
   """Tells if a scope could be one of the classifiers."""
-  if not _HEAD.fullmatch(name) or not isinstance(held, Mapping) or held.keys() != {"bn", "dense"}:
+  if not _HEAD.fullmatch(name) or not isinstance(held, Mapping):
     return False
-  return holds_arrays(held["bn"]) and leading_axes(held, ("dense", "bias"), 1) is not None
+  return recognize_rep_head(held) is not None
 
 
 def fold_rep_heads(
@@ -135,7 +130,7 @@ def fold_rep_heads(
     folded.append(absorb_affine(affine, held["dense"]["kernel"], held["dense"]["bias"]))
   kernel, bias = (jnp.stack(leaves).mean(0) for leaves in zip(*folded))
   dtype = next(iter(params.values()))["dense"]["kernel"].dtype
-  return {"dense": {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}}
+  return {"dense": kernel_and_bias((kernel, bias), dtype)}
 
 
 def expand_rep_heads(

@@ -4,16 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
-from repjax.algebra import ConvParams, bn_affine, identity_kernel, wide_dtype
-from repjax.layers.base import RepLayer, holds_arrays, read_notes, refuse_training
+from repjax.algebra import bn_affine, identity_kernel, wide_dtype
+from repjax.layers.base import (
+  RepLayer,
+  holds_arrays,
+  kernel_and_bias,
+  read_notes,
+  refuse_training,
+)
 from repjax.layers.branches import merge_branches
 from repjax.layers.convolution import depthwise
-from repjax.layers.layer_scale import LayerScale, scale_outputs
-from repjax.layers.remainder import expand_branches, identity_norm
-from repjax.layers.rep_conv import RepConv, recognize_rep_conv
+from repjax.layers.layer_scale import LayerScale, holds_layer_scale, ones_like_scale, scale_outputs
+from repjax.layers.remainder import expand_rep_conv, identity_norm
+from repjax.layers.rep_conv import RepConv, kernel_dtype, recognize_rep_conv
 
 _SCOPES = {"mixer", "bn", "layer_scale"}
 
@@ -66,10 +71,9 @@ def recognize_rep_mixer(params: Mapping[str, Any]) -> int | None:
   """
   if params.keys() != _SCOPES or not holds_arrays(params["bn"]):
     return None
-  scale, mixer = params["layer_scale"], params["mixer"]
-  if not holds_arrays(scale) or scale.keys() != {"gamma"} or not isinstance(mixer, Mapping):
+  if not holds_layer_scale(params["layer_scale"]) or not isinstance(params["mixer"], Mapping):
     return None
-  return recognize_rep_conv(mixer)
+  return recognize_rep_conv(params["mixer"])
 
 
 def fold_rep_mixer(
@@ -101,14 +105,8 @@ def fold_rep_mixer(
   identity = identity_kernel(features, features, size, dtype)
   mixed = conv.kernel.astype(dtype) - identity * affine.scale[None, None, None]
   kernel, bias = scale_outputs(params["layer_scale"]["gamma"], mixed, conv.bias - affine.bias)
-  dtype = _kernel_dtype(params["mixer"])
-  kernel = identity.astype(kernel.dtype) + kernel
-  return {"conv": {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}}
-
-
-def _kernel_dtype(mixer: Mapping[str, Any]) -> Any:
-  """Returns the dtype of the first kernel of a RepConv."""
-  return next(held["conv"]["kernel"].dtype for held in mixer.values() if "conv" in held)
+  whole = identity.astype(kernel.dtype) + kernel, bias
+  return {"conv": kernel_and_bias(whole, kernel_dtype(params["mixer"]))}
 
 
 def expand_rep_mixer(
@@ -131,10 +129,8 @@ def expand_rep_mixer(
     {mixer, bn, layer_scale}, which folds into `deploy` with these statistics.
   """
   stats, own_epsilon = read_notes(stats, epsilon)
-  conv = ConvParams(deploy["conv"]["kernel"], deploy["conv"]["bias"])
-  gamma = shapes["layer_scale"]["gamma"]
   return {
-    "mixer": expand_branches(conv, shapes["mixer"], stats["mixer"], epsilon, key),
+    "mixer": expand_rep_conv(deploy, shapes["mixer"], stats["mixer"], epsilon, key),
     "bn": identity_norm(stats["bn"], own_epsilon, shapes["bn"]),
-    "layer_scale": {"gamma": jnp.ones(gamma.shape, gamma.dtype)},
+    "layer_scale": ones_like_scale(shapes["layer_scale"]),
   }

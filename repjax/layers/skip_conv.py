@@ -7,7 +7,13 @@ import jax
 from flax import linen as nn
 
 from repjax.algebra import ConvParams, add, identity_kernel, wide_dtype
-from repjax.layers.base import RepLayer, leading_axes, read_notes, refuse_training
+from repjax.layers.base import (
+  RepLayer,
+  kernel_and_bias,
+  leading_axes,
+  read_notes,
+  refuse_training,
+)
 from repjax.layers.convolution import depthwise
 
 _SKIP = "skip"
@@ -92,7 +98,7 @@ def fold_skip_conv(
     )
   conv = ConvParams(params["inner"]["kernel"], params["inner"]["bias"])
   whole = add(conv, _identity(conv))
-  return {"conv": {name: x.astype(conv.kernel.dtype) for name, x in whole._asdict().items()}}
+  return {"conv": kernel_and_bias(whole, conv.kernel.dtype)}
 
 
 def _identity(conv: ConvParams) -> ConvParams:

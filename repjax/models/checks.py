@@ -75,6 +75,12 @@ def check_whole(field: str, value: Any, length: int, note: str = "") -> None:
     raise InputError(f"{field} takes {length} whole numbers above 0{note}, got {value!r}")
 
 
+def check_last_strides(output_stride: Any) -> None:
+  """Raises InputError for an `output_stride` that is not 32, or 16 or 8 with dilation."""
+  if output_stride not in (8, 16, 32):
+    raise InputError(f"output_stride is 32, 16 or 8, got {output_stride!r}")
+
+
 def check_stages(stage_sizes: Any, **others: Any) -> None:
   """Raises InputError if attributes do not hold a whole number above 0 for each stage.
 

@@ -34,7 +34,7 @@ from repjax.errors import InputError
 from repjax.layers import RepConv, RepHeads, SqueezeExcite
 from repjax.layers.composition import AFTER_SUM
 from repjax.models.base import Block, Classifier, Stage, last_of, run
-from repjax.models.checks import check_total_stride, check_whole
+from repjax.models.checks import check_last_strides, check_total_stride, check_whole
 from repjax.models.dilation import Striding, dilate
 
 EXPANSION = 2
@@ -205,8 +205,7 @@ class RepViT(Classifier, kw_only=True):
       check_whole(field, getattr(self, field), 4)
     if self.widths[0] < 2:
       raise InputError(f"the first of widths is at least 2, for the stem, got {self.widths!r}")
-    if self.output_stride not in (8, 16, 32):
-      raise InputError(f"output_stride is 32, 16 or 8, got {self.output_stride!r}")
+    check_last_strides(self.output_stride)
     super().__post_init__()
 
   def check_images(self, images: jax.Array) -> None:

@@ -23,7 +23,12 @@ from flax import linen as nn
 
 from repjax.errors import InputError, unknown
 from repjax.models.base import Block, BlockBuilder, Classifier, Stage
-from repjax.models.checks import check_number, check_total_stride, check_whole
+from repjax.models.checks import (
+  check_last_strides,
+  check_number,
+  check_total_stride,
+  check_whole,
+)
 from repjax.models.dilation import dilate
 
 
@@ -168,8 +173,7 @@ class ResNet(Classifier, kw_only=True):
         f"a bottleneck is a quarter as wide as its output, so widths must be multiples of 4, got "
         f"{self.widths}"
       )
-    if self.output_stride not in (8, 16, 32):
-      raise InputError(f"output_stride is 32, 16 or 8, got {self.output_stride!r}")
+    check_last_strides(self.output_stride)
     super().__post_init__()
 
   def check_images(self, images: jax.Array) -> None:

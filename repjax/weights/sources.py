@@ -90,10 +90,10 @@ def expected(
 
 
 def expected_marks(
-  model_name: str, kind: str, overrides: Mapping[str, Any]
+  model_name: str, kind: str, num_classes: int, overrides: Mapping[str, Any]
 ) -> dict[tuple[str, ...], tuple[int, ...]]:
   """Returns path and shape of the notes in a model's variables for which files hold no tensor."""
-  return marks_in(_shapes(model_name, kind, 1000, dict(overrides)))
+  return marks_in(_shapes(model_name, kind, num_classes, dict(overrides)))
 
 
 @functools.lru_cache(maxsize=256)

@@ -78,7 +78,7 @@ def from_torch(
   variables: dict[str, Any] = {}
   for name, entry in wanted.items():
     _put(variables, entry.path, entry.layout.from_torch(state[name]))
-  for path, shape in expected_marks(model_name, found.kind, overrides).items():
+  for path, shape in expected_marks(model_name, found.kind, num_classes, overrides).items():
     _put(variables, path, np.ones(shape, dtype))
   if drop_head:
     spec = ModelSpec.usual(model_name, num_classes, overrides)

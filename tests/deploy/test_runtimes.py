@@ -76,7 +76,7 @@ def test_the_fastest_is_taken_and_known_from_then_on(small, timed, capsys, monke
   assert "batches of 2: onnxruntime" in said
   assert "2.00 times as fast as xla" in said
   monkeypatch.setattr(runtimes, "measured", None)
-  # What is known needs neither a measurement nor the programs of the other runtimes.
+  # The answer was kept. So nothing is measured again, and XLA compiles nothing.
   monkeypatch.setattr(runtimes.PlacedTree, "program", None)
   again = compiled(small, runtime="auto", batch_sizes=(2,)).plans[2]
   assert (again.runtime, again.runtimes) == (plan.runtime, plan.runtimes)
@@ -170,7 +170,7 @@ def test_a_function_that_onnx_cannot_hold_is_refused_with_the_way_out(timed):
 
 def test_different_results_are_refused(small, monkeypatch):
   def wrong(content):
-    run = runtimes._in_onnxruntime(content)
+    run = runtimes.in_onnxruntime(content)
     return lambda images: [1.01 * rows for rows in run(images)]
 
   monkeypatch.setitem(runtimes._LOADERS, "onnxruntime", wrong)

@@ -7,8 +7,8 @@ import pytest
 
 import repjax
 from repjax.errors import InputError
-from tests import helpers
-from tests.helpers import F64, init_shapes, quick_jit, random_input, random_variables
+from tests.helpers import F64, init_shapes
+from tests.models.dilation import dilated_maps
 
 IMAGES = jnp.ones((1, 32, 32, 3))
 SMALL = {"stage_sizes": (1, 1, 1, 2), "width_multipliers": (0.125, 0.125, 0.125, 0.03125)}
@@ -37,18 +37,7 @@ def test_blocks_are_depthwise_and_pointwise_in_turn():
 @pytest.mark.parametrize("output_stride", [16, 8])
 def test_a_dilated_network_has_every_pixel_of_the_strided_one(output_stride):
   build = functools.partial(small, copies=1, features_only=True, deploy=True, **F64)
-  x, strided, dilated = random_input(1, 75, 64, 3), build(), build(output_stride=output_stride)
-  variables = random_variables(strided, x)
-  assert helpers.shapes(init_shapes(dilated, x)) == helpers.shapes(variables)
-
-  @quick_jit
-  def outputs(variables):
-    return strided.apply(variables, x), dilated.apply(variables, x)
-
-  coarse, fine = outputs(variables)
-  for name, stride in {"stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}.items():
-    step = max(1, stride // output_stride)
-    helpers.assert_close(fine[name][:, ::step, ::step], coarse[name], 1e-12)
+  dilated_maps(build, output_stride)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from repjax.weights.resnet import NAMINGS
 from tests import helpers
 from tests.helpers import F64, halves, init_shapes, quick_jit, random_input, random_variables
 from tests.models import plain
+from tests.models.dilation import dilated_maps
 
 # Parameters as torchvision states them, and channels that are normalised: as many as there are
 # scales, which the deploy form has not, and of each two statistics.
@@ -190,19 +191,10 @@ def test_a_dilated_network_has_every_pixel_of_the_strided_one(output_stride):
   # of a first block has its convolution for the stride alone, and keeps it.
   sizes = {"stage_sizes": (1, 1, 2, 2) if output_stride == 8 else (1, 1, 1, 2), "widths": (8,) * 4}
   build = functools.partial(tiny, **sizes, features_only=True, **F64)
-  x, strided, dilated = random_input(1, 75, 64, 3), build(), build(output_stride=output_stride)
-  variables = random_variables(strided, x)
-  assert helpers.shapes(init_shapes(dilated, x)) == helpers.shapes(variables)
-
-  @quick_jit
-  def outputs(variables):
-    return strided.apply(variables, x), dilated.apply(variables, x)
-
-  coarse, fine = outputs(variables)
-  for name, stride in {"stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}.items():
-    step = max(1, stride // output_stride)
-    helpers.assert_close(fine[name][:, ::step, ::step], coarse[name], 1e-12)
-  assert fine["stage4"].shape[1:3] == (-(-75 // output_stride), 64 // output_stride)
+  assert dilated_maps(build, output_stride)["stage4"].shape[1:3] == (
+    -(-75 // output_stride),
+    64 // output_stride,
+  )
 
 
 class TestOverrides:
