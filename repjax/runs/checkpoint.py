@@ -2,7 +2,7 @@
 
 checkpoints/<step>/
 variables/   training/    trees of arrays; inference reads `variables` alone
-metrics/metrics           {"accuracy": ...} or a different score, -1 where the step was not evaluated
+metrics/metrics           {"accuracy": ...}, or "miou"; -1 where the step was not evaluated
 bookmark/metadata         the loop's position, a `Bookmark`
 manifest.json             checksums of all of these files
 """
