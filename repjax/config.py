@@ -35,7 +35,7 @@ Config: TypeAlias = Any
 
 TASKS = ("classification", "segmentation")
 SCORES = ("miou", "accuracy")
-"""The scores by which checkpoints are compared. Of those that an evaluation has, the first counts."""
+"""The scores by which checkpoints are compared; the first one that an evaluation has counts."""
 DTYPES = ("float32", "bfloat16")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 SCHEDULES = ("cosine", "step", "poly")

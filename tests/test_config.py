@@ -17,7 +17,7 @@ from repjax.errors import InputError
 from repjax.layers import batch_norm
 from repjax.models import create_model, list_models
 from repjax.quantization import runtime
-from repjax.training import optimizer, planning, schedules
+from repjax.training import optimizer, planning, schedules, tasks
 from tests.training import tiny
 
 ROWS = [*table.FIELDS, *table.OVERRIDES]
@@ -28,7 +28,7 @@ WRONG = {
   bool: (1, "yes", [True]),
   int: (1.5, True, "3", NAN, (3,)),
   float: (NAN, "3", True, (3,)),
-  tuple: ((0.5, 0.5), (0.5, 0.5, "0.5"), (0.5, 0.5, None), (0.5, 0.5, NAN), 0.5),
+  tuple: ((0.5, 0.5, "0.5"), (0.5, 0.5, None), (0.5, 0.5, NAN), 0.5),
 }
 
 
@@ -36,7 +36,8 @@ def wrong_values(field):
   """Values that the field refuses, those of a wrong type first."""
   kind = field.kind or type(field.default)
   limited = {str: ("cosin",), int: (-1,), float: (-1.0,)}.get(kind, ()) if field.limits else ()
-  return (*WRONG[kind], *limited, *(() if field.default is None else (None,)))
+  too_short = ((0.5, 0.5),) if kind is tuple and field.default is not None else ()
+  return (*WRONG[kind], *too_short, *limited, *(() if field.default is None else (None,)))
 
 
 @pytest.mark.parametrize("field", ROWS, ids=lambda field: field.name)
@@ -123,6 +124,9 @@ def test_the_config_of_imported_weights_has_the_fields_of_evaluation():
     "batch_size": 64,
     "num_workers": 0,
     "tolerance": 1e-5,
+    "eval_multiple": 1,
+    "eval_window": 0,
+    "eval_flip": False,
   }
   table.check_evaluation(ml_collections.ConfigDict(config))
   assert table.for_import("repvgg_a0", 10) == {**config, "dataset": None}
@@ -139,6 +143,7 @@ def test_evaluation_needs_its_own_fields_only():
 @pytest.mark.parametrize(
   ("names", "implemented"),
   [
+    (table.TASKS, tasks.TASKS),
     (table.DTYPES, planning.DTYPES),
     (table.INTERPOLATIONS, INTERPOLATIONS),
     (table.SCHEDULES, schedules.CURVES),
@@ -146,7 +151,15 @@ def test_evaluation_needs_its_own_fields_only():
     (table.DECAY_RULES, optimizer.DECAY_RULES),
     (table.QAT_ACTIVATIONS, runtime.ACTIVATIONS),
   ],
-  ids=["dtype", "interpolation", "schedule", "optimizer", "weight_decay_rule", "qat_activations"],
+  ids=[
+    "task",
+    "dtype",
+    "interpolation",
+    "schedule",
+    "optimizer",
+    "weight_decay_rule",
+    "qat_activations",
+  ],
 )
 def test_the_names_of_the_table_are_those_that_rooms_implement(names, implemented):
   assert set(names) == set(implemented)
@@ -217,8 +230,12 @@ def test_runs_older_than_a_field_did_what_its_default_does_or_leaves_open():
     "backbone_rate": 1.0,
     "cooldown_epochs": 0.0,
     "ema_decay": 0.0,
+    "eval_flip": False,
+    "eval_multiple": 1,
+    "eval_window": 0,
     "qat": False,
     "running_variance": "biased",
+    "task": "classification",
   }
   assert all(held[name] in (value, None) for name, value in table.BEFORE.items())
 

@@ -325,9 +325,7 @@ class CheckpointWriter:
     held = _NOT_EVALUATED if score is None else score
     self._saving = self._thread.submit(self._write, step, copies, held, bookmark)
 
-  def _write(
-    self, step: int, items: Mapping[str, Any], score: float, bookmark: Bookmark
-  ) -> None:
+  def _write(self, step: int, items: Mapping[str, Any], score: float, bookmark: Bookmark) -> None:
     """Writes a checkpoint, and then removes those that it supersedes; in the thread."""
     folder = paths.checkpoint_folder(self._workdir, step)
     with disk.writing(folder), disk.replacing(folder, own=_OWN) as draft:

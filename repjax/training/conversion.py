@@ -147,8 +147,7 @@ def format_report(report: dict[str, Any]) -> str:
   return "\n".join(
     [
       *(f"{name:<24}{train:>16}{deploy:>16}" for name, train, deploy in rows),
-      f"{'predictions agree on':<24}{agreeing:>16,} of {report[unit]:,} "
-      f"{'noise ' * noise}{unit}",
+      f"{'predictions agree on':<24}{agreeing:>16,} of {report[unit]:,} {'noise ' * noise}{unit}",
       f"{'logits differ by':<24}{report['logits_difference']:>16.1e} of the largest "
       f"(tolerance {report['tolerance']:.0e})",
       _worst_layer(report["layers"]),

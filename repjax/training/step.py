@@ -12,7 +12,7 @@ from repjax.spec import Preprocessing
 from repjax.training import custom_l2 as penalty
 from repjax.training.optimizer import classifier_only, overlay
 from repjax.training.state import TrainState
-from repjax.training.tasks import Classification, Task
+from repjax.training.tasks import CLASSIFICATION, Task
 
 Batch = dict[str, jax.Array]
 Network = Callable[..., Any]
@@ -26,7 +26,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   preprocessing: Preprocessing,
   *,
-  task: Task = Classification(),  # noqa: B008 - frozen
+  task: Task = CLASSIFICATION,
   aux_weight: float = 0.1,
   custom_l2: float = 0.0,
   accumulate_steps: int = 1,
@@ -63,8 +63,8 @@ def make_train_step(
 
   Returns:
     A pure function of a state and {"image": uint8 (N, H, W, 3), "label": labels of the task}. Its
-    metrics are the scalars `loss`, `accuracy` and `grad_norm`. `grad_norm` is the norm before clipping. If the update overflows, the
-    metrics of the next step show it.
+    metrics are the scalars `loss`, `accuracy` and `grad_norm`. `grad_norm` is the norm before
+    clipping. If the update overflows, the metrics of the next step show it.
   """
 
   if frozen and network is None:
@@ -184,7 +184,7 @@ def make_eval_step(
   network: Network,
   preprocessing: Preprocessing,
   *,
-  task: Task = Classification(),  # noqa: B008 - frozen
+  task: Task = CLASSIFICATION,
   axis_name: str | None = None,
 ) -> Callable[[Any, Batch], dict[str, jax.Array]]:
   """Builds `eval_step(variables, batch) -> sums`, which judges the unmasked images of a batch.

@@ -112,7 +112,7 @@ def overtrained(finished, tmp_path):
   sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4)
   writer = CheckpointWriter(workdir)
   state = create_state(variables, sgd).replace(step=jnp.asarray(20))
-  writer.save(20, to_items(state), accuracy=0.0)
+  writer.save(20, to_items(state), score=0.0)
   writer.close()
   return workdir
 

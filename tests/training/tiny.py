@@ -17,6 +17,7 @@ from repjax.spec import Preprocessing
 from repjax.training import optimizer, parallel
 from repjax.training.state import create_state
 from repjax.training.step import make_train_step
+from repjax.training.tasks import Classification
 from tests.helpers import leaves, random_variables
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,12 @@ def one_step_with_everything(shard):
   state = create_state(random_variables(model, np.ones((1, size, size, 3), np.float32)), sgd)
   model = model.clone(axis_name=parallel.AXIS)
   step = make_train_step(
-    model, sgd, preprocessing, mixup=0.2, cutmix=1.0, seed=3, axis_name=parallel.AXIS
+    model,
+    sgd,
+    preprocessing,
+    task=Classification(mixup=0.2, cutmix=1.0),
+    seed=3,
+    axis_name=parallel.AXIS,
   )
   rng, each = np.random.default_rng(0), 16 // shard[1]
   own = slice(shard[0] * each, (shard[0] + 1) * each)

@@ -11,10 +11,14 @@ from repjax.training.tasks.base import Task
 from repjax.training.tasks.classification import Classification
 from repjax.training.tasks.segmentation import Segmentation
 
-__all__ = ["TASKS", "Classification", "Segmentation", "Task", "create"]
+__all__ = ["CLASSIFICATION", "TASKS", "Classification", "Segmentation", "Task", "create"]
 
 TASKS: dict[str, type[Task]] = {"classification": Classification, "segmentation": Segmentation}
 """Name to class, as `config.task` and `ModelSpec.task` name a task."""
+
+
+CLASSIFICATION = Classification()
+"""Classification with plain targets, the task of steps that name none."""
 
 
 def create(name: str, config: Config) -> Task:

@@ -136,7 +136,7 @@ class Segmentation:
       )
     right = np.diagonal(matrix)
     union = matrix.sum(0) + matrix.sum(1) - right
-    iou = [float(own / all) if all else None for own, all in zip(right, union)]
+    iou = [float(own / both) if both else None for own, both in zip(right, union)]
     return {
       "miou": float(np.mean([value for value in iou if value is not None])),
       "accuracy": float(right.sum() / pixels),
