@@ -104,11 +104,6 @@ class ModelSpec:
     size = image_size_of(create_model(name, num_classes=num_classes, **overrides))
     return cls(name, num_classes, overrides, Preprocessing(size, round(size * 8 / 7)))
 
-  @property
-  def task(self) -> str:
-    """What the model is for."""
-    return "classification"
-
   def create_model(self, *, deploy: bool = False, **more: Any) -> nn.Module:
     """Builds the model in either form.
 
