@@ -30,6 +30,7 @@ MAY_IMPORT = {
   "recognition": {"layers"},
   "reparam": {"layers", "recognition"},
   "models": {"layers"},
+  "segmentation": {"layers", "models"},
   "expansion": {"algebra", "layers", "models", "recognition", "reparam"},
   "spec": {"models", "reparam"},
   "analysis": {"functions", "fusion", "models", "program", "spec"},

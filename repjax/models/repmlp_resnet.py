@@ -105,7 +105,8 @@ class RepMLPResNet(ResNet, kw_only=True):
     local_kernels: sizes of the local convolutions; none leaves the Local Perceptron out.
     fc3_groups: number of groups of FC3 and of the local convolutions; one number, or one for each
       of `repmlp_stages`.
-    reduction: ratio of the widths of the Global Perceptron's input and of its hidden layer.
+    reduction: ratio of the widths of the Global Perceptron's input and of its hidden layer; one
+      number, or one for each of `repmlp_stages`.
     narrowing: ratio of the widths of a bottleneck and of its RepMLP, for each of `repmlp_stages`;
       called r in the paper.
     global_perceptron: build the Global Perceptrons.
@@ -116,7 +117,7 @@ class RepMLPResNet(ResNet, kw_only=True):
   tile: int | Sequence[int] = 7
   local_kernels: Sequence[int] = (1, 3, 5)
   fc3_groups: int | Sequence[int] = 8
-  reduction: int = 1
+  reduction: int | Sequence[int] = 1
   narrowing: Sequence[int] = (2, 4)
   global_perceptron: bool = True
 
@@ -135,7 +136,7 @@ class RepMLPResNet(ResNet, kw_only=True):
       check_whole("narrowing", self.narrowing, len(stages), _PER_STAGE)
     check_tile("tile", self.tile)
     check_kernels(self.local_kernels, self.tile)
-    check_number("reduction", self.reduction)
+    check_whole("reduction", _each(self.reduction, stages), len(stages), _PER_STAGE)
     # A function, not a method: interceptors of methods cannot take a module that is not set up yet.
     _check_widths(self)
     super().__post_init__()
@@ -167,7 +168,7 @@ class RepMLPResNet(ResNet, kw_only=True):
     arguments: dict[str, Any] = {
       "tile": self.tile,
       "groups": _each(self.fc3_groups, self.repmlp_stages)[index],
-      "reduction": self.reduction,
+      "reduction": _each(self.reduction, self.repmlp_stages)[index],
       "local_kernels": tuple(self.local_kernels),
       "global_perceptron": self.global_perceptron,
     }
