@@ -364,7 +364,8 @@ FIELDS = (
   Field(
     "backbone_rate",
     1.0,
-    "Factor on the rate of all parameters except the classifier's. 0: they are frozen.",
+    "Factor on the rate of all parameters except the classifier's; in a segmentation, on that of "
+    "the backbone's. 0: they are frozen.",
     _AT_LEAST_0,
     before=1.0,
   ),

@@ -364,6 +364,7 @@ def training_batches(
     image_size=config.image_size,
     augment=config.augment,
     interpolation=plan.spec.preprocessing.interpolation,
+    mean=plan.spec.preprocessing.mean,
     seed=config.seed,
     start_step=start_step,
     shard=shard,

@@ -121,7 +121,7 @@ def _total_steps(config: Config, steps_per_epoch: float) -> int:
 def check(config: Config) -> None:
   """Raises InputError for a field that is missing, or a value that no run could use."""
   check_config(config)
-  parse_augmentation(config.augment)
+  parse_augmentation(config.augment, config.task)
   if config.tensorboard:
     display.check_tensorboard()
 
@@ -191,6 +191,7 @@ def open_split(config: Config, split: str, spec: ModelSpec) -> Source:
     data_dir=config.data_dir,
     num_classes=spec.num_classes,
     image_size=spec.preprocessing.image_size,
+    task=spec.task,
   )
   classes = len(source.class_names)
   if classes != spec.num_classes:

@@ -221,6 +221,7 @@ def _training_batches(config: Config, source: Source, preprocessing: Preprocessi
     image_size=_training_size(config, preprocessing),
     augment=config.augment,
     interpolation=preprocessing.interpolation,
+    mean=preprocessing.mean,
     seed=config.seed,
     shard=parallel.shard(),
     num_workers=config.num_workers,

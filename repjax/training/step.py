@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from repjax.spec import Preprocessing
 from repjax.training import custom_l2 as penalty
-from repjax.training.optimizer import classifier_only, overlay
+from repjax.training.optimizer import head_only, overlay
 from repjax.training.state import TrainState
 from repjax.training.tasks import CLASSIFICATION, Task
 
@@ -54,9 +54,10 @@ def make_train_step(
     ema_start: number of first steps in which the average is a plain copy.
     seed: seed of dropout and of random targets. Step, device and part are folded into the key.
     axis_name: axis over which gradients, running statistics and metrics are averaged; None: none.
-    frozen: only the classifier learns. `optimizer` must have been made with `backbone_rate=0`. The
-      network runs as in evaluation: batch norms use and keep their running statistics, dropout does
-      nothing, and auxiliary heads take no part. All other parameters keep their bits.
+    frozen: only the head learns, see `optimizer.head_only`. `optimizer` must have been made with
+      `backbone_rate=0`. The network runs as in evaluation: batch norms use and keep their running
+      statistics, dropout does nothing, and auxiliary heads take no part. All other parameters keep
+      their bits.
     network: computes the logits in place of the model in training mode. An example is the deploy
       form in 8 bits. As in a frozen network, statistics stay and auxiliary heads take no part. The
       model's dropout and its `axis_name` have no effect.
@@ -93,7 +94,7 @@ def make_train_step(
       return loss, (logits, updates)
 
     params = variables["params"]
-    learning = classifier_only(params) if frozen else params
+    learning = head_only(params) if frozen else params
     (loss, (logits, updates)), gradients = jax.value_and_grad(loss_of, has_aux=True)(learning)
     return gradients, updates, {"loss": loss, "accuracy": task.accuracy(logits, targets)}
 
@@ -109,7 +110,7 @@ def make_train_step(
       results = jax.lax.pmean(results, axis_name)
     gradients, collections, metrics = results
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    learning = classifier_only(state.params) if frozen else state.params
+    learning = head_only(state.params) if frozen else state.params
     learned: Any = optax.apply_updates(learning, updates)
     new: dict[str, Any] = {
       "params": overlay(state.params, learned),
