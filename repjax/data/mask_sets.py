@@ -57,7 +57,7 @@ MASK_SETS: Mapping[str, MaskSet] = {
     "image_left",
     "segmentation_label",
     tuple(name for name, _, _ in _CITYSCAPES),
-    {value: IGNORED for value in range(34)}
+    dict.fromkeys(range(34), IGNORED)
     | {value: number for number, (_, value, _) in enumerate(_CITYSCAPES)},
     tuple(color for _, _, color in _CITYSCAPES),
     ("image_id",),

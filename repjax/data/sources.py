@@ -50,16 +50,19 @@ class Source(NamedTuple):
   task: str = "classification"
   colors: tuple[masks.Color, ...] = ()
 
-  def canvas(self, multiple: int = 1) -> tuple[int, int]:
-    """Returns the (height, width) on which every image of a split for segmentation fits.
+  def canvas(self, multiple: int = 1) -> tuple[int, int] | None:
+    """Returns the (height, width) on which every image fits; None for classification.
 
     Args:
-      multiple: a number to whose multiples both are rounded up.
+      multiple: a number to whose multiples height and width are rounded up.
 
     Raises:
       InputError: the canvas would have too many pixels.
     """
-    height, width = (-(-side // multiple) * multiple for side in self.examples.largest)  # pyright: ignore[reportAttributeAccessIssue]
+    if self.task == "classification":
+      return None
+    examples: Any = self.examples
+    height, width = (-(-side // multiple) * multiple for side in examples.largest)
     if height * width > MOST_PIXELS:
       name, split = self.fingerprint["name"], self.fingerprint["split"]
       raise InputError(
