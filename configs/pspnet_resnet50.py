@@ -7,7 +7,7 @@ Paper: Ding et al., RepVGG, CVPR 2021, section 4.5. https://arxiv.org/abs/2101.0
 Expected: 77.17 % mIoU on the validation images, from a copy of the paper's table that could not be
 checked. The stem here is one 7x7 convolution, where PSPNet's code has three 3x3. Not trained here.
 
-  repjax import --from hf:timm/resnet50.a1_in1k --workdir runs/r50
+  repjax import --from hf:timm/resnet50.tv_in1k --workdir runs/r50
   repjax train --config pspnet_resnet50 --config.init_from=runs/r50
 """
 

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model_overrides.backbone_overrides = {
     "stage_sizes": (1, 2, 4, 1),
     "width_multipliers": (0.5, 0.5, 0.5, 0.25),
-    "strides": (1, 2, 2, 2, 2),
+    "strides": (2, 2, 2, 2, 2),
   }
   config.model_overrides.dilation = "fast"
   config.model_overrides.head_features = 128

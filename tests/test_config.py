@@ -215,6 +215,32 @@ def test_fields_of_other_optimizers_are_refused():
       table.check_config(config)
 
 
+@pytest.mark.parametrize(
+  ("task", "changes", "said"),
+  [
+    ("segmentation", {"mixup": 0.2}, r"config\.mixup = 0\.2 is for classification"),
+    ("segmentation", {"cutmix": 1.0}, r"config\.cutmix = 1\.0 is for classification"),
+    ("segmentation", {"label_smoothing": 0.1}, r"config\.label_smoothing .* classification"),
+    ("segmentation", {"qat": True, "init_from": "runs/a"}, r"config\.qat .* is for classification"),
+    ("classification", {"eval_window": 713}, r"config\.eval_window = 713 is for segmentation"),
+    ("classification", {"eval_flip": True}, r"config\.eval_flip = True is for segmentation"),
+    ("classification", {"eval_multiple": 8}, r"config\.eval_multiple = 8 is for segmentation"),
+    ("classification", {"class_weights": (1.0,)}, r"config\.class_weights .* is for segmentation"),
+    ("segmentation", {"num_classes": 256}, "use at most 255 classes"),
+    ("segmentation", {"class_weights": (1.0, 2.0)}, "has 2 weights .* for 3 classes"),
+    ("segmentation", {"class_weights": (0.0,) * 3}, "one of them above 0"),
+  ],
+  ids=str,
+)
+def test_fields_without_a_meaning_for_the_task_are_refused(task, changes, said):
+  config = table.default()
+  config.update({"task": task, "num_classes": 3})
+  table.check_config(config)
+  config.update(changes)
+  with pytest.raises(InputError, match=said):
+    table.check_config(config)
+
+
 def test_the_overrides_are_the_attributes_of_the_models():
   # A config sets these outside of model_overrides, or training sets them.
   apart = {"num_classes", "dtype", "param_dtype", "axis_name", "deploy", "features_only"}

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from repjax.data.augmentation import parse as parse_augmentation
-  from repjax.data.pipeline import eval_batches, eval_pair_batches, train_batches
+  from repjax.data.pipeline import eval_batches, train_batches
   from repjax.data.sources import Source, open_source
   from repjax.data.transforms import read_image
 
 __all__ = [
   "Source",
   "eval_batches",
-  "eval_pair_batches",
   "open_source",
   "parse_augmentation",
   "read_image",
@@ -26,7 +25,6 @@ __all__ = [
 _HOMES = {
   "Source": ("sources", "Source"),
   "eval_batches": ("pipeline", "eval_batches"),
-  "eval_pair_batches": ("pipeline", "eval_pair_batches"),
   "open_source": ("sources", "open_source"),
   "parse_augmentation": ("augmentation", "parse"),
   "read_image": ("transforms", "read_image"),

@@ -15,7 +15,7 @@ import tqdm
 from repjax import names, runs
 from repjax.cache import use_compilation_cache
 from repjax.config import EVALUATION_FIELDS, Config, check_evaluation, check_task
-from repjax.data import Source, eval_batches, eval_pair_batches
+from repjax.data import Source, eval_batches
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.training import parallel, planning, processes, tasks
@@ -43,9 +43,9 @@ def batches(
     preprocessing,
     batch_size=batch_size,
     num_workers=config.num_workers,
+    ten_crop=ten_crop,
+    multiple=config.eval_multiple,
     shard=parallel.shard(),
-    **({"ten_crop": True} if ten_crop else {}),
-    **({"multiple": config.eval_multiple} if source.task == "segmentation" else {}),
   )
   count = -(-len(source.examples) // batch_size)
   with contextlib.closing(parallel.prefetch(whole)) as ready:
@@ -62,9 +62,7 @@ def host_batches(
   multiple: int = 1,
   **rest: Any,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Returns a split as masked batches in host memory.
-
-  Batches are those of `eval_batches`, or for images with masks those of `eval_pair_batches`.
+  """Returns a split as masked batches in host memory, as `eval_batches` describes them.
 
   Args:
     source: the split.
@@ -72,22 +70,18 @@ def host_batches(
     batch_size: images in a batch, padding included.
     num_workers: processes that read a large split; a small one is read in this process.
     multiple: a number that divides height and width of images with masks, after padding.
-    **rest: further arguments of these functions.
+    **rest: further arguments of `eval_batches`.
   """
-  common: dict[str, Any] = {
-    "batch_size": batch_size,
-    "num_workers": num_workers if len(source.examples) >= _WORTH_PROCESSES else 0,
-    **rest,
-  }
-  if source.task == "segmentation":
-    canvas = source.canvas(multiple)
-    return eval_pair_batches(source.examples, canvas=canvas, mean=preprocessing.mean, **common)
   return eval_batches(
     source.examples,
+    batch_size=batch_size,
     image_size=preprocessing.image_size,
     resize_size=preprocessing.resize_size,
     interpolation=preprocessing.interpolation,
-    **common,
+    canvas=source.canvas(multiple) if source.task == "segmentation" else None,
+    mean=preprocessing.mean,
+    num_workers=num_workers if len(source.examples) >= _WORTH_PROCESSES else 0,
+    **rest,
   )
 
 

@@ -27,8 +27,8 @@ pytest_plugins = ["tests.training.fixtures"]
 def assert_as_undisturbed(finished):
   """Compares all that a run has left with what an undisturbed one leaves, bit for bit."""
 
-  def compare(workdir):
-    ours, theirs = torture.contents(workdir), torture.contents(finished[0])
+  def compare(workdir, undisturbed=finished[0]):
+    ours, theirs = torture.contents(workdir), torture.contents(undisturbed)
     for held in (ours, theirs):
       del held["config.json"]  # says how often to save
     assert ours.keys() == theirs.keys()
@@ -62,18 +62,41 @@ def wait_until(condition, seconds=60):
     time.sleep(0.001)
 
 
+THREE = [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
+
+
 @pytest.mark.parametrize(
-  ("module", "name", "at", "numbers", "error"),
+  ("module", "name", "at", "numbers", "error", "begun"),
   [
-    (loop, "train_batches", 0, [signal.SIGINT, signal.SIGTERM, signal.SIGTERM], Stopped),
-    (evaluation, "eval_batches", 1, [signal.SIGTERM], Preempted),
+    (
+      loop,
+      "train_batches",
+      0,
+      [signal.SIGINT, signal.SIGTERM, signal.SIGTERM],
+      Stopped,
+      "finished",
+    ),
+    (evaluation, "eval_batches", 1, [signal.SIGTERM], Preempted, "finished"),
+    (loop, "train_batches", 5, [signal.SIGTERM], Preempted, "segmented"),
   ],
-  ids=["the first step", "an evaluation"],
+  ids=["the first step", "an evaluation", "segmentation"],
 )
 def test_a_signal_saves_the_step_in_hand_and_nothing_is_lost(
-  digits_dir, tmp_path, monkeypatch, capsys, assert_as_undisturbed, module, name, at, numbers, error
+  digits_dir,
+  tmp_path,
+  monkeypatch,
+  capsys,
+  request,
+  assert_as_undisturbed,
+  module,
+  name,
+  at,
+  numbers,
+  error,
+  begun,
 ):
-  config = tiny.config(digits_dir)
+  undisturbed = request.getfixturevalue(begun)[0]
+  config = tiny.config(digits_dir) if begun == "finished" else tiny.segmentation()
   with monkeypatch.context() as patch:
     send_when(patch, module, name, at, *numbers)
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -93,7 +116,7 @@ def test_a_signal_saves_the_step_in_hand_and_nothing_is_lost(
     assert 0 < newest < tiny.STEPS
   training.train(config, tmp_path, resume="must")
   assert f"continuing from the checkpoint of step {newest}\n" in capsys.readouterr().out
-  assert_as_undisturbed(tmp_path)
+  assert_as_undisturbed(tmp_path, undisturbed)
 
 
 def test_a_second_ctrl_c_during_a_save_stops_at_once_and_spoils_nothing(
