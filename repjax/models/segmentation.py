@@ -152,6 +152,7 @@ class Segmenter(Network, kw_only=True):
       return getattr(backbone, "image_size", USUAL_SIZE)
     return USUAL_SIZE
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if the backbone cannot take images of this shape."""
     try:

@@ -99,6 +99,7 @@ class VGG(Classifier, kw_only=True):
     check_number("hidden", self.hidden)
     super().__post_init__()
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are smaller than 32 pixels, or are no batch."""
     check_total_stride(self, images, 2 ** len(STAGE_SIZES))
