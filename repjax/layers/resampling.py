@@ -65,31 +65,46 @@ def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   return jnp.einsum("xw,nywc->nyxc", columns, y, precision=highest).astype(x.dtype)
 
 
-def pool_bins(x: jax.Array, bins: int) -> jax.Array:
-  """Averages maps over a grid of bins.
+def pool_to(x: jax.Array, size: int) -> jax.Array:
+  """Averages `size` x `size` windows, which cover a map as evenly as whole pixels allow.
 
-  Bin b covers the pixels from floor(b H / bins) to ceil((b + 1) H / bins), exclusive, and likewise
-  of W. These are the bins of PyTorch's adaptive average pooling. They overlap where H is no
-  multiple of `bins`.
+  Window i of an axis of n pixels goes from floor(i n / size) to ceil((i + 1) n / size), as in the
+  adaptive average pooling of PyTorch. Windows overlap if `size` does not divide n. A map of this
+  size already is returned unchanged.
 
   Args:
-    x: (N, H, W, C) of any size, also smaller than the grid.
-    bins: number of rows and of columns of the grid.
+    x: (N, H, W, C), of any size.
+    size: number of windows along each axis.
+
+  Returns:
+    (N, size, size, C).
+  """
+  for axis in (1, 2):
+    pixels = x.shape[axis]
+    if pixels != size:
+      windows = [(i * pixels // size, -(-(i + 1) * pixels // size)) for i in range(size)]
+      means = [
+        jax.lax.slice_in_dim(x, start, stop, axis=axis).mean(axis) for start, stop in windows
+      ]
+      x = jnp.stack(means, axis)
+  return x
+
+
+def pool_bins(x: jax.Array, bins: int) -> jax.Array:
+  """Averages a map over a grid of bins, the windows of `pool_to`.
+
+  Bins that divide the map are pooled as tiles, which other runtimes have an operator for.
+
+  Args:
+    x: (N, H, W, C), of any size.
+    bins: number of bins along each axis.
 
   Returns:
     (N, bins, bins, C) in the dtype of `x`, computed in at least float32.
   """
   wide = x.astype(wide_dtype(x.dtype))
-  if not any(size % bins for size in x.shape[1:3]):
-    batch, height, width, channels = x.shape
-    tiles = wide.reshape(batch, bins, height // bins, bins, width // bins, channels)
-    return tiles.mean((2, 4)).astype(x.dtype)  # (N, bins, bins, C)
-  return _bin_means(_bin_means(wide, 1, bins), 2, bins).astype(x.dtype)
-
-
-def _bin_means(x: jax.Array, axis: int, bins: int) -> jax.Array:
-  """Averages an array over bins of one axis, which may overlap."""
-  size = x.shape[axis]
-  ends = [(b * size // bins, -(-(b + 1) * size // bins)) for b in range(bins)]
-  parts = [jax.lax.slice_in_dim(x, *pair, axis=axis).mean(axis, keepdims=True) for pair in ends]
-  return jnp.concatenate(parts, axis)
+  if any(pixels % bins for pixels in x.shape[1:3]):
+    return pool_to(wide, bins).astype(x.dtype)
+  batch, height, width, channels = x.shape
+  tiles = wide.reshape(batch, bins, height // bins, bins, width // bins, channels)
+  return tiles.mean((2, 4)).astype(x.dtype)  # (N, bins, bins, C)
