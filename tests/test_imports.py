@@ -36,7 +36,7 @@ MAY_IMPORT = {
   "analysis": {"functions", "fusion", "models", "program", "spec"},
   "weights": {"config", "models", "recognition", "reparam", "spec"},
   "inference": {"functions", "fusion", "models", "program", "recognition", "reparam", "spec"},
-  "onnx": {"functions", "inference", "program", "spec"},
+  "onnx": {"functions", "inference", "layers", "program", "spec"},
   "quantization": {"algebra", "functions", "inference", "onnx", "program"},
   "deploy": {
     *("algebra", "data", "functions", "inference", "models", "onnx", "program", "spec"),

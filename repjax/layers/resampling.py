@@ -1,13 +1,13 @@
 """Maps of other sizes: bilinear interpolation with aligned corners, and means over bins.
 
-Both are linear in rows and in columns apart, so that both are two small matrix products:
+Interpolation is linear in rows and in columns apart, so that two small matrix products compute it:
 
   y[n, :, :, c] = R x[n, :, :, c] S^T,  R (H', H) for rows and S (W', W) for columns.
 
-The matrices follow from sizes alone. A traced program and an exported file hold no other operation
-than these products, and every runtime agrees on what they mean. An operator for resizing has a
-dozen conventions instead. A row of a matrix for interpolation holds at most two weights, so the
-products are exact to the rounding of one addition.
+The matrices follow from sizes alone, and every runtime agrees on what a product means. An operator
+for resizing has a dozen conventions instead. A row of a matrix holds at most two weights, so the
+products are exact to the rounding of one addition. The translation to ONNX knows these matrices,
+and writes one Resize for both products.
 """
 
 import jax
@@ -33,20 +33,6 @@ def aligned_weights(inputs: int, outputs: int) -> np.ndarray:
   return weights
 
 
-def bin_weights(inputs: int, bins: int) -> np.ndarray:
-  """Returns the matrix (bins, inputs) of means over bins.
-
-  Bin b covers the inputs from floor(b inputs / bins) to ceil((b + 1) inputs / bins), exclusive.
-  These are the bins of PyTorch's adaptive average pooling. They overlap where `inputs` is no
-  multiple of `bins`.
-  """
-  places, weights = np.arange(inputs), np.zeros((bins, inputs))
-  for each in range(bins):
-    first, end = each * inputs // bins, -(-(each + 1) * inputs // bins)
-    weights[each, (first <= places) & (places < end)] = 1 / (end - first)
-  return weights
-
-
 def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   """Resizes maps by bilinear interpolation with aligned corners.
 
@@ -69,27 +55,56 @@ def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   height, width = x.shape[1:3]
   if (height, width) == tuple(size):
     return x
-  return _products(x, aligned_weights(height, size[0]), aligned_weights(width, size[1]))
+  wide = wide_dtype(x.dtype)
+  rows, columns = (
+    jnp.asarray(aligned_weights(*each), wide) for each in ((height, size[0]), (width, size[1]))
+  )
+  # GPUs would round the weights of a product to ten bits.
+  highest = jax.lax.Precision.HIGHEST
+  y = jnp.einsum("yh,nhwc->nywc", rows, x.astype(wide), precision=highest)
+  return jnp.einsum("xw,nywc->nyxc", columns, y, precision=highest).astype(x.dtype)
+
+
+def pool_to(x: jax.Array, size: int) -> jax.Array:
+  """Averages `size` x `size` windows, which cover a map as evenly as whole pixels allow.
+
+  Window i of an axis of n pixels goes from floor(i n / size) to ceil((i + 1) n / size), as in the
+  adaptive average pooling of PyTorch. Windows overlap if `size` does not divide n. A map of this
+  size already is returned unchanged.
+
+  Args:
+    x: (N, H, W, C), of any size.
+    size: number of windows along each axis.
+
+  Returns:
+    (N, size, size, C).
+  """
+  for axis in (1, 2):
+    pixels = x.shape[axis]
+    if pixels != size:
+      windows = [(i * pixels // size, -(-(i + 1) * pixels // size)) for i in range(size)]
+      means = [
+        jax.lax.slice_in_dim(x, start, stop, axis=axis).mean(axis) for start, stop in windows
+      ]
+      x = jnp.stack(means, axis)
+  return x
 
 
 def pool_bins(x: jax.Array, bins: int) -> jax.Array:
-  """Averages maps over a grid of bins, as PyTorch's adaptive average pooling does.
+  """Averages a map over a grid of bins, the windows of `pool_to`.
+
+  Bins that divide the map are pooled as tiles, which other runtimes have an operator for.
 
   Args:
-    x: (N, H, W, C) of any size, also smaller than the grid.
-    bins: number of rows and of columns of the grid.
+    x: (N, H, W, C), of any size.
+    bins: number of bins along each axis.
 
   Returns:
     (N, bins, bins, C) in the dtype of `x`, computed in at least float32.
   """
-  return _products(x, bin_weights(x.shape[1], bins), bin_weights(x.shape[2], bins))
-
-
-def _products(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
-  """Multiplies maps (N, H, W, C) by a matrix (H', H) for rows and by one (W', W) for columns."""
-  wide = wide_dtype(x.dtype)
-  # GPUs would round the weights of a product to ten bits.
-  highest = jax.lax.Precision.HIGHEST
-  y = jnp.einsum("yh,nhwc->nywc", jnp.asarray(rows, wide), x.astype(wide), precision=highest)
-  y = jnp.einsum("xw,nywc->nyxc", jnp.asarray(columns, wide), y, precision=highest)
-  return y.astype(x.dtype)
+  wide = x.astype(wide_dtype(x.dtype))
+  if any(pixels % bins for pixels in x.shape[1:3]):
+    return pool_to(wide, bins).astype(x.dtype)
+  batch, height, width, channels = x.shape
+  tiles = wide.reshape(batch, bins, height // bins, bins, width // bins, channels)
+  return tiles.mean((2, 4)).astype(x.dtype)  # (N, bins, bins, C)

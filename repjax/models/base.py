@@ -151,6 +151,7 @@ class Network(nn.Module, kw_only=True):
     maps = self.maps(images.astype(self.dtype), train)
     return dict(maps) if self.features_only else self.predict(maps, images.shape[1:3], train)
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if the network cannot take images of this shape."""
     raise NotImplementedError

@@ -146,6 +146,7 @@ class RepMLPResNet(ResNet, kw_only=True):
     """The side in pixels of the images that the model is made for."""
     return 32 * math.lcm(*pair(self.tile))
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are too small, or maps do not divide into tiles."""
     super().check_images(images)

@@ -185,6 +185,7 @@ class RepVGG(Classifier, kw_only=True):
       raise InputError(f'se is None, "pre" or "post" (of the activation), got {self.se!r}')
     super().__post_init__()
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are smaller than the total stride, or are no batch."""
     check_total_stride(self, images, self.output_stride or math.prod(self.strides))

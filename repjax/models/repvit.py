@@ -208,6 +208,7 @@ class RepViT(Classifier, kw_only=True):
     check_last_strides(self.output_stride)
     super().__post_init__()
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are smaller than `output_stride`, or are no batch."""
     check_total_stride(self, images, self.output_stride)

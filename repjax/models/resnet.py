@@ -188,6 +188,7 @@ class ResNet(Classifier, kw_only=True):
     check_dilated_blocks(self.dilated_blocks, self.stage_sizes, stridings)
     super().__post_init__()
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are smaller than `output_stride`, or are no batch."""
     check_total_stride(self, images, self.output_stride)

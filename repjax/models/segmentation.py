@@ -152,6 +152,7 @@ class Segmenter(Network, kw_only=True):
       return getattr(backbone, "image_size", USUAL_SIZE)
     return USUAL_SIZE
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if the backbone cannot take images of this shape."""
     try:
@@ -273,12 +274,13 @@ def check_backbone(attributes: Mapping[str, Any], prefix: str) -> None:
   """Raises InputError if the backbone of a segmenter is unknown, or an override of the backbone.
 
   Args:
-    attributes: `backbone` and `backbone_overrides` of a segmenter, among others.
+    attributes: `backbone` and `backbone_overrides` of a segmenter, unless they are the default ones.
     prefix: words before the name of an attribute in the message.
   """
-  overrides = attributes["backbone_overrides"]
+  name = attributes.get("backbone", Segmenter.backbone)
+  overrides = attributes.get("backbone_overrides", {})
   where = f"{prefix}backbone_overrides."
-  checked(CLASSIFIERS, "backbone", attributes["backbone"], overrides, where)
+  checked(CLASSIFIERS, "backbone", name, overrides, where)
   for name in _SHARED:
     if name in overrides:
       raise InputError(
