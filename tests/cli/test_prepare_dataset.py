@@ -55,11 +55,11 @@ def test_a_folder_is_prepared_and_described(run_command, photos, tmp_path):
   (photos / "ant" / "0.jpg").write_bytes(b"")
   (photos / "bee" / "9.jpg").write_bytes((photos / "bee" / "0.jpg").read_bytes())
   assert stop_of(run_command, *prepare, "--replace", "--strict") == (
-    "error: nothing was written, since 1 of the files cannot be read; without --strict they are "
+    "error: nothing was written, since 1 of the files cannot be used; without --strict they are "
     "left out, and skipped.txt lists them all: ant/0.jpg: empty file"
   )
   printed = run_command(*prepare, "--replace", "--num-workers", "1", "--validation-ratio", "0.5")
-  assert "skipped, as they cannot be read: 1, such as ant/0.jpg (empty file); all are " in printed
+  assert "skipped, as they cannot be used: 1, such as ant/0.jpg (empty file); all are " in printed
   assert f"listed in {sets}/pets/1.0.0/skipped.txt\n" in printed
 
 
@@ -121,7 +121,7 @@ def test_names_of_files_need_not_be_utf8(run_command, photos, tmp_path):
       ("--tfds", "mnist", "--from-tfrecord", "mnist"),
       "error: argument --from-tfrecord: not allowed",
     ),
-    ((), "error: one of the arguments --from-folder --from-tfrecord --tfds is required"),
+    ((), "error: one of the arguments --from-folder --from-mask-folder --from-tfrecord --tfds is"),
   ],
 )
 def test_mistakes_on_the_command_line(run_command, tmp_path, arguments, said):
