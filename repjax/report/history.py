@@ -28,6 +28,7 @@ class History(NamedTuple):
       eval_loss, ...). From timing.jsonl come `images_per_second`, `waiting`, which is the share of
       time without data, and `seconds`.
     best: step of the evaluation with the highest score, the last of several; None without any.
+    score: name of the score by which checkpoints are compared.
     notes: messages about lines that could not be read.
   """
 
@@ -37,6 +38,7 @@ class History(NamedTuple):
   curves: dict[str, Curve]
   best: int | None
   notes: tuple[str, ...]
+  score: str = "accuracy"
 
 
 def read_history(workdir: Path, name: str | None = None) -> History:
@@ -68,6 +70,7 @@ def read_history(workdir: Path, name: str | None = None) -> History:
     curves,
     best,
     tuple(notes),
+    *([judged.removeprefix("eval_").removeprefix("ema_")] if judged is not None else []),
   )
 
 
