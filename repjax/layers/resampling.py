@@ -17,6 +17,10 @@ import numpy as np
 from repjax.algebra import wide_dtype
 
 
+RESIZING = "resize_aligned"
+"""Name of the scope of the two products in a traced program."""
+
+
 def aligned_weights(inputs: int, outputs: int) -> np.ndarray:
   """Returns the matrix (outputs, inputs) of linear interpolation with aligned corners.
 
@@ -61,8 +65,9 @@ def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   )
   # GPUs would round the weights of a product to ten bits.
   highest = jax.lax.Precision.HIGHEST
-  y = jnp.einsum("yh,nhwc->nywc", rows, x.astype(wide), precision=highest)
-  return jnp.einsum("xw,nywc->nyxc", columns, y, precision=highest).astype(x.dtype)
+  with jax.named_scope(RESIZING):
+    y = jnp.einsum("yh,nhwc->nywc", rows, x.astype(wide), precision=highest)
+    return jnp.einsum("xw,nywc->nyxc", columns, y, precision=highest).astype(x.dtype)
 
 
 def pool_to(x: jax.Array, size: int) -> jax.Array:

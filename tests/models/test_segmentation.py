@@ -179,6 +179,13 @@ def test_variables_start_as_the_backbone_starts_them():
   np.testing.assert_allclose(scope["ScaledConv_0"]["conv3x3"]["scale"], 2**0.5, rtol=1e-6)
 
 
+def test_pspnet_of_resnet50_costs_what_repmlps_paper_prints():
+  model = repjax.create_model("pspnet", backbone="resnet50", num_classes=19)
+  found = repjax.analysis.summary(model, 713)
+  assert found.deploy is not None
+  assert (round(found.deploy.params / 1e4), found.deploy.macs // 10**6) == (4656, 350_004)
+
+
 class TestSpec:
   @pytest.mark.parametrize(
     ("name", "task"), [("pspnet", "segmentation"), ("repvgg_a0", "classification")]
