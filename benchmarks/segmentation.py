@@ -4,12 +4,12 @@ All forms of all networks take turns in one process, so that all meet the same n
 
   train     the training form in evaluation mode, compiled by XLA
   deploy    the deploy form, compiled by XLA
-  compiled  the deploy form by `repjax.deploy.compile`, which measures algorithms of convolutions first
+  compiled  the deploy form by `repjax.deploy.compile`, which first measures ways to convolve
 
-The ratio is the time of the baseline's deploy form divided by the time of the network, in the same
-round: above 1 the network is faster. The RepVGG paper has 10.9 images/s for B1g2-fast, 8.0 for B1g2
-and 10.4 for ResNet-50, on a GTX 1080 Ti at 713 pixels; these numbers come from a copy that could not
-be checked.
+The ratio is the time of the baseline's deploy form divided by that of the network, the median over
+the rounds: above 1 the network is faster. The last network is the baseline. The RepVGG paper has
+10.9 images/s for B1g2-fast, 8.0 for B1g2 and 10.4 for ResNet-50, on a GTX 1080 Ti at 713 pixels.
+These numbers come from a copy that could not be checked.
 
 Example:
   python benchmarks/segmentation.py --image-size 257 --rounds 3
@@ -44,9 +44,7 @@ TOLERANCE = 1e-3
 """Largest relative error between forms. Convolutions by Winograd's algorithm round more."""
 
 
-def subjects_of(
-  name: str, forms: list[str], size: int, batch: int
-) -> dict[str, timing.Subject]:
+def subjects_of(name: str, forms: list[str], size: int, batch: int) -> dict[str, timing.Subject]:
   """Returns the subjects of a network, by form."""
   attributes = NETWORKS[name]
   model = repjax.create_model("pspnet", num_classes=CLASSES, **attributes)

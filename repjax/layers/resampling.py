@@ -16,7 +16,6 @@ import numpy as np
 
 from repjax.algebra import wide_dtype
 
-
 RESIZING = "resize_aligned"
 """Name of the scope of the two products in a traced program."""
 

@@ -176,8 +176,8 @@ class Segmenter(Network, kw_only=True):
     # The head runs in evaluation too, so that `init` creates it. XLA drops what nobody reads.
     if len(maps) < 2:
       raise InputError(
-        f"the auxiliary head reads the last map but one, and {self.backbone} has one map with these "
-        "attributes. Set aux=False"
+        f"the auxiliary head reads the last map but one, and this {self.backbone} has only one. Set "
+        "aux=False"
       )
     name = list(maps)[-2]
     build = self.builder(FCNHead)
@@ -277,7 +277,7 @@ def check_backbone(attributes: Mapping[str, Any], prefix: str) -> None:
   """Raises InputError if the backbone of a segmenter is unknown, or an override of the backbone.
 
   Args:
-    attributes: `backbone` and `backbone_overrides` of a segmenter, unless they are the default ones.
+    attributes: attributes of a segmenter, with `backbone` and `backbone_overrides` if not default.
     prefix: words before the name of an attribute in the message.
   """
   name = attributes.get("backbone", Segmenter.backbone)
