@@ -1,8 +1,9 @@
 """Maps of other sizes: bilinear interpolation with aligned corners, and means over bins.
 
-Interpolation is linear in rows and in columns apart, so that two small matrix products compute it:
+Two small matrix products interpolate, one over rows and one over columns. R is (H', H), and S is
+(W', W).
 
-  y[n, :, :, c] = R x[n, :, :, c] S^T,  R (H', H) for rows and S (W', W) for columns.
+  y[n, :, :, c] = R x[n, :, :, c] S^T
 
 The matrices follow from sizes alone, and every runtime agrees on what a product means. An operator
 for resizing has a dozen conventions instead. A row of a matrix holds at most two weights, so the
@@ -40,9 +41,9 @@ def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   """Resizes maps by bilinear interpolation with aligned corners.
 
   The centres of the corner pixels of both maps coincide, as with `align_corners=True` in PyTorch.
-  A map of k + 1 pixels for an image of 8 k + 1, which convolutions with total stride 8 make, then
-  has its pixels exactly where they were computed. At other sizes the map is stretched by less than
-  8 pixels at the bottom and at the right.
+  Convolutions with a total stride of 8 make a map of k + 1 pixels from an image of 8 k + 1. Resized
+  to the image, each pixel of the map then lies exactly where it was computed. At other sizes the
+  map is stretched by less than 8 pixels at the bottom and at the right.
 
   Args:
     x: (N, H, W, C).

@@ -113,10 +113,10 @@ class Segmenter(Network, kw_only=True):
     backbone: name of a classifier, as in `create_model`.
     backbone_overrides: attributes of the backbone that replace those of its variant. `act` is here
       the activation of the heads, and the backbone keeps its own.
-    dilation: which convolutions of the backbone dilate, with a total stride of 8: "full", all 3x3
-      of the last two stages; "fast", those of the last four blocks before the last stage and of the
-      last stage; "last", those of the last stage. The rate is 2 before the last stage and 4 in it.
-      None leaves the backbone as it is, with its own total stride, usually 32.
+    dilation: where the backbone dilates, with a total stride of 8. "full" dilates all 3x3
+      convolutions of the last two stages. "fast" dilates those of the last stage and of the four
+      blocks before. "last" dilates those of the last stage. The rate is 4 in the last stage and 2
+      before. None leaves the backbone as it is, with its own total stride, usually 32.
     head_features: number of channels between the two convolutions of the head.
     aux: build the auxiliary head, which reads the last map but one. It disappears in deploy form.
     aux_features: number of channels of the auxiliary head.
@@ -176,7 +176,7 @@ class Segmenter(Network, kw_only=True):
     # The head runs in evaluation too, so that `init` creates it. XLA drops what nobody reads.
     if len(maps) < 2:
       raise InputError(
-        f"the auxiliary head reads the last map but one, and this {self.backbone} has only one. Set "
+        f"the auxiliary head reads the last map but one, and {self.backbone} has one map here. Set "
         "aux=False"
       )
     name = list(maps)[-2]
@@ -282,6 +282,8 @@ def check_backbone(attributes: Mapping[str, Any], prefix: str) -> None:
   """
   name = attributes.get("backbone", Segmenter.backbone)
   overrides = attributes.get("backbone_overrides", {})
+  if not isinstance(overrides, Mapping):
+    raise InputError(f"{prefix}backbone_overrides takes attributes by name, got {shown(overrides)}")
   where = f"{prefix}backbone_overrides."
   checked(CLASSIFIERS, "backbone", name, overrides, where)
   for name in _SHARED:

@@ -1,8 +1,8 @@
 """The emitter of bilinear interpolation with aligned corners.
 
 `repjax.layers.resampling.resize_aligned` is two matrix products in JAX, one for rows and one for
-columns. Runtimes have an operator for both, which reads a map once and has no weights that a
-quantizer would round:
+columns. Runtimes have one operator for both. The operator has no weights that a quantizer would
+round.
 
   einsum("yh,nhwc->nywc", rows, x), einsum("xw,nywc->nyxc", columns, y)    ->    Resize
 
