@@ -11,6 +11,8 @@ products are exact to the rounding of one addition. The translation to ONNX know
 and writes one Resize for both products.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,7 @@ def aligned_weights(inputs: int, outputs: int) -> np.ndarray:
   return weights
 
 
-def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize_aligned(x: jax.Array, size: Sequence[int]) -> jax.Array:
   """Resizes maps by bilinear interpolation with aligned corners.
 
   The centres of the corner pixels of both maps coincide, as with `align_corners=True` in PyTorch.

@@ -146,8 +146,9 @@ class Segmenter(Network, kw_only=True):
     The size is 713, or that of the backbone if the backbone does not take 713.
     """
     backbone = build_backbone(self)
+    images: Any = jax.ShapeDtypeStruct((1, USUAL_SIZE, USUAL_SIZE, 3), jnp.float32)
     try:
-      backbone.check_images(jax.ShapeDtypeStruct((1, USUAL_SIZE, USUAL_SIZE, 3), jnp.float32))
+      backbone.check_images(images)
     except InputError:
       return getattr(backbone, "image_size", USUAL_SIZE)
     return USUAL_SIZE
@@ -168,7 +169,7 @@ class Segmenter(Network, kw_only=True):
     return build_backbone(self).clone(parent=self, name="backbone")(x, train)
 
   @nn.nowrap
-  def predict(self, maps: Mapping[str, jax.Array], size: tuple[int, int], train: bool) -> Any:
+  def predict(self, maps: Mapping[str, jax.Array], size: Sequence[int], train: bool) -> Any:
     """Returns logits (N, H, W, num_classes) and, in training, those of the auxiliary head."""
     logits = resize_aligned(self.head(last_of(maps), train), size)
     if not self.aux or self.deploy:
