@@ -10,7 +10,7 @@ References:
     https://arxiv.org/abs/1612.01105
   Long et al., Fully Convolutional Networks for Semantic Segmentation, CVPR 2015.
     https://arxiv.org/abs/1411.4038
-  Ding et al., RepVGG, CVPR 2021, section 4.5, for the dilation of RepVGG.
+  Ding et al., RepVGG, CVPR 2021, section 4.3, for the dilation of RepVGG.
     https://arxiv.org/abs/2101.03697
   Ding et al., RepMLP, 2021, for the variant with RepMLP. https://arxiv.org/abs/2105.01883
 """
@@ -251,7 +251,7 @@ class PSPNet(Segmenter, kw_only=True):
 
   References:
     Zhao et al., Pyramid Scene Parsing Network, CVPR 2017. https://arxiv.org/abs/1612.01105
-    Ding et al., RepVGG, CVPR 2021, section 4.5. https://arxiv.org/abs/2101.03697
+    Ding et al., RepVGG, CVPR 2021, section 4.3. https://arxiv.org/abs/2101.03697
   """
 
   dilation: str | None = "full"
