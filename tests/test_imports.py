@@ -33,7 +33,7 @@ MAY_IMPORT = {
   "segmentation": {"layers", "models"},
   "expansion": {"algebra", "layers", "models", "recognition", "reparam"},
   "spec": {"models", "reparam"},
-  "analysis": {"functions", "fusion", "models", "program", "spec"},
+  "analysis": {"functions", "fusion", "layers", "models", "program", "spec"},
   "weights": {"config", "models", "recognition", "reparam", "spec"},
   "inference": {"functions", "fusion", "models", "program", "recognition", "reparam", "spec"},
   "onnx": {"functions", "inference", "layers", "program", "spec"},

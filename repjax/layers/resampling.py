@@ -1,8 +1,9 @@
 """Maps of other sizes: bilinear interpolation with aligned corners, and means over bins.
 
-Interpolation is linear in rows and in columns apart, so that two small matrix products compute it:
+Two small matrix products interpolate, one over rows and one over columns. R is (H', H), and S is
+(W', W).
 
-  y[n, :, :, c] = R x[n, :, :, c] S^T,  R (H', H) for rows and S (W', W) for columns.
+  y[n, :, :, c] = R x[n, :, :, c] S^T
 
 The matrices follow from sizes alone, and every runtime agrees on what a product means. An operator
 for resizing has a dozen conventions instead. A row of a matrix holds at most two weights, so the
@@ -10,11 +11,16 @@ products are exact to the rounding of one addition. The translation to ONNX know
 and writes one Resize for both products.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from repjax.algebra import wide_dtype
+
+RESIZING = "resize_aligned"
+"""Name of the scope of the two products in a traced program."""
 
 
 def aligned_weights(inputs: int, outputs: int) -> np.ndarray:
@@ -33,13 +39,13 @@ def aligned_weights(inputs: int, outputs: int) -> np.ndarray:
   return weights
 
 
-def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize_aligned(x: jax.Array, size: Sequence[int]) -> jax.Array:
   """Resizes maps by bilinear interpolation with aligned corners.
 
   The centres of the corner pixels of both maps coincide, as with `align_corners=True` in PyTorch.
-  A map of k + 1 pixels for an image of 8 k + 1, which convolutions with total stride 8 make, then
-  has its pixels exactly where they were computed. At other sizes the map is stretched by less than
-  8 pixels at the bottom and at the right.
+  Convolutions with a total stride of 8 make a map of k + 1 pixels from an image of 8 k + 1. Resized
+  to the image, each pixel of the map then lies exactly where it was computed. At other sizes the
+  map is stretched by less than 8 pixels at the bottom and at the right.
 
   Args:
     x: (N, H, W, C).
@@ -61,8 +67,9 @@ def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   )
   # GPUs would round the weights of a product to ten bits.
   highest = jax.lax.Precision.HIGHEST
-  y = jnp.einsum("yh,nhwc->nywc", rows, x.astype(wide), precision=highest)
-  return jnp.einsum("xw,nywc->nyxc", columns, y, precision=highest).astype(x.dtype)
+  with jax.named_scope(RESIZING):
+    y = jnp.einsum("yh,nhwc->nywc", rows, x.astype(wide), precision=highest)
+    return jnp.einsum("xw,nywc->nyxc", columns, y, precision=highest).astype(x.dtype)
 
 
 def pool_to(x: jax.Array, size: int) -> jax.Array:

@@ -168,7 +168,7 @@ class Network(nn.Module, kw_only=True):
     raise NotImplementedError
 
   @nn.nowrap
-  def predict(self, maps: Mapping[str, jax.Array], size: tuple[int, int], train: bool) -> Any:
+  def predict(self, maps: Mapping[str, jax.Array], size: Sequence[int], train: bool) -> Any:
     """Returns logits and, in training with auxiliary heads, theirs by name.
 
     Args:
@@ -225,7 +225,7 @@ class Classifier(Network, kw_only=True):
   task: ClassVar[str] = "classification"
 
   @nn.nowrap
-  def predict(self, maps: Mapping[str, jax.Array], size: tuple[int, int], train: bool) -> Any:
+  def predict(self, maps: Mapping[str, jax.Array], size: Sequence[int], train: bool) -> Any:
     """Returns the output of `classify`, which does not depend on the size of the images."""
     del size
     return self.classify(maps, train)

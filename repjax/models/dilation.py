@@ -109,7 +109,7 @@ def check_dilated_blocks(
   whole = isinstance(value, int) and not isinstance(value, bool)
   if value is not None and not (whole and 0 < value <= most):
     way_out = (
-      f"Take a number from 1 to {most}, or None"
+      f"Take a number from 1 to {most}, or None; in a PSPNet or FCN, take a different dilation"
       if most
       else "Take a smaller output_stride too, such as 8, or leave dilated_blocks out"
     )

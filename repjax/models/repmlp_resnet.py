@@ -21,7 +21,6 @@ from repjax.errors import InputError, unknown
 from repjax.layers.composition import pair
 from repjax.models.checks import (
   check_kernels,
-  check_number,
   check_tile,
   check_whole,
   is_list,

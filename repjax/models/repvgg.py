@@ -235,9 +235,7 @@ class RepVGG(Classifier, kw_only=True):
       place = Place(2, number, stage.features, first.strides, *rates)
       yield functools.partial(self.builder(BasicBlock), place=place)
     for index in range(2 * pairs, stage.blocks):
-      yield self.build(
-        stage.features, stage.stridings[index], stage.first_block + index, index
-      )
+      yield self.build(stage.features, stage.stridings[index], stage.first_block + index, index)
 
   @nn.nowrap
   def build(self, features: int, striding: Striding, number: int, index: int = 0) -> BlockBuilder:

@@ -10,7 +10,7 @@ References:
     https://arxiv.org/abs/1612.01105
   Long et al., Fully Convolutional Networks for Semantic Segmentation, CVPR 2015.
     https://arxiv.org/abs/1411.4038
-  Ding et al., RepVGG, CVPR 2021, section 4.5, for the dilation of RepVGG.
+  Ding et al., RepVGG, CVPR 2021, section 4.3, for the dilation of RepVGG.
     https://arxiv.org/abs/2101.03697
   Ding et al., RepMLP, 2021, for the variant with RepMLP. https://arxiv.org/abs/2105.01883
 """
@@ -113,10 +113,10 @@ class Segmenter(Network, kw_only=True):
     backbone: name of a classifier, as in `create_model`.
     backbone_overrides: attributes of the backbone that replace those of its variant. `act` is here
       the activation of the heads, and the backbone keeps its own.
-    dilation: which convolutions of the backbone dilate, with a total stride of 8: "full", all 3x3
-      of the last two stages; "fast", those of the last four blocks before the last stage and of the
-      last stage; "last", those of the last stage. The rate is 2 before the last stage and 4 in it.
-      None leaves the backbone as it is, with its own total stride, usually 32.
+    dilation: where the backbone dilates, with a total stride of 8. "full" dilates all 3x3
+      convolutions of the last two stages. "fast" dilates those of the last stage and of the four
+      blocks before. "last" dilates those of the last stage. The rate is 4 in the last stage and 2
+      before. None leaves the backbone as it is, with its own total stride, usually 32.
     head_features: number of channels between the two convolutions of the head.
     aux: build the auxiliary head, which reads the last map but one. It disappears in deploy form.
     aux_features: number of channels of the auxiliary head.
@@ -146,8 +146,9 @@ class Segmenter(Network, kw_only=True):
     The size is 713, or that of the backbone if the backbone does not take 713.
     """
     backbone = build_backbone(self)
+    images: Any = jax.ShapeDtypeStruct((1, USUAL_SIZE, USUAL_SIZE, 3), jnp.float32)
     try:
-      backbone.check_images(jax.ShapeDtypeStruct((1, USUAL_SIZE, USUAL_SIZE, 3), jnp.float32))
+      backbone.check_images(images)
     except InputError:
       return getattr(backbone, "image_size", USUAL_SIZE)
     return USUAL_SIZE
@@ -168,7 +169,7 @@ class Segmenter(Network, kw_only=True):
     return build_backbone(self).clone(parent=self, name="backbone")(x, train)
 
   @nn.nowrap
-  def predict(self, maps: Mapping[str, jax.Array], size: tuple[int, int], train: bool) -> Any:
+  def predict(self, maps: Mapping[str, jax.Array], size: Sequence[int], train: bool) -> Any:
     """Returns logits (N, H, W, num_classes) and, in training, those of the auxiliary head."""
     logits = resize_aligned(self.head(last_of(maps), train), size)
     if not self.aux or self.deploy:
@@ -176,8 +177,8 @@ class Segmenter(Network, kw_only=True):
     # The head runs in evaluation too, so that `init` creates it. XLA drops what nobody reads.
     if len(maps) < 2:
       raise InputError(
-        f"the auxiliary head reads the last map but one, and {self.backbone} has one map with these "
-        "attributes. Set aux=False"
+        f"the auxiliary head reads the last map but one, and {self.backbone} has one map here. Set "
+        "aux=False"
       )
     name = list(maps)[-2]
     build = self.builder(FCNHead)
@@ -225,8 +226,10 @@ class PSPNet(Segmenter, kw_only=True):
   total stride is 8 as there. The first convolution of a dilated stage dilates as all others do, as
   in the authors' code.
 
-  ResNet is the baseline of the papers. Its stem is one 7x7 convolution, while the code of PSPNet
-  has three 3x3 convolutions there.
+  ResNet is the baseline of the papers. With ResNet-50 and 19 classes, the deploy form has 46.56
+  million parameters and 350,004 million multiply-accumulates at 713 pixels: the numbers that
+  RepMLP's paper prints. So the baseline has one 7x7 convolution as its stem, as here, where the
+  code of PSPNet has three 3x3 convolutions.
 
   `pspnet_repmlp` is the PSPNet of RepMLP's paper as far as the paper describes it. The maps of
   713 pixels have 90 x 90 pixels in c3 and c4, which do not dilate: only the last stage does. The
@@ -238,8 +241,9 @@ class PSPNet(Segmenter, kw_only=True):
   - The last stage dilates by 4, as in the code of PSPNet.
   - The total stride is 8.
 
-  The network has 132 million parameters in deploy form, for 19 classes. The paper prints 46.56
-  million, so this network is not that of the paper.
+  The network has 160 million parameters in deploy form, for 19 classes, and 341,449 million
+  multiply-accumulates. How many the network of the paper has was not found, so the two need not be
+  the same.
 
   Attributes besides those of `Segmenter`:
     bins: number of rows and columns of each grid. Each grid gets an equal share of as many channels
@@ -247,7 +251,7 @@ class PSPNet(Segmenter, kw_only=True):
 
   References:
     Zhao et al., Pyramid Scene Parsing Network, CVPR 2017. https://arxiv.org/abs/1612.01105
-    Ding et al., RepVGG, CVPR 2021, section 4.5. https://arxiv.org/abs/2101.03697
+    Ding et al., RepVGG, CVPR 2021, section 4.3. https://arxiv.org/abs/2101.03697
   """
 
   dilation: str | None = "full"
@@ -274,11 +278,13 @@ def check_backbone(attributes: Mapping[str, Any], prefix: str) -> None:
   """Raises InputError if the backbone of a segmenter is unknown, or an override of the backbone.
 
   Args:
-    attributes: `backbone` and `backbone_overrides` of a segmenter, unless they are the default ones.
+    attributes: attributes of a segmenter, with `backbone` and `backbone_overrides` if not default.
     prefix: words before the name of an attribute in the message.
   """
   name = attributes.get("backbone", Segmenter.backbone)
   overrides = attributes.get("backbone_overrides", {})
+  if not isinstance(overrides, Mapping):
+    raise InputError(f"{prefix}backbone_overrides takes attributes by name, got {shown(overrides)}")
   where = f"{prefix}backbone_overrides."
   checked(CLASSIFIERS, "backbone", name, overrides, where)
   for name in _SHARED:

@@ -1,8 +1,8 @@
 """The emitter of bilinear interpolation with aligned corners.
 
 `repjax.layers.resampling.resize_aligned` is two matrix products in JAX, one for rows and one for
-columns. Runtimes have an operator for both, which reads a map once and has no weights that a
-quantizer would round:
+columns. Runtimes have one operator for both. The operator has no weights that a quantizer would
+round.
 
   einsum("yh,nhwc->nywc", rows, x), einsum("xw,nywc->nyxc", columns, y)    ->    Resize
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from repjax.layers.resampling import aligned_weights
 from repjax.onnx.graph import Graph
-from repjax.onnx.values import Value, extent, new_axes
+from repjax.onnx.values import Axes, Value, new_axes
 
 _SPACE = (1, 2)  # the axes of rows and columns in maps (N, H, W, C)
 
@@ -23,7 +23,7 @@ _SPACE = (1, 2)  # the axes of rows and columns in maps (N, H, W, C)
 def resized(graph: Graph, x: Value, y: Value, numbers: Any) -> Value | None:
   """Emits Resize for a product that interpolates rows or columns of maps, else returns None.
 
-  A Resize that made the maps is replaced by one for both directions.
+  A Resize that made the maps, along the other direction, is replaced by one for both.
 
   Args:
     graph: graph to add to.
@@ -40,38 +40,31 @@ def resized(graph: Graph, x: Value, y: Value, numbers: Any) -> Value | None:
     return None
   weights = graph.arrange(matrix, (matrix.axes[1 - along], matrix.axes[along])).array
   outputs, inputs = weights.shape
-  if not np.array_equal(weights, aligned_weights(inputs, outputs).astype(weights.dtype)):
+  wanted = aligned_weights(inputs, outputs).astype(weights.dtype)
+  if outputs == inputs or not np.array_equal(weights, wanted):
     return None
   (made,) = new_axes([outputs])
   axes = tuple(made if place == axis else own for place, own in enumerate(maps.axes))
-  stored = tuple(axes[place] for place in (0, 3, 1, 2))
-  before = graph.arrange(maps, tuple(maps.axes[place] for place in (0, 3, 1, 2)))
-  sizes = [extent(each) for each in stored[2:]]
-  source, known = before.tensor, [extent(each) for each in before.stored[2:]]
+  before = graph.arrange(maps, _channels_first(maps.axes))
+  source, scales, place = before.tensor, np.ones(4, np.float32), axis + 1
   if earlier := graph.producer(source, "Resize"):
-    source, scales = earlier.inputs[0], graph.constants[earlier.inputs[2]].array
-    known = [_before(size, scale) for size, scale in zip(known, scales[2:].tolist())]
+    theirs = graph.constants[earlier.inputs[2]].array
+    if theirs[place] == 1:  # it resizes the other direction alone
+      source, scales = earlier.inputs[0], theirs.copy()
+  # An operator takes floor(scale * size). Half a pixel more keeps rounding from losing a pixel.
+  # Positions follow from both sizes, not from the scales.
+  scales[place] = (outputs + 0.5) / inputs
   tensor = graph.add(
     "Resize",
-    [source, np.zeros(0, np.float32), _scales(known, sizes)],
+    [source, np.zeros(0, np.float32), scales],
     mode="linear",
     coordinate_transformation_mode="align_corners",
   )
   free = [own for place, own in enumerate(axes) if place != axis]
   order = (made, *free) if x.is_constant else (*free, made)
-  return Value(tensor, order, stored)
+  return Value(tensor, order, _channels_first(axes))
 
 
-def _scales(before: list[int], after: list[int]) -> np.ndarray:
-  """Returns the scales of a Resize that makes maps of a size.
-
-  An operator takes floor(scale * size). Half a pixel more keeps rounding from losing a pixel.
-  Positions follow from both sizes, not from the scales.
-  """
-  ratios = [1.0 if a == b else (a + 0.5) / b for b, a in zip(before, after)]
-  return np.array([1.0, 1.0, *ratios], np.float32)
-
-
-def _before(size: int, scale: float) -> int:
-  """Returns the size of what a Resize reads along one side, from the size of its result."""
-  return size if scale == 1 else round((size + 0.5) / scale)
+def _channels_first(axes: Axes) -> Axes:
+  """Returns the axes of maps (N, H, W, C) in the order (N, C, H, W)."""
+  return tuple(axes[place] for place in (0, 3, 1, 2))
