@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,19 +182,22 @@ def _table_problems(table: Mapping[str, Any]) -> list[str]:
       problems.append(f"it has {count} names and {len(given)} {field}; give one for each class")
     if twice := sorted({each for each in given if given.count(each) > 1}):
       problems.append(f"{field} that stand there twice: {listed(twice)}")
-    if field != "names" and (
-      both := [each for each in map(json_files.shown, table.get("ignore", ())) if each in given]
-    ):
-      problems.append(f"{field} that are ignored and are those of a class: {listed(both)}")
+  used = {json_files.shown(each) for each in (*_values(table), *table.get("colors", ()))}
+  if both := [each for each in map(json_files.shown, table.get("ignore", ())) if each in used]:
+    problems.append(f"values or colours that are ignored and are those of a class: {listed(both)}")
   return problems
+
+
+def _values(table: Mapping[str, Any]) -> Sequence[int]:
+  """Returns the value of each class in index masks."""
+  return table.get("values") or range(len(table["names"]))
 
 
 def _class_table(table: Mapping[str, Any]) -> ClassTable:
   """Returns what a table without mistakes says."""
-  count = len(table["names"])
   ignored = table.get("ignore", ())
   values = dict.fromkeys((each for each in ignored if isinstance(each, int)), IGNORED)
-  values |= {value: number for number, value in enumerate(table.get("values") or range(count))}
+  values |= {value: number for number, value in enumerate(_values(table))}
   colors = masks.check_colors(table.get("colors", ()))
   known = None
   if colors:
