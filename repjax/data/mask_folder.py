@@ -281,8 +281,8 @@ def _write(
     {split: written.writer for split, written in splits.items()},
     features=_features(class_names),
     description="Images and masks from a folder.",
-    largest={split: written.largest for split, written in splits.items()},
-    colors=[list(color) for color in table.colors],
+    largest_images={split: written.largest for split, written in splits.items()},
+    class_colors=[list(color) for color in table.colors],
   )
   others = dict.fromkeys(found.others, f"its ending is none of {', '.join(files.ENDINGS)}")
   preparation.write_skipped(draft, others | left_out.skipped)

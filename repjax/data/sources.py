@@ -152,7 +152,7 @@ def _opened_pairs(
   features: Any = builder.info.features
   height, width, _ = features[mask_set.image].shape
   largest = None if height is None or width is None else (height, width)
-  largest = metadata_of(builder).get("largest", {}).get(split, largest)
+  largest = metadata_of(builder).get("largest_images", {}).get(split, largest)
   records = _records(name, builder, split, mask_set.file_names)
   keys = mask_set.image, mask_set.mask
   examples = StoredPairs(records, keys, masks.lookup(mask_set.classes), largest)

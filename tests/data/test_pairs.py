@@ -144,7 +144,7 @@ def test_any_set_with_a_labelled_image_has_masks(tmp_path):
 
 def test_colours_and_sizes_in_the_metadata_are_used(tmp_path):
   colors = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
-  folder = own(tmp_path, [classes_of(9, 5)], colors=colors, largest={"train": [7, 30]})
+  folder = own(tmp_path, [classes_of(9, 5)], class_colors=colors, largest_images={"train": [7, 30]})
   source = open_source("own", "train", data_dir=folder)
   assert source.colors == ((1, 2, 3), (4, 5, 6), (7, 8, 9))
   assert source.canvas() == (7, 30)
@@ -153,10 +153,10 @@ def test_colours_and_sizes_in_the_metadata_are_used(tmp_path):
 @pytest.mark.parametrize(
   ("metadata", "said"),
   [
-    ({"largest": {"train": [2**30, 1]}}, "largest.train"),
-    ({"largest": {"train": [5]}}, "largest.train must be"),
-    ({"colors": [[1, 2]]}, "colors"),
-    ({"colors": [[1, 2, 256]]}, "colors"),
+    ({"largest_images": {"train": [2**30, 1]}}, "largest_images.train"),
+    ({"largest_images": {"train": [5]}}, "largest_images.train must be"),
+    ({"class_colors": [[1, 2]]}, "colors"),
+    ({"class_colors": [[1, 2, 256]]}, "colors"),
   ],
 )
 def test_metadata_of_strangers_are_checked(tmp_path, metadata, said):
@@ -168,7 +168,7 @@ def test_metadata_of_strangers_are_checked(tmp_path, metadata, said):
 
 
 def test_a_canvas_of_too_many_pixels_is_refused(tmp_path):
-  folder = own(tmp_path, [classes_of(9, 5)], largest={"train": [2**15, 2**14]})
+  folder = own(tmp_path, [classes_of(9, 5)], largest_images={"train": [2**15, 2**14]})
   with pytest.raises(InputError, match="up to 32768 pixels high and up to 16384 wide"):
     open_source("own", "train", data_dir=folder).canvas()
 
@@ -281,7 +281,7 @@ def test_evaluation_lays_every_image_on_one_canvas(tmp_path):
 
 
 def test_an_image_larger_than_the_metadata_say_is_named(tmp_path):
-  folder = own(tmp_path, [classes_of(9, 5)], largest={"train": [5, 8]})
+  folder = own(tmp_path, [classes_of(9, 5)], largest_images={"train": [5, 8]})
   source = open_source("own", "train", data_dir=folder)
   batches = eval_batches(
     source.examples,
