@@ -62,7 +62,7 @@ class SyntheticPairs(SyntheticExamples):
     return example | {"mask": rng.integers(self._num_classes, size=self.largest).astype(np.uint8)}
 
 
-class Record(NamedTuple):
+class Records(NamedTuple):
   """The records of a split on disk, and how errors name them.
 
   Attributes:
@@ -113,7 +113,7 @@ class Record(NamedTuple):
 class StoredExamples:
   """The examples of a TFDS split on disk; an error names the example that cannot be read."""
 
-  def __init__(self, records: Record, num_classes: int):
+  def __init__(self, records: Records, num_classes: int):
     self._records, self._num_classes = records, num_classes
 
   def __len__(self) -> int:
@@ -143,7 +143,7 @@ class StoredPairs:
 
   def __init__(
     self,
-    records: Record,
+    records: Records,
     keys: tuple[str, str],
     table: np.ndarray,
     largest: Sequence[int] | None,

@@ -14,7 +14,7 @@ from repjax.data import mask_sets, masks
 from repjax.data.builders import DEMOS, demo_builder, find_builder, metadata_of, tfds_errors
 from repjax.data.examples import (
   Examples,
-  Record,
+  Records,
   StoredExamples,
   StoredPairs,
   SyntheticExamples,
@@ -164,11 +164,11 @@ def _opened_pairs(
 
 def _records(
   name: str, builder: tfds.core.DatasetBuilder, split: str, file_names: Sequence[str]
-) -> Record:
+) -> Records:
   """Returns the records of a split, after checking its files."""
   features: Any = builder.info.features
   file_name = next((key for key in file_names if key in features), None)
-  return Record(_stored_records(name, builder, split), name, split, file_name)
+  return Records(_stored_records(name, builder, split), name, split, file_name)
 
 
 def _class_names(name: str, features: Any) -> tuple[str, ...]:
