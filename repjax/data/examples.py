@@ -171,13 +171,18 @@ class StoredPairs:
   @functools.cached_property
   def largest(self) -> tuple[int, int]:
     """The largest height and the largest width; reads all headers where nothing tells them."""
-    if self._largest is not None:
-      height, width = self._largest
-      return height, width
-    with ThreadPoolExecutor() as pool:
-      pictures = pool.map(lambda index: picture_of(self[index]), range(len(self)))
-      sizes = [(picture.height, picture.width) for picture in pictures]
-    return max(height for height, _ in sizes), max(width for _, width in sizes)
+    if self._largest is None:
+      return largest_size(self)
+    height, width = self._largest
+    return height, width
+
+
+def largest_size(examples: Examples) -> tuple[int, int]:
+  """Returns the largest height and the largest width of some images, from their headers."""
+  with ThreadPoolExecutor() as pool:
+    pictures = pool.map(lambda index: picture_of(examples[index]), range(len(examples)))
+    sizes = [(picture.height, picture.width) for picture in pictures]
+  return max(height for height, _ in sizes), max(width for _, width in sizes)
 
 
 def _only(features: Any, name: str, kind: str) -> Any:

@@ -174,6 +174,6 @@ def _first(where: np.ndarray) -> tuple[int, int]:
   return row, column
 
 
-def check_colors(colors: Sequence[Any]) -> tuple[Color, ...]:
+def colors_of(colors: Sequence[Any]) -> tuple[Color, ...]:
   """Returns colours as tuples of numbers."""
   return tuple((int(red), int(green), int(blue)) for red, green, blue in colors)

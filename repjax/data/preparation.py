@@ -43,7 +43,7 @@ File = TypeVar("File", bound=ReadFile)
 
 
 class LeftOut(NamedTuple):
-  """What a set is made without, and what it has twice.
+  """The files that a set is made without, and those that it has twice.
 
   Attributes:
     skipped: files that cannot be used, each with the reason.

@@ -19,6 +19,7 @@ from repjax.data.examples import (
   StoredPairs,
   SyntheticExamples,
   SyntheticPairs,
+  largest_size,
 )
 from repjax.data.formats import MOST_PIXELS
 from repjax.data.mask_sets import MaskSet
@@ -61,8 +62,9 @@ class Source(NamedTuple):
     """
     if self.task == "classification":
       return None
-    examples: Any = self.examples
-    height, width = (-(-side // multiple) * multiple for side in examples.largest)
+    # Some of the examples of a split know no sizes, but their images do.
+    largest = getattr(self.examples, "largest", None) or largest_size(self.examples)
+    height, width = (-(-side // multiple) * multiple for side in largest)
     if height * width > MOST_PIXELS:
       name, split = self.fingerprint["name"], self.fingerprint["split"]
       raise InputError(

@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from repjax.data import eval_batches, open_source, storage, train_batches
+from repjax.data import Source, eval_batches, open_source, storage, train_batches
 from repjax.data.mask_sets import MASK_SETS
 from repjax.data.masks import IGNORED, encoded
 from repjax.data.pairs import pair_of
@@ -171,6 +171,11 @@ def test_a_canvas_of_too_many_pixels_is_refused(tmp_path):
   folder = own(tmp_path, [classes_of(9, 5)], largest_images={"train": [2**15, 2**14]})
   with pytest.raises(InputError, match="up to 32768 pixels high and up to 16384 wide"):
     open_source("own", "train", data_dir=folder).canvas()
+
+
+def test_the_canvas_of_a_part_of_a_split_fits_its_images():
+  examples = [{"image": noise(9, 5)}, {"image": file_of(noise(6, 8))}]
+  assert Source(examples, (), {}, "segmentation").canvas(4) == (8, 12)
 
 
 def test_the_wrong_task_is_refused_with_the_way_out(tmp_path, digits_dir):
