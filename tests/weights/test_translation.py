@@ -67,7 +67,7 @@ def renamed_keys(model, source, kind):
   return names
 
 
-@pytest.mark.parametrize("model", helpers.spread(MODELS, KINDS_OF_MODELS))
+@pytest.mark.parametrize("model", helpers.spread(MODELS, KINDS_OF_MODELS[:2]))
 def test_every_checkpoint_is_known_and_its_tensors_have_their_places(model):
   hint = f"/models/{model.replace('_', '-').upper()}-v1.pth"
   for kind, source in itertools.product(KINDS, sources_of(model)):
