@@ -26,7 +26,7 @@ _EXAMPLE = '{"names": ["background", "cat"], "colors": [[0, 0, 0], [255, 0, 0]]}
 
 
 class ClassTable(NamedTuple):
-  """What `classes.json` says.
+  """The content of `classes.json`.
 
   Attributes:
     names: the names of the classes; None where there is no such file.

@@ -11,7 +11,7 @@ from repjax.errors import InputError
 
 
 class MaskSet(NamedTuple):
-  """How a set stores its pairs.
+  """The features of a set that are image and mask, and the classes of the mask's values.
 
   Attributes:
     image: the feature that is the image.

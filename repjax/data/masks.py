@@ -86,7 +86,7 @@ def encoded(classes: np.ndarray) -> bytes:
 
 
 class Rules(NamedTuple):
-  """How the masks of a folder name classes.
+  """The rules by which the masks of a folder name classes.
 
   Attributes:
     table: from `lookup`; it translates the values of index masks.

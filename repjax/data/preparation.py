@@ -22,7 +22,7 @@ VERSION = "1.0.0"  # the same for every set made here; the checksum tells sets a
 
 
 class ReadFile(Protocol):
-  """What was read for one example.
+  """The files of one example, which were read.
 
   Attributes:
     name: path of the image below the folder that was given; if there is a fault, of the file that
