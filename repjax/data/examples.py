@@ -62,7 +62,7 @@ class SyntheticPairs(SyntheticExamples):
     return example | {"mask": rng.integers(self._num_classes, size=self.largest).astype(np.uint8)}
 
 
-class Record(NamedTuple):
+class Records(NamedTuple):
   """The records of a split on disk, and how errors name them.
 
   Attributes:
@@ -113,7 +113,7 @@ class Record(NamedTuple):
 class StoredExamples:
   """The examples of a TFDS split on disk; an error names the example that cannot be read."""
 
-  def __init__(self, records: Record, num_classes: int):
+  def __init__(self, records: Records, num_classes: int):
     self._records, self._num_classes = records, num_classes
 
   def __len__(self) -> int:
@@ -143,7 +143,7 @@ class StoredPairs:
 
   def __init__(
     self,
-    records: Record,
+    records: Records,
     keys: tuple[str, str],
     table: np.ndarray,
     largest: Sequence[int] | None,
@@ -171,13 +171,18 @@ class StoredPairs:
   @functools.cached_property
   def largest(self) -> tuple[int, int]:
     """The largest height and the largest width; reads all headers where nothing tells them."""
-    if self._largest is not None:
-      height, width = self._largest
-      return height, width
-    with ThreadPoolExecutor() as pool:
-      pictures = pool.map(lambda index: picture_of(self[index]), range(len(self)))
-      sizes = [(picture.height, picture.width) for picture in pictures]
-    return max(height for height, _ in sizes), max(width for _, width in sizes)
+    if self._largest is None:
+      return largest_size(self)
+    height, width = self._largest
+    return height, width
+
+
+def largest_size(examples: Examples) -> tuple[int, int]:
+  """Returns the largest height and the largest width of some images, from their headers."""
+  with ThreadPoolExecutor() as pool:
+    pictures = pool.map(lambda index: picture_of(examples[index]), range(len(examples)))
+    sizes = [(picture.height, picture.width) for picture in pictures]
+  return max(height for height, _ in sizes), max(width for _, width in sizes)
 
 
 def _only(features: Any, name: str, kind: str) -> Any:

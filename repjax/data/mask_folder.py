@@ -4,49 +4,21 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from repjax import json_files, names, regular_files
-from repjax.data import files, layout, masks, pair_layout, preparation
+from repjax import names, regular_files
+from repjax.data import class_table, files, layout, masks, pair_layout, preparation
+from repjax.data.class_table import ClassTable
 from repjax.data.decode import Picture, fault_of, image_errors
-from repjax.data.masks import IGNORED, MOST_CLASSES, Color, Rules
+from repjax.data.masks import IGNORED, MOST_CLASSES, Rules
 from repjax.data.pair_layout import PairLayout
 from repjax.data.pairs import check_sizes
 from repjax.data.preparation import LeftOut, SplitWriter
 from repjax.data.reading import read_image_file
-from repjax.errors import InputError, listed, printable, sentences
-from repjax.schema import MisfitError, either, items, record, text, whole
-
-TABLE = "classes.json"
-"""The file in a folder that says how its masks name classes."""
-_COLOR = items(whole(0, 255), length=3)
-_TABLE = record(
-  {
-    "names": items(text(), most=MOST_CLASSES),
-    "colors": items(_COLOR, most=MOST_CLASSES),
-    "values": items(whole(0, 255), most=MOST_CLASSES),
-    "ignore": items(either(whole(0, 255), _COLOR), most=2**16),
-  },
-  required=("names",),
-)
-_EXAMPLE = '{"names": ["background", "cat"], "colors": [[0, 0, 0], [255, 0, 0]]}'
-
-
-class ClassTable(NamedTuple):
-  """What `classes.json` says.
-
-  Attributes:
-    names: the names of the classes; None where there is no such file.
-    colors: the colour of each class; empty where the file has none.
-    rules: how masks name classes.
-  """
-
-  names: tuple[str, ...] | None
-  colors: tuple[Color, ...]
-  rules: Rules
+from repjax.errors import InputError, printable
 
 
 class PreparedPairs(NamedTuple):
@@ -130,7 +102,7 @@ def prepare_mask_folder(
   """
   folder = names.file(folder)
   with preparation.folder_errors(folder):
-    table = read_table(folder / TABLE)
+    table = class_table.read(folder / class_table.NAME)
     found = pair_layout.find_pairs(folder, validation_ratio, seed)
   workers = num_workers or os.cpu_count() or 1
   with preparation.new_set(name, found.problems, data_dir=data_dir, replace=replace) as place:
@@ -146,61 +118,6 @@ def prepare_mask_folder(
     found.others,
     left_out.repeated,
   )
-
-
-def read_table(path: Path) -> ClassTable:
-  """Reads `classes.json`; without the file, the values of masks are the classes.
-
-  Raises:
-    InputError: the file cannot be read, is no such table, or contradicts itself.
-  """
-  if not path.exists():
-    values = {value: value for value in range(MOST_CLASSES)}
-    return ClassTable(None, (), Rules(masks.lookup(values), None))
-  try:
-    with json_files.opened(path) as file:
-      content = json_files.parse(file.read(json_files.LARGEST + 1), _TABLE)
-  except MisfitError as misfit:
-    problem = misfit.words(json_files.shown)
-    raise InputError(
-      sentences(f"{path} cannot be used: {problem}", f"A table of classes looks like {_EXAMPLE}")
-    ) from None
-  if problems := _table_problems(content):
-    raise InputError(f"{path} cannot be used: {listed(problems, between='; ', longest=None)}")
-  return _class_table(content)
-
-
-def _table_problems(table: Mapping[str, Any]) -> list[str]:
-  """Returns all that is wrong with a table whose fields have the right types."""
-  problems = layout.name_problems(table["names"], "Give them different names")
-  count = len(table["names"])
-  if count < 2:
-    problems.append(f"it has {count} names, and at least two classes are needed")
-  for field in ("names", "colors", "values"):
-    given = [json_files.shown(each) for each in table.get(field, ())]
-    if len(given) not in (0, count):
-      problems.append(f"it has {count} names and {len(given)} {field}; give one for each class")
-    if twice := sorted({each for each in given if given.count(each) > 1}):
-      problems.append(f"{field} that stand there twice: {listed(twice)}")
-    if field != "names" and (
-      both := [each for each in map(json_files.shown, table.get("ignore", ())) if each in given]
-    ):
-      problems.append(f"{field} that are ignored and are those of a class: {listed(both)}")
-  return problems
-
-
-def _class_table(table: Mapping[str, Any]) -> ClassTable:
-  """Returns what a table without mistakes says."""
-  count = len(table["names"])
-  ignored = table.get("ignore", ())
-  values = dict.fromkeys((each for each in ignored if isinstance(each, int)), IGNORED)
-  values |= {value: number for number, value in enumerate(table.get("values") or range(count))}
-  colors = masks.check_colors(table.get("colors", ()))
-  known = None
-  if colors:
-    skipped = masks.check_colors([each for each in ignored if not isinstance(each, int)])
-    known = dict.fromkeys(skipped, IGNORED) | {color: n for n, color in enumerate(colors)}
-  return ClassTable(tuple(table["names"]), colors, Rules(masks.lookup(values), known))
 
 
 def read_pair(image: Path, mask: Path, names: tuple[str, str], rules: Rules) -> PairFile:
@@ -278,8 +195,8 @@ def _write(
     {split: written.writer for split, written in splits.items()},
     features=_features(class_names),
     description="Images and masks from a folder.",
-    largest={split: written.largest for split, written in splits.items()},
-    colors=[list(color) for color in table.colors],
+    largest_images={split: written.largest for split, written in splits.items()},
+    class_colors=[list(color) for color in table.colors],
   )
   others = dict.fromkeys(found.others, f"its ending is none of {', '.join(files.ENDINGS)}")
   preparation.write_skipped(draft, others | left_out.skipped)

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 
 from repjax.data.builders import metadata_of
-from repjax.data.masks import IGNORED, MOST_CLASSES, Color, check_colors
+from repjax.data.masks import IGNORED, MOST_CLASSES, Color, colors_of
 from repjax.errors import InputError
 
 
 class MaskSet(NamedTuple):
-  """How a set stores its pairs.
+  """The features of a set that are image and mask, and the classes of the mask's values.
 
   Attributes:
     image: the feature that is the image.
@@ -103,6 +103,6 @@ def find(name: str, builder: tfds.core.DatasetBuilder) -> MaskSet | None:
       f"{name} has {len(names)} names of classes for its masks, {len(set(names))} of them "
       f"different, and a mask names at most {MOST_CLASSES}. Prepare the set again"
     )
-  colors = check_colors(metadata_of(builder).get("colors", ()))
+  colors = colors_of(metadata_of(builder).get("class_colors", ()))
   classes = {number: number for number in range(len(names))}
   return MaskSet("image", labelled[0], names, classes, colors if len(colors) == len(names) else ())

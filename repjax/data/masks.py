@@ -86,7 +86,7 @@ def encoded(classes: np.ndarray) -> bytes:
 
 
 class Rules(NamedTuple):
-  """How the masks of a folder name classes.
+  """The rules by which the masks of a folder name classes.
 
   Attributes:
     table: from `lookup`; it translates the values of index masks.
@@ -174,6 +174,6 @@ def _first(where: np.ndarray) -> tuple[int, int]:
   return row, column
 
 
-def check_colors(colors: Sequence[Any]) -> tuple[Color, ...]:
+def colors_of(colors: Sequence[Any]) -> tuple[Color, ...]:
   """Returns colours as tuples of numbers."""
   return tuple((int(red), int(green), int(blue)) for red, green, blue in colors)

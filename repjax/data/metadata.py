@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from repjax import json_files, regular_files
 from repjax.data.formats import MOST_PIXELS
 from repjax.errors import sentences
-from repjax.schema import MisfitError, anything, items, record, table, text, whole
+from repjax.schema import MisfitError, items, table, text, whole
 
 MOST_CLASSES = 10**6
 MOST_IMAGES = 10**10  # of a shard
@@ -196,24 +196,23 @@ def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
           continue  # a text that begins like JSON, which TFDS cannot read either
 
 
-_METADATA = record(
-  {
-    "checksum": table(text()),
-    "largest": table(items(whole(1, MOST_PIXELS), length=2)),
-    "colors": items(items(whole(0, 255), length=3), most=256),
-  },
-  others=anything,
-)
+# The checksum of each split. Sets with masks also have the largest height and width in each split,
+# and the colours of their classes. Sets of TFDS may have anything else there.
+_METADATA = {
+  "checksum": table(text()),
+  "largest_images": table(items(whole(1, MOST_PIXELS), length=2)),
+  "class_colors": items(items(whole(0, 255), length=3), most=256),
+}
 
 
 def _check_metadata(path: Path, content: Any) -> None:
-  """Checks `metadata.json`.
-
-  In sets made by repjax it has a checksum for each split. If they have masks, it also has the
-  largest height and width in each split, and the colours of the classes.
-  """
+  """Checks what repjax reads of `metadata.json`, which it writes into its own sets."""
+  if not isinstance(content, dict):
+    raise _refuse(path, f"{json_files.shown(content)} must be a table")
   try:
-    _METADATA.check(content, "")
+    for key, rule in _METADATA.items():
+      if key in content:
+        rule.check(content[key], key)
   except MisfitError as misfit:
     raise _refuse(path, misfit.words(json_files.shown)) from None
 

@@ -224,7 +224,7 @@ def _example(pixels: np.ndarray, example: dict[str, Any]) -> Batch:
 
 
 def _labelled(pixels: np.ndarray, label: np.ndarray) -> Batch:
-  return {"image": np.ascontiguousarray(pixels), "label": np.ascontiguousarray(label)}
+  return {"image": np.ascontiguousarray(pixels), "label": np.asarray(label, order="C")}
 
 
 def _iterate(batches: grain.MapDataset, num_workers: int, batch_bytes: int) -> Generator[Batch]:

@@ -22,7 +22,7 @@ VERSION = "1.0.0"  # the same for every set made here; the checksum tells sets a
 
 
 class ReadFile(Protocol):
-  """What was read for one example.
+  """The files of one example, which were read.
 
   Attributes:
     name: path of the image below the folder that was given; if there is a fault, of the file that
@@ -43,7 +43,7 @@ File = TypeVar("File", bound=ReadFile)
 
 
 class LeftOut(NamedTuple):
-  """What a set is made without, and what it has twice.
+  """The files that a set is made without, and those that it has twice.
 
   Attributes:
     skipped: files that cannot be used, each with the reason.

@@ -55,7 +55,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
           "mask": tfds.features.LabeledImage(labels=names, encoding_format="png"),
         }
       ),
-      metadata=tfds.core.MetadataDict({"largest": dict.fromkeys(COUNTS, [max(SIDES)] * 2)}),
+      metadata=tfds.core.MetadataDict({"largest_images": dict.fromkeys(COUNTS, [max(SIDES)] * 2)}),
     )
 
   def _split_generators(self, dl_manager):

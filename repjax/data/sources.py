@@ -14,11 +14,12 @@ from repjax.data import mask_sets, masks
 from repjax.data.builders import DEMOS, demo_builder, find_builder, metadata_of, tfds_errors
 from repjax.data.examples import (
   Examples,
-  Record,
+  Records,
   StoredExamples,
   StoredPairs,
   SyntheticExamples,
   SyntheticPairs,
+  largest_size,
 )
 from repjax.data.formats import MOST_PIXELS
 from repjax.data.mask_sets import MaskSet
@@ -61,8 +62,9 @@ class Source(NamedTuple):
     """
     if self.task == "classification":
       return None
-    examples: Any = self.examples
-    height, width = (-(-side // multiple) * multiple for side in examples.largest)
+    # Some of the examples of a split know no sizes, but their images do.
+    largest = getattr(self.examples, "largest", None) or largest_size(self.examples)
+    height, width = (-(-side // multiple) * multiple for side in largest)
     if height * width > MOST_PIXELS:
       name, split = self.fingerprint["name"], self.fingerprint["split"]
       raise InputError(
@@ -152,7 +154,7 @@ def _opened_pairs(
   features: Any = builder.info.features
   height, width, _ = features[mask_set.image].shape
   largest = None if height is None or width is None else (height, width)
-  largest = metadata_of(builder).get("largest", {}).get(split, largest)
+  largest = metadata_of(builder).get("largest_images", {}).get(split, largest)
   records = _records(name, builder, split, mask_set.file_names)
   keys = mask_set.image, mask_set.mask
   examples = StoredPairs(records, keys, masks.lookup(mask_set.classes), largest)
@@ -164,11 +166,11 @@ def _opened_pairs(
 
 def _records(
   name: str, builder: tfds.core.DatasetBuilder, split: str, file_names: Sequence[str]
-) -> Record:
+) -> Records:
   """Returns the records of a split, after checking its files."""
   features: Any = builder.info.features
   file_name = next((key for key in file_names if key in features), None)
-  return Record(_stored_records(name, builder, split), name, split, file_name)
+  return Records(_stored_records(name, builder, split), name, split, file_name)
 
 
 def _class_names(name: str, features: Any) -> tuple[str, ...]:
