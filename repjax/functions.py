@@ -20,8 +20,8 @@ import numpy as np
 
 from repjax.errors import InputError, listed, printable
 from repjax.fusion import Fused, checks, fuse
-from repjax.fusion.modules import check_params
-from repjax.program import Program, inner_programs, trace, traceable
+from repjax.fusion.modules import check_params, traced
+from repjax.program import Program, inner_programs, trace
 
 Function = Callable[[Any, Any], Any]
 """A pure function of a tree of parameters and of images."""
@@ -84,8 +84,7 @@ def _wider(function: Any, params: Any, dtype: np.dtype, size: tuple[int, int]) -
 
   The arguments are those of `check_dtype`.
   """
-  with traceable("repjax"):
-    program = trace(function, params, jax.ShapeDtypeStruct((1, *size, 3), dtype))
+  program = traced("repjax", function, params, jax.ShapeDtypeStruct((1, *size, 3), dtype))
   return next((found for found in _dtypes(program) if found.itemsize > dtype.itemsize), None)
 
 

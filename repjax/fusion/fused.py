@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from repjax.errors import InputError, listed, printable
 from repjax.fusion.checks import check, differing, kept_apart, reason_of_training
 from repjax.fusion.expressions import Expressions
-from repjax.fusion.modules import is_array
+from repjax.fusion.modules import check_params, is_array, traced
 from repjax.fusion.plan import Plan
 from repjax.fusion.planning import Planner, equations_of
 from repjax.fusion.report import Report
 from repjax.fusion.saving import load, save
-from repjax.program import Equation, Program, trace, traceable
+from repjax.program import Equation, Program
 from repjax.trees import leaf_name
 
 
@@ -81,6 +81,7 @@ class Fused:
     Raises:
       InputError: names, shapes or dtypes differ from those of `fuse`.
     """
+    check_params(params)
     leaves = self._leaves(params)
     for path, leaf, aval in zip(self._paths, leaves, self._avals):
       shape, dtype = _form(leaf)
@@ -274,12 +275,7 @@ class Fused:
 
   def _traced(self, args: tuple[Any, ...]) -> Program:
     avals, tree = _forms(args)
-
-    def function(params: Any, args: Any) -> Any:
-      return self._function(self._tree.unflatten(params), *tree.unflatten(args))
-
-    with traceable("fuse"):
-      return trace(function, self._avals, avals)
+    return traced("fuse", self._function, self._tree.unflatten(self._avals), *tree.unflatten(avals))
 
 
 def _check_folded(folded: Any, plan: Plan) -> None:
