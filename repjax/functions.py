@@ -112,8 +112,7 @@ def warn_of_training(function: Function, params: Any, images: jax.ShapeDtypeStru
   if reason := reason_of_training(trace(function, params, images)):
     warnings.warn(
       f"the exported function {reason}. Its result for an image then depends on other images, or "
-      "on numbers that were drawn. Export the function of inference mode, such as train=False or "
-      "deterministic=True",
+      f"on numbers that were drawn. Export {checks.INFERENCE_MODE}",
       stacklevel=3,
     )
 

@@ -116,7 +116,10 @@ def _read_by_orbax(path: Path, like: Any) -> Any:
         raise stop from None
       first_sentence = str(error).partition("\n")[0].partition(". ")[0]
       problem = f"{type(error).__name__}: {first_sentence}"[:300]
-      raise InputError(f"{path} cannot be read: {problem}") from None
+      raise InputError(
+        f"{path} cannot be read, as a file may be cut off or missing: {problem}. Restore it from a "
+        "copy, or make its folder again"
+      ) from None
 
 
 def _check_descriptions(path: Path) -> None:

@@ -261,6 +261,14 @@ def relative_error(result: Any, wanted: Any) -> Any:
   return jnp.where(finite.any(), largest / jnp.maximum(scale, jnp.finfo(wide).tiny), jnp.nan)
 
 
+INFERENCE_MODE = (
+  "the function of inference mode: model.eval() before nnx.split in Flax NNX, train=False, "
+  "use_running_average=True or deterministic=True in Linen, eqx.nn.inference_mode(model) in "
+  "Equinox, is_training=False in Haiku"
+)
+"""What to pass in place of a function in training mode, for messages."""
+
+
 def reason_of_training(equations: Sequence[Equation], moving: Container[Any]) -> str | None:
   """Returns how a program shows that it is in training mode, None if it does not.
 
@@ -268,16 +276,27 @@ def reason_of_training(equations: Sequence[Equation], moving: Container[Any]) ->
     equations: of the traced program.
     moving: the variables that depend on the arguments.
   """
-  if any(each.primitive.startswith(_DRAWS) for each in equations):
-    return "draws random numbers, as dropout does in training"
+  signs = {
+    "draws random numbers, as dropout does in training": any(
+      each.primitive.startswith(_DRAWS) for each in equations
+    ),
+    "divides by the deviation over its batch, as a batch norm does in training": (
+      _divides_by_deviation(equations, moving)
+    ),
+  }
+  return ", and ".join(sign for sign, found in signs.items() if found) or None
+
+
+def _divides_by_deviation(equations: Sequence[Equation], moving: Container[Any]) -> bool:
+  """Tells if a program takes the root of a statistic over all axes besides the channels."""
   statistics: dict[Any, int] = {}  # variables that follow from statistics, with their sizes
   for each in equations:
     size = math.prod(each.outputs[0].aval.shape) if each.outputs else 0
     if _is_statistic(each, moving) or any(statistics.get(given) == size for given in each.inputs):
       statistics.update(dict.fromkeys(each.outputs, size))
       if each.primitive in ("rsqrt", "sqrt"):
-        return "divides by the deviation over its batch, as a batch norm does in training"
-  return None
+        return True
+  return False
 
 
 def draws(equation: Equation) -> bool:

@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from repjax.errors import InputError, listed, printable
-from repjax.fusion.checks import check, differing, kept_apart, reason_of_training
+from repjax.fusion.checks import (
+  INFERENCE_MODE,
+  check,
+  differing,
+  kept_apart,
+  reason_of_training,
+)
 from repjax.fusion.expressions import Expressions
 from repjax.fusion.modules import check_params, is_array, traced
 from repjax.fusion.plan import Plan
@@ -179,13 +185,15 @@ class Fused:
     if tree == self._tree:
       return leaves
     held = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    odd = sorted({*held} ^ {*self._paths})
-    if odd or not len(leaves) == len(held) == len(self._paths):
-      example = f", such as {printable(odd[0])}" if odd else ""
+    lost = [path for path in self._paths if path not in held]
+    unknown = [path for path in held if path not in self._paths]
+    if lost or unknown or not len(leaves) == len(held) == len(self._paths):
+      sides = {"lacks": lost, "has in addition": unknown}
+      said = "; ".join(f"{side} {listed(names, 3)}" for side, names in sides.items() if names)
       raise InputError(
-        f"fold got a tree of {len(leaves)} arrays with different names than those of the "
-        f"{len(self._paths)} parameters that fuse was called with{example}. Pass the same model's "
-        "parameters"
+        f"fold got {len(leaves)} parameters with different names than the {len(self._paths)} that "
+        f"fuse was called with: the tree {said or 'repeats a name'}. Pass parameters of the same "
+        "model, in the tree that fuse saw"
       )
     return [held[path] for path in self._paths]
 
@@ -264,11 +272,10 @@ class Fused:
     count = len(self._avals)
     plan = planner.planned(range(count), dict(enumerate(self._paths)))
     reason = reason_of_training(planner.equations, planner.nodes)
+    planner.report.training = reason
     if reason:
       warnings.warn(
-        f"the function passed to fuse {reason}. Nothing merges across that. Pass the "
-        "function of inference mode: model.eval() before nnx.split in Flax NNX, train=False or "
-        "use_running_average=True in Linen, eqx.nn.inference_mode(model) in Equinox",
+        f"the function passed to fuse {reason}. Nothing merges across that. Pass {INFERENCE_MODE}",
         stacklevel=_caller_level(),
       )
     return plan, planner.equations, planner.report

@@ -153,7 +153,7 @@ def traced(what: str, function: Callable[..., Any], params: Any, *args: Any) -> 
       sentences(
         f"{what} cannot trace this function, which raised {raised}",
         f"It was called with the parameters {_described(params)} and the arguments "
-        f"{_described(args)}",
+        f"{_described(args, named=False)}",
         _way_out(error, params, args),
       )
     ) from error
@@ -191,11 +191,12 @@ def _arrays_alone(results: Any) -> Any:
   return results
 
 
-def _described(tree: Any) -> str:
-  """Returns the names, dtypes and shapes of the leaves of a tree, for a message."""
+def _described(tree: Any, *, named: bool = True) -> str:
+  """Returns the dtypes and shapes of the leaves of a tree for a message, after their names."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  forms = ((leaf_name(path), jnp.result_type(leaf), jnp.shape(leaf)) for path, leaf in leaves)
-  return listed((f"{name} {dtype}{list(shape)}" for name, dtype, shape in forms), 4) or "no arrays"
+  forms = [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for _, leaf in leaves]
+  names = [f"{leaf_name(path)} " if named else "" for path, _ in leaves]
+  return listed(map(str.__add__, names, forms), 4) or "(none)"
 
 
 _WITH_SHAPES = (

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from repjax.errors import unknown
+from repjax.errors import InputError, printable, unknown
 from repjax.models import (
   fastvit,
   mobileone,
@@ -86,8 +86,13 @@ def create_model(
     InputError: the name or an override is unknown (the text lists close matches), or the model does
       not take a value.
   """
-  # Were `name` a keyword of its own, Python would refuse create_model("a", name="b") by a TypeError.
-  name = name or overrides.pop("name", "")
+  if not name:
+    name = overrides.pop("name", "")
+  elif "name" in overrides:
+    raise InputError(
+      f"create_model got two names of a model, {name!r} and {printable(repr(overrides['name']))}. "
+      "Pass one. A module that is part of another gets its own name by model.clone(name=...)"
+    )
   model_class, row = check_model(name, overrides)
   attributes = row | {key: _hashable(value) for key, value in overrides.items()}
   return model_class(
