@@ -20,6 +20,7 @@ import numpy as np
 
 from repjax.errors import InputError, listed, printable
 from repjax.fusion import Fused, checks, fuse
+from repjax.fusion.checks import INFERENCE_MODE
 from repjax.fusion.modules import check_params, traced
 from repjax.program import Program, inner_programs, trace
 
@@ -94,11 +95,7 @@ def reason_of_training(program: Program) -> str | None:
   Args:
     program: the traced model, whose last input are the images.
   """
-  moving = set(program.inputs[-1:])  # Statistics of parameters alone belong to inference too.
-  for equation in program.equations:
-    if not moving.isdisjoint(equation.inputs):
-      moving.update(equation.outputs)
-  return checks.reason_of_training(program.equations, moving)
+  return checks.reason_of_training(program.equations, program.inputs[-1:])
 
 
 def warn_of_training(function: Function, params: Any, images: jax.ShapeDtypeStruct) -> None:
@@ -112,7 +109,7 @@ def warn_of_training(function: Function, params: Any, images: jax.ShapeDtypeStru
   if reason := reason_of_training(trace(function, params, images)):
     warnings.warn(
       f"the exported function {reason}. Its result for an image then depends on other images, or "
-      f"on numbers that were drawn. Export {checks.INFERENCE_MODE}",
+      f"on numbers that were drawn. Export {INFERENCE_MODE}",
       stacklevel=3,
     )
 

@@ -269,28 +269,32 @@ INFERENCE_MODE = (
 """What to pass in place of a function in training mode, for messages."""
 
 
-def reason_of_training(equations: Sequence[Equation], moving: Container[Any]) -> str | None:
+def reason_of_training(equations: Sequence[Equation], arguments: Iterable[Any]) -> str | None:
   """Returns how a program shows that it is in training mode, None if it does not.
 
   Args:
     equations: of the traced program.
-    moving: the variables that depend on the arguments.
+    arguments: the variables of its arguments. Statistics of parameters alone belong to inference
+      too.
   """
   signs = {
     "draws random numbers, as dropout does in training": any(
       each.primitive.startswith(_DRAWS) for each in equations
     ),
     "divides by the deviation over its batch, as a batch norm does in training": (
-      _divides_by_deviation(equations, moving)
+      _divides_by_deviation(equations, arguments)
     ),
   }
   return ", and ".join(sign for sign, found in signs.items() if found) or None
 
 
-def _divides_by_deviation(equations: Sequence[Equation], moving: Container[Any]) -> bool:
+def _divides_by_deviation(equations: Sequence[Equation], arguments: Iterable[Any]) -> bool:
   """Tells if a program takes the root of a statistic over all axes besides the channels."""
+  moving = set(arguments)  # and all that follows from them
   statistics: dict[Any, int] = {}  # variables that follow from statistics, with their sizes
   for each in equations:
+    if not moving.isdisjoint(each.inputs):
+      moving.update(each.outputs)
     size = math.prod(each.outputs[0].aval.shape) if each.outputs else 0
     if _is_statistic(each, moving) or any(statistics.get(given) == size for given in each.inputs):
       statistics.update(dict.fromkeys(each.outputs, size))

@@ -271,7 +271,7 @@ class Fused:
     planner = Planner(program, self._table, self._growth, apart)
     count = len(self._avals)
     plan = planner.planned(range(count), dict(enumerate(self._paths)))
-    reason = reason_of_training(planner.equations, planner.nodes)
+    reason = reason_of_training(planner.equations, plan.arguments)
     planner.report.training = reason
     if reason:
       warnings.warn(

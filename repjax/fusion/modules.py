@@ -81,7 +81,7 @@ def is_array(leaf: Any) -> bool:
 def _is_of_jax(dtype: Any) -> bool:
   """Tells if JAX computes in a dtype. NumPy has texts, objects and dates besides."""
   try:
-    known = jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
+    known: Any = jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
   except (TypeError, ValueError):
     return False
   return any(jnp.issubdtype(known, kind) for kind in (np.number, np.bool_, jax.dtypes.extended))

@@ -16,8 +16,7 @@ import jax
 import numpy as np
 
 from repjax.errors import InputError
-from repjax.functions import reason_of_training
-from repjax.fusion.checks import INFERENCE_MODE
+from repjax.functions import INFERENCE_MODE, reason_of_training
 from repjax.onnx.graph import Graph
 from repjax.onnx.operators import OPERATORS, VIEWS
 from repjax.onnx.values import Value, known, new_axes
