@@ -223,6 +223,26 @@ class TestParts:
     assert merge.operations == 3
     assert len(fused.fold(params)) == 2
 
+  @pytest.mark.parametrize(("axis", "products"), [(3, 2), (1, 3)])
+  def test_a_scale_merges_across_a_reshape_of_pixels(self, axis, products):
+    def function(params, x):  # as attention does: rows of pixels, and a map again
+      rows = jnp.sin(x).reshape(2, 30, 3) @ params["dense"] + params["bias"].reshape(1, 1, -1)
+      return x + rows.reshape(x.shape) * params["scale"]
+
+    vector = tuple(x if place == axis else 1 for place, x in enumerate((2, 5, 6, 3)))
+    params = drawn(dense=(3, 3), bias=(3,), scale=vector)
+    error, fused = fused_error(function, params, random(2, 5, 6, 3))
+    assert error <= 1e-5
+    assert len(fused.fold(params)) == products
+
+  def test_a_product_that_is_read_before_its_reshape_is_not_copied(self):
+    def function(params, x):
+      rows = jnp.sin(x).reshape(2, 30, 3) @ params["dense"]
+      return rows, rows.reshape(x.shape) * params["scale"].reshape(1, 1, 1, 3)
+
+    fused = repjax.fuse(function, drawn(dense=(3, 3), scale=(3,)), random(2, 5, 6, 3))
+    assert fused.report.after.products == 1
+
   def test_a_convolution_over_tiles_merges_into_the_product_beside_it(self):
     def function(params, x):
       x = jnp.sin(x)
