@@ -19,7 +19,7 @@ from repjax.fusion.checks import (
   reason_of_training,
 )
 from repjax.fusion.expressions import Expressions
-from repjax.fusion.modules import check_params, is_array, traced
+from repjax.fusion.modules import check_params, is_array, shown, traced
 from repjax.fusion.plan import Plan
 from repjax.fusion.planning import Planner, equations_of
 from repjax.fusion.report import Report
@@ -344,7 +344,7 @@ def _aval(leaf: Any, what: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
   raise InputError(
     f"fuse takes trees of arrays, or of shapes and dtypes, but {printable(what)} is "
-    f"{printable(repr(leaf), 80)}. Pass settings by functools.partial instead"
+    f"{shown(leaf)}. Pass settings by functools.partial instead"
   )
 
 

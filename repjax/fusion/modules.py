@@ -79,12 +79,24 @@ def is_array(leaf: Any) -> bool:
 
 
 def _is_of_jax(dtype: Any) -> bool:
-  """Tells if JAX computes in a dtype. NumPy has texts, objects and dates besides."""
+  """Tells if JAX computes in a dtype. NumPy has texts, objects, dates and wider numbers besides."""
   try:
     known: Any = jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
   except (TypeError, ValueError):
     return False
-  return any(jnp.issubdtype(known, kind) for kind in (np.number, np.bool_, jax.dtypes.extended))
+  if jnp.issubdtype(known, jax.dtypes.extended):  # a random key
+    return True
+  widest = {np.bool_: 1, np.integer: 8, np.floating: 8, np.complexfloating: 16}
+  return known.kind != "m" and any(  # NumPy counts differences of dates among the integers
+    jnp.issubdtype(known, kind) and known.itemsize <= most for kind, most in widest.items()
+  )
+
+
+def shown(leaf: Any) -> str:
+  """Returns a leaf of a tree for a message: dtype and shape of an array, else its `repr`."""
+  if isinstance(leaf, np.ndarray):
+    return f"an array of {printable(leaf.dtype, 40)} {leaf.shape}"
+  return printable(repr(leaf), 80)
 
 
 def check_params(params: Any, *, or_shapes: bool = False) -> None:
@@ -111,10 +123,10 @@ def check_params(params: Any, *, or_shapes: bool = False) -> None:
     raise InputError(
       sentences(
         f"the parameters of a function must be a tree of arrays, but {place} "
-        f"is {printable(repr(leaf), 80)}{more}",
+        f"is {shown(leaf)}{more}",
         f"The tree holds a module of {library}: {_WAYS[library][1]}"
         if library
-        else "Pass arrays here, and bind settings with functools.partial",
+        else "Pass arrays of numbers here, and bind settings with functools.partial",
       )
     )
 
@@ -186,7 +198,7 @@ def _arrays_alone(results: Any) -> Any:
   if odd:
     raise InputError(
       f"a function must return arrays, or a tree of arrays, and this one returned "
-      f"{printable(repr(odd[0]), 80)}, of type {type(odd[0]).__name__}. Let it return arrays alone"
+      f"{shown(odd[0])}, of type {type(odd[0]).__name__}. Let it return arrays alone"
     )
   return results
 
