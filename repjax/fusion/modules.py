@@ -147,7 +147,6 @@ def traced(what: str, function: Callable[..., Any], params: Any, *args: Any) -> 
     InputError: the function takes a different number of arguments, depends on their values, raises
       an error, or returns something else than arrays.
   """
-  _check_count(what, function, args)
   given, tree = jax.tree.flatten((params, args))
 
   def call(leaves: Any) -> Any:
@@ -160,6 +159,8 @@ def traced(what: str, function: Callable[..., Any], params: Any, *args: Any) -> 
   except InputError:
     raise
   except Exception as error:  # A function of somebody may raise anything.
+    if isinstance(error, TypeError) and (miscounted := _miscounted(function, args)):
+      raise InputError(f"{what} {miscounted}") from error
     raised = f"{type(error).__name__}: {printable(str(error).partition(chr(10))[0], 300)}"
     raise InputError(
       sentences(
@@ -171,25 +172,24 @@ def traced(what: str, function: Callable[..., Any], params: Any, *args: Any) -> 
     ) from error
 
 
-def _check_count(what: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-  """Raises InputError if a function cannot be called with its parameters and these arguments."""
+def _miscounted(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
+  """Returns what is wrong with the number of arguments of a call that failed, "" if nothing is."""
   try:
     signature = inspect.signature(function)
   except (TypeError, ValueError):  # some callables do not say
-    return
+    return ""
   try:
     signature.bind(None, *args)
   except TypeError as error:
     number = "1 argument" if len(args) == 1 else f"{len(args)} arguments"
-    raise InputError(
-      sentences(
-        f"{what} calls the function with its parameters and {number}, but the function takes "
-        f"{printable(signature, 120)}: {error}",
-        _WITH_SHAPES
-        if any(map(_is_of_numbers, args))
-        else "Pass all arguments by position, and bind the others with functools.partial",
-      )
-    ) from None
+    return sentences(
+      f"calls the function with its parameters and {number}, but the function takes "
+      f"{printable(signature, 120)}: {error}",
+      _WITH_SHAPES
+      if any(map(_is_of_numbers, args))
+      else "Pass all arguments by position, and bind the others with functools.partial",
+    )
+  return ""
 
 
 def _arrays_alone(results: Any) -> Any:
@@ -206,7 +206,8 @@ def _arrays_alone(results: Any) -> Any:
 def _described(tree: Any, *, named: bool = True) -> str:
   """Returns the dtypes and shapes of the leaves of a tree for a message, after their names."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  forms = [f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for _, leaf in leaves]
+  avals = [jax.eval_shape(jnp.asarray, leaf) for _, leaf in leaves]
+  forms = [f"{aval.dtype}{list(aval.shape)}" for aval in avals]
   names = [f"{leaf_name(path)} " if named else "" for path, _ in leaves]
   return listed(map(str.__add__, names, forms), 4) or "(none)"
 
