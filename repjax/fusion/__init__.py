@@ -37,6 +37,7 @@ from repjax.errors import InputError, printable
 from repjax.fusion.checks import INFERENCE_MODE
 from repjax.fusion.fused import Fused
 from repjax.fusion.modules import check_callable, check_params
+from repjax.program import place_of
 
 __all__ = ["Fused", "fuse"]
 
@@ -101,9 +102,8 @@ def fuse(
     )
   if strict and norms:
     stay = "1 norm stays" if len(norms) == 1 else f"{len(norms):,} norms stay"
-    place = f" (scope {norms[0].scope!r})" if norms[0].scope else ""
     raise InputError(
-      f"{stay} in the fused function. The first{place} {norms[0].reason}. Leave strict=True out to "
-      "accept that"
+      f"{stay} in the fused function. The first, {place_of(norms[0].scope)}, {norms[0].reason}. "
+      "Leave strict=True out to accept that"
     )
   return fused

@@ -14,7 +14,7 @@ from repjax.errors import InputError
 from repjax.fusion.bodies import FusedBodies, bodies_of
 from repjax.fusion.expressions import evaluate
 from repjax.fusion.plan import Instruction, Plan, read
-from repjax.program import Constant, Equation, inner_programs
+from repjax.program import Constant, Equation, inner_programs, place_of
 from repjax.trees import generator_of, is_key
 from repjax.xla import safe_options
 
@@ -78,7 +78,7 @@ def check(plan: Plan, equations: Sequence[Equation], exact: Sequence[Equation]) 
     if error > _tolerance([*_passed(merge, inputs, makers)]):
       parameters = [names[each] for each in inputs if each in names]
       raise InputError(
-        f"fuse made a mistake in the scope {merge.scope!r}: on random parameters the merged layer "
+        f"fuse made a mistake {place_of(merge.scope)}: on random parameters the merged layer "
         f"differs from the function by {error:.1e} of the largest value, from the parameters "
         f"{', '.join(parameters)}. Please report the function, and leave this part out of `fuse`"
       )

@@ -20,7 +20,7 @@ from repjax.functions import INFERENCE_MODE, reason_of_training
 from repjax.onnx.graph import Graph
 from repjax.onnx.operators import OPERATORS, VIEWS
 from repjax.onnx.values import Value, known, new_axes
-from repjax.program import Constant, Equation, Program, constant_array, interpret, trace
+from repjax.program import Constant, Equation, Program, constant_array, interpret, place_of, trace
 from repjax.trees import generator_of, is_key
 
 BATCH, IMAGES = "batch", "images"
@@ -178,7 +178,7 @@ def _results(graph: Graph, equation: Equation, operands: list[Value]) -> Sequenc
   foldable = name not in (*VIEWS, "dim_as_value") and _is_static(equation)
   if foldable and all(value.is_constant for value in operands):
     return list(map(known, _folded(graph, equation, operands)))
-  where = f"in the scope {graph.scope}" if graph.scope else "outside all scopes"
+  where = place_of(graph.scope)
   if name == "dim_as_value":
     raise InputError(
       f"this model computes with the number of images ({where}), which a graph for batches of any "

@@ -61,9 +61,9 @@ class TestReport:
     error, fused = fused_error(function, params, random(2, 8, 9, 3))
     assert error <= 1e-6
     assert len(fused.report.norms) == 1
-    with pytest.raises(InputError, match=r"1 norm stays.*first follows sin"):
+    with pytest.raises(InputError, match=r"1 norm stays.*first, outside all scopes, follows sin"):
       repjax.fuse(function, params, IMAGES, strict=True)
-    with pytest.raises(InputError, match=r"1 norm stays.*first \(scope 'block'\) follows sin"):
+    with pytest.raises(InputError, match=r"1 norm stays.*first, in the scope block, follows sin"):
       repjax.fuse(jax.named_scope("block")(function), params, IMAGES, strict=True)
     repjax.fuse(branches, drawn(), IMAGES, strict=True)
 
