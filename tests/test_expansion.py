@@ -113,7 +113,7 @@ def check_rest(updates: Any, held: Any, tolerance: float) -> None:
 @pytest.mark.usefixtures("x64")
 class TestLaws:
   @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-  @pytest.mark.parametrize("epsilon", [1e-5, 1e-2])
+  @pytest.mark.parametrize("epsilon", helpers.spread([1e-5, 1e-2], [1e-2]))
   def test_every_layer(self, layer, epsilon):
     model = Around(lambda deploy: layer(deploy=deploy, epsilon=epsilon, name="layer1", **F64))
     variables = random_variables(model, X)
@@ -219,7 +219,9 @@ class TestChoice:
 
 
 class TestTrees:
-  @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+  @pytest.mark.parametrize(
+    "param_dtype", helpers.spread([jnp.float32, jnp.bfloat16], [jnp.bfloat16])
+  )
   @pytest.mark.parametrize("given", helpers.spread([jnp.float32, jnp.bfloat16], [jnp.bfloat16]))
   def test_dtypes_are_those_of_init_and_values_are_kept_to_rounding(self, param_dtype, given):
     model = small("parnet_s", param_dtype=param_dtype)

@@ -223,6 +223,7 @@ def test_cpu_time_of_one_core(load):
     check({"cpus": 2, "device": "cpu"})
 
 
+@pytest.mark.proof
 def test_a_small_run_of_training(run, tmp_path):
   path = tmp_path / "file.json"
   sizes = ("--models", "tiny", "--batch-sizes", 8, "--image-size", 16, "--rounds", 3)

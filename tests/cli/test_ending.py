@@ -132,8 +132,10 @@ cli.program(sys.argv[3:])
   ("number", "package", "command", "status"),
   [
     ("SIGINT", "numpy.linalg", ["summary", "repvgg_a0"], 130),
-    ("SIGHUP", "jax", ["summary", "repvgg_a0"], 129),
-    ("SIGINT", "orbax", ["train", "--config", "digits"], 130),
+    pytest.param("SIGHUP", "jax", ["summary", "repvgg_a0"], 129, marks=pytest.mark.proof),
+    pytest.param(
+      *("SIGINT", "orbax", ["train", "--config", "digits"], 130), marks=pytest.mark.proof
+    ),
     ("SIGUSR1", "flax", ["train", "--config", "digits"], 0),
   ],
   ids=str,

@@ -54,6 +54,7 @@ def test_it_re_estimates_converts_again_and_undoes_it(run_command, finished, tmp
   assert report_of(workdir) == finished[1]
 
 
+@pytest.mark.proof
 def test_an_import_is_recalibrated_on_what_is_named_and_undone_on_noise(run_command, tmp_path):
   path, folder = tmp_path / "a0.npz", tmp_path / "imported"
   np.savez(path, **cases.random_state("repvgg_a0", "train", "timm", **cases.TINY))

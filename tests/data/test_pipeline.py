@@ -79,7 +79,9 @@ def from_the_start():
   return train(10)
 
 
-@pytest.mark.parametrize(("start", "num_workers"), [(3, 0), (0, 1), (3, 2)])
+@pytest.mark.parametrize(
+  ("start", "num_workers"), [(3, 0), pytest.param(0, 1, marks=pytest.mark.proof), (3, 2)]
+)
 def test_seed_and_step_alone_fix_a_batch(from_the_start, start, num_workers):
   batches = train(10 - start, start_step=start, num_workers=num_workers)
   assert_equal(batches, from_the_start[start:])

@@ -121,6 +121,7 @@ sys.stdout.buffer.write(pickle.dumps((
 """
 
 
+@pytest.mark.proof
 def test_six_devices_share_the_batch_in_two_groups(small, pair, tmp_path):
   batches = [noise(count) for count in (1, 4, 5, 6)]
   given = ("parnet_s", SMALL, jax.tree.map(np.asarray, small[1]), batches)

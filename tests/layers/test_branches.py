@@ -64,7 +64,7 @@ class TestDefinition:
     ],
     ids=" ".join,
   )
-  @pytest.mark.parametrize("groups", [1, 2, 4])
+  @pytest.mark.parametrize("groups", helpers.spread([1, 2, 4], [2]))
   def test_for_branches_and_groups(self, branches, groups):
     x = random_input(2, 7, 6, 4)
     assert max(errors(x, features=4, branches=branches, groups=groups)) <= 1e-12

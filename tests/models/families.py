@@ -54,7 +54,7 @@ FAMILIES: dict[str, Family] = {
 EVERY = spread(FAMILIES, FAMILIES.keys() - {"vgg16", "mobileone_s4", "repvit_m0_9"})
 """All families; those of layers that others have, too, as proofs."""
 
-THOROUGH = spread(FAMILIES, ("repvgg_a0", "repmlpnet_t224", "parnet_s"))
+THOROUGH = spread(FAMILIES, ("repvgg_a0", "repmlpnet_t224"))
 """All families, for costly tests: those whose layers differ most, and the others as proofs."""
 
 

@@ -89,7 +89,7 @@ def test_the_deploy_form_refuses_to_train(name):
 
 
 @both_forms
-@every_family
+@pytest.mark.parametrize("name", THOROUGH)
 def test_bfloat16_computation_keeps_float32_variables(name, deploy):
   model = small(name, dtype=jnp.bfloat16, deploy=deploy)
   variables, half = init_shapes(model, IMAGES), jnp.dtype(jnp.bfloat16)

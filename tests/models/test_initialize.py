@@ -55,7 +55,7 @@ ONE_EACH = {
 }.values()
 
 
-@pytest.mark.parametrize("deploy", [False, True])
+@pytest.mark.parametrize("deploy", helpers.spread([False, True], [False]))
 @pytest.mark.parametrize("name", helpers.spread(DISTINCT, ONE_EACH))
 def test_the_tree_is_that_of_the_model_s_init(name, deploy):
   model = cut(name, deploy=deploy)

@@ -10,7 +10,7 @@ from repjax.models.overrides import rules_of
 from repjax.runs import contents
 from repjax.spec import Preprocessing
 from tests.helpers import assert_one_paragraph
-from tests.models.families import EVERY, FAMILIES
+from tests.models.families import FAMILIES, THOROUGH
 
 NAN, INFINITY = float("nan"), float("inf")
 EVIL = (
@@ -21,7 +21,7 @@ EVIL = (
 )
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_every_value_of_every_attribute_is_taken_or_refused_in_one_paragraph(name):
   family = FAMILIES[name]
   refused = 0

@@ -64,7 +64,7 @@ def size(tree):
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", helpers.spread(PARAMETERS, ["resnet18", "resnet50"]))
 def test_parameters_are_those_published(name):
   train, deploy = (
     init_shapes(repjax.create_model(name, deploy=form), IMAGES) for form in (False, True)

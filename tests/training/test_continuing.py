@@ -11,6 +11,7 @@ from repjax import disk, runs, training
 from repjax.config import BEFORE, FIELDS, FREE
 from repjax.errors import InputError
 from repjax.training import continuing, planning
+from tests.helpers import spread
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -335,7 +336,7 @@ def test_a_run_that_was_killed_before_its_first_record_begins_again(tmp_path):
   continuing.check_resume(tmp_path, "auto")
 
 
-@pytest.mark.parametrize("linked", ["checkpoints", "deploy", "."])
+@pytest.mark.parametrize("linked", spread(["checkpoints", "deploy", "."], ["."]))
 def test_a_run_whose_folders_are_links_continues(finished, digits_dir, tmp_path, linked):
   workdir, elsewhere = shutil.copytree(finished[0], tmp_path / "run"), tmp_path / "disk"
   shutil.move(workdir / linked if linked != "." else workdir, elsewhere)

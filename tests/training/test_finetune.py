@@ -208,6 +208,7 @@ def first_state(config, workdir):
 
 
 class TestDeployFormsAreExpanded:
+  @pytest.mark.proof
   def test_the_start_computes_the_same_in_both_modes(self, plain, digits_dir, tmp_path, capsys):
     full = finetune.resolve(open_config(digits_dir, init_from=str(plain)))
     plan, variables = first_state(full, tmp_path / "run")

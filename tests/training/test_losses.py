@@ -180,7 +180,7 @@ def no_branch_either(name):
 @pytest.mark.parametrize(
   ("rule", "decays", "nesterov", "penalised"),
   [
-    ("kernels_and_fast_biases", no_bias_or_bn, False, False),
+    pytest.param("kernels_and_fast_biases", no_bias_or_bn, False, False, marks=pytest.mark.proof),
     ("all_but_penalised_kernels", no_branch_either, True, True),
   ],
 )

@@ -66,7 +66,9 @@ def wait_until(condition, seconds=60):
   ("module", "name", "at", "numbers", "error"),
   [
     (loop, "train_batches", 0, [signal.SIGINT, signal.SIGTERM, signal.SIGTERM], Stopped),
-    (evaluation, "eval_batches", 1, [signal.SIGTERM], Preempted),
+    pytest.param(
+      *(evaluation, "eval_batches", 1, [signal.SIGTERM], Preempted), marks=pytest.mark.proof
+    ),
   ],
   ids=["the first step", "an evaluation"],
 )
@@ -96,6 +98,7 @@ def test_a_signal_saves_the_step_in_hand_and_nothing_is_lost(
   assert_as_undisturbed(tmp_path)
 
 
+@pytest.mark.proof
 def test_a_second_ctrl_c_during_a_save_stops_at_once_and_spoils_nothing(
   digits_dir, tmp_path, monkeypatch, assert_as_undisturbed
 ):
@@ -178,6 +181,7 @@ def test_a_save_that_fails_ends_the_run_soon_and_leaves_the_one_before(
   assert_as_undisturbed(tmp_path)
 
 
+@pytest.mark.proof
 def test_metrics_that_cannot_be_written_end_a_run_that_saves_at_every_step(
   digits_dir, tmp_path, monkeypatch, assert_as_undisturbed
 ):

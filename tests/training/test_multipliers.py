@@ -131,8 +131,8 @@ def largest_difference(ours, theirs):
 @pytest.mark.parametrize(
   ("momentum", "nesterov", "weight_decay", "rule"),
   [
-    (0.0, False, 0.0, "kernels_and_fast_biases"),
-    (0.9, False, 0.1, "kernels_and_fast_biases"),
+    pytest.param(0.0, False, 0.0, "kernels_and_fast_biases", marks=pytest.mark.proof),
+    pytest.param(0.9, False, 0.1, "kernels_and_fast_biases", marks=pytest.mark.proof),
     (0.9, True, 0.1, "more_than_one_axis"),
   ],
 )

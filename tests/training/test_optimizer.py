@@ -18,7 +18,7 @@ from repjax.training.custom_l2 import penalised_kernels
 from repjax.training.optimizer import DECAY_RULES, bias_mask, decay_mask
 from repjax.weights.naming import entries
 from repjax.weights.repmlp import BLOCK
-from tests.helpers import leaves, official_name, relative_error
+from tests.helpers import leaves, official_name, relative_error, spread
 
 pytest_plugins = ["tests.training.fixtures"]
 
@@ -83,7 +83,7 @@ def clipped(gradients, limit):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("clip_norm", [0.0, 12.5, 1e3])
+@pytest.mark.parametrize("clip_norm", spread([0.0, 12.5, 1e3], [12.5]))
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
   ("name", "options"),

@@ -209,6 +209,7 @@ def test_synchronised_batch_norm_has_the_gradients_of_one_device_with_the_whole_
     assert np.abs(ours - theirs).max() <= 1e-12 * largest
 
 
+@pytest.mark.proof
 def test_everything_that_steps_return_is_the_same_on_every_device():
   overrides = {**tiny.OVERRIDES, "se": "post", "se_reduction": 4}
   model = repjax.create_model("repvgg_a0", num_classes=10, dropout=0.3, **overrides)

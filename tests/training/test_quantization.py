@@ -61,6 +61,7 @@ def test_a_step_moves_parameters_by_the_gradient_of_the_network_that_it_is_given
     np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.proof
 @needs_onnx
 def test_the_network_of_a_run_is_the_fold_in_8_bits():
   model = SPEC.create_model()

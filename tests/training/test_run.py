@@ -189,7 +189,9 @@ def test_a_run_that_continues_on_other_devices_says_so(finished, digits_dir, tmp
 
 
 # After step 8 comes an evaluation, which notices before any step does.
-@pytest.mark.parametrize(("spoiled", "noticed"), [(6, "7"), (8, "[89]")])
+@pytest.mark.parametrize(
+  ("spoiled", "noticed"), [pytest.param(6, "7", marks=pytest.mark.proof), (8, "[89]")]
+)
 def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
   digits_dir, tmp_path, monkeypatch, spoiled, noticed
 ):
@@ -219,6 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(
   assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
 
 
+@pytest.mark.proof
 def test_bfloat16_gates_auxiliary_heads_dropout_mixing_and_parts_train_and_deploy(
   digits_dir, tmp_path, capsys
 ):

@@ -233,7 +233,13 @@ def test_each_auxiliary_head_adds_its_weighted_loss():
 
 @pytest.mark.parametrize("number", spread([0, 7], [7]))
 @pytest.mark.parametrize(
-  "alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}], ids=str
+  "alphas",
+  [
+    pytest.param({"mixup": 0.4}, marks=pytest.mark.proof),
+    pytest.param({"cutmix": 1.0}, marks=pytest.mark.proof),
+    {"mixup": 0.4, "cutmix": 1.0},
+  ],
+  ids=str,
 )
 def test_a_step_on_mixed_images_has_the_loss_of_mixed_targets(alphas, number):
   model = Toy(aux=("first",))

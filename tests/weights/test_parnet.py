@@ -115,6 +115,7 @@ def fused(state):
 
 
 class TestFusedFiles:
+  @pytest.mark.proof
   @pytest.mark.usefixtures("x64")
   def test_their_norms_are_folded_on_the_way_in_and_the_authors_outputs_come_out(self):
     golden = {case["id"]: case for case in helpers.parnet_goldens()["cases"]}

@@ -67,7 +67,7 @@ def test_there_are_no_weights_for_cifar():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("model", [LIGHT, BOTTLENECK])
+@pytest.mark.parametrize("model", helpers.spread([LIGHT, BOTTLENECK], [LIGHT]))
 def test_networks_of_other_sizes_compute_what_the_definition_says_of_their_state_dicts(model):
   sizes = OVERRIDES | {"stage_sizes": [1, 2, 1, 1], "repmlp_stages": [2], "fc3_groups": 2}
   sizes |= {"narrowing": [2]}
@@ -130,7 +130,7 @@ def test_the_tile_is_not_guessed_from_a_damaged_layer():
   assert "Its" not in refusal(LIGHT, state, **OVERRIDES)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", helpers.spread(KINDS, ["deploy"]))
 def test_weights_of_other_groups_say_of_which_model(kind):
   sizes = {key: value for key, value in OVERRIDES.items() if key != "fc3_groups"}
   sizes |= {"widths": [16, 128, 128, 32], "stage_sizes": [1, 3, 3, 1]}

@@ -56,8 +56,8 @@ def test_the_authors_files_come_in_and_go_out_as_they_were(overrides):
   ("name", "stage_sizes", "widths"),
   [
     ("repvgg_b1", (4, 6, 16, 1), (64, 128, 256, 512, 2048)),
-    ("repvgg_b2", (4, 6, 16, 1), (64, 160, 320, 640, 2560)),
-    ("repvgg_b1", (8, 14, 24, 1), (64, 128, 256, 512, 2048)),
+    pytest.param("repvgg_b2", (4, 6, 16, 1), (64, 160, 320, 640, 2560), marks=pytest.mark.proof),
+    pytest.param("repvgg_b1", (8, 14, 24, 1), (64, 128, 256, 512, 2048), marks=pytest.mark.proof),
   ],
   ids=["B1", "B2", "L1"],
 )
