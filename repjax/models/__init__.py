@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from repjax.errors import InputError, printable
 from repjax.models import registry, segmentation
 from repjax.models.base import Network
 from repjax.models.initialize import init
@@ -34,7 +35,8 @@ def image_size_of(model: nn.Module) -> int:
 
 
 def create_model(
-  name: str,
+  name: str = "",
+  /,
   *,
   num_classes: int = 1000,
   deploy: bool = False,
@@ -45,7 +47,7 @@ def create_model(
   """Builds a model in its training form, or in the plain form that `reparameterize` makes.
 
   Args:
-    name: one of `list_models()`.
+    name: one of `list_models()`; it may be passed as a keyword too.
     num_classes: number of classes.
     deploy: build the plain form, whose parameters `reparameterize` returns.
     dtype: dtype of the computation and of the logits.
@@ -62,6 +64,13 @@ def create_model(
     InputError: the name or an override is unknown (the text lists close matches), or the model does
       not take a value.
   """
+  if not name:
+    name = overrides.pop("name", "")
+  elif "name" in overrides:
+    raise InputError(
+      f"create_model got two names of a model, {name!r} and {printable(repr(overrides['name']))}. "
+      "Pass one. A module that is part of another gets its own name by model.clone(name=...)"
+    )
   model_class, row = check_model(name, overrides)
   attributes = {**row, **{key: hashable(value) for key, value in overrides.items()}}
   return model_class(
