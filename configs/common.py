@@ -148,6 +148,7 @@ def get_pspnet_config() -> ml_collections.ConfigDict:
   config.dataset = "cityscapes"
   config.sync_batch_norm = True
   config.image_size = 713
+  config.resize_size = 713  # Evaluation does not resize.
   config.eval_window = 713
   config.augment = "scale_and_crop(scale=(0.5, 2)) | flip"
   config.batch_size = 16

@@ -151,10 +151,10 @@ def test_a_field_that_is_left_open_takes_values_of_the_shared_configs_type_only(
 @pytest.mark.parametrize("name", spread(NAMES, [name for name in NAMES if name not in SIMILAR]))
 def test_a_config_names_a_model_and_values_that_can_be_used(name, finished, digits_dir):
   config, _ = load(name)
-  if name in PSPNET:  # traced sooner, at the fewest blocks and the smallest map of 8 k + 1 pixels
-    stages = {"stage_sizes": (1, 1, 4, 1)} if name != "pspnet_repmlp" else {}
-    config.model_overrides.backbone_overrides = stages
-  elif set(config.model_overrides.to_dict().values()) == {None} and name != "repmlp_cifar":
+  variant = all(value is None for value in config.model_overrides.to_dict().values())
+  if name in PSPNET and name != "pspnet_repmlp":  # fewer blocks are traced sooner
+    config.model_overrides.backbone_overrides = {"stage_sizes": (1, 1, 4, 1)}
+  elif variant and name not in ("repmlp_cifar", "pspnet_repmlp"):
     stages = (1, 1, 2) if name.startswith("parnet") else (1, 1, 2, 1)
     config.model_overrides.stage_sizes = stages  # which is traced sooner
   if name == "finetune":
@@ -314,6 +314,7 @@ def test_pspnet_has_the_recipe_of_its_authors_at_their_rates(name):
     "dataset": "cityscapes",
     "sync_batch_norm": True,
     "image_size": 713,
+    "resize_size": 713,
     "eval_window": 713,
     "augment": "scale_and_crop(scale=(0.5, 2)) | flip",
     "batch_size": 16,
