@@ -65,7 +65,7 @@ def test_claiming_again_says_and_changes_nothing(claimed, capsys):
   ("changes", "difference"),
   [
     ({"model": "repvgg_b0"}, "name repvgg_a0 -> repvgg_b0"),
-    ({"image_size": 24}, "preprocessing.image_size 16 -> 24"),
+    ({"image_size": 24, "resize_size": 24}, "preprocessing.image_size 16 -> 24"),
     ({"model_overrides": {"act": "silu"}}, "overrides.act None -> silu"),
     ({"model_overrides": {"stage_sizes": (1, 2, 1, 1)}}, "overrides.stage_sizes.1 1 -> 2"),
   ],
