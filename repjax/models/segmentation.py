@@ -96,8 +96,9 @@ class PyramidPooling(Block):
 class Segmenter(Network, kw_only=True):
   """A network that classifies every pixel: the maps of a classifier, and a head that reads them.
 
-  The base of `PSPNet` and `FCN`. A subclass says in `head` how the last map becomes logits. Logits
-  are resized to the images with aligned corners, see `repjax.layers.resampling.resize_aligned`.
+  The base of `PSPNet` and `FCN`. A subclass says in `classify_pixels` how the last map becomes
+  logits. They are resized to the images with aligned corners, see
+  `repjax.layers.resampling.resize_aligned`.
 
   Images have any size that the backbone takes. At 8 k + 1 pixels, such as 713, a backbone with a
   total stride of 8 computes a map whose pixels lie exactly under the pixels of the logits. At other
@@ -171,7 +172,7 @@ class Segmenter(Network, kw_only=True):
   @nn.nowrap
   def predict(self, maps: Mapping[str, jax.Array], size: Sequence[int], train: bool) -> Any:
     """Returns logits (N, H, W, num_classes) and, in training, those of the auxiliary head."""
-    logits = resize_aligned(self.head(last_of(maps), train), size)
+    logits = resize_aligned(self.classify_pixels(last_of(maps), train), size)
     if not self.aux or self.deploy:
       return logits
     # The head runs in evaluation too, so that `init` creates it. XLA drops what nobody reads.
@@ -186,8 +187,9 @@ class Segmenter(Network, kw_only=True):
     auxiliary = resize_aligned(head(maps[name], train), size)
     return (logits, {"aux": auxiliary}) if train else logits
 
+  # Not called `head`: bridges to NNX confuse a method with the scope of the same name.
   @nn.nowrap
-  def head(self, x: jax.Array, train: bool) -> jax.Array:
+  def classify_pixels(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits (N, h, w, num_classes) of the last map (N, h, w, C)."""
     build = self.builder(FCNHead)
     return build(self.num_classes, self.head_features, self.dropout, name="head")(x, train)
@@ -268,10 +270,10 @@ class PSPNet(Segmenter, kw_only=True):
     super().__post_init__()
 
   @nn.nowrap
-  def head(self, x: jax.Array, train: bool) -> jax.Array:
+  def classify_pixels(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits (N, h, w, num_classes) of the last map (N, h, w, C)."""
     pyramid = self.builder(PyramidPooling)(self.bins, name="pyramid")
-    return super().head(pyramid(x, train), train)
+    return super().classify_pixels(pyramid(x, train), train)
 
 
 def check_backbone(attributes: Mapping[str, Any], prefix: str) -> None:
