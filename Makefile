@@ -28,7 +28,7 @@ lint: $(VENV)/installed
 
 # build/site/index.html; `python -m http.server --directory build/site` shows the site with its search.
 docs: $(VENV)/installed-docs
-	$(BIN)/python scripts/site.py
+	$(BIN)/python scripts/build_site.py
 
 # Takes PYTHON as it is and installs nothing: a machine with a GPU may have no network.
 gpu:

@@ -21,7 +21,12 @@ class Docstrings(griffe.Extension):
   """Rewrites each docstring before Griffe reads its sections."""
 
   def on_module(self, *, mod: griffe.Module, **_: Any) -> None:
-    """Gives a public name to the function, where a file of the package is called the same."""
+    """Leaves to the page of a module what its readers need.
+
+    A page has a text of its own: a module's docstring is for those who change the module. A public
+    name is that of the function, where a file of the package is called the same.
+    """
+    mod.docstring = None
     for name in mod.exports or ():
       file = mod.members.get(str(name))
       if isinstance(file, griffe.Module) and str(name) in file.members:

@@ -5,7 +5,7 @@ The site has no repository beside it, and therefore gets a copy of every file th
 data and pictures as they are, programs as pages. The site asks no other server for anything.
 
 Example:
-  python scripts/site.py   # build/site/index.html
+  python scripts/build_site.py   # build/site/index.html
 """
 
 import ast

@@ -3,7 +3,7 @@
 The files are SVG on white. The site inverts them in its dark scheme, so that one file serves both.
 
 Example:
-  python scripts/figures.py   # docs/assets/*.svg
+  python scripts/draw_figures.py   # docs/assets/*.svg
 """
 
 from pathlib import Path

@@ -4,8 +4,8 @@ A block of text that follows a block of code holds its output. Where such a bloc
 it holds the last lines only. Numbers differ between processors, so a comparison leaves them out.
 
 Examples:
-  python scripts/run_pages.py docs/tutorials/linen.md           # fails where the output differs
-  python scripts/run_pages.py docs/tutorials/linen.md --write   # writes the new output
+  python scripts/run_page.py docs/tutorials/linen.md           # fails where the output differs
+  python scripts/run_page.py docs/tutorials/linen.md --write   # writes the new output
 """
 
 import argparse
