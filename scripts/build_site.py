@@ -116,7 +116,7 @@ def build() -> None:
 def public_names() -> dict[str, list[str]]:
   """Returns the public names of each module that has a page in docs/reference.
 
-  The names are read from the source, as `__all__` or by their spelling, so that nothing is imported.
+  The source tells them, so that nothing is imported: by `__all__`, or by the first letter.
   """
   names = {}
   for page in sorted((DOCS / "reference").glob("*.md")):

@@ -105,7 +105,9 @@ def norm() -> Any:
   )
   bn, stats = statistics(rng)
   fused, affine = fuse_bn(conv, bn, stats, EPSILON), bn_affine(bn, stats, EPSILON)
-  figure, (left, middle, right, bars) = pyplot.subplots(1, 4, figsize=(9, 2.4), layout="constrained")
+  figure, (left, middle, right, bars) = pyplot.subplots(
+    1, 4, figsize=(9, 2.4), layout="constrained"
+  )
   show(left, conv.kernel, "kernel K")
   middle.imshow(np.asarray(affine.scale)[None], cmap="RdBu_r", vmin=-1.2, vmax=1.2)
   for channel, scale in enumerate(np.asarray(affine.scale)):
