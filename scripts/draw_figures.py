@@ -3,18 +3,21 @@
 The files are SVG on white. The site inverts them in its dark scheme, so that one file serves both.
 
 Example:
-  python scripts/draw_figures.py   # docs/assets/*.svg
+  python scripts/draw_figures.py   # docs/assets/*.svg, and photographs.jpg
 """
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import example_folder
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.patches import Ellipse
+from PIL import Image, ImageOps
 
 from repjax.algebra import ConvParams, add, bn_affine, compose, fuse_bn, identity_kernel, pad_kernel
 
@@ -39,6 +42,7 @@ def main() -> None:
   for name, draw in (("fold", fold), ("borders", borders), ("strides", strides), ("norm", norm)):
     save(draw(), name)
   save(covariance(), "covariance")
+  photographs().save(ASSETS / "photographs.jpg", quality=85)
 
 
 def save(figure: Any, name: str) -> None:
@@ -234,6 +238,19 @@ def covariance() -> Any:
     axes.spines[["top", "right"]].set_visible(False)
   right.set_yticks([])
   return figure
+
+
+def photographs() -> Image.Image:
+  """Returns crops of the classes of the tutorial with photographs side by side."""
+  classes = ["brick", "cat", "coffee", "coins", "grass", "rocket"]
+  side, gap = 128, 8
+  sheet = Image.new("RGB", (len(classes) * (side + gap) - gap, side), "white")
+  with tempfile.TemporaryDirectory() as folder:
+    example_folder.write_photographs(Path(folder), 1, 0, classes)
+    for number, name in enumerate(classes):
+      crop = ImageOps.fit(Image.open(Path(folder) / "train" / name / "000.jpg"), (side, side))
+      sheet.paste(crop, (number * (side + gap), 0))
+  return sheet
 
 
 if __name__ == "__main__":

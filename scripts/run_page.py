@@ -24,7 +24,11 @@ from repjax.errors import InputError, one_paragraph
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(python|sh|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INSTALLS = ("pip ", "git ", "make ")  # commands that change the environment are not run
-MASKS = ((re.compile(r"\d[\d.,:e+-]*"), "#"), (re.compile(r"[ \u2500-\u259f]+"), " "))
+MASKS = (
+  (re.compile(r"\bat \w+/\S+"), "at #"),  # the worst layer
+  (re.compile(r"\bunclear\b|\d[\d.,:e+-]*x?"), "#"),  # a speed may be too noisy to be told
+  (re.compile(r" +"), " "),
+)
 
 
 def main() -> None:
@@ -37,6 +41,7 @@ def main() -> None:
   page = arguments.page.resolve()
   with one_paragraph(), tempfile.TemporaryDirectory() as folder:
     os.chdir(folder)
+    os.environ["HOME"] = folder  # data sets and compiled programs lie there
     for name in ("scripts", "configs"):
       Path(name).symlink_to(ROOT / name)
     text = with_output(page.read_text(), compare=not arguments.write)
@@ -55,7 +60,7 @@ def with_output(text: str, compare: bool) -> str:
   for block in BLOCK.finditer(text):
     language, body = block[1], block[2]
     if language != "text":
-      output = printed(language, body, scope)
+      output = printed(language, body, scope).replace(os.environ["HOME"], "~")
       print(output, end="", flush=True)
     elif not text[end : block.start()].strip():
       found = shortened(output, body)
