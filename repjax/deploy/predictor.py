@@ -16,7 +16,7 @@ from repjax.cache import keep_every_program
 from repjax.deploy.compile import BATCH_SIZES, compile  # noqa: A004
 from repjax.devices import need_devices
 from repjax.errors import InputError, printable
-from repjax.spec import ModelSpec, Preprocessing, load
+from repjax.spec import ModelSpec, Preprocessing, check_preprocessing, load
 
 if TYPE_CHECKING:
   from PIL.Image import Image as PillowImage
@@ -137,6 +137,7 @@ class Predictor:
     self, model: Any, variables: Any, preprocessing: Preprocessing, **settings: Any
   ) -> None:
     """Compiles the model to a function of uint8 images that returns probabilities."""
+    check_preprocessing(preprocessing)
     self.preprocessing = preprocessing
     self.program = compile(
       model,
