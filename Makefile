@@ -42,8 +42,10 @@ $(VENV)/installed: pyproject.toml
 	@$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
-# The generator has packages of its own, which no other target needs.
-$(VENV)/installed-docs: $(VENV)/installed
+# The site is made from the source, without the packages of the tests.
+$(VENV)/installed-docs: pyproject.toml
+	@echo "installing repjax[docs] into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^```(python|sh|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INSTALLS = ("pip ", "git ", "make ")  # commands that change the environment are not run
 MASKS = (
-  (re.compile(r"\bat \w+/\S+"), "at #"),  # the worst layer
+  (re.compile(r"\b(at \w+/\S+|sha256 \w+)"), "#"),  # the worst layer, the sum of a file
   (re.compile(r"\bunclear\b|\d[\d.,:e+-]*x?"), "#"),  # a speed may be too noisy to be told
   (re.compile(r" +"), " "),
 )

@@ -173,8 +173,7 @@ def test_every_public_name_is_in_the_reference():
 def commands():
   """Yields the words of every command in the shell blocks, without the environment in front."""
   for page in PAGES:
-    text = re.sub(r"\\\n|\n {4}", " ", "".join(blocks(page, "sh")))  # commands on several lines
-    for line in text.splitlines():
+    for line in "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines():
       words = shlex.split(line, comments=True)
       while words and re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
