@@ -25,7 +25,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "docs" / "assets"
 EPSILON = 1e-5
 CHANNELS = 4
 INK, BLUE, RED = "#222222", "#2458b3", "#b3382c"
-STYLE = {
+STYLE: Any = {
   "svg.fonttype": "none",  # text stays text: small files, and the reader's fonts
   "svg.hashsalt": "repjax",  # the same bytes at every run
   "font.family": "sans-serif",
