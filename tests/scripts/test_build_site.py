@@ -1,4 +1,4 @@
-"""The site: docstrings become Markdown, names have a place, and nothing comes from other servers."""
+"""The site: docstrings become Markdown, names have a place, nothing comes from other servers."""
 
 import importlib
 import subprocess
