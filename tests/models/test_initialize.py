@@ -11,6 +11,7 @@ from flax import linen as nn
 
 import repjax
 from tests import helpers
+from tests.models.families import FAMILIES
 
 KEY = jax.random.key(0)
 IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
@@ -38,6 +39,7 @@ NARROW_OF = {
   "fastvit": {"num_classes": 10, "stage_sizes": (1, 1, 1, 1), "widths": (8, 16, 16, 32)}
   | {"expansion": 2, "attention_stages": 1},
   "repvgg": {"stage_sizes": (1, 2, 2, 1), **NARROW},
+  **{name: FAMILIES[name].overrides for name in ("pspnet", "fcn")},
 }
 
 small = functools.partial(repjax.create_model, "repvgg_a0", **SMALL)
