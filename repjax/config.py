@@ -166,6 +166,12 @@ OVERRIDES = (
     "Channels of each head of attention in FastViT, and of the head of PSPNet and FCN.",
     kind=int,
   ),
+  Field(
+    "drop_path",
+    None,
+    "Rate at which training leaves out FastViT's last block for an image; lower in those before.",
+    kind=float,
+  ),
   Field("backbone", None, "Name of the classifier below PSPNet and FCN.", kind=str),
   Field("backbone_overrides", None, "Attributes of this classifier, by name.", kind=object),
   Field(
