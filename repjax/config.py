@@ -396,6 +396,13 @@ FIELDS = (
   Field("nesterov", False, "Use Nesterov momentum, in SGD only."),
   Field("weight_decay", 1e-4, "Factor of the weight decay.", _AT_LEAST_0),
   Field(
+    "final_decay_factor",
+    1.0,
+    "Factor on `weight_decay` at the end of the run, reached along a cosine. 1: it is constant.",
+    _AT_LEAST_0,
+    before=1.0,
+  ),
+  Field(
     "weight_decay_rule",
     "kernels_and_fast_biases",
     "The parameters that decay, and the rate of biases, see repjax/training/optimizer.py.",

@@ -259,6 +259,7 @@ def test_runs_older_than_a_field_did_what_its_default_does_or_leaves_open():
     "eval_flip": False,
     "eval_multiple": 1,
     "eval_window": 0,
+    "final_decay_factor": 1.0,
     "qat": False,
     "running_variance": "biased",
     "task": "classification",

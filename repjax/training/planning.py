@@ -230,7 +230,7 @@ def make_schedule(config: Config, plan: Plan) -> optax.Schedule:
     config.learning_rate,
     config.batch_size,
     plan.warmup_steps,
-    plan.total_steps - round(config.cooldown_epochs * plan.steps_per_epoch),
+    _curve_steps(config, plan),
     curve=config.schedule,
     warmup_rate=config.warmup_rate,
     warmup_overlaps=config.warmup_overlaps,
@@ -241,19 +241,34 @@ def make_schedule(config: Config, plan: Plan) -> optax.Schedule:
   )
 
 
+def make_weight_decay(config: Config, plan: Plan) -> optax.ScalarOrSchedule:
+  """Returns the weight decay: a number, or a function from an update, counted from 0."""
+  if config.final_decay_factor == 1:
+    return config.weight_decay
+  return schedules.weight_decay_schedule(
+    config.weight_decay, config.final_decay_factor, _curve_steps(config, plan)
+  )
+
+
+def _curve_steps(config: Config, plan: Plan) -> int:
+  """Returns the number of steps before the cool-down."""
+  return plan.total_steps - round(config.cooldown_epochs * plan.steps_per_epoch)
+
+
 def make_optimizer(
-  config: Config, schedule: optax.Schedule, scales: Scales | None = None
+  config: Config, plan: Plan, schedule: optax.Schedule, scales: Scales | None = None
 ) -> optax.GradientTransformation:
   """Returns the optimizer that a config describes.
 
   Args:
     config: config.
+    plan: the plan that follows from it.
     schedule: update to learning rate.
     scales: scales of RepOptimizer, or their shapes; None for other optimizers.
   """
   arguments = {
     "momentum": config.momentum,
-    "weight_decay": config.weight_decay,
+    "weight_decay": make_weight_decay(config, plan),
     "weight_decay_rule": config.weight_decay_rule,
     "clip_norm": config.clip_norm,
     "backbone_rate": config.backbone_rate,

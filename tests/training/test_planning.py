@@ -1,5 +1,7 @@
 """Every mistake in a config is named before anything is written."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,6 +189,7 @@ def test_every_field_of_a_recipe_reaches_its_schedule(digits_dir):
     {"momentum": 0.5},
     {"nesterov": True},
     {"weight_decay": 0.5},
+    {"final_decay_factor": 0.0},
     {"weight_decay_rule": "more_than_one_axis"},
     {"clip_norm": 0.1},
     {"backbone_rate": 0.5},
@@ -200,7 +203,8 @@ def test_every_field_of_a_recipe_reaches_its_optimizer(changes):
   def second_update(changes):
     config = common.get_config()
     config.update(changes)
-    ours = planning.make_optimizer(config, lambda step: 0.1)
+    plan = types.SimpleNamespace(total_steps=2, steps_per_epoch=1.0)
+    ours = planning.make_optimizer(config, plan, lambda step: 0.1)
     state = ours.init(params)
     for gradients in (params, jax.tree.map(lambda x: 2 * x, params)):
       updates, state = ours.update(gradients, state, params)
