@@ -23,6 +23,7 @@ from repjax.schema import (
   number,
   optional,
   record,
+  row,
   text,
   whole,
 )
@@ -284,6 +285,14 @@ FIELDS = (
     "augment",
     "random_resized_crop | flip",
     "Steps of the augmentation, with | between them, see repjax/data/augmentation/parser.py.",
+  ),
+  Field(
+    "curriculum",
+    (),
+    "Earlier parts of the training, each as (epoch at which it ends, `image_size`, `augment`). The "
+    "fields `image_size` and `augment` are for the rest of the training.",
+    items(row(_ABOVE_0, _SIDE, text())),
+    before=(),
   ),
   Field(
     "num_workers",
@@ -618,6 +627,7 @@ def check_config(config: Config) -> None:
     _check_value(config, field)
   check_task(config, config.task)
   check_classes(config)
+  check_curriculum(config)
   check_rates(config)
   check_optimizer(config)
   check_custom_l2(config)
@@ -662,6 +672,21 @@ def check_classes(config: Config) -> None:
     raise InputError(
       f"config.class_weights has {len(weights)} weights with the sum {sum(weights):g} for "
       f"{config.num_classes} classes. Give a weight for each class, one of them above 0, or None"
+    )
+
+
+def check_curriculum(config: Config) -> None:
+  """Raises InputError if a part of the curriculum does not end after the one before it."""
+  ends = [end for end, _, _ in config.curriculum]
+  if any(after <= before for before, after in zip(ends, ends[1:])):
+    raise InputError(
+      f"the parts of config.curriculum end at the epochs {', '.join(map(str, ends))}. Each number "
+      "must be larger than the one before it"
+    )
+  if ends and config.qat:
+    raise InputError(
+      "config.qat fine-tunes at one image size, and config.curriculum has several. Set "
+      "config.curriculum to ()"
     )
 
 

@@ -266,8 +266,9 @@ def _headline(config: Config, plan: Plan) -> str:
     backbone = f", {config.backbone_rate:g} times that for all but the {head}"
   if config.backbone_rate == 0:
     backbone = f"; the {head} alone learns, all else is frozen and runs as in evaluation"
-  size, evaluated = f"{config.image_size} px", plan.spec.preprocessing.image_size
-  if evaluated != config.image_size:
+  sizes = dict.fromkeys(str(part.image_size) for part in plan.parts)
+  size, evaluated = f"{', '.join(sizes)} px", str(plan.spec.preprocessing.image_size)
+  if sizes.keys() != {evaluated}:
     size += f" ({evaluated} in evaluation)"
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   if jax.process_count() > 1:
