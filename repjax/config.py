@@ -9,6 +9,7 @@ subpackage implements. The table holds a copy of these names, and a test compare
 subpackage.
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -678,7 +679,7 @@ def check_classes(config: Config) -> None:
 def check_curriculum(config: Config) -> None:
   """Raises InputError if a part of the curriculum does not end after the one before it."""
   ends = [end for end, _, _ in config.curriculum]
-  if any(after <= before for before, after in zip(ends, ends[1:])):
+  if any(after <= before for before, after in itertools.pairwise(ends)):
     raise InputError(
       f"the parts of config.curriculum end at the epochs {', '.join(map(str, ends))}. Each number "
       "must be larger than the one before it"

@@ -81,8 +81,9 @@ def test_each_image_loses_attention_and_ffn_by_itself(monkeypatch):
   for layer in ("RepMixer", "ConvFFN", "RepAttention"):
     monkeypatch.setattr(fastvit, layer, lambda *args, name, **attributes: Same(name=name))
   x, key = jnp.ones((64, 2, 2, 3)), {"dropout": jax.random.key(0)}
-  # With layers that give back x, a block with k sums multiplies an image by 1 + 1/0.75 or 1 in each.
-  for block, sums in ((fastvit.MixerBlock, 1), (partial(fastvit.AttentionBlock, head_features=1), 2)):
+  # With layers that give back x, each sum of a block multiplies an image by 1 + 1/0.75, or by 1.
+  attention = partial(fastvit.AttentionBlock, head_features=1)
+  for block, sums in ((fastvit.MixerBlock, 1), (attention, 2)):
     model = block(act="gelu", expansion=1, drop_path=0.25)
     y = np.asarray(model.apply({}, x, True, rngs=key))
     assert (y == y[:, :1, :1, :1]).all()  # A map is left out as a whole.
