@@ -4,8 +4,8 @@ Recipe: the authors' script, as far as it can be said in fields. 300 epochs and 
 batch 1024, AdamW with cosine from 1e-3 to 1e-5 after 5 epochs of warm-up, weight decay 0.05.
 Images: crop and flip, RandAugment of magnitude 9 with noise 0.5, random erasing 0.25, mixup 0.2
 (0.8 for MA36), CutMix 1.0. Loss and weights: label smoothing 0.1, a moving average of parameters
-(0.9995), and drop path in the networks with attention (0.1 for SA12 and SA24, 0.2 for SA36, 0.35
-for MA36). One part of the script differs: the factors of channels decay there, because they have
+(0.9995). Networks with attention have drop path: 0.1 for SA12 and SA24, 0.2 for SA36, and 0.35 for
+MA36. One part of the script differs: the factors of channels decay there, because they have
 three axes in PyTorch; here they do not.
 What is confirmed: every number is in the authors' commands or in the defaults of their script.
 Paper: Vasu et al., FastViT, ICCV 2023, section 4.1. https://arxiv.org/abs/2303.14189

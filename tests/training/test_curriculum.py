@@ -2,6 +2,7 @@
 
 import itertools
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ def test_every_step_has_its_batch_wherever_a_run_begins(digits_dir):
 
 def test_each_new_size_is_announced_once():
   said, seen, paused = [], [], []
-  journal = types.SimpleNamespace(note=said.append, pause=paused.append)
+  journal: Any = types.SimpleNamespace(note=said.append, pause=paused.append)
   step = loop._announced(lambda state, batch: seen.append((state, len(said))), journal)
   for number, size in enumerate((8, 8, 12, 12, 16, 8)):
     step(number, {"image": np.zeros((4, 2, size, size, 3))})
