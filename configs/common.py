@@ -183,7 +183,9 @@ def get_timm_config(batch_size: int, rate: float) -> ml_collections.ConfigDict:
   config.warmup_overlaps = True
   config.interpolation = "bicubic"
   config.augment = (
-    "random_resized_crop | flip | rand_augment(2, 9, noise=0.5) | random_erasing(0.25)"
+    # "rand-m9-mstd0.5-inc1" of timm.
+    "random_resized_crop | flip | rand_augment(2, 9, noise=0.5, increasing=True)"
+    " | random_erasing(0.25)"
   )
   config.label_smoothing = 0.1
   config.cutmix = 1.0

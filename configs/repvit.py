@@ -7,6 +7,8 @@ CutMix 1.0. Loss and weights: label smoothing 0.1, a moving average of parameter
 parts of the script are not built, so that its numbers are not to be expected in full. The second
 classifier learns from a teacher (RegNetY-16GF) there; here both classifiers learn the labels.
 Gradients are clipped by the norm of each parameter. An epoch has three augmentations of an image.
+What is confirmed: the numbers are in the authors' command or in the defaults of their script. There
+is no drop path and no change of the image size.
 Paper: Wang et al., RepViT, CVPR 2024, section 4. https://arxiv.org/abs/2307.09283
 Source: https://github.com/THU-MIG/RepViT at 8df4270, main.py and README
 Expected: the authors' top-1 at 224 px in the table, with a teacher. None is confirmed here. Names

@@ -9,6 +9,7 @@ subpackage implements. The table holds a copy of these names, and a test compare
 subpackage.
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -23,6 +24,7 @@ from repjax.schema import (
   number,
   optional,
   record,
+  row,
   text,
   whole,
 )
@@ -166,6 +168,12 @@ OVERRIDES = (
     "Channels of each head of attention in FastViT, and of the head of PSPNet and FCN.",
     kind=int,
   ),
+  Field(
+    "drop_path",
+    None,
+    "Rate at which training leaves out FastViT's last block for an image; lower in those before.",
+    kind=float,
+  ),
   Field("backbone", None, "Name of the classifier below PSPNet and FCN.", kind=str),
   Field("backbone_overrides", None, "Attributes of this classifier, by name.", kind=object),
   Field(
@@ -280,6 +288,14 @@ FIELDS = (
     "Steps of the augmentation, with | between them, see repjax/data/augmentation/parser.py.",
   ),
   Field(
+    "curriculum",
+    (),
+    "Earlier parts of the training, each as (epoch at which it ends, `image_size`, `augment`). The "
+    "fields `image_size` and `augment` are for the rest of the training.",
+    items(row(_ABOVE_0, _SIDE, text())),
+    before=(),
+  ),
+  Field(
     "num_workers",
     0,
     "Processes that read and augment images. 0: threads of this process.",
@@ -389,6 +405,13 @@ FIELDS = (
   Field("momentum", 0.9, "Momentum of SGD, or the first beta of AdamW.", _AT_LEAST_0),
   Field("nesterov", False, "Use Nesterov momentum, in SGD only."),
   Field("weight_decay", 1e-4, "Factor of the weight decay.", _AT_LEAST_0),
+  Field(
+    "final_decay_factor",
+    1.0,
+    "Factor on `weight_decay` at the end of the run, reached along a cosine. 1: it is constant.",
+    _AT_LEAST_0,
+    before=1.0,
+  ),
   Field(
     "weight_decay_rule",
     "kernels_and_fast_biases",
@@ -605,6 +628,7 @@ def check_config(config: Config) -> None:
     _check_value(config, field)
   check_task(config, config.task)
   check_classes(config)
+  check_curriculum(config)
   check_rates(config)
   check_optimizer(config)
   check_custom_l2(config)
@@ -649,6 +673,21 @@ def check_classes(config: Config) -> None:
     raise InputError(
       f"config.class_weights has {len(weights)} weights with the sum {sum(weights):g} for "
       f"{config.num_classes} classes. Give a weight for each class, one of them above 0, or None"
+    )
+
+
+def check_curriculum(config: Config) -> None:
+  """Raises InputError if a part of the curriculum does not end after the one before it."""
+  ends = [end for end, _, _ in config.curriculum]
+  if any(after <= before for before, after in itertools.pairwise(ends)):
+    raise InputError(
+      f"the parts of config.curriculum end at the epochs {', '.join(map(str, ends))}. Each number "
+      "must be larger than the one before it"
+    )
+  if ends and config.qat:
+    raise InputError(
+      "config.qat fine-tunes at one image size, and config.curriculum has several. Set "
+      "config.curriculum to ()"
     )
 
 

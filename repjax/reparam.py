@@ -81,9 +81,10 @@ def reparameterize(
       says the epsilon of every layer for which it is not 1e-5, unless an older version made it.
     folds: layer name to `fold(params, stats, epsilon)`. A fold returns the deploy parameters of the
       scope, or None to remove the scope.
-    keep: paths, or one path, such as "neck/BatchNorm_0". Statistics below these paths may stay
-      unused, because the caller keeps them for batch norms that are not repjax layers. A scope is
-      not folded if its own path, or a path in it, is kept. Every path must lie in one of the trees.
+    keep: paths, or one path, such as "neck/BatchNorm_0". Nothing at or below these paths is folded,
+      and the statistics there may stay unused: the caller keeps them, for example for batch norms
+      that are not repjax layers. A layer is folded whole or kept whole. Every path must lie in one
+      of the trees.
 
   Returns:
     A tree of dictionaries with the structure, shapes and dtypes of the deploy form's `init`.
@@ -170,7 +171,7 @@ class _Rules(NamedTuple):
   Attributes:
     folds: a fold for each layer name.
     epsilon: number added to the variance, for layers whose trees do not say.
-    kept: paths below which statistics may stay unused.
+    kept: paths at and below which nothing is folded, and statistics may stay unused.
     unmatched: keys of `folds`, other than those of repjax, by which no scope is called.
   """
 
@@ -180,7 +181,7 @@ class _Rules(NamedTuple):
   unmatched: Sequence[str] = ()
 
   def keeps(self, path: Path) -> bool:
-    """Tells if the statistics at a path may stay unused."""
+    """Tells if the caller keeps all that lies at a path."""
     return any(path[: len(entry)] == entry for entry in self.kept)
 
   def keeps_in(self, path: Path) -> bool:
@@ -227,9 +228,15 @@ def _is_epsilon(value: Any) -> bool:
 def _walk(params: Tree, stats: Tree, path: Path, rules: _Rules) -> Mapping[str, Any] | None:
   """Folds all layers in a scope that lies at a path; None if the scope disappears."""
   name, foreign = path[-1] if path else "", rules.foreign()
+  if rules.keeps(path):
+    return _copy(params, path)
   if key := layer_name(name, foreign):
     return _fold_foreign(key, foreign[key], params, stats, path, rules)
-  kind = None if rules.keeps_in(path) else kind_of(name, params, stats)
+  kind = kind_of(name, params, stats)
+  if kind and rules.keeps_in(path):
+    # A layer may hold further layers, which must not be folded while the layer itself is kept.
+    _check_kept_whole(kind, stats, path, rules)
+    return _copy(params, path)
   if kind and rules.folds.get(kind.layer.__name__) is kind.fold:
     return _fold_known(kind, params, stats, path, rules)
   if kind and stats:
@@ -250,6 +257,24 @@ def _walk(params: Tree, stats: Tree, path: Path, rules: _Rules) -> Mapping[str, 
   return result
 
 
+def _copy(params: Tree, path: Path) -> Mapping[str, Any] | None:
+  """Copies the dictionaries of a scope, and shares the leaves."""
+  return _walk(params, {}, path, _Rules({}, 0.0, ()))
+
+
+def _check_kept_whole(kind: Kind, stats: Tree, path: Path, rules: _Rules) -> None:
+  """Raises ValueError if the caller keeps some statistics of a layer, but not all of them."""
+  whole = [path] if path else [(str(name),) for name in stats]
+  for below, value in leaves(stats):
+    leaf = (*path, *map(str, below))
+    if value is not None and not rules.keeps(leaf):
+      raise ValueError(
+        f"{shown(path)} holds a {kind.layer.__name__}, and keep names only a part of this layer: "
+        f"{shown(leaf)} is not kept. A layer is folded whole or kept whole. To keep the layer, "
+        f"pass keep=({', '.join(repr('/'.join(each)) for each in whole)},)"
+      )
+
+
 def _fold_foreign(
   key: str, fold: Fold, params: Tree, stats: Tree, path: Path, rules: _Rules
 ) -> Mapping[str, Any] | None:
@@ -268,8 +293,7 @@ def _fold_foreign(
       )
     return folded
   if {"conv", "dense", "affine"} & params.keys() and "bn" not in params:
-    # A walk without folds copies the dictionaries and shares the leaves.
-    return _walk(params, {}, path, _Rules({}, rules.epsilon, ()))
+    return _copy(params, path)
   raise _without_statistics(params, path)
 
 

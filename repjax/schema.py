@@ -176,6 +176,19 @@ def items(each: Rule, *, length: int | None = None, most: int | None = None) -> 
   return Rule(wanted, check)
 
 
+def row(*rules: Rule) -> Rule:
+  """Returns the rule of lists with one item for each of several rules, in this order."""
+  wanted = f"a list of {len(rules)}: {', '.join(rule.wanted for rule in rules)}"
+
+  def check(value: Any, path: str) -> None:
+    if not isinstance(value, list | tuple) or len(value) != len(rules):
+      raise MisfitError(path, f"must be {wanted}", value)
+    for index, (rule, item) in enumerate(zip(rules, value)):
+      rule.check(item, f"{path}[{index}]")
+
+  return Rule(wanted, check)
+
+
 def table(each: Rule, name: Rule | None = None, *, most: int | None = None) -> Rule:
   """Returns the rule of tables with any names.
 

@@ -255,10 +255,12 @@ def test_runs_older_than_a_field_did_what_its_default_does_or_leaves_open():
   assert table.BEFORE == {
     "backbone_rate": 1.0,
     "cooldown_epochs": 0.0,
+    "curriculum": (),
     "ema_decay": 0.0,
     "eval_flip": False,
     "eval_multiple": 1,
     "eval_window": 0,
+    "final_decay_factor": 1.0,
     "qat": False,
     "running_variance": "biased",
     "task": "classification",

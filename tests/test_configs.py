@@ -544,8 +544,15 @@ def test_every_mobile_network_has_a_recipe_and_its_number_or_says_that_there_is_
 def test_the_recipes_of_mobile_networks_are_those_of_their_authors():
   mobileone, base = load("mobileone")[0], common.get_config()
   own = {"model": "mobileone_s0", "num_epochs": 300, "label_smoothing": 0.1, "ema_decay": 0.9995}
-  assert changes(base, mobileone) == own
-  images = "random_resized_crop | flip | rand_augment(2, 9, noise=0.5) | random_erasing(0.25)"
+  crop = "random_resized_crop | flip"
+  parts = ((37, 160, crop), (112, 192, crop))
+  assert changes(base, mobileone) == {**own, "final_decay_factor": 0.1, "curriculum": parts}
+  large = importlib.import_module("configs.mobileone").get_config("s2")
+  lines = [*(augment for *_, augment in large.curriculum), large.augment]
+  assert [float(re.findall(r"rand_augment\(2, ([\d.]+)", line)[0]) for line in lines] == [
+    *(2.1, 4.9, 7.0)
+  ]
+  images = f"{crop} | rand_augment(2, 9, noise=0.5, increasing=True) | random_erasing(0.25)"
   shared = {
     "num_epochs": 310,
     "cooldown_epochs": 10,
@@ -571,6 +578,17 @@ def test_the_recipes_of_mobile_networks_are_those_of_their_authors():
     )
     own.pop("weight_decay", None)
     assert changed == {"model": load(name)[0].model, **shared, **own}
+  rates = {}
+  for size in common.SIZES["fastvit"]:
+    config = importlib.import_module("configs.fastvit").get_config(size)
+    rates[size] = config.model_overrides.drop_path
+  assert rates == {
+    **dict.fromkeys(("t8", "t12", "s12")),
+    "sa12": 0.1,
+    "sa24": 0.1,
+    "sa36": 0.2,
+    "ma36": 0.35,
+  }
 
 
 @pytest.mark.parametrize("name", sorted(IN_8_BITS))

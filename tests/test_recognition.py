@@ -356,6 +356,26 @@ class TestOthers:
     params, stats = {"a": layer["params"]}, {"a": layer["batch_stats"]}
     assert repjax.reparameterize(params, stats, keep="a")["a"].keys() == layer["params"].keys()
 
+  @pytest.mark.parametrize("name", ["RepMixer", "ConvFFN"])
+  def test_a_layer_that_holds_a_layer_is_kept_whole(self, name):
+    layer = random_variables(LAYERS[name](), X.astype("float32"))
+    params, stats = {"a": {"b": layer["params"]}}, {"a": {"b": layer["batch_stats"]}}
+    for keep in ("a/b", "a", [f"a/b/{part}" for part in stats["a"]["b"]]):
+      kept = repjax.reparameterize(params, stats, keep=keep)
+      assert jax.tree.map(lambda leaf, own: leaf is own, kept, params) == jax.tree.map(
+        lambda _: True, params
+      )
+
+  def test_a_part_of_a_layer_is_not_kept_alone(self):
+    layer = random_variables(RepMixer(), X.astype("float32"))
+    params, stats = {"a": layer["params"]}, {"a": layer["batch_stats"]}
+    said = r"a holds a RepMixer.*a/mixer/.* is not kept.*keep=\('a',\)"
+    with pytest.raises(ValueError, match=said) as told:
+      repjax.reparameterize(params, stats, keep="a/bn")
+    helpers.assert_one_paragraph(told.value)
+    with pytest.raises(ValueError, match=r"keep=\('bn', 'mixer',?\)|keep=\('mixer', 'bn',?\)"):
+      repjax.reparameterize(layer["params"], layer["batch_stats"], keep="bn")
+
   def test_no_message_advises_to_keep_a_layer(self):
     layer = random_variables(RepConv(4, epsilon=0.1), X.astype("float32"))
     stats = {name: dict(below) for name, below in layer["batch_stats"].items() if name != "epsilon"}

@@ -38,17 +38,19 @@ def train_batches(
   seed: int,
   mean: Sequence[float] = (0.0, 0.0, 0.0),
   start_step: int = 0,
+  stop_step: int | None = None,
   shard: tuple[int, int] = (0, 1),
   num_workers: int = 0,
 ) -> Generator[Batch]:
-  """Yields shuffled, augmented batches without end, from step `start_step` on.
+  """Yields shuffled, augmented batches, from step `start_step` on, to an end or without end.
 
   Each epoch shows every example once, in an order of its own. Epochs follow each other without a
   gap. Where the batch size does not divide the number of examples, a batch holds the last examples
   of an epoch and the first of the next. It may then hold an image twice, augmented differently.
 
   Seed and step alone fix the examples of a batch and how they are augmented. Neither the number of
-  workers nor an interruption of the run changes them.
+  workers nor an interruption of the run changes them. The image size and the line of augmentations
+  do not change which examples a batch holds.
 
   Args:
     examples: the examples of the split. They may have a mask in place of the label.
@@ -58,7 +60,8 @@ def train_batches(
     interpolation: a key of INTERPOLATIONS.
     seed: fixes the order and the augmentations.
     mean: the colour around images with a mask, (red, green, blue) in 0 ... 1.
-    start_step: the step that the first batch is for.
+    start_step: the step that the first batch is for, counted from 0.
+    stop_step: the step after the last batch; None: there is no last batch.
     shard: (index, count): the share of each batch that this process reads. Shards are contiguous.
     num_workers: worker processes; 0 reads in threads of this process.
 
@@ -79,7 +82,7 @@ def train_batches(
     .repeat()
     .random_map(transform)
     # Small batches in a row make up a batch over all shards: shard i takes every count-th from i.
-    .batch(batch_size // count)[index::count][start_step:]
+    .batch(batch_size // count)[index::count][start_step:stop_step]
   )
   channels = 3 + (num_workers > 0 and "mask" in examples[0])
   return _iterate(batches, num_workers, batch_size // count * channels * image_size**2)

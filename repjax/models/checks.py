@@ -155,9 +155,14 @@ def check_classifier(num_classes: Any, dropout: float, act: str) -> None:
   """Raises InputError if one of these attributes, which every network has, is out of range."""
   if not is_whole(num_classes):
     raise InputError(f"num_classes must be at least 1 and a whole number, got {shown(num_classes)}")
-  if not 0 <= dropout < 1:
-    raise InputError(f"dropout is at least 0 and below 1, got {dropout}")
+  check_rate("dropout", dropout)
   activation(act)
+
+
+def check_rate(field: str, value: float) -> None:
+  """Raises InputError if an attribute is no probability with which something is left out."""
+  if not 0 <= value < 1:
+    raise InputError(f"{field} is at least 0 and below 1, got {value}")
 
 
 def check_key(key: Any) -> None:

@@ -8,6 +8,8 @@ MobileOne. A block has two parts, each added to its input.
 - The FFN is a depthwise 7x7 conv-BN, two fully connected layers over channels, and a factor for
   each channel.
 
+Training may leave out attention and FFNs at random, each for some images of a batch (drop path).
+
 A stage with attention begins with a depthwise 7x7 convolution added to its input, which tells
 attention where pixels are.
 
@@ -28,6 +30,7 @@ stay, each for its own reason.
 References:
   Vasu et al., FastViT: A Fast Hybrid Vision Transformer using Structural Reparameterization, ICCV
     2023, section 3 and Table 2. https://arxiv.org/abs/2303.14189
+  Huang et al., Deep Networks with Stochastic Depth, ECCV 2016. https://arxiv.org/abs/1603.09382
   https://github.com/apple/ml-fastvit at 3a6af9e, models/fastvit.py, for widths and sizes
 """
 
@@ -41,7 +44,7 @@ from flax import linen as nn
 from repjax.errors import InputError
 from repjax.layers import ConvFFN, RepAttention, RepConv, RepMixer, SkipConv
 from repjax.models.base import Block, BlockBuilder, Classifier, Stage, last_of, run
-from repjax.models.checks import check_number, check_stages, check_total_stride
+from repjax.models.checks import check_number, check_rate, check_stages, check_total_stride
 from repjax.models.dilation import Striding
 from repjax.models.mobileone import SE_REDUCTION, block_branches
 from repjax.models.repvgg import RepVGGBlock
@@ -51,44 +54,65 @@ LAST_EXPANSION = 2
 _KEEPS, _HALVES = Striding(1, 1, 1), Striding(2, 1, 1)
 
 
-class MixerBlock(Block):
-  """A RepMixer, and an FFN added to its input: the block of most stages.
-
-  Scopes: `RepMixer_0` and `ConvFFN_0`.
+class ResidualBlock(Block):
+  """The base of both blocks, which end with an FFN added to its input.
 
   Attributes:
     expansion: ratio of the width of the FFN's hidden layer to its input's.
+    drop_path: probability with which training leaves out what is added, for each image by itself.
   """
 
   expansion: int
+  drop_path: float
+
+  @nn.nowrap
+  def mix_channels(self, x: jax.Array, train: bool) -> jax.Array:
+    """Adds the FFN, in the scope `ConvFFN_0`."""
+    ffn = ConvFFN(self.expansion, act=self.act, **self.shared(), name="ConvFFN_0")
+    return x + self.dropped(ffn(x, train), train)
+
+  @nn.nowrap
+  def dropped(self, x: jax.Array, train: bool) -> jax.Array:
+    """Replaces the maps of some images by zero in training, and divides those that stay.
+
+    With the rate r, a map stays with the probability 1 - r and is divided by 1 - r, so that the
+    mean is that of evaluation.
+    """
+    of_an_image = tuple(range(1, x.ndim))  # One number decides about a whole map.
+    return nn.Dropout(self.drop_path, broadcast_dims=of_an_image, deterministic=not train)(x)
+
+
+class MixerBlock(ResidualBlock):
+  """A RepMixer, and an FFN added to its input: the block of most stages.
+
+  The RepMixer is never left out, because its shortcut is inside of it. Scopes: `RepMixer_0` and
+  `ConvFFN_0`.
+  """
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Maps (N, H, W, C) to the same shape."""
     x = RepMixer(**self.shared(), name="RepMixer_0")(x, train)
-    ffn = ConvFFN(self.expansion, act=self.act, **self.shared(), name="ConvFFN_0")
-    return x + ffn(x, train)
+    return self.mix_channels(x, train)
 
 
-class AttentionBlock(Block):
+class AttentionBlock(ResidualBlock):
   """Attention over pixels and an FFN, each added to its input.
 
   Scopes: `RepAttention_0` and `ConvFFN_0`.
 
   Attributes:
-    expansion: ratio of the width of the FFN's hidden layer to its input's.
     head_features: number of channels of each head of attention.
   """
 
-  expansion: int
   head_features: int
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Maps (N, H, W, C) to the same shape."""
-    x = x + RepAttention(self.head_features, **self.shared(), name="RepAttention_0")(x, train)
-    ffn = ConvFFN(self.expansion, act=self.act, **self.shared(), name="ConvFFN_0")
-    return x + ffn(x, train)
+    attention = RepAttention(self.head_features, **self.shared(), name="RepAttention_0")
+    x = x + self.dropped(attention(x, train), train)
+    return self.mix_channels(x, train)
 
 
 class Downsample(Block):
@@ -131,6 +155,8 @@ class FastViT(Classifier, kw_only=True):
     expansion: ratio of the width of an FFN's hidden layer to its input's.
     attention_stages: number of stages, counted from the last, whose token mixer is attention.
     head_features: number of channels of each head of attention.
+    drop_path: probability with which training leaves out attention and FFN of the last block, for
+      each image by itself. It grows linearly over the blocks of all stages, from 0 in the first.
     act: activation; "gelu" is the exact function.
   """
 
@@ -139,12 +165,14 @@ class FastViT(Classifier, kw_only=True):
   expansion: int = 4
   attention_stages: int = 0
   head_features: int = 32
+  drop_path: float = 0.0
   act: str = "gelu"
 
   def __post_init__(self):
     check_stages(self.stage_sizes, widths=self.widths)
     check_number("expansion", self.expansion)
     check_number("head_features", self.head_features)
+    check_rate("drop_path", self.drop_path)
     stages, of_attention = len(self.stage_sizes), self.attention_stages
     if isinstance(of_attention, bool) or of_attention not in range(stages + 1):
       raise InputError(
@@ -182,13 +210,14 @@ class FastViT(Classifier, kw_only=True):
   def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:
     """Runs the stem and the stages, and returns the output of each stage."""
     x = Stage(list(self.stem_blocks()), name="stem")(x, train)
-    maps, stages = {}, len(self.stage_sizes)
+    maps, stages, before = {}, len(self.stage_sizes), 0
     for number, (size, features) in enumerate(zip(self.stage_sizes, self.widths), 1):
       attends = number > stages - self.attention_stages
       down = functools.partial(self.builder(Downsample), features=features, name="downsample")
       positions = functools.partial(self.layer(SkipConv), name="SkipConv_positions")
       builders = [down] * (number > 1) + [positions] * attends
-      blocks = size * [self.block(attends)]
+      blocks = [self.block(attends, before + index) for index in range(size)]
+      before += size
       first = functools.partial(run, builders) if builders else None
       x = maps[f"stage{number}"] = Stage(blocks, first, name=f"stage{number}")(x, train)
     return maps
@@ -219,12 +248,18 @@ class FastViT(Classifier, kw_only=True):
     return functools.partial(block, branches=branches, se=None, se_reduction=1, **own)
 
   @nn.nowrap
-  def block(self, attends: bool) -> BlockBuilder:
-    """Returns the builder of a block of a stage."""
+  def block(self, attends: bool, number: int) -> BlockBuilder:
+    """Returns the builder of a block of a stage.
+
+    Args:
+      attends: the block mixes pixels by attention.
+      number: number of the blocks before it, in all stages.
+    """
+    last = max(1, sum(self.stage_sizes) - 1)
+    own = {"expansion": self.expansion, "drop_path": self.drop_path * number / last}
     if not attends:
-      return functools.partial(self.builder(MixerBlock), expansion=self.expansion)
-    own = {"expansion": self.expansion, "head_features": self.head_features}
-    return functools.partial(self.builder(AttentionBlock), **own)
+      return functools.partial(self.builder(MixerBlock), **own)
+    return functools.partial(self.builder(AttentionBlock), head_features=self.head_features, **own)
 
   @nn.nowrap
   def layer(self, layer: type[nn.Module]) -> BlockBuilder:

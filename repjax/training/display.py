@@ -107,9 +107,13 @@ class Progress:
       text: the line.
       seconds: duration of work that was not training, which the speed leaves out.
     """
+    self.pause(seconds)
+    self._show(text, keep=True)
+
+  def pause(self, seconds: float) -> None:
+    """Leaves a time that was not training out of the speed."""
     if self._start is not None:
       self._paused += seconds
-    self._show(text, keep=True)
 
   def _show(self, text: str, keep: bool) -> None:
     """Writes a text over the live line, or as a line of a log."""

@@ -20,7 +20,7 @@ from repjax.training import continuing, optimizer
 _PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))
 _WEIGHTS = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
 # Attributes of a model that change neither its tree nor what a trained network computes.
-_FREE_ATTRIBUTES = {"dropout", "remat", "num_classes", "parent", "name"}
+_FREE_ATTRIBUTES = {"dropout", "drop_path", "remat", "num_classes", "parent", "name"}
 
 
 def resolve(config: Config, workdir: str | Path | None = None) -> Config:

@@ -104,6 +104,14 @@ class Journal:
     text = "; average over the steps: ".join(texts)
     self._progress.note(f"step {step}/{self._total}  evaluation: {text}", seconds=seconds)
 
+  def note(self, text: str) -> None:
+    """Shows a line that stays. Writes nothing."""
+    self._progress.note(text)
+
+  def pause(self, seconds: float) -> None:
+    """Leaves a time that was not training out of the speed."""
+    self._progress.pause(seconds)
+
   def is_overdue(self, minutes: float) -> bool:
     """Checks whether the last save, or the start, is `minutes` ago; 0 means never."""
     return 0 < minutes <= (time.monotonic() - self._saved_at) / 60

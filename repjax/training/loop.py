@@ -164,6 +164,7 @@ def _take_steps(
   learning_rate = jax.jit(run.schedule)
   first_step = int(run.state.step) + 1
   pending = []  # metrics of the steps since the last fetch
+  train_step = _announced(train_step, journal)
   for step in range(first_step, plan.total_steps + 1):
     # Waits for the second newest step, so at most two steps are under way. Without the wait,
     # batches would pile up on the devices. Steps before the last fetch are done.
@@ -196,6 +197,30 @@ def _take_steps(
     if stops:
       return step
   return plan.total_steps
+
+
+def _announced(train_step: Callable[..., Any], journal: Journal) -> Callable[..., Any]:
+  """Returns a step that says when it is compiled again, for images of a new size.
+
+  The time of the compilation does not count as training. The first compilation is announced by
+  `fit`, before there is a batch.
+  """
+  compiled = set()
+
+  def step(state: TrainState, batch: Mapping[str, jax.Array]) -> Any:
+    size = batch["image"].shape[-2]
+    is_first, is_new = not compiled, size not in compiled
+    compiled.add(size)
+    if is_first or not is_new:
+      return train_step(state, batch)
+    jax.block_until_ready(state)  # The steps before this one do count as training.
+    start = time.perf_counter()
+    journal.note(f"compiling the step for images of {size} px")
+    results = train_step(state, batch)
+    journal.pause(time.perf_counter() - start)
+    return results
+
+  return step
 
 
 def is_to_stop(interruption: Interruption, *, ask: bool = True) -> bool:
@@ -357,19 +382,30 @@ def training_batches(
   shard: tuple[int, int] = (0, 1),
   num_workers: int = 0,
 ) -> Generator[dict[str, np.ndarray]]:
-  """Yields the batches that a run trains on; arguments as in `repjax.data.train_batches`."""
-  return train_batches(
-    plan.train.examples,
-    batch_size=config.batch_size,
-    image_size=config.image_size,
-    augment=config.augment,
-    interpolation=plan.spec.preprocessing.interpolation,
-    mean=plan.spec.preprocessing.mean,
-    seed=config.seed,
-    start_step=start_step,
-    shard=shard,
-    num_workers=num_workers,
-  )
+  """Yields the batches that a run trains on; arguments as in `repjax.data.train_batches`.
+
+  Each part of the training has a pipeline of its own. All of them count steps from the first step
+  of the run, so that a step has the same examples whatever the parts before it.
+  """
+  ends = [*(part.first_step for part in plan.parts[1:]), None]
+  for part, end in zip(plan.parts, ends):
+    if end is not None and end <= start_step:
+      continue
+    batches = train_batches(
+      plan.train.examples,
+      batch_size=config.batch_size,
+      image_size=part.image_size,
+      augment=part.augment,
+      interpolation=plan.spec.preprocessing.interpolation,
+      mean=plan.spec.preprocessing.mean,
+      seed=config.seed,
+      start_step=max(start_step, part.first_step),
+      stop_step=end,
+      shard=shard,
+      num_workers=num_workers,
+    )
+    with contextlib.closing(batches):
+      yield from batches
 
 
 def _read_ahead(run: Prepared) -> ReadAhead:

@@ -157,7 +157,7 @@ def sgd(
   *,
   momentum: float,
   nesterov: bool,
-  weight_decay: float,
+  weight_decay: optax.ScalarOrSchedule,
   weight_decay_rule: str = _DEFAULT_RULE,
   clip_norm: float = 0.0,
   backbone_rate: float = 1.0,
@@ -171,7 +171,7 @@ def sgd(
     schedule: update to learning rate.
     momentum: decay of the accumulated gradient.
     nesterov: use Nesterov momentum.
-    weight_decay: factor on the parameters that decay.
+    weight_decay: factor on the parameters that decay, or a function from update to factor.
     weight_decay_rule: a key of DECAY_RULES.
     clip_norm: largest norm of the whole gradient, before weight decay; 0: no limit.
     backbone_rate: factor on the updates of all parameters outside of `head_mask`. With 0, the
@@ -184,7 +184,7 @@ def sgd(
   """
   rule = DECAY_RULES[weight_decay_rule]
   inner = optax.chain(
-    optax.add_decayed_weights(weight_decay, mask=lambda params: decay_mask(rule, params)),
+    _decayed_weights(weight_decay, rule),
     optax.masked(optax.scale(rule.bias_rate), bias_mask),
     optax.sgd(schedule, momentum, nesterov),
   )
@@ -197,7 +197,7 @@ def adamw(
   schedule: optax.Schedule,
   *,
   momentum: float,
-  weight_decay: float,
+  weight_decay: optax.ScalarOrSchedule,
   weight_decay_rule: str = _DEFAULT_RULE,
   clip_norm: float = 0.0,
   backbone_rate: float = 1.0,
@@ -210,7 +210,7 @@ def adamw(
   Args:
     schedule: update to learning rate.
     momentum: decay of the first moment m.
-    weight_decay: factor on the parameters that decay.
+    weight_decay: factor on the parameters that decay, or a function from update to factor.
     weight_decay_rule: as in `sgd`.
     clip_norm: as in `sgd`.
     backbone_rate: as in `sgd`.
@@ -226,12 +226,22 @@ def adamw(
     adam = multiplied(adam, scales, adaptive=True)
   inner = optax.chain(
     adam,
-    optax.add_decayed_weights(weight_decay, mask=lambda params: decay_mask(rule, params)),
+    _decayed_weights(weight_decay, rule),
     # Biases are scaled after Adam, which divides by the size of a gradient and would undo a factor.
     optax.masked(optax.scale(rule.bias_rate), bias_mask),
     optax.scale_by_learning_rate(schedule),
   )
   return _for_backbone(_clipped(inner, clip_norm), backbone_rate)
+
+
+def _decayed_weights(
+  weight_decay: optax.ScalarOrSchedule, rule: DecayRule
+) -> optax.GradientTransformation:
+  """Adds the parameters that decay to their updates, times the weight decay.
+
+  A constant decay keeps no state, so that the checkpoints of such runs stay as they are.
+  """
+  return optax.add_decayed_weights(weight_decay, mask=lambda params: decay_mask(rule, params))
 
 
 def _scale_by_adam(momentum: float) -> optax.GradientTransformation:

@@ -31,6 +31,20 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 """Values of `config.dtype` to types of the computation."""
 
 
+class Part(NamedTuple):
+  """A part of the training, with images of one size and one line of augmentations.
+
+  Attributes:
+    first_step: number of steps that are done when the part begins.
+    image_size: side in pixels of its images.
+    augment: its line of augmentations.
+  """
+
+  first_step: int
+  image_size: int
+  augment: str
+
+
 class Plan(NamedTuple):
   """The facts of a run that follow from its config and its data.
 
@@ -42,6 +56,7 @@ class Plan(NamedTuple):
     total_steps: length of the run.
     warmup_steps: length of the warm-up, at most that of the run.
     eval_every_steps: steps between two evaluations.
+    parts: the parts of the training, in order. The first begins with the run.
     scale_shapes: shapes of the scales of RepOptimizer, by layer; None with other optimizers.
   """
 
@@ -52,6 +67,7 @@ class Plan(NamedTuple):
   total_steps: int
   warmup_steps: int
   eval_every_steps: int
+  parts: tuple[Part, ...]
   scale_shapes: Scales | None = None
 
   def evaluates(self, step: int) -> bool:
@@ -91,7 +107,7 @@ def make_plan(config: Config) -> Plan:
     open_split(config, split, spec) for split in (config.train_split, config.eval_split)
   )
   spec = dataclasses.replace(spec, class_names=train.class_names)
-  check_training_size(config, spec)
+  check_training_sizes(config, spec)
   check_batch_fits(config, train)
   steps_per_epoch = len(train.examples) / config.batch_size
   total_steps = _total_steps(config, steps_per_epoch)
@@ -103,8 +119,20 @@ def make_plan(config: Config) -> Plan:
     total_steps=total_steps,
     warmup_steps=min(total_steps, round(config.warmup_epochs * steps_per_epoch)),
     eval_every_steps=max(1, math.ceil(config.eval_every_epochs * steps_per_epoch)),
+    parts=make_parts(config, steps_per_epoch),
     scale_shapes=scale_shapes,
   )
+
+
+def make_parts(config: Config, steps_per_epoch: float) -> tuple[Part, ...]:
+  """Returns the parts of the training by `config.curriculum`; those without a step are left out."""
+  begin, parts = 0, []
+  for end_epoch, size, augment in config.curriculum:
+    end = round(end_epoch * steps_per_epoch)
+    if end > begin:
+      parts.append(Part(begin, size, augment))
+      begin = end
+  return (*parts, Part(begin, config.image_size, config.augment))
 
 
 def _total_steps(config: Config, steps_per_epoch: float) -> int:
@@ -122,6 +150,11 @@ def check(config: Config) -> None:
   """Raises InputError for a field that is missing, or a value that no run could use."""
   check_config(config)
   parse_augmentation(config.augment, config.task)
+  for number, (_, _, augment) in enumerate(config.curriculum):
+    try:
+      parse_augmentation(augment, config.task)
+    except InputError as error:
+      raise InputError(f"config.curriculum[{number}][2]: {error}") from error
   if config.tensorboard:
     display.check_tensorboard()
 
@@ -175,18 +208,24 @@ def check_same_task(config: Config, spec: ModelSpec) -> None:
     )
 
 
-def check_training_size(config: Config, spec: ModelSpec) -> None:
-  """Raises InputError if a model cannot be trained at one image size and used at another size."""
-  if config.image_size == spec.preprocessing.image_size:
-    return
-  training = Preprocessing(config.image_size, resize_size=config.image_size)
-  shapes = dataclasses.replace(spec, preprocessing=training).variable_shapes()
-  if shapes != spec.variable_shapes():
-    raise InputError(
-      f"the parameters of {config.model} depend on the image size, so it cannot be trained at "
-      f"{config.image_size} px and evaluated at {spec.preprocessing.image_size}; leave "
-      "config.eval_image_size unset"
-    )
+def check_training_sizes(config: Config, spec: ModelSpec) -> None:
+  """Raises InputError if a model cannot be trained at one image size and used at a different one.
+
+  Tracing the model also checks that it takes images of every size.
+  """
+  evaluated = spec.preprocessing.image_size
+  sizes = {config.image_size: "leave config.eval_image_size unset"}
+  sizes |= {size: "set config.curriculum to ()" for _, size, _ in config.curriculum}
+  for size, way_out in sizes.items():
+    if size == evaluated:
+      continue
+    training = Preprocessing(size, resize_size=size)
+    shapes = dataclasses.replace(spec, preprocessing=training).variable_shapes()
+    if shapes != spec.variable_shapes():
+      raise InputError(
+        f"the parameters of {config.model} depend on the image size, so it cannot be trained at "
+        f"{size} px and evaluated at {evaluated}; {way_out}"
+      )
 
 
 def open_split(config: Config, split: str, spec: ModelSpec) -> Source:
@@ -230,7 +269,7 @@ def make_schedule(config: Config, plan: Plan) -> optax.Schedule:
     config.learning_rate,
     config.batch_size,
     plan.warmup_steps,
-    plan.total_steps - round(config.cooldown_epochs * plan.steps_per_epoch),
+    _curve_steps(config, plan),
     curve=config.schedule,
     warmup_rate=config.warmup_rate,
     warmup_overlaps=config.warmup_overlaps,
@@ -241,19 +280,34 @@ def make_schedule(config: Config, plan: Plan) -> optax.Schedule:
   )
 
 
+def make_weight_decay(config: Config, plan: Plan) -> optax.ScalarOrSchedule:
+  """Returns the weight decay: a number, or a function from an update, counted from 0."""
+  if config.final_decay_factor == 1:
+    return config.weight_decay
+  return schedules.weight_decay_schedule(
+    config.weight_decay, config.final_decay_factor, _curve_steps(config, plan)
+  )
+
+
+def _curve_steps(config: Config, plan: Plan) -> int:
+  """Returns the number of steps before the cool-down."""
+  return plan.total_steps - round(config.cooldown_epochs * plan.steps_per_epoch)
+
+
 def make_optimizer(
-  config: Config, schedule: optax.Schedule, scales: Scales | None = None
+  config: Config, plan: Plan, schedule: optax.Schedule, scales: Scales | None = None
 ) -> optax.GradientTransformation:
   """Returns the optimizer that a config describes.
 
   Args:
     config: config.
+    plan: the plan that follows from it.
     schedule: update to learning rate.
     scales: scales of RepOptimizer, or their shapes; None for other optimizers.
   """
   arguments = {
     "momentum": config.momentum,
-    "weight_decay": config.weight_decay,
+    "weight_decay": make_weight_decay(config, plan),
     "weight_decay_rule": config.weight_decay_rule,
     "clip_norm": config.clip_norm,
     "backbone_rate": config.backbone_rate,

@@ -79,7 +79,6 @@ def recalibrate(
   config, is_import, spec, step, variables = processes.first(_read, config, workdir, verify)
   train, held_out = processes.together(_open_splits, config, is_import, spec)
   model = spec.create_model(
-    dropout=0.0,
     axis_name=parallel.AXIS if config.sync_batch_norm else None,
     running_variance="biased",  # v_i above
   )
@@ -119,7 +118,7 @@ def pooled_statistics(
   Each device normalises its part of a batch with the statistics of this part, as in training.
 
   Args:
-    model: model in training form, without dropout, whose running variances are biased.
+    model: model in training form, whose running variances are biased. Its dropout does nothing.
     variables: parameters of the model, and statistics whose values are not read.
     preprocessing: how uint8 images become inputs.
     batches: at least one {"image": uint8 (B, S, S, 3), ...}, all of one size B.
@@ -265,15 +264,23 @@ def _make_statistics_step(
   def statistics_step(variables: Any, batch: Any) -> Any:
     held = variables["batch_stats"]
     zeros = _in_place_of(held, _map_norms(lambda _, norm: jax.tree.map(jnp.zeros_like, norm), held))
-    _, updates = model.apply(
-      {"params": variables["params"], "batch_stats": zeros},
-      preprocessing.normalize(batch["image"]),
-      train=True,
-      mutable=["batch_stats"],
-    )
+    # A network may drop in several places: before the classifier, in its blocks, in its backbone.
+    with nn.intercept_methods(_without_dropout):
+      _, updates = model.apply(
+        {"params": variables["params"], "batch_stats": zeros},
+        preprocessing.normalize(batch["image"]),
+        train=True,
+        mutable=["batch_stats"],
+      )
     return jax.lax.all_gather(updates["batch_stats"], parallel.AXIS)
 
   return statistics_step
+
+
+def _without_dropout(method: Any, arguments: Any, keywords: Any, context: Any) -> Any:
+  """Runs a method of a module; a dropout returns its input."""
+  is_dropout = isinstance(context.module, nn.Dropout) and context.method_name == "__call__"
+  return arguments[0] if is_dropout else method(*arguments, **keywords)
 
 
 def _shares(

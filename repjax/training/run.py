@@ -97,7 +97,7 @@ def prepare(config: Config, workdir: Path, resume: str, held: contextlib.ExitSta
   fingerprints = {"train": plan.train.fingerprint, "eval": plan.eval.fingerprint}
   processes.check_equal("the data set", fingerprints)
   schedule = planning.make_schedule(config, plan)
-  optimizer = planning.make_optimizer(config, schedule, plan.scale_shapes)
+  optimizer = planning.make_optimizer(config, plan, schedule, plan.scale_shapes)
   state, bookmark, roundings = processes.first(
     _begin, config, plan, optimizer, workdir, fingerprints
   )
@@ -188,7 +188,7 @@ def _first_of_repoptimizer(config: Config, plan: Plan, variables: dict[str, Any]
   key = jax.random.key(config.seed)
   variables = repoptimizer.initial_variables(plan.spec, variables, scales, key)
   # The values of the scales decide the initial state of the optimizer, and nothing else in it.
-  optimizer = planning.make_optimizer(config, optax.constant_schedule(0.0), scales)
+  optimizer = planning.make_optimizer(config, plan, optax.constant_schedule(0.0), scales)
   return create_state(variables, optimizer, ema=config.ema_decay > 0)
 
 
@@ -266,8 +266,9 @@ def _headline(config: Config, plan: Plan) -> str:
     backbone = f", {config.backbone_rate:g} times that for all but the {head}"
   if config.backbone_rate == 0:
     backbone = f"; the {head} alone learns, all else is frozen and runs as in evaluation"
-  size, evaluated = f"{config.image_size} px", plan.spec.preprocessing.image_size
-  if evaluated != config.image_size:
+  sizes = dict.fromkeys(str(part.image_size) for part in plan.parts)
+  size, evaluated = f"{', '.join(sizes)} px", str(plan.spec.preprocessing.image_size)
+  if sizes.keys() != {evaluated}:
     size += f" ({evaluated} in evaluation)"
   devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   if jax.process_count() > 1:

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: a warm-up, then a curve."""
+"""The learning rate and the weight decay as functions of the step."""
 
 from collections.abc import Callable
 
@@ -78,5 +78,36 @@ def learning_rate_schedule(
     step = jnp.asarray(step, jnp.float32)
     rate = jnp.asarray(falling(step - begin))
     return rate if rising is None else jnp.where(step < warmup_steps, rising(step), rate)
+
+  return schedule
+
+
+def weight_decay_schedule(
+  weight_decay: float, final_factor: float, total_steps: int
+) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+  """Builds a weight decay w that falls, or rises, along a cosine: w at first, then factor * w.
+
+  With t the part of the steps that is done, from 0 to 1, it is
+
+    w (factor + (1 - factor) (1 + cos(pi t)) / 2).
+
+  There is no warm-up: the curve begins with the run. After the last step it stays at factor * w.
+
+  Args:
+    weight_decay: w.
+    final_factor: see above.
+    total_steps: step at which the curve ends. A run may be longer.
+
+  Returns:
+    A function from step to weight decay, float32 ().
+
+  References:
+    Vasu et al., MobileOne, CVPR 2023, section 3.3. https://arxiv.org/abs/2206.04040
+  """
+  curve = optax.cosine_decay_schedule(weight_decay, max(1, total_steps), final_factor)
+
+  def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+    # As for rates, an integer step is refused by strict dtype promotion.
+    return jnp.asarray(curve(jnp.asarray(step, jnp.float32)))
 
   return schedule

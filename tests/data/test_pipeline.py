@@ -87,6 +87,10 @@ def test_seed_and_step_alone_fix_a_batch(from_the_start, start, num_workers):
   assert_equal(batches, from_the_start[start:])
 
 
+def test_a_pipeline_stops_where_it_is_told_to(from_the_start):
+  assert_equal(train(10, start_step=3, stop_step=5), from_the_start[3:5])
+
+
 def test_a_training_batch_is_uint8_images_and_int32_labels(from_the_start):
   assert {name: (x.shape, x.dtype) for name, x in from_the_start[0].items()} == {
     "image": ((BATCH, 8, 8, 3), np.uint8),

@@ -92,7 +92,7 @@ def records(workdir):
 
 def newest(workdir, config):
   model = repjax.ModelSpec.read(workdir)
-  sgd = planning.make_optimizer(config, lambda step: 0.1)
+  sgd = planning.make_optimizer(config, planning.make_plan(config), lambda step: 0.1)
   like = jax.eval_shape(
     lambda variables: create_state(variables, sgd, ema=True), model.variable_shapes()
   )

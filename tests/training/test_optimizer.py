@@ -122,6 +122,28 @@ def test_several_steps_are_those_of_pytorch(name, options, rule, clip_norm):
     assert relative_error(value, expected) <= 1e-13, path
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_weight_decay_may_follow_the_updates(name):
+  # Without gradients, SGD without momentum and AdamW multiply by 1 - rate * decay in each step.
+  params, decays = drawn(0, jnp.float64), [0.3, 0.2, 0.1, 0.5, 0.0]
+  first, still = leaves(params), jax.tree.map(jnp.zeros_like, params)
+  ours = getattr(optimizer, name)(
+    lambda step: jnp.asarray(RATES)[step],
+    momentum=0.0,
+    weight_decay=lambda step: jnp.asarray(decays)[step],
+    **({"nesterov": False} if name == "sgd" else {}),
+  )
+  state, update = ours.init(params), jax.jit(ours.update)
+  for _ in RATES:
+    updates, state = update(still, state, params)
+    params = optax.apply_updates(params, updates)
+  left = np.prod(1 - np.asarray(RATES) * decays)
+  for path, value in leaves(params).items():
+    decaying = path.endswith(RULES["kernels_and_fast_biases"])
+    assert relative_error(value, first[path] * (left if decaying else 1)) <= 1e-13, path
+
+
 def test_the_norms_of_these_gradients_are_above_and_below_a_limit_of_the_test():
   norms = [float(optax.tree.norm(drawn(seed))) for seed in range(1, 6)]
   assert min(norms) < 12.5 < max(norms) < 1e3

@@ -1,5 +1,7 @@
 """Every mistake in a config is named before anything is written."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,17 @@ pytest_plugins = ["tests.training.fixtures"]
     ({"model_overrides": {"act": "swish"}}, "unknown activation 'swish'; known: gelu, relu, silu"),
     ({"model_overrides": {"stage_sizes": (1, 1)}}, "stage_sizes takes 4 numbers"),
     ({"num_classes": 7}, "digits has 10 classes, the model has 7"),
+    (
+      {"curriculum": ((2, 16, "none"), (2, 16, "none"))},
+      "config.curriculum end at the epochs 2, 2. Each number must be larger",
+    ),
+    ({"curriculum": ((2, 4, "none"),)}, "H and W at least 8; got (1, 4, 4, 3)"),
+    ({"curriculum": ((2, 8),)}, "config.curriculum[0] must be a list of 3: a number above 0, a"),
+    ({"curriculum": ((2, 8, "flip"),)}, "config.curriculum[0][2]: config.augment: flip may stand"),
+    (
+      {"curriculum": ((2, 8, "none"),), "qat": True},
+      "config.qat fine-tunes at one image size, and config.curriculum has several",
+    ),
     ({"num_steps": 0}, "config.num_steps = 0 leaves no step to train"),
     ({"num_epochs": 0.0}, "config.num_epochs must be a number above 0, got 0.0"),
     ({"eval_every_epochs": -1.0}, "config.eval_every_epochs must be a number above 0, got -1.0"),
@@ -150,7 +163,8 @@ def test_a_plan_follows_from_config_and_data(digits_dir):
   )
   assert len(plan.train.examples) == 1437
   assert len(plan.eval.examples) == 360
-  assert plan[3:] == (pytest.approx(1437 / 32), 12, 3, 4, None)
+  parts = (planning.Part(0, 16, "pad_and_crop"),)
+  assert plan[3:] == (pytest.approx(1437 / 32), 12, 3, 4, parts, None)
 
 
 def test_epochs_give_the_number_of_steps_where_none_is_set(digits_dir):
@@ -187,6 +201,7 @@ def test_every_field_of_a_recipe_reaches_its_schedule(digits_dir):
     {"momentum": 0.5},
     {"nesterov": True},
     {"weight_decay": 0.5},
+    {"final_decay_factor": 0.0},
     {"weight_decay_rule": "more_than_one_axis"},
     {"clip_norm": 0.1},
     {"backbone_rate": 0.5},
@@ -200,7 +215,8 @@ def test_every_field_of_a_recipe_reaches_its_optimizer(changes):
   def second_update(changes):
     config = common.get_config()
     config.update(changes)
-    ours = planning.make_optimizer(config, lambda step: 0.1)
+    plan = types.SimpleNamespace(total_steps=2, steps_per_epoch=1.0)
+    ours = planning.make_optimizer(config, plan, lambda step: 0.1)
     state = ours.init(params)
     for gradients in (params, jax.tree.map(lambda x: 2 * x, params)):
       updates, state = ours.update(gradients, state, params)
@@ -208,6 +224,18 @@ def test_every_field_of_a_recipe_reaches_its_optimizer(changes):
 
   ours, plain = second_update(changes), second_update({})
   assert any(np.any(a != b) for a, b in zip(ours, plain))
+
+
+def test_parts_of_a_curriculum_follow_each_other_and_have_a_step():
+  config = common.get_config()
+  config.update({"image_size": 224, "augment": "none | flip"})
+  assert planning.make_parts(config, 10.0) == ((0, 224, "none | flip"),)
+  config.curriculum = ((0.01, 96, "none"), (2.5, 128, "none"), (4, 160, "none"))
+  assert planning.make_parts(config, 10.0) == (
+    (0, 128, "none"),
+    (25, 160, "none"),
+    (40, 224, "none | flip"),
+  )
 
 
 def test_models_see_another_size_in_evaluation_where_one_is_set(digits_dir):

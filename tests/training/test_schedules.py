@@ -11,7 +11,7 @@ import pytest
 
 from repjax.configs import common
 from repjax.training import planning
-from repjax.training.schedules import CURVES, learning_rate_schedule
+from repjax.training.schedules import CURVES, learning_rate_schedule, weight_decay_schedule
 
 pytest_plugins = ["tests.training.fixtures"]
 
@@ -154,3 +154,20 @@ def test_the_schedule_is_the_same_for_a_traced_step_under_strict_promotion(
   with jax.numpy_dtype_promotion("strict"):
     traced = jax.jit(jax.vmap(schedule))(jnp.arange(11))
   np.testing.assert_allclose(traced, rates(schedule, 11), 1e-6, 1e-8)
+
+
+def test_the_weight_decay_falls_along_a_cosine_and_stays_at_its_end():
+  falling = rates(weight_decay_schedule(1e-4, 0.1, TOTAL), TOTAL + 5)
+  done = np.minimum(np.arange(TOTAL + 5) / TOTAL, 1)
+  expected = 1e-5 + 9e-5 * (1 + np.cos(np.pi * done)) / 2
+  np.testing.assert_allclose(falling, expected, rtol=1e-5)
+
+
+def test_the_weight_decay_has_no_warm_up_and_ends_before_the_cooldown():
+  config = common.get_config()
+  config.update({"weight_decay": 0.5, "cooldown_epochs": 3.0})
+  plan = types.SimpleNamespace(warmup_steps=WARMUP, total_steps=TOTAL + 12, steps_per_epoch=4.0)
+  assert planning.make_weight_decay(config, plan) == 0.5
+  config.final_decay_factor = 0.1
+  cooled = planning.make_weight_decay(config, plan)
+  np.testing.assert_array_equal(rates(cooled), rates(weight_decay_schedule(0.5, 0.1, TOTAL)))
