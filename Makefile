@@ -7,7 +7,7 @@ comma := ,
 # CUDA wheels only where there is an NVIDIA GPU.
 EXTRAS := dev$(if $(shell nvidia-smi -L 2>/dev/null),$(comma)cuda)
 
-.PHONY: demo test proofs lint gpu clean
+.PHONY: demo test proofs lint gpu package python clean
 
 demo: $(VENV)/installed
 	$(BIN)/python main.py --config configs/digits.py
@@ -26,17 +26,35 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Installs the built package into empty environments, which takes minutes: part of CI.
+package: $(VENV)/installed
+	$(BIN)/python scripts/prove_package.py
+
 # Takes PYTHON as it is and installs nothing: a machine with a GPU may have no network.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
 # Runs again only when pyproject.toml has changed.
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml | python
 	@echo "installing repjax[$(EXTRAS)] into $(VENV), a few minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
+
+# Stops where the Python of `.venv`, or the one that would make `.venv`, cannot run repjax.
+NEW := import sys; sys.exit(sys.version_info < (3, 11))
+GOAL := $(or $(firstword $(MAKECMDGOALS)),demo)
+python:
+	@if [ -e $(VENV)/bin ]; then \
+	  $(BIN)/python -c '$(NEW)' 2>/dev/null || { \
+	    echo "error: repjax needs Python 3.11 or newer, and $(BIN)/python --version says:" \
+	      "$$($(BIN)/python --version 2>&1). Remove $(VENV) by 'make clean', then run 'make $(GOAL) PYTHON=python3.11'" >&2; exit 1; }; \
+	else \
+	  $(PYTHON) -c '$(NEW)' 2>/dev/null || { \
+	    echo "error: repjax needs Python 3.11 or newer, and $(PYTHON) --version says:" \
+	      "$$($(PYTHON) --version 2>&1). Name a newer one: 'make $(GOAL) PYTHON=python3.11'" >&2; exit 1; }; \
+	fi
 
 clean:
 	rm -rf $(VENV)

@@ -14,7 +14,17 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
 # A room is a file or a folder of the package. Every room may import the leaves.
 LEAVES = {
-  *("cache", "devices", "disk", "errors", "json_files", "names", "output", "regular_files"),
+  *(
+    "cache",
+    "devices",
+    "disk",
+    "errors",
+    "extras",
+    "json_files",
+    "names",
+    "output",
+    "regular_files",
+  ),
   *("runs", "saving", "schema", "signals", "timing", "trees", "xla"),
 }
 # Each room, and the rooms besides the leaves that it may import.
@@ -55,7 +65,7 @@ NOT_LEAVES = {"data": {"cache", "runs", "trees", "xla"}}
 # Packages outside the standard library: all that a room may import, and those that it may not.
 ONLY = {
   "algebra": {"jax"},
-  **{leaf: set() for leaf in ("devices", "errors", "json_files", "names", "output")},
+  **{leaf: set() for leaf in ("devices", "errors", "extras", "json_files", "names", "output")},
   **{leaf: set() for leaf in ("regular_files", "schema", "signals", "timing")},
 }
 NEVER = {"data": {"jax", "jaxlib", "flax"}}

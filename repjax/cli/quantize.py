@@ -13,12 +13,12 @@ cause. Accuracy is measured on the evaluation split. Without --to no folder is w
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import repjax
+from repjax import extras
 from repjax.cli import flags
 from repjax.errors import InputError, one_paragraph
 
@@ -286,8 +286,8 @@ def draw(
   title: str, ranked: Sequence[Sensitivity], float_layers: Sequence[str]
 ) -> dict[str, bytes]:
   """Returns the picture of a ranking as {name of the file: PNG}, or {} without matplotlib."""
-  if not importlib.util.find_spec("matplotlib"):
-    print("no picture, which needs matplotlib: pip install 'repjax[report]'")
+  if not extras.is_installed("matplotlib"):
+    print(extras.missing("matplotlib", "a picture of the ranking"))
     return {}
   from repjax.quantization.drawing import picture
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from repjax import json_files, schema
+from repjax import extras, json_files, schema
 from repjax.config import INTERPOLATIONS, MEAN, STD
 from repjax.errors import InputError, printable, sentences
 from repjax.runs import contents
@@ -63,13 +63,9 @@ def fetch(reference: str) -> HubFile:
     InputError: the repository, revision or file does not exist, or the hub cannot be reached and
       the cache does not hold the file.
   """
-  try:
-    import huggingface_hub
-    from huggingface_hub import errors
-  except ImportError:
-    raise InputError(
-      f"{reference} needs the huggingface_hub package: pip install 'repjax[hub]'"
-    ) from None
+  huggingface_hub = extras.need("huggingface_hub", printable(reference))
+  from huggingface_hub import errors
+
   repository, _, file = reference.removeprefix(PREFIX).partition(":")
   repository, _, revision = repository.partition("@")
   unreachable = card = None

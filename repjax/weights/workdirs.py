@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax import config, disk, names, runs
+from repjax import config, disk, extras, names, runs
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub, repmlpnet, repvgg
@@ -149,10 +149,9 @@ def export_weights(
     InputError: the folder does not hold this form, the naming does not cover the model, or the file
       exists.
   """
-  try:
-    from safetensors.numpy import save_file
-  except ImportError:
-    raise InputError("writing .safetensors needs: pip install 'repjax[weights]'") from None
+  extras.need("safetensors", "a .safetensors file")
+  from safetensors.numpy import save_file
+
   target = names.file(target)
   if target.suffix != ".safetensors":
     raise InputError(f"{target} must end in .safetensors; call it {target.stem}.safetensors")

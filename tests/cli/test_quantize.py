@@ -133,7 +133,7 @@ def test_mistakes_end_in_one_paragraph(run_command, workdir, tmp_path, monkeypat
     "importlib.util.find_spec",
     lambda name, *rest: None if name == "onnxruntime" else find_spec(name, *rest),
   )
-  assert text("--workdir", workdir).startswith("error: 8 bits need the package onnxruntime")
+  assert text("--workdir", workdir).startswith("error: for 8 bits, the package onnxruntime")
 
 
 @pytest.mark.parametrize(

@@ -533,6 +533,6 @@ def test_without_onnx_the_way_out_is_said(small, run_command, small_folder, tmp_
   )
   with pytest.raises(InputError, match=r"pip install 'repjax\[onnx\]'"):
     repjax.onnx.to_onnx(*small, image_size=16)
-  with pytest.raises(SystemExit, match=r"^error: ONNX files need the package onnx"):
+  with pytest.raises(SystemExit, match=r"^error: for ONNX files, the package onnx"):
     run_command("export", "--workdir", small_folder, "--to", tmp_path / "out", "--format", "onnx")
   assert list(tmp_path.iterdir()) == []

@@ -198,7 +198,7 @@ def test_a_gated_repository_is_one_clear_error(cache, online, monkeypatch):
 
 def test_without_the_package_the_way_to_install_it_is_said(monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-  with pytest.raises(InputError, match=r"needs the huggingface_hub package: pip install"):
+  with pytest.raises(InputError, match=r"the package huggingface_hub .*'repjax\[hub\]'"):
     hub.fetch("hf:owner/net")
 
 
