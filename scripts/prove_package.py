@@ -1,7 +1,7 @@
 """Builds the package, checks it, installs it into an empty environment, and uses it there.
 
-The wheel is built from the source distribution, so that a file which one of them lacks is noticed.
-`pip install repjax` must be enough for models, folds, `fuse` and `compile`. Everything else must say
+The wheel is built from the source distribution, so that a file that one of them lacks is noticed.
+`pip install repjax` must be enough for models, folds, `fuse` and `compile`. Everything else says
 in one line which extra it needs. With --extras, each extra gets its own environment, and a table
 shows how large the environments are.
 

@@ -14,18 +14,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
 # A room is a file or a folder of the package. Every room may import the leaves.
 LEAVES = {
-  *(
-    "cache",
-    "devices",
-    "disk",
-    "errors",
-    "extras",
-    "json_files",
-    "names",
-    "output",
-    "regular_files",
-  ),
-  *("runs", "saving", "schema", "signals", "timing", "trees", "xla"),
+  *("cache", "devices", "disk", "errors", "extras", "json_files", "names", "output"),
+  *("regular_files", "runs", "saving", "schema", "signals", "timing", "trees", "xla"),
 }
 # Each room, and the rooms besides the leaves that it may import.
 MAY_IMPORT = {
@@ -42,13 +32,15 @@ MAY_IMPORT = {
   "models": {"layers"},
   "expansion": {"algebra", "layers", "models", "recognition", "reparam"},
   "spec": {"models", "reparam"},
+  "pretrained": {"reparam", "spec", "weights"},
   "analysis": {"functions", "fusion", "models", "program", "spec"},
   "weights": {"config", "models", "recognition", "reparam", "spec"},
   "inference": {"functions", "fusion", "models", "program", "recognition", "reparam", "spec"},
   "onnx": {"functions", "inference", "program", "spec"},
   "quantization": {"algebra", "functions", "inference", "onnx", "program"},
   "deploy": {
-    *("algebra", "data", "functions", "inference", "models", "onnx", "program", "spec"),
+    *("algebra", "data", "functions", "inference", "models", "onnx", "pretrained", "program"),
+    "spec",
   },
   "report": {"layers", "recognition", "spec"},
   "config": set(),

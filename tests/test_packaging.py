@@ -1,4 +1,4 @@
-"""The packages that `pip` installs are those that repjax imports; scripts/prove_package.py tries."""
+"""The packages that `pip` installs are those that repjax imports, and errors name the extras."""
 
 import ast
 import re

@@ -16,7 +16,8 @@ from repjax.cache import keep_every_program
 from repjax.deploy.compile import BATCH_SIZES, compile  # noqa: A004
 from repjax.devices import need_devices
 from repjax.errors import InputError, printable
-from repjax.spec import ModelSpec, Preprocessing, load
+from repjax.pretrained import load
+from repjax.spec import ModelSpec, Preprocessing
 
 if TYPE_CHECKING:
   from PIL.Image import Image as PillowImage
@@ -64,7 +65,8 @@ class Predictor:
     """Loads the model and compiles it.
 
     Args:
-      workdir: the folder of a run, an import or an export, or a deploy folder.
+      workdir: the folder of a run, an import or an export, or a deploy folder; or the name of
+        published weights, as in `repjax.load`.
       dtype: dtype of the computation, as in `compile`.
       batch_sizes: batch sizes to compile for, as in `compile`.
       devices: as in `compile`.

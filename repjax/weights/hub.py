@@ -14,7 +14,7 @@ from repjax.spec import Preprocessing
 
 PREFIX = "hf:"
 _FILES = ("model.safetensors", "pytorch_model.bin")
-_BY_FILE = "Download the weights and pass --from FILE: then config.json is not read"
+_BY_FILE = "Download the weights and run `repjax import --from FILE`, which reads no config.json"
 
 _CONFIG = record(
   {"pretrained_cfg": optional(record({}, others=anything)), "label_names": optional(items(text()))},
@@ -119,7 +119,7 @@ def fetch(reference: str) -> HubFile:
     raise InputError(
       f"the Hugging Face hub cannot be reached ({unreachable}), and the local cache does not hold "
       f"{' or '.join(names)} of {repository}. Connect, or run `hf download {repository}` elsewhere "
-      "and copy the cache, or pass --from FILE."
+      "and copy the cache, or read a file by `repjax import --from FILE`."
     )
   if path is None:
     raise InputError(
