@@ -45,10 +45,13 @@ from PIL import Image
 
 import repjax
 from repjax import disk, runs
-from repjax.data import files, open_source, read_image, tfrecords, transforms
+from repjax.data import class_table, files, open_source, read_image, tfrecords, transforms
 from repjax.data.augmentation import crops
+from repjax.data.augmentation.pairs import scale_and_crop
 from repjax.data.decode import Picture
 from repjax.data.folder import prepare_folder
+from repjax.data.mask_folder import prepare_mask_folder, read_pair
+from repjax.data.pairs import pair_of
 from repjax.data.reading import find_fault
 from repjax.disk import trees
 from repjax.errors import InputError
@@ -144,6 +147,51 @@ def read_data_set(path: Path) -> None:
       Picture(example["image"], example["name"]).pixels()
 
 
+def make_masks(folder: Path) -> None:
+  """Writes folders of an image and a mask, with masks of values, of a palette and of colours."""
+  classes = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) % 3).resize((16, 12))
+  palette = classes.copy()
+  palette.putpalette([0, 0, 0, 9, 9, 9, 200, 0, 0])
+  masks = {"grey": classes, "palette": palette, "colours": palette.convert("RGB")}
+  for name, mask in masks.items():
+    for inner, image in (("images", classes.convert("RGB")), ("masks", mask)):
+      path = folder / name / inner / "0.png"
+      path.parent.mkdir(parents=True)
+      image.save(path)
+    table = {"names": ["a", "b", "c"], "colors": [[0, 0, 0], [9, 9, 9]], "ignore": [7]}
+    table["colors"] += [[200, 0, 0]]
+    (folder / name / class_table.NAME).write_text(json.dumps(table))
+
+
+def read_mask(path: Path) -> None:
+  """Reads a mask as preparation does."""
+  rules = class_table.read(path / class_table.NAME).rules
+  pair = read_pair(path / "images/0.png", path / "masks/0.png", ("image", "mask"), rules)
+  if pair.fault is not None:
+    raise InputError(pair.fault)
+
+
+def make_mask_sets(folder: Path) -> None:
+  """Writes a prepared data set of images and masks."""
+  with tempfile.TemporaryDirectory() as photos:
+    for split, inner, number in itertools.product(("train", "val"), ("images", "masks"), range(2)):
+      path = Path(photos, split, inner, f"{number}.png")
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.new("L", (8, 8), number).save(path)
+    prepare_mask_folder(photos, "pets", data_dir=folder / "sets", num_workers=1)
+
+
+def read_mask_set(path: Path) -> None:
+  """Opens both splits, and reads every pair as training and evaluation do."""
+  for split in ("train", "validation"):
+    source = open_source("pets", split, data_dir=str(path), task="segmentation")
+    canvas = source.canvas(32)
+    assert canvas is not None
+    for index in range(min(len(source.examples), 100)):
+      pair = pair_of(source.examples[index], (0, 0, 0))
+      scale_and_crop()(pair, 32, "bicubic", np.random.default_rng(0))
+
+
 def make_tfrecords(folder: Path) -> None:
   """Writes a TFRecord file."""
   records = []
@@ -216,6 +264,8 @@ def small_model() -> repjax.ModelSpec:
 READERS = {
   "pictures": Reader(make_pictures, read_picture),
   "data sets": Reader(make_data_sets, read_data_set),
+  "masks": Reader(make_masks, read_mask),
+  "mask sets": Reader(make_mask_sets, read_mask_set),
   "tfrecords": Reader(make_tfrecords, lambda path: list(tfrecords.read_tfrecord(path))),
   "lists": Reader(make_lists, files.read_list),
   "checkpoints": Reader(make_checkpoints, read_checkpoint),

@@ -1,4 +1,4 @@
-"""Image classification data: TFDS as the source, Grain as the pipeline, uint8 batches.
+"""Images with labels or masks: TFDS as the source, Grain as the pipeline, uint8 batches.
 
 No file here imports jax, so worker processes never touch an accelerator. Public names load on first
 use, since TFDS and Grain take a second to import and decoding an image needs neither.

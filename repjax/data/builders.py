@@ -6,8 +6,9 @@ import io
 import itertools
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import naming
@@ -15,9 +16,12 @@ from tensorflow_datasets.core.utils import file_utils
 
 from repjax.data import metadata, storage
 from repjax.data.digits import Digits
+from repjax.data.scenes import Scenes
 from repjax.errors import InputError, printable, unknown
 
 PREPARE = "repjax prepare-dataset"
+DEMOS: Mapping[str, type[tfds.core.GeneratorBasedBuilder]] = {"digits": Digits, "scenes": Scenes}
+"""Sets that are made on first use, from images inside of installed packages."""
 LARGE_SETS = (
   "TFDS makes sets above 1 GB with TensorFlow only: either install it for this one step, or unpack "
   "the images into folders, one per class, and use --from-folder, which needs no TensorFlow"
@@ -69,7 +73,7 @@ def builder_of(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
   own = stored_sets(data_dir)
   if parts["name"] not in {*known, *own}:
     raise InputError(
-      f"{unknown('data set', name, [*known, *own, 'digits', 'synthetic'])} (sets of your own are "
+      f"{unknown('data set', name, [*known, *own, *DEMOS, 'synthetic'])} (sets of your own are "
       f"looked for in {storage.sets_folder(data_dir)}; make one from a folder of images with: "
       f"{PREPARE} --from-folder FOLDER --name NAME)"
     )
@@ -129,17 +133,23 @@ def file_formats(builder: tfds.core.DatasetBuilder) -> list[str]:
   return [info.file_format or "tfrecord", *info.alternative_file_formats]
 
 
-def digits_builder(data_dir: str | None) -> tfds.core.DatasetBuilder:
-  """Returns the builder of the digits set, and prepares the set on first use.
+def metadata_of(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
+  """Returns what `metadata.json` of a set holds; empty where there is none."""
+  metadata: Any = builder.info.metadata or {}
+  return {key: metadata[key] for key in metadata.keys()}  # noqa: SIM118 - TFDS reads its file in keys(), not before
+
+
+def demo_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+  """Returns the builder of one of DEMOS, and prepares the set on first use.
 
   A printed line says where the set goes. TFDS's progress bars are not shown.
   """
-  with tfds_errors("digits"):
-    metadata.check_sets(storage.sets_folder(data_dir), Digits.name, None)
-    builder = Digits(data_dir=_given(data_dir), file_format="array_record")
+  with tfds_errors(name):
+    metadata.check_sets(storage.sets_folder(data_dir), name, None)
+    builder = DEMOS[name](data_dir=_given(data_dir), file_format="array_record")
   if builder.data_path.exists():
     return builder
-  print(f"preparing the digits data set in {builder.data_path}", flush=True)
+  print(f"preparing the {name} data set in {builder.data_path}", flush=True)
   try:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
       builder.download_and_prepare()

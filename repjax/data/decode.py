@@ -110,8 +110,8 @@ class Picture:
     self._orientation = 1
     with image_errors(name, way_out):
       self._stored = self._read_header()
-    turned = _TURNS.get(self._orientation, (False, None))[0]
-    self.width, self.height = self._stored[::-1] if turned else self._stored
+    transposed = _TURNS.get(self._orientation, (False, None))[0]
+    self.width, self.height = self._stored[::-1] if transposed else self._stored
 
   def _read_header(self) -> tuple[int, int]:
     """Returns the width and height of the stored pixels, before any rotation."""
@@ -163,7 +163,7 @@ class Picture:
       pixels = self._by_opencv(reduction)
       if pixels is None:
         pixels = self._by_pillow()
-      return _turned(pixels, self._orientation)
+      return turned(pixels, self._orientation)
 
   def _by_opencv(self, reduction: int) -> np.ndarray | None:
     """Returns the stored pixels by OpenCV, or None where Pillow must decode or explain."""
@@ -215,8 +215,8 @@ def _open_whole(data: bytes, load: bool) -> Image.Image:
   return image
 
 
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-  """Returns stored pixels (H, W, 3) in the orientation that EXIF asks for."""
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+  """Returns stored pixels (H, W, ...) in the orientation that EXIF asks for."""
   transposed, flip = _TURNS.get(orientation, (False, None))
   if transposed:
     pixels = cv2.transpose(pixels)

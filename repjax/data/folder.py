@@ -1,24 +1,18 @@
 """Makes TFDS sets of folders of images: `<class>/*.jpg`, or `{train,val}/<class>/*.jpg`."""
 
-import hashlib
 import os
-import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import example_serializer, naming
-from tqdm import tqdm
 
-from repjax import disk, names
-from repjax.data import layout, storage
+from repjax import names
+from repjax.data import layout, preparation
 from repjax.data.layout import Classes
-from repjax.data.reading import ImageFile, in_order, read_image_file
+from repjax.data.preparation import LeftOut, SplitWriter
+from repjax.data.reading import ImageFile, read_image_file
 from repjax.errors import InputError, listed, printable
-
-VERSION = "1.0.0"  # the same for every set made here; the checksum tells sets apart
 
 
 class PreparedSet(NamedTuple):
@@ -76,118 +70,50 @@ def prepare_folder(
       problems.
   """
   folder = names.file(folder)
-  target = storage.sets_folder(data_dir) / name / VERSION
-  try:
+  with preparation.folder_errors(folder):
     found = layout.find_images(folder, validation_ratio, seed)
-  except OSError as error:
-    where = printable(error.filename or folder)
-    raise InputError(f"{where} cannot be read: {error.strerror}") from error
-  problems = [*name_problems(name), *found.problems]
-  with disk.writing(target, OSError):
-    problems += storage.existing_problems(target, replace=replace)
-  if problems:
-    raise InputError(listed(problems, 10, between="\n", longest=None))
   workers = num_workers or os.cpu_count() or 1
-  with (
-    storage.whole_set(target, replace=replace) as draft,
-    warnings.catch_warnings(action="ignore"),  # Pillow warns about odd files that it can read
-  ):
-    counts, skipped, repeated = _write(draft, folder, found, name, seed, workers)
-    if strict and skipped:
-      raise InputError(
-        f"nothing was written, since {len(skipped):,} of the files cannot be read; without "
-        f"--strict they are left out, and {storage.SKIPPED} lists them all: "
-        + listed(
-          (f"{path}: {why}" for path, why in sorted(skipped.items())),
-          20,
-          between="; ",
-          longest=None,
-        )
-      )
+  with preparation.new_set(name, found.problems, data_dir=data_dir, replace=replace) as place:
+    target, draft = place
+    counts, left_out = _write(draft, folder, found, name, seed, workers)
+    preparation.refuse_skipped(left_out.skipped, strict)
   class_names = tuple(found.splits["train"])
-  return PreparedSet(target, class_names, counts, skipped, found.others, repeated)
-
-
-def name_problems(name: str) -> list[str]:
-  """Returns the reason why a set cannot have this name, with a possible name, or an empty list."""
-  plain = re.sub(r"[^a-z0-9]+", "_", naming.camelcase_to_snakecase(name.strip())).strip("_")
-  proposed = plain if re.match("[a-z]", plain) else f"set_{plain}".rstrip("_")
-  taken = {*tfds.list_builders(with_community_datasets=False), "digits", "synthetic"}
-  if proposed in taken:
-    proposed = f"my_{proposed}"
-  if name in taken:
-    return [f"the name {name} belongs to a data set already; take {proposed}, for example"]
-  if not re.fullmatch("[a-z][a-z0-9_]*", name) or naming.camelcase_to_snakecase(name) != name:
-    return [
-      f"{name!r} cannot be the name of a set. A name consists of lower-case letters, digits and "
-      f"underscores, and starts with a letter; take {proposed}, for example"
-    ]
-  return []
+  return PreparedSet(target, class_names, counts, left_out.skipped, found.others, left_out.repeated)
 
 
 def _write(
   draft: Path, folder: Path, found: layout.FolderLayout, name: str, seed: int, num_workers: int
-) -> tuple[dict[str, list[int]], dict[str, str], list[str]]:
-  """Writes the whole set; returns `counts`, `skipped` and `repeated` as in `PreparedSet`."""
+) -> tuple[dict[str, list[int]], LeftOut]:
+  """Writes the whole set; returns `counts` as in `PreparedSet`, and what was left out."""
   splits = found.splits
   class_names = tuple(splits["train"])
-  writers = {split: _SplitWriter(draft, name, split, class_names) for split in splits}
-  skipped, repeated = _write_images(writers, folder, splits, name, seed, num_workers)
-  counts = {split: writer.counts for split, writer in writers.items()}
-  _refuse_lost_classes(splits, counts, skipped)
-  storage.write_info(
+  features = _features(class_names)
+  writers = {split: SplitWriter(draft, name, split, features) for split in splits}
+  counts = {split: [0] * len(class_names) for split in splits}
+
+  def keep(split: str, image: ImageFile) -> None:
+    writers[split].write(image, {"image": image.data, "label": image.label})
+    counts[split][image.label] += 1
+
+  left_out = preparation.read_all(
+    {split: _stored_order(folder, classes, seed) for split, classes in splits.items()},
+    read_image_file,
+    keep,
+    name=name,
+    total=sum(len(paths) for classes in splits.values() for paths in classes.values()),
+    num_workers=num_workers,
+  )
+  _refuse_lost_classes(splits, counts, left_out.skipped)
+  preparation.write_info(
     draft,
     name,
-    VERSION,
-    features=_features(class_names),
-    splits={split: writer.finish() for split, writer in writers.items()},
+    writers,
+    features=features,
     description="Images from a folder, one class for each folder in it.",
-    metadata={
-      "checksum": {split: writer.checksum.hexdigest() for split, writer in writers.items()}
-    },
   )
-  listed = (
-    dict.fromkeys(found.others, f"its ending is none of {', '.join(layout.ENDINGS)}") | skipped
-  )
-  # Names keep their bytes, but a line break in a name must not look like two files.
-  lines = [f"{_one_line(path)}\t{reason}\n" for path, reason in sorted(listed.items())]
-  if lines:
-    (draft / storage.SKIPPED).write_text("".join(lines), "utf-8", "surrogateescape")
-  return counts, skipped, repeated
-
-
-def _one_line(path: str) -> str:
-  """Returns a path with its control characters escaped."""
-  return path.translate({code: f"\\x{code:02x}" for code in (*range(32), 127)})
-
-
-def _write_images(
-  writers: dict[str, "_SplitWriter"],
-  folder: Path,
-  splits: dict[str, Classes],
-  name: str,
-  seed: int,
-  num_workers: int,
-) -> tuple[dict[str, str], list[str]]:
-  """Writes the images of all splits; returns `skipped` and `repeated` as in `PreparedSet`."""
-  skipped: dict[str, str] = {}
-  validation, repeated = set(), []
-  total = sum(len(paths) for classes in splits.values() for paths in classes.values())
-  with tqdm(total=total, desc=name, unit=" images", disable=None) as bar:
-    # The validation split comes first, so that its digests are known when the other splits follow.
-    for split in sorted(splits, key=lambda split: split != "validation"):
-      files = _stored_order(folder, splits[split], seed)
-      for image in in_order(read_image_file, files, num_workers):
-        bar.update()
-        if image.fault:
-          skipped[image.name] = image.fault
-          continue
-        writers[split].write(image)
-        if split == "validation":
-          validation.add(image.digest)
-        elif image.digest in validation:
-          repeated.append(image.name)
-  return skipped, repeated
+  others = dict.fromkeys(found.others, f"its ending is none of {', '.join(layout.ENDINGS)}")
+  preparation.write_skipped(draft, others | left_out.skipped)
+  return counts, left_out
 
 
 def _stored_order(folder: Path, classes: Classes, seed: int) -> Iterator[tuple[Path, str, int]]:
@@ -213,33 +139,6 @@ def _refuse_lost_classes(
       f"no image could be read of {listed(lost, between='; ', longest=None)}. Every class needs "
       "images in every split. Replace these files, or remove the class"
     )
-
-
-class _SplitWriter:
-  """Writes the examples of a split, counts each class, and computes the split's checksum.
-
-  The checksum is the SHA-256 over the name, a zero byte and the SHA-256 of each image in turn.
-  """
-
-  def __init__(self, draft: Path, name: str, split: str, class_names: tuple[str, ...]):
-    self._shards = storage.ShardWriter(draft, name, split)
-    self._features = _features(class_names)
-    specs: Any = self._features.get_serialized_info()
-    self._serializer = example_serializer.ExampleSerializer(specs)
-    self.checksum = hashlib.sha256()
-    self.counts = [0] * len(class_names)
-
-  def write(self, image: ImageFile) -> None:
-    """Appends an example."""
-    name = image.name.encode("utf-8", "surrogateescape")
-    example = {"image": image.data, "label": image.label, "file_name": name}
-    self._shards.write(self._serializer.serialize_example(self._features.encode_example(example)))
-    self.checksum.update(name + b"\0" + image.digest)
-    self.counts[image.label] += 1
-
-  def finish(self) -> storage.SplitFiles:
-    """Closes the files, and returns the facts about them that TFDS keeps."""
-    return self._shards.finish()
 
 
 def _features(class_names: tuple[str, ...]) -> tfds.features.FeaturesDict:

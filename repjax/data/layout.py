@@ -4,6 +4,7 @@ import collections
 import hashlib
 import os
 import unicodedata
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,25 +47,69 @@ def find_images(folder: Path, validation_ratio: float | None, seed: int) -> Fold
   Returns:
     The splits in the order train, validation, test, each with the same sorted classes; or problems.
   """
-  # The functions below append to these two lists, so that one error names every problem.
-  problems, others = _ratio_problems(validation_ratio), []
+  others = []
+  splits, problems = find_splits(
+    folder,
+    validation_ratio,
+    seed,
+    lambda split, problems: _classes(split, folder, problems, others),
+    "a folder with one folder per class",
+  )
+  if splits:
+    problems += _class_problems(folder, splits)
+  if not problems:  # with problems, a class may seem small for a reason that is named already
+    problems += _single_images(splits)
+  return FolderLayout(splits, [*dict.fromkeys(map(printable, problems))], others)
+
+
+def find_splits(
+  folder: Path,
+  validation_ratio: float | None,
+  seed: int,
+  read: Callable[[Path, list[str]], Classes],
+  wanted: str,
+) -> tuple[dict[str, Classes], list[str]]:
+  """Returns the files of each split, and all that is wrong with the folder and its splits.
+
+  Args: as in `prepare_folder`, and
+    read: function of the folder of a split, and of the list to which it appends problems, that
+      returns the files in it.
+    wanted: the kind of folder that should be given, for the error.
+  """
+  # The functions below append to this list, so that one error names every problem.
+  problems = _ratio_problems(validation_ratio)
   if not folder.is_dir():
     what = "is a file" if folder.exists() else "does not exist"
-    wanted = f"{folder} {what}; give a folder with one folder per class"
-    return FolderLayout({}, [*problems, printable(wanted)], [])
+    return {}, [*problems, f"{folder} {what}; give {wanted}"]
   folders = _split_folders(folder, problems)
-  splits = {split: _classes(path, folder, problems, others) for split, path in folders.items()}
+  splits = {split: read(path, problems) for split, path in folders.items()}
   ratio = DEFAULT_RATIO if validation_ratio is None or problems else validation_ratio
-  if not splits:  # classes lie directly in the folder
-    splits = _divide(_classes(folder, folder, problems, others), ratio, seed)
+  if not splits:  # the files of all splits lie directly in the folder
+    splits = _divide(read(folder, problems), ratio, seed)
   elif set(splits) == {"train"} and validation_ratio is not None:
     splits = _divide(splits["train"], ratio, seed)
   elif validation_ratio is not None:
     problems.append(f"{folder} has a validation split already; leave --validation-ratio out")
-  problems += _class_problems(folder, splits)
-  if not problems:  # with problems, a class may seem small for a reason that is named already
-    problems += _single_images(splits)
-  return FolderLayout(splits, [*dict.fromkeys(map(printable, problems))], others)
+  if "train" in splits and "validation" not in splits:
+    problems.append(
+      f"{folder} has no validation images. Add a folder called val, or set a share of the training "
+      f"images aside with --validation-ratio {DEFAULT_RATIO}"
+    )
+  return splits, problems
+
+
+def name_problems(names: Iterable[str], way_out: str) -> list[str]:
+  """Returns the problem of names of classes that TFDS would not keep, or an empty list."""
+  # TFDS keeps the names in a text file, one a line, and strips them.
+  odd = [name for name in names if name != name.strip() or not name.isprintable()]
+  return (
+    [
+      "class names with surrounding blanks or unprintable characters: "
+      f"{listed(map(repr, odd))}. {way_out}"
+    ]
+    if odd
+    else []
+  )
 
 
 def rank(seed: int, path: str) -> bytes:
@@ -166,17 +211,7 @@ def _class_problems(folder: Path, splits: dict[str, Classes]) -> list[str]:
         f"classes that are in {others} but have no folder in {split}: {listed(missing)}. Every "
         "split needs all classes"
       )
-  # TFDS keeps the names in a text file, one a line, and strips them.
-  if odd := [name for name in names if name != name.strip() or not name.isprintable()]:
-    problems.append(
-      "class names with surrounding blanks or unprintable characters: "
-      f"{listed(map(repr, odd))}. Rename their folders"
-    )
-  if "train" in splits and "validation" not in splits:
-    problems.append(
-      f"{folder} has no validation images. Add a folder called val, or set a share of the training "
-      f"images aside with --validation-ratio {DEFAULT_RATIO}"
-    )
+  problems += name_problems(names, "Rename their folders")
   return problems
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from repjax import json_files, regular_files
+from repjax.data.formats import MOST_PIXELS
 from repjax.errors import sentences
-from repjax.schema import MisfitError
+from repjax.schema import MisfitError, items, table, text, whole
 
 MOST_CLASSES = 10**6
 MOST_IMAGES = 10**10  # of a shard
@@ -195,11 +196,25 @@ def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
           continue  # a text that begins like JSON, which TFDS cannot read either
 
 
+# The checksum of each split. Sets with masks also have the largest height and width in each split,
+# and the colours of their classes. Sets of TFDS may have anything else there.
+_METADATA = {
+  "checksum": table(text()),
+  "largest_images": table(items(whole(1, MOST_PIXELS), length=2)),
+  "class_colors": items(items(whole(0, 255), length=3), most=256),
+}
+
+
 def _check_metadata(path: Path, content: Any) -> None:
-  """Checks `metadata.json`, in which sets made by repjax have a checksum for each split."""
-  checksums = content.get("checksum", {}) if isinstance(content, dict) else None
-  if not isinstance(checksums, dict) or not all(isinstance(c, str) for c in checksums.values()):
-    raise _refuse(path, "its checksum is no table of texts")
+  """Checks what repjax reads of `metadata.json`, which it writes into its own sets."""
+  if not isinstance(content, dict):
+    raise _refuse(path, f"{json_files.shown(content)} must be a table")
+  try:
+    for key, rule in _METADATA.items():
+      if key in content:
+        rule.check(content[key], key)
+  except MisfitError as misfit:
+    raise _refuse(path, misfit.words(json_files.shown)) from None
 
 
 def _check_labels(path: Path) -> None:

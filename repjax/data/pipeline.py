@@ -8,7 +8,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -17,14 +17,15 @@ from absl import flags
 
 from repjax import signals
 from repjax.data import augmentation, processes, transforms
-from repjax.data.decode import Picture, image_errors
-from repjax.data.sources import Examples
+from repjax.data.decode import image_errors
+from repjax.data.examples import Examples
+from repjax.data.masks import IGNORED
+from repjax.data.pairs import WAY_OUT, name_of, on_canvas, pair_of, picture_of
 from repjax.devices import refuse_iterator_of_parent
+from repjax.errors import InputError
 from repjax.timing import cpus
 
 Batch = dict[str, np.ndarray]
-
-_WAY_OUT = "Repair or remove the file, and prepare the data set again"
 
 
 def train_batches(
@@ -35,6 +36,7 @@ def train_batches(
   augment: str,
   interpolation: str,
   seed: int,
+  mean: Sequence[float] = (0.0, 0.0, 0.0),
   start_step: int = 0,
   shard: tuple[int, int] = (0, 1),
   num_workers: int = 0,
@@ -49,25 +51,27 @@ def train_batches(
   workers nor an interruption of the run changes them.
 
   Args:
-    examples: the examples of the split.
+    examples: the examples of the split. They may have a mask in place of the label.
     batch_size: images per step, over all shards.
     image_size: side of the images in pixels.
-    augment: a line that `augmentation.parse` reads.
+    augment: a line that `augmentation.parse` reads, for the task of the examples.
     interpolation: a key of INTERPOLATIONS.
     seed: fixes the order and the augmentations.
+    mean: the colour around images with a mask, (red, green, blue) in 0 ... 1.
     start_step: the step that the first batch is for.
     shard: (index, count): the share of each batch that this process reads. Shards are contiguous.
     num_workers: worker processes; 0 reads in threads of this process.
 
   Yields:
-    {"image": uint8 (B, S, S, 3), "label": int32 (B,)}, B = batch_size / count.
+    {"image": uint8 (B, S, S, 3), "label": int32 (B,)}, B = batch_size / count. The label of an
+    example with a mask is uint8 (B, S, S), with 255 where no class counts.
 
   Raises:
     InputError: an image cannot be decoded; the text names the image. Or there is too little shared
       memory for the workers, or a worker has died.
   """
   index, count = shard
-  transform = functools.partial(_augmented, augment, image_size, interpolation)
+  transform = functools.partial(_augmented, augment, image_size, interpolation, _color(mean))
   batches = (
     grain.MapDataset.source(examples)
     .seed(seed)
@@ -77,7 +81,8 @@ def train_batches(
     # Small batches in a row make up a batch over all shards: shard i takes every count-th from i.
     .batch(batch_size // count)[index::count][start_step:]
   )
-  return _iterate(batches, num_workers, batch_size // count * 3 * image_size**2)
+  channels = 3 + (num_workers > 0 and "mask" in examples[0])
+  return _iterate(batches, num_workers, batch_size // count * channels * image_size**2)
 
 
 def eval_batches(
@@ -88,6 +93,8 @@ def eval_batches(
   resize_size: int,
   interpolation: str,
   ten_crop: bool = False,
+  canvas: tuple[int, int] | None = None,
+  mean: Sequence[float] = (0.0, 0.0, 0.0),
   shard: tuple[int, int] = (0, 1),
   num_workers: int = 0,
 ) -> Iterator[Batch]:
@@ -96,71 +103,128 @@ def eval_batches(
   All shards yield the same number of batches. Where the examples do not divide, the last batches
   are padded with black images, which the mask marks as False.
 
+  An example with a mask in place of the label keeps its full resolution. It lies at the top left of
+  the canvas; the rest has the colour `mean`, and no class that counts.
+
   Args: as in `train_batches`, and
     resize_size: length of the shorter side before the central crop, in pixels.
     ten_crop: yields ten crops of each image in place of the central crop.
+    canvas: (height, width) in pixels for examples with masks, from `Source.canvas`; None for
+      examples with labels. With a canvas, the sizes and the interpolation have no effect.
 
   Yields:
     {"image": uint8 (B, S, S, 3), "label": int32 (B,), "mask": bool (B,)}, B = batch_size / count.
-    With `ten_crop`, images are (B, 10, S, S, 3).
+    With `ten_crop`, images are (B, 10, S, S, 3). With a canvas, images are (B, height, width, 3),
+    and labels are uint8 (B, height, width), which are 255 where no class counts and in padding.
 
   Raises:
-    InputError: an image cannot be decoded; the text names the image. Or there is too little shared
-      memory for the workers, or a worker has died.
+    InputError: an image cannot be decoded, or is larger than the canvas; the text names the image.
+      Or there is too little shared memory for the workers, or a worker has died.
   """
-  index, count = shard
-  size = batch_size // count
+  if canvas is not None:
+    if ten_crop:
+      raise InputError("ten crops are for classification; an image with a mask is seen as a whole")
+    transform = functools.partial(_laid_out, canvas, _color(mean))
+    empty = {
+      "image": np.zeros((0, *canvas, 3), np.uint8),
+      "label": np.zeros((0, *canvas), np.uint8),
+    }
+    return _once(examples, transform, empty, batch_size, shard, num_workers)
   crop = transforms.ten_crop if ten_crop else transforms.resize_and_crop
   transform = functools.partial(_resized, crop, image_size, resize_size, interpolation)
-  batches = _iterate(
-    grain.MapDataset.source(examples).map(transform).batch(size)[index::count],
-    num_workers,
-    size * (10 if ten_crop else 1) * 3 * image_size**2,
-  )
   empty = {
     "image": np.zeros((0, *[10] * ten_crop, image_size, image_size, 3), np.uint8),
     "label": np.zeros((0,), np.int32),
   }
+  return _once(examples, transform, empty, batch_size, shard, num_workers)
+
+
+def _once(
+  examples: Examples,
+  transform: Callable[[dict[str, Any]], Batch],
+  empty: Batch,
+  batch_size: int,
+  shard: tuple[int, int],
+  num_workers: int,
+) -> Iterator[Batch]:
+  """Yields every example exactly once, in order, in batches of one size with a mask.
+
+  Args: as in `train_batches`, and
+    transform: makes the arrays of an example.
+    empty: a batch without examples, which tells shapes and types.
+  """
+  index, count = shard
+  size = batch_size // count
+  batches = _iterate(
+    grain.MapDataset.source(examples).map(transform).batch(size)[index::count],
+    num_workers,
+    size * sum(math.prod(each.shape[1:]) for each in empty.values() if each.ndim > 1),
+  )
   for _ in range(math.ceil(len(examples) / (size * count))):
     batch = next(batches, empty)  # a shard may run out a batch before the other shards do
     missing = size - len(batch["label"])
     padded = {
-      name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1))
+      name: np.pad(
+        values,
+        [(0, missing)] + [(0, 0)] * (values.ndim - 1),
+        constant_values=IGNORED if name == "label" and values.ndim > 1 else 0,
+      )
       for name, values in batch.items()
     }
     yield {**padded, "mask": np.arange(size) < size - missing}
 
 
 def _augmented(
-  augment: str, size: int, interpolation: str, example: dict[str, Any], rng: np.random.Generator
+  augment: str,
+  size: int,
+  interpolation: str,
+  fill: tuple[int, int, int],
+  example: dict[str, Any],
+  rng: np.random.Generator,
 ) -> Batch:
   """Makes a training example.
 
   `augment` is the line, not what `parse` returns: crops are closures, which cannot be pickled for
   worker processes.
   """
-  augmented = augmentation.parse(augment)  # reads a line once per process; the rest is cached
-  return _example(augmented(_picture(example), size, interpolation, rng), example)
+  # `parse` reads a line once per process; the rest is cached.
+  if "mask" not in example:
+    augmented = augmentation.parse(augment)
+    return _example(augmented(picture_of(example), size, interpolation, rng), example)
+  augmented = augmentation.parse(augment, "segmentation")
+  pair = augmented(pair_of(example, fill), size, interpolation, rng)
+  return _labelled(pair.pixels, pair.classes)
 
 
 def _resized(
   crop: Any, size: int, resize_size: int, interpolation: str, example: dict[str, Any]
 ) -> Batch:
   """Makes an evaluation example."""
-  with image_errors(_name(example), _WAY_OUT):
-    return _example(crop(_picture(example), size, resize_size, interpolation), example)
+  with image_errors(name_of(example), WAY_OUT):
+    return _example(crop(picture_of(example), size, resize_size, interpolation), example)
 
 
-def _picture(example: dict[str, Any]) -> Picture:
-  return Picture(example["image"], _name(example), _WAY_OUT)
+def _laid_out(
+  canvas: tuple[int, int], fill: tuple[int, int, int], example: dict[str, Any]
+) -> Batch:
+  """Makes an evaluation example with a mask."""
+  pair = pair_of(example, fill)
+  with image_errors(name_of(example), WAY_OUT):
+    return _labelled(*on_canvas(pair, canvas))
 
 
-def _name(example: dict[str, Any]) -> str:
-  return example.get("name", "the image")
+def _color(mean: Sequence[float]) -> tuple[int, int, int]:
+  """Returns a mean in 0 ... 1 as the nearest colour of bytes."""
+  red, green, blue = (min(max(round(255 * value), 0), 255) for value in mean)
+  return red, green, blue
 
 
 def _example(pixels: np.ndarray, example: dict[str, Any]) -> Batch:
-  return {"image": np.ascontiguousarray(pixels), "label": np.asarray(example["label"], np.int32)}
+  return _labelled(pixels, np.asarray(example["label"], np.int32))
+
+
+def _labelled(pixels: np.ndarray, label: np.ndarray) -> Batch:
+  return {"image": np.ascontiguousarray(pixels), "label": np.asarray(label, order="C")}
 
 
 def _iterate(batches: grain.MapDataset, num_workers: int, batch_bytes: int) -> Generator[Batch]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from repjax import regular_files
 from repjax.data import files
@@ -58,9 +58,12 @@ def find_fault(data: bytes) -> str | None:
   return None
 
 
+Result = TypeVar("Result")
+
+
 def in_order(
-  function: Callable[..., ImageFile], arguments: Iterable[tuple], num_workers: int
-) -> Iterator[ImageFile]:
+  function: Callable[..., Result], arguments: Iterable[tuple], num_workers: int
+) -> Iterator[Result]:
   """Calls a function in several threads, and yields the results in the order of the arguments.
 
   At most four results per thread are in memory at a time, so a large folder needs little. When the

@@ -1,35 +1,34 @@
-"""Opens data sets: any TFDS classification set that is stored as array_record, or noise."""
+"""Opens data sets: any TFDS set with labels or masks that is stored as array_record, or noise."""
 
 import hashlib
-import operator
 import os
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from tensorflow_datasets.proto import tf_example_pb2
 
 from repjax import regular_files
-from repjax.data.builders import digits_builder, find_builder, tfds_errors
+from repjax.data import mask_sets, masks
+from repjax.data.builders import DEMOS, demo_builder, find_builder, metadata_of, tfds_errors
+from repjax.data.examples import (
+  Examples,
+  Records,
+  StoredExamples,
+  StoredPairs,
+  SyntheticExamples,
+  SyntheticPairs,
+  largest_size,
+)
+from repjax.data.formats import MOST_PIXELS
+from repjax.data.mask_sets import MaskSet
 from repjax.errors import InputError, printable, unknown
 
-_EXAMPLE = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
 # The feature that holds the names of the original files; its name differs between TFDS sets.
 FILE_NAMES = ("file_name", "image/filename", "filename")
-
-
-class Examples(Protocol):
-  """Random access to {"image": encoded bytes or uint8 (H, W, 3), "label": int, "index": int}.
-
-  An example whose image is encoded also has a "name", which errors use. Where the set holds the
-  names of its files, an example has a "file_name".
-  """
-
-  def __len__(self) -> int: ...
-  def __getitem__(self, index: int) -> dict[str, Any]: ...
+TASKS = ("classification", "segmentation")
+"""What the examples of a set can be for: an image has a label, or a mask."""
 
 
 class Source(NamedTuple):
@@ -41,82 +40,39 @@ class Source(NamedTuple):
     fingerprint: a few values, fit for JSON, that identify the split. The fingerprint of a set made
       from a folder holds a checksum over all its images. For all other sets, the number of images
       and their total size stand for the content.
+    task: "classification" where an image has a label, "segmentation" where it has a mask.
+    colors: the colour of each class in pictures of masks, (red, green, blue) in 0 ... 255; empty
+      for classification.
   """
 
   examples: Examples
   class_names: tuple[str, ...]
   fingerprint: dict[str, Any]
+  task: str = "classification"
+  colors: tuple[masks.Color, ...] = ()
 
+  def canvas(self, multiple: int = 1) -> tuple[int, int] | None:
+    """Returns the (height, width) on which every image fits; None for classification.
 
-class SyntheticExamples:
-  """Noise images with random labels: examples without files, for smoke runs and benchmarks."""
+    Args:
+      multiple: a number to whose multiples height and width are rounded up.
 
-  def __init__(self, length: int, num_classes: int, image_size: int, seed: int):
-    self._length, self._num_classes = length, num_classes
-    self._image_size, self._seed = image_size, seed
-
-  def __len__(self) -> int:
-    return self._length
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    rng = np.random.default_rng([self._seed, index])  # an example depends on its index alone
-    size = self._image_size
-    image = rng.integers(0, 256, (size, size, 3), np.uint8)
-    return {"image": image, "label": int(rng.integers(self._num_classes)), "index": int(index)}
-
-
-class StoredExamples:
-  """The examples of a TFDS split on disk; an error names the example that cannot be read."""
-
-  def __init__(self, stored: Any, name: str, split: str, file_name: str | None, num_classes: int):
-    self._stored, self._name, self._split, self._file_name = stored, name, split, file_name
-    self._num_classes = num_classes
-
-  def __len__(self) -> int:
-    return len(self._stored)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    index = operator.index(index)
-    if not 0 <= index < len(self):
-      raise IndexError(f"index {index} of {len(self)} images")
-    whole_name = f"image {index} of the {self._split} split of {self._name}"
-    try:
-      # TFDS's own decoding takes five times as long, and reads features that are not needed here.
-      found = _EXAMPLE.FromString(self._stored[index]).features.feature
-      example = {
-        "image": _only(found, "image", "bytes_list"),
-        "label": int(_only(found, "label", "int64_list")),
-        "index": index,
-        "name": whole_name,
-      }
-    except Exception as error:  # array_record and protobuf raise classes of their own
-      reason = printable(" ".join(str(error).split()))
+    Raises:
+      InputError: the canvas would have too many pixels.
+    """
+    if self.task == "classification":
+      return None
+    # Some of the examples of a split know no sizes, but their images do.
+    largest = getattr(self.examples, "largest", None) or largest_size(self.examples)
+    height, width = (-(-side // multiple) * multiple for side in largest)
+    if height * width > MOST_PIXELS:
+      name, split = self.fingerprint["name"], self.fingerprint["split"]
       raise InputError(
-        f"{whole_name} cannot be read ({reason}). The files of the set are damaged or incomplete. "
-        "Prepare the set again"
-      ) from error
-    if not 0 <= example["label"] < self._num_classes:
-      raise InputError(
-        f"{whole_name} has the label {example['label']}; labels must be 0 to "
-        f"{self._num_classes - 1}. Such a split is for submissions to a contest and names no "
-        "classes. Choose a different split"
+        f"the images of the {split} split of {name} are up to {height} pixels high and up to "
+        f"{width} wide; a canvas for all of them has more than {MOST_PIXELS:,} pixels. Make the "
+        "largest images smaller"
       )
-    if self._file_name:
-      file_name = found[self._file_name].bytes_list.value[0].decode("utf-8", "replace")
-      example |= {"file_name": file_name, "name": f"{whole_name} ({printable(file_name)})"}
-    return example
-
-
-def _only(features: Any, name: str, kind: str) -> Any:
-  """Returns the value of a feature of an example.
-
-  Raises:
-    ValueError: the example does not have the feature, as an empty record has none.
-  """
-  values = getattr(features[name], kind).value if name in features else ()
-  if not values:
-    raise ValueError(f"its record has no {name}")
-  return values[0]
+    return height, width
 
 
 def open_source(
@@ -126,30 +82,36 @@ def open_source(
   data_dir: str | None = None,
   num_classes: int = 1000,
   image_size: int = 224,
+  task: str | None = None,
 ) -> Source:
   """Opens one split of a data set for random access, without TensorFlow.
 
   Args:
     name: a set made with repjax prepare-dataset, a TFDS name ("imagenet2012", "cifar10",
-      "imagenette/320px", ...), "digits", which is prepared on first use, or "synthetic".
+      "imagenette/320px", ...), "digits" or "scenes", which are prepared on first use, or
+      "synthetic".
     split: "train", "validation", "test", or a different split that the set has. The split "sample"
       of the synthetic set has 16 images.
     data_dir: the folder in which TFDS keeps its sets; None is TFDS's default.
     num_classes: the number of classes of the synthetic set.
     image_size: side of the synthetic set's images in pixels.
+    task: "classification" reads the labels of a set, "segmentation" its masks. None reads the
+      labels where there are any, else the masks.
 
   Raises:
-    InputError: the set is unknown, not on disk, not complete, not for classification, or stored in
-      a format that needs TensorFlow; or it has no such split.
+    InputError: the set is unknown, not on disk, not complete, not for the task, or stored in a
+      format that needs TensorFlow; or it has no such split.
   """
+  if task is not None and task not in TASKS:
+    raise unknown("task", task, TASKS)
   if name == "synthetic":
-    return _synthetic(split, num_classes, image_size)
-  builder = digits_builder(data_dir) if name == "digits" else find_builder(name, data_dir)
+    return _synthetic(split, num_classes, image_size, task or TASKS[0])
+  builder = demo_builder(name, data_dir) if name in DEMOS else find_builder(name, data_dir)
   with tfds_errors(name):
-    return _opened(name, split, builder)
+    return _opened(name, split, builder, task)
 
 
-def _opened(name: str, split: str, builder: tfds.core.DatasetBuilder) -> Source:
+def _opened(name: str, split: str, builder: tfds.core.DatasetBuilder, task: str | None) -> Source:
   """Returns a split of a set whose builder has been found.
 
   Raises: as in `open_source`.
@@ -160,18 +122,55 @@ def _opened(name: str, split: str, builder: tfds.core.DatasetBuilder) -> Source:
       "(config.train_split and config.eval_split choose the splits, or --split of a command)"
     )
   features: Any = builder.info.features
-  class_names = _class_names(name, features)
-  if not class_names:
-    known = sorted(features) if hasattr(features, "keys") else type(features).__name__
-    raise InputError(
-      f"{name} is not an image classification set: its features are {known}. An image and a label "
-      "with class names are needed"
-    )
-  file_name = next((key for key in FILE_NAMES if key in features), None)
-  examples = StoredExamples(
-    _stored_records(name, builder, split), name, split, file_name, len(class_names)
+  class_names = () if task == "segmentation" else _class_names(name, features)
+  if class_names:
+    records = _records(name, builder, split, FILE_NAMES)
+    examples = StoredExamples(records, len(class_names))
+    return Source(examples, class_names, _fingerprint(builder, split, class_names))
+  mask_set = mask_sets.find(name, builder)
+  if mask_set is None or task == "classification":
+    raise _not_for(name, task or "classification", features, mask_set)
+  return _opened_pairs(name, split, builder, mask_set)
+
+
+def _not_for(name: str, task: str, features: Any, mask_set: MaskSet | None) -> InputError:
+  """Returns the error for a set whose features are not those of a task."""
+  known = sorted(features) if hasattr(features, "keys") else type(features).__name__
+  if task == "segmentation":
+    needed = "An image, and a mask whose values are known, are needed"
+  elif mask_set is not None:
+    needed = "It has masks in place of labels, for config.task = 'segmentation'"
+  else:
+    needed = "An image and a label with class names are needed"
+  return InputError(
+    f"{name} is not an image {task} set: its features are {printable(known)}. {needed}"
   )
-  return Source(examples, class_names, _fingerprint(builder, split, class_names))
+
+
+def _opened_pairs(
+  name: str, split: str, builder: tfds.core.DatasetBuilder, mask_set: MaskSet
+) -> Source:
+  """Returns a split of a set whose masks are known."""
+  features: Any = builder.info.features
+  height, width, _ = features[mask_set.image].shape
+  largest = None if height is None or width is None else (height, width)
+  largest = metadata_of(builder).get("largest_images", {}).get(split, largest)
+  records = _records(name, builder, split, mask_set.file_names)
+  keys = mask_set.image, mask_set.mask
+  examples = StoredPairs(records, keys, masks.lookup(mask_set.classes), largest)
+  names = mask_set.class_names
+  fingerprint = {**_fingerprint(builder, split, names), "task": "segmentation"}
+  colors = mask_set.colors or masks.palette(len(names))
+  return Source(examples, names, fingerprint, "segmentation", colors)
+
+
+def _records(
+  name: str, builder: tfds.core.DatasetBuilder, split: str, file_names: Sequence[str]
+) -> Records:
+  """Returns the records of a split, after checking its files."""
+  features: Any = builder.info.features
+  file_name = next((key for key in file_names if key in features), None)
+  return Records(_stored_records(name, builder, split), name, split, file_name)
 
 
 def _class_names(name: str, features: Any) -> tuple[str, ...]:
@@ -232,8 +231,8 @@ def _fingerprint(
     "bytes": int(info.num_bytes),
     "classes": _hash(class_names),
   }
-  metadata: Any = builder.info.metadata or {}
-  if "checksum" in metadata.keys():  # noqa: SIM118 - TFDS reads its file in keys(), not before
+  metadata = metadata_of(builder)
+  if "checksum" in metadata:
     values["checksum"] = metadata["checksum"].get(split)
   return values
 
@@ -243,7 +242,7 @@ def _hash(names: Sequence[str]) -> str:
   return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
-def _synthetic(split: str, num_classes: int, image_size: int) -> Source:
+def _synthetic(split: str, num_classes: int, image_size: int, task: str) -> Source:
   """Returns a split of the synthetic set; the split's name seeds its noise."""
   length = {"train": 1024, "sample": 16}.get(split, 128)
   class_names = tuple(str(label) for label in range(num_classes))
@@ -255,5 +254,14 @@ def _synthetic(split: str, num_classes: int, image_size: int) -> Source:
     "bytes": length * image_size * image_size * 3,
     "classes": _hash(class_names),
   }
-  examples = SyntheticExamples(length, num_classes, image_size, seed=zlib.crc32(split.encode()))
-  return Source(examples, class_names, fingerprint)
+  seed = zlib.crc32(split.encode())
+  if task == "classification":
+    examples = SyntheticExamples(length, num_classes, image_size, seed)
+    return Source(examples, class_names, fingerprint)
+  if num_classes > masks.MOST_CLASSES:
+    raise InputError(
+      f"masks name at most {masks.MOST_CLASSES} classes, and config.num_classes is {num_classes}"
+    )
+  examples = SyntheticPairs(length, num_classes, image_size, seed)
+  colors = masks.palette(num_classes)
+  return Source(examples, class_names, fingerprint | {"task": task}, task, colors)

@@ -172,7 +172,7 @@ def write_info(
     builder=identity,
     description=description,
     features=features,
-    supervised_keys=("image", "label"),
+    supervised_keys=("image", "label" if "label" in features else "mask"),
     disable_shuffling=True,  # the order of the records is meant
     metadata=tfds.core.MetadataDict(metadata),
   )

@@ -12,7 +12,7 @@ table serves every depth, width and form of a family. For example:
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -203,3 +203,24 @@ def _scope_name(naming: tuple[Row, ...], scope: tuple[str, ...]) -> tuple[str, L
     else:
       raise NoNameError(f"{'/'.join(scope)} (from {text!r} on)")
   return ".".join(names), kernel
+
+
+def may_name(naming: Naming, names: Iterable[str]) -> bool:
+  """Tells if any of the names can be one that a table makes, after any prefix.
+
+  False is certain. True says only that a row makes the end of a name. No model is traced.
+  """
+  pattern = _ends(tuple(naming))
+  return any(pattern.search(name) for name in names)
+
+
+@functools.cache
+def _ends(naming: tuple[Row, ...]) -> re.Pattern[str]:
+  """Returns a pattern that finds what a row makes at the end of a name, before the leaf."""
+  parts = set()
+  for row in naming:
+    groups = re.findall(r"\((?!\?)([^()]*)\)", row.path)
+    texts = enumerate(re.split(r"\\(\d)", row.name))  # text and number of a group take turns
+    parts.add("".join(groups[int(t) - 1] if odd % 2 else re.escape(t) for odd, t in texts))
+  leaves = "|".join(_LEAVES.values())
+  return re.compile(rf"(?:^|\.)(?:{'|'.join(sorted(parts))})(?:\.(?:{leaves}))?$")

@@ -8,9 +8,9 @@ import numpy as np
 
 from repjax.errors import InputError, listed, printable
 from repjax.models import create_model, list_models
-from repjax.weights.naming import Entry, Naming, NoNameError
+from repjax.weights.naming import Entry, Naming, NoNameError, may_name
 from repjax.weights.sources import KINDS, NAMINGS, expected, naming_of
-from repjax.weights.wrappers import is_counter, unwrapped, with_plain_names
+from repjax.weights.wrappers import is_counter, unwrapped, with_plain_names, without_wrappers
 
 
 class Recognition(NamedTuple):
@@ -217,19 +217,22 @@ def closest_model(
   likeliest_first = sorted(models, key=lambda name: -len(name) * (name in plain))
   refusals, closest, most = [], None, 0
   # Tracing a model takes half a second, and models of one family share their tables. A table that
-  # gave none of the names for one model is not tried for the next one. Once a table gave nearly all
-  # of the names, only tables of the same family and source are tried.
-  unmatched: set[Naming] = set()
+  # gave none of the names for one model is not tried for the next one, and one whose rows make none
+  # of the names is not tried at all. Once a table gave nearly all of the names, only tables of the
+  # same family and source are tried.
+  names_held = {*state, *map(without_wrappers, state)}
+  tables_here = {table for name in models for table in NAMINGS[name].values()}
+  unmatched: set[Naming] = {table for table in tables_here if not may_name(table, names_held)}
   decided: tuple[type, str] | None = None
   for model_name in likeliest_first:
-    family = type(create_model(model_name))
-    tables = {
-      naming: table
-      for naming, table in NAMINGS[model_name].items()
-      if table not in unmatched and decided in (None, (family, naming))
-    }
     shared: collections.Counter[Naming] = collections.Counter()
     try:
+      family = type(create_model(model_name, **overrides))
+      tables = {
+        naming: table
+        for naming, table in NAMINGS[model_name].items()
+        if table not in unmatched and decided in (None, (family, naming))
+      }
       for naming, kind, wanted in candidates(model_name, overrides, tables):
         state = unwrapped(original, wanted).state
         names = sum(name in state and not entry.in_head for name, entry in wanted.items())
@@ -237,7 +240,7 @@ def closest_model(
         if _has_kernels_of(state, wanted):
           decided = family, naming
         same = sum(name in state and state[name].shape == e.shape for name, e in wanted.items())
-        if same > most:
+        if names and same > most:  # many networks share a classifier's name and shape
           closest = Recognition(model_name, naming, kind, _num_classes(state, wanted))
           most = same
         if fits(state, wanted):

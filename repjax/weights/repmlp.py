@@ -32,7 +32,7 @@ BLOCK = (
 )
 """A block outside a network."""
 
-_OFFICIAL: Naming = (*REPMLP_LAYERS, Row("((?:light|btnk)_repmlp)", r"\1"), *BLOCK)
+_OFFICIAL: Naming = (*REPMLP_LAYERS, Row("(light_repmlp|btnk_repmlp)", r"\1"), *BLOCK)
 
 NAMINGS: dict[str, dict[str, Naming]] = {model: {"official": _OFFICIAL} for model in VARIANTS}
 """Model to source to table of names."""

@@ -112,7 +112,7 @@ def unwrapped(state: Mapping[str, Any], wanted: Collection[str]) -> Unwrapped:
   """
   if wanted and all(name in state for name in wanted):
     return Unwrapped(dict(state), (), ())
-  by_key = {_key(name): name for name in wanted}
+  by_key = {without_wrappers(name): name for name in wanted}
   starts = {name.partition(".")[0] for name in wanted}
   found: dict[str, dict[str, str]] = collections.defaultdict(dict)
   for name in state:
@@ -180,7 +180,7 @@ def _parts(prefix: str) -> list[str]:
   return ["".join(f"{part}." for part in segments[:end]) for end in range(len(segments), -1, -1)]
 
 
-def _key(name: str) -> str:
+def without_wrappers(name: str) -> str:
   """Returns a name without the segments that wrappers add."""
   *scopes, last = name.split(".")
   return ".".join([*(segment for segment in scopes if not _is_wrapper(segment)), last])
@@ -202,7 +202,7 @@ def _tails(name: str) -> tuple[tuple[str, str, str], ...]:
     (
       "".join(f"{segment}." for segment in segments[:at]),
       segments[at],
-      _key(".".join(segments[at:])),
+      without_wrappers(".".join(segments[at:])),
     )
     for at in range(min(len(segments), 12))
   )

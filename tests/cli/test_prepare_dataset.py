@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from repjax.data import open_source
 from tests.cli.helpers import stop_of
 from tests.data import test_tfrecords
+from tests.data.pairs import pairs_folder, write_table
 from tests.data.test_folder import files_below, write_image
 from tests.training.tiny import ROOT
 
@@ -55,12 +56,32 @@ def test_a_folder_is_prepared_and_described(run_command, photos, tmp_path):
   (photos / "ant" / "0.jpg").write_bytes(b"")
   (photos / "bee" / "9.jpg").write_bytes((photos / "bee" / "0.jpg").read_bytes())
   assert stop_of(run_command, *prepare, "--replace", "--strict") == (
-    "error: nothing was written, since 1 of the files cannot be read; without --strict they are "
+    "error: nothing was written, since 1 of the files cannot be used; without --strict they are "
     "left out, and skipped.txt lists them all: ant/0.jpg: empty file"
   )
   printed = run_command(*prepare, "--replace", "--num-workers", "1", "--validation-ratio", "0.5")
-  assert "skipped, as they cannot be read: 1, such as ant/0.jpg (empty file); all are " in printed
+  assert "skipped, as they cannot be used: 1, such as ant/0.jpg (empty file); all are " in printed
   assert f"listed in {sets}/pets/1.0.0/skipped.txt\n" in printed
+
+
+def test_a_folder_of_masks_is_prepared_and_described(run_command, tmp_path):
+  folder, sets = tmp_path / "streets", tmp_path / "sets"
+  pairs_folder(folder, train=3, val=2)
+  prepare = ("prepare-dataset", "--from-mask-folder", folder, "--name", "streets")
+  prepare += ("--data-dir", sets)
+  lines = run_command(*prepare).splitlines()
+  assert lines[:2] == ["classes: 3 (0, 1, 2)", "images: 3 train, 2 validation"]
+  shares = r"training pixels a class: \d\d\.\d\d% \(\d\) to \d\d\.\d\d% \(\d\)"
+  assert re.fullmatch(shares, lines[2])
+  assert lines[4].startswith("next: repjax train --config scenes --config.dataset=streets ")
+  assert "--config.num_classes=3" in lines[4]
+  write_table(folder, names=["sky", "cat", "dog", "newt"])
+  (folder / "train" / "masks" / "1.png").unlink()
+  said = stop_of(run_command, *prepare, "--strict", "--replace")
+  assert said.endswith("train/images/1.jpg: it has no mask train/masks/1.png")
+  printed = run_command(*prepare, "--replace")
+  assert "warning: classes without a pixel in the validation split: newt" in printed
+  assert "skipped, as they cannot be used: 1, such as train/images/1.jpg (it has no mask" in printed
 
 
 def test_a_folder_full_of_other_things_is_described_in_short(run_command, tmp_path):
@@ -113,6 +134,7 @@ def test_names_of_files_need_not_be_utf8(run_command, photos, tmp_path):
   [
     (("--from-folder", "nowhere"), "error: --from-folder needs --name"),
     (("--from-folder", "nowhere", "--name", "pets"), "error: nowhere does not exist"),
+    (("--from-mask-folder", "nowhere"), "error: --from-mask-folder needs --name"),
     (("--tfds", "cifr10"), "error: unknown data set 'cifr10'; did you mean cifar10"),
     (("--from-tfrecord", "cifr10"), "error: unknown data set 'cifr10'; did you mean cifar10"),
     (("--tfds", "mnist", "--num-workers", "0"), "error: --num-workers counts threads, at least 1"),
@@ -121,7 +143,7 @@ def test_names_of_files_need_not_be_utf8(run_command, photos, tmp_path):
       ("--tfds", "mnist", "--from-tfrecord", "mnist"),
       "error: argument --from-tfrecord: not allowed",
     ),
-    ((), "error: one of the arguments --from-folder --from-tfrecord --tfds is required"),
+    ((), "error: one of the arguments --from-folder --from-mask-folder --from-tfrecord --tfds is"),
   ],
 )
 def test_mistakes_on_the_command_line(run_command, tmp_path, arguments, said):

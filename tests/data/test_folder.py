@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from repjax.data import folder as folder_module
-from repjax.data import reading
+from repjax.data import preparation, reading
 from repjax.data.folder import prepare_folder
 from tests.data.folders import files_below, fingerprints, refusal, stored, write_image
 
@@ -167,7 +167,7 @@ def test_an_impossible_name_is_refused_with_a_possible_one(photos, tmp_path, nam
   text = refusal(photos, name, data_dir=tmp_path / "sets")
   assert text.endswith(f"; take {proposed}, for example")
   assert not (tmp_path / "sets").exists()
-  assert folder_module.name_problems(proposed) == []
+  assert preparation.name_problems(proposed) == []
 
 
 def test_the_number_of_threads_does_not_change_the_files(photos, tmp_path):

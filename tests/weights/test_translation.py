@@ -261,6 +261,19 @@ def test_nothing_fits(few_models, state):
     weights.recognize(strange)
 
 
+def test_a_strangers_file_is_refused_without_a_trace_of_our_models(monkeypatch):
+  monkeypatch.setattr(recognition, "expected", lambda *args: pytest.fail(f"traced: {args}"))
+  stranger = {f"blocks.{n}.conv_pw.weight": np.zeros((8, 8, 1, 1)) for n in range(3)}
+  with pytest.raises(InputError, match="no model has tensors"):
+    weights.recognize(stranger)
+
+
+def test_a_classifier_alone_is_nobodys(few_models):
+  head = {"linear.weight": np.zeros((1000, 1280)), "linear.bias": np.zeros(1000)}
+  with pytest.raises(InputError, match="no model has tensors"):
+    weights.recognize(head | {"blocks.0.norm.weight": np.zeros(8)})
+
+
 def test_the_closest_model_is_taken_where_none_fits(few_models, state):
   found = weights.recognize({**state, "extra": np.zeros(3)}, **TINY)
   assert found.naming == "official"

@@ -163,4 +163,4 @@ def test_a_row_of_parameters_of_fsdp_is_explained():
 def test_wanted_names_stay_apart_without_wrappers():
   for model in ("repvgg_a0", "resnet18", "vgg16", "repmlpnet_t224", "parnet_s"):
     for _, _, names in recognition.candidates(model, {}):
-      assert len({wrappers._key(name) for name in names}) == len(names)
+      assert len({wrappers.without_wrappers(name) for name in names}) == len(names)

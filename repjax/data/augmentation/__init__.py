@@ -5,12 +5,20 @@
     distortions.py   later steps: flip, colour jitter, random erasing
     policies.py      later steps: AutoAugment and RandAugment
     operations.py    the single image operations that policies apply
+    pairs.py         crops and steps for an image and its mask
     base.py          the types of steps, and checks of their arguments
 
 To add a step, write a function that takes the step's arguments and returns the step. Then add the
-function to `CROPS` or `STEPS` in parser.py.
+function to `CROPS` or `STEPS` in parser.py; or to `PAIR_CROPS` or `PAIR_STEPS`, for segmentation.
 """
 
-from repjax.data.augmentation.parser import CROPS, STEPS, Augmentation, parse
+from repjax.data.augmentation.parser import (
+  CROPS,
+  PAIR_CROPS,
+  PAIR_STEPS,
+  STEPS,
+  Augmentation,
+  parse,
+)
 
-__all__ = ["CROPS", "STEPS", "Augmentation", "parse"]
+__all__ = ["CROPS", "PAIR_CROPS", "PAIR_STEPS", "STEPS", "Augmentation", "parse"]

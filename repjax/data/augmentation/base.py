@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from repjax.data.decode import Picture
+from repjax.data.pairs import Pair
 from repjax.errors import InputError
 
 Crop = Callable[[Picture, int, str, np.random.Generator], np.ndarray]
@@ -18,6 +19,12 @@ AugmentationStep = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 A step never writes into `pixels`. It may return `pixels` itself where nothing changes.
 """
+
+PairCrop = Callable[[Pair, int, str, np.random.Generator], Pair]
+"""The first step for an image and its mask: crop(pair, size, interpolation, rng)."""
+
+PairStep = Callable[[Pair, np.random.Generator], Pair]
+"""A later step for an image and its mask: step(pair, rng)."""
 
 
 def check_number(what: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:

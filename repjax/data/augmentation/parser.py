@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repjax.data.augmentation import crops, distortions, policies
-from repjax.data.augmentation.base import AugmentationStep, Crop
-from repjax.data.decode import Picture
+from repjax.data.augmentation import crops, distortions, pairs, policies
+from repjax.data.augmentation.base import AugmentationStep, Crop, PairCrop, PairStep
 from repjax.errors import InputError, unknown
 
 CROPS: dict[str, Callable[..., Crop]] = {
@@ -30,65 +29,100 @@ STEPS: dict[str, Callable[..., AugmentationStep]] = {
 """Names of the later steps, which change a square and keep its size."""
 
 
+PAIR_CROPS: dict[str, Callable[..., PairCrop]] = {"scale_and_crop": pairs.scale_and_crop}
+"""Names of the first step for segmentation, which makes a square of an image and its mask."""
+
+PAIR_STEPS: dict[str, Callable[..., PairStep]] = {
+  "flip": pairs.flip,
+  "color_jitter": pairs.on_image(distortions.color_jitter),
+}
+"""Names of the later steps for segmentation."""
+
+
 class Augmentation(NamedTuple):
-  """A crop and the steps after it; call it as `augmentation(picture, size, interpolation, rng)`.
+  """A crop and the steps after it; call it as `augmentation(image, size, interpolation, rng)`.
 
   Attributes:
     crop: makes the square.
     steps: the later steps, in order.
   """
 
-  crop: Crop
-  steps: tuple[AugmentationStep, ...]
+  crop: Callable[..., Any]
+  steps: tuple[Callable[..., Any], ...]
 
-  def __call__(
-    self, picture: Picture, size: int, interpolation: str, rng: np.random.Generator
-  ) -> np.ndarray:
-    """Returns an augmented view of a picture, uint8 (size, size, 3)."""
-    pixels = self.crop(picture, size, interpolation, rng)
+  def __call__(self, image: Any, size: int, interpolation: str, rng: np.random.Generator) -> Any:
+    """Returns an augmented view.
+
+    Args:
+      image: a `Picture`; for segmentation, a `Pair`.
+      size: side of the square in pixels.
+      interpolation: a key of INTERPOLATIONS.
+      rng: source of all random numbers.
+
+    Returns:
+      uint8 (size, size, 3); for segmentation, a `Pair` of this size.
+    """
+    result = self.crop(image, size, interpolation, rng)
     for step in self.steps:
-      pixels = step(pixels, rng)
-    return pixels
+      result = step(result, rng)
+    return result
 
 
 @functools.lru_cache
-def parse(line: str) -> Augmentation:
+def parse(line: str, task: str = "classification") -> Augmentation:
   """Reads a line such as "random_resized_crop | flip | rand_augment(2, 9, noise=0.5)".
 
   Arguments are literals only, so nothing in the line is ever run.
 
   Args:
     line: steps with `|` between them. A step is a name, or a name with arguments in brackets. The
-      first step is a key of CROPS, every later step a key of STEPS.
+      first step is a key of CROPS, every later step a key of STEPS. For segmentation these are
+      PAIR_CROPS and PAIR_STEPS.
+    task: "classification" or "segmentation".
 
   Raises:
-    InputError: a step does not exist, stands in the wrong place, or does not take its arguments.
+    InputError: a step does not exist, stands in the wrong place, does not take its arguments, or
+      cannot be applied to masks.
   """
+  first_table, later_table = tables = _tables(task)
+  example = " | ".join([next(iter(first_table)), "flip"])
   if not isinstance(line, str):
-    raise InputError(f"config.augment is one line of steps, such as 'none | flip'; got {line!r}")
+    raise InputError(f"config.augment is one line of steps, such as {example!r}; got {line!r}")
   first, *later = line.split("|")
   return Augmentation(
-    _build(first, CROPS, STEPS), tuple(_build(text, STEPS, CROPS) for text in later)
+    _build(first, first_table, tables, task),
+    tuple(_build(text, later_table, tables, task) for text in later),
   )
 
 
-def _build(text: str, table: Mapping[str, Any], wrong_table: Mapping[str, Any]) -> Any:
+_Tables = tuple[Mapping[str, Callable[..., Any]], Mapping[str, Callable[..., Any]]]
+
+
+def _tables(task: str) -> _Tables:
+  """Returns the names of the first step and those of the later steps of a task."""
+  return (PAIR_CROPS, PAIR_STEPS) if task == "segmentation" else (CROPS, STEPS)
+
+
+def _build(text: str, table: Mapping[str, Any], tables: _Tables, task: str) -> Any:
   """Makes the step that `text` describes.
 
   Args:
     text: a step of the line.
     table: the names that may stand in this place.
-    wrong_table: the names that may stand in other places only.
+    tables: the names that may stand first, and those that may stand later.
+    task: the task, whose name is for errors.
   """
   name, positional, named = _read(text.strip())
-  if name in wrong_table:
-    place = "after the first step" if wrong_table is STEPS else "at the beginning"
-    raise InputError(
-      f"config.augment: {name} may stand {place} only. The line begins with one of "
-      f"{', '.join(CROPS)}. Each later step is one of {', '.join(STEPS)}, after a |"
-    )
+  firsts, laters = tables
+  places = f"The line begins with one of {', '.join(firsts)}. Each later step is one of"
+  way_out = f"{places} {', '.join(laters)}, after a |"
+  if name not in table and (name in firsts or name in laters):
+    place = "after the first step" if name in laters else "at the beginning"
+    raise InputError(f"config.augment: {name} may stand {place} only. {way_out}")
+  if name not in table and any(name in each for each in (*_tables(""), *_tables("segmentation"))):
+    raise InputError(f"config.augment: {name} is no step for {task}. {way_out}")
   if name not in table:
-    raise unknown("step of config.augment", name, [*CROPS, *STEPS])
+    raise unknown("step of config.augment", name, [*firsts, *laters])
   try:
     inspect.signature(table[name]).bind(*positional, **named)
   except TypeError as error:
