@@ -73,10 +73,10 @@ def is_installed(module: str) -> bool:
 
 
 def need(module: str, purpose: str) -> Any:
-  """Imports a package and returns it.
+  """Imports a package, or a module of a package, and returns it.
 
   Args:
-    module: a name in PACKAGES.
+    module: a name in PACKAGES, or a dotted name that begins with one.
     purpose: as in `missing`.
 
   Raises:
@@ -85,8 +85,9 @@ def need(module: str, purpose: str) -> Any:
   Example:
     onnx = need("onnx", "ONNX files")
   """
-  if not is_installed(module):
-    raise missing(module, purpose)
+  package = module.partition(".")[0]
+  if not is_installed(package):
+    raise missing(package, purpose)
   return importlib.import_module(module)
 
 

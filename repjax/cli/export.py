@@ -16,6 +16,7 @@ from typing import Any
 import repjax
 from repjax.cli import flags
 from repjax.errors import one_paragraph
+from repjax.onnx.metadata import PROGRAM
 
 
 def main(argv: Sequence[str]) -> None:
@@ -54,6 +55,9 @@ def main(argv: Sequence[str]) -> None:
       probabilities=arguments.probabilities,
     )
   print(describe(spec, facts), f"saved: {arguments.to}", sep="\n")
+  program = arguments.to / PROGRAM
+  if program.exists():
+    print(f"labels without repjax: python {program} IMAGE")
 
 
 def describe(spec: repjax.ModelSpec, facts: Mapping[str, Any]) -> str:

@@ -267,6 +267,7 @@ def write(
   from repjax import runs
   from repjax.cli.int8_table import FLOAT, INT8
   from repjax.deploy.export import onnx_facts
+  from repjax.onnx import metadata
 
   spec = baseline.spec
   facts = onnx_facts(spec, name) | {
@@ -274,7 +275,7 @@ def write(
     "accuracy": {key: rows[key].accuracy for key in (FLOAT, name)},
     "error": rows[name].error,
   }
-  files = {runs.onnx_file(folder).name: proto.SerializeToString()}
+  files = metadata.files(runs.onnx_file(folder).name, proto, spec.preprocessing, spec.class_names)
   if name == INT8:
     facts |= {"settings": options, "sensitivity": [row._asdict() for row in ranked]}
     files |= draw(f"{spec.name}: what int8 costs, layer by layer", ranked, options["float_layers"])

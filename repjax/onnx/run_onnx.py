@@ -33,7 +33,10 @@ def pixels(path):
 
 
 for path in sys.argv[1:]:
-  images, dtype = pixels(path).transpose(2, 0, 1)[None], session.get_inputs()[0].type  # (1, 3, S, S)
+  images, dtype = (
+    pixels(path).transpose(2, 0, 1)[None],
+    session.get_inputs()[0].type,
+  )  # (1, 3, S, S)
   if dtype != "tensor(uint8)":  # else the file normalizes
     mean, std = (np.reshape(steps[name], (3, 1, 1)) for name in ("mean", "std"))
     images = ((images / 255 - mean) / std).astype("float16" if "float16" in dtype else "float32")

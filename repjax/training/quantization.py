@@ -23,7 +23,7 @@ from repjax.config import Config
 from repjax.data.sources import Examples, Source
 from repjax.deploy.export import onnx_facts
 from repjax.errors import InputError, sentences
-from repjax.onnx import to_onnx
+from repjax.onnx import metadata, to_onnx
 from repjax.quantization import processor, quantize_by, roundings_of, runtime, simulated
 from repjax.quantization.roundings import Roundings
 from repjax.reparam import reparameterize
@@ -126,7 +126,7 @@ def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) 
     "bytes": made.ByteSize(),
   }
   folder = runs.int8_folder(workdir)
-  programs = {runs.onnx_file(folder).name: made.SerializeToString()}
+  programs = metadata.files(runs.onnx_file(folder).name, made, preprocessing, spec.class_names)
   runs.write_export(folder, programs, spec=spec.to_json(), facts=facts, exists=True)
   return facts
 
