@@ -10,6 +10,7 @@ rounding.json             how tensors are rounded, found once, at the start
 int8/                     model.onnx, model.json, export.json
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from repjax.training import evaluation
 from repjax.training.planning import Plan
 from repjax.training.state import TrainState
 from repjax.training.step import Network
+
+FEW = 100
+"""Number of images below which ranges are said to be unreliable."""
 
 
 def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Roundings:
@@ -170,7 +174,8 @@ def calibration_images(source: Source, count: int, preprocessing: Preprocessing)
   """Returns images at equal distances over a split, prepared as in evaluation.
 
   Image i is example floor(i n / count) of n. The first `count` examples would cover few classes,
-  since many data sets are sorted by class.
+  since many data sets are sorted by class. Where the split has fewer images, all of them are taken,
+  and a line on stderr says so.
 
   Args:
     source: a split on which no accuracy is reported.
@@ -178,17 +183,25 @@ def calibration_images(source: Source, count: int, preprocessing: Preprocessing)
     preprocessing: preprocessing of the model.
 
   Returns:
-    uint8 (count, S, S, 3).
+    uint8 (count, S, S, 3), or fewer.
 
   Raises:
-    InputError: the split has fewer images, `count` is below 1, or an image cannot be decoded.
+    InputError: `count` is below 1, the split is empty, or an image cannot be decoded.
   """
   have = len(source.examples)
-  if not 1 <= count <= have:
+  if count < 1 or have < 1:
     raise InputError(
-      f"{count} images to calibrate with are asked for, and the split has {have}. Take 1 to {have} "
-      "(--images, or config.qat_images); some hundreds give reliable ranges"
+      f"{count} images to calibrate with are asked for (--images, or config.qat_images), and the "
+      f"split has {have}. At least one is needed; some hundreds give reliable ranges"
     )
+  if count > have:
+    print(
+      f"warning: the split has {have:,} images, and {count:,} were asked for to calibrate with. "
+      f"All {have:,} are taken" + ("; ranges of so few are unreliable" if have < FEW else ""),
+      file=sys.stderr,
+      flush=True,
+    )
+    count = have
   chosen = source._replace(examples=_Spread(source.examples, count))
   batches = evaluation.host_batches(chosen, preprocessing, batch_size=min(64, count))
   return np.concatenate([batch["image"][batch["mask"]] for batch in batches])
