@@ -5,15 +5,18 @@ one way to both, wherever the weights lie.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
 from flax import linen as nn
 
+from repjax import disk, names, runs
 from repjax import spec as specs
 from repjax.devices import need_devices
 from repjax.errors import InputError
 from repjax.reparam import reparameterize
+from repjax.runs import contents
 from repjax.spec import ModelSpec
 
 _HUB = "hf:"
@@ -54,7 +57,25 @@ def load(
   """
   if isinstance(source, str) and source.startswith(_HUB):
     return _of_hub(source, deploy)
+  _refuse_function(names.folder(source))
   return specs.load(source, deploy=deploy, verify=verify)
+
+
+def _refuse_function(folder: Path) -> None:
+  """Raises InputError if a folder is the export of a function, from which no model can be built."""
+  file = runs.export_file(folder)
+  # Only exports without a ModelSpec have their preprocessing in this file.
+  if not file.exists() or "preprocessing" not in disk.read_json(file, contents.EXPORT):
+    return
+  way_out = (
+    f"Run it in ONNX Runtime: {runs.onnx_file(folder)}"
+    if runs.onnx_file(folder).exists()
+    else f"Run it by repjax.deploy.load_exported({str(folder)!r})"
+  )
+  raise InputError(
+    f"{folder} is the export of a function or of a network that is no model of repjax, so that no "
+    f"model can be built from it. {way_out}"
+  )
 
 
 def _of_hub(source: str, deploy: bool) -> tuple[nn.Module, dict[str, Any], ModelSpec]:

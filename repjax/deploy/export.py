@@ -47,6 +47,11 @@ from repjax.spec import ModelSpec, Preprocessing
 from repjax.trees import is_key, leaf_name
 
 FORMATS = ("stablehlo", "onnx")
+NO_MODEL = (
+  "none of repjax.list_models: the folder has no model.json, so that repjax.load and Predictor "
+  "cannot read it. repjax.deploy.load_exported runs StableHLO, and ONNX Runtime runs ONNX"
+)
+"""The entry of export.json that says why a folder has no model.json."""
 _PLAIN_NAME = re.compile(r"\w[\w.~-]{0,200}", re.ASCII)
 
 
@@ -124,7 +129,7 @@ def export(
     "jax": jax.__version__,
   }
   if not known:
-    facts["preprocessing"] = dataclasses.asdict(preprocessing)
+    facts |= {"preprocessing": dataclasses.asdict(preprocessing), "model": NO_MODEL}
   if format == "onnx":
     proto = of_function(function, tree, size, input_dtype, probabilities)
     class_names = spec.class_names if known else ()
