@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ np.testing.assert_allclose(deploy.apply({"params": params}, images), wanted, rto
 repjax.expand(model, params, jax.random.key(1))
 fused = repjax.fuse(model.apply, variables, images)
 np.testing.assert_allclose(fused(fused.fold(variables), images), wanted, rtol=1e-4, atol=1e-5)
-fused.save("fused", fused.fold(variables))
+fused.save(fused.fold(variables), "fused")
 repjax.analysis.summary(model, 32)
 repjax.deploy.compile(model, variables, image_size=32, batch_sizes=(1,))(images)
 
@@ -78,6 +79,7 @@ def run(*command: object, cwd: Path) -> str:
   """
   env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
   words = [str(word) for word in command]
+  start = time.perf_counter()
   done = subprocess.run(
     words,
     cwd=cwd,
@@ -87,8 +89,14 @@ def run(*command: object, cwd: Path) -> str:
     text=True,
   )
   if done.returncode:
-    raise InputError(f"{' '.join(words[:6])} failed:\n{done.stdout[-4000:]}")
+    raise InputError(f"{_shown(words)} failed:\n{done.stdout[-4000:]}")
+  print(f"{time.perf_counter() - start:.0f} s: {_shown(words)}", flush=True)
   return done.stdout
+
+
+def _shown(words: Sequence[str]) -> str:
+  """Returns a command in one line, without programs in it and with the names of files alone."""
+  return " ".join("..." if "\n" in word else Path(word).name for word in words)
 
 
 def build(folder: Path) -> Path:

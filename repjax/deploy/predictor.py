@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Union
 import jax
 import numpy as np
 
-from repjax import schema
+from repjax import extras, schema
 from repjax.cache import keep_every_program
 from repjax.deploy.compile import BATCH_SIZES, compile  # noqa: A004
 from repjax.devices import need_devices
@@ -229,8 +229,9 @@ class Predictor:
     """
     # Imported late: these modules need OpenCV and Pillow, which a program that resizes its images
     # itself need not install.
-    from repjax.data import transforms
-    from repjax.data.decode import Picture, image_errors
+    with extras.explained("images of any size"):
+      from repjax.data import transforms
+      from repjax.data.decode import Picture, image_errors
 
     how = self.preprocessing
     name = name_of(image)
