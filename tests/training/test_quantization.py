@@ -92,7 +92,7 @@ def test_a_trained_run_learns_in_8_bits_and_is_exported(finished, digits_dir, tm
     assert line in printed
   facts = disk.read_json(workdir / "int8" / "export.json")
   assert {path.name for path in (workdir / "int8").iterdir()} == {
-    *("model.onnx", "model.json", "export.json", "manifest.json"),
+    *("model.onnx", "run_onnx.py", "model.json", "export.json", "manifest.json"),
   }
   with pytest.raises(InputError, match="holds a network as an ONNX file alone"):
     repjax.load(workdir / "int8")
