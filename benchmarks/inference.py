@@ -273,9 +273,11 @@ def main() -> None:
 def check_one_core(machine: Mapping[str, Any]) -> None:
   """Raises InputError where CPU time differs from the time that a user would wait."""
   if jax.default_backend() != "cpu" or machine["cpus"] > 1:
+    on_cpu = jax.default_backend() == "cpu"
+    place = f"{machine['cpus']} CPUs" if on_cpu else machine["device"]
     raise InputError(
-      f"--cpu-time adds up the time of parallel threads, and these are {machine['cpus']} CPUs and "
-      f"{machine['device']}. Run it on one core of a CPU: taskset -c 0 python ..."
+      f"--cpu-time adds up the time of parallel threads, and this process runs on {place}. Run it "
+      "on one core of a CPU: taskset -c 0 python ..."
     )
 
 

@@ -73,7 +73,10 @@ def bn_affine(
     raise ValueError(f"a batch norm has scale, bias, mean and var; it cannot hold {strange}")
   shapes = {name: jnp.shape(value) for name, value in {**bn, **stats}.items()}
   if len(set(shapes.values())) != 1 or len(shapes["scale"]) != 1:
-    raise ValueError(f"the four vectors of a batch norm must have one common shape (C,): {shapes}")
+    raise ValueError(
+      f"the four vectors of a batch norm must have one common shape (C,), got {shapes}. Scale and "
+      "bias come from params, mean and var from batch_stats; pass both of one model"
+    )
   # The four are widened before any arithmetic: mean * scale and beta may nearly cancel.
   gamma, beta, mean, var = _widen(bn["scale"], bn["bias"], stats["mean"], stats["var"])
   scale = gamma * lax.rsqrt(var + epsilon)

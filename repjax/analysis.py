@@ -20,7 +20,7 @@ from repjax.devices import need_devices
 from repjax.errors import InputError
 from repjax.functions import name_of
 from repjax.fusion import Fused
-from repjax.fusion.modules import check_callable, check_params
+from repjax.fusion.modules import check_callable, check_params, traced
 from repjax.models import image_size_of
 from repjax.models.checks import check_image_size
 from repjax.program import (
@@ -31,7 +31,6 @@ from repjax.program import (
   inner_programs,
   interpret,
   trace,
-  traceable,
 )
 from repjax.spec import evaluation_options, shapes_of
 from repjax.trees import leaf_name
@@ -166,8 +165,7 @@ def depth(model: Any, image_size: int | tuple[int, int] | None = None, params: A
   else:
     form, params = _forms_of_function(model, params)[-1]
     given = _evaluation(form, _size_of(model) if image_size is None else image_size, params)
-  with traceable("repjax"):
-    program = trace(given.function, given.variables, given.images)
+  program = traced("repjax", given.function, given.variables, given.images)
   variables = given.variables
   # Variables are no images: a product of parameters alone is no layer.
   inputs = [*[_UNREACHED] * len(jax.tree.leaves(variables)), 0]
@@ -311,8 +309,7 @@ def _costs_of_function(given: _Evaluation) -> dict[str, Cost]:
     (leaf_name(path), math.prod(jnp.shape(leaf)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(given.variables)
   ]
-  with traceable("repjax"):
-    program = trace(given.function, given.variables, given.images)
+  program = traced("repjax", given.function, given.variables, given.images)
   origins = [_Origin(False, _stage_of(name, own), size) for name, size in leaves]
   macs, winograd, params = defaultdict(int), defaultdict(Fraction), defaultdict(int)
   for stage, count, is_winograd in _owned_products(program, [*origins, _Origin(True)], 1):

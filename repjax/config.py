@@ -217,7 +217,9 @@ FIELDS = (
     kind=int,
   ),
   Field(
-    "resize_size", 256, "Length in pixels of the shorter side, before evaluation's central crop."
+    "resize_size",
+    256,
+    "Length in pixels of the shorter side, before evaluation's central crop: its side or more.",
   ),
   Field(
     "interpolation",

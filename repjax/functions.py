@@ -20,8 +20,9 @@ import numpy as np
 
 from repjax.errors import InputError, listed, printable
 from repjax.fusion import Fused, checks, fuse
-from repjax.fusion.modules import check_params
-from repjax.program import Program, inner_programs, trace, traceable
+from repjax.fusion.checks import INFERENCE_MODE
+from repjax.fusion.modules import check_params, traced
+from repjax.program import Program, inner_programs, trace
 
 Function = Callable[[Any, Any], Any]
 """A pure function of a tree of parameters and of images."""
@@ -84,8 +85,7 @@ def _wider(function: Any, params: Any, dtype: np.dtype, size: tuple[int, int]) -
 
   The arguments are those of `check_dtype`.
   """
-  with traceable("repjax"):
-    program = trace(function, params, jax.ShapeDtypeStruct((1, *size, 3), dtype))
+  program = traced("repjax", function, params, jax.ShapeDtypeStruct((1, *size, 3), dtype))
   return next((found for found in _dtypes(program) if found.itemsize > dtype.itemsize), None)
 
 
@@ -95,11 +95,7 @@ def reason_of_training(program: Program) -> str | None:
   Args:
     program: the traced model, whose last input are the images.
   """
-  moving = set(program.inputs[-1:])  # Statistics of parameters alone belong to inference too.
-  for equation in program.equations:
-    if not moving.isdisjoint(equation.inputs):
-      moving.update(equation.outputs)
-  return checks.reason_of_training(program.equations, moving)
+  return checks.reason_of_training(program.equations, program.inputs[-1:])
 
 
 def warn_of_training(function: Function, params: Any, images: jax.ShapeDtypeStruct) -> None:
@@ -113,8 +109,7 @@ def warn_of_training(function: Function, params: Any, images: jax.ShapeDtypeStru
   if reason := reason_of_training(trace(function, params, images)):
     warnings.warn(
       f"the exported function {reason}. Its result for an image then depends on other images, or "
-      "on numbers that were drawn. Export the function of inference mode, such as train=False or "
-      "deterministic=True",
+      f"on numbers that were drawn. Export {INFERENCE_MODE}",
       stacklevel=3,
     )
 

@@ -22,7 +22,7 @@ from repjax.models.checks import check_image_size
 from repjax.program import traceable
 from repjax.recognition import LAYERS
 from repjax.reparam import reparameterize
-from repjax.spec import Preprocessing, evaluation_options, shapes_of
+from repjax.spec import Preprocessing, check_preprocessing, evaluation_options, shapes_of
 from repjax.trees import check_leaves, check_tree, leaf_name, misfits
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -91,6 +91,8 @@ def inference(
   need_devices()
   check_image_size(image_size)
   dtype = checked_dtype(dtype)
+  if preprocessing is not None:
+    check_preprocessing(preprocessing)
   if probabilities and getattr(model, "features_only", False):
     raise InputError(
       "a model with features_only=True has no classifier; leave probabilities out, or features_only"

@@ -131,6 +131,16 @@ def _mesh_axes(value: Any) -> frozenset[Any]:
   return getattr(aval, "vma", frozenset()) if kind is None else frozenset(kind.varying)
 
 
+def place_of(scope: str) -> str:
+  """Returns where something stands in a program, for a message.
+
+  Example:
+    >>> place_of("RepVGG/stem"), place_of("")
+    ('in the scope RepVGG/stem', 'outside all scopes')
+  """
+  return f"in the scope {printable(scope)}" if scope else "outside all scopes"
+
+
 class RuleCall(NamedTuple):
   """A call of a function with a derivative rule (custom_jvp, custom_vjp), which was inlined.
 

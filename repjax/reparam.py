@@ -373,12 +373,23 @@ def _describe_stray(
       "do not belong together"
     )
   return (
-    f"batch_stats hold {shown(leaf)}, which no fold has used. Either params and batch_stats "
-    "do not belong together, or this is a batch norm outside the layers of repjax. If so, "
+    f"batch_stats hold {shown(leaf)}, which no fold has used{_without_params(leaf, params, path)}. "
+    "Either params and batch_stats do not belong together, or this is a batch norm outside the "
+    "layers of repjax. If so, "
     f"keep the statistics yourself and pass keep=({'/'.join(leaf[:-1])!r},). Or the layer is your "
     "own: folds finds a layer by its class name at the beginning of the scope's name, as in "
     f"MyLayer_0{_named_by_no_scope(unmatched)}"
   )
+
+
+def _without_params(leaf: Path, params: Tree, path: Path) -> str:
+  """Returns a clause on the outermost scope of a statistic that the parameters lack, if one is."""
+  here: Any = params
+  for end in range(len(path), len(leaf) - 1):
+    here = here.get(leaf[end]) if isinstance(here, Mapping) else None
+    if here is None:
+      return f", and params have no {shown(leaf[: end + 1])}"
+  return ""
 
 
 def _named_by_no_scope(keys: Sequence[str]) -> str:

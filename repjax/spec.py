@@ -29,7 +29,8 @@ class Preprocessing:
 
   Attributes:
     image_size: side in pixels of the square that the model sees.
-    resize_size: length in pixels of the shorter side before the central square is cut out.
+    resize_size: length in pixels of the shorter side before the central square is cut out, at least
+      `image_size`.
     interpolation: "nearest", "bilinear" or "bicubic".
     mean: mean of each channel, for values in 0 ... 1; it is subtracted.
     std: standard deviation of each channel; the difference is divided by it.
@@ -46,6 +47,12 @@ class Preprocessing:
 
   def __post_init__(self):
     schema.check(vars(self), contents.PREPROCESSING, "preprocessing")
+    if self.resize_size < self.image_size:
+      raise InputError(
+        f"preprocessing.resize_size is {self.resize_size}, below preprocessing.image_size, which "
+        f"is {self.image_size}. The square is cut out of the resized image, so it cannot be "
+        "larger. Make resize_size at least as large"
+      )
 
   def normalize(self, images: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """Maps uint8 images (..., 3) to (x / 255 - mean) / std in `dtype`."""
@@ -54,6 +61,25 @@ class Preprocessing:
     over_pixels = (1,) * (images.ndim - 1) + (3,)
     images = images.astype(jnp.float32) * scale.reshape(over_pixels) + shift.reshape(over_pixels)
     return images.astype(dtype)
+
+
+def check_preprocessing(given: Any) -> None:
+  """Checks that an argument called preprocessing says how images become inputs.
+
+  Raises:
+    InputError: it is no Preprocessing.
+  """
+  if not isinstance(given, Preprocessing):
+    is_spec = isinstance(given, ModelSpec)
+    raise InputError(
+      "preprocessing must be a repjax.spec.Preprocessing, which says how images become inputs, got "
+      f"{'a ModelSpec' if is_spec else schema.shown(given)}. Pass "
+      + (
+        "spec.preprocessing"
+        if is_spec
+        else "Preprocessing(image_size=224, resize_size=256), with the mean and std of the images"
+      )
+    )
 
 
 _PLAIN_FIELDS = ("name", "num_classes", "class_names")
@@ -136,17 +162,10 @@ class ModelSpec:
     for name in ("mean", "std"):
       if name in preprocessing:
         preprocessing[name] = tuple(preprocessing[name])
-    steps = Preprocessing(**preprocessing)
-    if steps.resize_size < steps.image_size:
-      raise InputError(
-        f"preprocessing.resize_size of model.json is {steps.resize_size}, below "
-        f"preprocessing.image_size, which is {steps.image_size}. The square is cut out of the "
-        "resized image, so it cannot be larger; make resize_size at least as large"
-      )
     return cls(
       **{
         **value,
-        "preprocessing": steps,
+        "preprocessing": Preprocessing(**preprocessing),
         "class_names": tuple(value.get("class_names", ())),
       }
     )

@@ -263,6 +263,10 @@ BAD = {
   "sizes": (lambda p, x: jnp.zeros(x.sum().astype(int)), HEAD, "cannot trace .* depends on"),
   "rows": (lambda p, x: x.mean((0, 1, 2)) @ p["head"], HEAD, r"one row for each image.*\(4,\)"),
   "nothing": (lambda p, x: {}, HEAD, "returned none"),
+  "a word": (lambda p, x: "word", HEAD, "must return arrays.*'word', of type str"),
+  "objects": (linen()[0], {"head": np.array([None])}, "arrays, but head is an array of object"),
+  "a third": (lambda p, x, y: x, HEAD, r"and 1 argument, .*\(p, x, y\).*functools\.partial"),
+  "a name": (lambda p, x: p["lost"], HEAD, r"KeyError: 'lost'.*head float32\[3, 4\].*`fold`"),
 }
 
 
@@ -328,12 +332,29 @@ DOORS = {
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("case", ["text", "values", "a module of NNX"])
+@pytest.mark.parametrize("case", ["text", "values", "a module of NNX", "a third", "a name"])
 def test_every_door_refuses_the_same(door, case, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   function, params, said = BAD[case]
   with pytest.raises(InputError, match=said):
     DOORS[door](function, params)
+  assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    repjax.deploy.Predictor.of,
+    lambda *given: repjax.deploy.export(*given, "never made"),
+    lambda *given: repjax.deploy.compile(*given[:2], preprocessing=given[2], **SETTINGS),
+    lambda *given: repjax.onnx.to_onnx(*given[:2], image_size=SIZE, preprocessing=given[2]),
+  ],
+)
+def test_what_is_no_preprocessing_is_refused(call, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(InputError, match=r"must be a repjax\.spec\.Preprocessing.* got 32\.") as no:
+    call(lambda p, x: x.mean((1, 2)) @ p["head"], HEAD, 32)
+  assert_one_paragraph(no.value)
   assert not [*tmp_path.iterdir()]
 
 

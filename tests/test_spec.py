@@ -197,7 +197,7 @@ def test_the_usual_spec_has_the_image_size_that_the_model_is_made_for(
 def test_a_square_that_is_larger_than_the_resized_image_is_refused():
   value = json.loads(json.dumps(SPEC.to_json()))
   value["preprocessing"] |= {"image_size": 64, "resize_size": 63}
-  with pytest.raises(InputError, match=r"resize_size of model\.json is 63"):
+  with pytest.raises(InputError, match=r"preprocessing\.resize_size is 63, below"):
     repjax.ModelSpec.from_json(value)
 
 

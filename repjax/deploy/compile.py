@@ -185,11 +185,13 @@ def compile(  # noqa: A001
       ParNet: every stream has its own device. With k times as many devices as streams, the batch is
       split over k groups and padded to a multiple of k. `critical_path` says what bounds the speed.
     cuda_graphs: on NVIDIA GPUs, puts convolutions into CUDA graphs, so that a network is one launch
-      and small batches wait less for the host. Off, since no measurement has proven it yet.
+      and small batches wait less for the host. Off, since no measurement has proven it yet. Other
+      devices refuse it.
     runtime: for float32 on CPUs, what computes the batches. "xla"; "onnxruntime" or "openvino" from
       an ONNX file that is written in memory; or "auto". "auto" times XLA and the others where they
       are installed, a few seconds for each batch size, and takes the fastest. It prints a line
-      about each measurement and keeps it on disk; `CompiledModel.plans` has it too. Results of a
+      about each measurement and keeps it on disk; `CompiledModel.plans` has it too. It leaves out
+      a runtime that cannot run the model, and prints the reason. Results of a
       runtime differ from XLA's by a relative error of at most 1e-3, which is checked, and usually
       of 1e-6.
 
@@ -200,8 +202,9 @@ def compile(  # noqa: A001
     InputError: a dtype, batch size or device cannot be used; the variables do not fit the model;
       the model has no deploy form; or a function cannot be traced, or returns something else than a
       row for each image. With "streams": the model has no streams, or the number of
-      devices is not a multiple of the number of streams. With a runtime: it is not installed, ONNX
-      has no operator for a part of the model, or the program is not in float32 on a CPU.
+      devices is not a multiple of the number of streams. With `cuda_graphs`: the device is no GPU.
+      With a runtime besides "auto": it is not installed, ONNX has no operator for a part of the
+      model, or the program is not in float32 on a CPU.
 
   Example:
     model, variables, spec = repjax.load("runs/a0")
@@ -213,8 +216,11 @@ def compile(  # noqa: A001
   if parallel not in PARALLEL:
     raise unknown("parallel", parallel, PARALLEL)
   in_streams = parallel == "streams"
-  only_xla = in_streams or cuda_graphs
-  runtimes.check(runtime, checked_dtype(dtype), devices, only_xla=only_xla)
+  if cuda_graphs:
+    gpu.check_graphs(checked_devices(devices)[0])
+  runtimes.check(
+    runtime, checked_dtype(dtype), devices, in_streams=in_streams, cuda_graphs=cuda_graphs
+  )
   if in_streams:
     device_groups(model, devices)  # raises early, before the model is folded
   with keep_every_program():

@@ -43,7 +43,7 @@ from repjax.inference import checked_dtype, inference
 from repjax.onnx import metadata, of_function, written_dtype
 from repjax.onnx.check import checked
 from repjax.onnx.proto import OPSET
-from repjax.spec import ModelSpec, Preprocessing
+from repjax.spec import ModelSpec, Preprocessing, check_preprocessing
 from repjax.trees import is_key, leaf_name
 
 FORMATS = ("stablehlo", "onnx")
@@ -108,6 +108,7 @@ def export(
   dtype = _written_dtype(format, dtype)
   known = isinstance(spec, ModelSpec)
   preprocessing = spec.preprocessing if known else spec
+  check_preprocessing(preprocessing)
   size = preprocessing.image_size
   function, tree, _, network = inference(
     model,

@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 
+from repjax.errors import InputError
 from repjax.functions import Function
 from repjax.program import (
   Constant,
@@ -154,6 +155,15 @@ def _summed_axis(matrix: Variable, readers: Mapping[Operand, list[Equation]]) ->
       return None
     held = reader.outputs[0]
   return None
+
+
+def check_graphs(device: Any) -> None:
+  """Raises InputError if a device has no CUDA graphs."""
+  if device.platform != "gpu":
+    raise InputError(
+      "cuda_graphs=True puts a network into CUDA graphs of an NVIDIA GPU, and the device here is a "
+      f"{device.platform}. Leave cuda_graphs (--cuda-graphs) out, or pass a GPU as devices"
+    )
 
 
 def warn_of_dtype(device: Any, dtype: Any) -> None:

@@ -18,7 +18,7 @@ from repjax.devices import need_devices
 from repjax.errors import InputError, printable
 from repjax.output import status
 from repjax.pretrained import load
-from repjax.spec import ModelSpec, Preprocessing
+from repjax.spec import ModelSpec, Preprocessing, check_preprocessing
 
 if TYPE_CHECKING:
   from PIL.Image import Image as PillowImage
@@ -142,6 +142,7 @@ class Predictor:
     self, model: Any, variables: Any, preprocessing: Preprocessing, **settings: Any
   ) -> None:
     """Compiles the model to a function of uint8 images that returns probabilities."""
+    check_preprocessing(preprocessing)
     self.preprocessing = preprocessing
     self.program = compile(
       model,

@@ -5,6 +5,7 @@ is the fastest for every network, batch size and processor, so "auto" measures. 
 is kept in the user's cache folder, as `repjax.deploy.tuning` keeps the fastest algorithms.
 """
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -22,7 +23,6 @@ from repjax.deploy.xla import compile_lowered
 from repjax.errors import InputError, printable, sentences, unknown
 from repjax.functions import Function, say
 from repjax.onnx import of_function
-from repjax.onnx.proto import need_onnx
 from repjax.onnx.translation import IMAGES
 from repjax.schema import MisfitError, number, record, table, text
 from repjax.timing import cpus
@@ -83,14 +83,22 @@ _PACKAGES: dict[str, Callable[[], Any]] = {
 RUNTIMES = ("xla", *_LOADERS, "auto")
 
 
-def check(runtime: str, dtype: np.dtype, devices: Sequence[Any] | None, *, only_xla: bool) -> None:
+def check(
+  runtime: str,
+  dtype: np.dtype,
+  devices: Sequence[Any] | None,
+  *,
+  in_streams: bool,
+  cuda_graphs: bool,
+) -> None:
   """Raises unless a runtime is known, is installed, and can do what is asked for.
 
   Args:
     runtime: a name among RUNTIMES.
     dtype: dtype of the computation.
     devices: devices of this process; None takes all.
-    only_xla: True if an option is set that no other runtime has.
+    in_streams: the network runs in streams.
+    cuda_graphs: convolutions are in CUDA graphs.
 
   Raises:
     InputError: the runtime cannot be used.
@@ -100,22 +108,33 @@ def check(runtime: str, dtype: np.dtype, devices: Sequence[Any] | None, *, only_
   if runtime == "xla":
     return
   platform = checked_devices(devices)[0].platform
-  if platform != "cpu" or dtype != np.float32 or only_xla:
+  causes = {
+    f"a {platform}": platform != "cpu",
+    f"dtype={dtype.name!r}": dtype != np.float32,
+    "parallel='streams'": in_streams,
+    "cuda_graphs=True": cuda_graphs,
+  }
+  if found := [cause for cause, holds in causes.items() if holds]:
     raise InputError(
-      f"runtime={runtime!r} computes in float32 on CPUs, with parallel='data' and without "
-      f"cuda_graphs, and this program is in {dtype} for a {platform}. Change these, or leave "
+      f"runtime={runtime!r} does not go with {' and '.join(found)}, since runtimes besides XLA "
+      "compute in float32 on CPUs, without streams and CUDA graphs. Change that, or leave "
       "runtime='xla', which computes everything"
     )
-  need_onnx()
-  if runtime == "auto" and not _installed():
+  _check_installed(runtime)
+
+
+def _check_installed(runtime: str) -> None:
+  """Raises InputError if packages are missing, and names all of them at once."""
+  found = _installed()
+  either = [] if found else [*_LOADERS]
+  missing = either if runtime == "auto" else [runtime] if runtime not in found else []
+  if importlib.util.find_spec("onnx") is None:
+    missing = ["onnx", *missing]
+  if missing:
+    compared = ", which compares XLA with ONNX Runtime and OpenVINO," if runtime == "auto" else ""
     raise InputError(
-      "runtime='auto' compares XLA with ONNX Runtime and OpenVINO, and neither is installed: "
-      "pip install onnxruntime openvino. Without them, leave runtime='xla'"
-    )
-  if runtime in _LOADERS and runtime not in _installed():
-    raise InputError(
-      f"runtime={runtime!r} needs the package {runtime}: pip install {runtime}. runtime='xla' "
-      "needs no further package"
+      f"runtime={runtime!r}{compared} needs packages that are not installed: pip install "
+      f"{' '.join(missing)}. runtime='xla' needs no further package"
     )
 
 
@@ -213,32 +232,65 @@ class PlacedRuntimes:
         else than XLA.
     """
     if self._runtime != "auto":
-      return self._programs([self._runtime], function, batch)[self._runtime]
-    question = self._question(batch)
+      return self._program(self._runtime, function, batch)
+    question, batches = self._question(batch), f"batches of {batch.shape[0]:,}"
     known = _recalled(question)
-    names = ["xla", *_installed()] if known is None else [known.runtime]
-    programs = self._programs(names, function, batch)
-    if known is None:
-      seconds = measured({name: each for name, (each, _) in programs.items()}, batch)
-      known = _Measured(fastest(seconds), seconds)
+    if known is not None:
+      say(f"{batches}: {described(known)}; measured earlier")
+      program, plan = self._program(known.runtime, function, batch)
+      return program, plan._replace(runtimes=known.seconds)
+    programs, reasons = self._possible(function, batch)
+    for reason, names in reasons.items():
+      say(f"{batches}: without {' and '.join(names)}: {reason}")
+    if len(programs) == 1:
+      return programs["xla"]
+    seconds = measured({name: each for name, (each, _) in programs.items()}, batch)
+    known = _Measured(fastest(seconds), seconds)
+    say(f"{batches}: {described(known)}")
+    if not reasons:  # A runtime that is left out is tried again, since a new version may run it.
       remember(question, known._asdict())
-      say(f"batches of {batch.shape[0]:,}: {described(known)}")
     program, plan = programs[known.runtime]
     return program, plan._replace(runtimes=known.seconds)
 
-  def _programs(
-    self, names: Sequence[str], function: Function, batch: jax.ShapeDtypeStruct
-  ) -> dict[str, tuple[Any, BatchPlan]]:
-    """Returns the program of each runtime, and its plan."""
-    if new := [name for name in names if name not in ("xla", *self._runs)]:
-      content = self._written(function, batch)
-      self._runs |= {name: _load(name, content) for name in new}
-    return {
-      name: self._placed.program(function, batch)
-      if name == "xla"
-      else self._loaded(name, function, batch)
-      for name in names
-    }
+  def _possible(
+    self, function: Function, batch: jax.ShapeDtypeStruct
+  ) -> tuple[dict[str, tuple[Any, BatchPlan]], dict[str, list[str]]]:
+    """Returns the programs of XLA and of the runtimes that can run a function.
+
+    Returns:
+      The program of each runtime with its plan; and the reasons why others cannot run the function,
+      with the names of these.
+    """
+    programs = {"xla": self._program("xla", function, batch)}
+    reasons: dict[str, list[str]] = {}
+    written = functools.cache(lambda: self._written(function, batch))
+    for name in _installed():
+      try:
+        programs[name] = self._program(name, function, batch, written)
+      except InputError as error:
+        reasons.setdefault(str(error), []).append(name)
+    return programs, reasons
+
+  def _program(
+    self,
+    name: str,
+    function: Function,
+    batch: jax.ShapeDtypeStruct,
+    written: Callable[[], bytes] | None = None,
+  ) -> tuple[Any, BatchPlan]:
+    """Returns the program of a runtime, and its plan.
+
+    Args:
+      name: name of the runtime.
+      function: a function of the tree and of images.
+      batch: shape (N, H, W, 3) and dtype of the images.
+      written: returns the content of the ONNX file; None: the file is written here.
+    """
+    if name == "xla":
+      return self._placed.program(function, batch)
+    if name not in self._runs:
+      self._runs[name] = _load(name, written() if written else self._written(function, batch))
+    return self._loaded(name, function, batch)
 
   def _loaded(
     self, name: str, function: Function, batch: jax.ShapeDtypeStruct
@@ -282,7 +334,10 @@ def _load(name: str, content: bytes) -> Run:
   """Loads an ONNX file in a runtime, and raises InputError if the runtime cannot run the file."""
   try:
     return _LOADERS[name](content)
-  except Exception as error:  # The errors of ONNX Runtime share no base class of their own.
+  except Exception as error:
+    # The errors of ONNX Runtime share no base class, but a module.
+    if not isinstance(error, RuntimeError) and type(error).__module__.split(".")[0] != name:
+      raise
     said = f"{name} cannot load this model: {printable(str(error), 300)}"
     raise InputError(sentences(said, "runtime='xla' runs such a model")) from error
 
@@ -352,11 +407,17 @@ def described(known: _Measured) -> str:
   """Says which runtime is taken, and how its time compares with the time of the others."""
   own = known.seconds[known.runtime]
   others = [
-    f"{seconds / own:.2f} times as fast as {name} ({1e3 * seconds:.1f} ms)"
+    f"{seconds / own:.2f} times as fast as {name} ({_milliseconds(seconds)})"
     for name, seconds in known.seconds.items()
     if name != known.runtime
   ]
-  return f"{known.runtime} takes {1e3 * own:.1f} ms, {', '.join(others)}"
+  return f"{known.runtime} takes {_milliseconds(own)}, {', '.join(others)}"
+
+
+def _milliseconds(seconds: float) -> str:
+  """Returns a time with three digits, or with all digits before the point."""
+  value = 1e3 * seconds
+  return f"{value:,.0f} ms" if value >= 100 else f"{value:#.3g} ms"
 
 
 def noise(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

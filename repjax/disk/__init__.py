@@ -24,4 +24,4 @@ from repjax.disk.folders import (
 from repjax.disk.locks import is_at, try_lock
 from repjax.disk.manifest import MANIFEST, Snapshot, content, read_whole, write_manifest
 from repjax.disk.private import NEW, holder_text, new_holder, private_folder, sweep
-from repjax.disk.values import missing, read_json, update_manifest, write_json
+from repjax.disk.values import FUSED, missing, read_json, update_manifest, write_json

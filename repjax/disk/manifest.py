@@ -289,9 +289,9 @@ def gone(path: Path) -> InputError:
 def _damaged(path: Path, reason: str) -> InputError:
   """Returns the error for a file that is not as the manifest of its folder says."""
   return InputError(
-    f"{path} is damaged: {reason}. Restore it from a copy, or make its folder again. If it was "
-    f"changed on purpose, move {MANIFEST} of its folder away. What only reads can also leave the "
-    "check out: verify=False, or --no-verify"
+    f"{path} is damaged: {reason}. Restore it from a copy, or make its folder again. If you "
+    f"changed it on purpose, move {MANIFEST} of its folder away, or read the folder without checks "
+    "by verify=False or --no-verify"
   )
 
 

@@ -116,6 +116,8 @@ def _read_by_orbax(path: Path, like: Any) -> Any:
         raise stop from None
       first_sentence = str(error).partition("\n")[0].partition(". ")[0]
       problem = f"{type(error).__name__}: {first_sentence}"[:300]
+      if type(error) is Exception:  # what Orbax raises where TensorStore finds too few bytes
+        problem = f"a file is cut off or missing ({first_sentence[:300]}). Restore it from a copy"
       raise InputError(f"{path} cannot be read: {problem}") from None
 
 

@@ -12,6 +12,9 @@ from repjax.disk.manifest import gone, listed
 from repjax.errors import InputError
 from repjax.schema import Rule, anything
 
+FUSED = "fused.json"
+"""The file by which a folder of folded parameters is known; see `repjax.fusion.saving`."""
+
 
 def write_json(path: Path, value: Any) -> None:
   """Writes a JSON file that nobody ever sees half-written, and makes its folder.
@@ -33,8 +36,13 @@ def missing(path: Path) -> InputError:
   if any(each.partition("/")[0] == path.name for each in listed(path.parent) or ()):
     return gone(path)
   return InputError(
-    f"{path} does not exist; is {path.parent} the right folder? Give the folder of a run, an "
-    "import or an export"
+    f"{path} does not exist; is {path.parent} the right folder? "
+    + (
+      "It holds the folded parameters of a function: read them by fused.load(folder), with what "
+      "repjax.fuse returns for this function, and pass both to repjax.deploy.compile"
+      if (path.parent / FUSED).exists()
+      else "Give the folder of a run, an import or an export"
+    )
   )
 
 

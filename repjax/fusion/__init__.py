@@ -34,8 +34,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from repjax.errors import InputError, printable
+from repjax.fusion.checks import INFERENCE_MODE
 from repjax.fusion.fused import Fused
 from repjax.fusion.modules import check_callable, check_params
+from repjax.program import place_of
 
 __all__ = ["Fused", "fuse"]
 
@@ -63,7 +65,8 @@ def fuse(
       of either than before. Biases and border maps are not counted.
     check: compare each merge with the equations that it replaces, once, on random numbers.
     strict: raise if a norm stays: a scale and a shift of each channel, both from parameters, as of
-      a batch norm. Statistics that follow from the input, as of a layer norm, are not counted.
+      a batch norm. Statistics that follow from the input, as of a layer norm, are not counted. Also
+      raise if the function is in training mode.
     also: further arguments, one or a tuple for each call. Only what holds for all is merged.
 
   Returns:
@@ -92,11 +95,15 @@ def fuse(
   calls = [args, *(each if isinstance(each, tuple) else (each,) for each in also)]
   fused = Fused(function, params, calls, growth=growth, check=check)
   norms = fused.report.norms
+  if strict and fused.report.training:
+    raise InputError(
+      f"strict=True wants a function without norms, and this one {fused.report.training}. Pass "
+      f"{INFERENCE_MODE}. Or leave strict out"
+    )
   if strict and norms:
     stay = "1 norm stays" if len(norms) == 1 else f"{len(norms):,} norms stay"
-    place = f" (scope {norms[0].scope!r})" if norms[0].scope else ""
     raise InputError(
-      f"{stay} in the fused function. The first{place} {norms[0].reason}. Leave strict=True out to "
-      "accept that"
+      f"{stay} in the fused function. The first, {place_of(norms[0].scope)}, {norms[0].reason}. "
+      "Leave strict=True out to accept that"
     )
   return fused

@@ -14,7 +14,7 @@ from repjax.errors import InputError
 from repjax.fusion.bodies import FusedBodies, bodies_of
 from repjax.fusion.expressions import evaluate
 from repjax.fusion.plan import Instruction, Plan, read
-from repjax.program import Constant, Equation, inner_programs
+from repjax.program import Constant, Equation, inner_programs, place_of
 from repjax.trees import generator_of, is_key
 from repjax.xla import safe_options
 
@@ -78,7 +78,7 @@ def check(plan: Plan, equations: Sequence[Equation], exact: Sequence[Equation]) 
     if error > _tolerance([*_passed(merge, inputs, makers)]):
       parameters = [names[each] for each in inputs if each in names]
       raise InputError(
-        f"fuse made a mistake in the scope {merge.scope!r}: on random parameters the merged layer "
+        f"fuse made a mistake {place_of(merge.scope)}: on random parameters the merged layer "
         f"differs from the function by {error:.1e} of the largest value, from the parameters "
         f"{', '.join(parameters)}. Please report the function, and leave this part out of `fuse`"
       )
@@ -261,23 +261,46 @@ def relative_error(result: Any, wanted: Any) -> Any:
   return jnp.where(finite.any(), largest / jnp.maximum(scale, jnp.finfo(wide).tiny), jnp.nan)
 
 
-def reason_of_training(equations: Sequence[Equation], moving: Container[Any]) -> str | None:
+INFERENCE_MODE = (
+  "the function of inference mode: model.eval() before nnx.split in Flax NNX, train=False, "
+  "use_running_average=True or deterministic=True in Linen, eqx.nn.inference_mode(model) in "
+  "Equinox, is_training=False in Haiku"
+)
+"""What to pass in place of a function in training mode, for messages."""
+
+
+def reason_of_training(equations: Sequence[Equation], arguments: Iterable[Any]) -> str | None:
   """Returns how a program shows that it is in training mode, None if it does not.
 
   Args:
     equations: of the traced program.
-    moving: the variables that depend on the arguments.
+    arguments: the variables of its arguments. Statistics of parameters alone belong to inference
+      too.
   """
-  if any(each.primitive.startswith(_DRAWS) for each in equations):
-    return "draws random numbers, as dropout does in training"
+  signs = {
+    "draws random numbers, as dropout does in training": any(
+      each.primitive.startswith(_DRAWS) for each in equations
+    ),
+    "divides by the deviation over its batch, as a batch norm does in training": (
+      _divides_by_deviation(equations, arguments)
+    ),
+  }
+  return ", and ".join(sign for sign, found in signs.items() if found) or None
+
+
+def _divides_by_deviation(equations: Sequence[Equation], arguments: Iterable[Any]) -> bool:
+  """Tells if a program takes the root of a statistic over all axes besides the channels."""
+  moving = set(arguments)  # and all that follows from them
   statistics: dict[Any, int] = {}  # variables that follow from statistics, with their sizes
   for each in equations:
+    if not moving.isdisjoint(each.inputs):
+      moving.update(each.outputs)
     size = math.prod(each.outputs[0].aval.shape) if each.outputs else 0
     if _is_statistic(each, moving) or any(statistics.get(given) == size for given in each.inputs):
       statistics.update(dict.fromkeys(each.outputs, size))
       if each.primitive in ("rsqrt", "sqrt"):
-        return "divides by the deviation over its batch, as a batch norm does in training"
-  return None
+        return True
+  return False
 
 
 def draws(equation: Equation) -> bool:

@@ -11,14 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from repjax.errors import InputError, listed, printable
-from repjax.fusion.checks import check, differing, kept_apart, reason_of_training
+from repjax.fusion.checks import (
+  INFERENCE_MODE,
+  check,
+  differing,
+  kept_apart,
+  reason_of_training,
+)
 from repjax.fusion.expressions import Expressions
-from repjax.fusion.modules import is_array
+from repjax.fusion.modules import check_params, is_array, shown, traced
 from repjax.fusion.plan import Plan
 from repjax.fusion.planning import Planner, equations_of
 from repjax.fusion.report import Report
 from repjax.fusion.saving import load, save
-from repjax.program import Equation, Program, trace, traceable
+from repjax.program import Equation, Program
 from repjax.trees import leaf_name
 
 
@@ -81,6 +87,7 @@ class Fused:
     Raises:
       InputError: names, shapes or dtypes differ from those of `fuse`.
     """
+    check_params(params)
     leaves = self._leaves(params)
     for path, leaf, aval in zip(self._paths, leaves, self._avals):
       shape, dtype = _form(leaf)
@@ -178,13 +185,15 @@ class Fused:
     if tree == self._tree:
       return leaves
     held = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    odd = sorted({*held} ^ {*self._paths})
-    if odd or not len(leaves) == len(held) == len(self._paths):
-      example = f", such as {printable(odd[0])}" if odd else ""
+    lost = [path for path in self._paths if path not in held]
+    unknown = [path for path in held if path not in self._paths]
+    if lost or unknown or not len(leaves) == len(held) == len(self._paths):
+      sides = {"lacks": lost, "has in addition": unknown}
+      said = "; ".join(f"{side} {listed(names, 3)}" for side, names in sides.items() if names)
       raise InputError(
-        f"fold got a tree of {len(leaves)} arrays with different names than those of the "
-        f"{len(self._paths)} parameters that fuse was called with{example}. Pass the same model's "
-        "parameters"
+        f"fold got {len(leaves)} parameters with different names than the {len(self._paths)} that "
+        f"fuse was called with: the tree {said or 'repeats a name'}. Pass parameters of the same "
+        "model, in the tree that fuse saw"
       )
     return [held[path] for path in self._paths]
 
@@ -262,24 +271,18 @@ class Fused:
     planner = Planner(program, self._table, self._growth, apart)
     count = len(self._avals)
     plan = planner.planned(range(count), dict(enumerate(self._paths)))
-    reason = reason_of_training(planner.equations, planner.nodes)
+    reason = reason_of_training(planner.equations, plan.arguments)
+    planner.report.training = reason
     if reason:
       warnings.warn(
-        f"the function passed to fuse {reason}. Nothing merges across that. Pass the "
-        "function of inference mode: model.eval() before nnx.split in Flax NNX, train=False or "
-        "use_running_average=True in Linen, eqx.nn.inference_mode(model) in Equinox",
+        f"the function passed to fuse {reason}. Nothing merges across that. Pass {INFERENCE_MODE}",
         stacklevel=_caller_level(),
       )
     return plan, planner.equations, planner.report
 
   def _traced(self, args: tuple[Any, ...]) -> Program:
     avals, tree = _forms(args)
-
-    def function(params: Any, args: Any) -> Any:
-      return self._function(self._tree.unflatten(params), *tree.unflatten(args))
-
-    with traceable("fuse"):
-      return trace(function, self._avals, avals)
+    return traced("fuse", self._function, self._tree.unflatten(self._avals), *tree.unflatten(avals))
 
 
 def _check_folded(folded: Any, plan: Plan) -> None:
@@ -341,7 +344,7 @@ def _aval(leaf: Any, what: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
   raise InputError(
     f"fuse takes trees of arrays, or of shapes and dtypes, but {printable(what)} is "
-    f"{printable(repr(leaf), 80)}. Pass settings by functools.partial instead"
+    f"{shown(leaf)}. Pass settings by functools.partial instead"
   )
 
 

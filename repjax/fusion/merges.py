@@ -183,7 +183,9 @@ class Merge:
   @property
   def parts(self) -> list[str]:
     """The branches that are merged, a chain of steps for each term."""
-    return [" > ".join(term.names) for piece in self.pieces for term in piece.group.members]
+    names = [" > ".join(term.names) for piece in self.pieces for term in piece.group.members]
+    # One source that nothing is added to: only its numbers are scaled and shifted.
+    return ["scale and shift"] if names == ["identity"] else names
 
   @property
   def counts(self) -> Counts:
@@ -193,7 +195,8 @@ class Merge:
       for each in self.pieces
       if each.group.is_product and each.kernel is not None
     ]
-    return Counts(len(work), sum(work), sum(each.size for each in self.stored))
+    # Constants are no parameters.
+    return Counts(len(work), sum(work), sum(each.size for each in self.stored if each.leaves))
 
   @property
   def operations(self) -> int:

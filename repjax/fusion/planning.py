@@ -43,6 +43,7 @@ RULES = {**pixels.RULES, **layouts.RULES, **products.RULES}
 _FREE = {"broadcast_in_dim", "convert_element_type", "copy", "name", "reshape", "squeeze"}
 _FREE |= {"transpose"}
 """Affine equations that cost next to nothing, so that saving them is no reason to merge."""
+_APART = "would need other folded parameters at some of the shapes, and one fold serves all"
 
 
 class Planner:
@@ -149,7 +150,10 @@ class Planner:
 
   def _add_bodies(self, equation: Equation) -> bool:
     """Adds a loop or a choice with fused bodies. Returns False if nothing merges in them."""
-    bodies = bodies_of(equation) if equation not in self._apart else []
+    bodies = bodies_of(equation)
+    if bodies and equation in self._apart:
+      self.report.add_left(equation.scope, equation.primitive, _APART)
+      bodies = []
     operands = [self._operand(each) for each in equation.inputs] if bodies else []
     fused, costs = [], []
     for number, body in enumerate(bodies):
@@ -217,9 +221,12 @@ class Planner:
   def _made(self, equation: Any) -> Affine | Layout | None:
     """Returns what an equation makes by its rule, None if it is opaque."""
     rule = RULES.get(equation.primitive)
-    if rule is None or len(equation.outputs) != 1 or _equations(equation)[-1] in self._apart:
+    if rule is None or len(equation.outputs) != 1:
       return None
     if not jnp.issubdtype(equation.outputs[0].aval.dtype, jnp.floating):
+      return None
+    if _equations(equation)[-1] in self._apart:
+      self.report.add_left(equation.scope, equation.primitive, _APART)
       return None
     try:
       return rule(self._given(equation))

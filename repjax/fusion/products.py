@@ -211,11 +211,16 @@ def _along(vector: Expression | None, layout: Layout, channel: int) -> Expressio
 
 
 def through(rule: Rule, given: Given) -> Any:
-  """Applies a rule of arithmetic, to the hidden product itself if an operand is a moved product."""
+  """Applies a rule of arithmetic, to the product itself if an operand is a moved product."""
   for place, node in enumerate(given.operands):
     if isinstance(node, Node) and node.shape == given.shape and _is_product(node):
       inside = _inside(given, place, node)
-      affine = None if inside is None else rule(inside)
+      try:
+        affine = None if inside is None else rule(inside)
+      except Refusal:
+        if node.layout.source.hidden:
+          raise
+        affine = None  # The moved value may still be scaled as it is.
       if affine is not None:
         source = hidden(node, affine.shape, given.dtype, affine, equation=given.equation)
         return dataclasses.replace(node.layout, source=source)
@@ -223,8 +228,11 @@ def through(rule: Rule, given: Given) -> Any:
 
 
 def _is_product(node: Node) -> bool:
+  """Tells if a node is moved numbers of a product that is not computed, and that is read once."""
   source = None if node.layout is None or node.computed else node.layout.source
-  return source is not None and source.hidden and source.is_open and source.affine.has_kernel
+  if source is None or not source.is_open or not source.affine.has_kernel:
+    return False
+  return source.hidden or source.reads == 1
 
 
 def _inside(given: Given, place: int, node: Node) -> Given | None:

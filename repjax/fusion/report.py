@@ -1,4 +1,7 @@
-"""The report of a plan: what was merged, what was left alone and why, and what products cost."""
+"""The report of a plan: what was merged, what was left alone and why, and what products cost.
+
+Products are convolutions and matrix products.
+"""
 
 import dataclasses
 import math
@@ -89,7 +92,7 @@ class Merged:
   @property
   def place(self) -> str:
     """The scope, or the first parameters where the library of the function names no scopes."""
-    return self.scope or listed(self.names, 2, longest=None)
+    return self.scope or listed(self.names, 2, longest=None) or "constants"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +120,14 @@ class Report:
     merges: one entry for each merge, in the order of the program.
     left: one entry for each thing that was left alone.
     before, after: what all products of the program cost, and all parameters.
+    training: how the program shows that it is in training mode, None if it does not.
   """
 
   merges: list[Merged] = dataclasses.field(default_factory=list)
   left: list[Left] = dataclasses.field(default_factory=list)
   before: Counts = dataclasses.field(default_factory=Counts)
   after: Counts = dataclasses.field(default_factory=Counts)
+  training: str | None = None
 
   def add_merge(
     self,
@@ -180,10 +185,11 @@ class Report:
       "left": [dataclasses.asdict(entry) for entry in self.left],
       "before": self.before._asdict(),
       "after": self.after._asdict(),
+      "training": self.training,
     }
 
   def __str__(self) -> str:
-    rows = [["scope or parameters", "merged", "convolutions", "multiplications", "parameters"]]
+    rows = [["scope or parameters", "merged", "products", "multiplications", "parameters"]]
     rows += [
       _row(each.place, " + ".join(each.parts), each.before, each.after) for each in self.merges
     ]

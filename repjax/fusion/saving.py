@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from repjax import disk, json_files, names
 from repjax.devices import need_devices
 from repjax.disk import trees
+from repjax.disk.manifest import gone
+from repjax.disk.manifest import listed as listed_files
 from repjax.errors import InputError, listed
 from repjax.schema import record, table, text
 from repjax.trees import generator_of, is_key
 
-_PARAMS, _FACTS = "params", "fused.json"
+_PARAMS, _FACTS = "params", disk.FUSED
 _RULE = record({"arrays": table(text())}, required=("arrays",))
 
 
@@ -64,16 +66,30 @@ def load(
   def read(snapshot: disk.Snapshot) -> dict[str, jax.Array]:
     facts = snapshot.folder / _FACTS
     if not facts.exists():
+      if _FACTS in (listed_files(snapshot.folder) or ()):
+        raise gone(facts)
       raise InputError(f"{path} holds no folded parameters. Give a folder that `save` wrote")
     held = json_files.content(facts, snapshot.read_bytes(facts), _RULE)["arrays"]
     _check_same(held, _described(shapes), path)
     plain = jax.eval_shape(lambda arrays: jax.tree.map(_plain, arrays), dict(shapes))
-    numbered = trees.read_tree(snapshot.folder / _PARAMS, _numbered(plain), snapshot, finite=verify)
+    numbered = trees.read_tree(snapshot.folder / _PARAMS, _numbered(plain), snapshot)
     snapshot.check()
     arrays = {name: numbered[_number(place)] for place, name in enumerate(sorted(shapes))}
+    if verify:
+      _check_finite(arrays, path)
     return {name: _like(shapes[name], array) for name, array in arrays.items()}
 
   return disk.read_whole(lambda: disk.current_folder(path), read, verify=verify, warn=path)
+
+
+def _check_finite(arrays: Mapping[str, Any], folder: Path) -> None:
+  """Raises InputError if some of the arrays hold NaN or infinity, by the names of `fold`."""
+  odd = [name for name, array in arrays.items() if trees.not_finite(array)]
+  if odd:
+    raise InputError(
+      f"{folder} holds folded parameters that are not finite (NaN or infinity): {listed(odd, 3)}. "
+      "Fold finite parameters and save them again, or pass verify=False to read these"
+    )
 
 
 def _check_replaceable(folder: Path, described: Mapping[str, str]) -> None:

@@ -1,8 +1,8 @@
 """RepConv: a sum of convolution branches that folds into one convolution.
 
 RepConv is the linear layer of which all networks are made. `repjax.layers.grammar` says what the
-names of branches mean, and `repjax.layers.branches` holds the forward pass and the fold. This file
-is the layer, and tells its scopes from others.
+names of branches mean, `branch_sum` beside it holds the forward pass, and `branches` the fold. This
+file is the layer, and tells its scopes from others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,8 @@ from repjax.layers.base import (
   leading_axes,
   refuse_training,
 )
-from repjax.layers.branches import forward, holds_branch, merge_branches, norm_paths, skips
+from repjax.layers.branch_sum import forward
+from repjax.layers.branches import holds_branch, merge_branches, norm_paths, skips
 from repjax.layers.grammar import find, is_skip
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from repjax.errors import unknown
+from repjax.errors import InputError, printable, unknown
 from repjax.models import (
   fastvit,
   mobileone,
@@ -57,7 +57,8 @@ def image_size_of(model: nn.Module) -> int:
 
 
 def create_model(
-  name: str,
+  name: str = "",
+  /,
   *,
   num_classes: int = 1000,
   deploy: bool = False,
@@ -68,7 +69,7 @@ def create_model(
   """Builds a model in its training form, or in the plain form that `reparameterize` makes.
 
   Args:
-    name: one of `list_models()`.
+    name: one of `list_models()`; it may be passed as a keyword too.
     num_classes: number of outputs of the classifier.
     deploy: build the plain form, whose parameters `reparameterize` returns.
     dtype: dtype of the computation and of the logits.
@@ -85,6 +86,13 @@ def create_model(
     InputError: the name or an override is unknown (the text lists close matches), or the model does
       not take a value.
   """
+  if not name:
+    name = overrides.pop("name", "")
+  elif "name" in overrides:
+    raise InputError(
+      f"create_model got two names of a model, {name!r} and {printable(repr(overrides['name']))}. "
+      "Pass one. A module that is part of another gets its own name by model.clone(name=...)"
+    )
   model_class, row = check_model(name, overrides)
   attributes = row | {key: _hashable(value) for key, value in overrides.items()}
   return model_class(

@@ -32,11 +32,16 @@ def convolution(graph: Graph, x: Value, kernel: Value, params: dict[str, Any], s
   Raises:
     InputError: the convolution is transposed or has batch groups.
   """
-  if params["batch_group_count"] != 1 or set(params["lhs_dilation"]) != {1}:
+  if set(params["lhs_dilation"]) != {1}:
     raise InputError(
-      "a convolution with lhs_dilation (a transposed one, nn.ConvTranspose) or batch groups has no "
-      "operator in the ONNX graph. Write it as jax.image.resize and a convolution, or as a "
-      'convolution and a rearrangement of its channels, or export the model with format="stablehlo"'
+      "a transposed convolution, such as nn.ConvTranspose, has no operator in the ONNX graph. "
+      "Write it as jax.image.resize and a convolution, or as a convolution and a rearrangement of "
+      'its channels, or export the model with format="stablehlo"'
+    )
+  if params["batch_group_count"] != 1:
+    raise InputError(
+      "a convolution with batch_group_count, as the gradient of a grouped one, has no operator in "
+      'the ONNX graph. Leave it out, or export the model with format="stablehlo"'
     )
   numbers, groups = params["dimension_numbers"], params["feature_group_count"]
   (batch, channel, *space), (out, into, *taps) = numbers.lhs_spec, numbers.rhs_spec

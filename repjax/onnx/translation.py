@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from repjax.errors import InputError
-from repjax.functions import reason_of_training
+from repjax.functions import INFERENCE_MODE, reason_of_training
 from repjax.onnx.graph import Graph
 from repjax.onnx.operators import OPERATORS, VIEWS
 from repjax.onnx.values import Value, known, new_axes
-from repjax.program import Constant, Equation, Program, constant_array, interpret, trace
+from repjax.program import Constant, Equation, Program, constant_array, interpret, place_of, trace
 from repjax.trees import generator_of, is_key
 
 BATCH, IMAGES = "batch", "images"
@@ -92,7 +92,7 @@ def translated(
   if reason := reason_of_training(program):
     raise InputError(
       f"this model {reason}. An ONNX file holds no random numbers, and computes each image by "
-      "itself. Pass the function of inference mode, such as train=False or deterministic=True"
+      f"itself. Pass {INFERENCE_MODE}"
     )
   graph, tensors = Graph(), []
   axes = new_axes(shape)
@@ -178,14 +178,13 @@ def _results(graph: Graph, equation: Equation, operands: list[Value]) -> Sequenc
   foldable = name not in (*VIEWS, "dim_as_value") and _is_static(equation)
   if foldable and all(value.is_constant for value in operands):
     return list(map(known, _folded(graph, equation, operands)))
+  where = place_of(graph.scope)
   if name == "dim_as_value":
-    where = f" in the scope {graph.scope}" if graph.scope else ""
     raise InputError(
-      f"this model computes with the number of images{where}, which a graph for batches of any "
+      f"this model computes with the number of images ({where}), which a graph for batches of any "
       'size does not know. Leave it out, or export the model with format="stablehlo"'
     )
   if name not in OPERATORS:
-    where = f"in the scope {graph.scope}" if graph.scope else "outside all scopes"
     raise InputError(
       f"the ONNX graph has no operator for JAX's primitive {name!r} {where}; it has: "
       f"{', '.join(sorted(OPERATORS))}. Write that part with these, or export the model with "
@@ -194,7 +193,7 @@ def _results(graph: Graph, equation: Equation, operands: list[Value]) -> Sequenc
   try:
     result = OPERATORS[name](graph, equation, *operands)
   except InputError as error:
-    raise InputError(f"{error} (the primitive {name!r} in the scope {graph.scope!r})") from None
+    raise InputError(f"{error} (the primitive {name!r} {where})") from None
   return result if isinstance(result, list) else [result]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from repjax.errors import InputError
 from repjax.onnx.proto import need_onnx
+from repjax.schema import shown
 
 LAYERS = ("Conv", "Gemm", "MatMul")
 
@@ -88,6 +89,11 @@ def with_constants(proto: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 def check_float(proto: Any) -> None:
   """Raises InputError for a model with weights that are not float32 or not finite, or no layer."""
+  if not hasattr(proto, "graph"):
+    raise InputError(
+      "8 bits are made of an onnx.ModelProto, as repjax.onnx.to_onnx returns and onnx.load reads, "
+      f"got {shown(proto)}"
+    )
   layers = layers_of(proto)
   arrays = constants(proto)
   dtypes = {arrays[layer.weight].dtype.name for layer in layers}

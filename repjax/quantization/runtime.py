@@ -9,6 +9,7 @@ from repjax import extras
 from repjax.errors import InputError
 from repjax.onnx.proto import need_onnx
 from repjax.quantization.graph import copied, layers_of
+from repjax.schema import shown
 
 CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 """Ways to derive ranges from values, by their names here and in ONNX Runtime."""
@@ -36,10 +37,12 @@ def check_images(proto: Any, images: np.ndarray) -> None:
   info = proto.graph.input[0].type.tensor_type
   channels, height, width = (size.dim_value for size in info.shape.dim[1:])
   wanted = (height, width, channels), kinds.get(info.elem_type)
-  if images.ndim != 4 or not len(images) or (images.shape[1:], images.dtype.name) != wanted:
+  shape, dtype = getattr(images, "shape", ()), getattr(images, "dtype", None)
+  if len(shape) != 4 or not shape[0] or (shape[1:], str(dtype)) != wanted:
+    given = shown(images) if dtype is None else f"{shape} of {dtype}"
     raise InputError(
-      f"calibration takes at least one image (N, {height}, {width}, {channels}) of {wanted[1]}, as "
-      f"the graph does, got {images.shape} of {images.dtype}"
+      f"calibration takes one array of images (N, {height}, {width}, {channels}) of {wanted[1]}, "
+      f"as the graph does, with at least one image, got {given}"
     )
   if not np.isfinite(images).all():
     raise InputError("the images to calibrate with are not finite. Look at how they were made")

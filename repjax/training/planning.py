@@ -118,11 +118,21 @@ def check(config: Config) -> None:
 
 
 def preprocessing(config: Config) -> Preprocessing:
-  """Returns how images become inputs in evaluation and deployment."""
-  size = config.image_size if config.eval_image_size is None else config.eval_image_size
+  """Returns how images become inputs in evaluation and deployment.
+
+  Raises:
+    InputError: images would be resized to less than the central square.
+  """
+  field = "image_size" if config.eval_image_size is None else "eval_image_size"
+  if config.resize_size < config[field]:
+    raise InputError(
+      f"config.resize_size = {config.resize_size} is below config.{field} = {config[field]}. In "
+      "evaluation the square is cut out of the resized image, so it cannot be larger. Set "
+      f"config.resize_size to {config[field]} or more"
+    )
   return Preprocessing(
-    image_size=size,
-    resize_size=max(config.resize_size, size),
+    image_size=config[field],
+    resize_size=config.resize_size,
     interpolation=config.interpolation,
     mean=tuple(config.mean),
     std=tuple(config.std),
@@ -148,9 +158,9 @@ def model_spec(config: Config, class_names: tuple[str, ...]) -> ModelSpec:
 
 def check_training_size(config: Config, spec: ModelSpec) -> None:
   """Raises InputError if a model cannot be trained at one image size and used at another size."""
-  training = dataclasses.replace(spec.preprocessing, image_size=config.image_size)
-  if training == spec.preprocessing:
+  if config.image_size == spec.preprocessing.image_size:
     return
+  training = Preprocessing(config.image_size, resize_size=config.image_size)
   shapes = dataclasses.replace(spec, preprocessing=training).variable_shapes()
   if shapes != spec.variable_shapes():
     raise InputError(

@@ -219,7 +219,7 @@ def test_subjects_that_cannot_are_left_out_with_the_reason(load, monkeypatch, ca
 def test_cpu_time_of_one_core(load):
   check = load("inference").check_one_core
   check({"cpus": 1, "device": "cpu"})
-  with pytest.raises(InputError, match="these are 2 CPUs"):
+  with pytest.raises(InputError, match=r"runs on 2 CPUs\. .*one core"):
     check({"cpus": 2, "device": "cpu"})
 
 

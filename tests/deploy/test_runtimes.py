@@ -50,6 +50,14 @@ def timed(monkeypatch, tmp_path, only_onnxruntime):
   return found
 
 
+@pytest.fixture
+def two(timed, monkeypatch):
+  """Takes ONNX Runtime for OpenVINO too, which may be installed or not."""
+  monkeypatch.setattr(runtimes, "_installed", lambda: ["onnxruntime", "openvino"])
+  for table in (runtimes._PACKAGES, runtimes._LOADERS):
+    monkeypatch.setitem(table, "openvino", table["onnxruntime"])
+
+
 @pytest.mark.parametrize("runtime", INSTALLED)
 def test_a_runtime_computes_what_xla_computes(small, runtime):
   options = {"preprocessing": SPEC.preprocessing, "probabilities": True}
@@ -80,7 +88,14 @@ def test_the_fastest_is_taken_and_known_from_then_on(small, timed, capsys, monke
   monkeypatch.setattr(runtimes.PlacedTree, "program", None)
   again = compiled(small, runtime="auto", batch_sizes=(2,)).plans[2]
   assert (again.runtime, again.runtimes) == (plan.runtime, plan.runtimes)
-  assert capsys.readouterr().err == ""
+  assert re.search(r"batches of 2: onnxruntime takes 10\.0 ms.*earlier", capsys.readouterr().err)
+
+
+def test_times_have_three_digits():
+  known = runtimes._Measured("xla", {"xla": 1.234e-5, "openvino": 1.2345})
+  said = runtimes.described(known)
+  assert "xla takes 0.0123 ms" in said
+  assert "(1,234 ms)" in said
 
 
 def test_xla_stays_where_the_others_are_hardly_faster(small, timed):
@@ -131,9 +146,9 @@ def sorted_pixels(params, images):
   ("options", "said"),
   [
     ({"runtime": "onnx_runtime"}, "unknown runtime .*did you mean onnxruntime"),
-    ({"runtime": "auto", "dtype": "bfloat16"}, "float32 on CPUs.*bfloat16"),
-    ({"runtime": "onnxruntime", "cuda_graphs": True}, "without cuda_graphs"),
-    ({"runtime": "openvino"}, "needs the package openvino: pip install"),
+    ({"runtime": "auto", "dtype": "bfloat16"}, "does not go with dtype='bfloat16', since"),
+    ({"cuda_graphs": True}, "cuda_graphs=True .* the device here is a cpu"),
+    ({"runtime": "openvino"}, "needs packages that are not installed: pip install openvino\\."),
   ],
 )
 def test_what_a_runtime_cannot_do_is_refused(small, only_onnxruntime, options, said):
@@ -141,15 +156,29 @@ def test_what_a_runtime_cannot_do_is_refused(small, only_onnxruntime, options, s
     compiled(small, **options)
 
 
-def test_a_choice_of_one_is_refused(small, monkeypatch):
-  monkeypatch.setattr(runtimes, "_installed", list)
-  with pytest.raises(InputError, match="neither is installed: pip install"):
-    compiled(small, runtime="auto")
+def test_each_cause_for_which_a_runtime_is_refused_is_named():
+  with pytest.raises(InputError, match="go with dtype='float16' and cuda_graphs=True, since"):
+    runtimes.check("auto", np.dtype("float16"), None, in_streams=False, cuda_graphs=True)
+
+
+@pytest.mark.parametrize(
+  ("runtime", "said"), [("auto", "onnx onnxruntime openvino"), ("openvino", "onnx openvino")]
+)
+def test_all_missing_packages_are_named_at_once(small, monkeypatch, runtime, said):
+  monkeypatch.setattr(runtimes.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(InputError, match=f"not installed: pip install {said}\\."):
+    compiled(small, runtime=runtime)
 
 
 def test_a_model_that_a_runtime_cannot_load_is_refused_with_the_way_out():
   with pytest.raises(InputError, match=r"onnxruntime cannot load .*runtime='xla' runs such"):
     runtimes._load("onnxruntime", b"no model")
+
+
+def test_mistakes_of_repjax_are_no_reasons_of_a_runtime(monkeypatch):
+  monkeypatch.setitem(runtimes._LOADERS, "onnxruntime", lambda content: content.lost)
+  with pytest.raises(AttributeError):
+    runtimes._load("onnxruntime", b"")
 
 
 def test_runtimes_are_known_by_their_modules(monkeypatch, only_onnxruntime):
@@ -163,9 +192,25 @@ def test_runtimes_are_known_by_their_modules(monkeypatch, only_onnxruntime):
   assert re.search(r"onnxruntime \d+\.\d+", question)
 
 
-def test_a_function_that_onnx_cannot_hold_is_refused_with_the_way_out(timed):
+def test_a_function_that_onnx_cannot_hold_is_refused_or_left_to_xla(two, capsys):
+  model = sorted_pixels, {"scale": jnp.ones(())}
   with pytest.raises(InputError, match=r"sort.*runtime='xla' runs such a model"):
-    compiled((sorted_pixels, {"scale": jnp.ones(())}), runtime="auto")
+    compiled(model, runtime="onnxruntime")
+  plan = compiled(model, runtime="auto", batch_sizes=(2,)).plans[2]
+  assert (plan.runtime, plan.runtimes) == ("xla", {})
+  said = capsys.readouterr().err
+  assert re.search(r"batches of 2: without onnxruntime and openvino: .*sort", said)
+
+
+def test_a_runtime_that_fails_is_left_out_and_tried_again(small, two, monkeypatch, capsys):
+  def fail(content):
+    raise RuntimeError("no such layer")
+
+  monkeypatch.setitem(runtimes._LOADERS, "openvino", fail)
+  for _ in range(2):
+    plan = compiled(small, runtime="auto", batch_sizes=(2,)).plans[2]
+    assert (plan.runtime, {*plan.runtimes}) == ("onnxruntime", {"xla", "onnxruntime"})
+    assert "without openvino: openvino cannot load" in capsys.readouterr().err
 
 
 def test_different_results_are_refused(small, monkeypatch):

@@ -112,6 +112,28 @@ def test_damage_is_found(block, tmp_path):
   assert fused.load(tmp_path / "small", verify=False).keys() == small.keys()
 
 
+def test_what_is_lost_or_not_finite_is_named(block, tmp_path):
+  fused, small, *_ = block
+  name = max(small, key=lambda name: small[name].size)
+  fused.save(small | {name: small[name] * np.nan}, tmp_path / "small")
+  with pytest.raises(InputError, match=f"not finite .*: {name}\\. Fold finite parameters") as no:
+    fused.load(tmp_path / "small")
+  assert_one_paragraph(no.value)
+  assert fused.load(tmp_path / "small", verify=False).keys() == small.keys()
+  (tmp_path / "small/fused.json").unlink()
+  with pytest.raises(InputError, match=r"fused\.json is damaged: it is missing"):
+    fused.load(tmp_path / "small")
+
+
+def test_a_folder_of_folded_parameters_says_how_it_is_read(block, tmp_path):
+  fused, small, *_ = block
+  fused.save(small, tmp_path / "small")
+  for read in (repjax.load, repjax.deploy.Predictor):
+    with pytest.raises(InputError, match=r"folded parameters of a function: .*fused\.load") as no:
+      read(tmp_path / "small")
+    assert_one_paragraph(no.value)
+
+
 def test_folders_of_others_are_left_alone(block, tmp_path):
   fused, small, *_ = block
   (tmp_path / "notes.txt").write_text("mine")

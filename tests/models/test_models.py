@@ -64,6 +64,12 @@ def test_an_unknown_override_lists_close_ones(override, said):
     repjax.create_model("repvgg_a0", **{override: 1})
 
 
+def test_a_second_name_is_refused():
+  with pytest.raises(ValueError, match=r"two names of a model, 'repvgg_a0' and 'b'.*clone\(name"):
+    repjax.create_model("repvgg_a0", name="b")
+  assert repjax.create_model(name="repvgg_a0") == repjax.create_model("repvgg_a0")
+
+
 def test_lists_as_json_gives_them_are_taken():
   lists = {"stage_sizes": [1, 1, 2, 1], "width_multipliers": [0.25, 0.25, 0.25, 0.25]}
   lists |= {"strides": [2, 2, 2, 2, 2], "groups": {"2": 2}}

@@ -471,7 +471,7 @@ def transposed(x):
 
 REFUSED = {
   "of any size: .*shapes only in ways": lambda x: x * float(x.shape[0]),
-  'transposed one, nn.ConvTranspose.*format="stablehlo".*conv_general_dilated': transposed,
+  'transposed convolution, .*format="stablehlo".*conv_general_dilated. outside all': transposed,
   "draws random numbers.*inference mode": lambda x: (
     x + jax.random.normal(jax.random.key(0), (1, *x.shape[1:]))
   ),

@@ -211,8 +211,8 @@ def test_every_field_of_a_recipe_reaches_its_optimizer(changes):
 
 
 def test_models_see_another_size_in_evaluation_where_one_is_set(digits_dir):
-  plan = planning.make_plan(tiny.config(digits_dir, eval_image_size=24))
-  assert plan.spec.preprocessing.image_size == plan.spec.preprocessing.resize_size == 24
+  plan = planning.make_plan(tiny.config(digits_dir, eval_image_size=24, resize_size=24))
+  assert plan.spec.preprocessing.image_size == 24
 
 
 @pytest.mark.parametrize("sizes", [(4, 16), (16, 4)])
@@ -230,12 +230,19 @@ def test_a_model_whose_parameters_depend_on_the_size_has_one_size(digits_dir, mo
   monkeypatch.setattr(planning.ModelSpec, "variable_shapes", shapes)
   planning.make_plan(tiny.config(digits_dir, eval_image_size=16))
   with pytest.raises(InputError, match="cannot be trained at 16 px and evaluated at 24"):
-    planning.make_plan(tiny.config(digits_dir, eval_image_size=24))
+    planning.make_plan(tiny.config(digits_dir, eval_image_size=24, resize_size=24))
 
 
-def test_evaluation_resizes_to_no_less_than_the_image_size(digits_dir):
-  plan = planning.make_plan(tiny.config(digits_dir, resize_size=8))
-  assert plan.spec.preprocessing.resize_size == 16
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"resize_size": 8}, r"resize_size = 8 is below config\.image_size = 16.*to 16 or more"),
+    ({"eval_image_size": 24}, r"resize_size = 16 is below config\.eval_image_size = 24"),
+  ],
+)
+def test_evaluation_cannot_resize_to_less_than_the_image_size(digits_dir, changes, said):
+  with pytest.raises(InputError, match=said):
+    planning.make_plan(tiny.config(digits_dir, **changes))
 
 
 @pytest.mark.parametrize("field", common.get_config())
