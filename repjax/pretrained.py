@@ -64,8 +64,11 @@ def load(
 def _refuse_function(folder: Path) -> None:
   """Raises InputError if a folder is the export of a function, from which no model can be built."""
   file = runs.export_file(folder)
-  # Only exports without a ModelSpec have their preprocessing in this file.
-  if not file.exists() or "preprocessing" not in disk.read_json(file, contents.EXPORT):
+  if runs.model_file(folder).exists() or not file.exists():
+    return
+  # Only exports without a ModelSpec have their preprocessing in this file. Without it, model.json
+  # was lost.
+  if "preprocessing" not in disk.read_json(file, contents.EXPORT):
     return
   way_out = (
     f"Run it in ONNX Runtime: {runs.onnx_file(folder)}"

@@ -33,14 +33,12 @@ def pixels(path):
 
 
 for path in sys.argv[1:]:
-  images, dtype = (
-    pixels(path).transpose(2, 0, 1)[None],
-    session.get_inputs()[0].type,
-  )  # (1, 3, S, S)
+  images = pixels(path).transpose(2, 0, 1)[None]  # (1, 3, S, S)
+  dtype = session.get_inputs()[0].type
   if dtype != "tensor(uint8)":  # else the file normalizes
     mean, std = (np.reshape(steps[name], (3, 1, 1)) for name in ("mean", "std"))
     images = ((images / 255 - mean) / std).astype("float16" if "float16" in dtype else "float32")
-  (row,) = session.run(None, {"images": images})[0]
+  row = np.asarray(session.run(None, {"images": images})[0])[0]
   if session.get_outputs()[0].name != "probabilities":
     row = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
   best = np.argsort(-row)[:5]
