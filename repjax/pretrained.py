@@ -16,7 +16,6 @@ from repjax import spec as specs
 from repjax.devices import need_devices
 from repjax.errors import InputError
 from repjax.reparam import reparameterize
-from repjax.runs import contents
 from repjax.spec import ModelSpec
 
 _HUB = "hf:"
@@ -68,7 +67,8 @@ def _refuse_function(folder: Path) -> None:
     return
   # Only exports without a ModelSpec have their preprocessing in this file. Without it, model.json
   # was lost.
-  if "preprocessing" not in disk.read_json(file, contents.EXPORT):
+  facts = disk.read_json(file)
+  if not isinstance(facts, dict) or "preprocessing" not in facts:
     return
   way_out = (
     f"Run it in ONNX Runtime: {runs.onnx_file(folder)}"
