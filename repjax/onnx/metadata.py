@@ -1,7 +1,7 @@
-"""What an ONNX file says about its images and classes, and the program that reads it.
+"""Writes into ONNX files how images are prepared and what classes are called.
 
-A file alone does not tell how an image becomes its input, nor what its outputs are called. Both are
-in the metadata of the file, as JSON under two keys, for programs in any language:
+The graph alone tells neither. The metadata of the file hold both as JSON, for programs in any
+language. There are two keys:
 
   preprocessing   the fields of `repjax.spec.Preprocessing`
   class_names     the name of each class in the order of the outputs; [] if there are none
