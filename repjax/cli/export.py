@@ -16,7 +16,6 @@ from typing import Any
 import repjax
 from repjax.cli import flags
 from repjax.errors import one_paragraph
-from repjax.onnx.metadata import PROGRAM
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,6 +40,8 @@ def main(argv: Sequence[str]) -> None:
     "--probabilities", action="store_true", help="return probabilities instead of logits"
   )
   arguments = parser.parse_args(argv)
+  from repjax.onnx.metadata import PROGRAM
+
   with one_paragraph():
     model, variables, spec = repjax.load(arguments.workdir, verify=arguments.verify)
     facts = repjax.deploy.export(
