@@ -21,7 +21,7 @@ from repjax.errors import one_paragraph
 def main(argv: Sequence[str]) -> None:
   """Exports the model that the flags name."""
   parser = flags.parser("export", __doc__)
-  flags.add(parser, "--workdir")
+  flags.add(parser, "--workdir", **flags.SOURCE)
   flags.add(parser, "--to", required=True)
   parser.add_argument(
     "--format", default="stablehlo", help="stablehlo or onnx (default: stablehlo)"

@@ -16,7 +16,7 @@ from huggingface_hub import constants, errors
 from safetensors.numpy import save_file
 
 import repjax
-from repjax import weights
+from repjax import cli, weights
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
 from repjax.weights import hub, sources, workdirs
@@ -337,6 +337,15 @@ def test_weights_in_deploy_form_have_no_training_form(a0, cache):
   with pytest.raises(InputError, match=r"hf:owner/plain holds the deploy form .*repjax\.expand"):
     repjax.load("hf:owner/plain", deploy=False)
   assert a0[1] == [None, None]
+
+
+@pytest.mark.parametrize("command", [("predict", "a.png"), ("export", "--to", "out")])
+def test_commands_take_the_name_of_weights(cache, tmp_path, monkeypatch, command):
+  monkeypatch.chdir(tmp_path)
+  name, *rest = command
+  with pytest.raises(SystemExit, match=r"^error: the Hugging Face hub cannot be reached"):
+    cli.main([name, "--workdir", "hf:timm/repvgg_a0.rvgg_in1k", *rest])
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_is_not_in_the_cache_is_one_clear_error_offline(cache):
