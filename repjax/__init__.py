@@ -49,19 +49,8 @@ _MODULE_OF = {
 }
 _MODULES = (
   *("algebra", "analysis", "data", "deploy", "disk", "errors", "expansion", "fusion", "layers"),
-  *(
-    "models",
-    "nnx",
-    "onnx",
-    "pretrained",
-    "quantization",
-    "recognition",
-    "reparam",
-    "report",
-    "runs",
-    "spec",
-  ),
-  *("training", "weights"),
+  *("models", "nnx", "onnx", "quantization", "recognition", "reparam", "report", "runs"),
+  *("segmentation", "spec", "training", "weights"),
 )
 
 

@@ -21,6 +21,7 @@ from repjax.errors import InputError
 from repjax.functions import name_of
 from repjax.fusion import Fused
 from repjax.fusion.modules import check_callable, check_params, traced
+from repjax.layers.resampling import RESIZING
 from repjax.models import image_size_of
 from repjax.models.checks import check_image_size
 from repjax.program import (
@@ -41,8 +42,8 @@ class Cost(NamedTuple):
 
   Attributes:
     params: number of trainable values.
-    macs: multiply-accumulates of convolutions and matrix products. Biases, norms, pooling and the
-      products of gates are not counted.
+    macs: multiply-accumulates of convolutions and matrix products. Biases, norms, pooling, resizing
+      and the products of gates are not counted.
     winograd: multiplications where a 3x3 convolution at stride 1 counts 4/9, as F(2x2, 3x3) needs.
   """
 
@@ -400,10 +401,17 @@ def _products(program: Program, times: int) -> Iterator[tuple[str, int, bool]]:
 
 def _product(equation: Equation) -> Iterator[tuple[int, bool]]:
   """Yields a product's multiply-accumulates, and whether Winograd's algorithm applies."""
+  if _is_resizing(equation):
+    return
   if equation.primitive == "conv_general_dilated":
     yield _convolution(equation), _is_winograd(equation)
   elif equation.primitive == "dot_general":
     yield _matrix_product(equation), False
+
+
+def _is_resizing(equation: Equation) -> bool:
+  """Tells if an equation resizes maps. Papers count no operation for this, nor a layer."""
+  return RESIZING in equation.scope.split("/")
 
 
 _UNREACHED = -math.inf  # the number of layers before a value that does not depend on the images
@@ -431,7 +439,7 @@ def _layers_after(equation: Equation, given: list[float]) -> list[float]:
   for inner in inner_programs(equation):
     if len(inner.inputs) == len(given):
       return _layers_before(inner, given)
-  is_layer = name in ("conv_general_dilated", "dot_general")
+  is_layer = name in ("conv_general_dilated", "dot_general") and not _is_resizing(equation)
   return [max(given, default=_UNREACHED) + is_layer] * len(equation.outputs)
 
 

@@ -127,11 +127,17 @@ OVERRIDES = (
   Field("widths", None, "Channels of each stage or stream.", kind=tuple),
   Field("stem_features", None, "Channels of ResNet's stem.", kind=int),
   Field("output_stride", None, "Ratio of the image size to the size of the last map.", kind=int),
+  Field("dilated_blocks", None, "Last blocks of RepVGG and ResNet that dilate.", kind=int),
   Field("hidden", None, "Width of VGG's two hidden fully connected layers.", kind=int),
   Field("tile", None, "Height and width of RepMLP's tiles: a number or a tuple.", kind=object),
   Field("fc3_groups", None, "Groups of RepMLP's FC3: a number or a tuple.", kind=object),
   Field("local_kernels", None, "Kernel sizes of the local convolutions of RepMLP.", kind=tuple),
-  Field("reduction", None, "Factor by which a Global Perceptron is narrower inside.", kind=int),
+  Field(
+    "reduction",
+    None,
+    "Factor by which Global Perceptrons are narrower inside: a number or a tuple.",
+    kind=object,
+  ),
   Field("global_perceptron", None, "Build the Global Perceptrons of RepMLP.", kind=bool),
   Field("fc3", None, 'FC3 of RepMLP: "dense", or a convolution such as "conv9x9".', kind=str),
   Field("mixer", None, 'Block of RepMLP: "repmlp", or a convolution such as "conv9x9".', kind=str),
@@ -149,7 +155,23 @@ OVERRIDES = (
   Field("distilled", None, "Train two classifiers in RepViT, which are averaged.", kind=bool),
   Field("expansion", None, "Ratio of FastViT's hidden layers to their inputs.", kind=int),
   Field("attention_stages", None, "Stages with attention at the end of FastViT.", kind=int),
-  Field("head_features", None, "Channels of each head of attention in FastViT.", kind=int),
+  Field(
+    "head_features",
+    None,
+    "Channels of each head of attention in FastViT, and of the head of PSPNet and FCN.",
+    kind=int,
+  ),
+  Field("backbone", None, "Name of the classifier below PSPNet and FCN.", kind=str),
+  Field("backbone_overrides", None, "Attributes of this classifier, by name.", kind=object),
+  Field(
+    "dilation",
+    None,
+    'Blocks of the backbone of PSPNet and FCN that dilate: "full", "fast" or "last".',
+    kind=str,
+  ),
+  Field("bins", None, "Rows and columns of the grids over which PSPNet averages.", kind=tuple),
+  Field("aux", None, "Build the auxiliary head of PSPNet and FCN.", kind=bool),
+  Field("aux_features", None, "Channels of this auxiliary head.", kind=int),
 )
 """The fields of `config.model_overrides`: attributes of a model. None: as the variant has them.
 

@@ -92,7 +92,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
   close = difflib.get_close_matches(plain, known, n=3, cutoff=0.5)
   if close:
     hint = f"did you mean {' or '.join(close)}?"
-  elif len(known) <= 60:
+  elif len(known) <= 80:
     hint = f"known: {', '.join(known)}"
   else:
     hint = f"none of the {len(known)} known ones is close to it"

@@ -17,7 +17,7 @@ from repjax.errors import InputError, listed, unknown
 from repjax.functions import Function
 from repjax.fusion import Fused
 from repjax.fusion.modules import check_callable, check_params
-from repjax.models.base import Classifier
+from repjax.models.base import Network
 from repjax.models.checks import check_image_size
 from repjax.program import traceable
 from repjax.recognition import LAYERS
@@ -154,8 +154,8 @@ def _plainest(
   cast = functools.partial(jax.tree.map, functools.partial(_cast, dtype=dtype))
   if isinstance(model, nn.Module):
     plain = _of_module(model, variables, image_size, dtype)
-    # The deploy form of a classifier of repjax has no statistics left, and nothing to merge.
-    is_merged = isinstance(plain.network, Classifier) and "batch_stats" not in plain.tree
+    # The deploy form of a network of repjax has no statistics left, and nothing to merge.
+    is_merged = isinstance(plain.network, Network) and "batch_stats" not in plain.tree
   else:
     check_callable(model)
     check_params(variables)

@@ -91,7 +91,7 @@ class ModelSpec:
 
   Attributes:
     name: name of the model, as in `create_model`.
-    num_classes: number of outputs of the classifier.
+    num_classes: number of classes.
     overrides: attributes that replace those of the variant, as in `create_model`.
     preprocessing: steps from images to inputs.
     class_names: names of the classes in the order of the logits; empty if unknown.
@@ -129,6 +129,11 @@ class ModelSpec:
     overrides = dict(overrides or {})
     size = image_size_of(create_model(name, num_classes=num_classes, **overrides))
     return cls(name, num_classes, overrides, Preprocessing(size, round(size * 8 / 7)))
+
+  @property
+  def task(self) -> str:
+    """What the model is for, "classification" or "segmentation"; its class says so."""
+    return check_model(self.name, self.overrides)[0].task
 
   def create_model(self, *, deploy: bool = False, **more: Any) -> nn.Module:
     """Builds the model in either form.

@@ -203,7 +203,10 @@ def counts(name):
   if name in test_resnet.PARAMETERS:
     train = test_resnet.PARAMETERS[name]
     return train, train - test_resnet.NORMALISED[name]
-  spec = repjax.ModelSpec.usual(name, num_classes=10 if "cifar" in name else 1000)
+  classes = 10 if "cifar" in name else 1000
+  if repjax.ModelSpec(name).task == "segmentation":
+    classes = 19
+  spec = repjax.ModelSpec.usual(name, num_classes=classes)
   shapes = (spec.variable_shapes(deploy=deploy) for deploy in (False, True))
   return tuple(sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) for tree in shapes)
 
@@ -249,6 +252,8 @@ def test_overrides_are_those_of_the_classes():
     "MobileOne": "mobileone_s0",
     "RepViT": "repvit_m0_9",
     "FastViT": "fastvit_t8",
+    "PSPNet": "pspnet",
+    "FCN": "fcn",
   }
   fields = {
     row: {field.name for field in dataclasses.fields(repjax.create_model(name))}
@@ -262,4 +267,5 @@ def test_overrides_are_those_of_the_classes():
     if row in models
   }
   found["`repmlp_resnet50_*`"] |= found["ResNet"]
+  found["PSPNet"] |= found["FCN"]
   assert found == {row: names - shared for row, names in fields.items()}

@@ -1,4 +1,7 @@
-"""AuxHead: an auxiliary classifier, which helps training and disappears in deploy form."""
+"""AuxHead: an auxiliary classifier, which helps training and disappears in deploy form.
+
+An auxiliary head that classifies pixels is an `FCNHead` under a name that begins with `AuxHead`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,12 +52,14 @@ class AuxHead(RepLayer):
 def recognize_aux_head(params: Mapping[str, Any]) -> int | None:
   """Returns the number of leading axes if a scope could be an AuxHead in training form, else None.
 
-  Any scope with nothing but `RepConv_0` of one 3x3 branch and `head` could be one.
+  Any scope with nothing but `RepConv_0` of one 3x3 branch and `head` could be one. An `FCNHead` has
+  `classifier` in the place of `head`.
   """
-  conv = params.get("RepConv_0")
-  if params.keys() != {"RepConv_0", "head"} or not isinstance(conv, Mapping):
+  conv, others = params.get("RepConv_0"), params.keys() - {"RepConv_0"}
+  if others not in ({"head"}, {"classifier"}) or not isinstance(conv, Mapping):
     return None
-  return leading_axes(params, ("head", "kernel"), 2) if conv.keys() == {"conv3x3"} else None
+  path = (*others, "kernel")
+  return leading_axes(params, path, 2) if conv.keys() == {"conv3x3"} else None
 
 
 def fold_aux_head(params: Mapping[str, Any], stats: Mapping[str, Any], epsilon: float) -> None:

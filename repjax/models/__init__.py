@@ -6,40 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import FrozenDict
 
-from repjax.errors import InputError, printable, unknown
-from repjax.models import (
-  fastvit,
-  mobileone,
-  parnet,
-  repmlp,
-  repmlp_resnet,
-  repmlpnet,
-  repvgg,
-  repvit,
-  resnet,
-  vgg,
-)
+from repjax.errors import InputError, printable
+from repjax.models import registry, segmentation
+from repjax.models.base import Network
 from repjax.models.initialize import init
-from repjax.models.overrides import check_overrides
+from repjax.models.registry import CLASSIFIERS, hashable
 
 __all__ = ["check_model", "create_model", "image_size_of", "init", "list_models"]
 
-_FAMILIES = (
-  (repvgg.RepVGG, repvgg.VARIANTS),
-  (resnet.ResNet, resnet.VARIANTS),
-  (vgg.VGG, vgg.VARIANTS),
-  (repmlp.RepMLPCifar, repmlp.VARIANTS),
-  (repmlp_resnet.RepMLPResNet, repmlp_resnet.VARIANTS),
-  (repmlpnet.RepMLPNet, repmlpnet.VARIANTS),
-  (parnet.ParNet, parnet.VARIANTS),
-  (mobileone.MobileOne, mobileone.VARIANTS),
-  (repvit.RepViT, repvit.VARIANTS),
-  (fastvit.FastViT, fastvit.VARIANTS),
-)
-_MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-  name: (family, row) for family, variants in _FAMILIES for name, row in variants.items()
+_MODELS: dict[str, tuple[type[Network], Mapping[str, Any]]] = {
+  **CLASSIFIERS,
+  **segmentation.VARIANTS,
 }
 
 
@@ -70,7 +48,7 @@ def create_model(
 
   Args:
     name: one of `list_models()`; it may be passed as a keyword too.
-    num_classes: number of outputs of the classifier.
+    num_classes: number of classes.
     deploy: build the plain form, whose parameters `reparameterize` returns.
     dtype: dtype of the computation and of the logits.
     param_dtype: dtype of the parameters.
@@ -94,7 +72,7 @@ def create_model(
       "Pass one. A module that is part of another gets its own name by model.clone(name=...)"
     )
   model_class, row = check_model(name, overrides)
-  attributes = row | {key: _hashable(value) for key, value in overrides.items()}
+  attributes = {**row, **{key: hashable(value) for key, value in overrides.items()}}
   return model_class(
     num_classes=num_classes, deploy=deploy, dtype=dtype, param_dtype=param_dtype, **attributes
   )
@@ -102,7 +80,7 @@ def create_model(
 
 def check_model(
   name: str, overrides: Mapping[str, Any], prefix: str = ""
-) -> tuple[type[nn.Module], dict[str, Any]]:
+) -> tuple[type[Network], Mapping[str, Any]]:
   """Returns the class of a model and the attributes of the variant, without building the model.
 
   Args:
@@ -111,16 +89,10 @@ def check_model(
     prefix: words before the name of an attribute in the message.
 
   Raises:
-    InputError: the name or an override is unknown, or an override has a wrong type.
+    InputError: the name or an override is unknown, or an override has a wrong type; also an
+      override of the backbone of a segmenter.
   """
-  if not isinstance(name, str) or name not in _MODELS:
-    raise unknown("model", name, _MODELS)
-  check_overrides(name, _MODELS[name][0], overrides, prefix)
-  return _MODELS[name]
-
-
-def _hashable(value: Any) -> Any:
-  """Returns lists as tuples and dictionaries as FrozenDicts, because modules need a hash."""
-  if isinstance(value, Mapping):
-    return FrozenDict({key: _hashable(item) for key, item in value.items()})
-  return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value
+  found, row = registry.checked(_MODELS, "model", name, overrides, prefix)
+  if issubclass(found, segmentation.Segmenter):
+    segmentation.check_backbone({**row, **overrides}, prefix)
+  return found, row

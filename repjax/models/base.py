@@ -1,8 +1,8 @@
-"""The bases of every network: the classifier, its stages, and the blocks in them."""
+"""The bases of every network: what all networks share, the classifier, its stages and blocks."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,17 +83,16 @@ class Stage(nn.Module):
     return x if self.last is None else self.last(x)
 
 
-class Classifier(nn.Module, kw_only=True):
-  """An image classifier in two forms; the base of every family of networks.
+class Network(nn.Module, kw_only=True):
+  """A network in two forms; the base of `Classifier` and of `Segmenter`.
 
-  A family writes its blocks, and `maps` and `check_images`. A family whose classifier is not a mean
-  and one fully connected layer overrides `classify`. The attributes below are shared by all
-  families; each family documents its own attributes. All are given by keyword.
+  The attributes below are shared by all families; each family documents its own attributes. All are
+  given by keyword.
 
   Attributes:
-    num_classes: number of outputs of the classifier.
+    num_classes: number of classes.
     act: name of the activation: "relu", "silu" or "gelu".
-    dropout: dropout rate in front of the last fully connected layer.
+    dropout: dropout rate in front of the layer that gives logits.
     remat: recompute each block in the backward pass instead of keeping its activations.
     axis_name: name of the pmapped axis over which batch norms share their statistics. None keeps
       the statistics of each device apart.
@@ -101,11 +100,15 @@ class Classifier(nn.Module, kw_only=True):
       average; see `RepLayer`.
     statistics: "auto", "covariance" or "outputs", the way in which training finds the statistics of
       1x1 branches; see `RepLayer`.
-    features_only: return the maps of the stages by name instead of logits, and build no classifier.
+    features_only: return the maps of the stages by name instead of logits, and build nothing that
+      makes logits of them.
     deploy: build the deploy form.
     dtype: dtype of the computation and of the result.
     param_dtype: dtype of the parameters.
+    task: what the network is for, "classification" or "segmentation". Fixed by the class.
   """
+
+  task: ClassVar[str]
 
   num_classes: int = 1000
   act: str = "relu"
@@ -128,15 +131,15 @@ class Classifier(nn.Module, kw_only=True):
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool = False) -> Any:
-    """Classifies images.
+    """Classifies images, or each of their pixels.
 
     Args:
       images: (N, H, W, 3), normalised. Each family says which sizes it takes.
       train: use and update batch statistics, and apply dropout.
 
     Returns:
-      Logits (N, num_classes) in `dtype`. With `features_only`, the maps of the stages by name, each
-      (N, H', W', C').
+      Logits in `dtype`: (N, num_classes) of a classifier, (N, H, W, num_classes) of a segmenter.
+      With `features_only`, the maps of the stages by name, each (N, H', W', C').
 
     Raises:
       InputError: images of a shape that the network does not take, or of complex numbers.
@@ -146,8 +149,9 @@ class Classifier(nn.Module, kw_only=True):
     self.check_images(images)
     check_pixels(images)
     maps = self.maps(images.astype(self.dtype), train)
-    return dict(maps) if self.features_only else self.classify(maps, train)
+    return dict(maps) if self.features_only else self.predict(maps, images.shape[1:3], train)
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if the network cannot take images of this shape."""
     raise NotImplementedError
@@ -155,7 +159,7 @@ class Classifier(nn.Module, kw_only=True):
   # `nowrap` marks plain helpers: Linen neither traces them as calls nor names them in programs.
   @nn.nowrap
   def maps(self, x: jax.Array, train: bool) -> Mapping[str, jax.Array]:
-    """Returns the output of each stage by name, in order; the classifier reads the last one.
+    """Returns the output of each stage by name, in order; logits are made of the last one.
 
     Args:
       x: images (N, H, W, 3) in `dtype`.
@@ -164,16 +168,15 @@ class Classifier(nn.Module, kw_only=True):
     raise NotImplementedError
 
   @nn.nowrap
-  def classify(self, maps: Mapping[str, jax.Array], train: bool) -> Any:
-    """Returns logits (N, num_classes): mean over pixels, dropout, fully connected layer.
+  def predict(self, maps: Mapping[str, jax.Array], size: Sequence[int], train: bool) -> Any:
+    """Returns logits and, in training with auxiliary heads, theirs by name.
 
     Args:
       maps: the output of `maps`.
+      size: height and width of the images.
       train: as in a call.
     """
-    x = last_of(maps).mean((1, 2))  # (N, C)
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return linear(x, self.num_classes, name="head", **self.dtypes())
+    raise NotImplementedError
 
   @nn.nowrap
   def start(self, variables: dict[str, Any]) -> dict[str, Any]:
@@ -210,6 +213,34 @@ class Classifier(nn.Module, kw_only=True):
     # `train` decides what a block builds, so that rematerialisation must not trace the argument.
     chosen = nn.remat(block, static_argnums=(inputs + 1,)) if self.remat else block
     return functools.partial(chosen, **self.shared())
+
+
+class Classifier(Network, kw_only=True):
+  """An image classifier in two forms; the base of every family of classifiers.
+
+  A family writes its blocks, and `maps` and `check_images`. A family whose classifier is not a mean
+  and one fully connected layer overrides `classify`. The attributes are those of `Network`.
+  """
+
+  task: ClassVar[str] = "classification"
+
+  @nn.nowrap
+  def predict(self, maps: Mapping[str, jax.Array], size: Sequence[int], train: bool) -> Any:
+    """Returns the output of `classify`, which does not depend on the size of the images."""
+    del size
+    return self.classify(maps, train)
+
+  @nn.nowrap
+  def classify(self, maps: Mapping[str, jax.Array], train: bool) -> Any:
+    """Returns logits (N, num_classes): mean over pixels, dropout, fully connected layer.
+
+    Args:
+      maps: the output of `maps`.
+      train: as in a call.
+    """
+    x = last_of(maps).mean((1, 2))  # (N, C)
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    return linear(x, self.num_classes, name="head", **self.dtypes())
 
 
 def last_of(maps: Mapping[str, jax.Array]) -> jax.Array:

@@ -173,6 +173,7 @@ class FastViT(Classifier, kw_only=True):
     """The side in pixels of the square images that the variants are made for."""
     return 256
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are smaller than the total stride, or are no batch."""
     check_total_stride(self, images, 2 * 2 ** len(self.stage_sizes))

@@ -13,7 +13,7 @@ from flax import linen as nn
 from repjax.devices import need_devices
 from repjax.layers.drawing import fill
 from repjax.layers.linear import from_orthogonal, is_orthogonal, uniform_bound
-from repjax.models.base import Classifier
+from repjax.models.base import Network
 from repjax.models.checks import check_image_size, check_key
 
 
@@ -44,7 +44,7 @@ def init(model: nn.Module, key: jax.Array, image_size: int | tuple[int, int]) ->
   height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
   images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
   variables = draw(jax.eval_shape(model.init, key, images), key)
-  return model.start(variables) if isinstance(model, Classifier) else variables
+  return model.start(variables) if isinstance(model, Network) else variables
 
 
 def draw(shapes: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:

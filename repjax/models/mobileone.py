@@ -104,6 +104,7 @@ class MobileOne(Classifier, kw_only=True):
       )
     super().__post_init__()
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are smaller than the total stride, or are no batch."""
     check_total_stride(self, images, self.output_stride or math.prod(self.strides))

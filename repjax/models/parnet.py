@@ -233,6 +233,7 @@ class ParNet(Classifier, kw_only=True):
     """Returns the ratio of the size of the image to the size of the last map."""
     return math.prod(self.strides) * (8 if self.last_block == "downsample" else 4)
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are smaller than the total stride, or are no batch."""
     check_total_stride(self, images, self.total_stride())

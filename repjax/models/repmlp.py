@@ -189,6 +189,7 @@ class RepMLPCifar(Classifier, kw_only=True):
     """The side in pixels of the images that the model is made for."""
     return max(pair(self.tile)) * 2 ** (len(self.widths) - 1)
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if the map of a stage does not divide into tiles."""
     shrinks, (height, width) = 2 ** (len(self.widths) - 1), pair(self.tile)

@@ -21,7 +21,6 @@ from repjax.errors import InputError, unknown
 from repjax.layers.composition import pair
 from repjax.models.checks import (
   check_kernels,
-  check_number,
   check_tile,
   check_whole,
   is_list,
@@ -105,7 +104,8 @@ class RepMLPResNet(ResNet, kw_only=True):
     local_kernels: sizes of the local convolutions; none leaves the Local Perceptron out.
     fc3_groups: number of groups of FC3 and of the local convolutions; one number, or one for each
       of `repmlp_stages`.
-    reduction: ratio of the widths of the Global Perceptron's input and of its hidden layer.
+    reduction: ratio of the widths of the Global Perceptron's input and of its hidden layer; one
+      number, or one for each of `repmlp_stages`.
     narrowing: ratio of the widths of a bottleneck and of its RepMLP, for each of `repmlp_stages`;
       called r in the paper.
     global_perceptron: build the Global Perceptrons.
@@ -116,7 +116,7 @@ class RepMLPResNet(ResNet, kw_only=True):
   tile: int | Sequence[int] = 7
   local_kernels: Sequence[int] = (1, 3, 5)
   fc3_groups: int | Sequence[int] = 8
-  reduction: int = 1
+  reduction: int | Sequence[int] = 1
   narrowing: Sequence[int] = (2, 4)
   global_perceptron: bool = True
 
@@ -135,7 +135,7 @@ class RepMLPResNet(ResNet, kw_only=True):
       check_whole("narrowing", self.narrowing, len(stages), _PER_STAGE)
     check_tile("tile", self.tile)
     check_kernels(self.local_kernels, self.tile)
-    check_number("reduction", self.reduction)
+    check_whole("reduction", _each(self.reduction, stages), len(stages), _PER_STAGE)
     # A function, not a method: interceptors of methods cannot take a module that is not set up yet.
     _check_widths(self)
     super().__post_init__()
@@ -145,6 +145,7 @@ class RepMLPResNet(ResNet, kw_only=True):
     """The side in pixels of the images that the model is made for."""
     return 32 * math.lcm(*pair(self.tile))
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are too small, or maps do not divide into tiles."""
     super().check_images(images)
@@ -167,7 +168,7 @@ class RepMLPResNet(ResNet, kw_only=True):
     arguments: dict[str, Any] = {
       "tile": self.tile,
       "groups": _each(self.fc3_groups, self.repmlp_stages)[index],
-      "reduction": self.reduction,
+      "reduction": _each(self.reduction, self.repmlp_stages)[index],
       "local_kernels": tuple(self.local_kernels),
       "global_perceptron": self.global_perceptron,
     }

@@ -203,6 +203,7 @@ class RepMLPNet(Classifier, kw_only=True):
     """The side in pixels of the smallest square image; the variants are made for this size."""
     return math.lcm(*self.unit())
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if the map of a stage does not divide into tiles."""
     tiles = (f"{h}x{w} at stride {stride}" for stride, (h, w) in self.strided_tiles())

@@ -33,7 +33,7 @@ from repjax.models.checks import (
   check_output_stride,
   check_total_stride,
 )
-from repjax.models.dilation import Striding, dilate
+from repjax.models.dilation import Striding, block_stridings, check_dilated_blocks, dilate
 from repjax.models.resnet import BasicBlock, Place
 from repjax.schema import shown
 
@@ -101,14 +101,14 @@ class StageSpec(NamedTuple):
     name: scope of the stage.
     blocks: number of blocks.
     features: number of output channels.
-    striding: stride and dilation of the first block.
+    stridings: stride and dilation of each block.
     first_block: number of the first block, counted from 1 after the stem.
   """
 
   name: str
   blocks: int
   features: int
-  striding: Striding
+  stridings: Sequence[Striding]
   first_block: int
 
 
@@ -145,6 +145,11 @@ class RepVGG(Classifier, kw_only=True):
       of all `strides`. The products up to earlier stages (16, 8, ...) are allowed too; later stages
       then dilate instead of striding. Parameters stay the same, and so do the maps at every second
       or fourth pixel. With `se` the maps change, because its means are then over more pixels.
+    dilated_blocks: number of last blocks that dilate, with a smaller `output_stride`. All
+      convolutions of these blocks then have the dilation of their stage, and blocks before have
+      none. At `output_stride=8` the paper's PSPNets dilate the last two stages, or as "fast" the
+      last 5 blocks. None: the first block of a stage that dilates has the dilation of the stage
+      before, which keeps the maps at every second or fourth pixel.
     aux_heads: build the auxiliary heads.
   """
 
@@ -159,11 +164,14 @@ class RepVGG(Classifier, kw_only=True):
   se_reduction: int = 16
   strides: Sequence[int] = (2, 2, 2, 2, 2)
   output_stride: int | None = None
+  dilated_blocks: int | None = None
   aux_heads: bool = False
 
   def __post_init__(self):
     check_multiplied_stages(self)
     check_output_stride(self)
+    _, *stridings = dilate(self.strides, self.output_stride)
+    check_dilated_blocks(self.dilated_blocks, self.stage_sizes, stridings)
     if self.aux_heads and self.stage_sizes[2] < 2:
       raise InputError("aux_heads needs two blocks in stage 3, one on each side of its third head")
     blocks = sum(self.stage_sizes)
@@ -177,6 +185,7 @@ class RepVGG(Classifier, kw_only=True):
       raise InputError(f'se is None, "pre" or "post" (of the activation), got {self.se!r}')
     super().__post_init__()
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are smaller than the total stride, or are no batch."""
     check_total_stride(self, images, self.output_stride or math.prod(self.strides))
@@ -207,7 +216,7 @@ class RepVGG(Classifier, kw_only=True):
         # Heads run in evaluation too, so that `init` creates them. XLA drops outputs nobody reads.
         head = AuxHead(
           self.num_classes,
-          stage.striding.dilation,
+          stage.stridings[-1].dilation,
           **training_of(self),
           **self.dtypes(),
           name=f"AuxHead_{stage.name}",
@@ -220,13 +229,13 @@ class RepVGG(Classifier, kw_only=True):
     """Yields the builders of the blocks of a stage."""
     pairs = stage.blocks // 2 if self.residual else 0
     for number in range(pairs):
+      first, second = stage.stridings[2 * number : 2 * number + 2]
       # A number of the stage above 1 gives the first block a convolution in its shortcut.
-      striding = stage.striding.later if number else stage.striding
-      place = Place(2, number, stage.features, *striding)
+      rates = first.dilation_before, second.dilation
+      place = Place(2, number, stage.features, first.strides, *rates)
       yield functools.partial(self.builder(BasicBlock), place=place)
     for index in range(2 * pairs, stage.blocks):
-      striding = stage.striding.later if index else stage.striding
-      yield self.build(stage.features, striding, stage.first_block + index, index)
+      yield self.build(stage.features, stage.stridings[index], stage.first_block + index, index)
 
   @nn.nowrap
   def build(self, features: int, striding: Striding, number: int, index: int = 0) -> BlockBuilder:
@@ -267,16 +276,16 @@ class RepVGG(Classifier, kw_only=True):
     """Yields the description of each stage after the stem, in order."""
     block = 1
     _, *stridings = dilate(self.strides, self.output_stride)  # the stem comes first
-    rows = zip(self.stage_sizes, self.width_multipliers, stridings)
-    for index, (size, multiplier, striding) in enumerate(rows):
+    rows = block_stridings(self.stage_sizes, stridings, self.dilated_blocks)
+    for index, (multiplier, row) in enumerate(zip(self.width_multipliers, rows)):
       name, features = f"stage{index + 1}", int(64 * 2**index * multiplier)
-      halves = ((name, size, striding),)
+      halves = {name: row}
       if self.aux_heads and index == 2:
-        first, later = size // 2, striding.later
-        halves = ((f"{name}_first", first, striding), (f"{name}_second", size - first, later))
-      for half, blocks, half_striding in halves:
-        yield StageSpec(half, blocks, features, half_striding, block)
-        block += blocks
+        first = len(row) // 2
+        halves = {f"{name}_first": row[:first], f"{name}_second": row[first:]}
+      for half, blocks in halves.items():
+        yield StageSpec(half, len(blocks), features, blocks, block)
+        block += len(blocks)
 
   def groups_of(self, block: int) -> int:
     """Returns the number of groups of a block, by its number from 1 after the stem."""

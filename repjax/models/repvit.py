@@ -118,7 +118,7 @@ class Downsample(MixerBlock):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Maps (N, H, W, C) to (N, H / strides, W / strides, features)."""
-    strides, dilation, _ = self.striding
+    strides, dilation = self.striding.strides, self.striding.dilation_before
     own = {"act": self.act, "normed_branches": self.normed_branches, **self.shared()}
     x = RepViTBlock(se=False, dilation=dilation, **own, name="before")(x, train)
     x = RepConv(
@@ -208,6 +208,7 @@ class RepViT(Classifier, kw_only=True):
     check_last_strides(self.output_stride)
     super().__post_init__()
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are smaller than `output_stride`, or are no batch."""
     check_total_stride(self, images, self.output_stride)

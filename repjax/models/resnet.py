@@ -29,7 +29,7 @@ from repjax.models.checks import (
   check_total_stride,
   check_whole,
 )
-from repjax.models.dilation import dilate
+from repjax.models.dilation import block_stridings, check_dilated_blocks, dilate
 
 
 class Place(NamedTuple):
@@ -41,7 +41,7 @@ class Place(NamedTuple):
     features: number of output channels.
     strides: 2 if the block halves the map, else 1.
     dilation_before: dilation of the convolutions before the stage's dilation grows. Equal to
-      `dilation`, except in the first block of a stage that dilates.
+      `dilation`, except perhaps in the first block of a stage that dilates.
     dilation: dilation of the later convolutions. Both are 1 unless `output_stride` is below 32.
   """
 
@@ -116,6 +116,10 @@ BLOCKS: dict[str, type[ResidualBlock]] = {"basic": BasicBlock, "bottleneck": Bot
 """Name to class of a block."""
 
 
+STRIDES = (4, 1, 2, 2, 2)
+"""Strides of the stem and of the four stages."""
+
+
 class Stem(Block):
   """A 7x7 convolution at stride 2, an activation, and a 3x3 max-pool at stride 2.
 
@@ -154,6 +158,11 @@ class ResNet(Classifier, kw_only=True):
       the last stages dilate instead of striding. Parameters stay the same. In evaluation, every
       second or fourth pixel of the larger maps has the same value as at `output_stride` 32. In
       training these values differ, because batch statistics are taken over more pixels.
+    dilated_blocks: number of last blocks that dilate, with a smaller `output_stride`. All 3x3
+      convolutions of these blocks then have the dilation of their stage, and blocks before have
+      none. PSPNet dilates the whole last two stages in this way, which are 9 blocks of ResNet-50.
+      None: the first block of a stage that dilates has the dilation of the stage before, which
+      keeps the values above.
   """
 
   stage_sizes: Sequence[int] = (3, 4, 6, 3)
@@ -161,6 +170,7 @@ class ResNet(Classifier, kw_only=True):
   block: str = "bottleneck"
   stem_features: int = 64
   output_stride: int = 32
+  dilated_blocks: int | None = None
 
   def __post_init__(self):
     for field in ("stage_sizes", "widths"):
@@ -174,8 +184,11 @@ class ResNet(Classifier, kw_only=True):
         f"{self.widths}"
       )
     check_last_strides(self.output_stride)
+    _, *stridings = dilate(STRIDES, self.output_stride)
+    check_dilated_blocks(self.dilated_blocks, self.stage_sizes, stridings)
     super().__post_init__()
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are smaller than `output_stride`, or are no batch."""
     check_total_stride(self, images, self.output_stride)
@@ -202,14 +215,14 @@ class ResNet(Classifier, kw_only=True):
 
   def stages(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
     """Yields the name of each stage and the places in the stage, in order."""
-    # Strides of the stem and four stages; the stem's result is dropped.
-    _, *stridings = dilate((4, 1, 2, 2, 2), self.output_stride)
-    rows = zip(self.stage_sizes, self.widths, stridings)
-    for stage, (size, features, striding) in enumerate(rows, 1):
-      # Later blocks use the stage's final dilation and stride 1.
-      first = Place(stage, 0, features, *striding)
-      later = (Place(stage, number, features, *striding.later) for number in range(1, size))
-      yield f"stage{stage}", (first, *later)
+    _, *stridings = dilate(STRIDES, self.output_stride)  # the stem comes first
+    rows = block_stridings(self.stage_sizes, stridings, self.dilated_blocks)
+    for stage, (features, row) in enumerate(zip(self.widths, rows), 1):
+      places = (
+        Place(stage, number, features, each.strides, each.dilation_before, each.dilation)
+        for number, each in enumerate(row)
+      )
+      yield f"stage{stage}", tuple(places)
 
 
 _BASIC = {"block": "basic", "widths": (64, 128, 256, 512)}

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from repjax.layers import RepConv, activation, linear
 from repjax.layers.linear import bias_init, kernel_init
+from repjax.layers.resampling import pool_to
 from repjax.models.base import Block, Classifier, Stage, last_of
 from repjax.models.checks import check_number, check_total_stride, check_whole
 
@@ -50,30 +50,6 @@ def halve(x: jax.Array) -> jax.Array:
   return nn.max_pool(x, (2, 2), (2, 2))  # (N, H/2, W/2, C)
 
 
-def pool_to(x: jax.Array, size: int) -> jax.Array:
-  """Averages `size` x `size` windows, which cover a map as evenly as whole pixels allow.
-
-  Window i of an axis of n pixels goes from floor(i n / size) to ceil((i + 1) n / size). Windows
-  overlap if `size` does not divide n. A map of this size already is returned unchanged.
-
-  Args:
-    x: (N, H, W, C), of any size.
-    size: number of windows along each axis.
-
-  Returns:
-    (N, size, size, C).
-  """
-  for axis in (1, 2):
-    pixels = x.shape[axis]
-    if pixels != size:
-      windows = [(i * pixels // size, -(-(i + 1) * pixels // size)) for i in range(size)]
-      means = [
-        jax.lax.slice_in_dim(x, start, stop, axis=axis).mean(axis) for start, stop in windows
-      ]
-      x = jnp.stack(means, axis)
-  return x
-
-
 class VGG(Classifier, kw_only=True):
   """Five stages of 3x3 convolutions, each with a max-pool at its end, and three dense layers.
 
@@ -99,6 +75,7 @@ class VGG(Classifier, kw_only=True):
     check_number("hidden", self.hidden)
     super().__post_init__()
 
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if images are smaller than 32 pixels, or are no batch."""
     check_total_stride(self, images, 2 ** len(STAGE_SIZES))

@@ -11,7 +11,7 @@ order of channels that differs ends in the rows of the next kernel, which are kn
 Files, in the order in which a model passes them:
   translation   traces a function and meets its equations in order
   operators     the table from primitives to emitters, which add nodes
-  elementwise, shapes, reductions, products    emitters, by kind
+  elementwise, shapes, reductions, products, resizing    emitters, by kind
   graph         nodes under construction; moves numbers where an operator needs a certain order
   values        axes, and how a tensor stores them
   proto         names the tensors and writes protocol buffers

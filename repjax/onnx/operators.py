@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from repjax.errors import InputError
-from repjax.onnx import products, reductions, shapes
+from repjax.onnx import products, reductions, resizing, shapes
 from repjax.onnx.elementwise import elementwise, unified
 from repjax.onnx.graph import Graph
 from repjax.onnx.values import Value, flat
@@ -144,6 +144,12 @@ def _not_equal(graph: Graph, equation: Equation, x: Value, y: Value) -> Value:
   return graph.derived("Not", elementwise(graph, "Equal", x, y))
 
 
+def _dot(graph: Graph, equation: Equation, x: Value, y: Value) -> Value:
+  numbers = equation.params["dimension_numbers"]
+  found = resizing.resized(graph, x, y, numbers)
+  return products.product(graph, x, y, numbers) if found is None else found
+
+
 def _cast(graph: Graph, equation: Equation, x: Value) -> Value:
   """Emits Cast, or nothing if the dtype is the same."""
   dtype = _dtype(equation)
@@ -162,9 +168,7 @@ OPERATORS: dict[str, Emitter] = {
   "copy": lambda graph, equation, x: x,
   "copy_p": lambda graph, equation, x: x,
   "div": _div,
-  "dot_general": lambda graph, equation, x, y: products.product(
-    graph, x, y, equation.params["dimension_numbers"]
-  ),
+  "dot_general": _dot,
   "erfc": _erfc,
   "expand_dims": shapes.reshape,
   "gather": shapes.gather,

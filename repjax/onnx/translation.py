@@ -25,6 +25,7 @@ from repjax.trees import generator_of, is_key
 
 BATCH, IMAGES = "batch", "images"
 _PRODUCTS = {"conv_general_dilated", "dot_general"}
+_LAYERS = {"Conv", "Gemm", "MatMul"}  # a product may become a Resize too, which has no weights
 _SUMS = {"add": "Add", "add_any": "Add", "concatenate": "Concat"}
 _BATCH_ERRORS = (TypeError, jax.errors.InconclusiveDimensionOperation)
 
@@ -155,7 +156,7 @@ def _tensors_of(
   tensors = EquationTensors(equation.primitive, made)
   node = graph.nodes.get(made[0] or "") if len(made) == 1 else None
   fixed = [place for place, value in enumerate(operands) if value.is_constant]
-  if node and tensors.primitive in _PRODUCTS and len(fixed) == 1:
+  if node and node.op in _LAYERS and tensors.primitive in _PRODUCTS and len(fixed) == 1:
     # The node reads the weights second, wherever the equation has them.
     source, weight = node.inputs[:2]
     reads = (weight, source) if fixed[0] == 0 else (source, weight)

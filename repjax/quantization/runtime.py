@@ -96,12 +96,18 @@ def fed(images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def classifier(ready: Any) -> Classify:
-  """Returns a function that runs a session on images and returns the logits."""
-  return lambda images: ready.run(None, fed(images))[0]
+  """Returns a function that runs a session on images and returns the logits, classes last."""
+
+  def classify(images: np.ndarray) -> np.ndarray:
+    logits = ready.run(None, fed(images))[0]
+    # Maps leave a file as (N, K, H, W).
+    return np.moveaxis(logits, 1, -1) if logits.ndim == 4 else logits
+
+  return classify
 
 
 def logits_of(proto: Any, images: np.ndarray, *, unpacked: bool = False) -> np.ndarray:
-  """Computes a model's first output for images (N, H, W, 3)."""
+  """Computes a model's first output for images (N, H, W, 3): (N, K), or maps (N, H, W, K)."""
   classify = classifier(session(proto, unpacked=unpacked))
   return np.concatenate([classify(part) for part in batches(images)])
 

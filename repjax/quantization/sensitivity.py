@@ -90,7 +90,7 @@ def _share(logits: np.ndarray) -> str:
 def compared(
   got: np.ndarray, wanted: np.ndarray, name: str = "the network in 8 bits"
 ) -> tuple[float, float]:
-  """Returns the relative root mean square error of logits (N, K), and the share of new classes.
+  """Returns the relative root mean square error of logits (..., K), and the share of new classes.
 
   Args:
     got: logits to judge.

@@ -9,7 +9,7 @@ import numpy as np
 
 from repjax.errors import InputError
 from repjax.models import create_model, list_models
-from repjax.models.base import Classifier
+from repjax.models.base import Network
 from repjax.weights import repmlp
 from repjax.weights.naming import Entry, NoNameError
 from repjax.weights.recognition import Recognition, fits
@@ -61,7 +61,7 @@ def _fits_with(
 
 def _flags(model: Any) -> dict[str, bool]:
   """Returns the attributes of a model that are True or False and that not all families have."""
-  shared = {field.name for field in dataclasses.fields(Classifier)}
+  shared = {field.name for field in dataclasses.fields(Network)}
   own = (field.name for field in dataclasses.fields(model) if field.name not in shared)
   return {name: getattr(model, name) for name in own if isinstance(getattr(model, name), bool)}
 

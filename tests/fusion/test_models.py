@@ -28,7 +28,7 @@ ELSEWHERE = {
 WIDER = {"repmlp_resnet50_light": {"widths": (16, 32, 32, 32)}}
 # `scripts/prove_fuse.py` compares all models.
 COMPARED = ("repvggplus_l2pse", "repmlp_resnet50_light", "parnet_s")
-COMPARED += ("mobileone_s4", "repvit_m0_9", "fastvit_sa12")
+COMPARED += ("mobileone_s4", "repvit_m0_9", "fastvit_sa12", "pspnet")
 
 
 def test_the_models_that_are_compared_are_families():

@@ -34,6 +34,10 @@ _MOBILEONE |= {"width_multipliers": (0.125, 0.0625, 0.0625, 0.03125)}
 _REPVIT = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 16, 16)}
 _FASTVIT = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "expansion": 2}
 _FASTVIT |= {"head_features": 8}
+_PSPNET = {"backbone": "repvgg_a0", "backbone_overrides": _REPVGG, "dilation": "fast"}
+_PSPNET |= {"head_features": 8, "aux_features": 6, "bins": (1, 3)}
+_FCN = {"backbone": "resnet18", "backbone_overrides": _RESNET, "head_features": 8}
+_EIGHTH = {"stage1": (4, 8), "stage2": (8, 8), "stage3": (8, 16), "stage4": (8, 16)}
 _VGG = {"stage2": (4, 4), "stage3": (8, 4), "stage4": (16, 6), "stage5": (32, 8)}
 
 FAMILIES: dict[str, Family] = {
@@ -48,10 +52,12 @@ FAMILIES: dict[str, Family] = {
   "mobileone_s4": Family(_MOBILEONE, _FOUR, 9),
   "repvit_m0_9": Family(_REPVIT, _FOUR, 7),
   "fastvit_sa12": Family(_FASTVIT, _FOUR, 11),
+  "pspnet": Family(_PSPNET, _EIGHTH, 9, dropouts=2),
+  "fcn": Family(_FCN, _FOUR, 5),
 }
 """Name of the variant to its family."""
 
-EVERY = spread(FAMILIES, FAMILIES.keys() - {"vgg16", "mobileone_s4", "repvit_m0_9"})
+EVERY = spread(FAMILIES, FAMILIES.keys() - {"vgg16", "mobileone_s4", "repvit_m0_9", "fcn"})
 """All families; those of layers that others have, too, as proofs."""
 
 THOROUGH = spread(FAMILIES, ("repvgg_a0", "repmlpnet_t224"))

@@ -97,7 +97,7 @@ def test_bfloat16_computation_keeps_float32_variables(name, deploy):
   for dtype in (jnp.float32, jnp.bfloat16):
     images = jax.ShapeDtypeStruct(IMAGES.shape, dtype)
     logits = jax.eval_shape(model.apply, variables, images)
-    assert (logits.shape, logits.dtype) == ((4, 3), half)
+    assert (logits.shape[0], logits.shape[-1], logits.dtype) == (4, 3, half)
   features = jax.eval_shape(model.clone(features_only=True).apply, variables, IMAGES)
   assert {leaf.dtype for leaf in features.values()} == {half}
   if not deploy:
@@ -294,6 +294,8 @@ def test_statistics_from_the_covariance_change_no_training_step(name):
 @every_family
 def test_lists_as_json_gives_them_make_the_same_network(name):
   def listed(value):
+    if isinstance(value, dict):
+      return {name: listed(item) for name, item in value.items()}
     return [listed(item) for item in value] if isinstance(value, tuple) else value
 
   overrides = {field: listed(value) for field, value in FAMILIES[name].overrides.items()}

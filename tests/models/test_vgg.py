@@ -10,7 +10,8 @@ import pytest
 
 import repjax
 from repjax import weights
-from repjax.models.vgg import STAGE_SIZES, pool_to
+from repjax.layers.resampling import pool_to
+from repjax.models.vgg import STAGE_SIZES
 from tests import helpers
 from tests.helpers import F64, halves, init_shapes, quick_jit, random_input, random_variables
 from tests.models import plain

@@ -16,6 +16,7 @@ import pytest
 import repjax
 from repjax.errors import InputError
 from repjax.layers import RepConv, RepNorm, SqueezeExcite
+from repjax.layers.resampling import resize_aligned
 from repjax.onnx import of_function, translation
 from tests.deploy.tiny import SPEC
 from tests.helpers import init_shapes, random_variables, randomise, relative_error
@@ -89,6 +90,8 @@ PARNET = {"stage_sizes": (1, 2, 1), "widths": (8, 8, 16, 16)}
 SMALL = {"stage_sizes": (1, 1, 1, 1), "widths": (8, 8, 16, 16)}
 FASTVIT = SMALL | {"expansion": 2, "head_features": 8}
 MOBILEONE = REPVGG | {"stage_sizes": (1, 1, 1, 1), "se_sizes": (0, 0, 0, 1)}
+PSPNET = {"backbone": "repvgg_a0", "backbone_overrides": REPVGG, "head_features": 8}
+PYRAMID = {"Conv", "Relu", "AveragePool", "Concat", "Resize"}
 PLAIN = {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"}
 SE = PLAIN | {"Sigmoid", "Reshape", "Mul"}
 GATED = SE - {"Relu"} | {"Add", "Concat", "Gather"}
@@ -122,6 +125,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int, set[str]]] = {
   "parnet": ("parnet_s", PARNET, 64, GATED),
   "mobileone": ("mobileone_s4", MOBILEONE, 64, SE),
   "repvit": ("repvit_m0_9", SMALL, 64, FFN),
+  "pspnet": ("pspnet", PSPNET, 41, {*PYRAMID, "GlobalAveragePool"}),
+  "pspnet of uneven bins": ("pspnet", PSPNET, 33, {*PYRAMID, "GlobalAveragePool", "Slice"}),
   "fastvit": ("fastvit_sa12", FASTVIT, 64, FFN | {"MatMul", "Slice", "Softmax", "Transpose"}),
 }
 """A title to a model, what makes it small, the image size, and the operators of its graph."""
@@ -142,7 +147,8 @@ def test_every_family_agrees_and_is_made_of_few_operators(title):
   proto = repjax.onnx.to_onnx(model, variables, image_size=size)
   assert set(operators(proto)) == FAMILIES[title][3]
   assert shapes(proto.graph.input) == {"images": ["batch", 3, size, size]}
-  assert shapes(proto.graph.output) == {"logits": ["batch", 5]}
+  maps = [size, size] if model.task == "segmentation" else []
+  assert shapes(proto.graph.output) == {"logits": ["batch", 5, *maps]}
   agrees(proto, functools.partial(jax.jit(model.apply), variables), size)
 
 
@@ -295,6 +301,8 @@ FUNCTIONS = {
     x, -jnp.inf, jax.lax.max, (1, 1, 1, 2), (1, 1, 1, 1), "VALID"
   ),
   "sum pool": lambda x: summed(x, 2, "VALID") - summed(x, 3, "SAME") / 9,
+  "resize": lambda x: resize_aligned(x[:, :5, :6], (9, 4)) + resize_aligned(x[:, :1, :], (9, 4)),
+  "resize twice": lambda x: resize_aligned(resize_aligned(x, (3, 8)), (7, 5)),
   "images as they are": lambda x: x,
   "numbers beside images": lambda x: {"a": x.mean((1, 2)), "b": x.mean((1, 2))},
   "repeated": lambda x: jnp.broadcast_to(x[:, :1, :1], x.shape).reshape(x.shape[0], -1),

@@ -35,6 +35,16 @@ RNG = np.random.default_rng(0)
       {"stage_sizes": (1, 1), "widths": (4, 4), "tile": 4, "local_kernels": (1,)},
       {"stage1/RepConv_widen", "stage1/block0/repmlp/RepDense_0/dense", "head"},
     ),
+    (
+      "pspnet",  # with maps of classes, which are resized in float
+      {
+        "backbone": "repvgg_a0",
+        "backbone_overrides": {"stage_sizes": (1, 1, 1, 1), "width_multipliers": (0.125,) * 4},
+        "head_features": 8,
+        "bins": (1, 2),
+      },
+      {"backbone/stem/RepConv_0", "pyramid/RepConv_bins2", "head/RepConv_0", "head/classifier"},
+    ),
   ],
 )
 def test_other_families_are_quantized_too(name, overrides, titles):
@@ -43,10 +53,10 @@ def test_other_families_are_quantized_too(name, overrides, titles):
   assert titles <= set(found)
   assert len(set(found)) == len(found)
   assert not any("." in title or "->" in title for title in found)
-  assert bool(equalization.pairs_of(proto)) == (name == "repmlp_cifar")
+  assert bool(equalization.pairs_of(proto)) == (name != "parnet_s")
   images = RNG.standard_normal((4, 32, 32, 3)).astype(np.float32)
   # Correction runs the network once for each layer, of which ParNet has many.
-  small = repjax.quantization.quantize(proto, images, correct_bias=name == "repmlp_cifar")
+  small = repjax.quantization.quantize(proto, images, correct_bias=name != "parnet_s")
   error, _ = compared(runtime.logits_of(small, images), runtime.logits_of(proto, images))
   assert 1e-4 < error < 0.2
 
