@@ -1,5 +1,5 @@
-# make demo | make test | make proofs | make lint | make gpu. All but the last make .venv when it
-# is missing or out of date.
+# make demo | make test | make proofs | make lint | make docs | make gpu. All but the last make .venv
+# when it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ comma := ,
 # CUDA wheels only where there is an NVIDIA GPU.
 EXTRAS := dev$(if $(shell nvidia-smi -L 2>/dev/null),$(comma)cuda)
 
-.PHONY: demo test proofs lint gpu package python clean
+.PHONY: demo test proofs lint docs gpu package python clean
 
 demo: $(VENV)/installed
 	$(BIN)/python main.py --config configs/digits.py
@@ -29,6 +29,10 @@ lint: $(VENV)/installed
 # Installs the built package into empty environments, which takes minutes: part of CI.
 package: $(VENV)/installed
 	$(BIN)/python scripts/prove_package.py
+
+# build/site/index.html; `python -m http.server --directory build/site` shows the site with its search.
+docs: $(VENV)/installed-docs
+	$(BIN)/python scripts/build_site.py
 
 # Takes PYTHON as it is and installs nothing: a machine with a GPU may have no network.
 gpu:
@@ -55,6 +59,13 @@ python:
 	    echo "error: repjax needs Python 3.11 or newer, and $(PYTHON) --version says:" \
 	      "$$($(PYTHON) --version 2>&1). Name a newer one: 'make $(GOAL) PYTHON=python3.11'" >&2; exit 1; }; \
 	fi
+
+# The site is made from the source, without the packages of the tests.
+$(VENV)/installed-docs: pyproject.toml | python
+	@echo "installing repjax[docs] into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV)

@@ -64,7 +64,7 @@ def test_extras_of_commands_exist(command):
 
 
 def test_all_brings_what_every_extra_for_users_brings():
-  users = EXTRAS.keys() - {"bench", "cuda", "dev", "dev-torch", "libraries", "photographs"}
+  users = EXTRAS.keys() - {"bench", "cuda", "dev", "dev-torch", "docs", "libraries", "photographs"}
   for extra in users:
     assert names(EXTRAS[extra]) <= names(EXTRAS["all"]), extra
   assert names(EXTRAS["all"]) <= names(EXTRAS["dev"])
