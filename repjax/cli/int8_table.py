@@ -98,7 +98,13 @@ def read_baseline(folder: Path, count: int, *, verify: bool = True, **changes: A
   check_apart(calibration, held_out)
   images = calibration_images(calibration, count, spec.preprocessing)
   size = spec.preprocessing.image_size
-  proto = repjax.onnx.to_onnx(model, variables, image_size=size, preprocessing=spec.preprocessing)
+  proto = repjax.onnx.to_onnx(
+    model,
+    variables,
+    image_size=size,
+    preprocessing=spec.preprocessing,
+    class_names=spec.class_names,
+  )
   return Baseline(config, spec, model, variables, proto, images, held_out)
 
 

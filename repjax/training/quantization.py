@@ -111,7 +111,13 @@ def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) 
   model, variables, spec = load(workdir)
   preprocessing = spec.preprocessing
   size = preprocessing.image_size
-  proto = to_onnx(model, variables, image_size=size, preprocessing=preprocessing)
+  proto = to_onnx(
+    model,
+    variables,
+    image_size=size,
+    preprocessing=preprocessing,
+    class_names=spec.class_names,
+  )
   made = quantize_by(proto, roundings)
   rounded = simulated(model, variables, roundings, image_size=size)
   simulation = jax.jit(lambda images: rounded(variables, preprocessing.normalize(images)))
