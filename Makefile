@@ -7,7 +7,7 @@ comma := ,
 # CUDA wheels only where there is an NVIDIA GPU.
 EXTRAS := dev$(if $(shell nvidia-smi -L 2>/dev/null),$(comma)cuda)
 
-.PHONY: demo test proofs lint docs gpu clean
+.PHONY: demo test proofs lint docs gpu package python clean
 
 demo: $(VENV)/installed
 	$(BIN)/python main.py --config configs/digits.py
@@ -26,6 +26,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Installs the built package into empty environments, which takes minutes: part of CI.
+package: $(VENV)/installed
+	$(BIN)/python scripts/prove_package.py
+
 # build/site/index.html; `python -m http.server --directory build/site` shows the site with its search.
 docs: $(VENV)/installed-docs
 	$(BIN)/python scripts/build_site.py
@@ -35,15 +39,29 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py
 
 # Runs again only when pyproject.toml has changed.
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml | python
 	@echo "installing repjax[$(EXTRAS)] into $(VENV), a few minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
+# Stops where the Python of `.venv`, or the one that would make `.venv`, cannot run repjax.
+NEW := import sys; sys.exit(sys.version_info < (3, 11))
+GOAL := $(or $(firstword $(MAKECMDGOALS)),demo)
+python:
+	@if [ -e $(VENV)/bin ]; then \
+	  $(BIN)/python -c '$(NEW)' 2>/dev/null || { \
+	    echo "error: repjax needs Python 3.11 or newer, and $(BIN)/python --version says:" \
+	      "$$($(BIN)/python --version 2>&1). Remove $(VENV) by 'make clean', then run 'make $(GOAL) PYTHON=python3.11'" >&2; exit 1; }; \
+	else \
+	  $(PYTHON) -c '$(NEW)' 2>/dev/null || { \
+	    echo "error: repjax needs Python 3.11 or newer, and $(PYTHON) --version says:" \
+	      "$$($(PYTHON) --version 2>&1). Name a newer one: 'make $(GOAL) PYTHON=python3.11'" >&2; exit 1; }; \
+	fi
+
 # The site is made from the source, without the packages of the tests.
-$(VENV)/installed-docs: pyproject.toml
+$(VENV)/installed-docs: pyproject.toml | python
 	@echo "installing repjax[docs] into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --editable '.[docs]'

@@ -28,7 +28,8 @@ from PIL import Image
 from repjax.data import augmentation, train_batches
 from repjax.data.augmentation.crops import random_box
 from repjax.data.decode import Picture
-from repjax.errors import InputError, one_paragraph
+from repjax.errors import one_paragraph
+from repjax.extras import need
 
 WIDTH, HEIGHT = 500, 375
 LINES = {"pillow": "pillow | flip", "repjax": "random_resized_crop | flip"}
@@ -50,10 +51,9 @@ class Jpegs:
 
 def make_jpegs(count: int, quality: int) -> list[bytes]:
   """Returns JPEGs of random 4:3 pieces, nearly as large as the photographs."""
-  try:
-    import skimage.data
-  except ModuleNotFoundError:
-    raise InputError("the photographs come with scikit-image: pip install scikit-image") from None
+  need("skimage", "the photographs")
+  import skimage.data
+
   sources = [Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOGRAPHS]
   rng, files = np.random.default_rng(0), []
   for number in range(count):

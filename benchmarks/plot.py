@@ -7,13 +7,13 @@ Example:
 """
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from repjax.errors import InputError, one_paragraph
+from repjax.extras import need
 
 PUBLISHED = {
   "repvgg_a0": 72.41,
@@ -57,8 +57,7 @@ def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
   Raises:
     InputError: matplotlib is not installed, or no model has a published accuracy.
   """
-  if importlib.util.find_spec("matplotlib") is None:
-    raise InputError("the picture needs matplotlib: pip install 'repjax[report]', or leave --plot")
+  need("matplotlib", "--plot")
   from matplotlib.figure import Figure
 
   known = [row for row in rows if row["model"] in PUBLISHED]

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
   from repjax.expansion import expand
   from repjax.fusion import fuse
   from repjax.models import create_model, init, list_models
+  from repjax.pretrained import load
   from repjax.recognition import FOLDS
   from repjax.reparam import reparameterize
-  from repjax.spec import ModelSpec, load
+  from repjax.spec import ModelSpec
+  from repjax.weights.published import list_pretrained
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,7 @@ __all__ = [
   "fuse",
   "init",
   "list_models",
+  "list_pretrained",
   "load",
   "reparameterize",
 ]
@@ -40,7 +43,8 @@ _MODULE_OF = {
   "fuse": "fusion",
   "init": "models",
   "list_models": "models",
-  "load": "spec",
+  "list_pretrained": "weights.published",
+  "load": "pretrained",
   "reparameterize": "reparam",
 }
 _MODULES = (

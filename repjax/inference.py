@@ -1,8 +1,9 @@
 """Turns a model of any kind, in its plainest form, into one pure function, ready to be compiled."""
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -159,7 +160,10 @@ def _plainest(
     check_callable(model)
     check_params(variables)
     plain, is_merged = _Plain(model, variables), False
-    functions.check_dtype(model, jax.eval_shape(cast, variables), dtype, size)
+    with _called_in_training_form() as scopes:
+      functions.check_dtype(model, jax.eval_shape(cast, variables), dtype, size)
+    if scopes and not fuse:
+      _warn_of_training_form(functions.name_of(model), scopes)
   if fuse and not is_merged:
     # Kernels are folded from the parameters before they are cast, and rounded once.
     fused = functions.fused(
@@ -264,18 +268,36 @@ def training_layers(network: nn.Module, image_size: int | tuple[int, int]) -> li
 
   The network is traced, because a scope can have any name.
   """
-  found = []
+  trace: Any = shapes_of.__wrapped__  # the function without its memory of results
+  with _called_in_training_form() as found:
+    trace(network, image_size)
+  return list(found)
+
+
+@contextlib.contextmanager
+def _called_in_training_form() -> Iterator[dict[str, None]]:
+  """Notes the scopes of the layers of repjax in training form that the block calls, in order."""
+  found: dict[str, None] = {}
 
   def note(method: Any, arguments: Any, options: Any, context: Any) -> Any:
     layer = context.module
     if isinstance(layer, LAYERS) and not layer.deploy:
-      found.append("/".join(layer.path))
+      # A layer of NNX stands alone, and has no path.
+      found["/".join(layer.path) or f"a {type(layer).__name__}"] = None
     return method(*arguments, **options)
 
-  trace: Any = shapes_of.__wrapped__  # the function without its memory of results
   with nn.intercept_methods(note):
-    trace(network, image_size)
-  return list(dict.fromkeys(found))
+    yield found
+
+
+def _warn_of_training_form(name: str, scopes: Collection[str]) -> None:
+  """Warns about a function that is about to be written with the branches of its layers."""
+  warnings.warn(
+    f"{name} calls layers of repjax in training form, such as {next(iter(scopes))}: "
+    "every branch is computed. Pass a function of the network in deploy form with the parameters "
+    "from repjax.reparameterize, or what repjax.fuse makes of this function",
+    stacklevel=5,
+  )
 
 
 def _warn_of_branches(network: nn.Module, image_size: int | tuple[int, int]) -> None:

@@ -83,6 +83,26 @@ def go_on(error: OSError) -> None:
 
 
 @contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+  """Shows on a terminal what the block does, on a line of stderr that vanishes after the block.
+
+  Nothing is shown if stderr is no terminal.
+  """
+  stream = sys.stderr
+  if stream is None or not stream.isatty():
+    yield
+    return
+  print(f"{text} ...", end="\r", file=stream, flush=True)
+  try:
+    yield
+  finally:
+    print(_ERASE, end="\r", file=stream, flush=True)
+
+
+_ERASE = "\x1b[2K"  # the terminal's code that empties the line
+
+
+@contextlib.contextmanager
 def guarded(lost: Callable[[OSError], None]) -> Iterator[None]:
   """Guards stdout and stderr inside the block against errors of their files.
 

@@ -236,32 +236,9 @@ def shapes_of(model: nn.Module, image_size: int | tuple[int, int]) -> dict[str, 
 def load(
   workdir: str | os.PathLike[str], *, deploy: bool = True, verify: bool = True
 ) -> tuple[nn.Module, dict[str, Any], ModelSpec]:
-  """Loads a model from a folder.
+  """Loads a model from a folder; arguments, results and errors are those of `repjax.load`.
 
-  The training form is that of the best checkpoint, with re-estimated batch statistics if the run
-  has some. The deploy form comes from the deploy folder. Before there is a deploy folder, the
-  training form is re-parameterized here.
-
-  A process may write the folder at the same time. What is loaded is then what was there before or
-  afterwards, never a mixture.
-
-  Args:
-    workdir: folder of a run, or a deploy folder itself.
-    deploy: load the deploy form, not the training form.
-    verify: compare every file that is read with its checksum, and refuse parameters that are not
-      finite. A folder that was written without checksums is loaded with a warning.
-
-  Returns:
-    The model, its variables, and its ModelSpec. `model.apply(variables, images)` gives logits.
-    `spec.preprocessing.normalize` makes images for the model from uint8 images.
-
-  Raises:
-    InputError: the folder does not hold the form that was asked for, or is damaged; or JAX finds no
-      devices.
-
-  Example:
-    model, variables, spec = repjax.load("runs/digits")
-    logits = model.apply(variables, spec.preprocessing.normalize(images))
+  Commands and rooms that know folders alone call this function.
   """
   schema.check(deploy, schema.boolean, "deploy")
   schema.check(verify, schema.boolean, "verify")

@@ -11,7 +11,6 @@ Examples:
 """
 
 import argparse
-import importlib
 import importlib.resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,9 @@ import numpy as np
 from PIL import Image
 
 from repjax.errors import InputError, one_paragraph, unknown
+from repjax.extras import need
+
+PURPOSE = "these images, which are inside packages"
 
 # Photographs inside the scikit-image package; the rest would be downloaded. All parts of each
 # photograph look alike, where necessary only within a box of (left, top, right, bottom).
@@ -43,7 +45,8 @@ SIZES = (96, 224)  # range of the sides of a crop in pixels, before the crop is 
 
 def write_photographs(folder: Path, per_class: int, seed: int, classes: list[str]) -> None:
   """Writes `per_class` training crops of each photograph and a quarter as many for validation."""
-  data = package("skimage", "scikit-image") / "data"
+  need("skimage", PURPOSE)
+  data: Any = importlib.resources.files("skimage") / "data"
   for index, name in enumerate(classes):
     file, box = PHOTOGRAPHS[name]
     photograph = Image.open(data / file).convert("RGB").crop(box)
@@ -87,8 +90,7 @@ def random_crop(part: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def write_digits(folder: Path, per_class: int | None, classes: list[str]) -> None:
   """Writes the first training images of each digit and all its test images, 8x8 as PNG."""
-  package("sklearn", "scikit-learn")
-  digits: Any = importlib.import_module("sklearn.datasets").load_digits()
+  digits: Any = need("sklearn.datasets", PURPOSE).load_digits()
   test = np.arange(len(digits.target)) % 5 == 0
   for name in classes:
     mine = digits.target == int(name)
@@ -98,20 +100,6 @@ def write_digits(folder: Path, per_class: int | None, classes: list[str]) -> Non
         path = folder / split / name / f"{index:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.rint(digits.images[index] * (255 / 16)).astype(np.uint8)).save(path)
-
-
-def package(module: str, name: str) -> Any:
-  """Returns the folder of an installed package.
-
-  Raises:
-    InputError: the package is not installed.
-  """
-  try:
-    return importlib.resources.files(module)
-  except ModuleNotFoundError:
-    raise InputError(
-      f"these images are inside {name}, which is not installed; run `pip install {name}`"
-    ) from None
 
 
 def check(arguments: argparse.Namespace) -> list[str]:

@@ -26,6 +26,7 @@ import numpy as np
 
 import repjax
 from repjax.errors import InputError, one_paragraph
+from repjax.extras import missing
 from repjax.inference import inference
 from repjax.models import image_size_of
 from repjax.onnx import of_function
@@ -83,7 +84,7 @@ def prove(name: str, image_size: int | None, openvino: bool) -> dict[str, Any]:
   content = proto.SerializeToString()
   found = checked(content, function, tree, size)
   if not found:
-    raise InputError("the comparison needs ONNX Runtime: pip install onnxruntime")
+    raise missing("onnxruntime", "the comparison")
   errors, more = {"onnxruntime": found["relative_error"]}, ""
   if openvino:
     images = np.random.default_rng(2).standard_normal((2, size, size, 3), np.float32)

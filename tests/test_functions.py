@@ -373,6 +373,21 @@ def test_a_predictor_names_the_results_that_are_no_logits():
   assert_one_paragraph(told.value)
 
 
+@pytest.mark.parametrize(
+  ("kind", "way_out"),
+  [("stablehlo", r"repjax\.deploy\.load_exported\('"), ("onnx", r"ONNX Runtime: .*model\.onnx")],
+)
+def test_an_export_of_a_function_says_so_and_load_explains(kind, way_out, tmp_path):
+  def head(params, x):
+    return x.mean((1, 2)) @ params["head"]
+
+  facts = repjax.deploy.export(head, HEAD, SQUARE, tmp_path / "made", format=kind)
+  assert "no model.json" in facts["model"]
+  for load in (repjax.load, repjax.deploy.Predictor):
+    with pytest.raises(InputError, match=f"made is the export of a function .*{way_out}"):
+      load(tmp_path / "made")
+
+
 def by_batch(params, x):
   y = nn.BatchNorm(use_running_average=False).init_with_output(jax.random.key(0), x)[0]
   return y.mean((1, 2)) @ params["head"]

@@ -14,8 +14,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
 # A room is a file or a folder of the package. Every room may import the leaves.
 LEAVES = {
-  *("cache", "devices", "disk", "errors", "json_files", "names", "output", "regular_files"),
-  *("runs", "saving", "schema", "signals", "timing", "trees", "xla"),
+  *("cache", "devices", "disk", "errors", "extras", "json_files", "names", "output"),
+  *("regular_files", "runs", "saving", "schema", "signals", "timing", "trees", "xla"),
 }
 # Each room, and the rooms besides the leaves that it may import.
 MAY_IMPORT = {
@@ -33,13 +33,15 @@ MAY_IMPORT = {
   "segmentation": {"layers", "models"},
   "expansion": {"algebra", "layers", "models", "recognition", "reparam"},
   "spec": {"models", "reparam"},
+  "pretrained": {"reparam", "spec", "weights"},
   "analysis": {"functions", "fusion", "layers", "models", "program", "spec"},
   "weights": {"config", "models", "recognition", "reparam", "spec"},
   "inference": {"functions", "fusion", "models", "program", "recognition", "reparam", "spec"},
   "onnx": {"functions", "inference", "layers", "program", "spec"},
   "quantization": {"algebra", "functions", "inference", "onnx", "program"},
   "deploy": {
-    *("algebra", "data", "functions", "inference", "models", "onnx", "program", "spec"),
+    *("algebra", "data", "functions", "inference", "models", "onnx", "pretrained", "program"),
+    "spec",
   },
   "report": {"layers", "recognition", "spec"},
   "config": set(),
@@ -56,7 +58,7 @@ NOT_LEAVES = {"data": {"cache", "runs", "trees", "xla"}}
 # Packages outside the standard library: all that a room may import, and those that it may not.
 ONLY = {
   "algebra": {"jax"},
-  **{leaf: set() for leaf in ("devices", "errors", "json_files", "names", "output")},
+  **{leaf: set() for leaf in ("devices", "errors", "extras", "json_files", "names", "output")},
   **{leaf: set() for leaf in ("regular_files", "schema", "signals", "timing")},
 }
 NEVER = {"data": {"jax", "jaxlib", "flax"}}

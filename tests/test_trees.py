@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import repjax
@@ -206,6 +207,23 @@ def test_images_that_nobody_normalized_are_warned_of_once(model, variables, dtyp
 def test_complex_images_are_refused(model, variables):
   with pytest.raises(InputError, match="got complex64"):
     model.apply(variables, IMAGES.astype(np.complex64))
+
+
+def test_a_function_that_keeps_its_branches_is_warned_of():
+  pytest.importorskip("onnx")
+  held = random_variables(Fused(), IMAGES)
+  layer = repjax.nnx.RepConv(3, 3, rngs=nnx.Rngs(0))
+  layer.eval()
+  graph, state = nnx.split(layer)
+  in_nnx = (lambda tree, images: nnx.merge(graph, tree)(images)), state
+  for (function, tree), said in (((Fused().apply, held), "RepConv_0"), (in_nnx, "a RepConv")):
+    with pytest.warns(UserWarning, match=f"training form, such as {said}: .*repjax.fuse"):
+      repjax.onnx.to_onnx(function, tree, image_size=8)
+  fused = repjax.fuse(Fused().apply, held, IMAGES)
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    repjax.onnx.to_onnx(fused, fused.fold(held), image_size=32)
+    repjax.onnx.to_onnx(Fused(fused=True).apply, {"params": folded(held)}, image_size=8)
 
 
 class Fused(nn.Module):

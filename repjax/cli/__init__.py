@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import repjax
+from repjax import extras
 from repjax.cli.ending import session, stop, stop_training
 from repjax.errors import one_paragraph, unknown
 
@@ -23,6 +24,12 @@ COMMANDS = {
   "summary": "prints the parameters, multiplications and depth of a model",
   "report": "draws the curves and branches of a run",
 }
+_EXTRAS = {
+  **dict.fromkeys(("train", "convert", "evaluate", "prepare-dataset", "recalibrate"), "train"),
+  "quantize": "train,onnx",
+}
+"""Commands to the extras of `pip install` that each needs as a whole."""
+
 _MODULE_OF = {"import": "import_weights"}  # `import` cannot name a module
 
 _ROWS = "\n".join(f"  {name:<17}{text}" for name, text in COMMANDS.items())
@@ -70,4 +77,8 @@ def _run(name: str, rest: Sequence[str]) -> None:
       if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     module = _MODULE_OF.get(name, name.replace("-", "_"))
-    importlib.import_module(f"repjax.cli.{module}").main(rest)
+    try:
+      with extras.explained(f"`repjax {name}`", _EXTRAS.get(name)):
+        importlib.import_module(f"repjax.cli.{module}").main(rest)
+    except extras.MissingPackageError as error:
+      raise SystemExit(f"error: {error}") from None

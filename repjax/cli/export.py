@@ -21,7 +21,7 @@ from repjax.errors import one_paragraph
 def main(argv: Sequence[str]) -> None:
   """Exports the model that the flags name."""
   parser = flags.parser("export", __doc__)
-  flags.add(parser, "--workdir")
+  flags.add(parser, "--workdir", **flags.SOURCE)
   flags.add(parser, "--to", required=True)
   parser.add_argument(
     "--format", default="stablehlo", help="stablehlo or onnx (default: stablehlo)"
@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> None:
     "--probabilities", action="store_true", help="return probabilities instead of logits"
   )
   arguments = parser.parse_args(argv)
+  from repjax.onnx.metadata import PROGRAM
+
   with one_paragraph():
     model, variables, spec = repjax.load(arguments.workdir, verify=arguments.verify)
     facts = repjax.deploy.export(
@@ -54,6 +56,9 @@ def main(argv: Sequence[str]) -> None:
       probabilities=arguments.probabilities,
     )
   print(describe(spec, facts), f"saved: {arguments.to}", sep="\n")
+  program = arguments.to / PROGRAM
+  if program.exists():
+    print(f"labels without repjax: python {program} IMAGE")
 
 
 def describe(spec: repjax.ModelSpec, facts: Mapping[str, Any]) -> str:

@@ -23,6 +23,11 @@ def folder(text: str) -> Path:
   return _named(names.folder, text)
 
 
+def source(text: str) -> Path | str:
+  """Returns what `repjax.load` takes: a folder, or the name of published weights."""
+  return text if text.startswith("hf:") else folder(text)
+
+
 def _named(check: Callable[[str], Path], text: str) -> Path:
   """Returns a checked name, or raises the error that argparse shows."""
   if text == "-":
@@ -74,6 +79,11 @@ _SHARED: dict[str, dict[str, Any]] = {
     "help": "read the folder without comparing its files with their checksums",
   },
 }
+SOURCE: dict[str, Any] = {
+  "type": source,
+  "help": "folder of a run, an import or an export; or published weights, hf:OWNER/NAME",
+}
+"""Changes of --workdir for commands that need a model alone, and nothing else from its folder."""
 _FIELDS = ("dataset", "data_dir", "batch_size", "num_workers")
 
 

@@ -78,13 +78,13 @@ def read_baseline(folder: Path, count: int, *, verify: bool = True, **changes: A
 
   Args:
     folder: folder of a run, or of imported weights.
-    count: number of calibration images, taken from the training split.
+    count: number of calibration images, taken from the training split; all if it has fewer.
     verify: as in `repjax.load`.
     **changes: fields of the run's config and their values; None keeps the run's value.
 
   Raises:
     InputError: the folder, data set or split does not exist, the split for calibration is also the
-      one for evaluation, or the split has fewer images than `count`.
+      one for evaluation, or `count` is below 1.
   """
   model, variables, spec = repjax.load(folder, verify=verify)
   config = training.read_config(folder, **changes)
@@ -98,7 +98,13 @@ def read_baseline(folder: Path, count: int, *, verify: bool = True, **changes: A
   check_apart(calibration, held_out)
   images = calibration_images(calibration, count, spec.preprocessing)
   size = spec.preprocessing.image_size
-  proto = repjax.onnx.to_onnx(model, variables, image_size=size, preprocessing=spec.preprocessing)
+  proto = repjax.onnx.to_onnx(
+    model,
+    variables,
+    image_size=size,
+    preprocessing=spec.preprocessing,
+    class_names=spec.class_names,
+  )
   return Baseline(config, spec, model, variables, proto, images, held_out)
 
 

@@ -3,6 +3,7 @@
 Examples:
   repjax predict --workdir runs/a0 cat.jpg
   repjax predict --workdir runs/a0 photographs/ --csv labels.csv
+  repjax predict --workdir hf:timm/repvgg_a0.rvgg_in1k cat.jpg
 
 Images are files, folders of files, or .txt files with one path in each line. Folders are searched
 as by prepare-dataset: links are followed, and hidden files are left out. An image that cannot be
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
     "images", nargs="+", type=flags.file, metavar="IMAGE", help="image file, folder, or .txt list"
   )
-  flags.add(parser, "--workdir")
+  flags.add(parser, "--workdir", **flags.SOURCE)
   parser.add_argument(
     "--top", type=int, default=5, metavar="K", help="labels for each image (default: 5)"
   )

@@ -7,18 +7,20 @@ Examples:
   repjax quantize --workdir runs/digits --to exported/digits-small --weights-only
 
 Images of the training split calibrate the ranges, and rank the layers by the error that 8 bits
-cause. Accuracy is measured on the evaluation split. Without --to no folder is written.
+cause. The ranking quantizes the network once for each layer, and --no-ranking leaves it out.
+Accuracy is measured on the evaluation split. Without --to no folder is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import repjax
+from repjax import extras
 from repjax.cli import flags
 from repjax.errors import InputError, one_paragraph
 
@@ -93,6 +95,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     help="leave the N layers with the largest error in float32 (default: 0)",
   )
   parser.add_argument(
+    "--no-ranking",
+    action="store_true",
+    help="do not rank the layers, which takes most of the time of deep networks",
+  )
+  parser.add_argument(
     "--compare", action="store_true", help="add a row for each option that can reduce the loss"
   )
   parser.add_argument(
@@ -129,7 +136,8 @@ def quantize(arguments: argparse.Namespace) -> None:
   eight_bits = arguments.compare or (full and options["weight_bits"] == 8)
   if eight_bits and options["activations"] == "uint8" and processor.saturates():
     print(processor.SATURATES, "--weight-bits 7")
-  ranked = rank(proto, images, arguments.float_layers, options) if full else []
+  ranking = full and not arguments.no_ranking
+  ranked = rank(proto, images, arguments.float_layers, options) if ranking else []
   files = {int8_table.WEIGHTS: repjax.quantization.quantize_weights(proto, images)}
   if full:
     options["float_layers"] = [row.node for row in ranked[: arguments.float_layers]]
@@ -168,6 +176,10 @@ def check(arguments: argparse.Namespace) -> None:
     )
   if arguments.weights_only and arguments.float_layers:
     raise InputError("--weights-only takes the weights of all layers; leave out --float-layers")
+  if arguments.no_ranking and (arguments.float_layers or arguments.compare):
+    raise InputError(
+      "--float-layers and --compare need the ranking of the layers; leave out --no-ranking"
+    )
 
 
 def rank(
@@ -184,7 +196,16 @@ def rank(
   Raises:
     InputError: no layer would be left in 8 bits.
   """
+  from repjax.quantization.graph import layers_of
+
+  layers = len(layers_of(proto))
+  print(
+    f"ranking {layers} layers: each one is quantized alone. --no-ranking leaves this out",
+    flush=True,
+  )
+  start = time.perf_counter()
   ranked = repjax.quantization.sensitivity(proto, images, **options)
+  print(f"ranked in {time.perf_counter() - start:.0f} s")
   if not 0 <= count < len(ranked):
     raise InputError(f"--float-layers takes 0 to {len(ranked) - 1}, got {count}")
   print_sensitivity(ranked, count)
@@ -252,8 +273,8 @@ def write(
 ) -> None:
   """Writes the folder of an int8 file.
 
-  A file in full int8 comes with the ranking of its layers, and with a picture of the ranking where
-  matplotlib is installed.
+  A file in full int8 comes with the ranking of its layers, if they were ranked, and with a picture
+  of the ranking where matplotlib is installed.
 
   Args:
     folder: folder to make.
@@ -267,6 +288,7 @@ def write(
   from repjax import runs
   from repjax.cli.int8_table import FLOAT, INT8
   from repjax.deploy.export import onnx_facts
+  from repjax.onnx import metadata
 
   spec = baseline.spec
   facts = onnx_facts(spec, name) | {
@@ -274,9 +296,10 @@ def write(
     "accuracy": {key: rows[key].accuracy for key in (FLOAT, name)},
     "error": rows[name].error,
   }
-  files = {runs.onnx_file(folder).name: proto.SerializeToString()}
+  files = metadata.files(runs.onnx_file(folder).name, proto, spec.preprocessing, spec.class_names)
   if name == INT8:
     facts |= {"settings": options, "sensitivity": [row._asdict() for row in ranked]}
+  if ranked:
     files |= draw(f"{spec.name}: what int8 costs, layer by layer", ranked, options["float_layers"])
   runs.write_export(folder, files, spec=spec.to_json(), facts=facts)
   print(f"saved: {folder}")
@@ -286,8 +309,8 @@ def draw(
   title: str, ranked: Sequence[Sensitivity], float_layers: Sequence[str]
 ) -> dict[str, bytes]:
   """Returns the picture of a ranking as {name of the file: PNG}, or {} without matplotlib."""
-  if not importlib.util.find_spec("matplotlib"):
-    print("no picture, which needs matplotlib: pip install 'repjax[report]'")
+  if not extras.is_installed("matplotlib"):
+    print(extras.missing("matplotlib", "a picture of the ranking"))
     return {}
   from repjax.quantization.drawing import picture
 

@@ -7,6 +7,8 @@ use, since TFDS and Grain take a second to import and decoding an image needs ne
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from repjax import extras
+
 if TYPE_CHECKING:
   from repjax.data.augmentation import parse as parse_augmentation
   from repjax.data.pipeline import eval_batches, train_batches
@@ -37,7 +39,9 @@ def __getattr__(name: str) -> Any:
   if name not in _HOMES:
     raise AttributeError(f"module 'repjax.data' has no attribute {name!r}")
   module, attribute = _HOMES[name]
-  return getattr(importlib.import_module(f"repjax.data.{module}"), attribute)
+  # Decoding an image needs fewer packages than the rest, and the error names the smaller extra.
+  with extras.explained(f"repjax.data.{name}", None if name == "read_image" else "train"):
+    return getattr(importlib.import_module(f"repjax.data.{module}"), attribute)
 
 
 def __dir__() -> list[str]:

@@ -98,7 +98,8 @@ class Picture:
     """Reads the header.
 
     Args:
-      image: an encoded image, a Pillow image, or a uint8 array (H, W, 3), which is taken as it is.
+      image: an encoded image, a Pillow image, or a uint8 array: RGB (H, W, 3), grey (H, W) or
+        (H, W, 1), or RGBA (H, W, 4).
       name: the image's name in errors.
       way_out: as in `image_errors`.
 
@@ -158,7 +159,7 @@ class Picture:
       InputError: the image is cut short or otherwise damaged.
     """
     if isinstance(self.image, np.ndarray):
-      return self.image
+      return _rgb_of_array(self.image)
     with image_errors(self._name, self._way_out):
       pixels = self._by_opencv(reduction)
       if pixels is None:
@@ -245,6 +246,13 @@ def _rgb_of_png(image: Image.Image, data: bytes) -> np.ndarray:
       raise ValueError("its transparent colour cannot be told from similar colours")
     return np.where(pixels[..., 3:] == 0, 255, pixels[..., 2::-1] >> 8).astype(np.uint8)
   return _rgb(image)
+
+
+def _rgb_of_array(pixels: np.ndarray) -> np.ndarray:
+  """Returns the RGB pixels of an array, which stays as it is if it holds RGB."""
+  if pixels.shape[2:] == (3,):
+    return pixels
+  return _rgb(Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

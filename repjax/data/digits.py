@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from repjax.errors import InputError
+from repjax.extras import need
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -37,14 +37,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager):
     """Returns the generator of each split's examples, which TFDS runs."""
     del dl_manager  # nothing is downloaded
-    try:
-      from sklearn.datasets import load_digits
-    except ModuleNotFoundError:
-      raise InputError(
-        "the digits data set is made from images inside scikit-learn, which is not installed. Run "
-        "`pip install scikit-learn`"
-      ) from None
-    digits: Any = load_digits()
+    purpose = "the digits data set, whose images are inside a package"
+    digits: Any = need("sklearn.datasets", purpose).load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # grey levels are 0 ... 16
     test = np.arange(len(images)) % 5 == 0
     return {

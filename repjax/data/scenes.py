@@ -1,6 +1,5 @@
 """The data set `scenes`: handwritten digits on photographs, with a class for each pixel."""
 
-import importlib
 import importlib.resources
 import io
 from collections.abc import Iterator
@@ -11,7 +10,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from repjax.data.masks import encoded
-from repjax.errors import InputError
+from repjax.extras import need
+
+_PURPOSE = "the scenes data set, whose images are inside packages"
 
 COUNTS = {"train": 512, "test": 128}
 """Number of scenes in each split."""
@@ -61,8 +62,8 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager):
     """Returns the generator of each split's examples, which TFDS runs."""
     del dl_manager  # nothing is downloaded
-    digits: Any = _package("sklearn.datasets", "scikit-learn").load_digits()
-    folder = importlib.resources.files(_package("skimage", "scikit-image")) / "data"
+    digits: Any = need("sklearn.datasets", _PURPOSE).load_digits()
+    folder = importlib.resources.files(need("skimage", _PURPOSE)) / "data"
     photographs = [
       np.asarray(Image.open(io.BytesIO((folder / name).read_bytes())).convert("RGB"))
       for name in _PHOTOGRAPHS
@@ -77,17 +78,6 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self):
     raise AssertionError("_split_generators names the generators itself")
-
-
-def _package(module: str, name: str) -> Any:
-  """Imports a module of a package that only this set needs."""
-  try:
-    return importlib.import_module(module)
-  except ModuleNotFoundError:
-    raise InputError(
-      f"the scenes data set is made from images inside {name}, which is not installed. Run "
-      f"`pip install {name}`"
-    ) from None
 
 
 def _part(photograph: np.ndarray, test: bool) -> np.ndarray:

@@ -15,6 +15,7 @@ from repjax.deploy.streams import PlacedStreams, device_groups
 from repjax.devices import need_devices
 from repjax.errors import InputError, unknown
 from repjax.inference import checked_dtype, inference
+from repjax.output import status
 from repjax.schema import MisfitError, items, shown, whole
 from repjax.spec import Preprocessing
 
@@ -67,7 +68,8 @@ class CompiledModel:
     with keep_every_program():
       for size in self.batch_sizes:
         batch = jax.ShapeDtypeStruct((size, *image_size, 3), self.input_dtype)
-        self.programs[size], self.plans[size] = placed.program(function, batch)
+        with status(f"compiling for batches of {size:,}"):
+          self.programs[size], self.plans[size] = placed.program(function, batch)
 
   def __call__(self, images: np.ndarray | jax.Array) -> Any:
     """Computes the model's result for a batch of images.

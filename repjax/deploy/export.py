@@ -5,6 +5,7 @@ An exported folder:
   exported/a0/
     model.stablehlo   the program without its parameters, for any batch size and several platforms
     model.onnx        or this: the program with its parameters, for any batch size
+    run_onnx.py       beside the ONNX file of a classifier: labels images, without repjax and JAX
     params/           the parameters, in the program's dtype
     model.json        the ModelSpec; `repjax.load` and `repjax.deploy.Predictor` take the folder,
                       but not that of a function, which has no ModelSpec
@@ -39,13 +40,18 @@ from repjax.devices import need_devices
 from repjax.errors import InputError, unknown
 from repjax.functions import Function
 from repjax.inference import checked_dtype, inference
-from repjax.onnx import of_function, written_dtype
+from repjax.onnx import metadata, of_function, written_dtype
 from repjax.onnx.check import checked
 from repjax.onnx.proto import OPSET
 from repjax.spec import ModelSpec, Preprocessing, check_preprocessing
 from repjax.trees import is_key, leaf_name
 
 FORMATS = ("stablehlo", "onnx")
+NO_MODEL = (
+  "none of repjax.list_models: the folder has no model.json, so that repjax.load and Predictor "
+  "cannot read it. repjax.deploy.load_exported runs StableHLO, and ONNX Runtime runs ONNX"
+)
+"""The entry of export.json that says why a folder has no model.json."""
 _PLAIN_NAME = re.compile(r"\w[\w.~-]{0,200}", re.ASCII)
 
 
@@ -124,24 +130,27 @@ def export(
     "jax": jax.__version__,
   }
   if not known:
-    facts["preprocessing"] = dataclasses.asdict(preprocessing)
+    facts |= {"preprocessing": dataclasses.asdict(preprocessing), "model": NO_MODEL}
   if format == "onnx":
-    program = of_function(function, tree, size, input_dtype, probabilities).SerializeToString()
-    facts |= {"opset": OPSET, "checked": checked(program, function, tree, size)}
+    proto = of_function(function, tree, size, input_dtype, probabilities)
+    class_names = spec.class_names if known else ()
+    name = runs.onnx_file(path).name
+    files = metadata.files(name, proto, preprocessing, class_names)
+    facts |= {"opset": OPSET, "checked": checked(files[name], function, tree, size)}
   else:
     images = jax.ShapeDtypeStruct((1, size, size, 3), input_dtype)
     if network is None:
       functions.warn_of_training(function, tree, images)
     program = serialize(function, tree, size, input_dtype, platforms)
+    files = {runs.stablehlo_file(path).name: program}
     facts |= {
       "platforms": list(platforms),
       "summed_axes": summed_axes(function, tree, images),
       "note": PROMISE,
     }
-  name = (runs.onnx_file if format == "onnx" else runs.stablehlo_file)(path).name
   runs.write_export(
     path,
-    {name: program},
+    files,
     spec=spec.to_json() if known else None,
     facts=facts,
     params=tree["params"],

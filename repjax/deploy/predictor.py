@@ -11,21 +11,24 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Union
 import jax
 import numpy as np
 
-from repjax import schema
+from repjax import extras, schema
 from repjax.cache import keep_every_program
 from repjax.deploy.compile import BATCH_SIZES, compile  # noqa: A004
 from repjax.devices import need_devices
 from repjax.errors import InputError, printable
-from repjax.spec import ModelSpec, Preprocessing, check_preprocessing, load
+from repjax.output import status
+from repjax.pretrained import load
+from repjax.spec import ModelSpec, Preprocessing, check_preprocessing
 
 if TYPE_CHECKING:
   from PIL.Image import Image as PillowImage
 
 # A string, since Pillow is imported late.
 Image = Union[str, os.PathLike[str], bytes, BinaryIO, np.ndarray, "PillowImage"]
-"""A path, the bytes of a file, an open binary file, a Pillow image, or uint8 pixels (H, W, 3).
+"""A path, the bytes of a file, an open binary file, a Pillow image, or uint8 pixels.
 
-Images may have any size. A Pillow image is turned as its EXIF asks for, as a file is.
+Pixels are RGB (H, W, 3), grey (H, W) or (H, W, 1), or RGBA (H, W, 4), of any size. Pixels that are
+not opaque lie on white. A Pillow image is turned as its EXIF asks for, as a file is.
 """
 
 
@@ -64,7 +67,8 @@ class Predictor:
     """Loads the model and compiles it.
 
     Args:
-      workdir: the folder of a run, an import or an export, or a deploy folder.
+      workdir: the folder of a run, an import or an export, or a deploy folder; or the name of
+        published weights, as in `repjax.load`.
       dtype: dtype of the computation, as in `compile`.
       batch_sizes: batch sizes to compile for, as in `compile`.
       devices: as in `compile`.
@@ -77,7 +81,8 @@ class Predictor:
       InputError: the folder holds no model, or `compile` refuses an argument.
     """
     need_devices()
-    with keep_every_program():  # `load` folds a run without a deploy folder, which compiles too.
+    # `load` folds a run without a deploy folder, which compiles too.
+    with keep_every_program(), status(f"loading {printable(workdir)}"):
       model, variables, spec = load(workdir, verify=verify)
     self.spec: ModelSpec | None = spec
     self._compile(
@@ -158,7 +163,7 @@ class Predictor:
       float32 (N, K); each row adds up to 1. One image gives one row.
 
     Raises:
-      InputError: a file is not an image, or pixels are not uint8 (H, W, 3).
+      InputError: a file is not an image, or pixels are not uint8 (H, W, 3), grey or RGBA.
     """
     need_devices()
     with ThreadPoolExecutor(_threads()) as threads:
@@ -221,12 +226,13 @@ class Predictor:
     """Returns an image as the model takes it, decoded, resized and cropped to uint8 (S, S, 3).
 
     Raises:
-      InputError: the image cannot be read, or pixels are not uint8 (H, W, 3).
+      InputError: the image cannot be read, or pixels are not uint8 (H, W, 3), grey or RGBA.
     """
     # Imported late: these modules need OpenCV and Pillow, which a program that resizes its images
     # itself need not install.
-    from repjax.data import transforms
-    from repjax.data.decode import Picture, image_errors
+    with extras.explained("images of any size"):
+      from repjax.data import transforms
+      from repjax.data.decode import Picture, image_errors
 
     how = self.preprocessing
     name = name_of(image)
@@ -295,28 +301,23 @@ def _bytes_of(file: Any, name: str) -> bytes:
 
 
 def _check_pixels(image: np.ndarray) -> None:
-  """Raises unless an array holds RGB pixels."""
-  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+  """Raises unless an array holds pixels that are RGB, grey or RGBA."""
+  is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
+  if image.dtype != np.uint8 or not is_image or not image.size:
     raise InputError(
-      f"an image's pixels must be uint8 (H, W, 3), red first, got {image.dtype} {image.shape}. "
-      + " ".join(_ways_to_pixels(image))
+      "an image's pixels must be uint8 (H, W, 3), red first, or grey (H, W), or RGBA (H, W, 4), "
+      f"got {image.dtype} {image.shape}. " + " ".join(_ways_to_pixels(image))
     )
 
 
 def _ways_to_pixels(image: np.ndarray) -> list[str]:
-  """Returns what makes uint8 (H, W, 3) of an array, in the order in which to apply it."""
+  """Returns what makes pixels of an array, in the order in which to apply it."""
   ways = []
   if np.issubdtype(image.dtype, np.floating):
     ways.append("From numbers of 0 to 1: image = np.rint(255 * image).astype(np.uint8).")
   elif image.dtype != np.uint8:
     ways.append("From numbers of 0 to 255: image = image.astype(np.uint8).")
-  if image.ndim == 2:
-    ways.append("From grey (H, W): image = np.repeat(image[..., None], 3, 2).")
-  elif image.ndim == 3 and image.shape[2] == 1:
-    ways.append("From grey (H, W, 1): image = np.repeat(image, 3, 2).")
-  elif image.ndim == 3 and image.shape[2] == 4:
-    ways.append("From RGBA: image = image[..., :3].")
-  elif image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
+  if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] not in (1, 3, 4):
     ways.append("From (3, H, W): image = image.transpose(1, 2, 0).")
   return ways
 

@@ -1,9 +1,8 @@
 """Writes and reads programs as StableHLO, in the format of `jax.export`.
 
-The format needs the package flatbuffers, which `repjax[export]` installs.
+The format needs the package flatbuffers, which `repjax[deploy]` installs.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from repjax import extras
 from repjax.errors import InputError
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -76,8 +76,4 @@ def deserialize(file: Path, folder: Path, read_bytes: Callable[[Path], bytes]) -
 
 def need_flatbuffers() -> None:
   """Raises InputError if the package flatbuffers is not installed."""
-  if importlib.util.find_spec("flatbuffers") is None:
-    raise InputError(
-      "StableHLO files need the package flatbuffers: pip install 'repjax[export]', or "
-      "pip install flatbuffers"
-    )
+  extras.need("flatbuffers", "StableHLO files")

@@ -15,6 +15,8 @@ Files, in the order in which a model passes them:
   graph         nodes under construction; moves numbers where an operator needs a certain order
   values        axes, and how a tensor stores them
   proto         names the tensors and writes protocol buffers
+  metadata      says in the file how images are prepared and what classes are called
+  run_onnx      a program that labels images with a file, copied beside exported files
   check         compares a file with JAX in ONNX Runtime
 
 Emitters find idioms again, since runtimes are fast on these: Relu, GELU, softmax, means, biases.
@@ -26,7 +28,7 @@ and Max, ReduceSum and Div where runtimes look for Relu and GlobalAveragePool. A
 layer of repjax would be short, but blind to what a user writes between the layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +37,7 @@ import numpy as np
 
 from repjax.errors import InputError
 from repjax.inference import checked_dtype, inference
+from repjax.onnx import metadata
 from repjax.onnx.proto import model_proto, need_onnx
 from repjax.onnx.translation import IMAGES, EquationTensors, translated
 from repjax.spec import Preprocessing
@@ -50,6 +53,7 @@ def to_onnx(
   dtype: jax.typing.DTypeLike = "float32",
   preprocessing: Preprocessing | None = None,
   probabilities: bool = False,
+  class_names: Sequence[str] = (),
 ) -> Any:
   """Returns a model's deploy form as an `onnx.ModelProto` of opset 17.
 
@@ -66,6 +70,8 @@ def to_onnx(
     preprocessing: from the model's ModelSpec, to take uint8 images and normalize them in the graph.
       None: images are normalized and of `dtype`.
     probabilities: return a softmax of the logits.
+    class_names: from the model's ModelSpec: the name of each class. With `preprocessing`, both are
+      written into the metadata of the file (`repjax.onnx.metadata`).
 
   Returns:
     A model that `onnx.save` takes.
@@ -87,7 +93,10 @@ def to_onnx(
     preprocessing=preprocessing,
     probabilities=probabilities,
   )
-  return of_function(function, tree, image_size, images_dtype(dtype, preprocessing), probabilities)
+  made = of_function(function, tree, image_size, images_dtype(dtype, preprocessing), probabilities)
+  if preprocessing is not None:
+    metadata.describe(made, preprocessing, class_names)
+  return made
 
 
 def written_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:

@@ -1,13 +1,13 @@
 """Checks an ONNX file: by the ONNX checker, and in ONNX Runtime against JAX."""
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
+from repjax import extras
 from repjax.errors import InputError
 from repjax.onnx.proto import need_onnx
 
@@ -39,7 +39,7 @@ def checked(
   """
   onnx = need_onnx()
   onnx.checker.check_model(content, full_check=True)
-  if importlib.util.find_spec("onnxruntime") is None:
+  if not extras.is_installed("onnxruntime"):
     return {}
   runtime: Any = importlib.import_module("onnxruntime")
   session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])

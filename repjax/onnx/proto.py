@@ -4,14 +4,13 @@ A tensor is named by the scope of its layer and its operator, "RepVGG/stem/RepCo
 weights are ".../conv/weight" and ".../conv/bias". An output has the name that the caller gives.
 """
 
-import importlib
-import importlib.util
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from repjax import extras
 from repjax.errors import InputError
 from repjax.onnx.graph import Graph, Node
 from repjax.onnx.translation import BATCH, IMAGES
@@ -29,11 +28,7 @@ def need_onnx() -> Any:
   Raises:
     InputError: the package is not installed.
   """
-  if importlib.util.find_spec("onnx") is None:
-    raise InputError(
-      "ONNX files need the package onnx: pip install 'repjax[onnx]', or pip install onnx"
-    )
-  return importlib.import_module("onnx")
+  return extras.need("onnx", "ONNX files")
 
 
 def model_proto(

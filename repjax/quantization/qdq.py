@@ -116,7 +116,8 @@ def in_qdq_form(
       **({"calibration_cache_path": cache} if keeps and cache else {}),
     )
     made = need_onnx().load(path)
-  del made.metadata_props[:]
+  del made.metadata_props[:]  # the tag
+  made.metadata_props.extend(proto.metadata_props)
   return made
 
 

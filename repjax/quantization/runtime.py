@@ -1,12 +1,11 @@
 """ONNX Runtime as a tool: runs a model on images, and shows the tensors inside."""
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from repjax import extras
 from repjax.errors import InputError
 from repjax.onnx.proto import need_onnx
 from repjax.quantization.graph import copied, layers_of
@@ -29,12 +28,7 @@ def need_runtime() -> Any:
     InputError: onnxruntime or onnx is not installed.
   """
   need_onnx()
-  if importlib.util.find_spec("onnxruntime") is None:
-    raise InputError(
-      "8 bits need the package onnxruntime, whose quantizer makes them: pip install "
-      "'repjax[onnx]', or pip install onnxruntime"
-    )
-  return importlib.import_module("onnxruntime")
+  return extras.need("onnxruntime", "8 bits")
 
 
 def check_images(proto: Any, images: np.ndarray) -> None:

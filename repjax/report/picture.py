@@ -1,10 +1,9 @@
 """Writes `report.png`, the picture of a run that has ended or still goes on."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from repjax import disk, names, runs
+from repjax import disk, extras, names, runs
 from repjax.errors import InputError
 from repjax.report.branches import Kernels, read_kernels
 from repjax.report.history import History, distinct_names, read_history
@@ -32,8 +31,7 @@ def write_report(
   Raises:
     InputError: a folder holds no run or nothing to draw, or matplotlib is missing.
   """
-  if importlib.util.find_spec("matplotlib") is None:
-    raise InputError("the picture needs matplotlib: pip install matplotlib (or 'repjax[report]')")
+  extras.need("matplotlib", "the picture")
   workdir = names.folder(workdir)
   target = names.file(output) if output is not None else runs.picture_file(workdir)
   if target.suffix.lower() != ".png":

@@ -7,6 +7,8 @@ reads data sets.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from repjax import extras
+
 if TYPE_CHECKING:
   from repjax.training.conversion import convert
   from repjax.training.evaluation import evaluate
@@ -29,7 +31,8 @@ def __getattr__(name: str) -> Any:
   """Loads a public name on first use (PEP 562)."""
   if name not in _HOMES:
     raise AttributeError(f"module 'repjax.training' has no attribute {name!r}")
-  return getattr(importlib.import_module(f"repjax.training.{_HOMES[name]}"), name)
+  with extras.explained("repjax.training", "train"):
+    return getattr(importlib.import_module(f"repjax.training.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

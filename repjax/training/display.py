@@ -1,13 +1,11 @@
 """Displays of a run in progress: the live line, `timing.jsonl`, and TensorBoard."""
 
-import importlib.util
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from repjax import disk, runs
-from repjax.errors import InputError
+from repjax import disk, extras, runs
 
 _MUCH_WAITING = 0.1
 _MORE_DATA = (
@@ -218,11 +216,7 @@ class _EventFile:
 
 def check_tensorboard() -> None:
   """Raises InputError if the package that writes TensorBoard's files is missing."""
-  if importlib.util.find_spec("tensorboardX") is None:
-    raise InputError(
-      "config.tensorboard needs a package that is not installed: pip install tensorboardX "
-      "(or 'repjax[tensorboard]'), or leave it False"
-    )
+  extras.need("tensorboardX", "config.tensorboard = True")
 
 
 def _tagged(values: dict[str, float]) -> dict[str, float]:

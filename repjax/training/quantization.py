@@ -10,6 +10,7 @@ rounding.json             how tensors are rounded, found once, at the start
 int8/                     model.onnx, model.json, export.json
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from repjax.config import Config
 from repjax.data.sources import Examples, Source
 from repjax.deploy.export import onnx_facts
 from repjax.errors import InputError, sentences
-from repjax.onnx import to_onnx
+from repjax.onnx import metadata, to_onnx
 from repjax.quantization import processor, quantize_by, roundings_of, runtime, simulated
 from repjax.quantization.roundings import Roundings
 from repjax.reparam import reparameterize
@@ -32,6 +33,9 @@ from repjax.training import evaluation
 from repjax.training.planning import Plan
 from repjax.training.state import TrainState
 from repjax.training.step import Network
+
+FEW = 100
+"""Number of images below which ranges are said to be unreliable."""
 
 
 def begin(config: Config, plan: Plan, state: TrainState, workdir: Path) -> Roundings:
@@ -107,7 +111,13 @@ def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) 
   model, variables, spec = load(workdir)
   preprocessing = spec.preprocessing
   size = preprocessing.image_size
-  proto = to_onnx(model, variables, image_size=size, preprocessing=preprocessing)
+  proto = to_onnx(
+    model,
+    variables,
+    image_size=size,
+    preprocessing=preprocessing,
+    class_names=spec.class_names,
+  )
   made = quantize_by(proto, roundings)
   rounded = simulated(model, variables, roundings, image_size=size)
   simulation = jax.jit(lambda images: rounded(variables, preprocessing.normalize(images)))
@@ -126,7 +136,7 @@ def write_int8(config: Config, plan: Plan, roundings: Roundings, workdir: Path) 
     "bytes": made.ByteSize(),
   }
   folder = runs.int8_folder(workdir)
-  programs = {runs.onnx_file(folder).name: made.SerializeToString()}
+  programs = metadata.files(runs.onnx_file(folder).name, made, preprocessing, spec.class_names)
   runs.write_export(folder, programs, spec=spec.to_json(), facts=facts, exists=True)
   return facts
 
@@ -170,7 +180,8 @@ def calibration_images(source: Source, count: int, preprocessing: Preprocessing)
   """Returns images at equal distances over a split, prepared as in evaluation.
 
   Image i is example floor(i n / count) of n. The first `count` examples would cover few classes,
-  since many data sets are sorted by class.
+  since many data sets are sorted by class. Where the split has fewer images, all of them are taken,
+  and a line on stderr says so.
 
   Args:
     source: a split on which no accuracy is reported.
@@ -178,17 +189,25 @@ def calibration_images(source: Source, count: int, preprocessing: Preprocessing)
     preprocessing: preprocessing of the model.
 
   Returns:
-    uint8 (count, S, S, 3).
+    uint8 (count, S, S, 3), or fewer.
 
   Raises:
-    InputError: the split has fewer images, `count` is below 1, or an image cannot be decoded.
+    InputError: `count` is below 1, the split is empty, or an image cannot be decoded.
   """
   have = len(source.examples)
-  if not 1 <= count <= have:
+  if count < 1 or have < 1:
     raise InputError(
-      f"{count} images to calibrate with are asked for, and the split has {have}. Take 1 to {have} "
-      "(--images, or config.qat_images); some hundreds give reliable ranges"
+      f"{count} images to calibrate with are asked for (--images, or config.qat_images), and the "
+      f"split has {have}. At least one is needed; some hundreds give reliable ranges"
     )
+  if count > have:
+    print(
+      f"warning: the split has {have:,} images, and {count:,} were asked for to calibrate with. "
+      f"All {have:,} are taken" + ("; ranges of so few are unreliable" if have < FEW else ""),
+      file=sys.stderr,
+      flush=True,
+    )
+    count = have
   chosen = source._replace(examples=_Spread(source.examples, count))
   batches = evaluation.host_batches(chosen, preprocessing, batch_size=min(64, count))
   return np.concatenate([batch["image"][batch["mask"]] for batch in batches])

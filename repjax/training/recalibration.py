@@ -60,7 +60,8 @@ def recalibrate(
   Args:
     config: config of the run or import, which names the data sets of both splits.
     workdir: folder of a run or an import.
-    num_batches: number of batches of `config.batch_size` images, at least 1.
+    num_batches: number of batches of `config.batch_size` images, at least 1. A line says so if the
+      split has fewer images, which are then seen once.
     verify: compare every file that is read with its checksum.
 
   Returns:
@@ -82,6 +83,7 @@ def recalibrate(
     axis_name=parallel.AXIS if config.sync_batch_norm else None,
     running_variance="biased",  # v_i above
   )
+  num_batches = _at_most_an_epoch(num_batches, config, train)
   with contextlib.closing(_training_batches(config, train, spec.preprocessing)) as batches:
     first = itertools.islice(batches, num_batches)
     hidden = None if processes.is_first() else True
@@ -140,6 +142,17 @@ def pooled_statistics(
     count += len(jax.tree.leaves(rows)[0])
   pooled = _map_norms(lambda _, moments: _from_moments(moments, count), totals)
   return _in_place_of(variables["batch_stats"], pooled)
+
+
+def is_better(record: Mapping[str, Any]) -> bool:
+  """Tells if a network is at least as good on the evaluation split with re-estimated statistics.
+
+  The first score of the record counts, such as accuracy, and the loss where the scores are equal.
+  """
+  changes = {name: value for name, value in record.items() if isinstance(value, Mapping)}
+  score = changes[next(name for name in changes if name != "loss")]
+  before, after = ((score[when], -changes["loss"][when]) for when in ("before", "after"))
+  return after >= before
 
 
 def format_recalibration(record: Mapping[str, Any]) -> str:
@@ -225,6 +238,19 @@ def _training_batches(config: Config, source: Source, preprocessing: Preprocessi
     shard=parallel.shard(),
     num_workers=config.num_workers,
   )
+
+
+def _at_most_an_epoch(num_batches: int, config: Config, source: Source) -> int:
+  """Returns a number of batches, reduced so far that no image is taken twice."""
+  # The pipeline refuses a batch of more images than there are, and says so.
+  most = max(len(source.examples) // config.batch_size, 1)
+  if num_batches > most and processes.is_first():
+    print(
+      f"the {config.train_split} split has {len(source.examples):,} images: {most:,} batches of "
+      f"{config.batch_size:,} instead of {num_batches:,}",
+      flush=True,
+    )
+  return min(num_batches, most)
 
 
 def _training_size(config: Config, preprocessing: Preprocessing) -> int:

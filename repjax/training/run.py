@@ -35,7 +35,7 @@ from repjax.training.conversion import convert, format_report
 from repjax.training.interruption import Interruption
 from repjax.training.loop import Prepared
 from repjax.training.planning import Plan
-from repjax.training.recalibration import format_recalibration, recalibrate
+from repjax.training.recalibration import format_recalibration, is_better, recalibrate
 from repjax.training.scales import read_scales
 from repjax.training.state import TrainState, create_state, restore_newest
 
@@ -242,11 +242,25 @@ def _finish(run: Prepared, workdir: Path) -> dict[str, Any]:
     print("re-estimating the batch norms of the best checkpoint", flush=True)
     record = recalibrate(config, workdir, num_batches=config.recalibrate_batches)
     print(format_recalibration(record), flush=True)
+    _keep_better(record, workdir)
   print("re-parameterizing the best checkpoint and comparing both forms", flush=True)
   report = convert(config, workdir)
   print(format_report(report) + f"\nsaved: {runs.deploy_folder(workdir)}", flush=True)
   processes.first(_finish_alone, run, workdir)
   return report
+
+
+def _keep_better(record: Mapping[str, Any], workdir: Path) -> None:
+  """Keeps the re-estimated statistics only if the evaluation split is not worse for them."""
+  if is_better(record):
+    print("kept: the re-estimated statistics", flush=True)
+    return
+  processes.first(runs.remove_recalibrated, workdir)
+  print(
+    "kept: the checkpoint's own statistics, which do better. To use the others all the same: "
+    f"repjax recalibrate --workdir {workdir} --batches {record['batches']}",
+    flush=True,
+  )
 
 
 def _finish_alone(run: Prepared, workdir: Path) -> None:

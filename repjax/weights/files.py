@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from repjax import names, regular_files
+from repjax import extras, names, regular_files
 from repjax.errors import InputError, listed, printable
 from repjax.weights import torch_files
 from repjax.weights.kinds import kind_of_folder
@@ -93,12 +93,9 @@ def _below(found: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, dic
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-  try:
-    from safetensors import SafetensorError, safe_open
-  except ImportError:
-    raise InputError(
-      f"{path} needs the safetensors package: pip install 'repjax[weights]'"
-    ) from None
+  extras.need("safetensors", printable(path))
+  from safetensors import SafetensorError, safe_open
+
   try:
     # "pread" reads and does not map the file: mapped pages would need memory beside the arrays.
     with safe_open(path, framework="numpy", backend="pread") as file:

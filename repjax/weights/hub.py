@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from repjax import json_files, schema
+from repjax import extras, json_files, schema
 from repjax.config import INTERPOLATIONS, MEAN, STD
 from repjax.errors import InputError, printable, sentences
 from repjax.runs import contents
@@ -14,7 +14,7 @@ from repjax.spec import Preprocessing
 
 PREFIX = "hf:"
 _FILES = ("model.safetensors", "pytorch_model.bin")
-_BY_FILE = "Download the weights and pass --from FILE: then config.json is not read"
+_BY_FILE = "Download the weights and run `repjax import --from FILE`, which reads no config.json"
 
 _CONFIG = record(
   {"pretrained_cfg": optional(record({}, others=anything)), "label_names": optional(items(text()))},
@@ -63,13 +63,9 @@ def fetch(reference: str) -> HubFile:
     InputError: the repository, revision or file does not exist, or the hub cannot be reached and
       the cache does not hold the file.
   """
-  try:
-    import huggingface_hub
-    from huggingface_hub import errors
-  except ImportError:
-    raise InputError(
-      f"{reference} needs the huggingface_hub package: pip install 'repjax[hub]'"
-    ) from None
+  huggingface_hub = extras.need("huggingface_hub", printable(reference))
+  from huggingface_hub import errors
+
   repository, _, file = reference.removeprefix(PREFIX).partition(":")
   repository, _, revision = repository.partition("@")
   unreachable = card = None
@@ -123,7 +119,7 @@ def fetch(reference: str) -> HubFile:
     raise InputError(
       f"the Hugging Face hub cannot be reached ({unreachable}), and the local cache does not hold "
       f"{' or '.join(names)} of {repository}. Connect, or run `hf download {repository}` elsewhere "
-      "and copy the cache, or pass --from FILE."
+      "and copy the cache, or read a file by `repjax import --from FILE`."
     )
   if path is None:
     raise InputError(

@@ -5,12 +5,12 @@ import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from repjax import config, disk, names, runs
+from repjax import config, disk, extras, names, runs
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
 from repjax.weights import hub, repmlpnet, repvgg
@@ -57,6 +57,53 @@ def import_weights(
     InputError: the folder is not empty, or the weights cannot be read or do not fit.
   """
   workdir = disk.check_new(names.folder(workdir))
+  variables, spec, record = read_weights(
+    source,
+    model_name=model_name,
+    num_classes=num_classes,
+    drop_head=drop_head,
+    allow_half=allow_half,
+    entry=entry,
+    overrides=overrides,
+  )
+  runs.write_import(
+    workdir,
+    variables,
+    spec=spec.to_json(),
+    record=record,
+    config=config.for_import(spec.name, spec.num_classes),
+  )
+  return record
+
+
+class Weights(NamedTuple):
+  """The content of a checkpoint file as a model of repjax.
+
+  Attributes:
+    variables: {"params", "batch_stats"} of the training form, or {"params"} of the deploy form.
+    spec: describes the model, with the preprocessing and the names of classes that are known.
+    record: as `import_weights` returns it; `kind` is the form of the variables.
+  """
+
+  variables: dict[str, Any]
+  spec: ModelSpec
+  record: dict[str, Any]
+
+
+def read_weights(
+  source: str,
+  *,
+  model_name: str | None = None,
+  num_classes: int | None = None,
+  drop_head: bool = False,
+  allow_half: bool = False,
+  entry: str | None = None,
+  overrides: Mapping[str, Any] | None = None,
+) -> Weights:
+  """Reads a checkpoint file or a repository of the hub, and writes nothing.
+
+  Args and Raises: as in `import_weights`.
+  """
   overrides = dict(overrides or {})
   if "features_only" in overrides:
     raise InputError("features_only is not part of an import; pass it to create_model afterwards")
@@ -110,14 +157,7 @@ def import_weights(
       "assumed": assumed,
       "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
     }
-  runs.write_import(
-    workdir,
-    variables,
-    spec=spec.to_json(),
-    record=record,
-    config=config.for_import(spec.name, num_classes),
-  )
-  return record
+  return Weights(variables, spec, record)
 
 
 def _shown_by(state: Mapping[str, Any], model_name: str | None) -> dict[str, Any]:
@@ -149,10 +189,9 @@ def export_weights(
     InputError: the folder does not hold this form, the naming does not cover the model, or the file
       exists.
   """
-  try:
-    from safetensors.numpy import save_file
-  except ImportError:
-    raise InputError("writing .safetensors needs: pip install 'repjax[weights]'") from None
+  extras.need("safetensors", "a .safetensors file")
+  from safetensors.numpy import save_file
+
   target = names.file(target)
   if target.suffix != ".safetensors":
     raise InputError(f"{target} must end in .safetensors; call it {target.stem}.safetensors")

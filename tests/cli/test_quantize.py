@@ -41,8 +41,10 @@ def test_quantize_writes_a_folder_and_a_table(run_command, workdir, tmp_path, mo
   assert "no VNNI" not in printed  # weights in 7 bits need no warning
   lines = printed.splitlines()
   facts = json.loads((target / "export.json").read_text())
-  assert lines[1].split()[0] == facts["sensitivity"][0]["layer"]
-  assert lines[1].endswith("left in float32")
+  assert lines[0].startswith(f"ranking {len(facts['sensitivity'])} layers")
+  assert lines[1].startswith("ranked in ")
+  assert lines[3].split()[0] == facts["sensitivity"][0]["layer"]
+  assert lines[3].endswith("left in float32")
   assert facts["settings"]["float_layers"] == [facts["sensitivity"][0]["node"]]
   table = {line.split("  ")[0]: line.split() for line in lines if "%" in line}
   assert f"{facts['accuracy']['int8']:.2%}" in table["int8"]
@@ -50,7 +52,7 @@ def test_quantize_writes_a_folder_and_a_table(run_command, workdir, tmp_path, mo
     assert name in table
   assert "calibrated with 16 of its train split" in printed
   assert "times: 2 rounds of 10 calls with a batch of 1;" in printed
-  names = {"model.onnx", "export.json", "model.json", "manifest.json"}
+  names = {"model.onnx", "run_onnx.py", "export.json", "model.json", "manifest.json"}
   if importlib.util.find_spec("matplotlib"):
     names |= {"sensitivity.png"}
     assert (target / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
@@ -71,7 +73,7 @@ def test_int8_weights_come_without_a_ranking(run_command, workdir, tmp_path, mon
   assert "no VNNI" not in printed
   assert "layer alone in int8" not in printed
   assert {path.name for path in (tmp_path / "small").iterdir()} == {
-    *("model.onnx", "export.json", "model.json", "manifest.json")
+    *("model.onnx", "run_onnx.py", "export.json", "model.json", "manifest.json")
   }
   facts = json.loads((tmp_path / "small" / "export.json").read_text())
   assert facts["dtype"] == "int8 weights"
@@ -82,7 +84,10 @@ def test_int8_weights_come_without_a_ranking(run_command, workdir, tmp_path, mon
 def test_symmetric_activations_take_weights_in_8_bits(run_command, workdir, tmp_path, monkeypatch):
   monkeypatch.setattr(processor, "saturates", lambda: True)
   few = ("--images", 16, "--timed-rounds", 2, "--activations", "int8", "--no-bias-correction")
+  few = (*few, "--no-ranking")
   printed = run_command("quantize", "--workdir", workdir, "--to", tmp_path / "int8", *few)
+  assert "ranking" not in printed
+  assert not (tmp_path / "int8" / "sensitivity.png").exists()
   assert "no VNNI" not in printed  # sums of int8 and int8 do not overflow
   settings = json.loads((tmp_path / "int8" / "export.json").read_text())["settings"]
   assert (settings["activations"], settings["weight_bits"]) == ("int8", 8)
@@ -111,8 +116,11 @@ def test_mistakes_end_in_one_paragraph(run_command, workdir, tmp_path, monkeypat
     return stop.value.code
 
   assert text("--workdir", tmp_path / "no").startswith(f"error: the folder {tmp_path}/no does not")
-  assert "error: 5000 images to calibrate with are asked for, and the split has 1024" in text(
-    "--workdir", workdir, "--images", 5000
+  assert "error: 0 images to calibrate with are asked for" in text(
+    "--workdir", workdir, "--images", 0
+  )
+  assert "need the ranking of the layers; leave out --no-ranking" in text(
+    "--workdir", workdir, "--no-ranking", "--float-layers", 1
   )
   assert "--weights-only takes the weights of all layers" in text(
     "--workdir", workdir, "--weights-only", "--float-layers", 1
@@ -133,7 +141,7 @@ def test_mistakes_end_in_one_paragraph(run_command, workdir, tmp_path, monkeypat
     "importlib.util.find_spec",
     lambda name, *rest: None if name == "onnxruntime" else find_spec(name, *rest),
   )
-  assert text("--workdir", workdir).startswith("error: 8 bits need the package onnxruntime")
+  assert text("--workdir", workdir).startswith("error: for 8 bits, the package onnxruntime")
 
 
 @pytest.mark.parametrize(

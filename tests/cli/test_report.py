@@ -64,7 +64,7 @@ def test_without_matplotlib_the_command_is_named(report, finished, monkeypatch):
   )
   with pytest.raises(SystemExit) as stop:
     report("--workdir", finished[0])
-  assert stop.value.code.startswith("error: the picture needs matplotlib: pip install matplotlib")
+  assert stop.value.code.startswith("error: for the picture, the package matplotlib")
 
 
 def test_the_end_of_a_run_names_its_picture(finished):

@@ -218,11 +218,11 @@ def test_without_flatbuffers_the_way_out_is_said(
     "importlib.util.find_spec",
     lambda name, *rest: None if name == "flatbuffers" else find_spec(name, *rest),
   )
-  with pytest.raises(InputError, match=r"pip install 'repjax\[export\]'"):
+  with pytest.raises(InputError, match=r"pip install 'repjax\[deploy\]'"):
     repjax.deploy.export(*small, SPEC, tmp_path / "out")
-  with pytest.raises(SystemExit, match=r"^error: StableHLO files need the package flatbuffers"):
+  with pytest.raises(SystemExit, match=r"^error: for StableHLO files, the package flatbuffers"):
     run_command("export", "--workdir", small_folder, "--to", tmp_path / "out")
   assert list(tmp_path.iterdir()) == []
   (tmp_path / "export.json").write_text('{"image_size": 16}')
-  with pytest.raises(InputError, match=r"pip install 'repjax\[export\]'"):
+  with pytest.raises(InputError, match=r"pip install 'repjax\[deploy\]'"):
     repjax.deploy.load_exported(tmp_path)

@@ -162,8 +162,8 @@ def test_the_options_of_compile_are_passed_on(small_folder, small, monkeypatch):
 @pytest.mark.parametrize(
   ("image", "said"),
   [
-    (np.zeros((8, 8), np.uint8), r"pixels .* uint8 \(H, W, 3\).* got uint8 \(8, 8\)"),
-    (np.zeros((8, 8, 4), np.uint8), r"got uint8 \(8, 8, 4\)"),
+    (np.zeros(8, np.uint8), r"pixels .* uint8 \(H, W, 3\).* got uint8 \(8,\)"),
+    (np.zeros((8, 8, 5), np.uint8), r"got uint8 \(8, 8, 5\)"),
     (np.zeros((8, 8, 3), np.float32), r"got float32 \(8, 8, 3\)"),
     (np.zeros((0, 8, 3), np.uint8), r"got uint8 \(0, 8, 3\)"),
     ([7], "path, bytes or a uint8 array, got int"),
@@ -179,7 +179,7 @@ def test_the_options_of_compile_are_passed_on(small_folder, small, monkeypatch):
     (None, "one image or several, got None"),
   ],
   ids=[
-    *("grey", "alpha", "float", "empty", "number", "text file", "broken file", "NUL", "device"),
+    *("row", "channels", "float", "empty", "number", "text file", "broken file", "NUL", "device"),
     *("path", "bytes", "read before", "repeated", "no image", "None"),
   ],
 )
@@ -194,10 +194,9 @@ def test_what_is_no_image_is_refused(predictor, image, said):
     np.linspace(0, 1, 64).reshape(8, 8),
     np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8, 1),
     np.arange(64, dtype=np.int64).reshape(8, 8),
-    np.zeros((8, 8, 4), np.uint8),
     np.zeros((3, 8, 8), np.float16),
   ],
-  ids=["grey floats", "one channel", "integers", "alpha", "channels first"],
+  ids=["grey floats", "one channel", "integers", "channels first"],
 )
 def test_what_the_message_says_makes_an_image(predictor, image):
   with pytest.raises(InputError) as told:
@@ -210,6 +209,34 @@ def test_what_the_message_says_makes_an_image(predictor, image):
 def test_a_folder_without_a_model_is_refused(tmp_path):
   with pytest.raises(InputError, match=r"model\.json does not exist"):
     repjax.deploy.Predictor(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_grey_and_transparent_pixels_are_those_of_the_file(predictor, mode):
+  image = Image.fromarray(picture(1)).convert(mode)
+  if mode == "RGBA":
+    image.putalpha(Image.fromarray(picture(2)[..., 0]))
+  stream = io.BytesIO()
+  image.save(stream, "png")
+  wanted = predictor.read(stream.getvalue())
+  pixels = np.asarray(image)
+  np.testing.assert_array_equal(predictor.read(pixels), wanted)
+  if mode == "L":
+    np.testing.assert_array_equal(predictor.read(pixels[..., None]), wanted)
+  np.testing.assert_array_equal(predictor.read(image), wanted)
+  assert len(np.unique(wanted)) > 9
+
+
+def test_a_start_says_on_terminals_what_it_does(small_folder, capsys, monkeypatch):
+  monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+  repjax.deploy.Predictor(small_folder, batch_sizes=(2,), devices=jax.devices()[:1], tune=False)
+  shown = capsys.readouterr().err
+  assert f"loading {small_folder} ...\r" in shown
+  assert "compiling for batches of 2 ...\r" in shown
+  assert shown.endswith("\x1b[2K\r")
+  monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+  repjax.deploy.Predictor(small_folder, batch_sizes=(2,), devices=jax.devices()[:1], tune=False)
+  assert capsys.readouterr().err == ""
 
 
 def test_open_files_and_images_of_pillow_are_taken(predictor, tmp_path):

@@ -365,13 +365,14 @@ def test_the_command_writes_a_folder_and_compares(run_command, small_folder, sma
     "onnx",
     "--normalized",
   )
-  first, second, last = printed.splitlines()
+  first, second, third, last = printed.splitlines()
   assert first == (
     "repvgg_a0, float32, ONNX opset 17: float32 (N, 3, 16, 16) -> logits float32 (N, 10)"
   )
   assert second.startswith("well-formed; ONNX Runtime ")
   assert second.endswith(" at batch sizes 1 and 3")
-  assert last == f"saved: {tmp_path / 'out'}"
+  assert third == f"saved: {tmp_path / 'out'}"
+  assert last == f"labels without repjax: python {tmp_path / 'out' / 'run_onnx.py'} IMAGE"
   facts = json.loads((tmp_path / "out" / "export.json").read_text())
   assert (facts["format"], facts["opset"]) == ("onnx", 17)
   assert 0 < facts["checked"]["relative_error"] <= 1e-5
@@ -381,6 +382,7 @@ def test_the_command_writes_a_folder_and_compares(run_command, small_folder, sma
     "model.json",
     "model.onnx",
     "params",
+    "run_onnx.py",
   }
   onnx: Any = importlib.import_module("onnx")
   proto = onnx.load(tmp_path / "out" / "model.onnx")
@@ -541,6 +543,6 @@ def test_without_onnx_the_way_out_is_said(small, run_command, small_folder, tmp_
   )
   with pytest.raises(InputError, match=r"pip install 'repjax\[onnx\]'"):
     repjax.onnx.to_onnx(*small, image_size=16)
-  with pytest.raises(SystemExit, match=r"^error: ONNX files need the package onnx"):
+  with pytest.raises(SystemExit, match=r"^error: for ONNX files, the package onnx"):
     run_command("export", "--workdir", small_folder, "--to", tmp_path / "out", "--format", "onnx")
   assert list(tmp_path.iterdir()) == []

@@ -414,13 +414,13 @@ def test_without_matplotlib_a_run_ends_with_the_way_to_its_picture(
   (workdir / "report.png").unlink()
   draw_at_end(workdir)
   (line,) = capsys.readouterr().out.splitlines()
-  assert "pip install matplotlib" in line
+  assert "pip install 'repjax[report]'" in line
   assert line.endswith(f"repjax report --workdir {workdir}")
   assert not (workdir / "report.png").exists()
 
 
 def test_without_matplotlib_a_picture_on_demand_is_an_error(finished, no_matplotlib):
-  with pytest.raises(InputError, match="the picture needs matplotlib: pip install matplotlib"):
+  with pytest.raises(InputError, match="for the picture, the package matplotlib"):
     write_report(finished[0])
 
 

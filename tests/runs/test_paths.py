@@ -34,6 +34,7 @@ JOINS = {"join", "joinpath", "Path", "glob", "rglob", "with_name"}
 ELSEWHERE = {
   PACKAGE / "weights" / "hub.py": {"config.json"},
   PACKAGE / "disk" / "manifest.py": {"manifest.json"},
+  PACKAGE / "onnx" / "run_onnx.py": {"model.onnx"},  # runs beside the file, without repjax
   ROOT / "scripts" / "fuzz_files.py": {"model.json"},  # the name of a reader
 }
 

@@ -109,10 +109,7 @@ def test_only_an_empty_folder_is_filled(run_script, tmp_path):
   ("kind", "name"), [("photographs", "scikit-image"), ("digits", "scikit-learn")]
 )
 def test_a_missing_package_is_named(run_script, tmp_path, monkeypatch, kind, name):
-  def fail(module):
-    raise ModuleNotFoundError(module)
-
-  monkeypatch.setattr("importlib.resources.files", fail)
+  monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
   text = stop_of(run_script, "scripts/example_folder.py", kind, "--to", tmp_path / "new")
-  assert text.endswith(f"inside {name}, which is not installed; run `pip install {name}`")
+  assert text.endswith(f"the package {name} must be installed: pip install 'repjax[{kind}]'")
   assert not (tmp_path / "new").exists()

@@ -501,11 +501,57 @@ def test_statistics_that_are_not_finite_are_not_written(workdir, digits_dir):
   assert not (workdir / "recalibrated").exists()
 
 
-def test_a_run_re_estimates_at_its_end_and_says_so(finished, workdir, digits_dir, capsys):
+@pytest.mark.parametrize(
+  ("accuracy", "loss", "better"),
+  [
+    ((0.5, 0.6), (1.0, 2.0), True),
+    ((0.5, 0.4), (1.0, 0.1), False),
+    ((0.5, 0.5), (1.0, 0.9), True),
+    ((0.5, 0.5), (1.0, 1.0), True),
+    ((0.5, 0.5), (1.0, 1.1), False),
+  ],
+)
+def test_the_first_score_decides_and_then_the_loss(accuracy, loss, better):
+  names = ("before", "after")
+  record = {"step": 7, "accuracy": dict(zip(names, accuracy)), "loss": dict(zip(names, loss))}
+  assert recalibration.is_better(record) == better
+
+
+def test_a_run_keeps_its_own_statistics_where_they_do_better(
+  workdir, digits_dir, capsys, monkeypatch
+):
+  monkeypatch.setattr("repjax.training.run.is_better", lambda record: False)
+  report = training.train(tiny.config(digits_dir, recalibrate_batches=1), workdir)
+  assert report["recalibrated"] is None
+  assert not (workdir / "recalibrated").exists()
+  printed = capsys.readouterr().out
+  assert "kept: the checkpoint's own statistics, which do better" in printed
+  assert f"repjax recalibrate --workdir {workdir} --batches 1\n" in printed
+
+
+def test_no_image_is_taken_twice(workdir, digits_dir, capsys, monkeypatch):
+  seen = []
+
+  def counted(model, variables, preprocessing, batches):
+    seen.extend(batch["label"] for batch in batches)
+    return variables["batch_stats"]
+
+  monkeypatch.setattr(recalibration, "pooled_statistics", counted)
+  config = tiny.config(digits_dir, batch_size=480)
+  record = training.recalibrate(config, workdir, num_batches=BATCHES)
+  assert (record["batches"], record["images"], len(seen)) == (2, 960, 2)
+  assert "has 1,437 images: 2 batches of 480 instead of 3" in capsys.readouterr().out
+
+
+def test_a_run_re_estimates_at_its_end_and_says_so(
+  finished, workdir, digits_dir, capsys, monkeypatch
+):
+  monkeypatch.setattr("repjax.training.run.is_better", lambda record: True)
   config = tiny.config(digits_dir, recalibrate_batches=BATCHES)
   report = training.train(config, workdir)
   record = report["recalibrated"]
   printed = capsys.readouterr().out
+  assert "kept: the re-estimated statistics" in printed
   assert recalibration.format_recalibration(record) in printed
   assert f"statistics re-estimated over {BATCHES} batches" in printed
   assert record["accuracy"]["before"] == finished[1]["accuracy"]["train"]

@@ -265,7 +265,9 @@ class TestSafetensors:
   def test_without_its_package_it_says_what_to_install(self, tmp_path, monkeypatch):
     path = save_safetensors(tmp_path / "a", STATE)
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert refusal(path).endswith("needs the safetensors package: pip install 'repjax[weights]'")
+    assert refusal(path).endswith(
+      "the package safetensors must be installed: pip install 'repjax[hub]'"
+    )
 
   def test_other_formats_do_without_its_package(self, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)

@@ -16,10 +16,11 @@ from huggingface_hub import constants, errors
 from safetensors.numpy import save_file
 
 import repjax
-from repjax import weights
+from repjax import cli, weights
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
-from repjax.weights import hub
+from repjax.weights import hub, sources, workdirs
+from tests import helpers
 from tests.weights import cases
 from tests.weights.cases import TINY
 
@@ -198,7 +199,7 @@ def test_a_gated_repository_is_one_clear_error(cache, online, monkeypatch):
 
 def test_without_the_package_the_way_to_install_it_is_said(monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-  with pytest.raises(InputError, match=r"needs the huggingface_hub package: pip install"):
+  with pytest.raises(InputError, match=r"the package huggingface_hub .*'repjax\[hub\]'"):
     hub.fetch("hf:owner/net")
 
 
@@ -290,3 +291,79 @@ def test_an_import_that_cannot_be_fetched_writes_nothing(cache, tmp_path):
   with pytest.raises(InputError, match="the Hugging Face hub cannot be reached"):
     weights.import_weights("hf:owner/net", tmp_path / "runs" / "a")
   assert not (tmp_path / "runs").exists()
+
+
+# Models by the name of published weights
+
+
+@pytest.fixture
+def a0(cache, monkeypatch):
+  """The weights of a small RepVGG-A0 in the cache under the name of the published ones.
+
+  Returns the state dict, and a list of the models that `load` looks for by name.
+  """
+  looked_for, read = [], workdirs.read_weights
+
+  def read_small(source, *, model_name):
+    looked_for.append(model_name)
+    return read(source, model_name=model_name, overrides=TINY)
+
+  monkeypatch.setattr(workdirs, "read_weights", read_small)
+  state = cases.random_state("repvgg_a0", "train", "timm", **TINY)
+  snapshot = put(cache, "timm/repvgg_a0.rvgg_in1k", config__json=json.dumps(CONFIG).encode())
+  save_file(state, snapshot / "model.safetensors")
+  return state, looked_for
+
+
+def test_a_model_is_loaded_by_the_name_of_its_weights(a0):
+  state, looked_for = a0
+  variables = weights.from_torch("repvgg_a0", state, num_classes=10, **TINY)
+  model, found, spec = repjax.load("hf:timm/repvgg_a0.rvgg_in1k", deploy=False)
+  assert not model.deploy
+  jax.tree.map(np.testing.assert_array_equal, found, variables)
+  assert (spec.preprocessing, spec.class_names[9]) == (STATED, "class 9")
+  plain, found, _ = repjax.load("hf:timm/repvgg_a0.rvgg_in1k@main:model.safetensors")
+  assert plain.deploy
+  folded = jax.jit(repjax.reparameterize)(variables["params"], variables["batch_stats"])
+  jax.tree.map(np.testing.assert_array_equal, found, {"params": folded})
+  assert looked_for == ["repvgg_a0", "repvgg_a0"]
+
+
+def test_weights_in_deploy_form_have_no_training_form(a0, cache):
+  state = cases.random_state("repvgg_a0", "deploy", "timm", **TINY)
+  snapshot = put(cache, "owner/plain", config__json=b"{}")
+  save_file(state, snapshot / "model.safetensors")
+  assert repjax.load("hf:owner/plain")[0].deploy
+  with pytest.raises(InputError, match=r"hf:owner/plain holds the deploy form .*repjax\.expand"):
+    repjax.load("hf:owner/plain", deploy=False)
+  assert a0[1] == [None, None]
+
+
+@pytest.mark.parametrize("command", [("predict", "a.png"), ("export", "--to", "out")])
+def test_commands_take_the_name_of_weights(cache, tmp_path, monkeypatch, command):
+  monkeypatch.chdir(tmp_path)
+  name, *rest = command
+  with pytest.raises(SystemExit, match=r"^error: the Hugging Face hub cannot be reached"):
+    cli.main([name, "--workdir", "hf:timm/repvgg_a0.rvgg_in1k", *rest])
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_not_in_the_cache_is_one_clear_error_offline(cache):
+  with pytest.raises(InputError, match=r"hub cannot be reached .*hf download timm/repvgg_a1"):
+    repjax.load("hf:timm/repvgg_a1.rvgg_in1k")
+
+
+def test_the_table_names_models_and_their_repositories():
+  rows = {row.model: row for row in repjax.list_pretrained()}
+  assert len(rows) == len(repjax.list_pretrained()) > 30
+  assert rows.keys() <= set(repjax.list_models())
+  for model, row in rows.items():
+    assert "timm" in sources.NAMINGS[model]
+    assert (row.top1 is None) == (not row.top1_source)
+  for model, golden in helpers.mobile_goldens()["counts"].items():
+    row = rows[model]
+    assert (row.name, row.license) == (f"hf:{golden['hf']}", golden["license"])
+    steps = row.preprocessing
+    side = int(golden["input"] / golden["crop_pct"])
+    assert (steps.image_size, steps.resize_size) == (golden["input"], side)
+    assert steps.interpolation == golden["interpolation"]
