@@ -127,7 +127,9 @@ def test_the_report_has_the_worst_layer_first(uneven, small_proto):
 def test_what_cannot_be_quantized_is_said(small_proto):
   names = [layer.name for layer in layers_of(small_proto)]
   for images in (IMAGES[:0], IMAGES[:, :8], IMAGES.astype(np.float32)):
-    with pytest.raises(InputError, match=r"images \(N, 16, 16, 3\) of uint8, .* at least one image"):
+    with pytest.raises(
+      InputError, match=r"images \(N, 16, 16, 3\) of uint8, .* at least one image"
+    ):
       repjax.quantization.quantize(small_proto, images)
   for setting, text in (
     ({"calibration": "min"}, "unknown calibration 'min'"),
