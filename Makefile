@@ -1,5 +1,5 @@
-# make demo | make test | make proofs | make lint | make gpu. All but the last make .venv when it
-# is missing or out of date.
+# make demo | make test | make proofs | make lint | make docs | make gpu. All but the last make .venv
+# when it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ comma := ,
 # CUDA wheels only where there is an NVIDIA GPU.
 EXTRAS := dev$(if $(shell nvidia-smi -L 2>/dev/null),$(comma)cuda)
 
-.PHONY: demo test proofs lint gpu clean
+.PHONY: demo test proofs lint docs gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/python main.py --config configs/digits.py
@@ -26,6 +26,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# build/site/index.html; `python -m http.server --directory build/site` shows the site with its search.
+docs: $(VENV)/installed-docs
+	$(BIN)/python scripts/build_site.py
+
 # Takes PYTHON as it is and installs nothing: a machine with a GPU may have no network.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
@@ -36,6 +40,13 @@ $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# The site is made from the source, without the packages of the tests.
+$(VENV)/installed-docs: pyproject.toml
+	@echo "installing repjax[docs] into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 clean:

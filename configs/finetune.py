@@ -1,8 +1,8 @@
 """Fine-tuning of a trained model, with a new classifier, on a data set of your own.
 
 Model and preprocessing are those of the folder to start from, which is a run or an import. A deploy
-form alone is expanded, see docs/expand.md. The number of classes is that of the data set. Values on
-the command line win.
+form alone is expanded, see docs/guides/expand.md. The number of classes is that of the data set.
+Values on the command line win.
 
   repjax import --from hf:timm/repvgg_a0.rvgg_in1k --workdir runs/a0
   repjax train --config finetune --workdir runs/mine --config.init_from=runs/a0 \

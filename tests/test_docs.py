@@ -4,6 +4,9 @@ import dataclasses
 import functools
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import jax
@@ -25,7 +28,9 @@ pytest_plugins = ["tests.training.fixtures"]
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))  # their blocks continue one another
 DOCUMENTS = sorted({*PAGES, *ROOT.glob("*.md"), *ROOT.glob("*/README.md")})
 
 
@@ -37,6 +42,7 @@ def blocks(page, language):
 EXAMPLES = {
   f"{page.relative_to(ROOT)}-{number}": block
   for page in PAGES
+  if page not in TUTORIALS
   for number, block in enumerate(blocks(page, "python"))
 }
 
@@ -60,6 +66,12 @@ def test_python_examples_run(example, times, finished, tmp_path, monkeypatch):
   Image.new("L", (8, 8)).save("picture.png")
   for _ in range(times):
     exec(compile(block, example, "exec"), {})
+
+
+@pytest.mark.proof  # minutes: these train networks, and compare what they print with the page
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_tutorials_print_what_they_say(page):
+  subprocess.run([sys.executable, ROOT / "scripts" / "run_page.py", page], check=True)
 
 
 def worked_example():
@@ -105,7 +117,7 @@ def test_the_layer_of_the_worked_example_has_two_equal_forms(dtype, param_dtype,
 
 
 def test_the_readme_is_short():
-  assert len(README.read_text().split()) < 1500
+  assert len(README.read_text().split()) < 1200
   assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 60
 
 
@@ -127,17 +139,41 @@ def test_relative_links_lead_somewhere(page):
     assert not anchor or anchor in anchors(linked), target
 
 
-def test_the_index_lists_every_page_and_command():
-  index = (ROOT / "docs" / "README.md").read_text()
-  assert re.findall(r"^\| `repjax ([\w-]+)`", index, re.MULTILINE) == list(cli.COMMANDS)
-  for page in PAGES[1:]:
-    assert page.name == "README.md" or f"]({page.name})" in index, page.name
+def places(entries):
+  """Yields the pages of a navigation."""
+  for entry in entries:
+    for place in entry.values():
+      yield from places(place) if isinstance(place, list) else [place]
+
+
+def test_the_navigation_has_every_page():
+  settings = tomllib.loads((ROOT / "zensical.toml").read_text())
+  pages = {str(page.relative_to(DOCS)) for page in PAGES[1:]}
+  assert sorted(places(settings["project"]["nav"])) == sorted({*pages, "changelog.md"})
+
+
+def test_the_page_of_commands_lists_every_command():
+  page = (DOCS / "guides" / "commands.md").read_text()
+  assert re.findall(r"^\| `repjax ([\w-]+)`", page, re.MULTILINE) == list(cli.COMMANDS)
+
+
+def test_every_public_name_is_in_the_reference():
+  """`make docs` checks that each name of the modules below has a place on the built pages."""
+  pages = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+  shown = set(re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE))
+  files = [*(ROOT / "repjax").glob("*.py"), *(ROOT / "repjax").glob("*/__init__.py")]
+  faces = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for file in files
+    if "\n__all__ = " in file.read_text()
+  }
+  assert faces | {f"repjax.{name}" for name in ("algebra", "analysis", "spec")} <= shown
 
 
 def commands():
   """Yields the words of every command in the shell blocks, without the environment in front."""
   for page in PAGES:
-    for line in "".join(blocks(page, "sh")).splitlines():
+    for line in "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines():
       words = shlex.split(line, comments=True)
       while words and re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
