@@ -41,7 +41,7 @@ MAY_IMPORT = {
   "deploy": {
     *("algebra", "data", "functions", "inference", "models", "onnx", "program", "spec"),
   },
-  "report": {"layers", "recognition", "spec"},
+  "report": {"data", "deploy", "layers", "recognition", "spec"},
   "config": set(),
   "configs": {"config"},
   "training": {
