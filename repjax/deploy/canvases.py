@@ -86,15 +86,23 @@ class Canvases:
 
   def _classes(self, images: Sequence[np.ndarray], canvas: Size) -> np.ndarray:
     """Returns uint8 (N, height, width) for images of one canvas."""
-    # Imported late, as in `Predictor.read`.
     from repjax.data.pairs import laid_out
 
     laid = np.stack([laid_out(image, canvas, self.fill) for image in images])
-    logits = self._slide(laid) if self.window else self.program(canvas)(laid)
-    return logits.argmax(-1).astype(np.uint8)
+    return self.scores(laid).argmax(-1).astype(np.uint8)
 
-  def _slide(self, images: np.ndarray) -> np.ndarray:
-    """Returns the sums of the probabilities of all windows, float32 (N, H, W, K)."""
+  def scores(self, images: np.ndarray) -> np.ndarray:
+    """Returns logits of canvases (N, H, W, 3), or with windows the sums of their probabilities.
+
+    Args:
+      images: uint8; no side is shorter than the window.
+
+    Returns:
+      float32 (N, H, W, K).
+    """
+    if not self.window:
+      return self.program(images.shape[1:3])(images)
+    # Imported late, as in `Predictor.read`.
     from repjax.data.pairs import window_starts
 
     side, total = self.window, None
