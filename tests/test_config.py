@@ -107,7 +107,7 @@ def test_only_a_field_whose_default_is_none_may_be_none():
 
 
 def test_the_page_on_training_lists_the_fields_that_may_change():
-  page = Path(__file__).parents[1] / "docs" / "training.md"
+  page = Path(__file__).parents[1] / "docs" / "guides" / "training.md"
   fields = {field.name for field in table.FIELDS}
   paragraphs = page.read_text().split("\n\n")
   named = [{*re.findall(r"`(\w+)`", paragraph)} & fields for paragraph in paragraphs]
