@@ -36,12 +36,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.class_weights = (0.3, *[1.0] * 10)  # Four fifths of the pixels are background.
   config.augment = "scale_and_crop(scale=(0.8, 1.25))"
   config.batch_size = 8
-  config.num_epochs = 20.0
+  config.num_epochs = 26.0
   config.optimizer = "adamw"
   config.learning_rate = 0.003 * 256 / 8
   config.weight_decay = 0.01
   config.schedule = "poly"
   config.warmup_epochs = 0.5
   config.log_every_steps = 10
-  config.eval_every_epochs = 5.0
+  config.eval_every_epochs = 6.5
   return config

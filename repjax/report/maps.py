@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from repjax import runs
-from repjax.data import open_source
+from repjax.data import Source, open_source
 from repjax.data.masks import IGNORED, Color, palette
 from repjax.data.pairs import color_of, pair_of
 from repjax.deploy.canvases import Canvases
@@ -60,7 +60,7 @@ class Maps(NamedTuple):
 
 
 def read_maps(workdir: Path, *, verify: bool = True) -> Maps | None:
-  """Computes the class maps of images at equal distances over the evaluation split of a run.
+  """Computes the class maps of some images of the evaluation split of a run, see `maps_of`.
 
   Args:
     workdir: folder of a run.
@@ -78,20 +78,36 @@ def read_maps(workdir: Path, *, verify: bool = True) -> Maps | None:
   config = runs.read_config_json(workdir)
   if config["dataset"] == "synthetic":
     return None
-  size = spec.preprocessing.image_size
   source = open_source(
     config["dataset"],
     config["eval_split"],
     data_dir=config["data_dir"],
     num_classes=spec.num_classes,
-    image_size=size,
+    image_size=spec.preprocessing.image_size,
     task=spec.task,
   )
+  return maps_of(workdir, spec, source, config.get("eval_window", 0), verify=verify)
+
+
+def maps_of(
+  workdir: Path, spec: ModelSpec, source: Source, window: int = 0, *, verify: bool = True
+) -> Maps:
+  """Computes the class maps of SHOWN images at equal distances over a split.
+
+  Args:
+    workdir: folder of a run.
+    spec: describes the model.
+    source: the split, with masks.
+    window: side of the windows that slide over the images; 0: whole images.
+    verify: compare every file that is read with its checksum.
+
+  Raises:
+    InputError: an image cannot be decoded, or the folder does not hold both forms.
+  """
   fill = color_of(spec.preprocessing.mean)
   places = np.linspace(0, len(source.examples) - 1, min(SHOWN, len(source.examples)))
   pairs = [pair_of(source.examples[int(place)], fill) for place in places]
   images = [pair.pixels for pair in pairs]
-  window = config.get("eval_window", 0)
   forms = [
     _classes(workdir, images, fill, window, deploy=deploy, verify=verify)
     for deploy in (False, True)
