@@ -108,7 +108,7 @@ def export(
   known = isinstance(spec, ModelSpec)
   preprocessing = spec.preprocessing if known else spec
   check_preprocessing(preprocessing)
-  if image_size is not None and getattr(spec, "task", "segmentation") == "classification":
+  if image_size is not None and isinstance(spec, ModelSpec) and spec.task == "classification":
     raise InputError(
       f"{spec.name} takes squares of {preprocessing.image_size} px, to which its preprocessing "
       "resizes images, so image_size cannot be given. Change spec.preprocessing instead"
