@@ -1,4 +1,4 @@
-"""Computes what the picture shows of a segmentation: class maps of some images, IoU of classes."""
+"""Computes the class maps of some images for the picture of a segmentation, and reads the IoU."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +43,7 @@ class Example(NamedTuple):
 
 
 class Maps(NamedTuple):
-  """What a picture shows of a segmentation.
+  """Images of a segmentation with their class maps, and the IoU of each class.
 
   Attributes:
     examples: some images.
