@@ -17,7 +17,7 @@ and has its size. classes.json names the classes and colours. The folder appears
 image, and an old one is not replaced.
 
 Images for segmentation are not resized. Each one lies at the top left of a canvas whose sides are
-multiples of 32, and the rest of the canvas has the mean colour, as in evaluation. Every size of
+33, 65, 97, ..., and the rest of the canvas has the mean colour, as in evaluation. Every size of
 canvas is compiled once, which takes seconds. --window slides one square over images of all sizes
 instead, as repjax evaluate does: for a network that takes one size only, and for large images.
 """

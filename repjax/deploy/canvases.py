@@ -10,7 +10,12 @@ from repjax.deploy.compile import CompiledModel
 from repjax.errors import InputError
 
 MULTIPLE = 32
-"""Sides of canvases are multiples of this number, so that similar images share a program."""
+"""Sides of canvases are multiples of this number plus one, so that similar images share a program.
+
+At such a side, a network with a total stride of up to 32 computes maps whose pixels lie exactly
+under those of the logits, as on the crops of 713 or 97 pixels on which it was trained. At a
+multiple of 32, aligned corners stretch the maps by almost a stride.
+"""
 _KEPT = 4  # compiled programs at a time
 
 Size = tuple[int, int]
@@ -60,7 +65,7 @@ class Canvases:
     height, width = image.shape[:2]
     if self.window:
       return max(height, self.window), max(width, self.window)
-    return -(-height // MULTIPLE) * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE
+    return _side(height), _side(width)
 
   def program(self, size: Size) -> CompiledModel:
     """Returns the compiled program for images of (height, width)."""
@@ -116,6 +121,11 @@ class Canvases:
       total[place] += new
     assert total is not None
     return total
+
+
+def _side(length: int) -> int:
+  """Returns the side of a canvas on which so many pixels fit."""
+  return -(-(length - 1) // MULTIPLE) * MULTIPLE + 1
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

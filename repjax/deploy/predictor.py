@@ -44,7 +44,7 @@ class Predictor:
   evaluation. They are normalized on the device. The result for an image is a row of probabilities.
 
   For segmentation, images are decoded and keep their size. An image lies at the top left of a
-  canvas whose sides are multiples of 32. The rest of the canvas has the mean colour, as in
+  canvas whose sides are 33, 65, 97 and so on. The rest of the canvas has the mean colour, as in
   evaluation. Each size of canvas is compiled when the first such image comes. With a window, one
   program slides over images of all sizes. The result for an image is its class map, uint8 (H, W).
 

@@ -297,7 +297,7 @@ class TestSegmentation:
     if not window:
       model, variables, spec = repjax.load(segmented[0])
       fill = tuple(round(255 * mean) for mean in spec.preprocessing.mean)
-      canvas = spec.preprocessing.normalize(laid_out(pixels, (32, 32), fill)[None])
+      canvas = spec.preprocessing.normalize(laid_out(pixels, (33, 33), fill)[None])
       wanted = np.asarray(model.apply(variables, canvas))[0, :24, :30].argmax(-1)
       assert (classes == wanted).mean() > 0.99
     shares = np.sort(np.bincount(classes.ravel(), minlength=3) / classes.size)[::-1]

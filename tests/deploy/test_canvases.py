@@ -9,6 +9,8 @@ from repjax.deploy.canvases import Canvases
 from repjax.errors import InputError
 from repjax.training.tasks.segmentation import slide
 
+pytest_plugins = ["tests.training.fixtures"]
+
 FILL = (10, 20, 30)
 
 
@@ -41,12 +43,12 @@ def built():
 
 def test_images_of_any_sizes_keep_them_and_share_programs(built):
   sizes, build = built
-  images = [noise(20, 40), noise(33, 64), noise(32, 64, 1), noise(20, 40, 2)]
+  images = [noise(20, 40), noise(34, 65), noise(33, 64, 1), noise(20, 40, 2)]
   maps = Canvases(build, FILL)(images)
-  assert sizes == [(32, 64), (64, 64)]
+  assert sizes == [(33, 65), (65, 65)]
   for image, classes in zip(images, maps, strict=True):
     assert classes.dtype == np.uint8
-    canvas = np.tile(np.array(FILL, np.uint8), (64 if len(image) == 33 else 32, 64, 1))
+    canvas = np.tile(np.array(FILL, np.uint8), (65 if len(image) == 34 else 33, 65, 1))
     canvas[: image.shape[0], : image.shape[1]] = image
     wanted = scores(canvas[None])[0].argmax(-1)[: image.shape[0], : image.shape[1]]
     np.testing.assert_array_equal(classes, wanted)
@@ -55,9 +57,9 @@ def test_images_of_any_sizes_keep_them_and_share_programs(built):
 def test_only_the_latest_programs_are_kept(built):
   sizes, build = built
   canvases = Canvases(build, FILL)
-  for side in (32, 64, 96, 128, 32, 160, 64):
-    canvases([noise(side, 32)])
-  assert [height for height, _ in sizes] == [32, 64, 96, 128, 160, 64]
+  for side in (33, 65, 97, 129, 33, 161, 65):
+    canvases([noise(side, 33)])
+  assert [height for height, _ in sizes] == [33, 65, 97, 129, 161, 65]
 
 
 def test_windows_are_those_of_evaluation(built):
@@ -84,5 +86,5 @@ def test_a_network_of_one_size_is_told_to_use_windows():
   def build(size):
     raise InputError("it takes 224 x 224 alone")
 
-  with pytest.raises(InputError, match=r"canvas of 64 x 32 .* takes 224 x 224 alone.*window"):
+  with pytest.raises(InputError, match=r"canvas of 65 x 33 .* takes 224 x 224 alone.*window"):
     Canvases(build, FILL)([noise(20, 40)])
