@@ -1,23 +1,26 @@
-"""Makes a small folder of example images: crops of scikit-image's photographs, or digits.
+"""Makes a small folder of example images: crops of scikit-image's photographs, digits, or scenes.
 
 Each photograph is a class, and its images are crops. Crops for validation come from a part of the
 photograph that no training crop shows. For digits, the validation images are the test images of the
-digits data set.
+digits data set. Scenes are the pairs of images and masks of the data set `scenes`.
 
 Examples:
   python scripts/example_folder.py photographs --to pictures/photographs
   python scripts/example_folder.py digits --to pictures/digits --classes 0 1 2 --train-per-class 10
   repjax prepare-dataset --from-folder pictures/digits --name few_digits
+  python scripts/example_folder.py scenes --to pictures/scenes
 """
 
 import argparse
 import importlib.resources
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from repjax.data import open_source
 from repjax.errors import InputError, one_paragraph, unknown
 from repjax.extras import need
 
@@ -102,6 +105,21 @@ def write_digits(folder: Path, per_class: int | None, classes: list[str]) -> Non
         Image.fromarray(np.rint(digits.images[index] * (255 / 16)).astype(np.uint8)).save(path)
 
 
+def write_scenes(folder: Path) -> None:
+  """Writes the images and masks of the set `scenes`, and the table of their classes."""
+  table: dict[str, Any] = {}
+  for split, name in (("train", "train"), ("val", "test")):
+    source = open_source("scenes", name)
+    table = {"names": source.class_names, "colors": source.colors}
+    for index in range(len(source.examples)):
+      example = source.examples[index]
+      for kind, key, ending in (("images", "image", "jpg"), ("masks", "mask", "png")):
+        path = folder / split / kind / f"{index:03}.{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(example[key])
+  (folder / "classes.json").write_text(json.dumps(table, indent=1))
+
+
 def check(arguments: argparse.Namespace) -> list[str]:
   """Returns the classes that the flags ask for.
 
@@ -113,6 +131,8 @@ def check(arguments: argparse.Namespace) -> list[str]:
     raise InputError(f"{folder} is not an empty folder; give another path, or remove it first")
   if arguments.train_per_class is not None and arguments.train_per_class < 1:
     raise InputError(f"--train-per-class is at least 1; got {arguments.train_per_class}")
+  if arguments.kind == "scenes" and (arguments.classes or arguments.train_per_class):
+    raise InputError("scenes are a whole data set; leave out --classes and --train-per-class")
   known = list(PHOTOGRAPHS) if arguments.kind == "photographs" else list("0123456789")
   classes = sorted(set(arguments.classes or known))
   for name in classes:
@@ -125,7 +145,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("kind", choices=("photographs", "digits"), help="kind of images")
+  parser.add_argument("kind", choices=("photographs", "digits", "scenes"), help="kind of images")
   parser.add_argument("--to", required=True, type=Path, help="folder to make")
   parser.add_argument("--classes", nargs="+", help="classes to make (default: all)")
   parser.add_argument(
@@ -138,14 +158,19 @@ def main() -> None:
   arguments = parser.parse_args()
   with one_paragraph():
     classes = check(arguments)
-    if arguments.kind == "photographs":
+    if arguments.kind == "scenes":
+      write_scenes(arguments.to)
+    elif arguments.kind == "photographs":
       write_photographs(arguments.to, arguments.train_per_class or 40, arguments.seed, classes)
     else:
       write_digits(arguments.to, arguments.train_per_class, classes)
   print(arguments.to)
   for split in ("train", "val"):
     count = sum(1 for path in (arguments.to / split).rglob("*") if path.is_file())
-    print(f"{split}: {count:,} images of {len(classes)} classes")
+    if arguments.kind == "scenes":
+      print(f"{split}: {count // 2:,} images and as many masks")
+    else:
+      print(f"{split}: {count:,} images of {len(classes)} classes")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     *("algebra", "data", "functions", "inference", "models", "onnx", "pretrained", "program"),
     "spec",
   },
-  "report": {"layers", "recognition", "spec"},
+  "report": {"data", "deploy", "layers", "recognition", "spec"},
   "config": set(),
   "configs": {"config"},
   "training": {

@@ -15,7 +15,7 @@ from typing import Any
 
 import repjax
 from repjax.cli import flags
-from repjax.errors import one_paragraph
+from repjax.errors import InputError, one_paragraph
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,6 +39,14 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
     "--probabilities", action="store_true", help="return probabilities instead of logits"
   )
+  parser.add_argument(
+    "--image-size",
+    type=int,
+    nargs="+",
+    metavar="PIXELS",
+    help="for segmentation, the side of the images, or their height and width (default: the size "
+    "of the training crops)",
+  )
   arguments = parser.parse_args(argv)
   from repjax.onnx.metadata import PROGRAM
 
@@ -54,11 +62,25 @@ def main(argv: Sequence[str]) -> None:
       platforms=arguments.platforms,
       normalize=not arguments.normalized,
       probabilities=arguments.probabilities,
+      image_size=size_of(arguments.image_size),
     )
   print(describe(spec, facts), f"saved: {arguments.to}", sep="\n")
   program = arguments.to / PROGRAM
   if program.exists():
     print(f"labels without repjax: python {program} IMAGE")
+
+
+def size_of(numbers: Sequence[int] | None) -> int | tuple[int, int] | None:
+  """Returns the image size that a flag gives, or None.
+
+  Raises:
+    InputError: there are more than two numbers.
+  """
+  if numbers is None or len(numbers) == 1:
+    return numbers[0] if numbers else None
+  if len(numbers) != 2:
+    raise InputError(f"--image-size takes one number, or height and width, got {len(numbers)}")
+  return numbers[0], numbers[1]
 
 
 def describe(spec: repjax.ModelSpec, facts: Mapping[str, Any]) -> str:
@@ -69,15 +91,19 @@ def describe(spec: repjax.ModelSpec, facts: Mapping[str, Any]) -> str:
     facts: from `repjax.deploy.export`.
   """
   size, classes = facts["image_size"], spec.num_classes
-  result = f"{facts['output']} float32 (N, {classes})"
+  sides = ", ".join(map(str, [size, size] if isinstance(size, int) else size))
+  maps = spec.task == "segmentation"
+  result = f"{facts['output']} float32"
   if facts["format"] == "onnx":
+    shape = f"(N, {classes}, {sides})" if maps else f"(N, {classes})"
     return (
       f"{spec.name}, {facts['dtype']}, ONNX opset {facts['opset']}: {facts['input']} "
-      f"(N, 3, {size}, {size}) -> {result}\n{describe_check(facts)}"
+      f"(N, 3, {sides}) -> {result} {shape}\n{describe_check(facts)}"
     )
+  shape = f"(N, {sides}, {classes})" if maps else f"(N, {classes})"
   return (
     f"{spec.name}, {facts['dtype']}, for {' and '.join(facts['platforms'])}: {facts['input']} "
-    f"(N, {size}, {size}, 3) -> {result}\n{facts['note']}"
+    f"(N, {sides}, 3) -> {result} {shape}\n{facts['note']}"
   )
 
 

@@ -1,8 +1,11 @@
 """The table that compares ONNX files in 8 bits with the float32 file of the same model.
 
-Each row is an ONNX file, or the deploy form computed in bfloat16 by JAX. A row holds the accuracy
-on every image of the evaluation split, the error of the logits, the size, and the time of a call in
+Each row is an ONNX file, or the deploy form computed in bfloat16 by JAX. A row holds the scores on
+every image of the evaluation split, the error of the logits, the size, and the time of a call in
 ONNX Runtime. `repjax quantize` and benchmarks/int8.py print the table.
+
+A file takes images of one size. For segmentation this is the canvas of the evaluation split, or the
+window that slides over it.
 """
 
 import statistics
@@ -13,16 +16,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import repjax
 from repjax import timing, training
 from repjax.config import Config, check_evaluation, default_of
 from repjax.data import Source
+from repjax.data.pairs import color_of, laid_out
+from repjax.deploy.canvases import Canvases
 from repjax.quantization import runtime
-from repjax.quantization.sensitivity import compared
-from repjax.training import evaluation, planning
+from repjax.quantization.sensitivity import check_logits
+from repjax.training import evaluation, planning, tasks
+from repjax.training.display import title
 from repjax.training.quantization import calibration_images, check_apart
+from repjax.training.tasks import Task
 
 _CALLS = 10  # timed calls of a file in a round
 FLOAT, HALF, WEIGHTS, INT8 = "float32", "bfloat16, JAX", "int8 weights", "int8"
@@ -37,8 +43,9 @@ class Baseline(NamedTuple):
     model: the deploy form.
     variables: variables of the deploy form.
     proto: the deploy form in float32, as an ONNX model that takes uint8 images.
-    images: calibration images, uint8 (N, S, S, 3).
-    evaluation: the split to measure accuracy on.
+    images: calibration images, uint8 (N, H, W, 3).
+    evaluation: the split to measure the scores on.
+    task: the task of the model.
   """
 
   config: Config
@@ -48,20 +55,26 @@ class Baseline(NamedTuple):
   proto: Any
   images: np.ndarray
   evaluation: Source
+  task: Task
+
+  @property
+  def size(self) -> tuple[int, int]:
+    """The (height, width) of the images that the files take."""
+    return self.images.shape[1:3]
 
 
 class Int8Row(NamedTuple):
   """A row of the table.
 
   Attributes:
-    accuracy: between 0 and 1.
+    scores: name to score between 0 and 1; the first is the one by which checkpoints are compared.
     loss: mean cross-entropy.
     error: relative root mean square error of the logits against those of the float32 file.
     size: bytes of the file, or of the weights.
     seconds: seconds of a call in ONNX Runtime in each round; None for the form that JAX computes.
   """
 
-  accuracy: float
+  scores: Mapping[str, float]
   loss: float
   error: float
   size: int
@@ -70,7 +83,7 @@ class Int8Row(NamedTuple):
   def facts(self) -> dict[str, Any]:
     """Returns the row for a file, with the median of the seconds."""
     seconds = None if self.seconds is None else statistics.median(self.seconds)
-    return {**self._asdict(), "seconds": seconds}
+    return {**self.scores, **self._asdict(), "seconds": seconds}
 
 
 def read_baseline(folder: Path, count: int, *, verify: bool = True, **changes: Any) -> Baseline:
@@ -97,15 +110,28 @@ def read_baseline(folder: Path, count: int, *, verify: bool = True, **changes: A
   )
   check_apart(calibration, held_out)
   images = calibration_images(calibration, count, spec.preprocessing)
-  size = spec.preprocessing.image_size
+  if spec.task == "segmentation":
+    window = config.get("eval_window", 0)
+    canvas = held_out.canvas(config.get("eval_multiple", 1))
+    assert canvas is not None
+    size = (window, window) if window else canvas
+    images = np.stack([_fitted(each, size, color_of(spec.preprocessing.mean)) for each in images])
   proto = repjax.onnx.to_onnx(
     model,
     variables,
-    image_size=size,
+    image_size=images.shape[1:3],
     preprocessing=spec.preprocessing,
     class_names=spec.class_names,
   )
-  return Baseline(config, spec, model, variables, proto, images, held_out)
+  task = tasks.create(spec.task, config)
+  return Baseline(config, spec, model, variables, proto, images, held_out, task)
+
+
+def _fitted(pixels: np.ndarray, size: tuple[int, int], fill: tuple[int, int, int]) -> np.ndarray:
+  """Returns the centre of an image, laid on a canvas of (height, width) where it is smaller."""
+  tops = [max(0, have - want) // 2 for have, want in zip(pixels.shape, size)]
+  cut = pixels[tops[0] : tops[0] + size[0], tops[1] : tops[1] + size[1]]
+  return laid_out(cut, size, fill)
 
 
 def measure(
@@ -127,16 +153,13 @@ def measure(
   classifiers = {name: runtime.classifier(ready) for name, ready in sessions.items()}
   sizes = {name: proto.ByteSize() for name, proto in files.items()}
   classifiers[HALF], sizes[HALF] = _in_jax(baseline)
-  logits, labels = _outputs(classifiers, baseline)
-  errors = {
-    name: compared(found, logits[FLOAT], f"the row {name!r}")[0] for name, found in logits.items()
-  }
+  found, errors = _judged(classifiers, baseline)
   batch = np.resize(baseline.images, (batch_size, *baseline.images.shape[1:]))
   seconds = speeds(sessions, batch, rounds)
   return {
     name: Int8Row(
-      float((logits[name].argmax(-1) == labels).mean()),
-      _loss(logits[name], labels),
+      {score: found[name][score] for score in baseline.task.scores},
+      found[name]["loss"],
       errors[name],
       sizes[name],
       seconds.get(name),
@@ -148,16 +171,17 @@ def measure(
 def print_rows(rows: Mapping[str, Int8Row], batch_size: int) -> None:
   """Prints the table. The last columns are times, and the speed relative to the float32 file."""
   rounds = len(rows[FLOAT].seconds or ())
+  titles = "".join(f"{title(score):>9}" for score in rows[FLOAT].scores)
   print(
-    f"{'':<30}{'accuracy':>9}{'loss':>9}{'error':>9}{'bytes':>13}{'min ms':>10}{'median':>10}"
-    f"{'speed':>9}"
+    f"{'':<30}{titles}{'loss':>9}{'error':>9}{'bytes':>13}{'min ms':>10}{'median':>10}{'speed':>9}"
   )
   for name, row in rows.items():
     times = ""
     if row.seconds is not None:
       times = f"{1000 * min(row.seconds):>10.3f}{1000 * statistics.median(row.seconds):>10.3f}"
       times += f"{speed(rows[FLOAT].seconds or (), row.seconds):>9}"
-    print(f"{name:<30}{row.accuracy:>9.2%}{row.loss:>9.4f}{row.error:>9.2%}{row.size:>13,}{times}")
+    scores = "".join(f"{score:>9.2%}" for score in row.scores.values())
+    print(f"{name:<30}{scores}{row.loss:>9.4f}{row.error:>9.2%}{row.size:>13,}{times}")
   print(
     f"times: {rounds} rounds of {_CALLS} calls with a batch of {batch_size}; speed: against "
     "float32 in the same round, unclear where a quarter of the rounds says faster and a quarter "
@@ -184,11 +208,6 @@ def speed(base: Sequence[float], seconds: Sequence[float]) -> str:
   return f"{usual:.2f}x" if agree else "unclear"
 
 
-def _loss(logits: np.ndarray, labels: np.ndarray) -> float:
-  """Returns the mean cross-entropy."""
-  return float(optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), labels).mean())
-
-
 def session(proto: Any) -> Any:
   """Returns an ONNX Runtime session on all CPUs, with the faster of two ways to store weights."""
   # Where only the weights are int8, ONNX Runtime would convert them to float in every call. With
@@ -202,7 +221,7 @@ def _in_jax(baseline: Baseline) -> tuple[runtime.Classify, int]:
   compiled = repjax.deploy.compile(
     baseline.model,
     baseline.variables,
-    image_size=baseline.spec.preprocessing.image_size,
+    image_size=baseline.size,
     preprocessing=baseline.spec.preprocessing,
     dtype="bfloat16",
     batch_sizes=(_batch_size(baseline),),
@@ -214,31 +233,54 @@ def _in_jax(baseline: Baseline) -> tuple[runtime.Classify, int]:
 
 
 def _batch_size(baseline: Baseline) -> int:
-  """Returns the number of images that are classified at once."""
-  return min(64, len(baseline.evaluation.examples))
+  """Returns the number of images that are computed at once; maps take more memory than rows."""
+  most = 8 if baseline.spec.task == "segmentation" else 64
+  return min(most, len(baseline.evaluation.examples))
 
 
-def _outputs(
+def _judged(
   classifiers: Mapping[str, runtime.Classify], baseline: Baseline
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """Returns the logits of each classifier on the evaluation split, and the labels.
+) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+  """Returns the summary of each classifier on the evaluation split, and the error of its logits.
 
-  The split is read once for all classifiers.
+  The split is read once for all classifiers, and no logits are kept.
   """
   split = evaluation.host_batches(
     baseline.evaluation,
     baseline.spec.preprocessing,
     batch_size=_batch_size(baseline),
     num_workers=baseline.config.num_workers,
+    multiple=baseline.config.get("eval_multiple", 1),
   )
-  found: dict[str, list[np.ndarray]] = {name: [] for name in classifiers}
-  labels = []
+  whole = {name: _on_canvas(classify, baseline) for name, classify in classifiers.items()}
+  sums: dict[str, dict[str, Any]] = {name: {} for name in whole}
+  squares, total = dict.fromkeys(whole, 0.0), 0.0
+  add = jax.jit(baseline.task.sums)
   for batch in split:
-    for name, classify in classifiers.items():
-      # The mask leaves out the images that fill up the last batch.
-      found[name].append(classify(batch["image"])[batch["mask"]])
-    labels.append(batch["label"][batch["mask"]])
-  return {name: np.concatenate(parts) for name, parts in found.items()}, np.concatenate(labels)
+    mask = batch["mask"]
+    logits = {name: classify(batch["image"]) for name, classify in whole.items()}
+    wanted = logits[FLOAT][mask]
+    total += float(np.square(wanted, dtype=np.float64).sum())
+    for name, found in logits.items():
+      check_logits(found[mask], wanted, f"the row {name!r}")
+      squares[name] += float(np.square(found[mask].astype(np.float64) - wanted).sum())
+      judged = {key: batch[key] for key in ("label", "mask")}
+      sums[name] = evaluation.add(sums[name], jax.device_get(add(jnp.asarray(found), judged)))
+  return (
+    {name: baseline.task.summary(found) for name, found in sums.items()},
+    {name: float(np.sqrt(square / total)) for name, square in squares.items()},
+  )
+
+
+def _on_canvas(classify: runtime.Classify, baseline: Baseline) -> runtime.Classify:
+  """Returns a function of the images of the split, which may be larger than what a file takes."""
+  window = baseline.config.get("eval_window", 0)
+  if not window:
+    return classify
+  build: Any = lambda size: classify  # noqa: E731
+  canvases = Canvases(build, color_of(baseline.spec.preprocessing.mean), window)
+  # A probability of 0 has no logarithm.
+  return lambda images: np.log(np.maximum(canvases.scores(images), 1e-30))
 
 
 def speeds(

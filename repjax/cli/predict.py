@@ -1,14 +1,26 @@
-"""Prints the most probable labels of images.
+"""Prints the most probable labels of images, or writes the class of each of their pixels.
 
 Examples:
   repjax predict --workdir runs/a0 cat.jpg
   repjax predict --workdir runs/a0 photographs/ --csv labels.csv
   repjax predict --workdir hf:timm/repvgg_a0.rvgg_in1k cat.jpg
+  repjax predict --workdir runs/scenes photographs/ --to maps
 
 Images are files, folders of files, or .txt files with one path in each line. Folders are searched
 as by prepare-dataset: links are followed, and hidden files are left out. An image that cannot be
 read is named and left out. The exit status is 1 if no image could be read. For 1,000 images or
 more, repjax first measures once which algorithm is fastest for each convolution.
+
+With a model for segmentation, the labels of an image are those with most pixels, with their shares.
+--to makes a folder: masks/ has PNG files with a palette, whose values are the classes, and
+overlays/ has the images with the colours of the classes over them. A file is called as its image,
+and has its size. classes.json names the classes and colours. The folder appears after the last
+image, and an old one is not replaced.
+
+Images for segmentation are not resized. Each one lies at the top left of a canvas whose sides are
+33, 65, 97, ..., and the rest of the canvas has the mean colour, as in evaluation. Every size of
+canvas is compiled once, which takes seconds. --window slides one square over images of all sizes
+instead, as repjax evaluate does: for a network that takes one size only, and for large images.
 """
 
 from __future__ import annotations
@@ -30,6 +42,7 @@ from repjax.data import files
 from repjax.errors import InputError, one_paragraph, printable
 
 if TYPE_CHECKING:
+  from repjax.cli import maps
   from repjax.deploy import Predictor
 
 MANY = 1000
@@ -52,11 +65,19 @@ def main(argv: Sequence[str]) -> None:
     metavar="FILE",
     help="write the labels to this file instead of printing",
   )
+  flags.add(parser, "--to", help="folder to make, for class maps and overlays of a segmentation")
+  parser.add_argument(
+    "--window",
+    type=int,
+    default=0,
+    metavar="PIXELS",
+    help="side of windows that slide over images for segmentation; 0: whole images (default: 0)",
+  )
   flags.add(parser, "--dtype", "--no-verify")
   flags.add(
     parser,
     "--batch-size",
-    help="images in a batch (default: 1, 8 or 32, by the number of images)",
+    help="images in a batch (default: 1, 8 or 32, by the number of images; 1 for segmentation)",
   )
   parser.add_argument(
     "--cuda-graphs", action="store_true", help="on NVIDIA GPUs, launch the network as one graph"
@@ -68,31 +89,48 @@ def main(argv: Sequence[str]) -> None:
     help="on CPUs in float32: xla, onnxruntime, openvino, or auto, which measures (default: xla)",
   )
   arguments = parser.parse_args(argv)
+  from repjax.cli import maps
   from repjax.deploy import Predictor
+  from repjax.spec import ModelSpec
 
   with one_paragraph(), contextlib.ExitStack() as stack:
     check_arguments(arguments)
     images = image_files(arguments.images)
     if arguments.csv:
       refuse_to_replace(arguments.csv, [*arguments.images, *images])
+    task = ModelSpec.read(arguments.workdir, verify=arguments.verify).task
+    if arguments.to and task != "segmentation":
+      raise InputError(
+        f"--to writes class maps of a segmentation, and the model in {arguments.workdir} is for "
+        f"{task}. Leave it out, or write the labels by --csv"
+      )
+    stems = maps.stems(images, arguments.images) if arguments.to else []
+    size = arguments.batch_size or 1
+    if task == "classification":
+      size = batch_size(arguments.batch_size, len(images))
     predictor = Predictor(
       arguments.workdir,
       dtype=arguments.dtype,
-      batch_sizes=(batch_size(arguments.batch_size, len(images)),),
+      batch_sizes=(size,),
       tune=len(images) >= MANY,
       cuda_graphs=arguments.cuda_graphs,
       runtime=arguments.runtime,
       verify=arguments.verify,
+      window=arguments.window,
     )
     k = min(arguments.top, len(predictor.labels))
+    draw = stack.enter_context(maps.opened(arguments.to, predictor, stems)) if stems else None
     writer = stack.enter_context(open_csv(arguments.csv, k)) if arguments.csv else None
-    skipped = write(predictor, images, k, writer)
+    skipped = write(predictor, images, k, writer, draw)
     if skipped == len(images):
       raise InputError(f"none of the {skipped} images could be read, see above")
   if skipped:
     print(f"{skipped} of {len(images)} images could not be read, see above", file=sys.stderr)
-  if arguments.csv:
-    print(f"{len(images) - skipped} images\nsaved: {printable(arguments.csv)}")
+  saved = [path for path in (arguments.csv, arguments.to) if path]
+  if saved:
+    print(
+      f"{len(images) - skipped} images", *(f"saved: {printable(path)}" for path in saved), sep="\n"
+    )
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -107,6 +145,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     )
   if arguments.top < 1:
     raise InputError(f"the number of labels must be 1 or more, got {arguments.top}")
+  if arguments.to:
+    disk.check_new(arguments.to)
   path = arguments.csv
   if path is None:
     return
@@ -210,7 +250,9 @@ def smallest_batch_size(count: int) -> int:
   return next((size for size in BATCH_SIZES if size >= count), BATCH_SIZES[-1])
 
 
-def write(predictor: Predictor, images: Sequence[Path], k: int, writer: Any) -> int:
+def write(
+  predictor: Predictor, images: Sequence[Path], k: int, writer: Any, draw: maps.Draw | None = None
+) -> int:
   """Writes the labels of each image that can be read, and returns how many images cannot be read.
 
   Args:
@@ -218,13 +260,17 @@ def write(predictor: Predictor, images: Sequence[Path], k: int, writer: Any) -> 
     images: paths of the images.
     k: number of labels for each image.
     writer: from `open_csv`; None prints a line for each image.
+    draw: writes the class map of an image; None writes none.
   """
   skipped = 0
-  for file, result in progress(predictor.stream(images), len(images), shown=writer is not None):
+  results = progress(predictor.stream(images), len(images), shown=writer is not None)
+  for number, (file, result) in enumerate(results):
     if not hasattr(result, "shape"):  # an error in place of an array of probabilities
       print(f"skipped: {printable(result)}", file=sys.stderr)
       skipped += 1
       continue
+    if draw is not None:
+      draw(number, images[number], result)
     best = predictor.best(result, k)
     if writer is None:
       labels = ", ".join(f"{printable(label)} {probability:.1%}" for label, probability in best)

@@ -8,7 +8,9 @@ Examples:
 
 Images of the training split calibrate the ranges, and rank the layers by the error that 8 bits
 cause. The ranking quantizes the network once for each layer, and --no-ranking leaves it out.
-Accuracy is measured on the evaluation split. Without --to no folder is written.
+Accuracy, or mean IoU, is measured on the evaluation split. Without --to no folder is written. A
+file for segmentation takes images of one size: the canvas of the evaluation split, or the run's
+window.
 """
 
 from __future__ import annotations
@@ -120,6 +122,7 @@ def quantize(arguments: argparse.Namespace) -> None:
   check(arguments)
   from repjax.cli import int8_table
   from repjax.quantization import processor, runtime
+  from repjax.training.display import title
 
   runtime.need_runtime()
   baseline = int8_table.read_baseline(
@@ -154,8 +157,9 @@ def quantize(arguments: argparse.Namespace) -> None:
   int8_table.print_rows(rows, arguments.timed_images)
   config = baseline.config
   print(
-    f"accuracy on every image of {config.dataset}'s {config.eval_split} split, calibrated with "
-    f"{len(images)} of its {config.train_split} split; error: of the logits against float32"
+    f"{title(baseline.task.scores[0])} on every image of {config.dataset}'s {config.eval_split} "
+    f"split, calibrated with {len(images)} of its {config.train_split} split; error: of the "
+    "logits against float32"
   )
   if arguments.compare:
     print("int8: as the flags say; plain: the same without equalization and bias correction")
@@ -257,8 +261,8 @@ def print_sensitivity(ranked: Sequence[Sensitivity], count: int) -> None:
     kept = "  left in float32" if number < count else ""
     print(f"{row.layer:<{width}}{row.error:>9.2%}{row.changed:>9.2%}{kept}")
   print(
-    "on the calibration images: error of the logits, and share of images with a different first "
-    "class"
+    "on the calibration images: error of the logits, and share of images, or pixels, with a "
+    "different first class"
   )
 
 
@@ -291,9 +295,12 @@ def write(
   from repjax.onnx import metadata
 
   spec = baseline.spec
-  facts = onnx_facts(spec, name) | {
+  facts = onnx_facts(spec, name, baseline.size) | {
     "calibration_images": len(baseline.images),
-    "accuracy": {key: rows[key].accuracy for key in (FLOAT, name)},
+    **{
+      score: {key: rows[key].scores[score] for key in (FLOAT, name)}
+      for score in baseline.task.scores
+    },
     "error": rows[name].error,
   }
   files = metadata.files(runs.onnx_file(folder).name, proto, spec.preprocessing, spec.class_names)

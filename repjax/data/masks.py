@@ -78,11 +78,33 @@ def palette(count: int) -> tuple[Color, ...]:
   return tuple(colors)
 
 
-def encoded(classes: np.ndarray) -> bytes:
-  """Returns a mask, uint8 (H, W), as the bytes of a grey PNG."""
-  file = io.BytesIO()
-  Image.fromarray(classes).save(file, "PNG")
+def encoded(classes: np.ndarray, colors: Sequence[Color] = ()) -> bytes:
+  """Returns a mask, uint8 (H, W), as the bytes of a PNG whose values are the classes.
+
+  Args:
+    classes: the class of each pixel.
+    colors: a colour for each class, in which programs show the mask; empty: the mask is grey.
+  """
+  file, image = io.BytesIO(), Image.fromarray(classes)
+  if colors:
+    # The mode has a palette; the values of the pixels stay the classes.
+    image.putpalette([value for color in colors for value in color])
+  image.save(file, "PNG")
   return file.getvalue()
+
+
+def overlay(pixels: np.ndarray, classes: np.ndarray, colors: Sequence[Color]) -> np.ndarray:
+  """Returns an image with the colours of the classes over it, each at half.
+
+  Args:
+    pixels: uint8 (H, W, 3).
+    classes: uint8 (H, W). Pixels without a class, 255, stay as they are.
+    colors: the colour of each class.
+  """
+  table = np.zeros((IGNORED + 1, 3), np.uint16)
+  table[: len(colors)] = colors
+  mixed = ((pixels.astype(np.uint16) + table[classes] + 1) // 2).astype(np.uint8)
+  return np.where((classes == IGNORED)[..., None], pixels, mixed)
 
 
 class Rules(NamedTuple):

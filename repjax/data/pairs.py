@@ -1,5 +1,6 @@
 """Decodes examples: the image, or the image and the classes of its pixels."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,9 +75,38 @@ def on_canvas(pair: Pair, canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarr
       f"it has {width} x {height} pixels, and the split's largest image is said to have "
       f"{canvas[1]} x {canvas[0]}"
     )
-  pixels = np.empty((*canvas, 3), np.uint8)
-  pixels[:] = pair.fill
-  pixels[:height, :width] = pair.pixels
   classes = np.full(canvas, IGNORED, np.uint8)
   classes[:height, :width] = pair.classes
-  return pixels, classes
+  return laid_out(pair.pixels, canvas, pair.fill), classes
+
+
+def laid_out(pixels: np.ndarray, canvas: tuple[int, int], fill: tuple[int, int, int]) -> np.ndarray:
+  """Returns an image at the top left of a canvas of one colour, uint8 (height, width, 3).
+
+  Args:
+    pixels: uint8 (H, W, 3), no larger than the canvas.
+    canvas: (height, width).
+    fill: the colour of the rest.
+  """
+  height, width = pixels.shape[:2]
+  laid = np.empty((*canvas, 3), np.uint8)
+  laid[:] = fill
+  laid[:height, :width] = pixels
+  return laid
+
+
+def color_of(mean: Sequence[float]) -> tuple[int, int, int]:
+  """Returns a mean in 0 ... 1 as the nearest colour of bytes."""
+  red, green, blue = (min(max(round(255 * value), 0), 255) for value in mean)
+  return red, green, blue
+
+
+def window_starts(side: int, window: int) -> list[int]:
+  """Returns where windows begin along a side: every two thirds of a window, and at the end.
+
+  Args:
+    side: length of the side in pixels.
+    window: length of a window. A longer window begins at 0.
+  """
+  last = max(0, side - window)
+  return [*range(0, last, -(-2 * window // 3)), last]

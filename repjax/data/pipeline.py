@@ -20,7 +20,7 @@ from repjax.data import augmentation, processes, transforms
 from repjax.data.decode import image_errors
 from repjax.data.examples import Examples
 from repjax.data.masks import IGNORED
-from repjax.data.pairs import WAY_OUT, name_of, on_canvas, pair_of, picture_of
+from repjax.data.pairs import WAY_OUT, color_of, name_of, on_canvas, pair_of, picture_of
 from repjax.devices import refuse_iterator_of_parent
 from repjax.errors import InputError
 from repjax.timing import cpus
@@ -74,7 +74,7 @@ def train_batches(
       memory for the workers, or a worker has died.
   """
   index, count = shard
-  transform = functools.partial(_augmented, augment, image_size, interpolation, _color(mean))
+  transform = functools.partial(_augmented, augment, image_size, interpolation, color_of(mean))
   batches = (
     grain.MapDataset.source(examples)
     .seed(seed)
@@ -127,7 +127,7 @@ def eval_batches(
   if canvas is not None:
     if ten_crop:
       raise InputError("ten crops are for classification; an image with a mask is seen as a whole")
-    transform = functools.partial(_laid_out, canvas, _color(mean))
+    transform = functools.partial(_laid_out, canvas, color_of(mean))
     empty = {
       "image": np.zeros((0, *canvas, 3), np.uint8),
       "label": np.zeros((0, *canvas), np.uint8),
@@ -214,12 +214,6 @@ def _laid_out(
   pair = pair_of(example, fill)
   with image_errors(name_of(example), WAY_OUT):
     return _labelled(*on_canvas(pair, canvas))
-
-
-def _color(mean: Sequence[float]) -> tuple[int, int, int]:
-  """Returns a mean in 0 ... 1 as the nearest colour of bytes."""
-  red, green, blue = (min(max(round(255 * value), 0), 255) for value in mean)
-  return red, green, blue
 
 
 def _example(pixels: np.ndarray, example: dict[str, Any]) -> Batch:

@@ -80,14 +80,34 @@ def read_image(
     image = read_image("cat.jpg", spec.preprocessing)
     logits = model.apply(variables, spec.preprocessing.normalize(image[None]))
   """
-  name = name or ("the image" if isinstance(file, bytes) else os.fsdecode(file))
+  picture = open_picture(file, name)
+  size, resize_size = preprocessing.image_size, preprocessing.resize_size
+  with image_errors(name or _name_of(file)):
+    return resize_and_crop(picture, size, resize_size, preprocessing.interpolation)
+
+
+def open_picture(file: str | os.PathLike[str] | bytes, name: str | None = None) -> Picture:
+  """Returns the image in a file, not decoded yet.
+
+  Args:
+    file: a path, or the bytes of a file.
+    name: the image's name in errors; None: its path, if it has one.
+
+  Raises:
+    InputError: the file does not exist or is no image.
+  """
+  name = name or _name_of(file)
   with image_errors(name):
     try:
       data = file if isinstance(file, bytes) else regular_files.read(file, files.LARGEST)
     except OSError as error:
       raise InputError(f"{printable(name)} cannot be read: {error.strerror}") from error
-    size, resize_size = preprocessing.image_size, preprocessing.resize_size
-    return resize_and_crop(Picture(data, name), size, resize_size, preprocessing.interpolation)
+    return Picture(data, name)
+
+
+def _name_of(file: str | os.PathLike[str] | bytes) -> str:
+  """Returns the name of a file in errors."""
+  return "the image" if isinstance(file, bytes) else os.fsdecode(file)
 
 
 def ten_crop(picture: Picture, size: int, resize_size: int, interpolation: str) -> np.ndarray:

@@ -61,7 +61,7 @@ class CompiledModel:
       place: copies a tree to devices; `PlacedTree`, or `PlacedStreams` for a network in streams.
     """
     need_devices()
-    self.batch_sizes = _checked_batch_sizes(batch_sizes)
+    self.batch_sizes = checked_batch_sizes(batch_sizes)
     self.image_size, self.input_dtype = image_size, np.dtype(input_dtype)
     self.plans, self.programs = {}, {}
     placed = place(tree, devices)
@@ -251,7 +251,7 @@ def compile(  # noqa: A001
   )
 
 
-def _checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
+def checked_batch_sizes(batch_sizes: Iterable[int]) -> tuple[int, ...]:
   """Returns batch sizes in ascending order, each once; raises InputError if one is not positive."""
   given: Any = batch_sizes
   several = isinstance(given, Iterable) and not isinstance(given, str)

@@ -40,6 +40,7 @@ from repjax.devices import need_devices
 from repjax.errors import InputError, unknown
 from repjax.functions import Function
 from repjax.inference import checked_dtype, inference
+from repjax.models.checks import check_image_size
 from repjax.onnx import metadata, of_function, written_dtype
 from repjax.onnx.check import checked
 from repjax.onnx.proto import OPSET
@@ -66,11 +67,13 @@ def export(
   platforms: Sequence[str] = ("cpu", "cuda"),
   normalize: bool = True,
   probabilities: bool = False,
+  image_size: int | tuple[int, int] | None = None,
 ) -> dict[str, Any]:
   """Writes a model's deploy form as StableHLO or ONNX, with its parameters beside it.
 
   StableHLO takes the tree {"params": ...} and images (N, S, S, 3) with any N, and returns float32
-  (N, K). Any program that reads the format of `jax.export` can run it, without repjax and Flax.
+  (N, K), or for segmentation (N, H, W, K). Any program that reads the format of `jax.export` can
+  run it, without repjax and Flax.
   ONNX is made by `repjax.onnx.to_onnx` and takes images (N, 3, S, S). Before the file is written,
   the ONNX checker tests it, and ONNX Runtime too if it is installed.
 
@@ -87,6 +90,8 @@ def export(
     normalize: takes uint8 images and normalizes them inside. False: images are normalized already
       and float32, or for ONNX of `dtype`.
     probabilities: returns a softmax of the logits.
+    image_size: for segmentation, the size of the images in pixels, one number or (height, width).
+      None: the size of the training crops.
 
   Returns:
     The content of export.json.
@@ -109,7 +114,14 @@ def export(
   known = isinstance(spec, ModelSpec)
   preprocessing = spec.preprocessing if known else spec
   check_preprocessing(preprocessing)
-  size = preprocessing.image_size
+  if image_size is not None and isinstance(spec, ModelSpec) and spec.task == "classification":
+    raise InputError(
+      f"{spec.name} takes squares of {preprocessing.image_size} px, to which its preprocessing "
+      "resizes images, so image_size cannot be given. Change spec.preprocessing instead"
+    )
+  size = preprocessing.image_size if image_size is None else image_size
+  check_image_size(size)
+  size = size if isinstance(size, tuple) else (size, size)
   function, tree, _, network = inference(
     model,
     variables,
@@ -124,7 +136,7 @@ def export(
   facts = {
     "format": format,
     "dtype": dtype.name,
-    "image_size": size,
+    "image_size": _written_size(size),
     "input": input_dtype.name,
     "output": _output(network, probabilities),
     "jax": jax.__version__,
@@ -138,7 +150,7 @@ def export(
     files = metadata.files(name, proto, preprocessing, class_names)
     facts |= {"opset": OPSET, "checked": checked(files[name], function, tree, size)}
   else:
-    images = jax.ShapeDtypeStruct((1, size, size, 3), input_dtype)
+    images = jax.ShapeDtypeStruct((1, *size, 3), input_dtype)
     if network is None:
       functions.warn_of_training(function, tree, images)
     program = serialize(function, tree, size, input_dtype, platforms)
@@ -156,6 +168,12 @@ def export(
     params=tree["params"],
   )
   return facts
+
+
+def _written_size(size: tuple[int, int]) -> int | list[int]:
+  """Returns a size as export.json has it: one number for a square, else height and width."""
+  height, width = size
+  return height if height == width else [height, width]
 
 
 def _output(network: Any, probabilities: bool) -> str:
@@ -240,7 +258,7 @@ def load_exported(
   return CompiledModel(
     program.call,
     {"params": params},
-    image_size=(facts["image_size"], facts["image_size"]),
+    image_size=(images.shape[1], images.shape[2]),
     input_dtype=images.dtype,
     batch_sizes=batch_sizes,
     devices=devices,
@@ -273,12 +291,19 @@ def _read(
   return facts, program, runs.read_params(snapshot, shapes["params"])
 
 
-def onnx_facts(spec: ModelSpec, dtype: str) -> dict[str, Any]:
-  """Returns the first entries of export.json for a file that ONNX Runtime's quantizer made."""
+def onnx_facts(spec: ModelSpec, dtype: str, size: tuple[int, int] | None = None) -> dict[str, Any]:
+  """Returns the first entries of export.json for a file that ONNX Runtime's quantizer made.
+
+  Args:
+    spec: describes the model.
+    dtype: what the file computes in.
+    size: (height, width) of the images; None: those of the spec.
+  """
+  side = spec.preprocessing.image_size
   return {
     "format": "onnx",
     "dtype": dtype,
-    "image_size": spec.preprocessing.image_size,
+    "image_size": _written_size(size or (side, side)),
     "input": "uint8",
     "output": "logits",
     "opset": OPSET,

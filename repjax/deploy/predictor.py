@@ -1,10 +1,11 @@
-"""`Predictor`: computes class probabilities of image files or pixels."""
+"""`Predictor`: computes class probabilities, or class maps, of image files or pixels."""
 
+import functools
 import itertools
 import numbers
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
@@ -13,7 +14,12 @@ import numpy as np
 
 from repjax import extras, schema
 from repjax.cache import keep_every_program
-from repjax.deploy.compile import BATCH_SIZES, compile  # noqa: A004
+from repjax.deploy.canvases import Canvases
+from repjax.deploy.compile import (
+  BATCH_SIZES,
+  checked_batch_sizes,
+  compile,  # noqa: A004
+)
 from repjax.devices import need_devices
 from repjax.errors import InputError, printable
 from repjax.output import status
@@ -33,18 +39,25 @@ not opaque lie on white. A Pillow image is turned as its EXIF asks for, as a fil
 
 
 class Predictor:
-  """A classifier in deploy form, loaded from a folder together with its preprocessing.
+  """A model in deploy form, loaded from a folder together with its preprocessing.
 
-  `Predictor.of` makes one of a model or function that no folder holds.
+  `Predictor.of` makes one of a classifier or function that no folder holds.
 
-  Images are decoded, resized and cropped on the host, in threads, exactly as in evaluation. They
-  are normalized on the device.
+  For classification, images are decoded, resized and cropped on the host, in threads, exactly as in
+  evaluation. They are normalized on the device. The result for an image is a row of probabilities.
+
+  For segmentation, images are decoded and keep their size. An image lies at the top left of a
+  canvas whose sides are 33, 65, 97 and so on. The rest of the canvas has the mean colour, as in
+  evaluation. Each size of canvas is compiled when the first such image comes. With a window, one
+  program slides over images of all sizes. The result for an image is its class map, uint8 (H, W).
 
   Attributes:
     spec: ModelSpec of the model; None for a model that no folder holds.
     preprocessing: steps from images to the input of the model.
     labels: the name of each class, or its number if the folder has no names.
-    program: the `CompiledModel`, a function of uint8 images (N, S, S, 3) to probabilities (N, K).
+    task: "classification" or "segmentation".
+    program: the `CompiledModel`, a function of uint8 images (N, S, S, 3) to probabilities (N, K);
+      None for segmentation.
 
   Example:
     predictor = repjax.deploy.Predictor("runs/a0", dtype="bfloat16")
@@ -57,12 +70,13 @@ class Predictor:
     workdir: str | os.PathLike[str],
     *,
     dtype: jax.typing.DTypeLike = "float32",
-    batch_sizes: Iterable[int] = BATCH_SIZES,
+    batch_sizes: Iterable[int] | None = None,
     devices: Sequence[Any] | None = None,
     tune: bool = True,
     cuda_graphs: bool = False,
     runtime: str = "xla",
     verify: bool = True,
+    window: int = 0,
   ):
     """Loads the model and compiles it.
 
@@ -70,33 +84,45 @@ class Predictor:
       workdir: the folder of a run, an import or an export, or a deploy folder; or the name of
         published weights, as in `repjax.load`.
       dtype: dtype of the computation, as in `compile`.
-      batch_sizes: batch sizes to compile for, as in `compile`.
+      batch_sizes: batch sizes to compile for, as in `compile`. None: those of `compile`, and 1 for
+        segmentation, whose images take more memory.
       devices: as in `compile`.
       tune: as in `compile`.
       cuda_graphs: as in `compile`.
       runtime: as in `compile`; `program.plans` says which runtime computes each batch size.
       verify: as in `repjax.load`.
+      window: for segmentation, the side in pixels of square windows that slide over each image,
+        such as the size that the model was trained on. 0: each image at once.
 
     Raises:
-      InputError: the folder holds no model, or `compile` refuses an argument.
+      InputError: the folder holds no model, `compile` refuses an argument, or a window is given for
+        classification.
     """
+    schema.check(window, schema.whole(0), "window")
     need_devices()
     # `load` folds a run without a deploy folder, which compiles too.
     with keep_every_program(), status(f"loading {printable(workdir)}"):
       model, variables, spec = load(workdir, verify=verify)
     self.spec: ModelSpec | None = spec
-    self._compile(
-      model,
-      variables,
-      spec.preprocessing,
-      dtype=dtype,
-      batch_sizes=batch_sizes,
-      devices=devices,
-      tune=tune,
-      cuda_graphs=cuda_graphs,
-      runtime=runtime,
-    )
     self.labels = tuple(spec.class_names or map(str, range(spec.num_classes)))
+    settings: dict[str, Any] = {
+      "dtype": dtype,
+      "devices": devices,
+      "tune": tune,
+      "cuda_graphs": cuda_graphs,
+      "runtime": runtime,
+    }
+    if spec.task == "segmentation":
+      sizes = (1,) if batch_sizes is None else batch_sizes
+      self._prepare_maps(model, variables, spec.preprocessing, window, sizes, settings)
+      return
+    if window:
+      raise InputError(
+        f"windows slide over images for segmentation, and the model in {workdir} is for "
+        f"{spec.task}. Leave window out"
+      )
+    sizes = BATCH_SIZES if batch_sizes is None else batch_sizes
+    self._compile(model, variables, spec.preprocessing, batch_sizes=sizes, **settings)
 
   @classmethod
   def of(
@@ -143,8 +169,9 @@ class Predictor:
   ) -> None:
     """Compiles the model to a function of uint8 images that returns probabilities."""
     check_preprocessing(preprocessing)
-    self.preprocessing = preprocessing
-    self.program = compile(
+    self.preprocessing, self.task = preprocessing, "classification"
+    self._maps: Canvases | None = None
+    self.program: Any = compile(
       model,
       variables,
       image_size=preprocessing.image_size,
@@ -153,23 +180,51 @@ class Predictor:
       **settings,
     )
 
-  def __call__(self, images: Image | Iterable[Image]) -> np.ndarray:
-    """Computes the class probabilities of images.
+  def _prepare_maps(
+    self,
+    model: Any,
+    variables: Any,
+    preprocessing: Preprocessing,
+    window: int,
+    batch_sizes: Iterable[int],
+    settings: Mapping[str, Any],
+  ) -> None:
+    """Prepares class maps. A program is compiled later, for the canvas of the first image."""
+    from repjax.data.pairs import color_of
+
+    self.preprocessing, self.task, self.program = preprocessing, "segmentation", None
+    sizes = checked_batch_sizes(batch_sizes)
+    self._largest_batch = sizes[-1]
+    build = functools.partial(
+      compile, model, variables, preprocessing=preprocessing, batch_sizes=sizes, **settings
+    )
+    fill = color_of(preprocessing.mean)
+    self._maps = Canvases(lambda size: build(image_size=size), fill, window)
+
+  def __call__(self, images: Image | Iterable[Image]) -> Any:
+    """Computes the class probabilities of images, or their class maps.
 
     Args:
       images: any number of images of any sizes, or one image.
 
     Returns:
-      float32 (N, K); each row adds up to 1. One image gives one row.
+      For classification, float32 (N, K); each row adds up to 1. One image gives one row. For
+      segmentation, a list of N class maps uint8 (H, W), each of the size of its upright image.
 
     Raises:
-      InputError: a file is not an image, or pixels are not uint8 (H, W, 3), grey or RGBA.
+      InputError: a file is not an image, or pixels are not uint8 (H, W, 3), grey or RGBA; or the
+        network cannot take an image of this size.
     """
     need_devices()
     with ThreadPoolExecutor(_threads()) as threads:
-      squares = list(threads.map(self.read, _several(images)))
+      return self._results(list(threads.map(self.read, _several(images))))
+
+  def _results(self, images: Sequence[np.ndarray]) -> Any:
+    """Returns the results of images from `read`."""
+    if self._maps is not None:
+      return self._maps(images)
     size = self.preprocessing.image_size
-    return self.program(np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8))
+    return self.program(np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8))
 
   def top(self, images: Image | Iterable[Image], k: int = 5) -> list[list[tuple[str, float]]]:
     """Returns the k most probable labels of each image with their probabilities, best first."""
@@ -178,8 +233,10 @@ class Predictor:
   def best(self, row: np.ndarray, k: int = 5) -> list[tuple[str, float]]:
     """Returns the k most probable labels of one image with their probabilities, best first.
 
+    For segmentation, the labels have the largest shares of the image's pixels.
+
     Args:
-      row: probabilities of the image (K,).
+      row: probabilities of the image (K,), or its class map (H, W).
       k: number of labels; all K if k is larger.
 
     Raises:
@@ -187,13 +244,15 @@ class Predictor:
     """
     if not isinstance(k, numbers.Integral) or k < 1:
       raise InputError(f"the number of labels must be 1 or more, got {schema.shown(k)}")
+    if row.ndim == 2:
+      row = np.bincount(row.ravel(), minlength=len(self.labels)) / row.size
     order = np.argsort(-row, kind="stable")[:k]
     return [(self.labels[index], float(row[index])) for index in order]
 
   def stream(
     self, images: Image | Iterable[Image]
   ) -> Iterator[tuple[Image, np.ndarray | InputError]]:
-    """Yields the probabilities of any number of images, in order.
+    """Yields the probabilities, or the class maps, of any number of images, in order.
 
     While one batch is on the device, threads decode the next batch and no more than that. An image
     that cannot be read does not stop the stream, whatever is wrong with it.
@@ -202,10 +261,11 @@ class Predictor:
       images: images, taken from the iterable as they are needed, or one image.
 
     Yields:
-      The image as it was given, and its probabilities (K,), or the error if it cannot be read.
+      The image as it was given, and its probabilities (K,) or its class map (H, W), or the error if
+      the image cannot be read.
     """
     need_devices()
-    size = self.program.batch_sizes[-1]
+    size = self._largest_batch if self.program is None else self.program.batch_sizes[-1]
     threads = ThreadPoolExecutor(_threads())
     try:
       # A generator: each `next` submits one batch to the threads and does not wait for them.
@@ -217,13 +277,15 @@ class Predictor:
       while waiting is not None:
         # The next batch begins to be decoded before the results of this one are waited for.
         batch, waiting = waiting, next(batches, None)
-        yield from self._probabilities([(image, future.result()) for image, future in batch])
+        yield from self._of_batch([(image, future.result()) for image, future in batch])
     finally:
       # Where the caller stops early, images that wait are not begun.
       threads.shutdown(cancel_futures=True)
 
   def read(self, image: Image) -> np.ndarray:
-    """Returns an image as the model takes it, decoded, resized and cropped to uint8 (S, S, 3).
+    """Returns an image as the model takes it: decoded, resized and cropped to uint8 (S, S, 3).
+
+    For segmentation, the image keeps its size, uint8 (H, W, 3).
 
     Raises:
       InputError: the image cannot be read, or pixels are not uint8 (H, W, 3), grey or RGBA.
@@ -238,22 +300,25 @@ class Predictor:
     name = name_of(image)
     with image_errors(name):
       if isinstance(image, bytes | bytearray | memoryview):
-        return transforms.read_image(bytes(image), how)
-      if isinstance(image, str | os.PathLike):
-        return transforms.read_image(image, how)
-      if hasattr(image, "read"):
-        return transforms.read_image(_bytes_of(image, name), how, name)
-      if isinstance(image, np.ndarray):
+        picture = transforms.open_picture(bytes(image))
+      elif isinstance(image, str | os.PathLike):
+        picture = transforms.open_picture(image)
+      elif hasattr(image, "read"):
+        picture = transforms.open_picture(_bytes_of(image, name), name)
+      elif isinstance(image, np.ndarray):
         _check_pixels(image)
-      elif not _is_pillows(image):
+        picture = Picture(image, name)
+      elif _is_pillows(image):
+        pillows: Any = image
+        picture = Picture(pillows, name)
+      else:
         raise InputError(
           "an image must be a Pillow image, an open file, a path, bytes or a uint8 array, got "
           f"{type(image).__name__}"
         )
-      picture: Any = image
-      return transforms.resize_and_crop(
-        Picture(picture, name), how.image_size, how.resize_size, how.interpolation
-      )
+      if self.task == "segmentation":
+        return picture.pixels()
+      return transforms.resize_and_crop(picture, how.image_size, how.resize_size, how.interpolation)
 
   def _read_or_error(self, image: Image) -> np.ndarray | InputError:
     """Returns the image as in `read`, or the error, since a thread cannot skip an image."""
@@ -262,14 +327,14 @@ class Predictor:
     except InputError as error:
       return error
 
-  def _probabilities(
+  def _of_batch(
     self, batch: Sequence[tuple[Image, np.ndarray | InputError]]
   ) -> Iterator[tuple[Image, np.ndarray | InputError]]:
-    """Yields each image of a batch with its probabilities, or with the error that it has."""
-    squares = [square for _, square in batch if isinstance(square, np.ndarray)]
-    rows = iter(self.program(np.stack(squares)) if squares else ())
-    for image, square in batch:
-      yield image, next(rows) if isinstance(square, np.ndarray) else square
+    """Yields each image of a batch with its result, or with the error that it has."""
+    read = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
+    rows = iter(self._results(read) if read else ())
+    for image, pixels in batch:
+      yield image, next(rows) if isinstance(pixels, np.ndarray) else pixels
 
 
 def name_of(image: Image) -> str:

@@ -23,23 +23,23 @@ PROMISE = (
 
 
 def serialize(
-  function: Any, tree: Any, size: int, input_dtype: np.dtype, platforms: Sequence[str]
+  function: Any, tree: Any, size: tuple[int, int], input_dtype: np.dtype, platforms: Sequence[str]
 ) -> bytes:
-  """Serializes a function of a tree and of images (N, size, size, 3), for any N.
+  """Serializes a function of a tree and of images (N, H, W, 3), for any N.
 
   The tree's numbers are no part of the program, which takes the tree as an argument.
 
   Args:
     function: a function of the tree and of images.
     tree: arrays, for their shapes and dtypes.
-    size: side of the images in pixels.
+    size: (height, width) of the images in pixels.
     input_dtype: dtype of the images.
     platforms: names among PLATFORMS for which the program is lowered.
   """
   from jax import export as jax_export
 
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-  symbols = jax_export.symbolic_shape(f"batch, {size}, {size}, 3")
+  symbols = jax_export.symbolic_shape(f"batch, {size[0]}, {size[1]}, 3")
   images = jax.ShapeDtypeStruct(symbols, input_dtype)
   exported = jax_export.export(jax.jit(function), platforms=platforms)(shapes, images)
   return bytes(exported.serialize())

@@ -20,7 +20,7 @@ WRONG = 0.1
 
 
 def checked(
-  content: bytes, function: Callable[[Any, jax.Array], Any], tree: Any, size: int
+  content: bytes, function: Callable[[Any, jax.Array], Any], tree: Any, size: tuple[int, int]
 ) -> dict[str, Any]:
   """Checks a file's content against the function that the file was made of.
 
@@ -28,7 +28,7 @@ def checked(
     content: bytes of the file.
     function: takes the tree and images (N, H, W, 3).
     tree: parameters.
-    size: height and width of the images in pixels.
+    size: (height, width) of the images in pixels.
 
   Returns:
     ONNX Runtime's version and the largest relative error at BATCH_SIZES, or {} if ONNX Runtime is
@@ -68,13 +68,13 @@ def checked(
   }
 
 
-def _noise(count: int, size: int, kind: str) -> np.ndarray:
+def _noise(count: int, size: tuple[int, int], kind: str) -> np.ndarray:
   """Draws random images of one of ONNX Runtime's types."""
   rng = np.random.default_rng(0)
   if kind == "tensor(uint8)":
-    return rng.integers(0, 256, (count, size, size, 3), np.uint8)
+    return rng.integers(0, 256, (count, *size, 3), np.uint8)
   dtype = np.float16 if kind == "tensor(float16)" else np.float32
-  return rng.standard_normal((count, size, size, 3), np.float32).astype(dtype)
+  return rng.standard_normal((count, *size, 3), np.float32).astype(dtype)
 
 
 def _error(got: np.ndarray, wanted: np.ndarray) -> float:

@@ -100,6 +100,14 @@ def compared(
   Raises:
     InputError: logits are not finite, or all that were wanted are 0.
   """
+  check_logits(got, wanted, name)
+  got, wanted = got.astype(np.float64), wanted.astype(np.float64)  # squares may overflow float32
+  error = np.sqrt(np.square(got - wanted).mean() / np.square(wanted).mean())
+  return float(error), float((got.argmax(-1) != wanted.argmax(-1)).mean())
+
+
+def check_logits(got: np.ndarray, wanted: np.ndarray, name: str) -> None:
+  """Raises InputError for logits of which no error can be measured; arguments as in `compared`."""
   for whose, logits in (("the network in float32", wanted), (name, got)):
     if not np.isfinite(logits).all():
       raise InputError(
@@ -111,6 +119,3 @@ def compared(
       "the network in float32 gives only zeros, against which no error can be measured. Is it "
       "trained, and has it the right weights?"
     )
-  got, wanted = got.astype(np.float64), wanted.astype(np.float64)  # squares may overflow float32
-  error = np.sqrt(np.square(got - wanted).mean() / np.square(wanted).mean())
-  return float(error), float((got.argmax(-1) != wanted.argmax(-1)).mean())

@@ -1,4 +1,4 @@
-"""Lays out the picture of a run: curves, speed, and kernels with their branches.
+"""Lays out the picture of a run: curves, speed, class maps, and kernels with their branches.
 
 Needs matplotlib.
 """
@@ -9,10 +9,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from repjax.report import curves
+from repjax.report import curves, map_panels
 from repjax.report import kernels as kernel_panels
 from repjax.report.branches import Kernels, choose
 from repjax.report.history import History
+from repjax.report.maps import Maps
 
 _WIDTH, _DPI = 12.0, 100
 
@@ -21,7 +22,10 @@ _Section = tuple[float, Callable[[Any], None]]
 
 
 def draw(
-  histories: Sequence[History], kernels: Kernels | None, notes: Sequence[str] = ()
+  histories: Sequence[History],
+  kernels: Kernels | None,
+  notes: Sequence[str] = (),
+  maps: Maps | None = None,
 ) -> Figure:
   """Draws the curves of runs and, below them, the kernels of a model into one figure.
 
@@ -29,6 +33,7 @@ def draw(
     histories: runs to draw into the same panels; runs without curves are left out.
     kernels: kernels of the first run; None draws none.
     notes: lines at the bottom.
+    maps: class maps of the first run, if it is a segmentation; None draws none.
   """
   runs = [history for history in histories if history.curves]
   headline = _headline(histories[0], kernels, len(runs))
@@ -43,6 +48,7 @@ def draw(
   sections = [
     (0.45, top),
     *_curve_sections(runs),
+    *(_map_sections(maps) if maps else []),
     *(_kernel_sections(kernels) if kernels else []),
     (0.1 + 0.22 * len(lines), bottom),
   ]
@@ -77,6 +83,13 @@ def _curve_sections(runs: Sequence[History]) -> list[_Section]:
     (3.1, lambda strip: curves.results(strip, runs)),
     (2.5, lambda strip: curves.speed(strip, runs)),
   ]
+
+
+def _map_sections(maps: Maps) -> list[_Section]:
+  images = (map_panels.height_of(maps), lambda strip: map_panels.maps(strip, maps))
+  if not any(value is not None for value in maps.iou):
+    return [images]
+  return [(2.4, lambda strip: map_panels.iou(strip, maps)), images]
 
 
 def _kernel_sections(kernels: Kernels) -> list[_Section]:

@@ -81,9 +81,10 @@ def _shown(name: str) -> str:
 def _short(path: str) -> str:
   """Shortens a path: "stage1/block0/RepConv_0" becomes "stage1.block0".
 
-  A named layer keeps its name: ".../RepConv_conv1" becomes "stage1.block0.conv1".
+  A named layer keeps its name: ".../RepConv_conv1" becomes "stage1.block0.conv1". The scope of a
+  segmentation's backbone is left out, since its stages have names of their own.
   """
-  *scopes, last = path.split("/")
+  *scopes, last = path.removeprefix("backbone/").split("/")
   layer = last.removeprefix("RepConv").removeprefix("ScaledConv").lstrip("_") if scopes else last
   return ".".join(scopes if layer.isdigit() or not layer else [*scopes, layer])
 

@@ -7,6 +7,7 @@ from repjax import disk, extras, names, runs
 from repjax.errors import InputError
 from repjax.report.branches import Kernels, read_kernels
 from repjax.report.history import History, distinct_names, read_history
+from repjax.report.maps import Maps, read_maps
 
 
 def write_report(
@@ -17,6 +18,9 @@ def write_report(
   verify: bool = True,
 ) -> tuple[Path, list[str]]:
   """Draws the curves and the kernels of a folder into one picture.
+
+  A segmentation also has class maps: some images of the evaluation split with their truth, what
+  both forms predict, and where the forms differ.
 
   Args:
     workdir: folder of a run, finished or not, or of an import, which has kernels only.
@@ -40,11 +44,13 @@ def write_report(
   kernels, note = _kernels_or_note(workdir, verify)
   if kernels is None and not histories[0].curves:
     raise InputError(f"{workdir} has no curves and no kernels to draw yet: {note}")
-  notes = [text for history in histories for text in history.notes] + ([note] if note else [])
+  maps, missing = _maps_or_note(workdir, verify)
+  notes = [text for history in histories for text in history.notes]
+  notes += [text for text in (note, missing) if text]
   # Imported here, since matplotlib takes a second to load and not everybody has it.
   from repjax.report import figure
 
-  drawn = figure.draw(histories, kernels, notes)
+  drawn = figure.draw(histories, kernels, notes, maps)
   with disk.replacing_file(target) as draft:
     figure.save(drawn, draft)
   return target, notes
@@ -89,3 +95,11 @@ def _kernels_or_note(workdir: Path, verify: bool) -> tuple[Kernels | None, str |
     return read_kernels(workdir, verify=verify), None
   except InputError as error:
     return None, f"no kernels are shown: {error}"
+
+
+def _maps_or_note(workdir: Path, verify: bool) -> tuple[Maps | None, str | None]:
+  """Returns the class maps of a segmentation, or a note that says why there are none."""
+  try:
+    return read_maps(workdir, verify=verify), None
+  except InputError as error:
+    return None, f"no images are shown: {error}"

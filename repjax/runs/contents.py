@@ -8,6 +8,7 @@ from repjax.config import INTERPOLATIONS, MEAN, SCORES, STD
 from repjax.schema import (
   anything,
   boolean,
+  either,
   items,
   number,
   optional,
@@ -83,7 +84,7 @@ REPORT = record(
 EXPORT = record(
   {
     "format": text("stablehlo", "onnx"),
-    "image_size": whole(1, MOST_PIXELS),
+    "image_size": either(whole(1, MOST_PIXELS), items(whole(1, MOST_PIXELS), length=2)),
     "summed_axes": table(whole(0, 1)),
   },
   required=("image_size",),

@@ -42,7 +42,8 @@ def convert(config: Config, workdir: str | Path, *, verify: bool = True) -> dict
     `ema_decay`: decay of the average that was converted; 0: there is no average.
     `dataset`, `images`: what both forms ran on. A segmentation also has `pixels`, those with a
     label.
-    `accuracy`, `parameters`: of the forms `train` and `deploy`. A segmentation also has `miou`.
+    `accuracy`, `parameters`: of the forms `train` and `deploy`. A segmentation also has `miou`,
+      and `iou`, which lists the IoU of each class.
     `agreement`: share of images, or of pixels, to which both forms give the same class.
     `logits_difference`, `tolerance`: as above.
     `layers`: scope of each layer to the largest relative difference of its output.
@@ -61,6 +62,7 @@ def convert(config: Config, workdir: str | Path, *, verify: bool = True) -> dict
   task = tasks.create(spec.task, config)
   results = {form: task.summary(sums[form]) for form in ("train", "deploy")}
   images, agreement = results["train"]["count"], sums["agreement"]
+  details = [name for name in results["train"] if name not in (*task.scores, "loss", "count")]
   report = {
     "step": step,
     "recalibrated": recalibrated,
@@ -69,6 +71,7 @@ def convert(config: Config, workdir: str | Path, *, verify: bool = True) -> dict
     "images": images,
     task.unit: int(agreement["units"]),
     **{score: {form: found[score] for form, found in results.items()} for score in task.scores},
+    **{name: {form: found[name] for form, found in results.items()} for name in details},
     "agreement": int(agreement["agree"]) / int(agreement["units"]),
     "logits_difference": relative.pop("logits"),
     "tolerance": config.tolerance,

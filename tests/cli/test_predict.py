@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 import repjax
-from repjax.data import decode
+from repjax.data import decode, masks
+from repjax.data.pairs import laid_out
 from tests.deploy.tiny import NAMES
 
 pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
@@ -262,3 +263,64 @@ def test_a_stopped_command_leaves_no_part_of_a_table(predict, images, tmp_path, 
   with pytest.raises((KeyboardInterrupt, SystemExit)):
     predict(images, "--csv", tmp_path / "t.csv")
   assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+class TestSegmentation:
+  @pytest.fixture
+  def maps(self, run_command, segmented, tmp_path):
+    """Runs `repjax predict` on a segmentation; returns what it prints, and the folder it makes."""
+
+    def run(*arguments):
+      target = tmp_path / "maps"
+      printed = run_command("predict", "--workdir", segmented[0], *arguments, "--to", target)
+      return printed, target
+
+    return run
+
+  @pytest.mark.parametrize("window", [0, 12])
+  def test_class_maps_and_overlays_have_the_places_and_sizes_of_images(
+    self, maps, images, segmented, window
+  ):
+    (images / "broken.png").write_bytes(b"no image")
+    printed, target = maps(images, *(["--window", window] if window else []))
+    files = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    stems = ("a", "b", "more/c", "more/d", "more/e")
+    both = {f"{kind}/{stem}.png" for kind in ("masks", "overlays") for stem in stems}
+    assert files == {"classes.json", *both}
+    mask = Image.open(target / "masks" / "b.png")
+    classes = np.asarray(mask)
+    assert mask.mode == "P"
+    assert classes.shape == (24, 30)
+    pixels = np.asarray(Image.open(images / "b.png"))
+    overlay = np.asarray(Image.open(target / "overlays" / "b.png"))
+    np.testing.assert_array_equal(overlay, masks.overlay(pixels, classes, masks.palette(3)))
+    if not window:
+      model, variables, spec = repjax.load(segmented[0])
+      fill = tuple(round(255 * mean) for mean in spec.preprocessing.mean)
+      canvas = spec.preprocessing.normalize(laid_out(pixels, (33, 33), fill)[None])
+      wanted = np.asarray(model.apply(variables, canvas))[0, :24, :30].argmax(-1)
+      assert (classes == wanted).mean() > 0.99
+    shares = np.sort(np.bincount(classes.ravel(), minlength=3) / classes.size)[::-1]
+    line = printed.splitlines()[1]
+    assert line.startswith(f"{images / 'b.png'}: ")
+    assert [float(word.rstrip("%,")) for word in line.split(": ")[1].split()[1::2]] == (
+      pytest.approx(100 * shares, abs=0.06)
+    )
+    assert printed.endswith(f"5 images\nsaved: {target}\n")
+
+  def test_a_folder_that_exists_and_names_that_clash_are_refused(self, maps, images, tmp_path):
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "mine").touch()
+    with pytest.raises(SystemExit, match="exists already"):
+      maps(images)
+    (tmp_path / "maps" / "mine").unlink()
+    (images / "b.jpg").write_bytes((images / "b.png").read_bytes())
+    with pytest.raises(SystemExit, match=r"b\.png would both be written as b\.png|Rename one"):
+      maps(images)
+    assert not any((tmp_path / "maps").iterdir())
+
+  def test_a_classifier_has_no_maps_and_no_windows(self, predict, images, tmp_path):
+    with pytest.raises(SystemExit, match="is for classification"):
+      predict(images, "--to", tmp_path / "maps")
+    with pytest.raises(SystemExit, match="windows slide over images for segmentation"):
+      predict(images, "--window", 8)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import repjax
+from repjax import training
 from repjax.cli import int8_table
 from repjax.disk import trees
 from repjax.errors import InputError
@@ -157,3 +158,19 @@ def test_mistakes_end_in_one_paragraph(run_command, workdir, tmp_path, monkeypat
 )
 def test_a_speed_is_told_where_the_rounds_agree(base, seconds, said):
   assert int8_table.speed(base, seconds) == said
+
+
+@needs_onnx
+@pytest.mark.usefixtures("quick_programs")
+def test_maps_are_judged_by_their_pixels_in_windows(segmented):
+  folder = segmented[0]
+  baseline = int8_table.read_baseline(folder, 4)
+  assert baseline.size == (12, 12)  # the window of the run, and not the canvas of 16
+  rows = int8_table.measure(baseline, {}, batch_size=1, rounds=1)
+  wanted = training.evaluate(tiny.segmentation(eval_flip=False), folder, deploy=True)
+  for name, margin in (("float32", 0.005), ("bfloat16, JAX", 0.05)):
+    assert list(rows[name].scores) == ["miou", "accuracy"]
+    for score, value in rows[name].scores.items():
+      assert value == pytest.approx(wanted[score], abs=margin)
+  assert rows["float32"].error == 0 < rows["bfloat16, JAX"].error < 0.05
+  assert rows["float32"].loss == pytest.approx(wanted["loss"], rel=1e-3)

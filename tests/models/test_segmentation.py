@@ -188,15 +188,18 @@ def test_pspnet_of_resnet50_costs_what_repmlps_paper_prints():
 
 
 def test_compiled_and_exported_programs_agree(tmp_path):
-  model, x = small("pspnet"), random_input(2, 40, 40, 3).astype(np.float32)
+  model, x = small("pspnet"), random_input(2, 40, 48, 3).astype(np.float32)
   variables = helpers.random_variables(model, x)
   expected = quick_jit(model.apply)(variables, x)
   spec = repjax.ModelSpec("pspnet", 3, FAMILIES["pspnet"].overrides, Preprocessing(40, 40))
-  repjax.deploy.export(model, variables, spec, tmp_path / "exported", normalize=False)
+  facts = repjax.deploy.export(
+    model, variables, spec, tmp_path / "exported", normalize=False, image_size=(40, 48)
+  )
+  assert facts["image_size"] == [40, 48]
   how = {"batch_sizes": (2,), "devices": jax.devices()[:1]}
   for program in (
     repjax.deploy.load_exported(tmp_path / "exported", **how),
-    repjax.deploy.compile(model, variables, image_size=40, tune=False, **how),
+    repjax.deploy.compile(model, variables, image_size=(40, 48), tune=False, **how),
   ):
     assert_close(program(x), expected, 1e-5)
 

@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
+from repjax import ModelSpec
+from repjax.data import open_source
 from repjax.errors import InputError
 from repjax.report import curves as curve_panels
 from repjax.report import draw_at_end, write_report
@@ -17,6 +19,7 @@ from repjax.report import figure as figures
 from repjax.report import kernels as kernel_panels
 from repjax.report.branches import FoldedLayer, Kernels, KernelStats, choose, read_kernels
 from repjax.report.history import Curve, History, read_history
+from repjax.report.maps import Example, Maps, maps_of, read_maps
 from tests.helpers import spread
 from tests.training import tiny
 
@@ -320,7 +323,8 @@ def test_what_is_drawn_is_what_the_folder_holds(finished, tmp_path, monkeypatch)
   seen = seen_by_draw(monkeypatch)
   other = shutil.copytree(finished[0], tmp_path / "finished")
   write_report(finished[0], compare=[other], output=tmp_path / "x.png")
-  ((histories, kernels, notes),) = seen
+  ((histories, kernels, notes, maps),) = seen
+  assert maps is None
   expected = read_history(finished[0])
   names = [f"{folder.parent.name}/finished" for folder in (finished[0], other)]
   assert [each.name for each in histories] == names
@@ -447,3 +451,42 @@ def test_training_loads_no_drawing_before_it_draws():
     [sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, text=True, check=True
   )
   assert shown.stdout == "\n"
+
+
+class TestMaps:
+  def test_forms_and_truth_are_compared_pixel_by_pixel(self):
+    truth = np.array([[0, 1, 255], [2, 2, 255]], np.uint8)
+    train = np.array([[0, 1, 1], [1, 2, 0]], np.uint8)
+    deploy = np.array([[0, 2, 1], [1, 2, 1]], np.uint8)
+    example = Example(np.zeros((2, 3, 3), np.uint8), truth, train, deploy)
+    maps = Maps([example], ("sky", "a $", "cat"), ((0, 0, 0), (9, 0, 0), (0, 9, 0)), (0.5, None, 1))
+    figure = figures.draw([RUN], None, maps=maps)
+    found = panels(figure)
+    assert [found[name].get_xlabel() for name in ("deploy form wrong", "forms differ")] == [
+      "50.0% of pixels",
+      "2 of 6 pixels",
+    ]
+    (image,) = found["truth"].images
+    assert image.get_array()[:, :, 1].tolist() == [[0, 0, 255], [9, 9, 255]]  # no class is white
+    (image,) = found["forms differ"].images
+    assert image.get_array()[..., 0].tolist() == [[255, 0, 255], [255, 255, 0]]
+    bars = found["IoU of each class in deploy form"]
+    assert [bar.get_height() for bar in bars.patches] == [50, 0, 100]
+    assert {"50", "absent", "100"} <= set(texts(bars))
+    assert "on average 75.00%" in bars.get_title()
+    assert any("all but 2 pixels" in text for text in texts(figure))
+
+  def test_a_run_shows_images_of_its_split_in_both_forms(self, segmented):
+    workdir, report = segmented
+    spec = ModelSpec.read(workdir)
+    source = open_source("synthetic", "sample", num_classes=3, image_size=16, task="segmentation")
+    maps = maps_of(workdir, spec, source, window=12)
+    assert len(maps.examples) == 4
+    assert maps.iou == report["iou"]["deploy"]
+    for example in maps.examples:
+      assert example.deploy.shape == example.truth.shape == example.pixels.shape[:2] == (16, 16)
+      assert example.differs().mean() < 0.02
+    assert read_maps(workdir) is None  # the labels of noise mean nothing
+
+  def test_a_classifier_has_none(self, finished):
+    assert read_maps(finished[0]) is None

@@ -89,6 +89,7 @@ def test_digits_have_the_projects_own_test_images(run_script, run_command, tmp_p
     (("digits", "--classes", "10"), "unknown class of the digits '10'; did you mean"),
     (("photographs", "--classes", "dog"), "unknown class of the photographs 'dog'"),
     (("digits", "--train-per-class", "0"), "--train-per-class is at least 1; got 0"),
+    (("scenes", "--classes", "1"), "scenes are a whole data set; leave out --classes"),
   ],
 )
 def test_example_folders_that_cannot_be(run_script, tmp_path, arguments, said):

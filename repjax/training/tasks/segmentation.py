@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from repjax.algebra import wide_dtype
+from repjax.data.pairs import window_starts
 from repjax.errors import InputError
 from repjax.training.tasks.base import Batch, Forward
 
@@ -199,7 +200,7 @@ def slide(forward: Forward, images: jax.Array, window: int) -> jax.Array:
   """
   count, *sides = images.shape[:3]
   size = [min(window, side) for side in sides]
-  corners = list(itertools.product(*(_starts(side, window) for side in sides)))
+  corners = list(itertools.product(*(window_starts(side, window) for side in sides)))
   shape = jax.ShapeDtypeStruct((count, *size, 3), images.dtype)
   classes = jax.eval_shape(forward, shape).shape[-1]
 
@@ -216,9 +217,3 @@ def slide(forward: Forward, images: jax.Array, window: int) -> jax.Array:
   nothing = jnp.full((count, *sides, classes), -jnp.inf, jnp.float32)
   # The missing division by the number of windows over a pixel adds one constant to all classes.
   return jax.lax.scan(add, nothing, jnp.asarray(corners, jnp.int32))[0]
-
-
-def _starts(side: int, window: int) -> list[int]:
-  """Returns where windows begin along a side."""
-  last = max(0, side - window)
-  return [*range(0, last, -(-2 * window // 3)), last]

@@ -1,0 +1,90 @@
+"""Tests of class maps on canvases, with functions of pixels in place of compiled networks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repjax.deploy.canvases import Canvases
+from repjax.errors import InputError
+from repjax.training.tasks.segmentation import slide
+
+pytest_plugins = ["tests.training.fixtures"]
+
+FILL = (10, 20, 30)
+
+
+def scores(images):
+  """Logits that depend on the place: pixels less the mean of their row."""
+  x = images.astype(np.float32) / 40
+  return x - x.mean(2, keepdims=True)
+
+
+def noise(height, width, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.fixture
+def built():
+  """The sizes for which a network was built, and a function that builds one."""
+  sizes = []
+
+  def build(size):
+    sizes.append(size)
+
+    def network(images):
+      assert images.shape[1:3] == size
+      return scores(images)
+
+    return network
+
+  return sizes, build
+
+
+def test_images_of_any_sizes_keep_them_and_share_programs(built):
+  sizes, build = built
+  images = [noise(20, 40), noise(34, 65), noise(33, 64, 1), noise(20, 40, 2)]
+  maps = Canvases(build, FILL)(images)
+  assert sizes == [(33, 65), (65, 65)]
+  for image, classes in zip(images, maps, strict=True):
+    assert classes.dtype == np.uint8
+    canvas = np.tile(np.array(FILL, np.uint8), (65 if len(image) == 34 else 33, 65, 1))
+    canvas[: image.shape[0], : image.shape[1]] = image
+    wanted = scores(canvas[None])[0].argmax(-1)[: image.shape[0], : image.shape[1]]
+    np.testing.assert_array_equal(classes, wanted)
+
+
+def test_only_the_latest_programs_are_kept(built):
+  sizes, build = built
+  canvases = Canvases(build, FILL)
+  for side in (33, 65, 97, 129, 33, 161, 65):
+    canvases([noise(side, 33)])
+  assert [height for height, _ in sizes] == [33, 65, 97, 129, 161, 65]
+
+
+def test_windows_are_those_of_evaluation(built):
+  sizes, build = built
+  images = np.stack([noise(24, 40, seed) for seed in range(2)])
+  found = Canvases(build, FILL, 16).scores(images)
+  assert sizes == [(16, 16)]
+
+  def network(images):
+    x = images.astype(jnp.float32) / 40
+    return x - x.mean(2, keepdims=True)
+
+  wanted = np.exp(np.asarray(jax.jit(lambda x: slide(network, x, 16))(images)))
+  np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_an_image_smaller_than_a_window_lies_on_a_canvas(built):
+  _, build = built
+  (classes,) = Canvases(build, FILL, 16)([noise(9, 21)])
+  assert classes.shape == (9, 21)
+
+
+def test_a_network_of_one_size_is_told_to_use_windows():
+  def build(size):
+    raise InputError("it takes 224 x 224 alone")
+
+  with pytest.raises(InputError, match=r"canvas of 65 x 33 .* takes 224 x 224 alone.*window"):
+    Canvases(build, FILL)([noise(20, 40)])
