@@ -348,7 +348,7 @@ def test_a_run_without_a_checkpoint_yet_shows_its_curves(finished, tmp_path, mon
     f"{workdir}/metrics.jsonl: 1 damaged line left out",
     f"{workdir} holds no checkpoint yet, so no kernels are shown",
   ]
-  ((histories, kernels, told),) = seen
+  ((histories, kernels, told, _),) = seen
   assert histories[0].curves.keys() == {"loss"}
   assert (kernels, told) == (None, notes)
 
