@@ -38,8 +38,9 @@ MAY_IMPORT = {
   "inference": {"functions", "fusion", "models", "program", "recognition", "reparam", "spec"},
   "onnx": {"functions", "inference", "layers", "program", "spec"},
   "quantization": {"algebra", "functions", "inference", "onnx", "program"},
+  "web": {"spec"},
   "deploy": {
-    *("algebra", "data", "functions", "inference", "models", "onnx", "program", "spec"),
+    *("algebra", "data", "functions", "inference", "models", "onnx", "program", "spec", "web"),
   },
   "report": {"layers", "recognition", "spec"},
   "config": set(),

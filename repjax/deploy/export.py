@@ -1,4 +1,4 @@
-"""Writes a deploy form for other programs, as StableHLO or as ONNX, and reads StableHLO back.
+"""Writes a deploy form for other programs: StableHLO, ONNX, a web page. Reads StableHLO back.
 
 An exported folder:
 
@@ -8,6 +8,8 @@ An exported folder:
     params/           the parameters, in the program's dtype
     model.json        the ModelSpec; `repjax.load` and `repjax.deploy.Predictor` take the folder,
                       but not that of a function, which has no ModelSpec
+    index.html ...    for the web, beside model.onnx: a page that runs the file in a browser, and
+                      training.onnx, the training form (see `repjax.web`); no params/
     export.json       what the program takes and returns; for StableHLO, for how long it can be
                       read, and the matrices that GPUs read faster transposed, with the axis that
                       is summed over; for ONNX, how it compares with JAX
@@ -22,9 +24,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from repjax import disk, functions, names, runs
+from repjax import disk, functions, names, runs, web
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
 from repjax.deploy.devices import PlacedTree
 from repjax.deploy.gpu import summed_axes
@@ -45,7 +48,7 @@ from repjax.onnx.proto import OPSET
 from repjax.spec import ModelSpec, Preprocessing, check_preprocessing
 from repjax.trees import is_key, leaf_name
 
-FORMATS = ("stablehlo", "onnx")
+FORMATS = ("stablehlo", "onnx", "web")
 _PLAIN_NAME = re.compile(r"\w[\w.~-]{0,200}", re.ASCII)
 
 
@@ -60,13 +63,18 @@ def export(
   platforms: Sequence[str] = ("cpu", "cuda"),
   normalize: bool = True,
   probabilities: bool = False,
+  web_runtime: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-  """Writes a model's deploy form as StableHLO or ONNX, with its parameters beside it.
+  """Writes a model's deploy form as StableHLO, as ONNX or as a web page.
 
   StableHLO takes the tree {"params": ...} and images (N, S, S, 3) with any N, and returns float32
   (N, K). Any program that reads the format of `jax.export` can run it, without repjax and Flax.
   ONNX is made by `repjax.onnx.to_onnx` and takes images (N, 3, S, S). Before the file is written,
-  the ONNX checker tests it, and ONNX Runtime too if it is installed.
+  the ONNX checker tests it, and ONNX Runtime too if it is installed. Beside both lie the parameters.
+
+  A web page runs the ONNX file in the browser of whoever opens it, on a picture that is dropped or
+  drawn. Any web server can show the folder. A model in training form is there twice, so that the
+  page compares the times of both forms.
 
   Args:
     model: the model in either form, as `repjax.load` returns it; a training form is
@@ -75,12 +83,14 @@ def export(
     spec: ModelSpec of the model. For a model that is not one of `repjax.list_models`, its
       Preprocessing: the folder then has no model.json.
     folder: the folder to write, which must not exist yet.
-    format: "stablehlo" or "onnx".
+    format: "stablehlo", "onnx" or "web". A web page needs a ModelSpec.
     dtype: as in `repjax.deploy.compile`, or in `repjax.onnx.to_onnx`.
     platforms: platforms that StableHLO is lowered for, among PLATFORMS.
     normalize: takes uint8 images and normalizes them inside. False: images are normalized already
       and float32, or for ONNX of `dtype`.
     probabilities: returns a softmax of the logits.
+    web_runtime: the package onnxruntime-web, or a folder with its files, for a web page. None: the
+      user's cache, or the registry of npm.
 
   Returns:
     The content of export.json.
@@ -103,6 +113,8 @@ def export(
   known = isinstance(spec, ModelSpec)
   preprocessing = spec.preprocessing if known else spec
   check_preprocessing(preprocessing)
+  if format == "web":
+    _check_web(model, spec, normalize)
   size = preprocessing.image_size
   function, tree, _, network = inference(
     model,
@@ -114,7 +126,8 @@ def export(
   )
   if not known or [*tree] != ["params"]:
     function, tree = _with_named_leaves(function, tree)
-  input_dtype = np.dtype(np.uint8 if normalize else dtype if format == "onnx" else np.float32)
+  is_onnx = format in ("onnx", "web")
+  input_dtype = np.dtype(np.uint8 if normalize else dtype if is_onnx else np.float32)
   facts = {
     "format": format,
     "dtype": dtype.name,
@@ -125,7 +138,8 @@ def export(
   }
   if not known:
     facts["preprocessing"] = dataclasses.asdict(preprocessing)
-  if format == "onnx":
+  files = {}
+  if is_onnx:
     program = of_function(function, tree, size, input_dtype, probabilities).SerializeToString()
     facts |= {"opset": OPSET, "checked": checked(program, function, tree, size)}
   else:
@@ -138,15 +152,60 @@ def export(
       "summed_axes": summed_axes(function, tree, images),
       "note": PROMISE,
     }
-  name = (runs.onnx_file if format == "onnx" else runs.stablehlo_file)(path).name
+  name = (runs.onnx_file if is_onnx else runs.stablehlo_file)(path).name
+  if format == "web":
+    forms = {"deploy form": (name, program)}
+    if _is_training_form(model, variables):
+      trained = _training_form(model, preprocessing, dtype, probabilities)
+      training = of_function(trained, variables, size, input_dtype, probabilities)
+      content = training.SerializeToString()
+      facts["checked_training"] = checked(content, trained, variables, size)
+      forms["training form"] = ("training.onnx", content)
+    files = web.folder_files(spec, forms, probabilities=probabilities, runtime=web_runtime)
   runs.write_export(
     path,
-    {name: program},
+    {name: program, **files},
     spec=spec.to_json() if known else None,
     facts=facts,
-    params=tree["params"],
+    params=None if format == "web" else tree["params"],
   )
   return facts
+
+
+def _check_web(model: Any, spec: ModelSpec | Preprocessing, normalize: bool) -> None:
+  """Raises unless a web page can be made of a model."""
+  if not isinstance(spec, ModelSpec):
+    raise InputError(
+      "a web page shows labels or classes of pixels, so it needs a ModelSpec, and got a "
+      'Preprocessing. Export this function with format="onnx"'
+    )
+  if not normalize:
+    raise InputError(
+      "a web page gives uint8 pixels to the network, which must normalize them. Leave out "
+      "--normalized (normalize=False in Python)"
+    )
+  if getattr(model, "features_only", False):
+    raise InputError(
+      "a model with features_only=True has no labels for a web page. Leave features_only out"
+    )
+
+
+def _is_training_form(model: Any, variables: Any) -> bool:
+  """Tells if a model and its variables are a training form, with the branches of its layers."""
+  return not getattr(model, "deploy", True) and bool(variables.get("batch_stats"))
+
+
+def _training_form(
+  model: Any, preprocessing: Preprocessing, dtype: np.dtype, probabilities: bool
+) -> Function:
+  """Returns the training form of a model, at inference, as a function of variables and images."""
+  network = model.clone(dtype=dtype)
+
+  def function(variables: Any, images: jax.Array) -> jax.Array:
+    outputs = network.apply(variables, preprocessing.normalize(images, dtype)).astype(jnp.float32)
+    return jax.nn.softmax(outputs) if probabilities else outputs
+
+  return function
 
 
 def _output(network: Any, probabilities: bool) -> str:
@@ -189,7 +248,7 @@ def _with_named_leaves(function: Function, tree: Any) -> tuple[Function, dict[st
 
 def _written_dtype(format: str, dtype: jax.typing.DTypeLike) -> np.dtype:  # noqa: A002
   """Returns the dtype; raises InputError if the format cannot hold it or its package is missing."""
-  if format == "onnx":
+  if format != "stablehlo":
     return written_dtype(dtype)
   need_flatbuffers()
   return checked_dtype(dtype)
@@ -246,7 +305,7 @@ def _read(
   """Reads the facts, the program and the parameters of a StableHLO folder for some devices."""
   path = snapshot.folder
   facts = runs.read_export(snapshot)
-  if facts.get("format") == "onnx":
+  if facts.get("format") in ("onnx", "web"):
     way_out = f"repjax.deploy.compile(*repjax.load({str(path)!r})[:2], ...)"
     raise InputError(
       f"{path} holds an ONNX file, which ONNX Runtime, OpenVINO or TensorRT runs and JAX does not."
