@@ -80,7 +80,7 @@ REPORT = record(
 
 EXPORT = record(
   {
-    "format": text("stablehlo", "onnx"),
+    "format": text("stablehlo", "onnx", "web"),
     "image_size": whole(1, MOST_PIXELS),
     "summed_axes": table(whole(0, 1)),
   },

@@ -4,8 +4,8 @@
 import * as ort from "./ort.wasm.min.mjs";
 import { channelsFirst, square } from "./pixels.js";
 
-const RUNS = 15; // for a time
-const LONGEST = 500; // milliseconds that the runs for one time may take
+const TURNS = 9; // measurements of a form, of which the median is shown
+const TURN = 20; // milliseconds of a measurement at least: clocks of browsers are coarse
 const SHOWN = 5; // labels
 
 const at = (id) => document.getElementById(id);
@@ -103,7 +103,7 @@ async function show(seen) {
   const size = settings.preprocessing.image_size;
   const images = new ort.Tensor("uint8", channelsFirst(seen), [1, 3, size, size]);
   const outputs = [];
-  for (const form of forms) outputs.push((await form.session.run({ images })));
+  for (const form of forms) outputs.push(await form.session.run({ images }));
   const results = outputs.map((each) => Object.values(each)[0]);
   if (settings.task === "segmentation") overlay(seen, results[0]);
   else labels(seen, results[0]);
@@ -114,25 +114,29 @@ async function show(seen) {
 // Shows for each form the median time of one picture. The forms take turns, so that a machine that
 // is busy for a moment slows all of them.
 async function time(images) {
-  const times = forms.map(() => []), end = performance.now() + LONGEST * forms.length;
-  for (let run = 0; run < RUNS && (run < 3 || performance.now() < end); run++) {
+  const times = forms.map(() => []);
+  for (let turn = 0; turn < TURNS; turn++) {
     for (const [place, form] of forms.entries()) {
       const begin = performance.now();
-      await form.session.run({ images });
-      times[place].push(performance.now() - begin);
+      let runs = 0, taken = 0;
+      while (taken < TURN) {
+        await form.session.run({ images });
+        runs++;
+        taken = performance.now() - begin;
+      }
+      times[place].push(taken / runs);
     }
     if (waiting) return; // a newer picture
   }
   forms.forEach((form, place) => {
-    const sorted = times[place].sort((a, b) => a - b);
-    form.time = sorted[sorted.length >> 1];
+    form.time = times[place].sort((a, b) => a - b)[TURNS >> 1];
     at("times").tBodies[0].rows[place].cells[1].textContent = `${form.time.toPrecision(3)} ms`;
   });
 }
 
 function agree(results) {
   if (forms.length < 2 || !forms[1].time) return;
-  const factor = forms[1].time / forms[0].time;
+  const share = forms[0].time / forms[1].time;
   const [first, other] = results.map((each) => each.data);
   let largest = 0, difference = 0;
   first.forEach((value, place) => {
@@ -140,8 +144,8 @@ function agree(results) {
     difference = Math.max(difference, Math.abs(value - other[place]));
   });
   at("comparison").textContent =
-    `The ${forms[0].name} takes ${(100 / factor).toFixed(0)} % of the time of the ` +
-    `${forms[1].name}, and differs by ${(difference / (largest || 1)).toExponential(0)} ` +
+    `The ${forms[0].name} takes ${(100 * share).toFixed(0)} % of the time of the ` +
+    `${forms[1].name}. Their results differ by ${(difference / (largest || 1)).toExponential(0)} ` +
     `of the largest ${settings.output === "logits" ? "logit" : "probability"}.`;
 }
 
@@ -169,7 +173,7 @@ function list(rows) {
     part.style.width = `${100 * share}%`;
     if (color) part.style.background = `rgb(${color})`;
     bar.append(part);
-    row.append(element("span", "", name), bar, element("span", "", `${(100 * share).toFixed(1)} %`));
+    row.append(element("span", "", name), bar, element("span", "", `${(100 * share).toFixed(1)}\u00a0%`));
     return row;
   }));
 }

@@ -52,19 +52,30 @@ function fixed(weight) {
   return Math.trunc(weight * 2 ** BITS + (weight < 0 ? -0.5 : 0.5));
 }
 
-// Resizes along one axis and keeps `count` pixels. Bytes are RGBA or RGB; `step` is the distance of
-// neighbours on the axis, `lines` the places where each line starts.
-function along(bytes, from, to, first, count, filter, step, lines, put) {
-  const made = weights(from, to, first, count, filter);
-  lines.forEach((start, line) => made.forEach((pixel, place) => {
-    for (let channel = 0; channel < 3; channel++) {
-      let sum = 2 ** (BITS - 1);
-      pixel.weights.forEach((weight, x) => {
-        sum += weight * bytes[start + (pixel.start + x) * step + channel];
-      });
-      put(line, place, channel, Math.min(255, Math.max(0, Math.floor(sum / 2 ** BITS))));
+// Resizes an image along one axis, 0 for x and 1 for y, and keeps `count` pixels from `first` on.
+function resized(image, axis, to, first, count, filter) {
+  const size = [image.width, image.height], from = size[axis];
+  size[axis] = count;
+  const [width, height] = size, made = { width, height, step: 3 };
+  const out = made.data = new Uint8Array(width * height * 3);
+  const { data, step } = image, row = image.width * step;
+  const next = axis === 0 ? step : row; // to the neighbour on the axis
+  const pixels = to === from
+    ? Array.from({ length: count }, (_, place) => ({ start: first + place, weights: [2 ** BITS] }))
+    : weights(from, to, first, count, filter);
+  let at = 0;
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      const { start, weights: taps } = pixels[axis === 0 ? x : y];
+      const origin = (axis === 0 ? y * row : x * step) + start * next;
+      for (let channel = 0; channel < 3; channel++) {
+        let sum = 2 ** (BITS - 1), place = origin + channel;
+        for (let tap = 0; tap < taps.length; tap++, place += next) sum += taps[tap] * data[place];
+        out[at++] = Math.min(255, Math.max(0, Math.floor(sum / 2 ** BITS)));
+      }
     }
-  }));
+  }
+  return made;
 }
 
 // Returns the pixel of the picture that each pixel of a resized line takes from its middle.
@@ -80,8 +91,8 @@ function nearest(from, to, first, count) {
 // Returns the central square of a picture as RGB bytes (S, S, 3). `data` are RGBA bytes.
 export function square({ data, width, height }, how) {
   const size = how.image_size, { shape, left, top } = layout(width, height, how);
-  const out = new Uint8Array(size * size * 3);
-  if (how.interpolation === "nearest" || (shape[0] === width && shape[1] === height)) {
+  if (how.interpolation === "nearest") {
+    const out = new Uint8Array(size * size * 3);
     const xs = nearest(width, shape[0], left, size), ys = nearest(height, shape[1], top, size);
     ys.forEach((y, row) => xs.forEach((x, column) => {
       for (let channel = 0; channel < 3; channel++) {
@@ -90,29 +101,13 @@ export function square({ data, width, height }, how) {
     }));
     return out;
   }
-  const filter = FILTERS[how.interpolation];
-  // Only the rows that the square is made of are resized horizontally.
-  const vertical = shape[1] === height ? null : weights(height, shape[1], top, size, filter);
-  const y0 = vertical ? Math.min(...vertical.map((each) => each.start)) : top;
-  const y1 = vertical
-    ? Math.max(...vertical.map((each) => each.start + each.weights.length)) : top + size;
-  const middle = new Uint8Array((y1 - y0) * size * 3);
-  const rows = Array.from({ length: y1 - y0 }, (_, row) => (y0 + row) * width * 4);
-  const putMiddle = (row, x, channel, value) => { middle[(row * size + x) * 3 + channel] = value; };
-  if (shape[0] === width) {
-    rows.forEach((start, row) => {
-      for (let x = 0; x < size; x++) {
-        for (let c = 0; c < 3; c++) putMiddle(row, x, c, data[start + (left + x) * 4 + c]);
-      }
-    });
-  } else {
-    along(data, width, shape[0], left, size, filter, 4, rows, putMiddle);
-  }
-  if (!vertical) return middle;
-  const columns = Array.from({ length: size }, (_, x) => x * 3 - y0 * size * 3);
-  along(middle, height, shape[1], top, size, filter, size * 3, columns,
-    (x, y, channel, value) => { out[(y * size + x) * 3 + channel] = value; });
-  return out;
+  const filter = FILTERS[how.interpolation], corner = [left, top];
+  // Each pass rounds to bytes, so that the order shows in the last bit. Pillow 13 begins with the
+  // axis that shrinks more; earlier versions always began with x.
+  const axes = width * shape[1] < shape[0] * height ? [1, 0] : [0, 1];
+  const image = { data, width, height, step: 4 };
+  return axes.reduce((made, axis) =>
+    resized(made, axis, shape[axis], corner[axis], size, filter), image).data;
 }
 
 // Returns the bytes (S, S, 3) in the order (3, S, S), in which the network takes them.
