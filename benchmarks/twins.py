@@ -154,10 +154,9 @@ def _repvgg(nn: Any, model: RepVGG) -> Any:
   stages: dict[str, Any] = {"stage0": Block(3, features, model.strides[0], 1)}
   for stage in model.stages():
     blocks = []
-    for index in range(stage.blocks):
-      stride = stage.striding.strides if index == 0 else 1
+    for index, striding in enumerate(stage.stridings):
       groups = model.groups_of(stage.first_block + index)
-      blocks.append(Block(features, stage.features, stride, groups))
+      blocks.append(Block(features, stage.features, striding.strides, groups))
       features = stage.features
     stages[stage.name] = nn.Sequential(*blocks)
   return nn.Sequential(

@@ -129,6 +129,39 @@ def get_repmlpnet_config() -> ml_collections.ConfigDict:
   return config
 
 
+def get_pspnet_config() -> ml_collections.ConfigDict:
+  """Returns the recipe of PSPNet's authors on Cityscapes; a config adds the model.
+
+  The backbone starts from `config.init_from`. The head learns ten times as fast. Evaluation slides
+  windows of the size of the crops over whole images. The authors also rotate and blur images, which
+  is left out here. The papers of RepVGG and RepMLP do not say what decays: it is what decays in
+  their recipes on ImageNet.
+
+  References:
+    Zhao et al., Pyramid Scene Parsing Network, CVPR 2017, section 5.
+      https://arxiv.org/abs/1612.01105
+  """
+  config = get_config()
+  config.task = "segmentation"
+  config.model = "pspnet"
+  config.num_classes = 19
+  config.dataset = "cityscapes"
+  config.sync_batch_norm = True
+  config.image_size = 713
+  config.resize_size = 713  # Evaluation does not resize.
+  config.eval_window = 713
+  config.augment = "scale_and_crop(scale=(0.5, 2)) | flip"
+  config.batch_size = 16
+  config.num_epochs = 40.0
+  config.learning_rate = 0.1 * 256 / 16  # 0.1 for a batch of 16, and 0.01 for the backbone.
+  config.backbone_rate = 0.1
+  config.schedule = "poly"
+  config.poly_power = 0.9
+  config.aux_weight = 0.4
+  config.eval_every_epochs = 4.0
+  return config
+
+
 def get_timm_config(batch_size: int, rate: float) -> ml_collections.ConfigDict:
   """Returns what the scripts of RepViT and FastViT, both made from timm's, have in common.
 

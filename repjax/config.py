@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 Config: TypeAlias = Any
 """An ml_collections.ConfigDict with the fields of FIELDS; the fields have no static types."""
 
+TASKS = ("classification", "segmentation")
+SCORES = ("miou", "accuracy")
+"""The scores by which checkpoints are compared; the first one that an evaluation has counts."""
 DTYPES = ("float32", "bfloat16")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 SCHEDULES = ("cosine", "step", "poly")
@@ -74,6 +77,7 @@ class Field(NamedTuple):
     imported: the value in the config of imported weights. None: the default.
     free: no parameter depends on the field, so it may change when a run continues.
     before: the value that older runs used. None: unknown; such runs continue with any value.
+    task: the one task that reads the field, see `check_task`. None: every task.
   """
 
   name: str
@@ -85,6 +89,7 @@ class Field(NamedTuple):
   imported: Any = None
   free: bool = False
   before: Any = None
+  task: str | None = None
 
   @property
   def rule(self) -> Rule:
@@ -189,6 +194,14 @@ FIELDS = (
     free=True,  # A run that has begun does not read it again.
   ),
   # Model.
+  Field(
+    "task",
+    "classification",
+    'What the model learns: "classification", one label for each image, or "segmentation", one for '
+    "each pixel.",
+    text(*TASKS),
+    before="classification",
+  ),
   Field("model", "repvgg_a0", "A name from `repjax.list_models()`."),
   Field("model_overrides", None, "Attributes that replace those of the variant, see OVERRIDES."),
   Field(
@@ -274,6 +287,32 @@ FIELDS = (
     evaluates=True,
     free=True,
   ),
+  Field(
+    "eval_multiple",
+    1,
+    "Images of a segmentation are padded, in evaluation, to a height and width that this divides.",
+    _SIDE,
+    evaluates=True,
+    before=1,
+    task="segmentation",
+  ),
+  Field(
+    "eval_window",
+    0,
+    "Side in pixels of the windows that evaluation slides over an image. 0: the whole image.",
+    whole(0, 8_192),
+    evaluates=True,
+    before=0,
+    task="segmentation",
+  ),
+  Field(
+    "eval_flip",
+    False,
+    "Average, in evaluation, the probabilities of each image and of its mirror image.",
+    evaluates=True,
+    before=False,
+    task="segmentation",
+  ),
   # Length of the training.
   Field(
     "batch_size",
@@ -327,7 +366,8 @@ FIELDS = (
   Field(
     "backbone_rate",
     1.0,
-    "Factor on the rate of all parameters except the classifier's. 0: they are frozen.",
+    "Factor on the rate of all parameters except the classifier's; in a segmentation, on that of "
+    "the backbone's. 0: they are frozen.",
     _AT_LEAST_0,
     before=1.0,
   ),
@@ -377,6 +417,7 @@ FIELDS = (
     False,
     "Fine-tune the network of `init_from` while its layers are rounded to 8 bits.",
     before=False,
+    task="classification",
   ),
   Field(
     "qat_activations",
@@ -392,13 +433,35 @@ FIELDS = (
   ),
   Field("qat_images", 256, "Images of the training split to calibrate with.", _AT_LEAST_1),
   # Loss.
-  Field("label_smoothing", 0.0, "Share of a target that all classes divide equally.", _BELOW_1),
-  Field("mixup", 0.0, "Alpha of Mixup's Beta distribution. 0: off.", _AT_LEAST_0),
+  Field(
+    "label_smoothing",
+    0.0,
+    "Share of a target that all classes divide equally.",
+    _BELOW_1,
+    task="classification",
+  ),
+  Field(
+    "mixup",
+    0.0,
+    "Alpha of Mixup's Beta distribution. 0: off.",
+    _AT_LEAST_0,
+    task="classification",
+  ),
   Field(
     "cutmix",
     0.0,
     "Alpha of CutMix's Beta distribution. 0: off. With Mixup on too, each step takes one of both.",
     _AT_LEAST_0,
+    task="classification",
+  ),
+  Field(
+    "class_weights",
+    None,
+    "Weight of each class in the loss of segmentation, in the order of the labels. None: all are "
+    "1.",
+    items(_AT_LEAST_0),
+    kind=tuple,
+    task="segmentation",
   ),
   Field(
     "aux_weight", 0.1, "Weight of the loss of each auxiliary head that the model has.", _AT_LEAST_0
@@ -540,6 +603,8 @@ def check_config(config: Config) -> None:
   check_evaluation(config)
   for field in FIELDS:
     _check_value(config, field)
+  check_task(config, config.task)
+  check_classes(config)
   check_rates(config)
   check_optimizer(config)
   check_custom_l2(config)
@@ -552,6 +617,39 @@ def _check_value(config: Config, field: Field) -> None:
   value = config[field.name]
   if field.name != "model_overrides" and not (value is None and field.default is None):
     schema.check(value, field.rule, f"config.{field.name}")
+
+
+def check_task(config: Config, task: str, names: Iterable[str] | None = None) -> None:
+  """Raises InputError for a field that a task does not read, where its value asks for something.
+
+  Args:
+    config: config.
+    task: the task.
+    names: fields to check; None: all fields.
+  """
+  for field in FIELDS:
+    if field.task in (None, task) or (names is not None and field.name not in names):
+      continue
+    if (value := config[field.name]) != field.default:
+      raise InputError(
+        f"config.{field.name} = {schema.shown(value)} is for {field.task}, and this is a "
+        f"{task}. Leave it at {field.default}, or take a model and config.task for {field.task}"
+      )
+
+
+def check_classes(config: Config) -> None:
+  """Raises InputError if a segmentation has more classes than masks have values, or few weights."""
+  if config.task == "segmentation" and config.num_classes > 255:
+    raise InputError(
+      f"config.num_classes = {config.num_classes}, and the masks of a segmentation hold classes 0 "
+      "to 254, with 255 for pixels without a class; use at most 255 classes"
+    )
+  weights = config.class_weights
+  if weights is not None and (len(weights) != config.num_classes or not any(weights)):
+    raise InputError(
+      f"config.class_weights has {len(weights)} weights with the sum {sum(weights):g} for "
+      f"{config.num_classes} classes. Give a weight for each class, one of them above 0, or None"
+    )
 
 
 def check_rates(config: Config) -> None:

@@ -8,6 +8,7 @@ form. The exit status is 1 where a bit differs.
 
 Examples:
   python scripts/torture.py --kills 50
+  python scripts/torture.py --kills 20 --config scenes
   python scripts/torture.py --kills 5 -- --config.nesterov=True
 """
 
@@ -32,19 +33,32 @@ import tqdm
 from repjax import runs
 
 ROOT = Path(__file__).resolve().parents[1]
-CHANGES = {
-  "model_overrides.stage_sizes": (1, 1, 1, 1),
-  "model_overrides.width_multipliers": (0.125,) * 4,
-  "batch_size": 32,
-  "num_steps": 40,
-  "eval_every_epochs": 0.2,  # 9 steps
+_OF_ALL = {
   "log_every_steps": 7,
   "save_every_minutes": 0.003,
   "recalibrate_batches": 2,
   "accumulate_steps": 2,
   "ema_decay": 0.9,
-  "mixup": 0.2,
 }
+CHANGES: dict[str, dict[str, Any]] = {
+  "digits": {
+    **_OF_ALL,
+    "model_overrides.stage_sizes": (1, 1, 1, 1),
+    "model_overrides.width_multipliers": (0.125,) * 4,
+    "batch_size": 32,
+    "num_steps": 40,
+    "eval_every_epochs": 0.2,  # 9 steps
+    "mixup": 0.2,
+  },
+  "scenes": {
+    **_OF_ALL,
+    "batch_size": 4,
+    "num_steps": 24,
+    "eval_every_epochs": 0.07,  # 9 steps
+    "sync_batch_norm": True,
+  },
+}
+"""Name of a config to what makes its run short."""
 # First word of a printed line, and the phase that starts with the line.
 PHASES = {
   "compiling": "compilation",
@@ -62,12 +76,18 @@ def main() -> None:
   parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
   parser.add_argument("--folder", type=Path, help="where to run (default: a temporary folder)")
   parser.add_argument("--json", type=Path, help="also write the result to this file")
+  parser.add_argument(
+    "--config", choices=CHANGES, default="digits", help="config to run (default: digits)"
+  )
   parser.add_argument("rest", nargs="*", metavar="-- ARGUMENT", help="more arguments for main.py")
   arguments = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")
   with tempfile.TemporaryDirectory(prefix="torture-") as temporary:
     result = torture(
-      arguments.folder or Path(temporary), arguments.kills, arguments.seed, arguments.rest
+      arguments.folder or Path(temporary),
+      arguments.kills,
+      arguments.seed,
+      [*_flags(arguments.config), *arguments.rest],
     )
   text = (
     f"survived {result['kills']} kills in {result['runs']} runs "
@@ -81,6 +101,12 @@ def main() -> None:
   sys.exit(1 if result["differing_bits"] else 0)
 
 
+def _flags(config: str) -> list[str]:
+  """Returns the arguments of main.py for the short run of a config."""
+  changes = [f"--config.{field}={value}" for field, value in CHANGES[config].items()]
+  return [f"--config={ROOT}/configs/{config}.py", *changes]
+
+
 def torture(folder: Path, kills: int, seed: int, more: list[str]) -> dict[str, Any]:
   """Runs the reference and the killed runs, and returns the counts.
 
@@ -88,7 +114,7 @@ def torture(folder: Path, kills: int, seed: int, more: list[str]) -> dict[str, A
     folder: folder for all runs.
     kills: number of kills.
     seed: seed of the moments.
-    more: more arguments for main.py.
+    more: arguments for main.py, the config among them.
 
   Raises:
     SystemExit: a run ended with an error.
@@ -156,8 +182,6 @@ def run_once(
     SystemExit: the run ended with an error.
   """
   command = [sys.executable, "-u", str(ROOT / "main.py"), f"--workdir={workdir}"]
-  command += [f"--config={ROOT}/configs/digits.py"]
-  command += [f"--config.{field}={value}" for field, value in CHANGES.items()]
   environment = {
     **os.environ,
     "JAX_NUM_CPU_DEVICES": "2",

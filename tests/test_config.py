@@ -17,7 +17,7 @@ from repjax.errors import InputError
 from repjax.layers import batch_norm
 from repjax.models import create_model, list_models
 from repjax.quantization import runtime
-from repjax.training import optimizer, planning, schedules
+from repjax.training import optimizer, planning, schedules, tasks
 from tests.training import tiny
 
 ROWS = [*table.FIELDS, *table.OVERRIDES]
@@ -28,7 +28,7 @@ WRONG = {
   bool: (1, "yes", [True]),
   int: (1.5, True, "3", NAN, (3,)),
   float: (NAN, "3", True, (3,)),
-  tuple: ((0.5, 0.5), (0.5, 0.5, "0.5"), (0.5, 0.5, None), (0.5, 0.5, NAN), 0.5),
+  tuple: ((0.5, 0.5, "0.5"), (0.5, 0.5, None), (0.5, 0.5, NAN), 0.5),
 }
 
 
@@ -36,7 +36,8 @@ def wrong_values(field):
   """Values that the field refuses, those of a wrong type first."""
   kind = field.kind or type(field.default)
   limited = {str: ("cosin",), int: (-1,), float: (-1.0,)}.get(kind, ()) if field.limits else ()
-  return (*WRONG[kind], *limited, *(() if field.default is None else (None,)))
+  too_short = ((0.5, 0.5),) if kind is tuple and field.default is not None else ()
+  return (*WRONG[kind], *too_short, *limited, *(() if field.default is None else (None,)))
 
 
 @pytest.mark.parametrize("field", ROWS, ids=lambda field: field.name)
@@ -106,7 +107,7 @@ def test_only_a_field_whose_default_is_none_may_be_none():
 
 
 def test_the_page_on_training_lists_the_fields_that_may_change():
-  page = Path(__file__).parents[1] / "docs" / "training.md"
+  page = Path(__file__).parents[1] / "docs" / "guides" / "training.md"
   fields = {field.name for field in table.FIELDS}
   paragraphs = page.read_text().split("\n\n")
   named = [{*re.findall(r"`(\w+)`", paragraph)} & fields for paragraph in paragraphs]
@@ -123,6 +124,9 @@ def test_the_config_of_imported_weights_has_the_fields_of_evaluation():
     "batch_size": 64,
     "num_workers": 0,
     "tolerance": 1e-5,
+    "eval_multiple": 1,
+    "eval_window": 0,
+    "eval_flip": False,
   }
   table.check_evaluation(ml_collections.ConfigDict(config))
   assert table.for_import("repvgg_a0", 10) == {**config, "dataset": None}
@@ -139,6 +143,7 @@ def test_evaluation_needs_its_own_fields_only():
 @pytest.mark.parametrize(
   ("names", "implemented"),
   [
+    (table.TASKS, tasks.TASKS),
     (table.DTYPES, planning.DTYPES),
     (table.INTERPOLATIONS, INTERPOLATIONS),
     (table.SCHEDULES, schedules.CURVES),
@@ -146,7 +151,15 @@ def test_evaluation_needs_its_own_fields_only():
     (table.DECAY_RULES, optimizer.DECAY_RULES),
     (table.QAT_ACTIVATIONS, runtime.ACTIVATIONS),
   ],
-  ids=["dtype", "interpolation", "schedule", "optimizer", "weight_decay_rule", "qat_activations"],
+  ids=[
+    "task",
+    "dtype",
+    "interpolation",
+    "schedule",
+    "optimizer",
+    "weight_decay_rule",
+    "qat_activations",
+  ],
 )
 def test_the_names_of_the_table_are_those_that_rooms_implement(names, implemented):
   assert set(names) == set(implemented)
@@ -202,6 +215,32 @@ def test_fields_of_other_optimizers_are_refused():
       table.check_config(config)
 
 
+@pytest.mark.parametrize(
+  ("task", "changes", "said"),
+  [
+    ("segmentation", {"mixup": 0.2}, r"config\.mixup = 0\.2 is for classification"),
+    ("segmentation", {"cutmix": 1.0}, r"config\.cutmix = 1\.0 is for classification"),
+    ("segmentation", {"label_smoothing": 0.1}, r"config\.label_smoothing .* classification"),
+    ("segmentation", {"qat": True, "init_from": "runs/a"}, r"config\.qat .* is for classification"),
+    ("classification", {"eval_window": 713}, r"config\.eval_window = 713 is for segmentation"),
+    ("classification", {"eval_flip": True}, r"config\.eval_flip = True is for segmentation"),
+    ("classification", {"eval_multiple": 8}, r"config\.eval_multiple = 8 is for segmentation"),
+    ("classification", {"class_weights": (1.0,)}, r"config\.class_weights .* is for segmentation"),
+    ("segmentation", {"num_classes": 256}, "use at most 255 classes"),
+    ("segmentation", {"class_weights": (1.0, 2.0)}, "has 2 weights .* for 3 classes"),
+    ("segmentation", {"class_weights": (0.0,) * 3}, "one of them above 0"),
+  ],
+  ids=str,
+)
+def test_fields_without_a_meaning_for_the_task_are_refused(task, changes, said):
+  config = table.default()
+  config.update({"task": task, "num_classes": 3})
+  table.check_config(config)
+  config.update(changes)
+  with pytest.raises(InputError, match=said):
+    table.check_config(config)
+
+
 def test_the_overrides_are_the_attributes_of_the_models():
   # A config sets these outside of model_overrides, or training sets them.
   apart = {"num_classes", "dtype", "param_dtype", "axis_name", "deploy", "features_only"}
@@ -217,8 +256,12 @@ def test_runs_older_than_a_field_did_what_its_default_does_or_leaves_open():
     "backbone_rate": 1.0,
     "cooldown_epochs": 0.0,
     "ema_decay": 0.0,
+    "eval_flip": False,
+    "eval_multiple": 1,
+    "eval_window": 0,
     "qat": False,
     "running_variance": "biased",
+    "task": "classification",
   }
   assert all(held[name] in (value, None) for name, value in table.BEFORE.items())
 

@@ -85,9 +85,19 @@ DIGITS_MOBILE = {f"digits_{family}" for family in MOBILE}
 OTHER_PARNET = {"parnet_xl_320", "parnet_cifar", "digits_parnet"}
 
 
+# PSPNet on Cityscapes: the model and its attributes. The mIoU is from a copy of the paper's table.
+PSPNET = {
+  "pspnet_repvgg_b1g2_fast": ("pspnet", {"backbone": "repvgg_b1g2", "dilation": "fast"}, 78.88),
+  "pspnet_repvgg_b2": ("pspnet", {"backbone": "repvgg_b2", "dilation": "full"}, 80.57),
+  "pspnet_resnet50": ("pspnet", {"backbone": "resnet50", "dilation": "full"}, 77.17),
+  "pspnet_repmlp": ("pspnet_repmlp", {}, 74.27),
+}
+
+
 NEVER_SET = {
   "data_dir",
   "init_from",
+  "class_weights",
   "running_variance",
   "scales",
   "num_steps",
@@ -109,7 +119,8 @@ def test_there_is_a_config_for_each_result_and_one_to_try():
     *(*PAPER, *BASELINES, *STRONG, *AT_320, *REPMLP, *SMALL_REPMLP, *REPMLPNET),
     *PARNET,
     *OTHER_PARNET,
-    *("digits", "finetune"),
+    *("digits", "scenes", "finetune"),
+    *PSPNET,
     *(*MOBILE, *DIGITS_MOBILE),
     *ABLATIONS,
     *IN_8_BITS,
@@ -140,7 +151,10 @@ def test_a_field_that_is_left_open_takes_values_of_the_shared_configs_type_only(
 @pytest.mark.parametrize("name", spread(NAMES, [name for name in NAMES if name not in SIMILAR]))
 def test_a_config_names_a_model_and_values_that_can_be_used(name, finished, digits_dir):
   config, _ = load(name)
-  if set(config.model_overrides.to_dict().values()) == {None} and name != "repmlp_cifar":
+  variant = all(value is None for value in config.model_overrides.to_dict().values())
+  if name in PSPNET and name != "pspnet_repmlp":  # fewer blocks are traced sooner
+    config.model_overrides.backbone_overrides = {"stage_sizes": (1, 1, 4, 1)}
+  elif variant and name not in ("repmlp_cifar", "pspnet_repmlp"):
     stages = (1, 1, 2) if name.startswith("parnet") else (1, 1, 2, 1)
     config.model_overrides.stage_sizes = stages  # which is traced sooner
   if name == "finetune":
@@ -282,6 +296,37 @@ def test_repmlp_has_the_recipe_of_its_paper(name):
   }
   assert (base.learning_rate, base.weight_decay, base.batch_size) == (0.1, 1e-4, 256)
   assert repjax.create_model(config.model, **overrides).image_size == size
+
+
+@pytest.mark.parametrize("name", PSPNET)
+def test_pspnet_has_the_recipe_of_its_authors_at_their_rates(name):
+  config, text = load(name)
+  model, overrides, miou = PSPNET[name]
+  assert f"{miou:.2f} % mIoU" in text
+  assert re.search("Not trained here", text)
+  changed = changes(common.get_config(), config)
+  assert {k: v for k, v in changed.pop("model_overrides", {}).items() if v} == overrides
+  longer = {"num_epochs": 200, "eval_every_epochs": 10, "eval_multiple": 80}
+  assert changed == {
+    "task": "segmentation",
+    "model": model,
+    "num_classes": 19,
+    "dataset": "cityscapes",
+    "sync_batch_norm": True,
+    "image_size": 713,
+    "resize_size": 713,
+    "eval_window": 713,
+    "augment": "scale_and_crop(scale=(0.5, 2)) | flip",
+    "batch_size": 16,
+    "num_epochs": 40,
+    "learning_rate": pytest.approx(0.1 * 16),
+    "backbone_rate": 0.1,
+    "schedule": "poly",
+    "aux_weight": 0.4,
+    "eval_every_epochs": 4,
+    **(longer if name == "pspnet_repmlp" else {}),
+  }
+  assert (config.poly_power, config.weight_decay) == (0.9, 1e-4)
 
 
 @pytest.mark.parametrize("name", REPMLPNET)

@@ -41,10 +41,12 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def results(figure: Any, runs: Sequence[History]) -> None:
-  """Draws the panels of loss and accuracy."""
-  loss, accuracy = figure.subplots(1, 2)
+  """Draws the panels of the loss, and of the score by which checkpoints are compared."""
+  loss, score = figure.subplots(1, 2)
+  # Every task has an accuracy, so that runs of different tasks can be drawn together.
+  name = runs[0].score if len({run.score for run in runs}) == 1 else "accuracy"
   _panel(loss, runs, "loss", 1.0)
-  _panel(accuracy, runs, "accuracy", 100.0)
+  _panel(score, runs, name, 100.0)
   values = np.concatenate([y for _, y in _drawn(loss)] or [np.zeros(0)])
   if values.size and values.min() > 0 and values.max() > 20 * values.min():
     loss.set_yscale("log")
@@ -53,8 +55,9 @@ def results(figure: Any, runs: Sequence[History]) -> None:
     loss.yaxis.set_minor_locator(NullLocator())
   logarithmic = ", logarithmic" if loss.get_yscale() == "log" else ""
   loss.set(title=_loss_title(runs), ylabel=f"cross-entropy{logarithmic}")
-  accuracy.set(title=_accuracy_title(runs), ylabel="accuracy, %")
-  for axes, corner in ((loss, "upper right"), (accuracy, "lower right")):
+  title = {"miou": "Mean IoU"}.get(name, name.capitalize())
+  score.set(title=_score_title(runs, name, title), ylabel=f"{title[0].lower()}{title[1:]}, %")
+  for axes, corner in ((loss, "upper right"), (score, "lower right")):
     if axes.lines:
       axes.legend(loc=corner, fontsize=9)
 
@@ -65,7 +68,7 @@ def _panel(axes: Axes, runs: Sequence[History], ending: str, factor: float) -> N
   Args:
     axes: the panel.
     runs: the runs to draw.
-    ending: "loss" or "accuracy".
+    ending: "loss", or a score such as "accuracy".
     factor: factor on the values.
   """
   labels = {}
@@ -87,7 +90,7 @@ def _panel(axes: Axes, runs: Sequence[History], ending: str, factor: float) -> N
     for label, style in labels.items():
       axes.plot([], [], **{**style, "color": "#555555"}, label=label)
     if "evaluation" in labels:
-      axes.plot([], [], "*", color="white", ms=14, mec="black", label="most accurate evaluation")
+      axes.plot([], [], "*", color="white", ms=14, mec="black", label="best evaluation")
   _finish(axes, runs)
 
 
@@ -119,7 +122,7 @@ def _label(name: str, ending: str) -> str:
 def _mark_best(axes: Axes, place: np.ndarray, value: float, run: int | None) -> None:
   """Draws a star, in the colour of its run if there are several runs."""
   color = "black" if run is None else _style(run)["color"]
-  label = "most accurate evaluation" if run is None else "_"
+  label = "best evaluation" if run is None else "_"
   axes.plot(place, [value], "*", color=color, ms=14, mec="black", label=label, zorder=5)
 
 
@@ -178,18 +181,18 @@ def _loss_title(runs: Sequence[History]) -> str:
   return f"Loss: at the end {', '.join(ends)}" if ends else "Loss: not recorded yet"
 
 
-def _accuracy_title(runs: Sequence[History]) -> str:
+def _score_title(runs: Sequence[History], score: str, title: str) -> str:
   best = [
     (value, run)
     for run in runs
-    if (value := value_at(run.curves.get("eval_accuracy"), run.best)) is not None
+    if (value := value_at(run.curves.get(f"eval_{score}"), run.best)) is not None
   ]
   if not best:
-    return "Accuracy: not evaluated yet"
+    return f"{title}: not evaluated yet"
   value, run = max(best, key=lambda pair: pair[0])
   if len(runs) > 1:
-    return f"Accuracy: best evaluation {value:.2%}, by {plain(clipped(run.name, 20))}"
-  return f"Accuracy: best evaluation {value:.2%}, at step {run.best:,}"
+    return f"{title}: best evaluation {value:.2%}, by {plain(clipped(run.name, 20))}"
+  return f"{title}: best evaluation {value:.2%}, at step {run.best:,}"
 
 
 def speed(figure: Any, runs: Sequence[History]) -> None:

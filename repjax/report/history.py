@@ -27,7 +27,8 @@ class History(NamedTuple):
     curves: name to curve. Names in metrics.jsonl are kept (loss, accuracy, learning_rate,
       eval_loss, ...). From timing.jsonl come `images_per_second`, `waiting`, which is the share of
       time without data, and `seconds`.
-    best: step of the evaluation with the highest accuracy, the last of several; None without any.
+    best: step of the evaluation with the highest score, the last of several; None without any.
+    score: name of the score by which checkpoints are compared.
     notes: messages about lines that could not be read.
   """
 
@@ -37,6 +38,7 @@ class History(NamedTuple):
   curves: dict[str, Curve]
   best: int | None
   notes: tuple[str, ...]
+  score: str = "accuracy"
 
 
 def read_history(workdir: Path, name: str | None = None) -> History:
@@ -54,9 +56,8 @@ def read_history(workdir: Path, name: str | None = None) -> History:
       notes.append(f"{file}: {damaged} damaged line{'s' * (damaged > 1)} left out")
     curves |= _curves(rows if file == metrics else [_speed(row) for row in rows])
   best = None
-  # As in the choice of the best checkpoint, the average decides in a run that has one.
-  judged = "eval_ema_accuracy" if "eval_ema_accuracy" in curves else "eval_accuracy"
-  if judged in curves:
+  judged = runs.judged(curves)
+  if judged is not None:
     steps, values = curves[judged]
     best = int(steps[values == values.max()].max())
   config = runs.read_config_json(workdir) if runs.config_file(workdir).exists() else {}
@@ -69,6 +70,7 @@ def read_history(workdir: Path, name: str | None = None) -> History:
     curves,
     best,
     tuple(notes),
+    *([judged.removeprefix("eval_").removeprefix("ema_")] if judged is not None else []),
   )
 
 

@@ -66,7 +66,6 @@ from repjax.runs.folders import (
   write_recalibrated,
 )
 from repjax.runs.paths import (
-  accuracy_file,
   batch_stats_folder,
   bookmark_file,
   checkpoint_folder,
@@ -91,9 +90,10 @@ from repjax.runs.paths import (
   recalibrated_folder,
   recalibration_file,
   rounding_file,
+  score_file,
   stablehlo_file,
   tensorboard_folder,
   timing_file,
   variables_folder,
 )
-from repjax.runs.records import RecordsFile, read_records
+from repjax.runs.records import RecordsFile, judged, read_records

@@ -2,7 +2,7 @@
 
 checkpoints/<step>/
 variables/   training/    trees of arrays; inference reads `variables` alone
-metrics/metrics           {"accuracy": ...}, -1 where the step was not evaluated
+metrics/metrics           {"accuracy": ...}, or "miou"; -1 where the step was not evaluated
 bookmark/metadata         the loop's position, a `Bookmark`
 manifest.json             checksums of all of these files
 """
@@ -22,10 +22,11 @@ import jax
 import numpy as np
 
 from repjax import disk, json_files
+from repjax.config import SCORES
 from repjax.disk import trees
 from repjax.errors import InputError, listed, sentences
 from repjax.runs import contents, paths
-from repjax.runs.records import read_records
+from repjax.runs.records import judged, read_records
 
 _NOT_EVALUATED = -1.0
 # Names in the folder of a checkpoint, also of checkpoints that Orbax named.
@@ -49,16 +50,16 @@ class Bookmark(NamedTuple):
 
 
 def checkpoints(workdir: Path) -> dict[int, float]:
-  """Returns the finished checkpoints of a workdir: step to accuracy.
+  """Returns the finished checkpoints of a workdir: step to score.
 
-  The accuracy is -1 where the step was not evaluated. It is NaN where it is unknown: the
+  The score is -1 where the step was not evaluated. It is NaN where it is unknown: the
   checkpoint's own record cannot be read, and metrics.jsonl does not hold the evaluation.
   """
-  found = {step: _recorded_accuracy(workdir, step) for step in _steps(workdir)}
+  found = {step: _recorded_score(workdir, step) for step in _steps(workdir)}
   if any(map(math.isnan, found.values())):
     evaluated = _evaluations(workdir)
-    for step, accuracy in found.items():
-      if math.isnan(accuracy):
+    for step, score in found.items():
+      if math.isnan(score):
         found[step] = evaluated.get(step, math.nan)
   return found
 
@@ -84,33 +85,33 @@ def _is_checkpoint(folder: Path) -> bool:
   return not names or any(fnmatch.filter(names, each) for each in own)
 
 
-def _recorded_accuracy(workdir: Path, step: int) -> float:
-  """Returns the accuracy that a checkpoint holds itself, NaN if that cannot be read."""
+def _recorded_score(workdir: Path, step: int) -> float:
+  """Returns the score that a checkpoint holds itself, NaN if that cannot be read."""
   try:
     snapshot = disk.Snapshot(paths.checkpoint_folder(workdir, step))
-    file = paths.accuracy_file(workdir, step)
-    return float(disk.read_json(file, contents.ACCURACY, snapshot.read_bytes)["accuracy"])
+    file = paths.score_file(workdir, step)
+    found = disk.read_json(file, contents.SCORE, snapshot.read_bytes)
+    return next((float(found[name]) for name in SCORES if name in found), math.nan)
   except (InputError, OSError):
     return math.nan
 
 
 def _evaluations(workdir: Path) -> dict[int, float]:
-  """Returns the accuracy of each evaluation in metrics.jsonl by which checkpoints are compared."""
+  """Returns the score of each evaluation in metrics.jsonl by which checkpoints are compared."""
   records, _ = read_records(paths.metrics_file(workdir))
   found = {}
   for record in records:
-    # With an average, the checkpoint is judged by the average's accuracy.
-    accuracy = record.get("eval_ema_accuracy", record.get("eval_accuracy"))
-    if accuracy is not None:
-      found[record["step"]] = float(accuracy)
+    name = judged(record)
+    if name is not None:
+      found[record["step"]] = float(record[name])
   return found
 
 
-def _rank(step: int, accuracy: float) -> tuple[int, float, int]:
+def _rank(step: int, score: float) -> tuple[int, float, int]:
   """Returns a value that is larger for a better checkpoint; unknown is not worst."""
-  if math.isnan(accuracy):
+  if math.isnan(score):
     return 1, 0.0, step
-  return 2 if accuracy >= 0 else 0, accuracy, step
+  return 2 if score >= 0 else 0, score, step
 
 
 def read_checkpoint(
@@ -121,7 +122,7 @@ def read_checkpoint(
   Args:
     workdir: folder of a run or an import.
     items: name of each item to read, to a tree of the shapes and dtypes that it must have.
-    best: read the checkpoint with the highest accuracy instead of the newest one.
+    best: read the checkpoint with the highest score instead of the newest one.
     verify: compare the items with their checksums.
 
   Returns:
@@ -236,7 +237,7 @@ def note_newest(workdir: Path, step: int) -> None:
 
 
 def remove_superseded(workdir: Path) -> None:
-  """Removes every checkpoint but the newest and the best; one of unknown accuracy stays.
+  """Removes every checkpoint but the newest and the best; one of unknown score stays.
 
   Raises:
     InputError: a checkpoint cannot be removed.
@@ -245,8 +246,8 @@ def remove_superseded(workdir: Path) -> None:
   if not found:
     return
   kept = {max(found), max(found, key=lambda step: _rank(step, found[step]))}
-  for step, accuracy in found.items():
-    if step not in kept and not math.isnan(accuracy):
+  for step, score in found.items():
+    if step not in kept and not math.isnan(score):
       disk.remove(paths.checkpoint_folder(workdir, step), _OWN)
 
 
@@ -259,38 +260,42 @@ class CheckpointWriter:
   is killed.
   """
 
-  def __init__(self, workdir: Path):
+  def __init__(self, workdir: Path, score: str = "accuracy"):
     """Opens the workdir; the caller holds its lock.
+
+    Args:
+      workdir: folder of the run.
+      score: name of the score by which checkpoints are compared, one of `config.SCORES`.
 
     Raises:
       InputError: the workdir cannot be written.
     """
-    self._workdir = workdir
+    self._workdir, self._score = workdir, score
     self._saving: Future[None] | None = None  # the save that `settle` has to finish
     # Made before any record is written: records without this folder mean that it was lost.
     folder = disk.real(paths.checkpoints_folder(workdir))
     with disk.writing(folder, OSError):
       folder.mkdir(parents=True, exist_ok=True)
     self._thread = ThreadPoolExecutor(1, "repjax-save")
-    self._mend_accuracies()
+    self._mend_scores()
 
-  def _mend_accuracies(self) -> None:
-    """Writes accuracies that only metrics.jsonl knows into their checkpoints."""
-    for step, accuracy in checkpoints(self._workdir).items():
-      if math.isnan(accuracy):
+  def _mend_scores(self) -> None:
+    """Writes scores that only metrics.jsonl knows into their checkpoints."""
+    for step, score in checkpoints(self._workdir).items():
+      if math.isnan(score):
         print(
-          f"warning: the accuracy of the checkpoint of step {step} is unknown, since "
-          f"{paths.accuracy_file(self._workdir, step)} cannot be read; the checkpoint is kept",
+          f"warning: the score of the checkpoint of step {step} is unknown, since "
+          f"{paths.score_file(self._workdir, step)} cannot be read; the checkpoint is kept",
           flush=True,
         )
-      elif math.isnan(_recorded_accuracy(self._workdir, step)):
-        self._write_accuracy(step, accuracy)
+      elif math.isnan(_recorded_score(self._workdir, step)):
+        self._write_score(step, score)
 
   def save(
     self,
     step: int,
     items: Mapping[str, Any],
-    accuracy: float | None,
+    score: float | None,
     *,
     records: int | None = None,
     pending: Sequence[Mapping[str, float]] = (),
@@ -300,7 +305,7 @@ class CheckpointWriter:
     Args:
       step: number of steps that were done.
       items: name to tree of arrays.
-      accuracy: accuracy of the step's evaluation; None if it was not evaluated. Such a checkpoint
+      score: score of the step's evaluation; None if it was not evaluated. Such a checkpoint
         is never the best one while an evaluated one exists.
       records: see `Bookmark`.
       pending: see `Bookmark`.
@@ -313,43 +318,41 @@ class CheckpointWriter:
     # The thread writes a copy in host memory, so the caller's arrays are free. `device_get` alone
     # may return a view of the memory of a CPU device.
     copies = jax.tree.map(np.array, jax.device_get(dict(items)))
-    if accuracy is None:
+    if score is None:
       _check_finite(copies, step)
     rows = [dict(row) for row in pending]
-    bookmark = Bookmark(records, rows, accuracy is not None, jax.device_count())
-    held = _NOT_EVALUATED if accuracy is None else accuracy
+    bookmark = Bookmark(records, rows, score is not None, jax.device_count())
+    held = _NOT_EVALUATED if score is None else score
     self._saving = self._thread.submit(self._write, step, copies, held, bookmark)
 
-  def _write(
-    self, step: int, items: Mapping[str, Any], accuracy: float, bookmark: Bookmark
-  ) -> None:
+  def _write(self, step: int, items: Mapping[str, Any], score: float, bookmark: Bookmark) -> None:
     """Writes a checkpoint, and then removes those that it supersedes; in the thread."""
     folder = paths.checkpoint_folder(self._workdir, step)
     with disk.writing(folder), disk.replacing(folder, own=_OWN) as draft:
       for name, tree in items.items():
         trees.write_tree(draft / name, tree, database=True)
-      accuracy_file, bookmark_file = (
+      score_file, bookmark_file = (
         draft / path(self._workdir, step).relative_to(folder)
-        for path in (paths.accuracy_file, paths.bookmark_file)
+        for path in (paths.score_file, paths.bookmark_file)
       )
-      disk.write_json(accuracy_file, {"accuracy": accuracy})
+      disk.write_json(score_file, {self._score: score})
       disk.write_json(bookmark_file, bookmark._asdict())
       disk.write_manifest(draft)
     note_newest(self._workdir, step)
     remove_superseded(self._workdir)
 
-  def set_accuracy(self, step: int, accuracy: float) -> None:
-    """Writes the accuracy of a checkpoint that was saved before it was evaluated."""
+  def set_score(self, step: int, score: float) -> None:
+    """Writes the score of a checkpoint that was saved before it was evaluated."""
     self.settle()
-    self._write_accuracy(step, accuracy)
+    self._write_score(step, score)
     remove_superseded(self._workdir)
 
-  def _write_accuracy(self, step: int, accuracy: float) -> None:
-    """Writes an accuracy and its checksum. After a kill in between, the accuracy is unknown."""
+  def _write_score(self, step: int, score: float) -> None:
+    """Writes a score and its checksum. After a kill in between, the score is unknown."""
     folder, file = (
-      path(self._workdir, step) for path in (paths.checkpoint_folder, paths.accuracy_file)
+      path(self._workdir, step) for path in (paths.checkpoint_folder, paths.score_file)
     )
-    disk.write_json(file, {"accuracy": accuracy})
+    disk.write_json(file, {self._score: score})
     disk.update_manifest(folder, file)
 
   def poll(self) -> None:

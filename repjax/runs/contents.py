@@ -4,7 +4,7 @@ Some files hold facts that only people read. Such facts may be any values, so th
 earlier and later versions can be read.
 """
 
-from repjax.config import INTERPOLATIONS, MEAN, STD
+from repjax.config import INTERPOLATIONS, MEAN, SCORES, STD
 from repjax.schema import (
   anything,
   boolean,
@@ -71,7 +71,9 @@ REPORT = record(
   {
     "step": _COUNT,
     "images": _COUNT,
-    "accuracy": record({"train": number(0, 1), "deploy": number(0, 1)}, required=("deploy",)),
+    **dict.fromkeys(
+      SCORES, record({"train": number(0, 1), "deploy": number(0, 1)}, required=("deploy",))
+    ),
   },
   required=("accuracy",),
   others=anything,
@@ -94,7 +96,7 @@ RECALIBRATION = record(
     "step": _COUNT,
     "checkpoint": whole(0, 2**32 - 1),
     "batches": whole(1),
-    **dict.fromkeys(("accuracy", "loss"), table(_ANY_NUMBER)),
+    **dict.fromkeys((*SCORES, "loss"), table(_ANY_NUMBER)),
   },
   required=("step", "checkpoint", "batches"),
   others=anything,
@@ -118,8 +120,8 @@ BOOKMARK = record(
 )
 """The bookmark of a checkpoint: the fields of `repjax.runs.Bookmark`."""
 
-ACCURACY = record({"accuracy": number(-1, 1)}, required=("accuracy",), others=anything)
-"""The accuracy of a checkpoint; -1 where it was not evaluated."""
+SCORE = record(dict.fromkeys(SCORES, number(-1, 1)), others=anything)
+"""The score of a checkpoint by its name; -1 where it was not evaluated."""
 
 NEWEST = record({"step": _COUNT}, required=("step",), others=anything)
 """newest.json: the newest checkpoint that was finished."""

@@ -79,8 +79,8 @@ def variables_folder(workdir: Path, step: int) -> Path:
   return checkpoint_folder(workdir, step) / "variables"
 
 
-def accuracy_file(workdir: Path, step: int) -> Path:
-  """Returns the path of the accuracy of a checkpoint, at the place that Orbax gives to metrics."""
+def score_file(workdir: Path, step: int) -> Path:
+  """Returns the path of the score of a checkpoint, at the place that Orbax gives to metrics."""
   return checkpoint_folder(workdir, step) / "metrics" / "metrics"
 
 

@@ -3,14 +3,28 @@
 import errno
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from repjax import disk, json_files
+from repjax.config import SCORES
 from repjax.runs import contents
 from repjax.schema import MisfitError, Rule
 
 _LONGEST_LINE = 2**16
+
+
+def judged(names: Collection[str]) -> str | None:
+  """Returns the name of the metric by which checkpoints are compared; None if there is none.
+
+  In a run that averages its variables, that is the score of the average.
+
+  Args:
+    names: names in a record, or in all records of a run.
+  """
+  candidates = (f"{part}_{score}" for score in SCORES for part in ("eval_ema", "eval"))
+  return next((name for name in candidates if name in names), None)
 
 
 class RecordsFile:

@@ -10,14 +10,16 @@ import numpy as np
 
 from repjax import names, runs
 from repjax.cache import use_compilation_cache
-from repjax.config import BEFORE, Config, check_evaluation
+from repjax.config import BEFORE, SCORES, Config, check_evaluation
 from repjax.data import Source
 from repjax.disk.trees import check_finite
 from repjax.errors import InputError
 from repjax.recognition import LAYERS
 from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec
-from repjax.training import evaluation, parallel, planning, processes
+from repjax.training import evaluation, parallel, planning, processes, tasks
+from repjax.training.display import title
+from repjax.training.tasks import Task
 
 
 def convert(config: Config, workdir: str | Path, *, verify: bool = True) -> dict[str, Any]:
@@ -38,9 +40,10 @@ def convert(config: Config, workdir: str | Path, *, verify: bool = True) -> dict
     `step`: step of the checkpoint.
     `recalibrated`: how its statistics were re-estimated; None: they were not.
     `ema_decay`: decay of the average that was converted; 0: there is no average.
-    `dataset`, `images`: what both forms ran on.
-    `accuracy`, `parameters`: of the forms `train` and `deploy`.
-    `agreement`: share of images to which both forms give the same class.
+    `dataset`, `images`: what both forms ran on. A segmentation also has `pixels`, those with a
+    label.
+    `accuracy`, `parameters`: of the forms `train` and `deploy`. A segmentation also has `miou`.
+    `agreement`: share of images, or of pixels, to which both forms give the same class.
     `logits_difference`, `tolerance`: as above.
     `layers`: scope of each layer to the largest relative difference of its output.
 
@@ -55,15 +58,18 @@ def convert(config: Config, workdir: str | Path, *, verify: bool = True) -> dict
   with jax.default_matmul_precision("highest"):
     params = jax.jit(reparameterize)(variables["params"], variables["batch_stats"])
     sums, relative = _compare(config, source, spec, variables, params)
-  images = sums["count"]
+  task = tasks.create(spec.task, config)
+  results = {form: task.summary(sums[form]) for form in ("train", "deploy")}
+  images, agreement = results["train"]["count"], sums["agreement"]
   report = {
     "step": step,
     "recalibrated": recalibrated,
     "ema_decay": config.get("ema_decay", BEFORE["ema_decay"]),
     "dataset": config.dataset,
     "images": images,
-    "accuracy": {form: sums[f"{form}_correct"] / images for form in ("train", "deploy")},
-    "agreement": sums["agree"] / images,
+    task.unit: int(agreement["units"]),
+    **{score: {form: found[score] for form, found in results.items()} for score in task.scores},
+    "agreement": int(agreement["agree"]) / int(agreement["units"]),
     "logits_difference": relative.pop("logits"),
     "tolerance": config.tolerance,
     "layers": relative,
@@ -99,19 +105,20 @@ def _read(
 
 def _compare(
   config: Config, source: Source, spec: ModelSpec, variables: Any, params: Any
-) -> tuple[dict[str, int], dict[str, float]]:
+) -> tuple[dict[str, Any], dict[str, float]]:
   """Runs both forms over a split.
 
   Returns:
-    The number of images with each flag of `_make_compare_step`, and the largest relative
-    difference of the logits and of each layer's output.
+    The sums of each form, `train` and `deploy`, and their `agreement`, both as the task counts
+    them; and the largest relative difference of the logits and of each layer's output.
   """
-  compare = parallel.data_parallel(_make_compare_step(spec))
+  task = tasks.create(spec.task, config)
+  compare = parallel.data_parallel(_make_compare_step(spec, task))
   placed = parallel.place((variables, {"params": params}))
   sums, largest = {}, {}
   for batch in evaluation.batches(config, source, spec.preprocessing):
     new_sums, new_largest = jax.device_get(compare(placed, batch))
-    sums = {name: sums.get(name, 0) + int(value) for name, value in new_sums.items()}
+    sums = {name: evaluation.add(sums.get(name, {}), new) for name, new in new_sums.items()}
     largest = {name: np.maximum(largest.get(name, 0.0), pair) for name, pair in new_largest.items()}
   # Two outputs that are zero everywhere are equal, though 0 / 0 is no number.
   relative = {
@@ -123,20 +130,24 @@ def _compare(
 
 def format_report(report: dict[str, Any]) -> str:
   """Returns the report as a short table for people."""
-  accuracy, parameters = report["accuracy"], report["parameters"]
-  images = "noise images" if report["dataset"] == "synthetic" else "images"
-  agreeing = round(report["agreement"] * report["images"])
+  parameters, noise = report["parameters"], report["dataset"] == "synthetic"
+  unit = "pixels" if "pixels" in report else "images"
+  agreeing = round(report["agreement"] * report[unit])
   rows = [
     ("", "training form", "deploy form"),
     ("parameters", f"{parameters['train']:,}", f"{parameters['deploy']:,}"),
   ]
-  if report["dataset"] != "synthetic":  # the labels of noise mean nothing
-    rows.append(("accuracy", f"{accuracy['train']:.2%}", f"{accuracy['deploy']:.2%}"))
+  if not noise:  # the labels of noise mean nothing
+    rows += [
+      (title(score), *(f"{report[score][form]:.2%}" for form in ("train", "deploy")))
+      for score in SCORES
+      if score in report
+    ]
   recalibrated = report["recalibrated"]
   return "\n".join(
     [
       *(f"{name:<24}{train:>16}{deploy:>16}" for name, train, deploy in rows),
-      f"{'predictions agree on':<24}{agreeing:>16,} of {report['images']:,} {images}",
+      f"{'predictions agree on':<24}{agreeing:>16,} of {report[unit]:,} {'noise ' * noise}{unit}",
       f"{'logits differ by':<24}{report['logits_difference']:>16.1e} of the largest "
       f"(tolerance {report['tolerance']:.0e})",
       _worst_layer(report["layers"]),
@@ -160,13 +171,12 @@ def _worst_layer(layers: dict[str, float]) -> str:
   return f"worst of {len(layers)} layers:   {layers[worst]:>16.1e} at {worst}"
 
 
-def _make_compare_step(spec: ModelSpec) -> Callable[[Any, Any], Any]:
+def _make_compare_step(spec: ModelSpec, task: Task) -> Callable[[Any, Any], Any]:
   """Builds a step that runs both forms on a batch and compares their outputs layer by layer.
 
   Returns:
     A function of the variables of both forms and a batch, for `parallel.data_parallel`. It returns
-    the number of unmasked images with each flag, and for each output the pair of max |train -
-    deploy| and max |train|.
+    sums as `_compare` does, and for each output the pair of max |train - deploy| and max |train|.
   """
   forms = spec.create_model(), spec.create_model(deploy=True)
 
@@ -196,14 +206,9 @@ def _make_compare_step(spec: ModelSpec) -> Callable[[Any, Any], Any]:
     differences = {
       name: (largest(trained[name] - deployed[name]), largest(trained[name])) for name in deployed
     }
-    predictions = [logits.argmax(-1) for logits in (trained["logits"], deployed["logits"])]
-    flags = {
-      "train_correct": predictions[0] == batch["label"],
-      "deploy_correct": predictions[1] == batch["label"],
-      "agree": predictions[0] == predictions[1],
-      "count": mask,
-    }
-    sums = {name: jnp.sum(flag & mask) for name, flag in flags.items()}
+    logits = trained["logits"], deployed["logits"]
+    sums = {form: task.sums(each, batch) for form, each in zip(("train", "deploy"), logits)}
+    sums["agreement"] = task.agreement(logits, batch)
     return jax.lax.psum(sums, parallel.AXIS), differences
 
   return compare

@@ -133,6 +133,16 @@ def _clock(seconds: float) -> str:
   return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def named(metric: str, value: float) -> str:
+  """Returns a metric in words: "accuracy 92.50%", "loss 0.2513"."""
+  return f"loss {value:.4f}" if metric == "loss" else f"{title(metric)} {value:.2%}"
+
+
+def title(metric: str) -> str:
+  """Returns the name of a metric as people write it."""
+  return {"miou": "mIoU"}.get(metric, metric)
+
+
 class Watch:
   """A record of the speed of training, and everything that TensorBoard shows.
 

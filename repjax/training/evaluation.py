@@ -4,7 +4,7 @@ The last batch is filled up with copies, and a mask says which examples count.
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import tqdm
 
 from repjax import names, runs
 from repjax.cache import use_compilation_cache
-from repjax.config import Config, check_evaluation
+from repjax.config import EVALUATION_FIELDS, Config, check_evaluation, check_task
 from repjax.data import Source, eval_batches
+from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing, load
-from repjax.training import parallel, planning, processes
-from repjax.training.step import make_eval_step
+from repjax.training import parallel, planning, processes, tasks
+from repjax.training.step import Network, make_eval_step
+from repjax.training.tasks import Task
 
 # Starting processes takes as long as reading some thousand images.
 _WORTH_PROCESSES = 10_000  # images
@@ -42,6 +44,7 @@ def batches(
     batch_size=batch_size,
     num_workers=config.num_workers,
     ten_crop=ten_crop,
+    multiple=config.eval_multiple,
     shard=parallel.shard(),
   )
   count = -(-len(source.examples) // batch_size)
@@ -56,6 +59,7 @@ def host_batches(
   *,
   batch_size: int,
   num_workers: int = 0,
+  multiple: int = 1,
   **rest: Any,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns a split as masked batches in host memory, as `eval_batches` describes them.
@@ -65,6 +69,7 @@ def host_batches(
     preprocessing: preprocessing of the model.
     batch_size: images in a batch, padding included.
     num_workers: processes that read a large split; a small one is read in this process.
+    multiple: a number that divides height and width of images with masks, after padding.
     **rest: further arguments of `eval_batches`.
   """
   return eval_batches(
@@ -73,33 +78,48 @@ def host_batches(
     image_size=preprocessing.image_size,
     resize_size=preprocessing.resize_size,
     interpolation=preprocessing.interpolation,
+    canvas=source.canvas(multiple) if source.task == "segmentation" else None,
+    mean=preprocessing.mean,
     num_workers=num_workers if len(source.examples) >= _WORTH_PROCESSES else 0,
     **rest,
   )
 
 
 def run(
-  eval_step: Callable[[Any, Any], dict[str, jax.Array]], variables: Any, split: Iterator[Any]
-) -> dict[str, float]:
-  """Returns accuracy and mean loss over a split.
+  task: Task,
+  eval_step: Callable[[Any, Any], dict[str, jax.Array]],
+  variables: Any,
+  split: Iterator[Any],
+) -> dict[str, Any]:
+  """Returns the results of a task over a split, see `Task.summary`.
 
   Args:
+    task: the task.
     eval_step: data-parallel step from `make_eval_step`.
     variables: variables on the devices, from `parallel.place`.
     split: batches from `batches`.
-
-  Returns:
-    `accuracy` in 0 ... 1, `loss`, and `count`, the number of examples.
   """
-  sums = {"correct": 0.0, "loss": 0.0, "count": 0.0}
+  sums = {}
   for batch in split:
-    for name, value in jax.device_get(eval_step(variables, batch)).items():
-      sums[name] += float(value)
-  return {
-    "accuracy": sums["correct"] / sums["count"],
-    "loss": sums["loss"] / sums["count"],
-    "count": int(sums["count"]),
-  }
+    sums = add(sums, jax.device_get(eval_step(variables, batch)))
+  return task.summary(sums)
+
+
+def add(sums: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns sums to which those of one more batch were added, in 64 bits.
+
+  Args:
+    sums: sums of the batches before; empty before the first batch.
+    more: sums of a batch in host memory, by the same names.
+  """
+  wide = {name: _wide(value) for name, value in more.items()}
+  return {name: sums[name] + value for name, value in wide.items()} if sums else wide
+
+
+def _wide(value: np.ndarray) -> np.ndarray:
+  """Returns an array with integers of 64 bits, or floats of 64 bits."""
+  kind = np.float64 if np.issubdtype(np.asarray(value).dtype, np.floating) else np.int64
+  return np.asarray(value).astype(kind)
 
 
 def evaluate(
@@ -109,7 +129,7 @@ def evaluate(
   deploy: bool = False,
   ten_crop: bool = False,
   verify: bool = True,
-) -> dict[str, float]:
+) -> dict[str, Any]:
   """Evaluates one form of a workdir's model over the whole evaluation split.
 
   Args:
@@ -122,25 +142,38 @@ def evaluate(
     verify: compare every file that is read with its checksum.
 
   Returns:
-    `accuracy` in 0 ... 1, mean `loss`, `count` of images, and `parameters`. If the training form
-    has re-estimated statistics, also `recalibrated`, the number of batches that they come from.
+    `accuracy` in 0 ... 1, mean `loss`, `count` of images, and `parameters`. A segmentation also has
+    `miou` and the list `iou`, see `Segmentation.summary`. If the training form has re-estimated
+    statistics, also `recalibrated`, the number of batches that they come from.
 
   Raises:
-    InputError: the workdir does not hold that form, or the data set cannot be opened.
+    InputError: the workdir does not hold that form, the data set cannot be opened, or a field or
+      `ten_crop` is for a different task.
   """
   use_compilation_cache()
   config, spec, variables, recalibrated = processes.first(
     _read, config, names.folder(workdir), deploy, verify
   )
+  task = tasks.create(spec.task, config)
+  if ten_crop and not task.ten_crop:
+    raise InputError(
+      f"ten crops are for classification, and the model in {workdir} is for {spec.task}. Leave "
+      "--ten-crop out; --window and --flip average predictions for pixels"
+    )
   source = processes.together(planning.open_split, config, config.eval_split, spec)
   model = spec.create_model(deploy=deploy)
-  eval_step = parallel.data_parallel(
-    make_eval_step(model.apply, spec.preprocessing, axis_name=parallel.AXIS)
-  )
+  eval_step = make_step(task, model.apply, spec.preprocessing)
   split = batches(config, source, spec.preprocessing, ten_crop=ten_crop)
-  result = run(eval_step, parallel.place(variables), split)
+  result = run(task, eval_step, parallel.place(variables), split)
   result["parameters"] = count_parameters(variables["params"])
   return result | ({"recalibrated": recalibrated["batches"]} if recalibrated else {})
+
+
+def make_step(task: Task, network: Network, preprocessing: Preprocessing) -> parallel.DataParallel:
+  """Returns the data-parallel step that judges a network, for `run`."""
+  return parallel.data_parallel(
+    make_eval_step(network, preprocessing, task=task, axis_name=parallel.AXIS)
+  )
 
 
 def _read(
@@ -152,11 +185,13 @@ def _read(
     The config, the model's spec and variables, and how the statistics were re-estimated, or None.
   """
   check_evaluation(config)
+  recalibrated = None
   if deploy:
     _, variables, spec = load(workdir, verify=verify)
-    return config, spec, variables, None
-  spec = ModelSpec.read(workdir, verify=verify)
-  _, variables, recalibrated = runs.read_best(workdir, spec.variable_shapes(), verify=verify)
+  else:
+    spec = ModelSpec.read(workdir, verify=verify)
+    _, variables, recalibrated = runs.read_best(workdir, spec.variable_shapes(), verify=verify)
+  check_task(config, spec.task, EVALUATION_FIELDS)
   return config, spec, variables, recalibrated
 
 

@@ -1,7 +1,7 @@
 """Starts a run from the weights of a run or an import, and fills in what a config leaves open."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ def resolve(config: Config, workdir: str | Path | None = None) -> Config:
 
   Model, overrides and preprocessing come from the run in `workdir` if it has checkpoints, so that
   the run continues without the folder that it began from. Otherwise they come from
-  `config.init_from`. The number of classes is that of the data set. A value in the config wins. If
-  the config gives an image size and no resize size, their ratio is kept.
+  `config.init_from`. If the folder holds a classifier and the task is segmentation, the classifier
+  is the backbone. The number of classes is that of the data set. A value in the config wins. If the
+  config gives an image size and no resize size, their ratio is kept.
 
   Args:
     config: a config with the fields of `repjax.config`.
@@ -84,6 +85,13 @@ def _held_spec(config: Config, workdir: str | Path | None) -> ModelSpec | None:
   if not config.init_from:
     return None
   held = source_spec(config.init_from)
+  if (held.task, config.task) == ("classification", "segmentation"):
+    return held
+  if held.task != config.task:
+    raise InputError(
+      f"config.init_from: {config.init_from} holds the model {held.name} for {held.task}, and "
+      f"config.task is {config.task!r}. Set --config.task={held.task}, or give a different folder"
+    )
   if config.model not in (None, held.name):
     raise InputError(
       f"config.init_from: {config.init_from} holds the model {held.name}, but the config builds "
@@ -98,13 +106,12 @@ def _fill(full: Config, held: ModelSpec) -> None:
 
   Overrides belong to a model: they are taken over by a config of this model alone.
   """
-  if full.model is None:
+  if held.task != full.task:
+    _fill_backbone(full, held)
+  elif full.model is None:
     full.model = held.name
   if full.model == held.name:
-    given = full.model_overrides.to_dict() if full.model_overrides is not None else {}
-    overrides = {**given, **continuing.plain(held.overrides)}
-    overrides.update({name: value for name, value in given.items() if value is not None})
-    full.model_overrides = ml_collections.ConfigDict(overrides)
+    full.model_overrides = ml_collections.ConfigDict(_merged(held.overrides, full.model_overrides))
   theirs = held.preprocessing
   size = full.image_size if full.eval_image_size is None else full.eval_image_size
   if full.resize_size is None and size is not None:
@@ -112,6 +119,39 @@ def _fill(full: Config, held: ModelSpec) -> None:
   for field in _PREPROCESSING:
     if full[field] is None:
       full[field] = getattr(theirs, field)
+
+
+def _merged(held: Mapping[str, Any], given: ml_collections.ConfigDict | None) -> dict[str, Any]:
+  """Returns the overrides of a model, in which those of the config win."""
+  own = given.to_dict() if given is not None else {}
+  chosen = {name: value for name, value in own.items() if value is not None}
+  return {**own, **continuing.plain(held), **chosen}
+
+
+def _fill_backbone(full: Config, held: ModelSpec) -> None:
+  """Makes the classifier of a folder the backbone of a config for segmentation.
+
+  Raises:
+    InputError: the config names no model, or a different backbone.
+  """
+  if full.model is None:
+    raise InputError(
+      f"config.model is not set, and config.init_from holds the classifier {held.name}, which can "
+      "be the backbone of a model for segmentation; pass --config.model=pspnet or fcn"
+    )
+  overrides = full.model_overrides.to_dict() if full.model_overrides is not None else {}
+  backbone = overrides.get("backbone") or held.name
+  if backbone != held.name:
+    raise InputError(
+      f"config.init_from: {full.init_from} holds the model {held.name}, but the backbone of the "
+      f"config is {backbone}. Give the folder of a {backbone}, or set "
+      f"--config.model_overrides.backbone={held.name}"
+    )
+  overrides["backbone"] = backbone
+  if held.overrides:
+    own = overrides.get("backbone_overrides") or {}
+    overrides["backbone_overrides"] = {**continuing.plain(held.overrides), **own}
+  full.model_overrides = ml_collections.ConfigDict(overrides)
 
 
 def _count_classes(config: Config, held: ModelSpec | None) -> int:
@@ -122,7 +162,9 @@ def _count_classes(config: Config, held: ModelSpec | None) -> int:
         "config.num_classes is not set, and a synthetic data set has any number of classes; set it"
       )
     return held.num_classes
-  source = open_source(config.dataset, config.train_split, data_dir=config.data_dir)
+  source = open_source(
+    config.dataset, config.train_split, data_dir=config.data_dir, task=config.task
+  )
   return len(source.class_names)
 
 
@@ -174,7 +216,7 @@ def first_variables(
   Classifiers keep their fresh values if the number of classes differs, or if both sides know the
   names of their classes and the names differ. Everything else is taken over bit for bit, with
   re-estimated statistics if the folder has any. A folder that holds a deploy form alone is
-  expanded, see `repjax.expand`.
+  expanded, see `repjax.expand`. From a classifier, a model for segmentation takes its backbone.
 
   Args:
     folder: folder of a run or an import.
@@ -190,14 +232,20 @@ def first_variables(
     InputError: the run cannot start from the folder, or the folder holds a different model.
   """
   held = source_spec(folder)
-  if _is_plain(names.folder(folder)):
-    variables, source = _expanded(folder, held, spec, key, images)
-  else:
-    variables, source = _taken(folder, held, spec)
+  if held.task != spec.task:
+    backbone = _backbone_of(spec, held)
+    variables, source = _read(folder, held, backbone, key, images)
+    started = {half: {**fresh[half]} for half in ("params", "batch_stats")}
+    for half, tree in started.items():
+      # A classifier without its head has the scopes of the backbone.
+      tree["backbone"] = {name: variables[half][name] for name in tree["backbone"]}
+    return started, f"starting from {folder}, {source}; its classifier is dropped, the head is new"
+  variables, source = _read(folder, held, spec, key, images)
   renamed = bool(held.class_names and spec.class_names) and held.class_names != spec.class_names
   anew = held.num_classes != spec.num_classes or renamed
-  params = jax.tree_util.tree_map_with_path(
-    lambda path, own, theirs: own if anew and optimizer.is_classifier(_keys(path)) else theirs,
+  params = jax.tree.map(
+    lambda is_classifier, own, theirs: own if anew and is_classifier else theirs,
+    optimizer.classifier_mask(fresh["params"]),
     fresh["params"],
     variables["params"],
   )
@@ -209,6 +257,36 @@ def first_variables(
     classifier = "classifier kept"
   text = f"starting from {folder}, {source}; {classifier}"
   return {"params": params, "batch_stats": variables["batch_stats"]}, text
+
+
+def _backbone_of(spec: ModelSpec, held: ModelSpec) -> ModelSpec:
+  """Returns the backbone of a model for segmentation as a classifier, with the classes of another.
+
+  Args:
+    spec: spec of the model for segmentation.
+    held: spec of a classifier. Its image size is kept too: no parameter depends on the dilation
+      with which the backbone sees larger images.
+  """
+  model: Any = spec.create_model()
+  overrides = continuing.plain(dict(model.backbone_overrides))
+  return ModelSpec(model.backbone, held.num_classes, overrides, held.preprocessing)
+
+
+def _read(
+  folder: str | Path,
+  held: ModelSpec,
+  spec: ModelSpec,
+  key: jax.Array,
+  images: Callable[[], jax.Array],
+) -> tuple[dict[str, Any], str]:
+  """Reads the variables of a folder for a model of the same kind; returns them, and what they are.
+
+  Args: as in `first_variables`, and
+    held: spec of the folder's model.
+  """
+  if _is_plain(names.folder(folder)):
+    return _expanded(folder, held, spec, key, images)
+  return _taken(folder, held, spec)
 
 
 def _taken(folder: str | Path, held: ModelSpec, spec: ModelSpec) -> tuple[dict[str, Any], str]:
@@ -274,10 +352,11 @@ def _attributes(spec: ModelSpec) -> dict[str, Any]:
 
 def _body_shapes(spec: ModelSpec) -> dict[str, str]:
   """Returns the shape of each variable that does not depend on the number of classes, by path."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(spec.variable_shapes())
-  paths = {_keys(path): str(leaf.shape) for path, leaf in flat}
-  return {"/".join(path): s for path, s in paths.items() if not optimizer.is_classifier(path)}
-
-
-def _keys(path: Any) -> tuple[str, ...]:
-  return tuple(entry.key for entry in path)
+  shapes = spec.variable_shapes()
+  masks = {half: optimizer.classifier_mask(tree) for half, tree in shapes.items()}
+  leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): str(leaf.shape)
+    for (path, leaf), is_classifier in zip(leaves, jax.tree.leaves(masks))
+    if not is_classifier
+  }

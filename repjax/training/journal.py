@@ -4,11 +4,12 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from repjax import runs
-from repjax.training.display import Progress, Watch
+from repjax.training.display import Progress, Watch, named
 from repjax.training.state import TrainState, to_items
 
 Row = Mapping[str, float]
@@ -30,6 +31,7 @@ class Journal:
     *,
     total_steps: int,
     batch_size: int,
+    score: str,
     tensorboard: bool,
   ):
     """Opens the files of a run that continues after `first_step`.
@@ -40,6 +42,7 @@ class Journal:
       bookmark: bookmark of that checkpoint.
       total_steps: number of steps of the whole run.
       batch_size: images in a step, over all devices.
+      score: name of the score by which checkpoints are compared.
       tensorboard: also write for TensorBoard.
     """
     self._rows: list[Row] = list(bookmark.pending)  # of the steps since the last record
@@ -47,7 +50,7 @@ class Journal:
     self._progress = Progress(first_step, total_steps, batch_size)
     # Closes what is open already if a later file cannot be opened.
     with contextlib.ExitStack() as stack:
-      self._checkpoints = runs.CheckpointWriter(workdir)
+      self._checkpoints = runs.CheckpointWriter(workdir, score)
       stack.callback(self._checkpoints.close)
       self._records = runs.RecordsFile(runs.metrics_file(workdir), first_step, bookmark.records)
       stack.callback(self._records.close)
@@ -81,19 +84,20 @@ class Journal:
     self._records.write(step=step, **values)
     self._watch.write(step, values, pace)
 
-  def evaluated(self, step: int, results: Mapping[str, Row], seconds: float) -> None:
+  def evaluated(self, step: int, results: Mapping[str, Mapping[str, Any]], seconds: float) -> None:
     """Records an evaluation.
 
     Args:
       step: the last step before the evaluation.
-      results: `accuracy`, `loss` and `count` under "eval", and of the averaged variables, where
-        the run averages, under "eval_ema".
+      results: results of the task, as from `Task.summary`, under "eval", and those of the averaged
+        variables, where the run averages, under "eval_ema". Their floats are recorded.
       seconds: duration of the evaluation.
     """
     values, texts = {}, []
     for name, found in results.items():
-      values |= {f"{name}_accuracy": found["accuracy"], f"{name}_loss": found["loss"]}
-      texts.append(f"accuracy {found['accuracy']:.2%}, loss {found['loss']:.4f}")
+      numbers = {key: value for key, value in found.items() if isinstance(value, float)}
+      values |= {f"{name}_{key}": value for key, value in numbers.items()}
+      texts.append(", ".join(named(key, value) for key, value in numbers.items()))
     texts[0] += f" on {results['eval']['count']:,} images"
     self._records.write(step=step, **values)
     self._watch.write(step, values)
@@ -104,22 +108,22 @@ class Journal:
     """Checks whether the last save, or the start, is `minutes` ago; 0 means never."""
     return 0 < minutes <= (time.monotonic() - self._saved_at) / 60
 
-  def save(self, state: TrainState, accuracy: float | None) -> None:
-    """Starts saving a state, with the accuracy of its evaluation; None: not evaluated."""
+  def save(self, state: TrainState, score: float | None) -> None:
+    """Starts saving a state, with the score of its evaluation; None: not evaluated."""
     # The checkpoint says how many records there are, so they must be on the disk before it is.
     self._records.sync()
     self._checkpoints.save(
       int(state.step),
       to_items(state),
-      accuracy,
+      score,
       records=self._records.count,
       pending=self._rows,
     )
     self._saved_at = time.monotonic()
 
-  def set_accuracy(self, step: int, accuracy: float) -> None:
-    """Writes the accuracy of a checkpoint that was saved before it was evaluated."""
-    self._checkpoints.set_accuracy(step, accuracy)
+  def set_score(self, step: int, score: float) -> None:
+    """Writes the score of a checkpoint that was saved before it was evaluated."""
+    self._checkpoints.set_score(step, score)
 
   def show_data_waiting(self) -> None:
     """Shows how long the steps waited for data. Writes nothing."""

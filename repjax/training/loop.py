@@ -35,13 +35,14 @@ from repjax.errors import InputError
 from repjax.quantization.roundings import Roundings
 from repjax.reparam import reparameterize
 from repjax.runs import Bookmark
-from repjax.training import evaluation, parallel, planning, processes
+from repjax.training import evaluation, parallel, planning, processes, tasks
 from repjax.training.interruption import Interruption
 from repjax.training.journal import Journal
 from repjax.training.planning import Plan
 from repjax.training.prefetch import ReadAhead
 from repjax.training.state import TrainState
-from repjax.training.step import Network, make_eval_step, make_train_step
+from repjax.training.step import Network, make_train_step
+from repjax.training.tasks import Task
 
 # Asking all processes whether to stop takes time. An evaluation asks once in this many batches.
 _ASK_EVERY = 8
@@ -68,15 +69,25 @@ class Prepared(NamedTuple):
   bookmark: Bookmark
   roundings: Roundings | None
 
+  @property
+  def task(self) -> Task:
+    """The task, with the values of the config."""
+    return tasks.create(self.plan.spec.task, self.config)
+
+  @property
+  def score(self) -> str:
+    """The name of the score by which checkpoints are compared."""
+    return self.task.scores[0]
+
 
 class AbandonedError(Exception):
   """An error that ends an evaluation early, because the run has to stop."""
 
 
-Evaluate = Callable[[TrainState, Interruption], Mapping[str, Mapping[str, float]]]
+Evaluate = Callable[[TrainState, Interruption], Mapping[str, Mapping[str, Any]]]
 """A function that evaluates a state.
 
-It returns the metrics of the variables as "eval", and of their average, if the run averages, as
+It returns the results of the variables as "eval", and of their average, if the run averages, as
 "eval_ema". It raises AbandonedError if the run has to stop.
 """
 
@@ -109,9 +120,9 @@ def fit(
     ):
       if run.plan.evaluates(done) and not run.bookmark.evaluated:
         # The run was stopped after this step was saved and before the step was evaluated.
-        accuracy = _evaluate_and_record(evaluate, state, interruption, journal)
-        if accuracy is not None:
-          journal.set_accuracy(done, accuracy)
+        score = _evaluate_and_record(run.score, evaluate, state, interruption, journal)
+        if score is not None:
+          journal.set_score(done, score)
       if not is_to_stop(interruption) and done < run.plan.total_steps:
         print("compiling the first step", flush=True)
         done = _take_steps(run, state, train_step, evaluate, batches, journal, interruption)
@@ -175,13 +186,13 @@ def _take_steps(
       # The schedule counts steps from 0.
       journal.log(step, float(learning_rate(step - 1)), batches.waited)
     if saves:
-      accuracy = None
+      score = None
       if evaluates and not stops:
-        accuracy = _evaluate_and_record(evaluate, state, interruption, journal)
+        score = _evaluate_and_record(run.score, evaluate, state, interruption, journal)
         stops = is_to_stop(interruption)  # a signal may have come meanwhile
       # If an evaluation that is due was left out or abandoned, `fit` evaluates this step first when
       # the run continues.
-      journal.save(state, accuracy)
+      journal.save(state, score)
     if stops:
       return step
   return plan.total_steps
@@ -206,12 +217,19 @@ def is_to_stop(interruption: Interruption, *, ask: bool = True) -> bool:
 
 
 def _evaluate_and_record(
-  evaluate: Evaluate, state: TrainState, interruption: Interruption, journal: Journal
+  score: str, evaluate: Evaluate, state: TrainState, interruption: Interruption, journal: Journal
 ) -> float | None:
   """Evaluates a state, and records the results.
 
+  Args:
+    score: name of the score by which checkpoints are compared.
+    evaluate: function that evaluates a state.
+    state: state on the devices.
+    interruption: listens to signals.
+    journal: takes the record.
+
   Returns:
-    The accuracy by which checkpoints are compared; None if the evaluation was abandoned because the
+    The score by which checkpoints are compared; None if the evaluation was abandoned because the
     run has to stop.
   """
   start, step = time.perf_counter(), int(state.step)
@@ -220,8 +238,8 @@ def _evaluate_and_record(
   except AbandonedError:
     return None
   journal.evaluated(step, results, time.perf_counter() - start)
-  # With an average, the checkpoint is judged by the average's accuracy.
-  return results.get("eval_ema", results["eval"])["accuracy"]
+  # With an average, the checkpoint is judged by the average's score.
+  return results.get("eval_ema", results["eval"])[score]
 
 
 def _open_journal(run: Prepared, workdir: Path) -> Journal:
@@ -233,6 +251,7 @@ def _open_journal(run: Prepared, workdir: Path) -> Journal:
     run.bookmark,
     total_steps=run.plan.total_steps,
     batch_size=run.config.batch_size,
+    score=run.score,
     tensorboard=run.config.tensorboard,
   )
 
@@ -254,9 +273,7 @@ def _make_train_step(run: Prepared, network: Network | None) -> Callable[..., An
     model,
     run.optimizer,
     plan.spec.preprocessing,
-    label_smoothing=config.label_smoothing,
-    mixup=config.mixup,
-    cutmix=config.cutmix,
+    task=run.task,
     aux_weight=config.aux_weight,
     custom_l2=config.custom_l2,
     accumulate_steps=config.accumulate_steps,
@@ -275,18 +292,17 @@ def _make_evaluate(run: Prepared, network: Network | None) -> Evaluate:
   plan = run.plan
   preprocessing = plan.spec.preprocessing
   fold, network = (_as_they_are, network) if network else _form(run)
-  eval_step = parallel.data_parallel(
-    make_eval_step(network, preprocessing, axis_name=parallel.AXIS)
-  )
+  task = run.task
+  eval_step = evaluation.make_step(task, network, preprocessing)
 
-  def evaluate(state: TrainState, interruption: Interruption) -> Mapping[str, Mapping[str, float]]:
+  def evaluate(state: TrainState, interruption: Interruption) -> Mapping[str, Mapping[str, Any]]:
     # `ema` holds the moving average of the variables over the steps.
     trees = {"eval": state.variables} | ({} if state.ema is None else {"eval_ema": state.ema})
     results = {}
     for name, variables in trees.items():
       batches = evaluation.batches(run.config, plan.eval, preprocessing)
       split = _until_stopped(batches, interruption)
-      results[name] = evaluation.run(eval_step, fold(variables), split)
+      results[name] = evaluation.run(task, eval_step, fold(variables), split)
       _check_finite("the evaluation's loss", results[name]["loss"], int(state.step))
     return results
 
@@ -348,6 +364,7 @@ def training_batches(
     image_size=config.image_size,
     augment=config.augment,
     interpolation=plan.spec.preprocessing.interpolation,
+    mean=plan.spec.preprocessing.mean,
     seed=config.seed,
     start_step=start_step,
     shard=shard,

@@ -29,6 +29,8 @@ OPTIMIZERS = ("sgd", "adamw", "repoptimizer", "repoptimizer_adamw")
 
 Path = tuple[str, ...]
 _DEFAULT_RULE = "kernels_and_fast_biases"
+# Names of scopes of a `Segmenter`: a classifier without its head, and the heads beside the head.
+_BACKBONE, _AUXILIARY = "backbone", "AuxHead"
 
 
 class DecayRule(NamedTuple):
@@ -93,20 +95,42 @@ def map_by_path(function: Callable[[Path, Any], Any], tree: Any) -> Any:
   )
 
 
-def is_classifier(path: Path) -> bool:
-  """Returns whether a parameter belongs to a classifier, or to the classifier of an auxiliary head.
+def classifier_mask(tree: Any) -> Any:
+  """Returns a tree with True for each parameter whose shape depends on the number of classes.
 
-  The shapes of these parameters depend on the number of classes. A batch norm before a classifier
-  belongs to the backbone.
+  These are the classifier, and the classifiers of auxiliary heads. A batch norm before a classifier
+  is no part of it.
+
+  Args:
+    tree: parameters, or statistics, of a whole network.
   """
-  return "head" in path[:-1] and "bn" not in path
+  if _BACKBONE in tree:
+    return map_by_path(lambda path, _: path[0] != _BACKBONE and "classifier" in path, tree)
+  return map_by_path(lambda path, _: "head" in path[:-1] and "bn" not in path, tree)
 
 
-def classifier_only(params: Any) -> Any:
-  """Selects the classifier: the parameters that learn while the backbone is frozen.
+def head_mask(params: Any) -> Any:
+  """Returns a tree with True for each parameter that does not belong to the backbone.
+
+  The head of a classifier is the classifier, with those of auxiliary heads. The head of a network
+  for segmentation is everything above its backbone, batch norms and auxiliary heads included.
+  """
+  if _BACKBONE in params:
+    return map_by_path(lambda path, _: path[0] != _BACKBONE, params)
+  return classifier_mask(params)
+
+
+def head_only(params: Any) -> Any:
+  """Selects the head: the parameters that learn while the backbone is frozen.
 
   Auxiliary heads are left out. They only serve to teach the backbone, so they are frozen with it.
   """
+  if _BACKBONE in params:
+    return {
+      name: scope
+      for name, scope in params.items()
+      if name != _BACKBONE and not name.startswith(_AUXILIARY)
+    }
 
   def without_norms(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
@@ -121,7 +145,7 @@ def overlay(params: Any, part: Any) -> Any:
 
   Args:
     params: the whole tree.
-    part: some of its scopes, such as the result of `classifier_only`.
+    part: some of its scopes, such as the result of `head_only`.
   """
   if not isinstance(part, Mapping):
     return part
@@ -150,8 +174,8 @@ def sgd(
     weight_decay: factor on the parameters that decay.
     weight_decay_rule: a key of DECAY_RULES.
     clip_norm: largest norm of the whole gradient, before weight decay; 0: no limit.
-    backbone_rate: factor on the updates of all parameters that are not `is_classifier`. With 0,
-      the optimizer holds, takes and returns only the parameters in `classifier_only`.
+    backbone_rate: factor on the updates of all parameters outside of `head_mask`. With 0, the
+      optimizer holds, takes and returns only the parameters in `head_only`.
     scales: multiply the gradients g of plain kernels as RepOptimizer does, see
       `repjax.training.multipliers`. None multiplies none.
 
@@ -232,22 +256,22 @@ def _clipped(inner: optax.GradientTransformation, clip_norm: float) -> optax.Gra
 def _for_backbone(
   inner: optax.GradientTransformation, backbone_rate: float
 ) -> optax.GradientTransformation:
-  """Multiplies the updates of `inner` by a factor, for all parameters except the classifier's."""
+  """Multiplies the updates of `inner` by a factor, for all parameters except the head's."""
   if backbone_rate == 1:
     return inner
 
   if backbone_rate == 0:
     # The state has no entries for the backbone, so that nothing of a frozen network is stored.
     return optax.GradientTransformation(
-      lambda params: inner.init(classifier_only(params)),
-      lambda updates, state, params=None: inner.update(updates, state, classifier_only(params)),
+      lambda params: inner.init(head_only(params)),
+      lambda updates, state, params=None: inner.update(updates, state, head_only(params)),
     )
 
   # A further link in an optax chain would change the tree of the state. Wrapping `inner` keeps the
   # tree, so that a checkpoint fits whatever the factor.
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     updates, state = inner.update(updates, state, params)
-    classifier = map_by_path(lambda path, _: is_classifier(path), updates)
-    return jax.tree.map(lambda u, own: u if own else u * backbone_rate, updates, classifier), state
+    head = head_mask(updates)
+    return jax.tree.map(lambda u, own: u if own else u * backbone_rate, updates, head), state
 
   return optax.GradientTransformation(inner.init, update)

@@ -13,7 +13,14 @@ import ml_collections
 import optax
 
 from repjax import names, runs
-from repjax.config import ADAMW, REPOPTIMIZERS, Config, check_config
+from repjax.config import (
+  ADAMW,
+  BEFORE,
+  EVALUATION_FIELDS,
+  REPOPTIMIZERS,
+  Config,
+  check_config,
+)
 from repjax.data import Source, open_source, parse_augmentation
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing
@@ -62,7 +69,9 @@ def read_config(workdir: str | Path, **changes: Any) -> Config:
   Raises:
     InputError: the folder holds no run, or its config.json is damaged.
   """
-  value = runs.read_config_json(names.folder(workdir))
+  # Fields of evaluation that are younger than the run have the value that the run used.
+  older = {name: BEFORE[name] for name in EVALUATION_FIELDS if name in BEFORE}
+  value = {**older, **runs.read_config_json(names.folder(workdir))}
   changed = {field: change for field, change in changes.items() if change is not None}
   return ml_collections.ConfigDict({**value, **changed}, convert_dict=True)
 
@@ -112,7 +121,7 @@ def _total_steps(config: Config, steps_per_epoch: float) -> int:
 def check(config: Config) -> None:
   """Raises InputError for a field that is missing, or a value that no run could use."""
   check_config(config)
-  parse_augmentation(config.augment)
+  parse_augmentation(config.augment, config.task)
   if config.tensorboard:
     display.check_tensorboard()
 
@@ -152,8 +161,18 @@ def model_spec(config: Config, class_names: tuple[str, ...]) -> ModelSpec:
     preprocessing=preprocessing(config),
     class_names=class_names,
   )
+  check_same_task(config, spec)
   spec.variable_shapes()  # Tracing the model checks the overrides and the image size.
   return spec
+
+
+def check_same_task(config: Config, spec: ModelSpec) -> None:
+  """Raises InputError if a model is not for the task of a config."""
+  if spec.task != config.task:
+    raise InputError(
+      f"config.model = {spec.name!r} is for {spec.task}, and config.task is {config.task!r}. Set "
+      f"config.task = {spec.task!r}, or name a model for {config.task}"
+    )
 
 
 def check_training_size(config: Config, spec: ModelSpec) -> None:
@@ -182,6 +201,7 @@ def open_split(config: Config, split: str, spec: ModelSpec) -> Source:
     data_dir=config.data_dir,
     num_classes=spec.num_classes,
     image_size=spec.preprocessing.image_size,
+    task=spec.task,
   )
   classes = len(source.class_names)
   if classes != spec.num_classes:

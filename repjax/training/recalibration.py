@@ -27,6 +27,7 @@ from repjax import names, runs
 from repjax.cache import use_compilation_cache
 from repjax.config import (
   EVALUATION_FIELDS,
+  SCORES,
   Config,
   check_evaluation,
   check_fields,
@@ -35,8 +36,8 @@ from repjax.config import (
 from repjax.data import Source, train_batches
 from repjax.errors import InputError, listed
 from repjax.spec import ModelSpec, Preprocessing
-from repjax.training import evaluation, parallel, planning, processes
-from repjax.training.step import make_eval_step
+from repjax.training import evaluation, parallel, planning, processes, tasks
+from repjax.training.display import named, title
 
 # The config of an import describes no training, so there these fields have their defaults.
 _TRAINING = ("train_split", "augment", "seed", "sync_batch_norm")
@@ -64,8 +65,8 @@ def recalibrate(
 
   Returns:
     The content of recalibration.json: `step`, `batches`, `batch_size`, `images`, `dataset`,
-    `split`, `eval_split`, and `accuracy` and `loss` on the evaluation split, each `before` and
-    `after`.
+    `split`, `eval_split`, and the scores of the task and `loss` on the evaluation split, such as
+    `accuracy`, each `before` and `after`.
 
   Raises:
     InputError: no batches, a run with `qat`, a data set of different classes, no whole checkpoint
@@ -99,7 +100,7 @@ def recalibrate(
     "eval_split": config.eval_split,
     **{
       value: {name: result[value] for name, result in results.items()}
-      for value in ("accuracy", "loss")
+      for value in (*tasks.TASKS[spec.task].scores, "loss")
     },
   }
   return processes.first(
@@ -144,12 +145,16 @@ def pooled_statistics(
 
 def format_recalibration(record: Mapping[str, Any]) -> str:
   """Returns two lines for people: what was re-estimated, and what it changed."""
-  accuracy, loss = record["accuracy"], record["loss"]
+  metrics = (*(score for score in SCORES if score in record), "loss")
+  changes = [
+    f"{named(metric, record[metric]['before'])} -> "
+    f"{named(metric, record[metric]['after']).removeprefix(f'{title(metric)} ')}"
+    for metric in metrics
+  ]
   return (
     f"batch norms of step {record['step']} re-estimated over {record['batches']:,} batches of "
     f"{record['batch_size']:,} images of {record['dataset']}'s {record['split']} split\n"
-    f"{record['eval_split']} accuracy {accuracy['before']:.2%} -> {accuracy['after']:.2%}, "
-    f"loss {loss['before']:.4f} -> {loss['after']:.4f}"
+    f"{record['eval_split']} {', '.join(changes)}"
   )
 
 
@@ -216,6 +221,7 @@ def _training_batches(config: Config, source: Source, preprocessing: Preprocessi
     image_size=_training_size(config, preprocessing),
     augment=config.augment,
     interpolation=preprocessing.interpolation,
+    mean=preprocessing.mean,
     seed=config.seed,
     shard=parallel.shard(),
     num_workers=config.num_workers,
@@ -229,13 +235,13 @@ def _training_size(config: Config, preprocessing: Preprocessing) -> int:
 
 def _evaluate(
   config: Config, source: Source, spec: ModelSpec, trees: Mapping[str, Any]
-) -> dict[str, dict[str, float]]:
-  """Returns accuracy and loss of a model for each of several trees of variables."""
-  eval_step = parallel.data_parallel(
-    make_eval_step(spec.create_model().apply, spec.preprocessing, axis_name=parallel.AXIS)
-  )
+) -> dict[str, dict[str, Any]]:
+  """Returns the results of a model for each of several trees of variables."""
+  task = tasks.create(spec.task, config)
+  eval_step = evaluation.make_step(task, spec.create_model().apply, spec.preprocessing)
   return {
     name: evaluation.run(
+      task,
       eval_step,
       parallel.place(variables),
       evaluation.batches(config, source, spec.preprocessing),

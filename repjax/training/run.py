@@ -261,11 +261,11 @@ def _finish_alone(run: Prepared, workdir: Path) -> None:
 def _headline(config: Config, plan: Plan) -> str:
   """Returns two lines that say what is trained, on what, and at which learning rate."""
   peak = config.learning_rate * config.batch_size / schedules.BASE_BATCH_SIZE
-  backbone = ""
+  backbone, head = "", "head" if config.task == "segmentation" else "classifier"
   if config.backbone_rate != 1:
-    backbone = f", {config.backbone_rate:g} times that for all but the classifier"
+    backbone = f", {config.backbone_rate:g} times that for all but the {head}"
   if config.backbone_rate == 0:
-    backbone = "; the classifier alone learns, all else is frozen and runs as in evaluation"
+    backbone = f"; the {head} alone learns, all else is frozen and runs as in evaluation"
   size, evaluated = f"{config.image_size} px", plan.spec.preprocessing.image_size
   if evaluated != config.image_size:
     size += f" ({evaluated} in evaluation)"

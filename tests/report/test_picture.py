@@ -81,10 +81,10 @@ def test_curves_are_where_they_belong():
   found = panels(figure)
   assert drawn(found["Loss"], "training") == [(10, 2.0), (20, 0.05)]
   assert drawn(found["Loss"], "evaluation") == [(10, 2.5), (20, 0.5)]
-  assert drawn(found["Loss"], "most accurate evaluation") == [(10, 2.5)]
+  assert drawn(found["Loss"], "best evaluation") == [(10, 2.5)]
   assert drawn(found["Accuracy"], "training") == [(10, 25.0), (20, 50.0)]
   assert drawn(found["Accuracy"], "evaluation") == [(10, 75.0), (20, 50.0)]
-  assert drawn(found["Accuracy"], "most accurate evaluation") == [(10, 75.0)]
+  assert drawn(found["Accuracy"], "best evaluation") == [(10, 75.0)]
   for name, expected in (
     ("Learning rate", [0.1, 0.3]),
     ("Throughput", [100.0, 300.0]),
@@ -227,7 +227,7 @@ def test_runs_are_laid_over_one_another_in_colours_that_differ():
   stars = [line for line in found["Accuracy"].lines if line.get_marker() == "*"]
   assert [line.get_xdata().tolist() for line in stars[:2]] == [[10], [20]]
   legend = [text.get_text() for text in found["Loss"].get_legend().get_texts()]
-  assert legend == ["training", "evaluation", "most accurate evaluation"]
+  assert legend == ["training", "evaluation", "best evaluation"]
 
 
 @pytest.mark.parametrize("name", spread(["a$b^{$", "$x$"], ["a$b^{$"]))

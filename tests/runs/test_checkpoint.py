@@ -204,18 +204,18 @@ def test_where_all_are_damaged_nothing_is_moved_and_all_are_named(workdir, capsy
 @pytest.mark.parametrize("step", [4, 8])
 @pytest.mark.parametrize("damage", [delete, truncate, garble, worsen])
 def test_a_checkpoint_of_unknown_accuracy_is_kept(workdir, damage, step, capsys):
-  damage(runs.accuracy_file(workdir, step))
+  damage(runs.score_file(workdir, step))
   assert runs.checkpoints(workdir) == {4: 0.9, 8: 0.3} | {step: math.nan}
   assert_same(restore_newest(workdir, make_state(0)), make_state(8))
   save(workdir, {10: 0.1, 12: 0.0})
   assert {4, 12, step} == runs.checkpoints(workdir).keys() - ({8} - {step})
-  assert f"accuracy of the checkpoint of step {step} is unknown" in capsys.readouterr().out
+  assert f"score of the checkpoint of step {step} is unknown" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["eval_accuracy", "eval_ema_accuracy"])
 @pytest.mark.parametrize("damage", [delete, truncate, garble, worsen])
 def test_an_accuracy_that_cannot_be_read_is_taken_from_the_records(workdir, damage, name):
-  damage(runs.accuracy_file(workdir, 4))
+  damage(runs.score_file(workdir, 4))
   lines = [{"step": 3, "loss": 0.1}, {"step": 4, "eval_accuracy": 0.2} | {name: 0.9}]
   runs.metrics_file(workdir).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
   assert runs.checkpoints(workdir) == {4: 0.9, 8: 0.3}
@@ -265,7 +265,7 @@ def test_one_without_an_evaluation_is_never_the_best_beside_one_with(tmp_path):
   save(tmp_path, {2: None, 4: 0.0, 6: None, 8: None})
   assert runs.checkpoints(tmp_path) == {4: 0.0, 8: -1.0}
   assert runs.read_checkpoint(tmp_path, to_items(make_state(0)), best=True)[0] == 4
-  CheckpointWriter(tmp_path).set_accuracy(8, 0.5)
+  CheckpointWriter(tmp_path).set_score(8, 0.5)
   assert runs.checkpoints(tmp_path) == {8: 0.5}
   save(tmp_path, {10: None})
   assert runs.checkpoints(tmp_path) == {8: 0.5, 10: -1.0}

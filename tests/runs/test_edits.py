@@ -282,7 +282,7 @@ def test_no_file_of_records_is_read_from_a_folder_or_a_pipe(tmp_path, damage):
 
 
 def test_a_checkpoint_with_an_edited_accuracy_is_one_of_unknown_accuracy(tmp_path):
-  path = put(paths.accuracy_file(tmp_path, 4), {"accuracy": 0.5})
+  path = put(paths.score_file(tmp_path, 4), {"accuracy": 0.5})
   assert runs.checkpoints(tmp_path) == {4: 0.5}
   for edited in edits({"accuracy": 0.5}):
     path.write_text(json.dumps(edited))

@@ -12,7 +12,7 @@ from repjax.runs import paths
 ROOT = Path(runs.__file__).parents[2]
 PACKAGE = ROOT / "repjax"
 FOLDER = Path("run")
-OF_A_STEP = (runs.variables_folder, runs.accuracy_file, runs.bookmark_file)
+OF_A_STEP = (runs.variables_folder, runs.score_file, runs.bookmark_file)
 OF_A_FOLDER = tuple(
   function
   for name, function in inspect.getmembers(paths, inspect.isfunction)

@@ -104,6 +104,13 @@ def averaged(digits_dir, cache_home, shared_folder):
   return workdir, run_once(tiny.averaging(digits_dir), workdir, cache_home)[0]
 
 
+@pytest.fixture(scope="session")
+def segmented(cache_home, shared_folder):
+  """The workdir of a finished run of segmentation, and its report; do not change it."""
+  workdir = shared_folder / "segmented"
+  return workdir, run_once(tiny.segmentation(), workdir, cache_home)[0]
+
+
 @pytest.fixture
 def overtrained(finished, tmp_path):
   """A copy of the finished run, with a newer and worse checkpoint of step 20."""
@@ -112,7 +119,7 @@ def overtrained(finished, tmp_path):
   sgd = optimizer.sgd(lambda step: 0.1, momentum=0.9, nesterov=False, weight_decay=1e-4)
   writer = CheckpointWriter(workdir)
   state = create_state(variables, sgd).replace(step=jnp.asarray(20))
-  writer.save(20, to_items(state), accuracy=0.0)
+  writer.save(20, to_items(state), score=0.0)
   writer.close()
   return workdir
 

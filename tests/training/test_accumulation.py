@@ -10,6 +10,7 @@ from repjax import training
 from repjax.training import loop, optimizer, parallel
 from repjax.training.state import create_state
 from repjax.training.step import accumulate, make_train_step
+from repjax.training.tasks import Classification
 from tests.helpers import leaves, relative_error
 from tests.training import tiny
 from tests.training.test_step import (
@@ -51,9 +52,9 @@ def parts_of(model, parts, *, axis_name=None, **options):
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_without_batch_norm_parts_are_as_good_as_the_whole(parts):
   batch = make_batch(classes=3)
-  state, whole = parts_of(Plain(), 1, label_smoothing=0.1)
+  state, whole = parts_of(Plain(), 1, task=Classification(0.1))
   expected, metrics = jax.jit(whole)(state, batch)
-  new, own = jax.jit(parts_of(Plain(), parts, label_smoothing=0.1)[1])(state, batch)
+  new, own = jax.jit(parts_of(Plain(), parts, task=Classification(0.1))[1])(state, batch)
   for path, value in leaves(new.params).items():
     assert relative_error(value, leaves(expected.params)[path]) <= 1e-5, path
   for name, value in metrics.items():
@@ -140,9 +141,6 @@ def test_a_part_sees_the_statistics_of_the_one_before():
 
 def test_every_field_of_a_recipe_reaches_the_step(digits_dir, tmp_path, monkeypatch):
   changes = {
-    "label_smoothing": 0.2,
-    "mixup": 0.3,
-    "cutmix": 0.4,
     "aux_weight": 0.5,
     "custom_l2": 0.6,
     "accumulate_steps": 2,
@@ -160,6 +158,9 @@ def test_every_field_of_a_recipe_reaches_the_step(digits_dir, tmp_path, monkeypa
   config = tiny.config(
     digits_dir,
     **changes,
+    label_smoothing=0.2,
+    mixup=0.3,
+    cutmix=0.4,
     weight_decay_rule="all_but_penalised_kernels",
     sync_batch_norm=True,
     dtype="bfloat16",
@@ -168,5 +169,6 @@ def test_every_field_of_a_recipe_reaches_the_step(digits_dir, tmp_path, monkeypa
     training.train(config, tmp_path)
   axis, dtype, options = caught.value.args
   assert (axis, dtype) == (parallel.AXIS, jnp.bfloat16)
+  task = Classification(label_smoothing=0.2, mixup=0.3, cutmix=0.4)
   own = {"ema_start": 3, "axis_name": parallel.AXIS, "frozen": False, "network": None}
-  assert options == {**changes, **own}
+  assert options == {"task": task, **changes, **own}

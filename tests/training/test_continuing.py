@@ -65,7 +65,7 @@ def test_claiming_again_says_and_changes_nothing(claimed, capsys):
   ("changes", "difference"),
   [
     ({"model": "repvgg_b0"}, "name repvgg_a0 -> repvgg_b0"),
-    ({"image_size": 24}, "preprocessing.image_size 16 -> 24"),
+    ({"image_size": 24, "resize_size": 24}, "preprocessing.image_size 16 -> 24"),
     ({"model_overrides": {"act": "silu"}}, "overrides.act None -> silu"),
     ({"model_overrides": {"stage_sizes": (1, 2, 1, 1)}}, "overrides.stage_sizes.1 1 -> 2"),
   ],
@@ -354,7 +354,7 @@ def test_a_run_that_continues_removes_a_checkpoint_that_a_kill_left_too_many(
   workdir = shutil.copytree(finished[0], tmp_path / "run")
   before = runs.checkpoints(workdir)
   shutil.copytree(workdir / "checkpoints" / "12", workdir / "checkpoints" / "3")
-  disk.write_json(runs.accuracy_file(workdir, 3), {"accuracy": -1.0})
-  disk.update_manifest(workdir / "checkpoints" / "3", runs.accuracy_file(workdir, 3))
+  disk.write_json(runs.score_file(workdir, 3), {"accuracy": -1.0})
+  disk.update_manifest(workdir / "checkpoints" / "3", runs.score_file(workdir, 3))
   training.train(tiny.config(digits_dir), workdir)
   assert runs.checkpoints(workdir) == before

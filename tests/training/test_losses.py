@@ -10,6 +10,7 @@ from repjax.spec import Preprocessing
 from repjax.training import optimizer
 from repjax.training.state import create_state
 from repjax.training.step import make_train_step
+from repjax.training.tasks import Classification
 from tests.helpers import (
   F64,
   assert_close,
@@ -199,7 +200,11 @@ def test_several_steps_and_evaluation_after_them_are_those_of_numpy(
   preprocessing = Preprocessing(16, 16, "bilinear", (0.0,) * 3, (1.0,) * 3)
   step = jax.jit(
     make_train_step(
-      model, sgd, preprocessing, label_smoothing=SMOOTHING, custom_l2=PENALTY * penalised
+      model,
+      sgd,
+      preprocessing,
+      task=Classification(SMOOTHING),
+      custom_l2=PENALTY * penalised,
     )
   )
   state, network = create_state(variables, sgd), Network(variables)

@@ -27,8 +27,8 @@ pytest_plugins = ["tests.training.fixtures"]
 def assert_as_undisturbed(finished):
   """Compares all that a run has left with what an undisturbed one leaves, bit for bit."""
 
-  def compare(workdir):
-    ours, theirs = torture.contents(workdir), torture.contents(finished[0])
+  def compare(workdir, undisturbed=finished[0]):
+    ours, theirs = torture.contents(workdir), torture.contents(undisturbed)
     for held in (ours, theirs):
       del held["config.json"]  # says how often to save
     assert ours.keys() == theirs.keys()
@@ -62,20 +62,37 @@ def wait_until(condition, seconds=60):
     time.sleep(0.001)
 
 
+THREE = [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
+
+
 @pytest.mark.parametrize(
-  ("module", "name", "at", "numbers", "error"),
+  ("module", "name", "at", "numbers", "error", "begun"),
   [
-    (loop, "train_batches", 0, [signal.SIGINT, signal.SIGTERM, signal.SIGTERM], Stopped),
+    (loop, "train_batches", 0, THREE, Stopped, "finished"),
     pytest.param(
-      *(evaluation, "eval_batches", 1, [signal.SIGTERM], Preempted), marks=pytest.mark.proof
+      *(evaluation, "eval_batches", 1, [signal.SIGTERM], Preempted, "finished"),
+      marks=pytest.mark.proof,
     ),
+    (loop, "train_batches", 5, [signal.SIGTERM], Preempted, "segmented"),
   ],
-  ids=["the first step", "an evaluation"],
+  ids=["the first step", "an evaluation", "segmentation"],
 )
 def test_a_signal_saves_the_step_in_hand_and_nothing_is_lost(
-  digits_dir, tmp_path, monkeypatch, capsys, assert_as_undisturbed, module, name, at, numbers, error
+  digits_dir,
+  tmp_path,
+  monkeypatch,
+  capsys,
+  request,
+  assert_as_undisturbed,
+  module,
+  name,
+  at,
+  numbers,
+  error,
+  begun,
 ):
-  config = tiny.config(digits_dir)
+  undisturbed = request.getfixturevalue(begun)[0]
+  config = tiny.config(digits_dir) if begun == "finished" else tiny.segmentation()
   with monkeypatch.context() as patch:
     send_when(patch, module, name, at, *numbers)
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -95,7 +112,7 @@ def test_a_signal_saves_the_step_in_hand_and_nothing_is_lost(
     assert 0 < newest < tiny.STEPS
   training.train(config, tmp_path, resume="must")
   assert f"continuing from the checkpoint of step {newest}\n" in capsys.readouterr().out
-  assert_as_undisturbed(tmp_path)
+  assert_as_undisturbed(tmp_path, undisturbed)
 
 
 @pytest.mark.proof
@@ -165,9 +182,10 @@ def test_a_save_that_fails_ends_the_run_soon_and_leaves_the_one_before(
   config = tiny.config(digits_dir)
   save = CheckpointWriter.save
 
-  def save_to_a_full_disk(self, step, items, accuracy, **more):
+  def save_to_a_full_disk(self, step, items, score, **more):
+    self.settle()  # or the disk would be full for the checkpoint before, too
     with files_of_at_most(10_000) if step > 4 else contextlib.nullcontext():
-      save(self, step, items, accuracy, **more)
+      save(self, step, items, score, **more)
       if step > 4:
         wait_until(self._saving.done)
 

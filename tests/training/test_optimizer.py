@@ -138,6 +138,10 @@ def test_the_default_optimizers_state_is_that_of_earlier_checkpoints():
   }
 
 
+def true_paths(mask):
+  return {path for path, chosen in leaves(mask).items() if chosen}
+
+
 def test_the_classifier_is_what_depends_on_the_number_of_classes():
   model = {"stage_sizes": (1, 1, 2, 1), "se": "post", "se_reduction": 4, "aux_heads": True}
   shapes = [
@@ -150,7 +154,7 @@ def test_the_classifier_is_what_depends_on_the_number_of_classes():
   ]
   of_three, of_five = (leaves(tree) for tree in shapes)
   differ = {path for path, leaf in of_three.items() if leaf.shape != of_five[path].shape}
-  assert differ == {path for path in of_three if optimizer.is_classifier(tuple(path.split("/")))}
+  assert differ == true_paths(optimizer.classifier_mask(shapes[0]))
   assert len(differ) == 8  # kernel and bias of the classifier and of three auxiliary heads
 
 
@@ -158,9 +162,8 @@ def test_a_norm_in_front_of_a_classifier_is_the_backbones():
   layers = {"bn": {"scale": 1, "bias": 2}, "dense": {"kernel": 3, "bias": 4}}
   params = {"stem": {"kernel": 0}, "head": {"RepHead_0": layers}}
   learning = {"head": {"RepHead_0": {"dense": {"kernel": 3, "bias": 4}}}}
-  assert optimizer.classifier_only(params) == learning
-  ours = {path for path in leaves(params) if optimizer.is_classifier(tuple(path.split("/")))}
-  assert ours == set(leaves(learning))
+  assert optimizer.head_only(params) == learning
+  assert true_paths(optimizer.classifier_mask(params)) == set(leaves(learning))
   learned = {"head": {"RepHead_0": {"dense": {"kernel": 5, "bias": 6}}}}
   whole = optimizer.overlay(params, learned)
   assert whole == {

@@ -360,7 +360,7 @@ def replace_checkpoint(workdir, step, accuracy=1.0):
   folder = workdir / "checkpoints" / str(step)
   shutil.rmtree(folder, ignore_errors=True)
   trees.write_tree(folder / "variables", variables)
-  disk.write_json(runs.accuracy_file(workdir, step), {"accuracy": accuracy})
+  disk.write_json(runs.score_file(workdir, step), {"accuracy": accuracy})
   return variables
 
 

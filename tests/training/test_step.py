@@ -13,6 +13,7 @@ from repjax.spec import Preprocessing
 from repjax.training import mixing, optimizer, parallel
 from repjax.training.state import TrainState, create_state
 from repjax.training.step import make_eval_step, make_train_step
+from repjax.training.tasks import Classification
 from tests.helpers import F64, leaves, random_variables, relative_error, shapes, spread
 from tests.training import tiny
 
@@ -101,7 +102,7 @@ def double(x64):
       model.clone(axis_name=batch_norm_axis),
       sgd,
       PREPROCESSING,
-      label_smoothing=SMOOTHING,
+      task=Classification(label_smoothing=SMOOTHING),
       axis_name=axis_name,
     )
 
@@ -208,7 +209,7 @@ def test_label_smoothing_mixes_in_the_same_share_of_every_class(smoothing):
   model = Toy()
   state, sgd = toy_state(model)
   batch = make_batch(classes=3)
-  step = jax.jit(make_train_step(model, sgd, PREPROCESSING, label_smoothing=smoothing))
+  step = jax.jit(make_train_step(model, sgd, PREPROCESSING, task=Classification(smoothing)))
   _, metrics = step(state, batch)
   variables = {"params": state.params, "batch_stats": state.batch_stats}
   logits = training_outputs(model, variables, batch)
@@ -220,7 +221,7 @@ def test_each_auxiliary_head_adds_its_weighted_loss():
   model = Toy(aux=("first", "second"))
   state, sgd = toy_state(model)
   batch = make_batch(classes=3)
-  step = make_train_step(model, sgd, PREPROCESSING, aux_weight=0.3, label_smoothing=0.1)
+  step = make_train_step(model, sgd, PREPROCESSING, task=Classification(0.1), aux_weight=0.3)
   _, metrics = jax.jit(step)(state, batch)
   variables = {"params": state.params, "batch_stats": state.batch_stats}
   logits, aux = training_outputs(model, variables, batch)
@@ -247,7 +248,7 @@ def test_a_step_on_mixed_images_has_the_loss_of_mixed_targets(alphas, number):
   state = state.replace(step=jnp.asarray(number, jnp.int32))
   batch = make_batch(classes=3)
   step = make_train_step(
-    model, sgd, PREPROCESSING, aux_weight=0.3, label_smoothing=0.1, seed=5, **alphas
+    model, sgd, PREPROCESSING, task=Classification(0.1, **alphas), aux_weight=0.3, seed=5
   )
   _, metrics = jax.jit(step)(state, batch)
 
@@ -295,8 +296,8 @@ def shares_step(mixup, cutmix, seed, axis_name):
   batch = make_batch(classes=3)
   batch["image"][:] = 0
   batch["image"][::EACH] = 255
-  alphas = {"mixup": mixup, "cutmix": cutmix}
-  step = make_train_step(Shares(axis_name), sgd, plain, seed=seed, axis_name=axis_name, **alphas)
+  task = Classification(mixup=mixup, cutmix=cutmix)
+  step = make_train_step(Shares(axis_name), sgd, plain, task=task, seed=seed, axis_name=axis_name)
   if axis_name is None:
     run = jax.jit(step)
   else:
@@ -325,15 +326,16 @@ def test_the_mixture_differs_between_devices():
 def test_a_step_that_mixes_nothing_draws_nothing_for_it(monkeypatch):
   model = Toy(dropout=0.5)
   state, sgd = toy_state(model)
-  monkeypatch.setattr("repjax.training.step.mixing", None)
-  step = make_train_step(model, sgd, PREPROCESSING, mixup=0.0, cutmix=0.0)
+  monkeypatch.setattr("repjax.training.tasks.classification.mixing", None)
+  step = make_train_step(model, sgd, PREPROCESSING, task=Classification(mixup=0.0, cutmix=0.0))
   text = str(jax.make_jaxpr(step)(state, make_batch(classes=3)))
   assert text.count("random_fold_in") == 2  # the step's key, and Flax's of dropout
   assert text.count("random_bits") == 1
 
 
 def drawn_mask(state, sgd, seed=0, **alphas):
-  step = jax.jit(make_train_step(DropoutMask(), sgd, PREPROCESSING, seed=seed, **alphas))
+  task = Classification(**alphas)
+  step = jax.jit(make_train_step(DropoutMask(), sgd, PREPROCESSING, task=task, seed=seed))
   return np.asarray(step(state, make_batch(classes=3))[0].batch_stats["mask"])
 
 
@@ -418,7 +420,7 @@ def frozen_parts(**overrides):
 
   def build(axis_name=None):
     return make_train_step(
-      model, sgd, PREPROCESSING, label_smoothing=SMOOTHING, axis_name=axis_name, frozen=True
+      model, sgd, PREPROCESSING, task=Classification(SMOOTHING), axis_name=axis_name, frozen=True
     )
 
   return model, state, build

@@ -17,6 +17,7 @@ from repjax.spec import Preprocessing
 from repjax.training import optimizer, parallel
 from repjax.training.state import create_state
 from repjax.training.step import make_train_step
+from repjax.training.tasks import Classification
 from tests.helpers import leaves, random_variables
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,25 @@ def averaging(data_dir, **changes):
   return config(data_dir, ema_decay=0.8, **changes)
 
 
+def segmentation(**changes):
+  """Returns the config of a run of 12 steps that segments noise, with `changes` to its fields."""
+  result = digits.get_config()
+  overrides = dict.fromkeys(result.model_overrides)
+  backbone = {"backbone": "repvgg_a0", "backbone_overrides": {**OVERRIDES, "strides": (2,) * 5}}
+  heads = {"head_features": 8, "aux_features": 8, "bins": (1, 2)}
+  result.update({"task": "segmentation", "model": "pspnet", "num_classes": 3})
+  result.model_overrides.update({**overrides, **backbone, **heads})
+  result.update(
+    {"dataset": "synthetic", "eval_split": "sample", "augment": "scale_and_crop | flip"}
+  )
+  result.update({"batch_size": 32, "num_steps": STEPS, "eval_every_epochs": EVAL_STEPS * 32 / 1024})
+  result.update({"log_every_steps": 3, "warmup_epochs": 3 * 32 / 1024, "sync_batch_norm": True})
+  result.update({"schedule": "poly", "backbone_rate": 0.1, "aux_weight": 0.4})
+  result.update({"class_weights": (1.0, 2.0, 0.5), "eval_window": 12, "eval_flip": True})
+  result.update(changes)
+  return result
+
+
 def one_step_with_everything(shard):
   """Returns metrics and sums of parameters after a step with dropout, mixing and shared statistics.
 
@@ -69,7 +89,12 @@ def one_step_with_everything(shard):
   state = create_state(random_variables(model, np.ones((1, size, size, 3), np.float32)), sgd)
   model = model.clone(axis_name=parallel.AXIS)
   step = make_train_step(
-    model, sgd, preprocessing, mixup=0.2, cutmix=1.0, seed=3, axis_name=parallel.AXIS
+    model,
+    sgd,
+    preprocessing,
+    task=Classification(mixup=0.2, cutmix=1.0),
+    seed=3,
+    axis_name=parallel.AXIS,
   )
   rng, each = np.random.default_rng(0), 16 // shard[1]
   own = slice(shard[0] * each, (shard[0] + 1) * each)
