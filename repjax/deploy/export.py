@@ -70,7 +70,8 @@ def export(
   StableHLO takes the tree {"params": ...} and images (N, S, S, 3) with any N, and returns float32
   (N, K). Any program that reads the format of `jax.export` can run it, without repjax and Flax.
   ONNX is made by `repjax.onnx.to_onnx` and takes images (N, 3, S, S). Before the file is written,
-  the ONNX checker tests it, and ONNX Runtime too if it is installed. Beside both lie the parameters.
+  the ONNX checker tests it, and ONNX Runtime too if it is installed. The parameters lie
+  beside both files.
 
   A web page runs the ONNX file in the browser of whoever opens it, on a picture that is dropped or
   drawn. Any web server can show the folder. A model in training form is there twice, so that the
@@ -154,13 +155,13 @@ def export(
     }
   name = (runs.onnx_file if is_onnx else runs.stablehlo_file)(path).name
   if format == "web":
+    assert isinstance(spec, ModelSpec)  # checked above
     forms = {"deploy form": (name, program)}
     if _is_training_form(model, variables):
       trained = _training_form(model, preprocessing, dtype, probabilities)
-      training = of_function(trained, variables, size, input_dtype, probabilities)
-      content = training.SerializeToString()
-      facts["checked_training"] = checked(content, trained, variables, size)
-      forms["training form"] = ("training.onnx", content)
+      content = of_function(trained, variables, size, input_dtype, probabilities)
+      forms["training form"] = ("training.onnx", content.SerializeToString())
+      facts["checked_training"] = checked(forms["training form"][1], trained, variables, size)
     files = web.folder_files(spec, forms, probabilities=probabilities, runtime=web_runtime)
   runs.write_export(
     path,

@@ -9,7 +9,7 @@ page/        the page itself, without a framework:
   pixels.js    resizes as Pillow does, so that the network sees the pixels of its evaluation
 """
 
+# ruff: noqa: F401  (everything imported here is offered to other packages)
+
 from repjax.web.files import folder_files, page_files
 from repjax.web.runtime import runtime_files
-
-__all__ = ["folder_files", "page_files", "runtime_files"]

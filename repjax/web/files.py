@@ -46,9 +46,7 @@ def page_files() -> dict[str, bytes]:
   return {path.name: path.read_bytes() for path in sorted(PAGE.iterdir()) if path.is_file()}
 
 
-def settings(
-  spec: ModelSpec, forms: Mapping[str, tuple[str, bytes]], probabilities: bool
-) -> bytes:
+def settings(spec: ModelSpec, forms: Mapping[str, tuple[str, bytes]], probabilities: bool) -> bytes:
   """Returns the settings of the page: the names it shows, and how it prepares pictures."""
   content = {
     "title": spec.name,
@@ -57,8 +55,7 @@ def settings(
     "class_names": spec.class_names,
     "output": "probabilities" if probabilities else "logits",
     "forms": [
-      {"name": form, "file": file, "size": len(program)}
-      for form, (file, program) in forms.items()
+      {"name": form, "file": file, "size": len(program)} for form, (file, program) in forms.items()
     ],
   }
   return json.dumps(content, indent=2).encode()

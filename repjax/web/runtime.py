@@ -12,7 +12,7 @@ import tarfile
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from repjax import disk, names, regular_files
 from repjax.cache import cache_folder
@@ -128,7 +128,7 @@ def _in_folder(folder: Path, name: str) -> bytes | None:
     raise InputError(f"{printable(folder / name)} cannot be read: {error.strerror}") from error
 
 
-def _of_package(file: io.BufferedIOBase, where: str) -> dict[str, bytes]:
+def _of_package(file: BinaryIO, where: str) -> dict[str, bytes]:
   """Reads the files from a package of npm, which is a compressed archive."""
   try:
     with tarfile.open(fileobj=file, mode="r:gz") as archive:

@@ -13,7 +13,8 @@ import threading
 import pytest
 
 # Debian's /usr/bin/chromium is a script, which keeps the pipes open for the browser.
-PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+PROGRAM = next(filter(None, map(shutil.which, NAMES)), None)
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="no Chromium: apt-get install chromium")
 
 
@@ -79,9 +80,7 @@ class Browser:
 
   def run(self, script):
     """Returns the value of an expression in the page; waits for a promise."""
-    answer = self.call(
-      "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
-    )
+    answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
     assert "exceptionDetails" not in answer, answer["exceptionDetails"]
     return answer["result"].get("value")
 

@@ -230,12 +230,14 @@ function draw(seen) {
     image.data[i * 4 + 3] = 255;
   }
   canvas.getContext("2d").putImageData(image, 0, 0);
+  canvas.parentElement.hidden = false;
 }
 
 function clear() {
   picture = null;
   wipe();
   at("results").replaceChildren();
+  at("seen").parentElement.hidden = true;
 }
 
 function listen() {
