@@ -107,7 +107,7 @@ class TestInABrowser:
     assert [name for name, *_ in forms] == ["deploy form", "training form"]
     assert all(float(time.removesuffix(" ms")) > 0 for _, time, _ in forms)
 
-  def test_a_drawing_is_looked_at(self, chromium, small, runtime, tmp_path):
+  def test_drawn_and_dropped_pictures_are_looked_at(self, chromium, small, runtime, tmp_path):
     folder = tmp_path / "page"
     repjax.deploy.export(*small, SPEC, folder, format="web", web_runtime=runtime)
     with served(folder) as address:
@@ -118,7 +118,17 @@ class TestInABrowser:
       light = chromium.run(
         "seen.getContext('2d').getImageData(0, 0, 16, 16).data.filter((x) => x === 255).length"
       )
-    assert 256 < light < 4 * 256  # the ink is white, like alpha; the paper is not
+      assert 256 < light < 4 * 256  # the ink is white, like alpha; the paper is not
+      chromium.run(
+        f"""(() => {{
+          const given = new DataTransfer(), bytes = Uint8Array.from({list(png(noise(18, 18)))});
+          given.items.add(new File([bytes], "noise.png", {{ type: "image/png" }}));
+          document.dispatchEvent(new DragEvent("drop", {{ dataTransfer: given }}));
+        }})()"""
+      )
+      middle = noise(18, 18)[1:17, 1:17]
+      first = "seen.getContext('2d').getImageData(0, 0, 1, 1).data"
+      chromium.wait(f"[...{first}].slice(0, 3).join() === '{','.join(map(str, middle[0, 0]))}'")
 
   def test_classes_of_pixels_lie_over_the_picture(self, chromium, runtime, tmp_path):
     narrow = {"stage_sizes": [1, 1, 1, 1], "width_multipliers": [0.125] * 4}
