@@ -6,6 +6,7 @@ here, so that a file is the same wherever it was found, and nothing else is ever
 
 import contextlib
 import hashlib
+import http.client
 import io
 import os
 import tarfile
@@ -188,7 +189,7 @@ def _downloaded() -> bytes:
   try:
     with urllib.request.urlopen(address, timeout=60) as answer:
       return answer.read(_LARGEST)
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, http.client.HTTPException) as error:
     reason = getattr(error, "reason", None) or error
     raise InputError(
       f"ONNX Runtime Web, which runs the network in the browser, could not be fetched from "

@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 
 import repjax
+from repjax import cli
 from repjax.data.decode import Picture
 from repjax.data.transforms import resize_and_crop
 from repjax.errors import InputError
 from repjax.spec import Preprocessing
 from repjax.web import page_files, runtime_files
+from tests.cli.helpers import stop_of
 from tests.deploy.tiny import SPEC
 from tests.helpers import random_variables
 from tests.web.browser import browser, needs_chromium, served
@@ -180,6 +182,17 @@ def test_the_folder_has_both_forms_of_a_training_form(small, tmp_path):
     repjax.load(folder)
   with pytest.raises(InputError, match="ONNX file"):
     repjax.deploy.load_exported(folder)
+
+
+@pytest.mark.usefixtures("no_runtime")
+def test_the_command_says_how_to_see_the_page(small_folder, tmp_path, capsys):
+  pytest.importorskip("onnx")
+  arguments = ["export", "--workdir", str(small_folder), "--format", "web"]
+  cli.main([*arguments, "--to", str(tmp_path / "a page")])
+  assert f"http.server --directory '{tmp_path}/a page'" in capsys.readouterr().out
+  assert not (tmp_path / "a page" / "training.onnx").exists()
+  message = stop_of(cli.main, [*arguments, "--both-forms", "--to", str(tmp_path / "other")])
+  assert "training form" in message
 
 
 @pytest.mark.usefixtures("no_runtime")

@@ -84,6 +84,7 @@ async function look() {
   waiting = true;
   if (running) return;
   running = true;
+  say("Running…");
   try {
     while (waiting) {
       waiting = false;
