@@ -2,12 +2,15 @@
 
 The pages lie in docs/ and link to other files of the repository, so that they read well there too.
 The site has no repository beside it, and therefore gets a copy of every file that a page links to:
-data and pictures as they are, programs as pages. The site asks no other server for anything.
+data and pictures as they are, programs as pages. The site asks no other server for anything, so
+that it gets a copy of ONNX Runtime Web too, which runs the network of docs/digits in the browser.
 
-Example:
+Examples:
   python scripts/build_site.py   # build/site/index.html
+  python scripts/build_site.py --web-runtime onnxruntime-web-1.30.0.tgz   # without a network
 """
 
+import argparse
 import ast
 import html.parser
 import os
@@ -15,9 +18,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+from repjax import web
 from repjax.errors import InputError, listed, one_paragraph
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,12 +33,25 @@ OWN_PLACES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 COPIES = "files"  # the folder of the site that holds the other files outside docs/
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
+HOSTED = "https://colab.research.google.com/github/{}/blob/main/{}"  # repository, notebook
 LOADING = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
 
 
 def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--web-runtime",
+    type=Path,
+    metavar="PATH",
+    help="the package onnxruntime-web or a folder with its files (default: the cache or the "
+    "registry of npm)",
+  )
+  arguments = parser.parse_args()
   with one_paragraph():
     write_pages()
+    write_digits(arguments.web_runtime)
     build()
     check_names()
     check_loads()
@@ -62,6 +80,16 @@ def write_pages() -> None:
       shutil.copyfile(source, target)
 
 
+def write_digits(runtime: Path | None) -> None:
+  """Writes what the network of docs/digits needs to run in a browser: the page and the runtime.
+
+  Args:
+    runtime: as `source` in `repjax.web.runtime_files`.
+  """
+  for name, content in {**web.page_files(), **web.runtime_files(runtime)}.items():
+    (PAGES / "digits" / name).write_bytes(content)
+
+
 def place_of(source: Path) -> Path:
   """Returns where a file of the repository lies in the site, relative to its root."""
   if source.is_relative_to(DOCS):
@@ -85,15 +113,25 @@ def links_of(page: Path) -> Iterator[tuple[Path, str]]:
 
 
 def with_new_links(page: Path) -> str:
-  """Returns the text of a page with the links that lead to the places of the site."""
-  folder = place_of(page).parent
+  """Returns the text of a page with the links that lead to the places of the site.
+
+  A link to a notebook opens the notebook where it can be run, if zensical.toml names a repository.
+  """
+  folder, repository = place_of(page).parent, repository_name()
   text = page.read_text()
   for linked, link in links_of(page):
     match = LINK.fullmatch(link)
     assert match
     target = os.path.relpath(place_of(linked), folder)
+    if linked.suffix == ".ipynb" and repository:
+      target = HOSTED.format(repository, linked.relative_to(ROOT))
     text = text.replace(link, f"]({target}{match[2] or ''})")
   return text
+
+
+def repository_name() -> str:
+  """Returns the repository on GitHub that zensical.toml names, OWNER/NAME; empty if none."""
+  return tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["extra"]["repository"]
 
 
 def program_page(source: Path) -> str:

@@ -39,9 +39,10 @@ MAY_IMPORT = {
   "inference": {"functions", "fusion", "models", "program", "recognition", "reparam", "spec"},
   "onnx": {"functions", "inference", "layers", "program", "spec"},
   "quantization": {"algebra", "functions", "inference", "onnx", "program"},
+  "web": {"spec"},
   "deploy": {
     *("algebra", "data", "functions", "inference", "models", "onnx", "pretrained", "program"),
-    "spec",
+    *("spec", "web"),
   },
   "report": {"data", "deploy", "layers", "recognition", "spec"},
   "config": set(),

@@ -1,8 +1,9 @@
-"""Writes a model's deploy form as StableHLO or ONNX, which other programs run without repjax.
+"""Writes a model's deploy form as StableHLO, ONNX or a web page, which run without repjax.
 
 Examples:
   repjax export --workdir runs/a0 --to exported/a0
   repjax export --workdir runs/a0 --to exported/a0-onnx --format onnx
+  repjax export --workdir runs/a0 --to exported/a0-web --format web --both-forms
 
 The ONNX checker tests an ONNX file. Where ONNX Runtime is installed, the outputs of the file are
 compared with those of JAX.
@@ -10,6 +11,7 @@ compared with those of JAX.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
   flags.add(parser, "--workdir", **flags.SOURCE)
   flags.add(parser, "--to", required=True)
   parser.add_argument(
-    "--format", default="stablehlo", help="stablehlo or onnx (default: stablehlo)"
+    "--format", default="stablehlo", help="stablehlo, onnx or web (default: stablehlo)"
   )
   flags.add(parser, "--dtype", "--no-verify")
   parser.add_argument(
@@ -47,11 +49,25 @@ def main(argv: Sequence[str]) -> None:
     help="for segmentation, the side of the images, or their height and width (default: the size "
     "of the training crops)",
   )
+  parser.add_argument(
+    "--both-forms",
+    action="store_true",
+    help="format web: the page compares the training form with the deploy form",
+  )
+  parser.add_argument(
+    "--web-runtime",
+    type=flags.file,
+    metavar="PATH",
+    help="format web: the package onnxruntime-web or a folder with its files (default: the cache "
+    "or the registry of npm)",
+  )
   arguments = parser.parse_args(argv)
   from repjax.onnx.metadata import PROGRAM
 
   with one_paragraph():
-    model, variables, spec = repjax.load(arguments.workdir, verify=arguments.verify)
+    model, variables, spec = repjax.load(
+      arguments.workdir, deploy=not arguments.both_forms, verify=arguments.verify
+    )
     facts = repjax.deploy.export(
       model,
       variables,
@@ -63,11 +79,15 @@ def main(argv: Sequence[str]) -> None:
       normalize=not arguments.normalized,
       probabilities=arguments.probabilities,
       image_size=size_of(arguments.image_size),
+      web_runtime=arguments.web_runtime,
     )
   print(describe(spec, facts), f"saved: {arguments.to}", sep="\n")
   program = arguments.to / PROGRAM
   if program.exists():
     print(f"labels without repjax: python {program} IMAGE")
+  if arguments.format == "web":
+    folder = shlex.quote(str(arguments.to))
+    print(f"to see it: python -m http.server --directory {folder}, then http://localhost:8000")
 
 
 def size_of(numbers: Sequence[int] | None) -> int | tuple[int, int] | None:
@@ -94,7 +114,7 @@ def describe(spec: repjax.ModelSpec, facts: Mapping[str, Any]) -> str:
   sides = ", ".join(map(str, [size, size] if isinstance(size, int) else size))
   maps = spec.task == "segmentation"
   result = f"{facts['output']} float32"
-  if facts["format"] == "onnx":
+  if facts["format"] != "stablehlo":
     shape = f"(N, {classes}, {sides})" if maps else f"(N, {classes})"
     return (
       f"{spec.name}, {facts['dtype']}, ONNX opset {facts['opset']}: {facts['input']} "

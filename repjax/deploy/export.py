@@ -1,4 +1,4 @@
-"""Writes a deploy form for other programs, as StableHLO or as ONNX, and reads StableHLO back.
+"""Writes a deploy form for other programs: StableHLO, ONNX, a web page. Reads StableHLO back.
 
 An exported folder:
 
@@ -9,6 +9,8 @@ An exported folder:
     params/           the parameters, in the program's dtype
     model.json        the ModelSpec; `repjax.load` and `repjax.deploy.Predictor` take the folder,
                       but not that of a function, which has no ModelSpec
+    index.html ...    for the web, beside model.onnx: a page that runs the file in a browser, and
+                      training.onnx, the training form (see `repjax.web`); no params/
     export.json       what the program takes and returns; for StableHLO, for how long it can be
                       read, and the matrices that GPUs read faster transposed, with the axis that
                       is summed over; for ONNX, how it compares with JAX
@@ -23,9 +25,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from repjax import disk, functions, names, runs
+from repjax import disk, functions, names, runs, web
 from repjax.deploy.compile import BATCH_SIZES, CompiledModel
 from repjax.deploy.devices import PlacedTree
 from repjax.deploy.gpu import summed_axes
@@ -47,7 +50,7 @@ from repjax.onnx.proto import OPSET
 from repjax.spec import ModelSpec, Preprocessing, check_preprocessing
 from repjax.trees import is_key, leaf_name
 
-FORMATS = ("stablehlo", "onnx")
+FORMATS = ("stablehlo", "onnx", "web")
 NO_MODEL = (
   "none of repjax.list_models: the folder has no model.json, so that repjax.load and Predictor "
   "cannot read it. repjax.deploy.load_exported runs StableHLO, and ONNX Runtime runs ONNX"
@@ -68,14 +71,20 @@ def export(
   normalize: bool = True,
   probabilities: bool = False,
   image_size: int | tuple[int, int] | None = None,
+  web_runtime: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-  """Writes a model's deploy form as StableHLO or ONNX, with its parameters beside it.
+  """Writes a model's deploy form as StableHLO, as ONNX or as a web page.
 
   StableHLO takes the tree {"params": ...} and images (N, S, S, 3) with any N, and returns float32
   (N, K), or for segmentation (N, H, W, K). Any program that reads the format of `jax.export` can
   run it, without repjax and Flax.
   ONNX is made by `repjax.onnx.to_onnx` and takes images (N, 3, S, S). Before the file is written,
-  the ONNX checker tests it, and ONNX Runtime too if it is installed.
+  the ONNX checker tests it, and ONNX Runtime too if it is installed. The parameters lie
+  beside both files.
+
+  A web page runs the ONNX file in the browser of whoever opens it, on a picture that is dropped or
+  drawn. Any web server can show the folder. A model in training form is there twice, so that the
+  page compares the times of both forms.
 
   Args:
     model: the model in either form, as `repjax.load` returns it; a training form is
@@ -84,7 +93,7 @@ def export(
     spec: ModelSpec of the model. For a model that is not one of `repjax.list_models`, its
       Preprocessing: the folder then has no model.json.
     folder: the folder to write, which must not exist yet.
-    format: "stablehlo" or "onnx".
+    format: "stablehlo", "onnx" or "web". A web page needs a ModelSpec.
     dtype: as in `repjax.deploy.compile`, or in `repjax.onnx.to_onnx`.
     platforms: platforms that StableHLO is lowered for, among PLATFORMS.
     normalize: takes uint8 images and normalizes them inside. False: images are normalized already
@@ -92,6 +101,8 @@ def export(
     probabilities: returns a softmax of the logits.
     image_size: for segmentation, the size of the images in pixels, one number or (height, width).
       None: the size of the training crops.
+    web_runtime: the package onnxruntime-web, or a folder with its files, for a web page. None: the
+      user's cache, or the registry of npm.
 
   Returns:
     The content of export.json.
@@ -114,6 +125,8 @@ def export(
   known = isinstance(spec, ModelSpec)
   preprocessing = spec.preprocessing if known else spec
   check_preprocessing(preprocessing)
+  if format == "web":
+    _check_web(model, spec, normalize, image_size)
   if image_size is not None and isinstance(spec, ModelSpec) and spec.task == "classification":
     raise InputError(
       f"{spec.name} takes squares of {preprocessing.image_size} px, to which its preprocessing "
@@ -132,7 +145,8 @@ def export(
   )
   if not known or [*tree] != ["params"]:
     function, tree = _with_named_leaves(function, tree)
-  input_dtype = np.dtype(np.uint8 if normalize else dtype if format == "onnx" else np.float32)
+  is_onnx = format in ("onnx", "web")
+  input_dtype = np.dtype(np.uint8 if normalize else dtype if is_onnx else np.float32)
   facts = {
     "format": format,
     "dtype": dtype.name,
@@ -143,7 +157,7 @@ def export(
   }
   if not known:
     facts |= {"preprocessing": dataclasses.asdict(preprocessing), "model": NO_MODEL}
-  if format == "onnx":
+  if is_onnx:
     proto = of_function(function, tree, size, input_dtype, probabilities)
     class_names = spec.class_names if known else ()
     name = runs.onnx_file(path).name
@@ -160,12 +174,22 @@ def export(
       "summed_axes": summed_axes(function, tree, images),
       "note": PROMISE,
     }
+  if format == "web":
+    assert isinstance(spec, ModelSpec)  # checked above
+    forms = {"deploy form": (name, files[name])}
+    if _is_training_form(model, variables):
+      trained = _training_form(model, preprocessing, dtype, probabilities)
+      content = of_function(trained, variables, size, input_dtype, probabilities)
+      forms["training form"] = ("training.onnx", content.SerializeToString())
+      facts["checked_training"] = checked(forms["training form"][1], trained, variables, size)
+    pages = web.folder_files(spec, forms, probabilities=probabilities, runtime=web_runtime)
+    files = {name: files[name], **pages}
   runs.write_export(
     path,
     files,
     spec=spec.to_json() if known else None,
     facts=facts,
-    params=tree["params"],
+    params=None if format == "web" else tree["params"],
   )
   return facts
 
@@ -174,6 +198,49 @@ def _written_size(size: tuple[int, int]) -> int | list[int]:
   """Returns a size as export.json has it: one number for a square, else height and width."""
   height, width = size
   return height if height == width else [height, width]
+
+
+def _check_web(
+  model: Any, spec: ModelSpec | Preprocessing, normalize: bool, image_size: Any
+) -> None:
+  """Raises unless a web page can be made of a model."""
+  if not isinstance(spec, ModelSpec):
+    raise InputError(
+      "a web page shows labels or classes of pixels, so it needs a ModelSpec, and got a "
+      'Preprocessing. Export this function with format="onnx"'
+    )
+  if not normalize:
+    raise InputError(
+      "a web page gives uint8 pixels to the network, which must normalize them. Leave out "
+      "--normalized (normalize=False in Python)"
+    )
+  if image_size is not None:
+    raise InputError(
+      f"a web page cuts pictures to squares of {spec.preprocessing.image_size} px, the size of the "
+      "training crops. Leave image_size (--image-size) out"
+    )
+  if getattr(model, "features_only", False):
+    raise InputError(
+      "a model with features_only=True has no labels for a web page. Leave features_only out"
+    )
+
+
+def _is_training_form(model: Any, variables: Any) -> bool:
+  """Tells if a model and its variables are a training form, with the branches of its layers."""
+  return not getattr(model, "deploy", True) and bool(variables.get("batch_stats"))
+
+
+def _training_form(
+  model: Any, preprocessing: Preprocessing, dtype: np.dtype, probabilities: bool
+) -> Function:
+  """Returns the training form of a model, at inference, as a function of variables and images."""
+  network = model.clone(dtype=dtype)
+
+  def function(variables: Any, images: jax.Array) -> jax.Array:
+    outputs = network.apply(variables, preprocessing.normalize(images, dtype)).astype(jnp.float32)
+    return jax.nn.softmax(outputs) if probabilities else outputs
+
+  return function
 
 
 def _output(network: Any, probabilities: bool) -> str:
@@ -216,7 +283,7 @@ def _with_named_leaves(function: Function, tree: Any) -> tuple[Function, dict[st
 
 def _written_dtype(format: str, dtype: jax.typing.DTypeLike) -> np.dtype:  # noqa: A002
   """Returns the dtype; raises InputError if the format cannot hold it or its package is missing."""
-  if format == "onnx":
+  if format != "stablehlo":
     return written_dtype(dtype)
   need_flatbuffers()
   return checked_dtype(dtype)
@@ -273,7 +340,7 @@ def _read(
   """Reads the facts, the program and the parameters of a StableHLO folder for some devices."""
   path = snapshot.folder
   facts = runs.read_export(snapshot)
-  if facts.get("format") == "onnx":
+  if facts.get("format") in ("onnx", "web"):
     way_out = f"repjax.deploy.compile(*repjax.load({str(path)!r})[:2], ...)"
     raise InputError(
       f"{path} holds an ONNX file, which ONNX Runtime, OpenVINO or TensorRT runs and JAX does not."

@@ -83,7 +83,7 @@ REPORT = record(
 
 EXPORT = record(
   {
-    "format": text("stablehlo", "onnx"),
+    "format": text("stablehlo", "onnx", "web"),
     "image_size": either(whole(1, MOST_PIXELS), items(whole(1, MOST_PIXELS), length=2)),
     "summed_axes": table(whole(0, 1)),
   },

@@ -82,6 +82,14 @@ def test_links_follow_their_files(script):
   assert "](../" not in text
 
 
+def test_links_to_notebooks_open_them_where_there_is_a_repository(script, monkeypatch):
+  site, page = script("build_site"), ROOT / "docs" / "tutorials" / "notebooks.md"
+  assert "](../notebooks/convert.ipynb)" in site.with_new_links(page)
+  monkeypatch.setattr(site, "repository_name", lambda: "somebody/fork")
+  wanted = "](https://colab.research.google.com/github/somebody/fork/blob/main/docs/notebooks/"
+  assert site.with_new_links(page).count(wanted) == 2
+
+
 @pytest.mark.parametrize(
   ("page", "loads"),
   [
