@@ -60,6 +60,24 @@ def load(
   return specs.load(source, deploy=deploy, verify=verify)
 
 
+def task_of(source: str | os.PathLike[str], *, verify: bool = True) -> str:
+  """Returns the task of the model that `load` would load, and reads no weights.
+
+  All repositories of the hub that can be read hold classifiers.
+
+  Args:
+    source: as in `load`.
+    verify: compare the description of the model with its checksum.
+
+  Raises:
+    InputError: the folder holds no model.
+  """
+  if isinstance(source, str) and source.startswith(_HUB):
+    return "classification"
+  _refuse_function(names.folder(source))
+  return ModelSpec.read(source, verify=verify).task
+
+
 def _refuse_function(folder: Path) -> None:
   """Raises InputError if a folder is the export of a function, from which no model can be built."""
   file = runs.export_file(folder)

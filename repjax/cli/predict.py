@@ -91,14 +91,14 @@ def main(argv: Sequence[str]) -> None:
   arguments = parser.parse_args(argv)
   from repjax.cli import maps
   from repjax.deploy import Predictor
-  from repjax.spec import ModelSpec
+  from repjax.pretrained import task_of
 
   with one_paragraph(), contextlib.ExitStack() as stack:
     check_arguments(arguments)
     images = image_files(arguments.images)
     if arguments.csv:
       refuse_to_replace(arguments.csv, [*arguments.images, *images])
-    task = ModelSpec.read(arguments.workdir, verify=arguments.verify).task
+    task = task_of(arguments.workdir, verify=arguments.verify)
     if arguments.to and task != "segmentation":
       raise InputError(
         f"--to writes class maps of a segmentation, and the model in {arguments.workdir} is for "

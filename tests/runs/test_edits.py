@@ -7,6 +7,7 @@ import math
 import os
 
 import ml_collections
+import numpy as np
 import pytest
 
 import repjax
@@ -140,7 +141,7 @@ STRICT = {
   "export": (
     paths.export_file,
     {"format": "stablehlo", "image_size": 16, "platforms": ["cpu"]},
-    lambda folder: runs.read_export(disk.Snapshot(folder))["image_size"] + 1,
+    lambda folder: np.add(runs.read_export(disk.Snapshot(folder))["image_size"], 1),
   ),
   "recalibration": (
     paths.recalibration_file,
