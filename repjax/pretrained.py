@@ -74,8 +74,9 @@ def task_of(source: str | os.PathLike[str], *, verify: bool = True) -> str:
   """
   if isinstance(source, str) and source.startswith(_HUB):
     return "classification"
-  _refuse_function(names.folder(source))
-  return ModelSpec.read(source, verify=verify).task
+  folder = names.folder(source)
+  _refuse_function(folder)
+  return ModelSpec.read(folder, verify=verify).task
 
 
 def _refuse_function(folder: Path) -> None:

@@ -82,7 +82,7 @@ def prove(name: str, image_size: int | None, openvino: bool) -> dict[str, Any]:
   )
   proto = of_function(function, tree, size, np.dtype(np.float32), False)
   content = proto.SerializeToString()
-  found = checked(content, function, tree, size)
+  found = checked(content, function, tree, (size, size))
   if not found:
     raise missing("onnxruntime", "the comparison")
   errors, more = {"onnxruntime": found["relative_error"]}, ""

@@ -146,6 +146,7 @@ def export(
   if not known or [*tree] != ["params"]:
     function, tree = _with_named_leaves(function, tree)
   is_onnx = format in ("onnx", "web")
+  name = (runs.onnx_file if is_onnx else runs.stablehlo_file)(path).name
   input_dtype = np.dtype(np.uint8 if normalize else dtype if is_onnx else np.float32)
   facts = {
     "format": format,
@@ -160,7 +161,6 @@ def export(
   if is_onnx:
     proto = of_function(function, tree, size, input_dtype, probabilities)
     class_names = spec.class_names if known else ()
-    name = runs.onnx_file(path).name
     files = metadata.files(name, proto, preprocessing, class_names)
     facts |= {"opset": OPSET, "checked": checked(files[name], function, tree, size)}
   else:
@@ -168,7 +168,7 @@ def export(
     if network is None:
       functions.warn_of_training(function, tree, images)
     program = serialize(function, tree, size, input_dtype, platforms)
-    files = {runs.stablehlo_file(path).name: program}
+    files = {name: program}
     facts |= {
       "platforms": list(platforms),
       "summed_axes": summed_axes(function, tree, images),
