@@ -13,6 +13,7 @@ from repjax.spec import Preprocessing
 from repjax.training import optimizer, parallel
 from repjax.training.state import create_state
 from repjax.training.step import make_eval_step, make_train_step
+from repjax.training.tasks import Classification
 from tests.helpers import F64, random_variables
 from tests.training import tiny
 
@@ -219,9 +220,7 @@ def test_everything_that_steps_return_is_the_same_on_every_device():
     model,
     sgd,
     PREPROCESSING,
-    label_smoothing=0.1,
-    mixup=0.2,
-    cutmix=1.0,
+    task=Classification(label_smoothing=0.1, mixup=0.2, cutmix=1.0),
     axis_name=parallel.AXIS,
   )
   train_step = parallel.data_parallel(step, donate=True)
