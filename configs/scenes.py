@@ -2,10 +2,10 @@
 
 Data: 640 scenes of 96 to 128 px, made of the digits of scikit-learn and the photographs of
 scikit-image. Each pixel is background or one of ten digits.
-Recipe: a narrow RepVGG and an FCN head, from nothing. 26 epochs, batch 8, AdamW with poly 0.9,
+Recipe: a narrow RepVGG and an FCN head, from nothing. 20 epochs, batch 8, AdamW with poly 0.9,
 crops of 97 px at random scales. No flip, since a mirrored digit is no digit.
-Expected: about 72 % mIoU on the 128 test scenes, equal in both forms. Confirmed here, at 71.7 %, in
-3.5 minutes of CPU time on each of two cores.
+Expected: about 69 % mIoU on the 128 test scenes, equal in both forms. Confirmed here, at 69.3 %. The
+whole command takes 3:56 minutes on two cores that do nothing else.
 
   repjax train --config scenes
 """
@@ -40,12 +40,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.class_weights = (0.3, *[1.0] * 10)  # Four fifths of the pixels are background.
   config.augment = "scale_and_crop(scale=(0.8, 1.25))"
   config.batch_size = 8
-  config.num_epochs = 26.0
+  config.num_epochs = 20.0
   config.optimizer = "adamw"
   config.learning_rate = 0.003 * 256 / 8
   config.weight_decay = 0.01
   config.schedule = "poly"
   config.warmup_epochs = 0.5
   config.log_every_steps = 10
-  config.eval_every_epochs = 6.5
+  config.eval_every_epochs = 5.0
   return config
