@@ -171,8 +171,7 @@ def get_timm_config(batch_size: int, rate: float) -> ml_collections.ConfigDict:
   """
   config = get_config()
   config.batch_size = batch_size
-  config.num_epochs = 310.0
-  config.cooldown_epochs = 10.0
+  config.num_epochs = 300.0
   config.optimizer = "adamw"
   config.weight_decay_rule = "more_than_one_axis"
   # Fields hold rates for a batch of 256.

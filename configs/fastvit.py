@@ -40,6 +40,8 @@ def get_config(size: str = "t8") -> ml_collections.ConfigDict:
   config.model = common.variant("fastvit", size)
   config.image_size = 256
   config.resize_size = 269 if size == "ma36" else 284  # crops of 0.95 and 0.9 in evaluation
+  config.num_epochs = 310.0  # 300 epochs and the cool-down.
+  config.cooldown_epochs = 10.0
   config.weight_decay = 0.05
   config.mixup = 0.8 if size == "ma36" else 0.2
   config.ema_decay = 0.9995

@@ -288,6 +288,14 @@ FIELDS = (
     "Steps of the augmentation, with | between them, see repjax/data/augmentation/parser.py.",
   ),
   Field(
+    "augment_repeats",
+    1,
+    "Times that an epoch shows an image, each time augmented differently. The epoch keeps its "
+    "number of steps, so that it shows a part of the images only. 1: all images once.",
+    _AT_LEAST_1,
+    before=1,
+  ),
+  Field(
     "curriculum",
     (),
     "Earlier parts of the training, each as (epoch at which it ends, `image_size`, `augment`). The "
@@ -425,6 +433,14 @@ FIELDS = (
     _AT_LEAST_0,
   ),
   Field("clip_norm", 0.0, "Largest norm of the whole gradient. 0: no limit.", _NO_LIMIT),
+  Field(
+    "adaptive_clip",
+    0.0,
+    "Largest norm of the gradient of each output of a layer, as a part of the norm of its weights, "
+    "see repjax/training/clipping.py. 0: no limit.",
+    _AT_LEAST_0,
+    before=0.0,
+  ),
   Field(
     "ema_decay",
     0.0,
@@ -704,6 +720,11 @@ def check_rates(config: Config) -> None:
 def check_optimizer(config: Config) -> None:
   """Raises InputError for fields that the optimizer does not take, or lacks."""
   check_repoptimizer(config)
+  if config.clip_norm and config.adaptive_clip:
+    raise InputError(
+      f"config.clip_norm = {config.clip_norm} and config.adaptive_clip = {config.adaptive_clip} "
+      "limit the same gradient. Set one of them to 0"
+    )
   if config.optimizer not in ADAMW:
     return
   if config.nesterov:
@@ -733,11 +754,12 @@ def check_repoptimizer(config: Config) -> None:
       "scales. Train the hyper-search first, for example by repjax train --config "
       "digits_repopt_search"
     )
-  if config.clip_norm:
-    raise InputError(
-      f"{chosen} takes no config.clip_norm, got {config.clip_norm}: the gradient of the branches "
-      "that it stands for has a different norm. Set it to 0"
-    )
+  for name in ("clip_norm", "adaptive_clip"):
+    if config[name]:
+      raise InputError(
+        f"{chosen} takes no config.{name}, got {config[name]}: the gradient of the branches that it "
+        "stands for has a different norm. Set it to 0"
+      )
   if config.init_from or config.qat:
     raise InputError(
       f"{chosen} begins with kernels that follow from the scales, so it cannot start from trained "

@@ -189,6 +189,7 @@ def test_the_rules_that_spare_penalised_kernels_are_those_that_custom_l2_takes()
   [
     ({"scales": None}, r"needs config\.scales: the folder .*hyper-search"),
     ({"clip_norm": 5.0}, r"takes no config\.clip_norm, got 5\.0"),
+    ({"adaptive_clip": 0.02}, r"takes no config\.adaptive_clip, got 0\.02"),
     ({"init_from": "runs/digits"}, r"cannot start from trained weights"),
     ({"init_from": "runs/digits", "qat": True}, r"cannot start from trained weights"),
   ],
@@ -200,6 +201,13 @@ def test_repoptimizer_is_refused_where_it_is_not_what_branches_do(name, changes,
   table.check_config(config)
   config.update(changes)
   with pytest.raises(InputError, match=said):
+    table.check_config(config)
+
+
+def test_a_gradient_has_one_limit():
+  config = table.default()
+  config.update({"clip_norm": 5.0, "adaptive_clip": 0.02})
+  with pytest.raises(InputError, match=r"clip_norm = 5\.0 .*adaptive_clip = 0\.02.*to 0"):
     table.check_config(config)
 
 
@@ -253,6 +261,8 @@ def test_the_overrides_are_the_attributes_of_the_models():
 def test_runs_older_than_a_field_did_what_its_default_does_or_leaves_open():
   held = table.default()
   assert table.BEFORE == {
+    "adaptive_clip": 0.0,
+    "augment_repeats": 1,
     "backbone_rate": 1.0,
     "cooldown_epochs": 0.0,
     "curriculum": (),

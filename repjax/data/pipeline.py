@@ -21,6 +21,7 @@ from repjax.data.decode import image_errors
 from repjax.data.examples import Examples
 from repjax.data.masks import IGNORED
 from repjax.data.pairs import WAY_OUT, color_of, name_of, on_canvas, pair_of, picture_of
+from repjax.data.repeats import Repeats
 from repjax.devices import refuse_iterator_of_parent
 from repjax.errors import InputError
 from repjax.timing import cpus
@@ -36,6 +37,7 @@ def train_batches(
   augment: str,
   interpolation: str,
   seed: int,
+  repeats: int = 1,
   mean: Sequence[float] = (0.0, 0.0, 0.0),
   start_step: int = 0,
   stop_step: int | None = None,
@@ -48,6 +50,9 @@ def train_batches(
   gap. Where the batch size does not divide the number of examples, a batch holds the last examples
   of an epoch and the first of the next. It may then hold an image twice, augmented differently.
 
+  With `repeats` above 1, an epoch has as many places as there are examples. It shows a part of the
+  examples, drawn anew for each epoch, `repeats` times each. See `repjax.data.repeats`.
+
   Seed and step alone fix the examples of a batch and how they are augmented. Neither the number of
   workers nor an interruption of the run changes them. The image size and the line of augmentations
   do not change which examples a batch holds.
@@ -59,6 +64,7 @@ def train_batches(
     augment: a line that `augmentation.parse` reads, for the task of the examples.
     interpolation: a key of INTERPOLATIONS.
     seed: fixes the order and the augmentations.
+    repeats: times that an epoch shows an image, each time augmented differently.
     mean: the colour around images with a mask, (red, green, blue) in 0 ... 1.
     start_step: the step that the first batch is for, counted from 0.
     stop_step: the step after the last batch; None: there is no last batch.
@@ -75,15 +81,14 @@ def train_batches(
   """
   index, count = shard
   transform = functools.partial(_augmented, augment, image_size, interpolation, color_of(mean))
-  batches = (
-    grain.MapDataset.source(examples)
-    .seed(seed)
-    .shuffle()
-    .repeat()
-    .random_map(transform)
-    # Small batches in a row make up a batch over all shards: shard i takes every count-th from i.
-    .batch(batch_size // count)[index::count][start_step:stop_step]
-  )
+  shuffled = grain.MapDataset.source(examples).seed(seed).shuffle()
+  if repeats == 1:
+    order = shuffled.repeat()
+  else:
+    order = Repeats(shuffled, repeats=repeats, batch_size=batch_size)
+  augmented = order.random_map(transform)
+  # Small batches in a row make up a batch over all shards: shard i takes every count-th from i.
+  batches = augmented.batch(batch_size // count)[index::count][start_step:stop_step]
   channels = 3 + (num_workers > 0 and "mask" in examples[0])
   return _iterate(batches, num_workers, batch_size // count * channels * image_size**2)
 

@@ -399,6 +399,7 @@ def training_batches(
       interpolation=plan.spec.preprocessing.interpolation,
       mean=plan.spec.preprocessing.mean,
       seed=config.seed,
+      repeats=config.augment_repeats,
       start_step=max(start_step, part.first_step),
       stop_step=end,
       shard=shard,

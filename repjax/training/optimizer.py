@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from repjax.training import clipping
 from repjax.training.custom_l2 import penalised_kernels
 from repjax.training.multipliers import Scales, multiplied
 
@@ -160,6 +161,7 @@ def sgd(
   weight_decay: optax.ScalarOrSchedule,
   weight_decay_rule: str = _DEFAULT_RULE,
   clip_norm: float = 0.0,
+  adaptive_clip: float = 0.0,
   backbone_rate: float = 1.0,
   scales: Scales | None = None,
 ) -> optax.GradientTransformation:
@@ -174,6 +176,8 @@ def sgd(
     weight_decay: factor on the parameters that decay, or a function from update to factor.
     weight_decay_rule: a key of DECAY_RULES.
     clip_norm: largest norm of the whole gradient, before weight decay; 0: no limit.
+    adaptive_clip: largest norm of a unit's gradient as a part of the norm of its parameters, before
+      weight decay, see `repjax.training.clipping`; 0: no limit.
     backbone_rate: factor on the updates of all parameters outside of `head_mask`. With 0, the
       optimizer holds, takes and returns only the parameters in `head_only`.
     scales: multiply the gradients g of plain kernels as RepOptimizer does, see
@@ -190,7 +194,7 @@ def sgd(
   )
   if scales is not None:
     inner = multiplied(inner, scales, adaptive=False)
-  return _for_backbone(_clipped(inner, clip_norm), backbone_rate)
+  return _for_backbone(_clipped(inner, clip_norm, adaptive_clip), backbone_rate)
 
 
 def adamw(
@@ -200,6 +204,7 @@ def adamw(
   weight_decay: optax.ScalarOrSchedule,
   weight_decay_rule: str = _DEFAULT_RULE,
   clip_norm: float = 0.0,
+  adaptive_clip: float = 0.0,
   backbone_rate: float = 1.0,
   scales: Scales | None = None,
 ) -> optax.GradientTransformation:
@@ -213,6 +218,7 @@ def adamw(
     weight_decay: factor on the parameters that decay, or a function from update to factor.
     weight_decay_rule: as in `sgd`.
     clip_norm: as in `sgd`.
+    adaptive_clip: as in `sgd`.
     backbone_rate: as in `sgd`.
     scales: as in `sgd`.
 
@@ -231,7 +237,7 @@ def adamw(
     optax.masked(optax.scale(rule.bias_rate), bias_mask),
     optax.scale_by_learning_rate(schedule),
   )
-  return _for_backbone(_clipped(inner, clip_norm), backbone_rate)
+  return _for_backbone(_clipped(inner, clip_norm, adaptive_clip), backbone_rate)
 
 
 def _decayed_weights(
@@ -258,9 +264,13 @@ def _scale_by_adam(momentum: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(adam.init, update)
 
 
-def _clipped(inner: optax.GradientTransformation, clip_norm: float) -> optax.GradientTransformation:
-  """Limits the norm of the whole gradient before `inner` sees the gradient."""
-  return optax.chain(optax.clip_by_global_norm(clip_norm), inner) if clip_norm else inner
+def _clipped(
+  inner: optax.GradientTransformation, clip_norm: float, factor: float
+) -> optax.GradientTransformation:
+  """Limits the gradient as a whole, or that of each unit, before `inner` sees the gradient."""
+  if clip_norm:
+    inner = optax.chain(optax.clip_by_global_norm(clip_norm), inner)
+  return optax.chain(clipping.adaptive_clip(factor), inner) if factor else inner
 
 
 def _for_backbone(

@@ -310,6 +310,7 @@ def make_optimizer(
     "weight_decay": make_weight_decay(config, plan),
     "weight_decay_rule": config.weight_decay_rule,
     "clip_norm": config.clip_norm,
+    "adaptive_clip": config.adaptive_clip,
     "backbone_rate": config.backbone_rate,
     "scales": scales,
   }

@@ -131,6 +131,53 @@ def test_shards_together_are_the_whole_batch(from_the_start, start):
       np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
 
 
+@pytest.fixture(scope="module")
+def repeated():
+  """Ten batches, which are four epochs, in which images come three times."""
+  return train(10, repeats=3)
+
+
+def test_an_epoch_of_repeats_shows_a_third_of_the_images_three_times(repeated):
+  labels = joined(repeated, "label")
+  assert len(labels) == 4 * COUNT  # as many steps as without repeats
+  # The batches put the copies of a row apart. The order beneath them has epochs of one length.
+  order = np.empty_like(labels)
+  places = [place for copy in range(3) for place in range(copy, BATCH, 3)]
+  order.reshape(10, BATCH)[:, places] = labels.reshape(10, BATCH)
+  epochs = order.reshape(4, COUNT)
+  for epoch in epochs:
+    np.testing.assert_array_equal(epoch, np.repeat(epoch[::3], 3)[:COUNT])
+    assert len(set(epoch)) == -(-COUNT // 3)
+  assert len({tuple(sorted(set(epoch))) for epoch in epochs}) == 4  # a new third in each epoch
+
+
+def test_copies_are_augmented_differently_and_are_not_neighbours(repeated):
+  for batch in repeated:
+    labels, images = batch["label"], batch["image"]
+    assert (labels != np.roll(labels, 1)).all()  # Mixup blends neighbours
+    assert len({image.tobytes() for image in images}) == BATCH
+  everything = {image.tobytes() for image in joined(repeated, "image")}
+  assert len(everything) == 4 * COUNT
+
+
+def test_each_of_three_devices_gets_one_copy():
+  (batch,) = train(1, repeats=3, batch_size=18)
+  shares = [set(share) for share in batch["label"].reshape(3, 6)]
+  assert shares[0] == shares[1] == shares[2]
+  assert len(shares[0]) == 6
+
+
+@pytest.mark.parametrize("start", [3, 5])  # in the middle of an epoch, and at the beginning of one
+def test_repeats_continue_anywhere_and_divide_among_processes(repeated, start):
+  assert_equal(train(10 - start, repeats=3, start_step=start), repeated[start:])
+  shards = [
+    train(3, repeats=3, start_step=start, shard=(index, 2), num_workers=index) for index in (0, 1)
+  ]
+  for whole, *parts in zip(repeated[start:], *shards):
+    for name in whole:
+      np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+
+
 @pytest.mark.parametrize("augment", ["none", "pad_and_crop | flip", FULL])
 def test_every_augmentation_goes_through_the_pipeline(augment):
   (batch,) = train(1, augment=augment)
