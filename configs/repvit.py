@@ -9,12 +9,13 @@ not built, so that its numbers are not to be expected in full. The second classi
 teacher (RegNetY-16GF) there; here both classifiers learn the labels.
 What is confirmed: the numbers are in the authors' command or in the defaults of their script. There
 is no drop path and no change of the image size. The script leaves out its scheduler's cool-down of
-10 epochs, and the authors' logs end after 300 epochs. Its three copies of an image are those of
-DeiT's sampler, whose file is not in the repository; the flag is. The script evaluates the
-parameters themselves, and not their average.
+10 epochs, and the authors' logs end after 300 epochs. Its flag for repeated augmentation is on. The
+file of its sampler could not be read; DeiT's sampler of this name takes three copies. The script
+evaluates the parameters themselves, and not their average.
 Paper: Wang et al., RepViT, CVPR 2024, section 4. https://arxiv.org/abs/2307.09283
-Source: https://github.com/THU-MIG/RepViT at 8df4270, main.py, engine.py, README and logs; table of
-the other names: README at 298f420; https://github.com/facebookresearch/deit at 0c4b8f6, samplers.py
+Source: https://github.com/THU-MIG/RepViT at 8df4270, main.py, engine.py, logs and README (`m1` to
+`m3`); README at 298f420 (the others); https://github.com/facebookresearch/deit at 0c4b8f6,
+samplers.py
 Expected: the authors' top-1 at 224 px in the table, with a teacher. None is confirmed here. `m1` to
 `m3` are the names of the first version of the paper.
 

@@ -76,7 +76,9 @@ def read_entry(
   if entry is not None and entry not in found:
     found = {**found, **_below(found, entry)}
   name = _choose(path, value, found, entry)
-  return name, [other for other in found if other != name], _flat(path, found[name])
+  # The file itself has no name by which it could be chosen.
+  others = [other for other in found if other not in ("", name)]
+  return name, others, _flat(path, found[name])
 
 
 def _below(found: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from repjax.errors import listed
 from repjax.weights.attributes import changed_attributes, model_with
-from repjax.weights.naming import Entry
+from repjax.weights.naming import Entry, heads_among
 from repjax.weights.recognition import Recognition, closest_model, model_as_deep
 from repjax.weights.sources import KINDS, expected
 
@@ -165,6 +165,12 @@ def explain(
       "With features_only a model has no classifier: leave that override out. The variables then "
       "fit the model with features_only too, which does not read the classifier."
     )
+  heads = heads_among(wanted, state)
+  if heads and heads.isdisjoint(state):
+    hints.append(
+      "The file has no classifier: draw a new one (drop_head=True and num_classes, or --drop-head "
+      "and --num-classes)."
+    )
   if found.num_classes not in (None, num_classes) and any(e.in_head for e in wanted.values()):
     hints.append(
       f"The file has {found.num_classes} classes: pass num_classes={found.num_classes}, or drop "
@@ -180,7 +186,7 @@ def _other_attributes_or_model(
   overrides: Mapping[str, Any],
 ) -> list[str]:
   """Names the attributes or the model that a state dict fits, if one can be found."""
-  heads = {name for name, entry in wanted.items() if entry.in_head}
+  heads = heads_among(wanted, state)
   ours = {(name, entry.shape) for name, entry in wanted.items() if name not in heads}
   theirs = {(name, value.shape) for name, value in state.items() if name not in heads}
   odd = {name for name, _ in ours ^ theirs}

@@ -123,6 +123,20 @@ class Entry(NamedTuple):
     return "head" in self.path[:-1] and "bn" not in self.path
 
 
+def heads_among(wanted: Mapping[str, Entry], state: Mapping[str, Any]) -> set[str]:
+  """Returns the names of tensors that a new classifier replaces.
+
+  These are the tensors whose shapes depend on the number of classes. Where a state dict holds
+  nothing of a head, they include the norm in front of its classifier.
+
+  Args:
+    wanted: the tensors of a model, by name.
+    state: the state dict.
+  """
+  scope = {name for name, entry in wanted.items() if "head" in entry.path[:-1]}
+  return scope if scope.isdisjoint(state) else {n for n in scope if wanted[n].in_head}
+
+
 class NoNameError(ValueError):
   """An error for a path that a naming has no name for."""
 

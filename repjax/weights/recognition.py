@@ -8,7 +8,7 @@ import numpy as np
 
 from repjax.errors import InputError, listed, printable
 from repjax.models import create_model, list_models
-from repjax.weights.naming import Entry, Naming, NoNameError, may_name
+from repjax.weights.naming import Entry, Naming, NoNameError, heads_among, may_name
 from repjax.weights.sources import KINDS, NAMINGS, expected, naming_of
 from repjax.weights.wrappers import is_counter, unwrapped, with_plain_names, without_wrappers
 
@@ -155,11 +155,13 @@ def recognize_model(
   if found is None:
     raise InputError(f"no names are known for a {model_name} with {overrides}")
   naming, kind, wanted = found
-  state = unwrapped(state, wanted).state
+  original, state = state, unwrapped(state, wanted).state
   if not wanted.keys() & state.keys():
+    closest, exact = closest_model(original, {})
+    other = f" Its names and shapes are those of {closest.model}." if closest and exact else ""
     raise InputError(
       f"no name in this state dict is one of {model_name}'s (in {' or '.join(NAMINGS[model_name])} "
-      f"naming). It has {listed(state, 4)}, where {naming} naming has {listed(wanted, 4)}."
+      f"naming). It has {listed(state, 4)}, where {naming} naming has {listed(wanted, 4)}.{other}"
     )
   return Recognition(model_name, naming, kind, _num_classes(state, wanted))
 
@@ -272,8 +274,8 @@ def _kernel(shape: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
 
 def fits(state: Mapping[str, Any], wanted: Mapping[str, Entry]) -> bool:
   """Returns True if a state dict has exactly the wanted names and shapes, heads aside."""
-  body = {name: entry.shape for name, entry in wanted.items() if not entry.in_head}
-  heads = wanted.keys() - body.keys()
+  heads = heads_among(wanted, state)
+  body = {name: entry.shape for name, entry in wanted.items() if name not in heads}
   return body == {name: value.shape for name, value in state.items() if name not in heads}
 
 

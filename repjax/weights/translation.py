@@ -13,7 +13,7 @@ from repjax.reparam import reparameterize
 from repjax.spec import ModelSpec
 from repjax.trees import check_tree
 from repjax.weights.misfits import Problem, bad_values, explain, lines_of, misfits
-from repjax.weights.naming import NoNameError, entries
+from repjax.weights.naming import NoNameError, entries, heads_among
 from repjax.weights.recognition import Recognition, normalised, recognize_model
 from repjax.weights.sources import (
   FOLDED,
@@ -67,12 +67,13 @@ def from_torch(
   state, removed, rivals = unwrapped(state, wanted)
   if rivals:
     raise InputError(_of_several(rivals))
-  dropped = {name: entry for name, entry in wanted.items() if drop_head and entry.in_head}
+  dropped = {name: wanted[name] for name in heads_among(wanted, state)} if drop_head else {}
   state = {name: value for name, value in state.items() if name not in dropped}
   wanted = {name: entry for name, entry in wanted.items() if name not in dropped}
   problems = misfits(state, wanted) + bad_values(state, wanted, dtype)
   if problems:
-    hints = explain(state, wanted, found, num_classes, overrides) + _beside(removed, problems)
+    beside = _beside(removed, problems)
+    hints = beside or explain(state, wanted, found, num_classes, overrides)
     raise InputError(_refusal(found, num_classes, removed, problems, hints))
   _refuse_unsaid(found, overrides)
   variables: dict[str, Any] = {}
@@ -184,7 +185,7 @@ def _refusal(
     f"with {num_classes} classes; nothing was converted. Problems: {len(problems)}."
   )
   if removed:
-    headline += f" Names were read without {listed(removed)}."
+    headline += f" Names were read without {listed(map(repr, removed))}."
   return "\n  ".join([" ".join([headline, *hints]), *lines_of(problems)])
 
 

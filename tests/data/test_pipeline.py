@@ -168,12 +168,15 @@ def test_each_of_three_devices_gets_one_copy():
 
 
 @pytest.mark.parametrize("start", [3, 5])  # in the middle of an epoch, and at the beginning of one
-def test_repeats_continue_anywhere_and_divide_among_processes(repeated, start):
+def test_repeats_continue_anywhere(repeated, start):
   assert_equal(train(10 - start, repeats=3, start_step=start), repeated[start:])
+
+
+def test_repeats_divide_among_processes_and_workers(repeated):
   shards = [
-    train(3, repeats=3, start_step=start, shard=(index, 2), num_workers=index) for index in (0, 1)
+    train(3, repeats=3, start_step=3, shard=(index, 2), num_workers=index) for index in (0, 1)
   ]
-  for whole, *parts in zip(repeated[start:], *shards):
+  for whole, *parts in zip(repeated[3:], *shards):
     for name in whole:
       np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
 

@@ -21,7 +21,7 @@ PARTS = ((3 / EPOCH, 8, "none"), (4 / EPOCH, 12, "pad_and_crop"))  # until step 
 
 def curriculum(digits_dir):
   config = tiny.config(digits_dir, curriculum=PARTS, num_steps=STEPS, log_every_steps=1)
-  config.eval_every_epochs = 2 / EPOCH
+  config.update({"eval_every_epochs": 2 / EPOCH, "augment_repeats": 2})
   return config
 
 
@@ -38,6 +38,7 @@ def test_every_step_has_its_batch_wherever_a_run_begins(digits_dir):
   assert plan.spec.preprocessing.image_size == 16  # of the evaluation
   whole = batches_of(config, plan, 0)
   assert [batch["image"].shape[1] for batch in whole] == [8, 8, 8, 12, 16, 16]
+  assert len({image.tobytes() for image in whole[0]["image"]}) == 16  # each one twice
   for start in range(1, STEPS):
     jax.tree.map(np.testing.assert_array_equal, batches_of(config, plan, start), whole[start:])
   # The examples of a step do not depend on the parts of the training.
