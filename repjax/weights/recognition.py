@@ -155,13 +155,13 @@ def recognize_model(
   if found is None:
     raise InputError(f"no names are known for a {model_name} with {overrides}")
   naming, kind, wanted = found
-  original, state = state, unwrapped(state, wanted).state
+  state = unwrapped(state, wanted).state
   if not wanted.keys() & state.keys():
-    closest, exact = closest_model(original, {})
-    other = f" Its names and shapes are those of {closest.model}." if closest and exact else ""
+    # Looking for the model here could take half a minute.
     raise InputError(
       f"no name in this state dict is one of {model_name}'s (in {' or '.join(NAMINGS[model_name])} "
-      f"naming). It has {listed(state, 4)}, where {naming} naming has {listed(wanted, 4)}.{other}"
+      f"naming). It has {listed(state, 4)}, where {naming} naming has {listed(wanted, 4)}. "
+      "Leave out --model to find the model of a file, or call recognize(state_dict)."
     )
   return Recognition(model_name, naming, kind, _num_classes(state, wanted))
 

@@ -134,6 +134,17 @@ def test_import_weights_says_what_it_took_off_the_names(import_weights, tmp_path
   assert "names: read without ema_model." in printed.splitlines()
 
 
+def test_import_weights_of_a_prefix_offers_no_entry_without_a_name(import_weights, tmp_path):
+  state = cases.random_state("repvgg_a0", "train", "timm", **cases.TINY)
+  both = {**{f"image.model.{name}": x for name, x in state.items()}, "scale": np.ones(())}
+  np.savez(tmp_path / "a.npz", **both)
+  text = stop_of(import_weights, tmp_path / "a.npz", "--model", "repvgg_a0")
+  assert "--entry image.model." in text
+  assert "a different model" not in text  # the network is the named one
+  _, printed = import_weights(tmp_path / "a.npz", "--entry", "image.model", "--model", "repvgg_a0")
+  assert "entry: image.model" in printed.splitlines()
+
+
 def test_import_weights_takes_another_number_of_classes(import_weights, checkpoint):
   path = checkpoint()
   arguments = ("--num-classes", 3, "--model", "repvgg_a1")

@@ -229,3 +229,23 @@ def test_the_command_takes_a_file(run_command, tmp_path, name):
   _, variables, spec = repjax.load(workdir, deploy=False)
   assert spec.preprocessing == sources.PREPROCESSING[name, "timm"]
   assert_same_bits(weights.to_torch(name, variables, "timm"), state)
+
+
+def test_a_repvit_without_heads_gets_new_ones_and_their_norms():
+  overrides = TINY["repvit_m0_9"]
+  whole = cases.random_state("repvit_m0_9", "train", "timm", **overrides)
+  body = {name: x for name, x in whole.items() if not name.startswith("head.")}
+  assert recognition.recognize(body, "repvit_m0_9", **overrides).num_classes is None
+  with pytest.raises(InputError, match="no classifier: draw a new one") as caught:
+    weights.from_torch("repvit_m0_9", body, **overrides)
+  assert "No model was found" not in str(caught.value)
+  variables = weights.from_torch("repvit_m0_9", body, num_classes=5, drop_head=True, **overrides)
+  model = repjax.create_model("repvit_m0_9", num_classes=5, **overrides)
+  fresh = repjax.init(model, jax.random.key(0), 64)
+  assert helpers.shapes(variables) == helpers.shapes(fresh)
+  heads = [{name: tree[name]["head"] for name in tree} for tree in (variables, fresh)]
+  jax.tree.map(np.testing.assert_array_equal, *heads)
+  # The norms of a file that has them are kept.
+  kept = weights.from_torch("repvit_m0_9", whole, num_classes=5, drop_head=True, **overrides)
+  mean = kept["batch_stats"]["head"]["RepHeads_0"]["head0"]["bn"]["mean"]
+  np.testing.assert_array_equal(mean, whole["head.head.bn.running_mean"])
