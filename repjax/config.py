@@ -757,8 +757,8 @@ def check_repoptimizer(config: Config) -> None:
   for name in ("clip_norm", "adaptive_clip"):
     if config[name]:
       raise InputError(
-        f"{chosen} takes no config.{name}, got {config[name]}: the gradient of the branches that it "
-        "stands for has a different norm. Set it to 0"
+        f"{chosen} takes no config.{name}, got {config[name]}: the gradient of the branches that "
+        "it stands for has a different norm. Set it to 0"
       )
   if config.init_from or config.qat:
     raise InputError(

@@ -35,9 +35,7 @@ class Repeats(grain.MapDataset):
     self._repeats = repeats
     self._batch_size = batch_size
     # All first copies come before all second ones. Those of one example are neighbours otherwise.
-    self._places = [
-      place for copy in range(repeats) for place in range(copy, batch_size, repeats)
-    ]
+    self._places = [place for copy in range(repeats) for place in range(copy, batch_size, repeats)]
 
   def __len__(self) -> int:
     return sys.maxsize

@@ -23,8 +23,7 @@ stay, each for its own reason.
 - Attention multiplies maps with each other, and squeeze-and-excitation after the last convolution
   multiplies by numbers computed from the image.
 - A depthwise convolution and the layer over channels after it stay apart, in FFNs and between
-  stages. As one convolution they would have as many times more multiplications as the kernel has
-  taps.
+  stages. As one 7x7 convolution they would need about 49 or 25 times as many multiplications.
 - Activations end the convolutions of the stem, those between stages, and the last one.
 
 References:

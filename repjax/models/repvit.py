@@ -12,8 +12,8 @@ norm and no statistics. Three things stay besides the convolutions.
   image.
 - The sum of a channel mixer and its input passes around an activation, so that no convolution can
   hold it.
-- The two convolutions that halve a map, depthwise and pointwise, could be one. That would have as
-  many times more multiplications as the kernel has taps.
+- The two convolutions that halve a map, depthwise 3x3 and pointwise, could be one. This one would
+  need about nine times as many multiplications.
 
 References:
   Wang et al., RepViT: Revisiting Mobile CNN From ViT Perspective, CVPR 2024, section 3.

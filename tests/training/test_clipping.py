@@ -33,8 +33,7 @@ def drawn(seed):
       value[..., 0] = 0
     return jnp.asarray(value)
 
-  is_shape = lambda node: isinstance(node, tuple)
-  return jax.tree_util.tree_map_with_path(draw, SHAPES, is_leaf=is_shape)
+  return jax.tree_util.tree_map_with_path(draw, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def as_in_pytorch(path, value):
