@@ -96,7 +96,7 @@ PLAIN = {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"}
 SE = PLAIN | {"Sigmoid", "Reshape", "Mul"}
 GATED = SE - {"Relu"} | {"Add", "Concat", "Gather"}
 TILED = PLAIN | {"Add", "Reshape", "Transpose", "MatMul", "AveragePool"}
-FFN = SE | {"Add", "Erf"}
+FFN = SE | {"Add", "Div", "Erf"}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], int, set[str]]] = {
   "repvgg": ("repvgg_a0", REPVGG, 64, PLAIN),
@@ -201,6 +201,23 @@ class Outsider(nn.Module):
     weights = nn.softmax(tokens @ tokens.swapaxes(1, 2) / 3)
     tokens = nn.gelu(nn.Dense(6)(weights @ tokens), approximate=False)
     return nn.Dense(5)(tokens.max(1))
+
+
+@needs_onnx
+def test_gelu_has_the_form_that_onnx_runtime_merges(tmp_path):
+  ort: Any = importlib.import_module("onnxruntime")
+
+  def function(params, images):
+    return nn.gelu(images @ params, approximate=False).mean((1, 2))
+
+  proto = repjax.onnx.to_onnx(function, np.ones((3, 4), np.float32), image_size=8)
+  options = ort.SessionOptions()
+  options.optimized_model_filepath = str(tmp_path / "merged.onnx")
+  options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+  ort.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"])
+  found = operators(importlib.import_module("onnx").load(tmp_path / "merged.onnx"))
+  assert "Gelu" in found
+  assert not {"Erf", "Div"} & set(found)
 
 
 @needs_onnx
