@@ -55,7 +55,8 @@ def _add(graph: Graph, equation: Equation, x: Value, y: Value) -> Value:
   """Emits Add, or a bias of the convolution or matrix product that made an operand."""
   if x.is_constant:
     x, y = y, x
-  node = graph.producer(x.tensor, "Conv") or graph.producer(x.tensor, "Gemm")
+  layers = ("Conv", "ConvTranspose", "Gemm")
+  node = next(filter(None, (graph.producer(x.tensor, op) for op in layers)), None)
   if node and y.is_constant and len(node.inputs) == 2:
     rows, bias = unified(graph, (x, y))
     if rows.is_full and set(flat(bias.stored)) <= set(rows.stored[1]):
