@@ -9,6 +9,8 @@ import flax.core.scope
 import jax
 import pytest
 
+from repjax import timing
+
 # What a shell starts in the background ignores Ctrl-C, and so would the programs of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -78,3 +80,9 @@ def _own_cache(tmp_path_factory):
   base = tmp_path_factory.getbasetemp()
   base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
   os.environ["XDG_CACHE_HOME"] = str(base / "shared" / "cache")
+
+
+@pytest.fixture(autouse=True)
+def _no_rest(monkeypatch):
+  """Leaves out the rest before each turn of a timing, since no test looks at times."""
+  monkeypatch.setattr(timing, "REST", 0.0)

@@ -25,13 +25,13 @@ from repjax.functions import Function, say
 from repjax.onnx import of_function
 from repjax.onnx.translation import IMAGES
 from repjax.schema import MisfitError, number, record, table, text
-from repjax.timing import cpus
+from repjax.timing import Turn, cpus, time_turn
 
 AGREEMENT = 1e-3
 """The largest relative error of a runtime's results against those of XLA."""
 
 _WORTHWHILE = 0.95  # A runtime replaces XLA if it takes less than this share of the time.
-_ROUNDS, _FEWEST_ROUNDS, _SECONDS = 10, 2, 3.0
+_ROUNDS, _FEWEST_ROUNDS, _SECONDS = 10, 2, 5.0
 
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 """Takes images (N, 3, H, W), and returns the outputs of an ONNX file in their order."""
@@ -327,7 +327,8 @@ class PlacedRuntimes:
     # The version of the module: distributions have several names, such as onnxruntime-gpu.
     versions = [f"{name} {_PACKAGES[name]().__version__}" for name in _installed()]
     asked = self._placed.question(batch)
-    return f"the fastest runtime of xla, {', '.join(versions)}, tuned: {self._tune}; {asked}"
+    names = f"xla, {', '.join(versions)}"
+    return f"the fastest runtime after a rest of {names}, tuned: {self._tune}; {asked}"
 
 
 def _load(name: str, content: bytes) -> Run:
@@ -383,18 +384,25 @@ def measured(programs: Mapping[str, Any], batch: jax.ShapeDtypeStruct) -> dict[s
   import tqdm
 
   images = noise(batch.shape, batch.dtype)
+  turns = {name: _turn(program, images) for name, program in programs.items()}
   seconds = dict.fromkeys(programs, float("inf"))
   begin, title = time.perf_counter(), "measuring which runtime is the fastest"
   for done in tqdm.tqdm(range(_ROUNDS), title, leave=False, disable=None):
     if done >= _FEWEST_ROUNDS and time.perf_counter() - begin > _SECONDS:
       break
-    for name, program in programs.items():
-      # Threads of the runtime before still wait for work during the first call.
-      for _ in range(2):
-        start = time.perf_counter()
-        program.finish(program.start(images), len(images))
-        seconds[name] = min(seconds[name], time.perf_counter() - start)
+    for name, turn in turns.items():
+      seconds[name] = min(seconds[name], time_turn(turn, done))
   return seconds
+
+
+def _turn(program: Any, images: np.ndarray) -> Turn:
+  """Returns the turn of a program, which computes the same images at every call."""
+
+  def turn(number: int, calls: int) -> None:
+    for _ in range(calls):
+      program.finish(program.start(images), len(images))
+
+  return turn
 
 
 def fastest(seconds: Mapping[str, float]) -> str:

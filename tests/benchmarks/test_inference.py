@@ -68,17 +68,29 @@ def stub(timing, clock, log, name, start=0.0, run=0.0, wait=0.0, output=0.0):
 
 
 def test_subjects_take_turns_and_who_begins_moves_on(load):
-  log = []
-  turns = {
-    name: lambda number, calls, name=name: log.append((name, number, calls)) for name in "abc"
-  }
-  times = load("timing").time_in_turns(turns, rounds=4, calls=5)
+  log, clock = [], Clock()
+
+  def turn_of(name, seconds):
+    def turn(number, calls):
+      log.append((name, number, calls))
+      clock.now += seconds * calls
+
+    return turn
+
+  # Two more calls bring a fast subject to speed.
+  turns = {"a": turn_of("a", 1.0), "b": turn_of("b", 2.0), "c": turn_of("c", 0.01)}
+  times = load("timing").time_in_turns(turns, rounds=4, calls=5, clock=clock)
   warm, rest = log[:3], log[3:]
   assert warm == [(name, 0, 2) for name in "abc"]
-  rounds = [rest[6 * number : 6 * number + 6] for number in range(4)]
-  for number, (order, got) in enumerate(zip(("abc", "bca", "cab", "abc"), rounds, strict=True)):
-    assert got == [(name, number, calls) for name in order for calls in (1, 5)]
-  assert {name: len(row) for name, row in times.items()} == dict.fromkeys("abc", 4)
+  calls_of = {"a": (1, 5), "b": (1, 5), "c": (1, 2, 5)}
+  assert rest == [
+    (name, number, calls)
+    for number, order in enumerate(("abc", "bca", "cab", "abc"))
+    for name in order
+    for calls in calls_of[name]
+  ]
+  for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 0.01)):
+    np.testing.assert_allclose(times[name], [seconds] * 4)
 
 
 @pytest.mark.parametrize("calls", [1, 3])

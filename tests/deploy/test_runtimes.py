@@ -122,19 +122,24 @@ def test_a_damaged_answer_is_no_answer(timed, answer):
 
 def test_programs_take_turns_and_the_least_time_counts(monkeypatch):
   clock, order = [0.0], []
+  rounds = {"a": [9, 1, 2], "b": [4, 3, 5]}
 
-  def program(name, seconds):
-    def start(images):
-      order.append(name)
-      clock[0] += seconds[min(len(seconds), order.count(name)) - 1]
+  def program(name):
+    return types.SimpleNamespace(
+      start=lambda images: name, finish=lambda name, _: order.append(name)
+    )
 
-    return types.SimpleNamespace(start=start, finish=lambda results, count: None)
+  def timed(turn, number):
+    turn(number, 1)
+    seconds = rounds[order[-1]][number]
+    clock[0] += seconds
+    return seconds
 
   monkeypatch.setattr(runtimes.time, "perf_counter", lambda: clock[0])
+  monkeypatch.setattr(runtimes, "time_turn", timed)
   batch = jax.ShapeDtypeStruct((2, 8, 8, 3), np.uint8)
-  both = {"a": program("a", [9, 1, 2]), "b": program("b", [4, 3])}
-  assert runtimes.measured(both, batch) == {"a": 1, "b": 3}
-  assert "".join(order) == "aabb" * 2  # no more rounds after three seconds
+  assert runtimes.measured({name: program(name) for name in "ab"}, batch) == {"a": 1, "b": 3}
+  assert "".join(order) == "ab" * 2  # no more rounds after five seconds
 
 
 def sorted_pixels(params, images):
