@@ -38,7 +38,8 @@ def find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
   if not builder.data_path.exists():
     raise InputError(
       f"{name} is not in {builder.data_path}. Prepare it once with: "
-      f"{command('--tfds', name, data_dir)}"
+      f"{command('--tfds', name, data_dir)}. Or name a set that is there, by --dataset or "
+      "--config.dataset"
     )
   formats = file_formats(builder)
   if "array_record" not in formats:

@@ -7,14 +7,15 @@ import grain
 
 
 class Repeats(grain.MapDataset):
-  """An endless order of examples in which each one comes several times in a row of batches.
+  """An endless order of examples, of which each epoch shows a part, several times each.
 
   An epoch has as many places as there are examples, so its number of steps stays. The copies of an
   example are augmented independently, because augmentation draws from the place.
 
-  In a batch, the copies of an example are a part of the batch apart. So mixing blends neighbours
-  that are different images. Devices, which take contiguous shares, get one copy each where there
-  are at least as many devices as copies. The order does not depend on the number of devices.
+  In a batch, copies of an example are about 1 / repeats of the batch apart. So Mixup and CutMix,
+  which blend neighbours, blend different images. Devices take contiguous shares of a batch. Where
+  there are at least as many devices as copies, no device gets two copies of an example in one
+  batch. The order does not depend on the number of devices.
 
   References:
     Hoffer et al., Augment Your Batch, CVPR 2020. https://arxiv.org/abs/1901.09335
