@@ -173,7 +173,7 @@ def get_timm_config(batch_size: int, rate: float) -> ml_collections.ConfigDict:
   config.batch_size = batch_size
   config.num_epochs = 300.0
   config.optimizer = "adamw"
-  config.weight_decay_rule = "more_than_one_axis"
+  config.weight_decay_rule = "no_vectors"
   # Fields hold rates for a batch of 256.
   config.learning_rate = rate * 256 / batch_size
   config.final_rate = 1e-5 * 256 / batch_size

@@ -46,7 +46,12 @@ REPOPTIMIZERS = ("repoptimizer", "repoptimizer_adamw")
 ADAMW = ("adamw", "repoptimizer_adamw")
 """The optimizers that are AdamW; the others are SGD."""
 OPTIMIZERS = ("sgd", "adamw", *REPOPTIMIZERS)
-DECAY_RULES = ("kernels_and_fast_biases", "all_but_penalised_kernels", "more_than_one_axis")
+DECAY_RULES = (
+  "kernels_and_fast_biases",
+  "all_but_penalised_kernels",
+  "more_than_one_axis",
+  "no_vectors",
+)
 QAT_ACTIVATIONS = ("uint8", "int8")
 RUNNING_VARIANCES = ("unbiased", "biased")
 

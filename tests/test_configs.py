@@ -544,6 +544,7 @@ def test_every_mobile_network_has_a_recipe_and_its_number_or_says_that_there_is_
 def test_the_recipes_of_mobile_networks_are_those_of_their_authors():
   mobileone, base = load("mobileone")[0], common.get_config()
   own = {"model": "mobileone_s0", "num_epochs": 300, "label_smoothing": 0.1, "ema_decay": 0.9995}
+  own["weight_decay_rule"] = "no_vectors"
   crop = "random_resized_crop | flip"
   parts = ((37, 160, crop), (112, 192, crop))
   assert changes(base, mobileone) == {**own, "final_decay_factor": 0.1, "curriculum": parts}
@@ -555,7 +556,7 @@ def test_the_recipes_of_mobile_networks_are_those_of_their_authors():
   images = f"{crop} | rand_augment(2, 9, noise=0.5, increasing=True) | random_erasing(0.25)"
   shared = {
     "optimizer": "adamw",
-    "weight_decay_rule": "more_than_one_axis",
+    "weight_decay_rule": "no_vectors",
     "warmup_epochs": 5,
     "warmup_overlaps": True,
     "interpolation": "bicubic",

@@ -5,12 +5,15 @@
 | `kernels_and_fast_biases`   | kernels, identity scales                          | twice          |
 | `all_but_penalised_kernels` | the same without the kernels in `custom_l2`       | twice          |
 | `more_than_one_axis`        | arrays with at least two axes, identity scales    | once           |
+| `no_vectors`                | arrays with at least two axes                     | once           |
 
 The first two rules are in the RepVGG authors' script of June 2021, without and with its custom L2.
 The third rule is in their later script. For RepVGG, the third rule decays the same parameters as
 the first. An identity scale is the scale of the batch norm in an identity branch. The scripts call
 this norm `rbr_identity`. They exempt names with "bias" or "bn" from decay, so this scale decays,
 and scales of other norms do not.
+
+The last rule is that of timm's scripts, in which no norm decays.
 
 References:
   https://github.com/DingXiaoH/RepVGG at 9a1de4a, train.py; at eae7c52, train/optimizer.py
@@ -63,17 +66,21 @@ def _is_kernel_or_identity_scale(path: Path, axes: int) -> bool:
   return path[-1] == "kernel" or is_identity_scale(path)
 
 
-def _has_axes_or_is_identity_scale(path: Path, axes: int) -> bool:
+def _is_no_vector(path: Path, axes: int) -> bool:
   # The rule counts axes in PyTorch, where norms have vectors. Here the norms of layers over tiles
   # have arrays (g, h, w, O/g), so the name decides as well.
-  is_vector = axes == 1 or path[-1] in ("bias", "scale")
-  return not is_vector or is_identity_scale(path)
+  return axes > 1 and path[-1] not in ("bias", "scale")
+
+
+def _has_axes_or_is_identity_scale(path: Path, axes: int) -> bool:
+  return _is_no_vector(path, axes) or is_identity_scale(path)
 
 
 DECAY_RULES = {
   "kernels_and_fast_biases": DecayRule(_is_kernel_or_identity_scale, 2.0),
   "all_but_penalised_kernels": DecayRule(_is_kernel_or_identity_scale, 2.0, spares_penalised=True),
   "more_than_one_axis": DecayRule(_has_axes_or_is_identity_scale, 1.0),
+  "no_vectors": DecayRule(_is_no_vector, 1.0),
 }
 """Name to rule."""
 

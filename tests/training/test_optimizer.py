@@ -39,8 +39,11 @@ RULES = {
   "kernels_and_fast_biases": ("kernel", "identity/bn/scale"),
   "all_but_penalised_kernels": ("head/kernel", "RepConv_0/kernel", "identity/bn/scale"),
   "more_than_one_axis": ("kernel", "identity/bn/scale"),
+  "no_vectors": ("kernel",),
 }
-BIAS_RATES = {"kernels_and_fast_biases": 2, "all_but_penalised_kernels": 2, "more_than_one_axis": 1}
+BIAS_RATES = {"kernels_and_fast_biases": 2, "all_but_penalised_kernels": 2} | dict.fromkeys(
+  ("more_than_one_axis", "no_vectors"), 1
+)
 RATES = [0.5, 0.2, 0.9, 0.0, 0.3]
 
 
@@ -283,12 +286,18 @@ def decays_at_head(name, axes):
   return "identity.weight" in name or not (axes == 1 or name.endswith(".bias"))
 
 
+def decays_in_timm(name, axes):
+  # timm/optim, param_groups_weight_decay.
+  return axes > 1 and not name.endswith(".bias")
+
+
 @pytest.mark.parametrize(
   ("rule", "by_name"),
   [
     ("kernels_and_fast_biases", decays_in_june),
     ("all_but_penalised_kernels", decays_with_custom_l2),
     ("more_than_one_axis", decays_at_head),
+    ("no_vectors", decays_in_timm),
   ],
 )
 def test_what_decays_is_what_the_authors_script_lets_decay(params, rule, by_name):
@@ -299,7 +308,11 @@ def test_what_decays_is_what_the_authors_script_lets_decay(params, rule, by_name
 
 @pytest.mark.parametrize(
   ("rule", "by_name"),
-  [("kernels_and_fast_biases", decays_in_june), ("more_than_one_axis", decays_at_head)],
+  [
+    ("kernels_and_fast_biases", decays_in_june),
+    ("more_than_one_axis", decays_at_head),
+    ("no_vectors", decays_in_timm),
+  ],
 )
 def test_norms_over_tiles_decay_no_more_than_their_vectors_in_pytorch(rule, by_name):
   shapes = jax.eval_shape(RepMLP(4, 2).init, jax.random.key(0), jnp.ones((1, 4, 4, 4)))
@@ -313,6 +326,7 @@ def test_there_is_a_test_for_every_rule():
     "kernels_and_fast_biases",
     "all_but_penalised_kernels",
     "more_than_one_axis",
+    "no_vectors",
   }
 
 
