@@ -23,6 +23,5 @@ def get_config() -> ml_collections.ConfigDict:
   config = common.get_pspnet_config()
   config.model = "pspnet_repmlp"
   config.num_epochs = 200.0
-  config.eval_multiple = 80  # Maps have an eighth of the size, and tiles of 10 x 10 divide them.
   config.eval_every_epochs = 10.0
   return config

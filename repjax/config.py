@@ -305,11 +305,14 @@ FIELDS = (
   ),
   Field(
     "eval_multiple",
-    1,
-    "Images of a segmentation are padded, in evaluation, to a height and width that this divides.",
-    _SIDE,
+    0,
+    "Images of a segmentation lie, in evaluation, on a canvas whose height and width this number "
+    "divides. 0: on the smallest canvas at which the maps of the network lie exactly under the "
+    "logits. With a total stride of s, its sides are s k + 1 pixels. With `eval_window`, the "
+    "network sees windows, and this field has no effect.",
+    whole(0, 8_192),
     evaluates=True,
-    before=1,
+    before=0,
     task="segmentation",
   ),
   Field(

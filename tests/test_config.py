@@ -124,7 +124,7 @@ def test_the_config_of_imported_weights_has_the_fields_of_evaluation():
     "batch_size": 64,
     "num_workers": 0,
     "tolerance": 1e-5,
-    "eval_multiple": 1,
+    "eval_multiple": 0,
     "eval_window": 0,
     "eval_flip": False,
   }
@@ -258,7 +258,7 @@ def test_runs_older_than_a_field_did_what_its_default_does_or_leaves_open():
     "curriculum": (),
     "ema_decay": 0.0,
     "eval_flip": False,
-    "eval_multiple": 1,
+    "eval_multiple": 0,
     "eval_window": 0,
     "final_decay_factor": 1.0,
     "qat": False,

@@ -14,7 +14,7 @@ import numpy as np
 
 from repjax import extras, schema
 from repjax.cache import keep_every_program
-from repjax.deploy.canvases import Canvases
+from repjax.deploy.canvases import Canvases, shared_canvas_of
 from repjax.deploy.compile import (
   BATCH_SIZES,
   checked_batch_sizes,
@@ -48,8 +48,9 @@ class Predictor:
 
   For segmentation, images are decoded and keep their size. An image lies at the top left of a
   canvas whose sides are 33, 65, 97 and so on. The rest of the canvas has the mean colour, as in
-  evaluation. Each size of canvas is compiled when the first such image comes. With a window, one
-  program slides over images of all sizes. The result for an image is its class map, uint8 (H, W).
+  evaluation. A network that does not take such sides has the next larger ones that it takes. Each
+  size of canvas is compiled when the first such image comes. With a window, one program slides over
+  images of all sizes. The result for an image is its class map, uint8 (H, W).
 
   Attributes:
     spec: ModelSpec of the model; None for a model that no folder holds.
@@ -77,6 +78,7 @@ class Predictor:
     runtime: str = "xla",
     verify: bool = True,
     window: int = 0,
+    flip: bool = False,
   ):
     """Loads the model and compiles it.
 
@@ -93,12 +95,16 @@ class Predictor:
       verify: as in `repjax.load`.
       window: for segmentation, the side in pixels of square windows that slide over each image,
         such as the size that the model was trained on. 0: each image at once.
+      flip: for segmentation, average the probabilities of each image and of its mirror image.
+
+    `window` and `flip` are those of `repjax evaluate`. They are not taken from the run.
 
     Raises:
-      InputError: the folder holds no model, `compile` refuses an argument, or a window is given for
-        classification.
+      InputError: the folder holds no model, `compile` refuses an argument, or `window` or `flip` is
+        given for classification.
     """
     schema.check(window, schema.whole(0), "window")
+    schema.check(flip, schema.boolean, "flip")
     need_devices()
     # `load` folds a run without a deploy folder, which compiles too.
     with keep_every_program(), status(f"loading {printable(workdir)}"):
@@ -114,12 +120,12 @@ class Predictor:
     }
     if spec.task == "segmentation":
       sizes = (1,) if batch_sizes is None else batch_sizes
-      self._prepare_maps(model, variables, spec.preprocessing, window, sizes, settings)
+      self._prepare_maps(model, variables, spec.preprocessing, window, flip, sizes, settings)
       return
-    if window:
+    if window or flip:
       raise InputError(
-        f"windows slide over images for segmentation, and the model in {workdir} is for "
-        f"{spec.task}. Leave window out"
+        f"windows and mirror images are averaged for segmentation, and the model in {workdir} is "
+        f"for {spec.task}. Leave {'window' if window else 'flip'} out"
       )
     sizes = BATCH_SIZES if batch_sizes is None else batch_sizes
     self._compile(model, variables, spec.preprocessing, batch_sizes=sizes, **settings)
@@ -186,6 +192,7 @@ class Predictor:
     variables: Any,
     preprocessing: Preprocessing,
     window: int,
+    flip: bool,
     batch_sizes: Iterable[int],
     settings: Mapping[str, Any],
   ) -> None:
@@ -198,8 +205,13 @@ class Predictor:
     build = functools.partial(
       compile, model, variables, preprocessing=preprocessing, batch_sizes=sizes, **settings
     )
-    fill = color_of(preprocessing.mean)
-    self._maps = Canvases(lambda size: build(image_size=size), fill, window)
+    self._maps = Canvases(
+      lambda size: build(image_size=size),
+      color_of(preprocessing.mean),
+      functools.partial(shared_canvas_of, model, window=window),
+      window=window,
+      flip=flip,
+    )
 
   def __call__(self, images: Image | Iterable[Image]) -> Any:
     """Computes the class probabilities of images, or their class maps.

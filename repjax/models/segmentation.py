@@ -10,7 +10,7 @@ References:
     https://arxiv.org/abs/1612.01105
   Long et al., Fully Convolutional Networks for Semantic Segmentation, CVPR 2015.
     https://arxiv.org/abs/1411.4038
-  Ding et al., RepVGG, CVPR 2021, section 4.3, for the dilation of RepVGG.
+  Ding et al., RepVGG, CVPR 2021, for the dilation of RepVGG.
     https://arxiv.org/abs/2101.03697
   Ding et al., RepMLP, 2021, for the variant with RepMLP. https://arxiv.org/abs/2105.01883
 """
@@ -38,6 +38,8 @@ DILATIONS = ("full", "fast", "last")
 FAST_BLOCKS = 4
 """Blocks of the last but one stage that dilate in RepVGG's fast PSPNet."""
 _MOST_BINS = 64
+# Steps of the total stride in which a canvas is looked for: enough for tiles of 31 x 32 pixels.
+_TRIED = 1024
 # Attributes that training sets for a whole network, or that belong to the network's own arguments.
 _SHARED = ("remat", "axis_name", "running_variance", "statistics", "features_only")
 
@@ -102,7 +104,8 @@ class Segmenter(Network, kw_only=True):
 
   Images have any size that the backbone takes. At 8 k + 1 pixels, such as 713, a backbone with a
   total stride of 8 computes a map whose pixels lie exactly under the pixels of the logits. At other
-  sizes, even or odd, the map is stretched by less than the total stride, at the bottom and right.
+  sizes, even or odd, the map is stretched by less than the total stride, at the bottom and right,
+  and mean IoU falls. `canvas` returns a size at which maps lie exactly.
 
   A call with an auxiliary head and `train` returns (logits, {"aux": logits}). Both are of the
   images' size. With `features_only` a network returns the maps of its backbone.
@@ -147,12 +150,9 @@ class Segmenter(Network, kw_only=True):
     The size is 713, or that of the backbone if the backbone does not take 713.
     """
     backbone = build_backbone(self)
-    images: Any = jax.ShapeDtypeStruct((1, USUAL_SIZE, USUAL_SIZE, 3), jnp.float32)
-    try:
-      backbone.check_images(images)
-    except InputError:
-      return getattr(backbone, "image_size", USUAL_SIZE)
-    return USUAL_SIZE
+    if _takes(backbone, USUAL_SIZE, USUAL_SIZE):
+      return USUAL_SIZE
+    return getattr(backbone, "image_size", USUAL_SIZE)
 
   @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
@@ -163,6 +163,43 @@ class Segmenter(Network, kw_only=True):
       raise InputError(
         f"the backbone of this {type(self).__name__} cannot take these images: {error}"
       ) from error
+
+  @nn.nowrap
+  def canvas(self, size: Sequence[int]) -> tuple[int, int]:
+    """Returns the smallest canvas for images of a size whose maps lie exactly under the logits.
+
+    With a total stride of s, its sides are s k + 1 pixels. A backbone with tiles, such as RepMLP,
+    takes some of these sides only. If a backbone takes none of them, the canvas is the smallest one
+    that the backbone takes.
+
+    Args:
+      size: (height, width) of the images in pixels.
+
+    Returns:
+      (height, width) of the canvas, neither below that of the images.
+
+    Raises:
+      InputError: the backbone takes no such canvas.
+    """
+    backbone = build_backbone(self)
+    stride = backbone.total_stride()
+    for step in (stride, 1):
+      rows, columns = (-(-(side - 1) // step) * step + 1 for side in size)
+      # Whether a side fits does not depend on the other side, so a square is found first.
+      start = max(rows, columns)
+      sides = range(start, start + _TRIED * stride, step)
+      square = next((side for side in sides if _takes(backbone, side, side)), None)
+      if square is not None:
+        high = range(rows, square + 1, step)
+        height = next(side for side in high if _takes(backbone, side, square))
+        wide = range(columns, square + 1, step)
+        return height, next(side for side in wide if _takes(backbone, height, side))
+    height, width = size
+    raise InputError(
+      f"the backbone {self.backbone} takes no canvas for images of {width} x {height} pixels. "
+      "Windows have one size for all images: pass the size that the network was trained on as "
+      "config.eval_window, window or --window"
+    )
 
   @nn.nowrap
   def maps(self, x: jax.Array, train: bool) -> Mapping[str, jax.Array]:
@@ -253,7 +290,7 @@ class PSPNet(Segmenter, kw_only=True):
 
   References:
     Zhao et al., Pyramid Scene Parsing Network, CVPR 2017. https://arxiv.org/abs/1612.01105
-    Ding et al., RepVGG, CVPR 2021, section 4.3. https://arxiv.org/abs/2101.03697
+    Ding et al., RepVGG, CVPR 2021. https://arxiv.org/abs/2101.03697
   """
 
   dilation: str | None = "full"
@@ -312,6 +349,16 @@ def build_backbone(network: Segmenter) -> Classifier:
     param_dtype=network.param_dtype,
     parent=None,
   )
+
+
+def _takes(backbone: Classifier, height: int, width: int) -> bool:
+  """Tells if a backbone takes images of this size."""
+  images: Any = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+  try:
+    backbone.check_images(images)
+  except InputError:
+    return False
+  return True
 
 
 def _dilated(

@@ -322,5 +322,5 @@ class TestSegmentation:
   def test_a_classifier_has_no_maps_and_no_windows(self, predict, images, tmp_path):
     with pytest.raises(SystemExit, match="is for classification"):
       predict(images, "--to", tmp_path / "maps")
-    with pytest.raises(SystemExit, match="windows slide over images for segmentation"):
+    with pytest.raises(SystemExit, match="windows .* for segmentation.*Leave window out"):
       predict(images, "--window", 8)

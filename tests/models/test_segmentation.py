@@ -171,6 +171,29 @@ def test_the_variant_with_repmlp_has_tiles_on_maps_of_90_pixels():
   assert held == {"stage1": set(), "stage2": {(10, 4)}, "stage3": {(10, 8)}, "stage4": set()}
   shapes = jax.eval_shape(backbone.init_with_output, jax.random.key(0), jnp.ones((1, 713, 713, 3)))
   assert {maps.shape[1] for maps in list(shapes[0].values())[1:]} == {90}
+  assert model.canvas((700, 714)) == (713, 793)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_maps_lie_exactly_under_the_logits_of_a_canvas(name):
+  overrides, more = BACKBONES[name]
+  model = psp(name, overrides, **{"dilation": None, **more})
+  size = model.canvas((40, 49))
+  assert all(side >= least for side, least in zip(size, (40, 49)))
+  model.check_images(jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
+  stride = build_backbone(model).total_stride()
+  # Tiles of 2 x 2 pixels do not divide the maps of 32 k + 1 pixels at stride 8.
+  wanted = [8, 24] if name == "repmlp_resnet50_light" else [0, 0]
+  assert [(side - 1) % stride for side in size] == wanted
+
+
+def test_each_side_of_a_canvas_fits_alone():
+  overrides = FAMILIES["repmlp_cifar"].overrides
+  model = psp("repmlp_cifar", overrides | {"tile": (4, 6)}, dilation=None)
+  assert model.canvas((9, 9)) == (16, 12)
+  model = psp("repmlp_cifar", overrides | {"tile": (37, 41)}, dilation=None)
+  with pytest.raises(InputError, match=r"takes no canvas for images of 9 x 8 pixels.*window"):
+    model.canvas((8, 9))
 
 
 def test_variables_start_as_the_backbone_starts_them():
