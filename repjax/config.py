@@ -386,7 +386,7 @@ FIELDS = (
     "backbone_rate",
     1.0,
     "Factor on the rate of all parameters except the classifier's; in a segmentation, on that of "
-    "the backbone's. 0: they are frozen.",
+    "the backbone's. 0: they are frozen, and run as in evaluation.",
     _AT_LEAST_0,
     before=1.0,
   ),

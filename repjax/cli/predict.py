@@ -14,8 +14,8 @@ more, repjax first measures once which algorithm is fastest for each convolution
 With a model for segmentation, the labels of an image are those with most pixels, with their shares.
 --to makes a folder: masks/ has PNG files with a palette, whose values are the classes, and
 overlays/ has the images with the colours of the classes over them. A file is called as its image,
-and has its size. classes.json names the classes and colours. The folder appears after the last
-image, and an old one is not replaced.
+and has its size. classes.json names the classes and colours, those of the data set of the
+training. The folder appears after the last image, and an old one is not replaced.
 
 Images for segmentation are not resized. Each one lies at the top left of a canvas whose sides are
 33, 65, 97, ..., and the rest of the canvas has the mean colour, as in evaluation. Every size of

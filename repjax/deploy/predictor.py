@@ -56,6 +56,8 @@ class Predictor:
     spec: ModelSpec of the model; None for a model that no folder holds.
     preprocessing: steps from images to the input of the model.
     labels: the name of each class, or its number if the folder has no names.
+    colors: the colour of each class in pictures of class maps, (red, green, blue): that of the data
+      set of the training, or a usual palette if the folder has none. Empty for classification.
     task: "classification" or "segmentation".
     program: the `CompiledModel`, a function of uint8 images (N, S, S, 3) to probabilities (N, K);
       None for segmentation.
@@ -118,7 +120,11 @@ class Predictor:
       "cuda_graphs": cuda_graphs,
       "runtime": runtime,
     }
+    self.colors: tuple[tuple[int, int, int], ...] = ()
     if spec.task == "segmentation":
+      from repjax.data.masks import palette
+
+      self.colors = spec.class_colors or palette(spec.num_classes)
       sizes = (1,) if batch_sizes is None else batch_sizes
       self._prepare_maps(model, variables, spec.preprocessing, window, flip, sizes, settings)
       return
@@ -158,7 +164,7 @@ class Predictor:
       predictor = repjax.deploy.Predictor.of(fused, small, repjax.spec.Preprocessing(224, 256))
     """
     made = cls.__new__(cls)
-    made.spec = None
+    made.spec, made.colors = None, ()
     made._compile(model, variables, preprocessing, **settings)
     size = preprocessing.image_size
     (count,) = made.program(np.zeros((1, size, size, 3), np.uint8)).shape[1:]

@@ -124,6 +124,8 @@ class Segmenter(Network, kw_only=True):
     head_features: number of channels between the two convolutions of the head.
     aux: build the auxiliary head, which reads the last map but one. It disappears in deploy form.
     aux_features: number of channels of the auxiliary head.
+    frozen_backbone: in training, run the backbone and the auxiliary head as in evaluation, and
+      return no logits of the latter. Training sets this where the head alone learns.
   """
 
   task: ClassVar[str] = "segmentation"
@@ -134,6 +136,7 @@ class Segmenter(Network, kw_only=True):
   head_features: int = 512
   aux: bool = True
   aux_features: int = 256
+  frozen_backbone: bool = False
   dropout: float = 0.1
 
   def __post_init__(self):
@@ -204,7 +207,8 @@ class Segmenter(Network, kw_only=True):
   @nn.nowrap
   def maps(self, x: jax.Array, train: bool) -> Mapping[str, jax.Array]:
     """Runs the backbone, and returns the output of each stage."""
-    return build_backbone(self).clone(parent=self, name="backbone")(x, train)
+    learns = train and not self.frozen_backbone
+    return build_backbone(self).clone(parent=self, name="backbone")(x, learns)
 
   @nn.nowrap
   def predict(self, maps: Mapping[str, jax.Array], size: Sequence[int], train: bool) -> Any:
@@ -221,8 +225,9 @@ class Segmenter(Network, kw_only=True):
     name = list(maps)[-2]
     build = self.builder(FCNHead)
     head = build(self.num_classes, self.aux_features, self.dropout, name=f"AuxHead_{name}")
-    auxiliary = resize_aligned(head(maps[name], train), size)
-    return (logits, {"aux": auxiliary}) if train else logits
+    learns = train and not self.frozen_backbone
+    auxiliary = resize_aligned(head(maps[name], learns), size)
+    return (logits, {"aux": auxiliary}) if learns else logits
 
   # Not called `head`: bridges to NNX confuse a method with the scope of the same name.
   @nn.nowrap

@@ -128,7 +128,8 @@ def maps_of(
     Example(pair.pixels, pair.classes, *found) for pair, *found in zip(pairs, *forms, strict=True)
   ]
   names = source.class_names or tuple(map(str, range(spec.num_classes)))
-  return Maps(examples, names, source.colors or palette(len(names)), _iou(workdir))
+  colors = spec.class_colors or source.colors or palette(len(names))
+  return Maps(examples, names, colors, _iou(workdir))
 
 
 def _classes(

@@ -308,7 +308,7 @@ def _expanded(
 
   The two models may differ in what a deploy form does not show, such as branches.
   """
-  ours = dataclasses.replace(spec, num_classes=held.num_classes, class_names=())
+  ours = dataclasses.replace(spec, num_classes=held.num_classes, class_names=(), class_colors=())
   theirs = dataclasses.replace(held, preprocessing=spec.preprocessing)
   if _deploy_program(ours) != _deploy_program(theirs):
     _check_fit(folder, held, spec)

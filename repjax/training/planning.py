@@ -108,7 +108,7 @@ def make_plan(config: Config) -> Plan:
   train, evaluation = (
     open_split(config, split, spec) for split in (config.train_split, config.eval_split)
   )
-  spec = dataclasses.replace(spec, class_names=train.class_names)
+  spec = dataclasses.replace(spec, class_names=train.class_names, class_colors=train.colors)
   check_training_sizes(config, spec)
   check_batch_fits(config, train)
   steps_per_epoch = len(train.examples) / config.batch_size

@@ -295,5 +295,23 @@ def _headline(config: Config, plan: Plan) -> str:
     + f"; gradients of {config.accumulate_steps} parts of a batch are averaged"
     * (config.accumulate_steps > 1)
     + f"\nquantization-aware: weights of {config.qat_weight_bits} bits, activations in "
-    f"{config.qat_activations}; accuracies are those in 8 bits" * config.qat
+    f"{config.qat_activations}; accuracies are those in 8 bits"
+    * config.qat
+    + "".join(f"\nnote: {each}" for each in _misfits(config, plan))
   )
+
+
+def _misfits(config: Config, plan: Plan) -> list[str]:
+  """Returns a sentence for each size of images at which a segmentation loses mean IoU."""
+  if config.task != "segmentation":
+    return []
+  model: Any = plan.spec.create_model()
+  sides = dict.fromkeys(("crops", part.image_size) for part in plan.parts)
+  sides |= {("windows", config.eval_window): None} if config.eval_window else {}
+  fits = {(what, side): max(model.canvas((side, side))) for what, side in sides}
+  return [
+    f"in {what} of {side} px, the maps of {config.model} are stretched to fit the logits, which "
+    f"costs mean IoU. {what.capitalize()} of {fit} px need no stretching"
+    for (what, side), fit in fits.items()
+    if fit != side
+  ]
