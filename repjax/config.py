@@ -179,7 +179,7 @@ OVERRIDES = (
   Field(
     "dilation",
     None,
-    'Blocks of the backbone of PSPNet and FCN that dilate: "full", "fast" or "last".',
+    'Blocks of the backbone of PSPNet and FCN that dilate: "full", "fast", "last" or "none".',
     kind=str,
   ),
   Field("bins", None, "Rows and columns of the grids over which PSPNet averages.", kind=tuple),

@@ -34,7 +34,7 @@ from repjax.schema import shown
 
 USUAL_SIZE = 713
 """Side in pixels of the crops of Cityscapes on which the papers train and measure."""
-DILATIONS = ("full", "fast", "last")
+DILATIONS = ("none", "full", "fast", "last")
 FAST_BLOCKS = 4
 """Blocks of the last but one stage that dilate in RepVGG's fast PSPNet."""
 _MOST_BINS = 64
@@ -120,7 +120,7 @@ class Segmenter(Network, kw_only=True):
     dilation: where the backbone dilates, with a total stride of 8. "full" dilates all 3x3
       convolutions of the last two stages. "fast" dilates those of the last stage and of the four
       blocks before. "last" dilates those of the last stage. The rate is 4 in the last stage and 2
-      before. None leaves the backbone as it is, with its own total stride, usually 32.
+      before. "none" leaves the backbone as it is, with its own total stride, usually 32.
     head_features: number of channels between the two convolutions of the head.
     aux: build the auxiliary head, which reads the last map but one. It disappears in deploy form.
     aux_features: number of channels of the auxiliary head.
@@ -132,7 +132,7 @@ class Segmenter(Network, kw_only=True):
 
   backbone: str = "repvgg_b1g2"
   backbone_overrides: Mapping[str, Any] = FrozenDict()
-  dilation: str | None = None
+  dilation: str = "none"
   head_features: int = 512
   aux: bool = True
   aux_features: int = 256
@@ -298,7 +298,7 @@ class PSPNet(Segmenter, kw_only=True):
     Ding et al., RepVGG, CVPR 2021. https://arxiv.org/abs/2101.03697
   """
 
-  dilation: str | None = "full"
+  dilation: str = "full"
   bins: Sequence[int] = (1, 2, 3, 6)
 
   def __post_init__(self):
@@ -375,22 +375,22 @@ def _dilated(
     InputError: `dilation` is unknown, the backbone has no such attributes, or they are set already.
   """
   kind = network.dilation
-  if kind is None:
-    return {}
   if kind not in DILATIONS:
-    raise InputError(f"dilation is one of {', '.join(DILATIONS)}, or None, got {shown(kind)}")
+    raise InputError(f"dilation is one of {', '.join(DILATIONS)}, got {shown(kind)}")
+  if kind == "none":
+    return {}
   set_already = {"output_stride", "dilated_blocks"} & network.backbone_overrides.keys()
   if set_already:
     raise InputError(
       f"dilation={kind!r} sets output_stride and dilated_blocks of the backbone, and "
       f"backbone_overrides has {' and '.join(sorted(set_already))} too. Leave these out, or set "
-      "dilation=None"
+      'dilation="none"'
     )
   if not hasattr(found, "dilated_blocks"):
     way = '. backbone_overrides={"output_stride": 8} dilates it too, by a different rule'
     raise InputError(
       f"dilation={kind!r} is for backbones of the families RepVGG and ResNet, and "
-      f"{network.backbone} is a {found.__name__}. Set dilation=None"
+      f'{network.backbone} is a {found.__name__}. Set dilation="none"'
       + (way if hasattr(found, "output_stride") else "")
     )
   sizes = attributes.get("stage_sizes", getattr(found, "stage_sizes", ()))
