@@ -92,8 +92,9 @@ class Segmentation:
       return jnp.asarray(forward(images), jnp.float32)
 
     def both(images: jax.Array) -> jax.Array:
-      mirrored = whole(images[:, :, ::-1])[:, :, ::-1]
-      return jnp.logaddexp(*(jax.nn.log_softmax(each) for each in (whole(images), mirrored)))
+      traced_once = jax.jit(whole)
+      mirrored = traced_once(images[:, :, ::-1])[:, :, ::-1]
+      return jnp.logaddexp(*(jax.nn.log_softmax(each) for each in (traced_once(images), mirrored)))
 
     one = both if self.eval_flip else whole
     return slide(one, images, self.eval_window) if self.eval_window else one(images)
