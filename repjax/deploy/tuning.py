@@ -35,7 +35,7 @@ CHUNK = 4
 """The largest number of images to measure with. What is fastest for these is so for more images."""
 
 _VERSION = 1  # Raise it when an algorithm or its compilation changes, and all is measured anew.
-_ROUNDS = 3
+_FEWEST_ROUNDS, _MOST_ROUNDS, _SECONDS = 3, 15, 0.2
 _WORTHWHILE = 0.95  # An algorithm replaces `direct` if it takes less than this share of the time.
 
 
@@ -132,7 +132,8 @@ def time_algorithms(conv: Convolution, names: Iterable[str], device: Any) -> dic
   """Times a layer computed by each algorithm: the convolution, its bias, and a ReLU.
 
   Every round runs each algorithm once, so that a disturbance of the machine slows all of them. The
-  first round is warm-up and does not count.
+  first round is warm-up and does not count. The shorter the layer, the more rounds there are, since
+  a short disturbance can hide which algorithm is the fastest.
 
   Args:
     conv: the convolution.
@@ -153,7 +154,10 @@ def time_algorithms(conv: Convolution, names: Iterable[str], device: Any) -> dic
     lowered = jax.jit(functools.partial(_layer, name, conv)).lower(x, held, bias)
     runs[name] = functools.partial(compile_lowered(lowered, device), x, held, bias)
   times = {name: [] for name in runs}
-  for _ in range(1 + _ROUNDS):
+  begin = time.perf_counter()
+  for done in range(1 + _MOST_ROUNDS):
+    if done > _FEWEST_ROUNDS and time.perf_counter() - begin > _SECONDS:
+      break
     for name, run in runs.items():
       start = time.perf_counter()
       jax.block_until_ready(run())

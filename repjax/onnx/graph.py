@@ -22,7 +22,12 @@ from repjax.errors import InputError
 from repjax.onnx.values import Atom, Axes, Axis, Size, Value, extent, flat, new_axes
 
 _ROLES = {("Reshape", 1): "shape", ("Conv", 1): "weight", ("Conv", 2): "bias"}
-_ROLES |= {("Gemm", place): role for (op, place), role in _ROLES.items() if op == "Conv"}
+_ROLES |= {
+  (like, place): role
+  for (op, place), role in _ROLES.items()
+  for like in ("Gemm", "ConvTranspose")
+  if op == "Conv"
+}
 _ROLES |= {("MatMul", 1): "weight"}
 """An operator and the place of an operand to the word that names the operand in the file."""
 

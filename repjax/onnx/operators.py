@@ -55,7 +55,8 @@ def _add(graph: Graph, equation: Equation, x: Value, y: Value) -> Value:
   """Emits Add, or a bias of the convolution or matrix product that made an operand."""
   if x.is_constant:
     x, y = y, x
-  node = graph.producer(x.tensor, "Conv") or graph.producer(x.tensor, "Gemm")
+  layers = ("Conv", "ConvTranspose", "Gemm")
+  node = next(filter(None, (graph.producer(x.tensor, op) for op in layers)), None)
   if node and y.is_constant and len(node.inputs) == 2:
     rows, bias = unified(graph, (x, y))
     if rows.is_full and set(flat(bias.stored)) <= set(rows.stored[1]):
@@ -105,15 +106,18 @@ def _max(graph: Graph, equation: Equation, x: Value, y: Value) -> Value:
 
 
 def _erfc(graph: Graph, equation: Equation, x: Value) -> Value:
-  """Emits 1 - Erf(x), or 1 + Erf(y) where x is -y times a number.
+  """Emits 1 - Erf(x), or 1 + Erf(y / d) where x is -y times 1 / d.
 
-  JAX writes GELU with erfc(-y / sqrt(2)). Runtimes fuse the form with 1 + Erf(y / sqrt(2)).
+  JAX writes GELU with erfc(-y * sqrt(1/2)). Runtimes merge the form with 1 + Erf(y / sqrt(2)), and
+  ONNX Runtime asks for Div.
   """
   times = graph.producer(x.tensor, "Mul")
   minus = times and graph.producer(times.inputs[0], "Neg")
   one = np.array(1, _dtype(equation))
-  if times and minus and graph.scalar(times.inputs[1]) is not None:
-    x = dataclasses.replace(x, tensor=graph.add("Mul", [minus.inputs[0], times.inputs[1]]))
+  factor = graph.scalar(times.inputs[1]) if times else None
+  if minus and factor:
+    divisor = np.array(1 / factor, one.dtype)
+    x = dataclasses.replace(x, tensor=graph.add("Div", [minus.inputs[0], divisor]))
     return graph.derived("Add", graph.derived("Erf", x), one)
   tensor = graph.add("Sub", [one, graph.derived("Erf", x).tensor])
   return dataclasses.replace(x, tensor=tensor)

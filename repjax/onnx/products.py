@@ -20,7 +20,7 @@ stay in a cache, which matters since a convolution reads them once for each imag
 
 
 def convolution(graph: Graph, x: Value, kernel: Value, params: dict[str, Any], shape: Any) -> Value:
-  """Emits Conv for `conv_general_dilated`.
+  """Emits Conv for `conv_general_dilated`, or ConvTranspose if the input has zeros in between.
 
   Args:
     graph: graph to add to.
@@ -30,14 +30,9 @@ def convolution(graph: Graph, x: Value, kernel: Value, params: dict[str, Any], s
     shape: logical shape of the result.
 
   Raises:
-    InputError: the convolution is transposed or has batch groups.
+    InputError: the convolution has batch groups; or it is transposed, and has strides or a kernel
+      that is computed from the images.
   """
-  if set(params["lhs_dilation"]) != {1}:
-    raise InputError(
-      "a transposed convolution, such as nn.ConvTranspose, has no operator in the ONNX graph. "
-      "Write it as jax.image.resize and a convolution, or as a convolution and a rearrangement of "
-      'its channels, or export the model with format="stablehlo"'
-    )
   if params["batch_group_count"] != 1:
     raise InputError(
       "a convolution with batch_group_count, as the gradient of a grouped one, has no operator in "
@@ -50,24 +45,71 @@ def convolution(graph: Graph, x: Value, kernel: Value, params: dict[str, Any], s
   # Channels stay in the order in which they are stored, and the kernel follows. With groups their
   # order says which group reads them, so that it has to be the logical one.
   inputs = in_order(x, x.axes[channel]) if groups == 1 else x.axes[channel]
-  pads = params["padding"]
   x = graph.arrange(x, (x.axes[batch], inputs, *(x.axes[axis] for axis in space)))
-  x = cropped(graph, x, pads)
   ordered = (kernel.axes[out], inputs if groups == 1 else kernel.axes[into])
   kernel = graph.arrange(kernel, (*ordered, *(kernel.axes[axis] for axis in taps)))
-  tensor = graph.add(
-    "Conv",
-    [x.tensor, kernel.tensor],
-    kernel_shape=[extent(axis) for axis in kernel.stored[2:]],
-    strides=list(params["window_strides"]),
-    dilations=list(params["rhs_dilation"]),
-    pads=[max(pad, 0) for side in (0, 1) for pad in (pair[side] for pair in pads)],
-    group=groups,
-  )
+  emit = _conv if set(params["lhs_dilation"]) == {1} else _conv_transpose
+  tensor = emit(graph, x, kernel, params)
   maps = new_axes(shape[axis] for axis in numbers.out_spec[2:])
   stored = (x.stored[0], kernel.stored[0], *maps)
   axes = dict(zip(numbers.out_spec, stored))
   return Value(tensor, tuple(axes[axis] for axis in range(len(axes))), stored)
+
+
+def _conv(graph: Graph, x: Value, kernel: Value, params: dict[str, Any]) -> str:
+  """Emits Conv for maps (N, C, ...) and a kernel (O, C / groups, ...)."""
+  pads = params["padding"]
+  return graph.add(
+    "Conv",
+    [cropped(graph, x, pads).tensor, kernel.tensor],
+    kernel_shape=[extent(axis) for axis in kernel.stored[2:]],
+    strides=list(params["window_strides"]),
+    dilations=list(params["rhs_dilation"]),
+    pads=[max(pad, 0) for pad in _by_side(pads)],
+    group=params["feature_group_count"],
+  )
+
+
+def _conv_transpose(graph: Graph, x: Value, kernel: Value, params: dict[str, Any]) -> str:
+  """Emits ConvTranspose for maps (N, C, ...) and a kernel (O, C / groups, ...).
+
+  JAX puts zeros between the pixels, and pads by p. ConvTranspose adds the kernel, turned around,
+  at the place of each pixel, and cuts r - p off the sum, where the kernel's reach is
+  r = dilation * (taps - 1). Where r - p is negative, a Pad adds zeros.
+  """
+  groups, dilations = params["feature_group_count"], params["rhs_dilation"]
+  if set(params["window_strides"]) != {1} or not isinstance(kernel.tensor, np.ndarray):
+    raise InputError(
+      "a transposed convolution that also has strides, or whose kernel is computed from the "
+      "images, has no operator in the ONNX graph. Write it as a convolution that puts no zeros "
+      'between pixels, or export the model with format="stablehlo"'
+    )
+  space = tuple(range(2, kernel.array.ndim))
+  # (O, C / g, ...) to (C, O / g, ...): the groups move from the outputs to the inputs.
+  weight = np.flip(kernel.array, space)
+  weight = weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
+  weight = weight.reshape(-1, *weight.shape[2:])
+  reach = [dilation * (taps - 1) for dilation, taps in zip(dilations, weight.shape[2:])]
+  cuts = _by_side([(r - low, r - high) for r, (low, high) in zip(reach, params["padding"])])
+  tensor = graph.add(
+    "ConvTranspose",
+    [x.tensor, weight],
+    kernel_shape=list(weight.shape[2:]),
+    strides=list(params["lhs_dilation"]),
+    dilations=list(dilations),
+    pads=[max(cut, 0) for cut in cuts],
+    group=groups,
+  )
+  if min(cuts) >= 0:
+    return tensor
+  half = len(cuts) // 2
+  sides = [[0, 0, *(max(-cut, 0) for cut in part)] for part in (cuts[:half], cuts[half:])]
+  return graph.add("Pad", [tensor, np.array(sides, np.int64).ravel()])
+
+
+def _by_side(pads: Any) -> list[int]:
+  """Returns pairs of (low, high) as ONNX has them: all low ones, then all high ones."""
+  return [pair[side] for side in (0, 1) for pair in pads]
 
 
 def cropped(graph: Graph, x: Value, pads: Any) -> Value:

@@ -96,7 +96,7 @@ PLAIN = {"Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"}
 SE = PLAIN | {"Sigmoid", "Reshape", "Mul"}
 GATED = SE - {"Relu"} | {"Add", "Concat", "Gather"}
 TILED = PLAIN | {"Add", "Reshape", "Transpose", "MatMul", "AveragePool"}
-FFN = SE | {"Add", "Erf"}
+FFN = SE | {"Add", "Div", "Erf"}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], int, set[str]]] = {
   "repvgg": ("repvgg_a0", REPVGG, 64, PLAIN),
@@ -204,6 +204,23 @@ class Outsider(nn.Module):
 
 
 @needs_onnx
+def test_gelu_has_the_form_that_onnx_runtime_merges(tmp_path):
+  ort: Any = importlib.import_module("onnxruntime")
+
+  def function(params, images):
+    return nn.gelu(images @ params, approximate=False).mean((1, 2))
+
+  proto = repjax.onnx.to_onnx(function, np.ones((3, 4), np.float32), image_size=8)
+  options = ort.SessionOptions()
+  options.optimized_model_filepath = str(tmp_path / "merged.onnx")
+  options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+  ort.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"])
+  found = operators(importlib.import_module("onnx").load(tmp_path / "merged.onnx"))
+  assert "Gelu" in found
+  assert not {"Erf", "Div"} & set(found)
+
+
+@needs_onnx
 def test_a_users_own_model_in_training_form_agrees():
   model = Outsider()
   variables = random_variables(model, noise(1, 16))
@@ -303,6 +320,13 @@ FUNCTIONS = {
   "sum pool": lambda x: summed(x, 2, "VALID") - summed(x, 3, "SAME") / 9,
   "resize": lambda x: resize_aligned(x[:, :5, :6], (9, 4)) + resize_aligned(x[:, :1, :], (9, 4)),
   "resize twice": lambda x: resize_aligned(resize_aligned(x, (3, 8)), (7, 5)),
+  "transposed convolution": lambda x: (
+    jax.lax.conv_transpose(x, KERNEL, (2, 2), "SAME", dimension_numbers=NHWC) + MAPS
+  ),
+  "transposed convolution that cuts and pads": lambda x: spread(x, ((-1, 9), (3, -2))),
+  "transposed convolution of groups": lambda x: spread(
+    x[..., [0, 1, 2, 1]], ((2, 1), (0, 4)), KERNEL[..., :2, [0, 1, 2, 2, 0, 1]], groups=2
+  ),
   "images as they are": lambda x: x,
   "numbers beside images": lambda x: {"a": x.mean((1, 2)), "b": x.mean((1, 2))},
   "repeated": lambda x: jnp.broadcast_to(x[:, :1, :1], x.shape).reshape(x.shape[0], -1),
@@ -313,6 +337,17 @@ KERNEL = np.random.default_rng(6).standard_normal((3, 3, 3, 3)).astype(np.float3
 
 def conv(x):
   return jax.lax.conv_general_dilated(x, KERNEL, (1, 1), "SAME", dimension_numbers=NHWC)
+
+
+def spread(x, padding, kernel=None, groups=1):
+  """A transposed convolution at strides (3, 2), whose kernel is dilated."""
+  return jax.lax.conv_general_dilated(
+    *(x, KERNEL if kernel is None else kernel, (1, 1), padding),
+    lhs_dilation=(3, 2),
+    rhs_dilation=(2, 1),
+    dimension_numbers=NHWC,
+    feature_group_count=groups,
+  )
 
 
 @needs_onnx
@@ -473,13 +508,13 @@ def pairs(x):
   return (rows[:, None] * rows[None]).transpose(2, 0, 1)
 
 
-def transposed(x):
-  return jax.lax.conv_transpose(x, KERNEL, (2, 2), "SAME", dimension_numbers=NHWC)
-
-
 REFUSED = {
   "of any size: .*shapes only in ways": lambda x: x * float(x.shape[0]),
-  'transposed convolution, .*format="stablehlo".*conv_general_dilated. outside all': transposed,
+  'transposed convolution.*format="stablehlo".*conv_general_dilated. outside all': lambda x: (
+    jax.lax.conv_general_dilated(
+      x, KERNEL, (2, 1), [(0, 0)] * 2, lhs_dilation=(3, 2), dimension_numbers=NHWC
+    )
+  ),
   "draws random numbers.*inference mode": lambda x: (
     x + jax.random.normal(jax.random.key(0), (1, *x.shape[1:]))
   ),
