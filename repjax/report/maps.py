@@ -117,10 +117,13 @@ def maps_of(
   """
   fill, model = color_of(spec.preprocessing.mean), spec.create_model()
   canvas = source.canvas(lambda size: canvas_of(model, size, window=window, multiple=multiple))
+  assert canvas is not None  # only a classification has none
   places = np.linspace(0, len(source.examples) - 1, min(SHOWN, len(source.examples)))
   pairs = [pair_of(source.examples[int(place)], fill) for place in places]
   images = [pair.pixels for pair in pairs]
-  make = functools.partial(Canvases, fill=fill, canvas=lambda _: canvas, window=window, flip=flip)
+  make = functools.partial(
+    Canvases, fill=fill, canvas=lambda _, canvas=canvas: canvas, window=window, flip=flip
+  )
   forms = [
     _classes(workdir, images, make, deploy=deploy, verify=verify) for deploy in (False, True)
   ]

@@ -225,6 +225,9 @@ def test_a_flipped_evaluation_averages_an_image_and_its_mirror_image():
 def test_a_run_records_and_reports_the_scores_of_segmentation(segmented):
   workdir, report = segmented
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  printed = json.loads(workdir.with_suffix(".json").read_text())[1]
+  for sentence in ("in crops of 16 px", "Crops of 17 px need", "Windows of 17 px need"):
+    assert sentence in printed
   scores = {row["step"]: row["eval_miou"] for row in rows if "eval_miou" in row}
   assert list(scores) == [4, 8, 12]
   assert report["miou"]["train"] == pytest.approx(scores[report["step"]], abs=1e-3)
