@@ -267,10 +267,11 @@ def test_windows_are_refused_where_there_are_no_pixels_to_classify(finished, dig
     training.evaluate(config, finished[0])
 
 
-def test_a_classifier_becomes_the_backbone_and_loses_its_head(finished):
+@pytest.mark.parametrize("own", [None, {"output_stride": 4, "dilated_blocks": 1}])
+def test_a_classifier_becomes_the_backbone_and_loses_its_head(finished, own):
   config = tiny.segmentation(init_from=str(finished[0]))
   config.model = "fcn"
-  config.model_overrides.update({"backbone": None, "backbone_overrides": None, "bins": None})
+  config.model_overrides.update({"backbone": None, "backbone_overrides": own, "bins": None})
   full = finetune.resolve(config)
   spec = planning.model_spec(full, ())
   assert spec.overrides["backbone"] == "repvgg_a0"
