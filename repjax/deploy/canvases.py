@@ -48,6 +48,24 @@ def shared_canvas_of(model: Any, size: Size, *, window: int = 0) -> Size:
   return canvas_of(model, size if window else (height, width), window=window)
 
 
+def stretching(model: Any, what: str, size: Size) -> str:
+  """Returns a sentence if images of a size lose mean IoU, since they stretch maps; else nothing.
+
+  Args:
+    model: the network, a `Segmenter`.
+    what: what has this size, in the plural, such as "crops".
+    size: (height, width) in pixels.
+  """
+  fit = model.canvas(size)
+  if fit == size:
+    return ""
+  sides, better = (" x ".join(map(str, each)) for each in (size, fit))
+  return (
+    f"{what} of {sides} px (height x width) stretch the maps of the network to fit its logits, "
+    f"which costs mean IoU; {better} px do not"
+  )
+
+
 class Canvases:
   """A function of images of any sizes that returns the class of each of their pixels.
 

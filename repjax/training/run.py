@@ -16,6 +16,7 @@ import optax
 from repjax import names, output, runs
 from repjax.cache import use_compilation_cache
 from repjax.config import Config
+from repjax.deploy.canvases import stretching
 from repjax.errors import InputError
 from repjax.models import init
 from repjax.quantization.roundings import Roundings
@@ -305,13 +306,9 @@ def _misfits(config: Config, plan: Plan) -> list[str]:
   """Returns a sentence for each size of images at which a segmentation loses mean IoU."""
   if config.task != "segmentation":
     return []
-  model: Any = plan.spec.create_model()
-  sides = dict.fromkeys(("crops", part.image_size) for part in plan.parts)
-  sides |= {("windows", config.eval_window): None} if config.eval_window else {}
-  fits = {(what, side): max(model.canvas((side, side))) for what, side in sides}
-  return [
-    f"in {what} of {side} px, the maps of {config.model} are stretched to fit the logits, which "
-    f"costs mean IoU. {what.capitalize()} of {fit} px need no stretching"
-    for (what, side), fit in fits.items()
-    if fit != side
-  ]
+  model = plan.spec.create_model()
+  sizes = dict.fromkeys(("crops", part.image_size) for part in plan.parts)
+  if config.eval_window:
+    sizes["windows", config.eval_window] = None
+  found = (stretching(model, what, (side, side)) for what, side in sizes)
+  return [sentence for sentence in found if sentence]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repjax.deploy.canvases import Canvases, canvas_of, shared_canvas_of
+from repjax.deploy.canvases import Canvases, canvas_of, shared_canvas_of, stretching
 from repjax.errors import InputError
 from repjax.models import create_model
 from repjax.training.tasks.segmentation import Segmentation, slide
@@ -129,3 +129,10 @@ def test_mirror_images_are_those_of_evaluation(built, window):
 )
 def test_the_canvas_of_evaluation_fits_the_network_or_the_window(how, size, wanted):
   assert canvas_of(FCN, size, **how) == wanted
+
+
+def test_sizes_that_stretch_maps_are_named_with_one_that_does_not():
+  assert stretching(FCN, "crops", (97, 33)) == ""
+  said = stretching(FCN, "crops", (97, 32))
+  assert said.startswith("crops of 97 x 32 px")
+  assert said.endswith("97 x 33 px do not")

@@ -226,7 +226,7 @@ def test_a_run_records_and_reports_the_scores_of_segmentation(segmented):
   workdir, report = segmented
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   printed = json.loads(workdir.with_suffix(".json").read_text())[1]
-  for sentence in ("in crops of 16 px", "Crops of 17 px need", "Windows of 17 px need"):
+  for sentence in ("note: crops of 16 x 16 px", "note: windows of 12 x 12 px", "17 x 17 px do not"):
     assert sentence in printed
   scores = {row["step"]: row["eval_miou"] for row in rows if "eval_miou" in row}
   assert list(scores) == [4, 8, 12]
