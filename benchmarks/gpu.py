@@ -41,6 +41,7 @@ OURS = ("repjax-deploy",)
 PLAIN = ("repjax-deploy", "torch-eager")
 GRAPHS = ("repjax-deploy", "repjax-graphs", "torch-eager")
 COMPILED = ("repjax-deploy", "torch-eager", "torch-compile")
+SUMS = ("repjax-deploy", "repjax-untuned", "torch-eager")  # depthwise convolutions as sums, or not
 PEERS = ("torch-eager",)
 TESTS = (
   *("tests/test_algebra.py", "tests/test_reparam.py", "tests/test_recognition.py"),
@@ -75,13 +76,15 @@ def jobs(rehearse: bool) -> list[Job]:
   """Returns the measurements, the most telling first, since time may not suffice for all."""
   main = ("repvgg_a0", "repvgg_a2", "resnet50", "repvgg_b1g4")
   peers = ("timm:efficientnet_b0", "timm:regnetx_032")
-  sizes = (1, 32, 128)
+  mobile, sizes = ("mobileone_s0", "repvit_m0_9"), (1, 32, 128)
   if rehearse:
-    main, peers, sizes = ("repvgg_a0",), ("timm:efficientnet_b0",), (1, 2)
+    main, mobile, sizes = ("repvgg_a0",), ("mobileone_s0",), (1, 2)
+    peers = ("timm:efficientnet_b0",)
   found = [Job("inference", model, "bfloat16", size, PLAIN) for model in main for size in sizes]
   found += [Job("inference", model, "bfloat16", sizes[0], GRAPHS) for model in main]
   parnets = ("parnet_s", "parnet_s_96")  # 92 channels, and 96, which tensor cores take whole
   found += [Job("inference", each, "bfloat16", size, OURS) for each in parnets for size in sizes]
+  found += [Job("inference", model, "bfloat16", size, SUMS) for model in mobile for size in sizes]
   found += [Job("inference", each, "bfloat16", size, PEERS) for each in peers for size in sizes]
   found += [Job("inference", model, "bfloat16", size, COMPILED) for model in main for size in sizes]
   found += [

@@ -1,5 +1,7 @@
 """The programs that benchmarks/inspect_gpu.py compiles: those of users, lowered on shapes alone."""
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import numpy as np
 
 import repjax
 from repjax.deploy import layouts
+from repjax.deploy.rewrite import with_depthwise_sums
 from repjax.inference import inference
 from repjax.spec import Preprocessing, shapes_of
 from repjax.training import optimizer, parallel
@@ -37,8 +40,14 @@ class Wanted(NamedTuple):
   image_size: int
 
 
-def deploy(wanted: Wanted, device: Any) -> Any:
-  """Lowers the program of `repjax.deploy.compile`."""
+def deploy(wanted: Wanted, device: Any, most_taps: int = 0) -> Any:
+  """Lowers the program of `repjax.deploy.compile`.
+
+  Args:
+    wanted: the program.
+    device: the device to lower for.
+    most_taps: depthwise convolutions with at most so many taps are sums over their taps.
+  """
   model = repjax.create_model(wanted.model, deploy=True)
   found: Any = None
 
@@ -56,7 +65,8 @@ def deploy(wanted: Wanted, device: Any) -> Any:
 
   tree = jax.eval_shape(build, shapes_of(model, wanted.image_size))
   images = _on(device, _images(wanted, jnp.float32))
-  return layouts.trace(found.function, tree, images, images.sharding).lower()
+  function = with_depthwise_sums(found.function, most_taps) if most_taps else found.function
+  return layouts.trace(function, tree, images, images.sharding).lower()
 
 
 def train(wanted: Wanted, device: Any) -> Any:
@@ -90,6 +100,7 @@ def step(wanted: Wanted, device: Any) -> Any:
 
 FORMS: dict[str, Callable[[Wanted, Any], Any]] = {
   "deploy": deploy,
+  "sums": functools.partial(deploy, most_taps=sys.maxsize),
   "train": train,
   "evaluate": evaluate,
   "step": step,

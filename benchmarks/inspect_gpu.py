@@ -6,6 +6,7 @@ planned memory, and how the host launches them. `gpu_compiler.py` says how to ge
 
 Forms:
   deploy    the program of `repjax.deploy.compile`
+  sums      the same with depthwise convolutions as sums over their taps, which `compile` tries too
   train     the training form in evaluation mode
   evaluate  the step of an evaluation in a training run
   step      the training step

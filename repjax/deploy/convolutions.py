@@ -172,26 +172,47 @@ def _suits_matmul(conv: Convolution) -> bool:
   outputs = math.prod(conv.images[:3]) // math.prod(conv.strides)
   gathered = outputs * conv.images[3] * math.prod(conv.kernel[:2])
   # A product with a single row of numbers for each group was never faster than `shifts`.
-  depthwise = conv.groups > 1 and _suits_shifts(conv)
+  depthwise = conv.groups > 1 and suits_shifts(conv)
   return conv.dilation == (1, 1) and gathered <= _MOST_ROW_NUMBERS and not depthwise
 
 
 def _shifts(x: jax.Array, kernel: jax.Array, conv: Convolution) -> jax.Array:
-  """Computes a depthwise convolution as a sum over the taps of the kernel.
-
-  y = sum_t x_t kernel_t, where x_t is the map shifted by tap t. XLA computes this sum in one loop
-  over the outputs, with vectors of channels, together with the bias and the activation.
-  """
+  """Computes a depthwise convolution as a sum over the taps of the kernel, on a CPU."""
   # The barrier keeps the padding out of the loop, which would else ask for the border at each tap.
-  x = jax.lax.optimization_barrier(_padded(x, conv))
+  return _sum_of_taps(jax.lax.optimization_barrier(_padded(x, conv)), kernel, conv)
+
+
+def depthwise_sum(x: jax.Array, kernel: jax.Array, conv: Convolution) -> jax.Array:
+  """Computes a depthwise convolution as a sum over the taps of the kernel, in one kernel of a GPU.
+
+  Args:
+    x: images or maps (N, H, W, C).
+    kernel: the convolution's kernel, as the program has it.
+    conv: the convolution, which suits "shifts".
+  """
+  taps = kernel.transpose(conv.kernel_axes).reshape(-1, 1, 1, 1, conv.kernel[3])
+  return _sum_of_taps(_padded(x, conv), taps, conv)
+
+
+def _sum_of_taps(x: jax.Array, taps: jax.Array, conv: Convolution) -> jax.Array:
+  """Returns y = sum_t x_t tap_t, where x_t is the padded map shifted by tap t.
+
+  XLA computes this sum in one loop over the outputs, with vectors of channels, together with the
+  bias and the activation.
+
+  Args:
+    x: padded maps (N, H, W, C).
+    taps: (taps, 1, 1, 1, O).
+    conv: the convolution.
+  """
   x = jnp.repeat(x, conv.kernel[3] // conv.groups, -1)  # a map for each output channel
   # In half precision the sum would lose a digit or two.
   x = x.astype(np.promote_types(x.dtype, np.float32))
-  terms = [shifted * tap for shifted, tap in zip(_slices(x, conv), kernel.astype(x.dtype))]
-  return functools.reduce(jnp.add, terms).astype(kernel.dtype)
+  terms = [shifted * tap for shifted, tap in zip(_slices(x, conv), taps.astype(x.dtype))]
+  return functools.reduce(jnp.add, terms).astype(taps.dtype)
 
 
-def _suits_shifts(conv: Convolution) -> bool:
+def suits_shifts(conv: Convolution) -> bool:
   """Returns True for a depthwise convolution: one input channel for each group."""
   return conv.kernel[2] == 1 and math.prod(conv.kernel[:2]) <= _MOST_TAPS
 
@@ -224,7 +245,7 @@ ALGORITHMS: dict[str, Algorithm] = {
   "matmul": _channels_last(Algorithm(_suits_matmul, _prepare_matmul, _matmul)),
   "shifts": _channels_last(
     Algorithm(
-      _suits_shifts,
+      suits_shifts,
       lambda kernel, conv: kernel.reshape(-1, 1, 1, 1, kernel.shape[-1]),  # (taps, 1, 1, 1, O)
       _shifts,
     )

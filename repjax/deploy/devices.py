@@ -3,13 +3,14 @@
 A batch that runs on D devices is padded to a multiple of D. Several devices are not always faster:
 distributing images and collecting results can cost more than the devices save. Each batch size is
 therefore timed on one device and on all. On a CPU a large batch is also timed in chunks of CHUNK
-images, one chunk after the other: the maps of a few images stay in the processor's caches.
+images, one chunk after the other: the maps of a few images stay in the processor's caches. On a GPU
+a network is first timed with depthwise convolutions as they are, and as sums over their taps.
 """
 
 import functools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from repjax.cache import recall, remember
 from repjax.deploy.layouts import lay_out, trace
+from repjax.deploy.rewrite import depthwise_in, with_depthwise_sums
 from repjax.deploy.tuning import CHUNK, machine, make_tuner
 from repjax.deploy.xla import compile_lowered, planned_bytes
 from repjax.errors import InputError
@@ -25,6 +27,8 @@ from repjax.functions import Function
 
 _AXIS = "batch"
 _ROUNDS = 3
+_CALLS = 10
+_FEW_TAPS = 25  # a 5x5 kernel
 
 
 class Arrangement(NamedTuple):
@@ -52,7 +56,7 @@ class BatchPlan(NamedTuple):
     compile_seconds: seconds to compile all arrangements; little if the programs were on disk.
     memory: bytes that XLA plans for a device, parameters included; None if XLA does not say.
     convolutions: scope of the kernel to name of the algorithm, for convolutions that XLA does not
-      compute; see `repjax.deploy.convolutions`.
+      compute; see `repjax.deploy.convolutions`. On GPUs "shifts" means a sum over the taps.
     runtime: name of the runtime that computes the batch.
     runtimes: least seconds of a batch by the name of each runtime. Empty if none were compared.
   """
@@ -84,6 +88,7 @@ class BatchProgram:
     placed: "PlacedTree",
     arrangement: Arrangement,
     batch: jax.ShapeDtypeStruct,
+    most_taps: int = 0,
   ):
     """Compiles the function.
 
@@ -92,13 +97,18 @@ class BatchProgram:
       placed: the tree on devices.
       arrangement: how the batch runs, on 1 device or on all of them.
       batch: shape (N, H, W, 3) and dtype of the images.
+      most_taps: depthwise convolutions with at most so many taps are sums over their taps.
     """
     count, chunk = self.arrangement = arrangement
     self.images = batch.shape[0] + -batch.shape[0] % (count * chunk)
     tree, self.convolutions = placed.tree, {}
+    at_once = jax.ShapeDtypeStruct((chunk, *batch.shape[1:]), batch.dtype)
     if placed.tuner is not None:
-      at_once = jax.ShapeDtypeStruct((chunk, *batch.shape[1:]), batch.dtype)
       function, tree, self.convolutions = placed.tuner(function, at_once)
+    if most_taps:
+      taps = depthwise_in(function, tree, at_once)
+      self.convolutions = {scope: "shifts" for scope, count in taps.items() if count <= most_taps}
+      function = with_depthwise_sums(function, most_taps)
     function = _in_chunks(function, chunk)
     alone = count == 1
     self._sharding = placed.one if alone else placed.split
@@ -120,8 +130,11 @@ class BatchProgram:
     if self.arrangement.devices > 1:
       # JAX would compile a program to split an array on one device over several devices.
       images = np.asarray(images)
-    images = pad_images(images, self.images)
-    return self._executable(self._tree, jax.device_put(images, self._sharding))
+    return self._executable(self._tree, self.placed(pad_images(images, self.images)))
+
+  def placed(self, images: Any) -> jax.Array:
+    """Returns the images of a call on the devices; those that are there stay."""
+    return jax.device_put(images, self._sharding)
 
   def finish(self, results: Any, count: int) -> Any:
     """Waits for results and returns the first `count` rows of each, on the host."""
@@ -155,7 +168,7 @@ class PlacedTree:
     Args:
       tree: the arrays.
       devices: devices of this process; None takes all.
-      tune: choose the fastest algorithm for each convolution; no effect except on CPUs.
+      tune: choose the fastest algorithm for each convolution; on GPUs, for depthwise ones.
       options: options of XLA besides those that suit the devices.
       axes: as for `trace` of `repjax.deploy.layouts`.
 
@@ -168,7 +181,7 @@ class PlacedTree:
     self.one = SingleDeviceSharding(self.devices[0])
     self.whole = NamedSharding(mesh, PartitionSpec())
     self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
-    self.options, self.axes = options or {}, axes
+    self.options, self.axes, self._tune = options or {}, axes, tune
     copy_to_all = functools.partial(jax.device_put, device=self.whole)
     self.tree = copy_to_all(tree)
     self.tuner = make_tuner(self.tree, self.devices[0], copy_to_all, tune)
@@ -200,7 +213,8 @@ class PlacedTree:
       # An earlier process may have measured the same; then the other arrangements are not compiled.
       known = recall(question)
       arrangements = [each for each in arrangements if [*each] == known] or arrangements
-    programs = [BatchProgram(function, self, each, batch) for each in arrangements]
+    taps = self._most_taps(function, batch)
+    programs = [BatchProgram(function, self, each, batch, taps) for each in arrangements]
     compile_seconds = time.perf_counter() - start
     seconds = time_programs(programs, batch) if len(programs) > 1 else {}
     fastest = min(programs, key=lambda program: seconds.get(program.arrangement, 0))
@@ -227,6 +241,23 @@ class PlacedTree:
     where = f"{len(self.devices)} of {machine(self.devices[0])}"
     return f"the fastest way for {batch.shape} {batch.dtype} on {where} with {'; '.join(leaves)}"
 
+  def _most_taps(self, function: Function, batch: jax.ShapeDtypeStruct) -> int:
+    """Returns the most taps of depthwise convolutions that are faster as sums on this GPU, or 0."""
+    if not self._tune or not is_gpu(self.devices[0]):
+      return 0
+    limits = _limits(depthwise_in(function, self.tree, batch).values())
+    if limits == [0]:
+      return 0
+    question = f"the most taps of a sum in {self.question(batch)}"
+    known = recall(question)
+    if known not in limits:
+      alone = Arrangement(1, batch.shape[0])
+      programs = {limit: BatchProgram(function, self, alone, batch, limit) for limit in limits}
+      seconds = time_on_device(programs, batch)
+      known = min(limits, key=lambda limit: seconds[limit])
+      remember(question, known)
+    return known
+
   def _arrangements(self, size: int) -> list[Arrangement]:
     """Returns the arrangements worth trying for a batch of `size` images."""
     # One image padded to all devices would take as long on each of them as alone on one.
@@ -235,6 +266,17 @@ class PlacedTree:
     if self.tuner is None:
       return whole
     return whole + [Arrangement(count, CHUNK) for count, chunk in whole if chunk > CHUNK]
+
+
+def is_gpu(device: Any) -> bool:
+  """Tells if a device is a GPU."""
+  return device.platform == "gpu"
+
+
+def _limits(taps: Iterable[int]) -> list[int]:
+  """Returns the largest numbers of taps worth trying: none, those of small kernels, and all."""
+  counts = [0, *taps]
+  return sorted({0, max(count for count in counts if count <= _FEW_TAPS), max(counts)})
 
 
 def _in_chunks(function: Function, chunk: int) -> Function:
@@ -260,7 +302,7 @@ def time_programs(
   Every round runs each program once, so that a disturbance of the machine slows all of them. The
   first round is warm-up and does not count.
   """
-  noise = np.random.default_rng(0).integers(0, 256, batch.shape).astype(batch.dtype)
+  noise = _noise(batch)
   times = {program.arrangement: [] for program in programs}
   for _ in range(1 + _ROUNDS):
     for program in programs:
@@ -268,6 +310,30 @@ def time_programs(
       program.finish(program.start(noise), len(noise))
       times[program.arrangement].append(time.perf_counter() - start)
   return {arrangement: statistics.median(row[1:]) for arrangement, row in times.items()}
+
+
+def time_on_device(
+  programs: Mapping[int, BatchProgram], batch: jax.ShapeDtypeStruct
+) -> dict[int, float]:
+  """Returns the least seconds of a batch in each program, for images that are on the device.
+
+  The programs take turns. A turn makes several calls before it waits, so that what the host does is
+  hidden unless it takes longer than the device.
+  """
+  images = next(iter(programs.values())).placed(_noise(batch))
+  seconds = dict.fromkeys(programs, float("inf"))
+  for _ in range(1 + _ROUNDS):
+    for name, program in programs.items():
+      jax.block_until_ready(program.start(images))
+      start = time.perf_counter()
+      jax.block_until_ready([program.start(images) for _ in range(_CALLS)])
+      seconds[name] = min(seconds[name], (time.perf_counter() - start) / _CALLS)
+  return seconds
+
+
+def _noise(batch: jax.ShapeDtypeStruct) -> np.ndarray:
+  """Returns images of noise."""
+  return np.random.default_rng(0).integers(0, 256, batch.shape).astype(batch.dtype)
 
 
 def pad_images(images: Any, count: int) -> Any:

@@ -9,6 +9,9 @@ leaf of the tree. The kernels of replaced convolutions are prepared once, in the
   computed_by       runs the program with the convolutions replaced
 
   y = conv_general_dilated x kernel    becomes    y = winograd(x, prepared kernel)
+
+On GPUs only depthwise convolutions are replaced, and kernels stay as they are: `depthwise_in` finds
+them, and `with_depthwise_sums` replaces them.
 """
 
 import collections
@@ -18,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from repjax.deploy.convolutions import ALGORITHMS, Convolution
+from repjax.deploy.convolutions import ALGORITHMS, Convolution, depthwise_sum, suits_shifts
 from repjax.functions import Function
 from repjax.program import Equation, Program, constant_array, interpret, trace
 from repjax.trees import leaf_name
@@ -117,6 +120,70 @@ def computed_by(
     return jax.tree.unflatten(jax.tree.structure(program.results), outputs)
 
   return rewritten
+
+
+def depthwise_in(function: Function, tree: Any, inputs: Any) -> dict[str, int]:
+  """Finds the depthwise convolutions that `with_depthwise_sums` can replace.
+
+  Args:
+    function: a function of a tree and of inputs.
+    tree: arrays, or their shapes and dtypes.
+    inputs: images or maps, or their shapes and dtypes.
+
+  Returns:
+    Scope of the kernel, or of the convolution if the kernel is computed, to the number of taps.
+  """
+  program, names = _traced(function, tree, inputs)
+  found = {}
+  for equation in _convolutions(program):
+    conv = _depthwise(equation)
+    if conv is not None:
+      name = names.get(equation.inputs[1])
+      found[scope_of(name) if name else equation.scope] = _taps(conv)
+  return found
+
+
+def with_depthwise_sums(function: Function, most_taps: int) -> Function:
+  """Returns the same function with depthwise convolutions computed as sums over their taps.
+
+  cuDNN computes a depthwise convolution alone, and a second kernel adds the bias and the
+  activation. XLA computes the sum, the bias and the activation in one kernel, which moves the maps
+  once.
+
+  Args:
+    function: a function of a tree and of inputs.
+    most_taps: convolutions whose kernels have more taps stay.
+  """
+
+  def rewritten(tree: Any, inputs: Any) -> Any:
+    program, _ = _traced(function, tree, inputs)
+
+    def compute(equation: Equation, values: list[Any]) -> Sequence[Any]:
+      conv = _depthwise(equation) if _is_convolution(equation) else None
+      with jax.named_scope(equation.scope):
+        if conv is None or _taps(conv) > most_taps:
+          return equation.run(*values)
+        x, kernel = values
+        return [depthwise_sum(x, kernel, conv)]
+
+    values = [*jax.tree.leaves(tree), *jax.tree.leaves(inputs)]
+    outputs = interpret(program, values, compute, constant_array)
+    return jax.tree.unflatten(jax.tree.structure(program.results), outputs)
+
+  return rewritten
+
+
+def _depthwise(equation: Equation) -> Convolution | None:
+  """Returns a depthwise convolution of maps (N, H, W, C), or None for any other convolution."""
+  conv = _described(equation)
+  if conv is None or conv.groups == 1 or conv.image_axes != (0, 1, 2, 3):
+    return None
+  return conv if suits_shifts(conv) else None
+
+
+def _taps(conv: Convolution) -> int:
+  """Returns the number of taps of a convolution's kernel."""
+  return conv.kernel[0] * conv.kernel[1]
 
 
 def _traced(function: Function, tree: Any, inputs: Any) -> tuple[Program, dict[Any, str]]:

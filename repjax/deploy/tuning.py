@@ -193,7 +193,8 @@ def _question(conv: Convolution, device: Any) -> str:
 def machine(device: Any) -> str:
   """Describes everything besides the program that decides how fast a program is."""
   devices = len(device.client.devices())
-  return f"{_processor()}, {devices} devices, jax {jax.__version__}, algorithms {_VERSION}"
+  kind = "" if device.platform == "cpu" else f"{device.device_kind}, "
+  return f"{kind}{_processor()}, {devices} devices, jax {jax.__version__}, algorithms {_VERSION}"
 
 
 @functools.cache

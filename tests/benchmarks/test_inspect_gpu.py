@@ -165,6 +165,8 @@ HELD = {
   ("parnet_s", "deploy", "bfloat16", 1): (90, 82),
   ("parnet_s", "deploy", "bfloat16", 128): (112, 4990),
   ("repvgg_a2", "evaluate", "float32", 128): (50, 3520),
+  ("mobileone_s0", "deploy", "bfloat16", 128): (69, 2758),
+  ("mobileone_s0", "sums", "bfloat16", 128): (48, 2011),
 }
 
 
@@ -178,7 +180,10 @@ def test_what_a_gpu_would_run(load, held, optimized):
   assert row["kernels"] <= kernels
   assert row["moved_mib"] <= mib
   copies = row["kinds"].get("parameter copy", {}).values()
-  if form == "deploy":  # Small vectors aside, no parameter is moved to a new place in a call.
+  if form in (
+    "deploy",
+    "sums",
+  ):  # Small vectors aside, no parameter is moved to a new place in a call.
     assert sum(counts["bytes"] for counts in copies) < 2**20
 
 

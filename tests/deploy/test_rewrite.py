@@ -10,6 +10,7 @@ import pytest
 import repjax
 from repjax.deploy import rewrite
 from repjax.deploy.convolutions import ALGORITHMS, suitable
+from repjax.program import trace
 from tests.helpers import assert_close, random_variables
 
 pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
@@ -162,3 +163,45 @@ def test_channels_may_come_first(x64, name):
   prepared = rewrite.with_kernels(tree, {"second": kernel})
   y = rewrite.computed_by(channels_first, tree, {"second": name}, found)(prepared, x)
   assert_close(y, channels_first(tree, x), 1e-12)
+
+
+class Depthwise(nn.Module):
+  """Depthwise convolutions, and two that cannot be sums: one of groups and one of NCHW."""
+
+  @nn.compact
+  def __call__(self, x):
+    conv = functools.partial(nn.Conv, param_dtype=x.dtype, use_bias=False)
+    x = conv(8, (3, 3), name="dense")(x)
+    x = conv(8, (3, 3), feature_group_count=8, name="plain")(x)
+    x = conv(24, (3, 5), strides=(2, 1), feature_group_count=8, padding="SAME", name="wide")(x)
+    x = conv(24, (3, 3), kernel_dilation=2, feature_group_count=24, name="dilated")(x)
+    x = conv(24, (7, 7), feature_group_count=24, name="large")(x)
+    x = conv(24, (3, 3), feature_group_count=12, name="groups")(x)
+    kernel = self.param("kernel", nn.initializers.ones, (24, 1, 3, 3), x.dtype)
+    x = jax.lax.conv_general_dilated(
+      *(x, kernel / 2, (1, 1), "SAME"),
+      dimension_numbers=("NHWC", "OIHW", "NHWC"),
+      feature_group_count=24,
+    )
+    return jax.lax.conv_general_dilated(
+      *(x.transpose(0, 3, 1, 2), kernel, (1, 1), "SAME"),
+      dimension_numbers=("NCHW", "OIHW", "NCHW"),
+      feature_group_count=24,
+    ).mean((2, 3))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_depthwise_convolutions_as_sums(x64, dtype):
+  del x64
+  x = np.random.default_rng(0).standard_normal((2, 13, 12, 3)).astype(dtype)
+  variables = jax.tree.map(lambda leaf: leaf.astype(dtype), random_variables(Depthwise(), x))
+  apply = Depthwise().apply
+  found = rewrite.depthwise_in(apply, variables, x)
+  computed = next(iter(found.keys() - {"plain", "wide", "dilated", "large"}))
+  assert found == {"plain": 9, "wide": 15, "dilated": 9, "large": 49, computed: 9}
+  expected = jax.jit(apply)(variables, x)
+  for most_taps, left in ((9, 5), (25, 4), (49, 3)):
+    summed = rewrite.with_depthwise_sums(apply, most_taps)
+    names = [each.primitive for each in trace(summed, variables, x).equations]
+    assert names.count("conv_general_dilated") == left
+    assert_close(jax.jit(summed)(variables, x), expected, 1e-12 if dtype == "float64" else 5e-2)

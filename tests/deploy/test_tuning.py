@@ -130,6 +130,48 @@ def test_a_tuned_program_computes_the_same(small, folder, speeds, dtype, monkeyp
     assert_close(tuned(images[:count]), plain(images[:count]), tolerance)
 
 
+def test_on_a_gpu_the_faster_way_of_depthwise_convolutions_is_kept(folder, monkeypatch):
+  monkeypatch.setattr(devices, "make_tuner", lambda *_: None)
+  monkeypatch.setattr(devices, "is_gpu", lambda device: True)
+  tried = []
+
+  def measured(programs, batch):
+    assert set(timed(programs, batch)) == set(programs)
+    tried.append((*programs, batch.shape))
+    return {limit: -limit for limit in programs}
+
+  timed = devices.time_on_device
+  monkeypatch.setattr(devices, "time_on_device", measured)
+
+  def network(kernel, images):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+      images, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=3
+    ).mean((1, 2))
+
+  rng = np.random.default_rng(0)
+  kernel, images = (
+    rng.standard_normal(shape, np.float32) for shape in ((3, 3, 1, 6), (2, 16, 16, 3))
+  )
+  compiled = [
+    repjax.deploy.compile(network, kernel, image_size=16, batch_sizes=(2,), devices=CPU, tune=tune)
+    for tune in (False, True, True)
+  ]
+  assert tried == [(0, 9, (2, 16, 16, 3))]
+  plain, summed, again = (each.plans[2].convolutions for each in compiled)
+  assert plain == {}
+  assert set(summed.values()) == {"shifts"}
+  assert again == summed
+  assert_close(compiled[1](images), compiled[0](images), 1e-5)
+
+
+def test_limits_of_taps():
+  assert devices._limits([]) == [0]
+  assert devices._limits([9, 9, 25]) == [0, 25]
+  assert devices._limits([9, 49, 25, 81]) == [0, 25, 81]
+  assert devices._limits([49]) == [0, 49]
+
+
 class Failing:
   """A program that does not compile."""
 
