@@ -36,7 +36,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
   "b2": {"backbone": "repvgg_b2"},
   "resnet101": {"backbone": "resnet101"},
 }
-"""The networks of section 4.3 of the RepVGG paper, by name."""
+"""The networks with which the RepVGG paper segments, by name."""
 USUAL = ("b1g2-fast", "b1g2", "resnet50")
 FORMS = ("train", "deploy", "compiled")
 CLASSES = 19

@@ -5,7 +5,7 @@ poly 0.9, weight decay 1e-4, crops of 713 px, random scale 0.5 to 2 and flip, au
 synchronised norms. Start from a backbone that was trained on ImageNet.
 Paper: Ding et al., RepMLP, 2021. https://arxiv.org/abs/2105.01883
 Expected: unknown. The paper states 74.27 % mIoU in its text, 2.21 points above its ResNet-50, for a
-network of 46.56 million parameters. It leaves the tiles open, and this network has 132 million, see
+network of 46.56 million parameters. It leaves the tiles open, and this network has 160 million, see
 `repjax.segmentation.PSPNet`. Not trained here.
 
   repjax train --config repmlp_resnet50_bottleneck_g8_320 --workdir runs/repmlp \
@@ -23,6 +23,5 @@ def get_config() -> ml_collections.ConfigDict:
   config = common.get_pspnet_config()
   config.model = "pspnet_repmlp"
   config.num_epochs = 200.0
-  config.eval_multiple = 80  # Maps have an eighth of the size, and tiles of 10 x 10 divide them.
   config.eval_every_epochs = 10.0
   return config

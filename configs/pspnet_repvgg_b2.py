@@ -3,7 +3,7 @@
 Recipe: that of PSPNet. 40 epochs, batch 16, SGD 0.1 for the head and 0.01 for the backbone with
 poly 0.9, weight decay 1e-4, crops of 713 px, random scale 0.5 to 2 and flip, auxiliary loss 0.4,
 synchronised norms. Start from a backbone that was trained on ImageNet.
-Paper: Ding et al., RepVGG, CVPR 2021, section 4.5. https://arxiv.org/abs/2101.03697
+Paper: Ding et al., RepVGG, CVPR 2021. https://arxiv.org/abs/2101.03697
 Expected: 80.57 % mIoU on the validation images, 1.05 points above the same network with five
 dilated layers. The paper states the difference in its text. The number itself is from a copy of its
 table that could not be checked. Not trained here.

@@ -3,7 +3,7 @@
 Recipe: that of PSPNet. 40 epochs, batch 16, SGD 0.1 for the head and 0.01 for the backbone with
 poly 0.9, weight decay 1e-4, crops of 713 px, random scale 0.5 to 2 and flip, auxiliary loss 0.4,
 synchronised norms. Start from a backbone that was trained on ImageNet.
-Paper: Ding et al., RepVGG, CVPR 2021, section 4.5. https://arxiv.org/abs/2101.03697
+Paper: Ding et al., RepVGG, CVPR 2021. https://arxiv.org/abs/2101.03697
 Expected: 77.17 % mIoU on the validation images, from a copy of the paper's table that could not be
 checked. The stem here is one 7x7 convolution, where PSPNet's code has three 3x3. Not trained here.
 

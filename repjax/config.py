@@ -184,7 +184,7 @@ OVERRIDES = (
   Field(
     "dilation",
     None,
-    'Blocks of the backbone of PSPNet and FCN that dilate: "full", "fast" or "last".',
+    'Blocks of the backbone of PSPNet and FCN that dilate: "full", "fast", "last" or "none".',
     kind=str,
   ),
   Field("bins", None, "Rows and columns of the grids over which PSPNet averages.", kind=tuple),
@@ -318,11 +318,14 @@ FIELDS = (
   ),
   Field(
     "eval_multiple",
-    1,
-    "Images of a segmentation are padded, in evaluation, to a height and width that this divides.",
-    _SIDE,
+    0,
+    "Images of a segmentation lie, in evaluation, on a canvas whose height and width this number "
+    "divides. 0: on the smallest canvas at which the maps of the network lie exactly under the "
+    "logits. With a total stride of s, its sides are s k + 1 pixels. With `eval_window`, the "
+    "network sees windows, and this field has no effect.",
+    whole(0, 8_192),
     evaluates=True,
-    before=1,
+    before=0,
     task="segmentation",
   ),
   Field(
@@ -396,7 +399,7 @@ FIELDS = (
     "backbone_rate",
     1.0,
     "Factor on the rate of all parameters except the classifier's; in a segmentation, on that of "
-    "the backbone's. 0: they are frozen.",
+    "the backbone's. 0: they are frozen, and run as in evaluation.",
     _AT_LEAST_0,
     before=1.0,
   ),

@@ -82,7 +82,7 @@ def check_preprocessing(given: Any) -> None:
     )
 
 
-_PLAIN_FIELDS = ("name", "num_classes", "class_names")
+_PLAIN_FIELDS = ("name", "num_classes", "class_names", "class_colors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,8 @@ class ModelSpec:
     overrides: attributes that replace those of the variant, as in `create_model`.
     preprocessing: steps from images to inputs.
     class_names: names of the classes in the order of the logits; empty if unknown.
+    class_colors: the colour (red, green, blue) of each class in pictures of masks, in 0 ... 255;
+      empty for classification, or if unknown.
 
   Raises:
     InputError: an unknown model or override, or a value of a wrong type or out of range.
@@ -105,18 +107,20 @@ class ModelSpec:
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   preprocessing: Preprocessing = Preprocessing()
   class_names: tuple[str, ...] = ()
+  class_colors: tuple[tuple[int, int, int], ...] = ()
 
   def __post_init__(self):
     # Overrides come last, since their rules follow from the model.
     plain = {name: value for name, value in vars(self).items() if name in _PLAIN_FIELDS}
     schema.check(plain, contents.MODEL)
     check_model(self.name, self.overrides, "overrides.")
-    named = len(self.class_names)
-    if named not in (0, self.num_classes):
-      raise InputError(
-        f"class_names has {named:,} names, and num_classes is {self.num_classes:,}. Give a name "
-        "for each class, or none"
-      )
+    for field, noun in (("class_names", "name"), ("class_colors", "colour")):
+      given = len(getattr(self, field))
+      if given not in (0, self.num_classes):
+        raise InputError(
+          f"{field} has {given:,} {noun}s, and num_classes is {self.num_classes:,}. Give a {noun} "
+          "for each class, or none"
+        )
 
   @classmethod
   def usual(
@@ -153,7 +157,10 @@ class ModelSpec:
 
   def to_json(self) -> dict[str, Any]:
     """Returns the spec as plain dictionaries, lists, strings and numbers."""
-    return dataclasses.asdict(self)
+    value = dataclasses.asdict(self)
+    if not self.class_colors:
+      del value["class_colors"]  # which earlier versions do not know
+    return value
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> "ModelSpec":
@@ -172,6 +179,7 @@ class ModelSpec:
         **value,
         "preprocessing": Preprocessing(**preprocessing),
         "class_names": tuple(value.get("class_names", ())),
+        "class_colors": tuple(map(tuple, value.get("class_colors", ()))),
       }
     )
 

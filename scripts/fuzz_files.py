@@ -185,7 +185,7 @@ def read_mask_set(path: Path) -> None:
   """Opens both splits, and reads every pair as training and evaluation do."""
   for split in ("train", "validation"):
     source = open_source("pets", split, data_dir=str(path), task="segmentation")
-    canvas = source.canvas(32)
+    canvas = source.canvas()
     assert canvas is not None
     for index in range(min(len(source.examples), 100)):
       pair = pair_of(source.examples[index], (0, 0, 0))

@@ -124,7 +124,7 @@ def test_the_config_of_imported_weights_has_the_fields_of_evaluation():
     "batch_size": 64,
     "num_workers": 0,
     "tolerance": 1e-5,
-    "eval_multiple": 1,
+    "eval_multiple": 0,
     "eval_window": 0,
     "eval_flip": False,
   }
@@ -252,7 +252,7 @@ def test_fields_without_a_meaning_for_the_task_are_refused(task, changes, said):
 def test_the_overrides_are_the_attributes_of_the_models():
   # A config sets these outside of model_overrides, or training sets them.
   apart = {"num_classes", "dtype", "param_dtype", "axis_name", "deploy", "features_only"}
-  apart.add("running_variance")
+  apart |= {"running_variance", "frozen_backbone"}
   models = {type(model): model for model in map(create_model, list_models())}.values()
   attributes = {field.name for model in models for field in dataclasses.fields(model)}
   assert {field.name for field in table.OVERRIDES} == attributes - apart - {"parent", "name"}
@@ -268,7 +268,7 @@ def test_runs_older_than_a_field_did_what_its_default_does_or_leaves_open():
     "curriculum": (),
     "ema_decay": 0.0,
     "eval_flip": False,
-    "eval_multiple": 1,
+    "eval_multiple": 0,
     "eval_window": 0,
     "final_decay_factor": 1.0,
     "qat": False,

@@ -306,7 +306,7 @@ def test_pspnet_has_the_recipe_of_its_authors_at_their_rates(name):
   assert re.search("Not trained here", text)
   changed = changes(common.get_config(), config)
   assert {k: v for k, v in changed.pop("model_overrides", {}).items() if v} == overrides
-  longer = {"num_epochs": 200, "eval_every_epochs": 10, "eval_multiple": 80}
+  longer = {"num_epochs": 200, "eval_every_epochs": 10}
   assert changed == {
     "task": "segmentation",
     "model": model,

@@ -1,5 +1,6 @@
 """model.json, preprocessing, and loading a model from a folder."""
 
+import dataclasses
 import json
 import shutil
 
@@ -44,6 +45,19 @@ def test_a_spec_is_the_same_after_every_round_trip(tmp_path):
   written = (tmp_path / "model.json").read_bytes()
   repjax.ModelSpec.read(tmp_path).write(tmp_path)
   assert (tmp_path / "model.json").read_bytes() == written
+
+
+def test_a_spec_has_a_colour_for_each_class_or_none(tmp_path):
+  colored = dataclasses.replace(SPEC, class_colors=((0, 0, 0), (1, 2, 3), (255, 4, 0)))
+  colored.write(tmp_path)
+  assert repjax.ModelSpec.read(tmp_path).class_colors == colored.class_colors
+  assert "class_colors" not in SPEC.to_json()
+  with pytest.raises(InputError, match="class_colors has 2 colours, and num_classes is 3"):
+    dataclasses.replace(SPEC, class_colors=((0, 0, 0), (1, 2, 3)))
+  with pytest.raises(InputError, match=r"class_colors\[1\]\[0\] must be .* to 255, got 256"):
+    repjax.ModelSpec.from_json(
+      {"name": "repvgg_a0", "num_classes": 2, "class_colors": [[0, 0, 0], [256, 0, 0]]}
+    )
 
 
 def test_what_a_spec_does_not_say_has_defaults():

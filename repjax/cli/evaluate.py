@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
   )
   arguments = parser.parse_args(argv)
   from repjax import runs, training
-  from repjax.training.display import title
+  from repjax.training.display import title, views
 
   with one_paragraph():
     forms = (arguments.form,)
@@ -87,11 +87,7 @@ def main(argv: Sequence[str]) -> None:
       )
     if recalibrated:
       print(f"training form with batch norms re-estimated over {recalibrated} batches")
-    how = ", ten crops each" if arguments.ten_crop else ""
-    if config.eval_window:
-      how += f", in windows of {config.eval_window} px"
-    if config.eval_flip:
-      how += ", averaged with its mirror image"
+    how = (", ten crops each" if arguments.ten_crop else "") + views(config)
     source = ", which is noise" if config.dataset == "synthetic" else ", reloaded from disk"
     print(f"on every image of {config.dataset}'s {config.eval_split} split{how}{source}")
 

@@ -62,6 +62,9 @@ def main(argv: Sequence[str]) -> None:
     "or the registry of npm)",
   )
   arguments = parser.parse_args(argv)
+  import numpy as np
+
+  from repjax.deploy.canvases import stretching
   from repjax.onnx.metadata import PROGRAM
 
   with one_paragraph():
@@ -82,6 +85,10 @@ def main(argv: Sequence[str]) -> None:
       web_runtime=arguments.web_runtime,
     )
   print(describe(spec, facts), f"saved: {arguments.to}", sep="\n")
+  if spec.task == "segmentation":
+    height, width = np.broadcast_to(facts["image_size"], 2).tolist()
+    if sentence := stretching(spec.create_model(), "images", (height, width)):
+      print(f"note: {sentence}")
   program = arguments.to / PROGRAM
   if program.exists():
     print(f"labels without repjax: python {program} IMAGE")

@@ -5,7 +5,7 @@ every image of the evaluation split, the error of the logits, the size, and the 
 ONNX Runtime. `repjax quantize` and benchmarks/int8.py print the table.
 
 A file takes images of one size. For segmentation this is the canvas of the evaluation split, or the
-window that slides over it.
+window that slides over it. Windows and mirror images are averaged as in the evaluation of the run.
 """
 
 import statistics
@@ -112,7 +112,7 @@ def read_baseline(folder: Path, count: int, *, verify: bool = True, **changes: A
   images = calibration_images(calibration, count, spec.preprocessing)
   if spec.task == "segmentation":
     window = config.get("eval_window", 0)
-    canvas = held_out.canvas(config.get("eval_multiple", 1))
+    canvas = planning.canvas(config, held_out, spec)
     assert canvas is not None
     size = (window, window) if window else canvas
     images = np.stack([_fitted(each, size, color_of(spec.preprocessing.mean)) for each in images])
@@ -250,7 +250,7 @@ def _judged(
     baseline.spec.preprocessing,
     batch_size=_batch_size(baseline),
     num_workers=baseline.config.num_workers,
-    multiple=baseline.config.get("eval_multiple", 1),
+    canvas=planning.canvas(baseline.config, baseline.evaluation, baseline.spec),
   )
   whole = {name: _on_canvas(classify, baseline) for name, classify in classifiers.items()}
   sums: dict[str, dict[str, Any]] = {name: {} for name in whole}
@@ -274,11 +274,12 @@ def _judged(
 
 def _on_canvas(classify: runtime.Classify, baseline: Baseline) -> runtime.Classify:
   """Returns a function of the images of the split, which may be larger than what a file takes."""
-  window = baseline.config.get("eval_window", 0)
-  if not window:
+  how = {name: baseline.config.get(f"eval_{name}", 0) for name in ("window", "flip")}
+  if not any(how.values()):
     return classify
   build: Any = lambda size: classify  # noqa: E731
-  canvases = Canvases(build, color_of(baseline.spec.preprocessing.mean), window)
+  # Batches of the split lie on their canvas already.
+  canvases = Canvases(build, color_of(baseline.spec.preprocessing.mean), lambda size: size, **how)
   # A probability of 0 has no logarithm.
   return lambda images: np.log(np.maximum(canvases.scores(images), 1e-30))
 

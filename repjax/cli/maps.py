@@ -65,8 +65,7 @@ def opened(folder: Path, predictor: Predictor, stems: Sequence[Path]) -> Iterato
   Raises:
     InputError: the folder exists, or cannot be written.
   """
-  colors = masks.palette(len(predictor.labels))
-
+  colors = predictor.colors
   with disk.replacing(folder, exists=False) as draft:
     table = {"names": list(predictor.labels), "colors": [list(color) for color in colors]}
     disk.write_json(draft / class_table.NAME, table)

@@ -14,13 +14,15 @@ more, repjax first measures once which algorithm is fastest for each convolution
 With a model for segmentation, the labels of an image are those with most pixels, with their shares.
 --to makes a folder: masks/ has PNG files with a palette, whose values are the classes, and
 overlays/ has the images with the colours of the classes over them. A file is called as its image,
-and has its size. classes.json names the classes and colours. The folder appears after the last
-image, and an old one is not replaced.
+and has its size. classes.json names the classes and colours, those of the data set of the
+training. The folder appears after the last image, and an old one is not replaced.
 
 Images for segmentation are not resized. Each one lies at the top left of a canvas whose sides are
 33, 65, 97, ..., and the rest of the canvas has the mean colour, as in evaluation. Every size of
 canvas is compiled once, which takes seconds. --window slides one square over images of all sizes
 instead, as repjax evaluate does: for a network that takes one size only, and for large images.
+--flip averages each image and its mirror image. Neither is taken from the run: give the window and
+flip with which the run was evaluated.
 """
 
 from __future__ import annotations
@@ -73,6 +75,11 @@ def main(argv: Sequence[str]) -> None:
     metavar="PIXELS",
     help="side of windows that slide over images for segmentation; 0: whole images (default: 0)",
   )
+  parser.add_argument(
+    "--flip",
+    action="store_true",
+    help="average the predictions for each image of a segmentation and its mirror image",
+  )
   flags.add(parser, "--dtype", "--no-verify")
   flags.add(
     parser,
@@ -117,6 +124,7 @@ def main(argv: Sequence[str]) -> None:
       runtime=arguments.runtime,
       verify=arguments.verify,
       window=arguments.window,
+      flip=arguments.flip,
     )
     k = min(arguments.top, len(predictor.labels))
     draw = stack.enter_context(maps.opened(arguments.to, predictor, stems)) if stems else None

@@ -154,9 +154,12 @@ def describe(made: PreparedSet | PreparedPairs, name: str, data_dir: str | None)
   if isinstance(made, PreparedSet):
     counts = {split: sum(counts) for split, counts in made.counts.items()}
     facts, config = _class_sizes(made), f"finetune --config.dataset={name}{where}"
+    config += " --config.init_from=PATH"
   else:
     counts, facts = made.counts, _class_shares(made)
+    # The weights and the split of the config are those of the scenes.
     config = f"scenes --config.dataset={name}{where} --config.num_classes={len(made.class_names)}"
+    config += " --config.eval_split=validation --config.class_weights=None"
   images = ", ".join(f"{count:,} {split}" for split, count in counts.items())
   lines = [
     f"classes: {len(made.class_names)} ({some})",
@@ -164,7 +167,7 @@ def describe(made: PreparedSet | PreparedPairs, name: str, data_dir: str | None)
     *facts,
     *warnings(made),
     f"saved: {made.path}, {size / 1e6:,.1f} MB",
-    f"next: repjax train --config {config} --config.init_from=PATH --workdir runs/{name}",
+    f"next: repjax train --config {config} --workdir runs/{name}",
   ]
   return "\n".join(map(printable, lines))  # names of files and classes may hold anything
 

@@ -122,7 +122,7 @@ def quantize(arguments: argparse.Namespace) -> None:
   check(arguments)
   from repjax.cli import int8_table
   from repjax.quantization import processor, runtime
-  from repjax.training.display import title
+  from repjax.training.display import title, views
 
   runtime.need_runtime()
   baseline = int8_table.read_baseline(
@@ -158,8 +158,8 @@ def quantize(arguments: argparse.Namespace) -> None:
   config = baseline.config
   print(
     f"{title(baseline.task.scores[0])} on every image of {config.dataset}'s {config.eval_split} "
-    f"split, calibrated with {len(images)} of its {config.train_split} split; error: of the "
-    "logits against float32"
+    f"split{views(config)}, calibrated with {len(images)} of its {config.train_split} split; "
+    "error: of the logits against float32"
   )
   if arguments.compare:
     print("int8: as the flags say; plain: the same without equalization and bias correction")

@@ -14,6 +14,8 @@ command continues the run from its last checkpoint.
 
 import argparse
 import difflib
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,13 @@ from repjax.config import FIELDS, OVERRIDES, RESUME
 from repjax.errors import InputError, one_paragraph, printable, unknown
 
 _FLAGS = ("--config", "--workdir", "--resume", "--distributed")
+# Flags of tuples that may be None.
+_OPTIONAL = {
+  f"--config.{prefix}{field.name}"
+  for prefix, table in (("", FIELDS), ("model_overrides.", OVERRIDES))
+  for field in table
+  if field.default is None and field.kind is tuple
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -159,13 +168,24 @@ def _parsed(file: str, changes: Sequence[str]) -> tuple[Any, list[str]]:
   from absl import flags as absl_flags
   from ml_collections import config_flags
 
-  argv = ["repjax train", f"--config={file}", *changes]
+  # The class of tuples reads "None" as a tuple that holds None, so such changes are made here.
+  last = {change.partition("=")[0]: change for change in changes}
+  unset = {name for name, change in last.items() if change == f"{name}=None"} & _OPTIONAL
+  without = unset | {f"{name}=None" for name in _OPTIONAL}
+  kept = [each for each in changes if not {each, each.partition("=")[0]} & without]
+  argv = ["repjax train", f"--config={file}", *kept]
   # Flags of this call alone: the global ones would keep the config of an earlier call.
   values = absl_flags.FlagValues()
   holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
   rest = values(argv)[1:]
-  _ = rest or holder.value.model  # A file that failed to load says so only now.
-  return holder.value, rest
+  config = holder.value
+  _ = rest or config.model  # A file that failed to load says so only now.
+  for flag in unset:
+    *path, name = flag.split(".")[1:]
+    table = functools.reduce(operator.getitem, path, config)
+    with table.ignore_type():
+      table[name] = None
+  return config, rest
 
 
 def _no_config(path: Path) -> InputError:

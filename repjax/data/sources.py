@@ -3,7 +3,7 @@
 import hashlib
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
@@ -51,11 +51,14 @@ class Source(NamedTuple):
   task: str = "classification"
   colors: tuple[masks.Color, ...] = ()
 
-  def canvas(self, multiple: int = 1) -> tuple[int, int] | None:
+  def canvas(
+    self, fit: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+  ) -> tuple[int, int] | None:
     """Returns the (height, width) on which every image fits; None for classification.
 
     Args:
-      multiple: a number to whose multiples height and width are rounded up.
+      fit: function of the largest (height, width) that returns the canvas, such as the `canvas` of
+        a network; None: the canvas is as large as the largest height and width.
 
     Raises:
       InputError: the canvas would have too many pixels.
@@ -64,7 +67,7 @@ class Source(NamedTuple):
       return None
     # Some of the examples of a split know no sizes, but their images do.
     largest = getattr(self.examples, "largest", None) or largest_size(self.examples)
-    height, width = (-(-side // multiple) * multiple for side in largest)
+    height, width = fit(largest) if fit else largest
     if height * width > MOST_PIXELS:
       name, split = self.fingerprint["name"], self.fingerprint["split"]
       raise InputError(

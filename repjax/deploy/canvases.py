@@ -3,22 +3,67 @@
 import collections
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from repjax.deploy.compile import CompiledModel
 from repjax.errors import InputError
 
-MULTIPLE = 32
-"""Sides of canvases are multiples of this number plus one, so that similar images share a program.
-
-At such a side, a network with a total stride of up to 32 computes maps whose pixels lie exactly
-under those of the logits, as on the crops of 713 or 97 pixels on which it was trained. At a
-multiple of 32, aligned corners stretch the maps by almost a stride.
-"""
 _KEPT = 4  # compiled programs at a time
+_COARSE = 32  # a multiple of most total strides
 
 Size = tuple[int, int]
+
+
+def canvas_of(model: Any, size: Size, *, window: int = 0, multiple: int = 0) -> Size:
+  """Returns the (height, width) of the canvas on which evaluation lays images of a size.
+
+  Args:
+    model: the network, a `Segmenter`.
+    size: (height, width) of the images in pixels.
+    window: side of the windows that slide over the canvas, which is no smaller; 0: the network sees
+      the canvas as a whole.
+    multiple: a number that divides height and width of a canvas without windows; 0: the network
+      chooses the canvas, see `Segmenter.canvas`.
+
+  Raises:
+    InputError: the network takes no such canvas.
+  """
+  height, width = size
+  if window:
+    return max(height, window), max(width, window)
+  if multiple:
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+  return model.canvas(size)
+
+
+def shared_canvas_of(model: Any, size: Size, *, window: int = 0) -> Size:
+  """Returns a canvas as `canvas_of` does, the same one for images of similar sizes.
+
+  With fewer sizes of canvases, fewer programs are compiled. Without windows, sides are 33, 65, 97
+  and so on, if the network takes these.
+  """
+  height, width = (-(-(side - 1) // _COARSE) * _COARSE + 1 for side in size)
+  return canvas_of(model, size if window else (height, width), window=window)
+
+
+def stretching(model: Any, what: str, size: Size) -> str:
+  """Returns a sentence if images of a size lose mean IoU, since they stretch maps; else nothing.
+
+  Args:
+    model: the network, a `Segmenter`.
+    what: what has this size, in the plural, such as "crops".
+    size: (height, width) in pixels.
+  """
+  fit = model.canvas(size)
+  if fit == size:
+    return ""
+  sides, better = (" x ".join(map(str, each)) for each in (size, fit))
+  return (
+    f"{what} of {sides} px (height x width) stretch the maps of the network to fit its logits, "
+    f"which costs mean IoU; {better} px do not"
+  )
 
 
 class Canvases:
@@ -29,18 +74,28 @@ class Canvases:
   compiled when the first image of this size comes.
 
   With windows there is one program, for a window. Windows overlap by a third, and their
-  probabilities are averaged, as `repjax evaluate --window` does.
+  probabilities are averaged, as `repjax evaluate --window` does. Mirror images are averaged as by
+  `repjax evaluate --flip`.
 
   Attributes:
     build: compiles the network for a canvas of (height, width). The program returns logits.
     fill: colour of the canvas.
+    canvas: function of the (height, width) of an image that returns those of its canvas, which are
+      no smaller than a window.
     window: side of the windows in pixels; 0: the network sees a canvas as a whole.
+    flip: average the probabilities of each image and of its mirror image.
   """
 
   def __init__(
-    self, build: Callable[[Size], CompiledModel], fill: tuple[int, int, int], window: int = 0
+    self,
+    build: Callable[[Size], CompiledModel],
+    fill: tuple[int, int, int],
+    canvas: Callable[[Size], Size],
+    *,
+    window: int = 0,
+    flip: bool = False,
   ):
-    self.build, self.fill, self.window = build, fill, window
+    self.build, self.fill, self.canvas, self.window, self.flip = build, fill, canvas, window, flip
     self._programs: collections.OrderedDict[Size, CompiledModel] = collections.OrderedDict()
 
   def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -51,7 +106,8 @@ class Canvases:
     """
     groups: dict[Size, list[int]] = {}
     for number, image in enumerate(images):
-      groups.setdefault(self.canvas(image), []).append(number)
+      height, width = image.shape[:2]
+      groups.setdefault(self.canvas((height, width)), []).append(number)
     found: dict[int, np.ndarray] = {}
     for canvas, numbers in groups.items():
       classes = self._classes([images[number] for number in numbers], canvas)
@@ -59,13 +115,6 @@ class Canvases:
     return [
       found[number][: image.shape[0], : image.shape[1]] for number, image in enumerate(images)
     ]
-
-  def canvas(self, image: np.ndarray) -> Size:
-    """Returns the (height, width) of the canvas of an image."""
-    height, width = image.shape[:2]
-    if self.window:
-      return max(height, self.window), max(width, self.window)
-    return _side(height), _side(width)
 
   def program(self, size: Size) -> CompiledModel:
     """Returns the compiled program for images of (height, width)."""
@@ -97,7 +146,9 @@ class Canvases:
     return self.scores(laid).argmax(-1).astype(np.uint8)
 
   def scores(self, images: np.ndarray) -> np.ndarray:
-    """Returns logits of canvases (N, H, W, 3), or with windows the sums of their probabilities.
+    """Returns logits of canvases (N, H, W, 3), or sums of probabilities of several views.
+
+    Views are windows, and the mirror image of each view.
 
     Args:
       images: uint8; no side is shorter than the window.
@@ -106,7 +157,8 @@ class Canvases:
       float32 (N, H, W, K).
     """
     if not self.window:
-      return self.program(images.shape[1:3])(images)
+      program = self.program(images.shape[1:3])
+      return self._probabilities(program, images) if self.flip else program(images)
     # Imported late, as in `Predictor.read`.
     from repjax.data.pairs import window_starts
 
@@ -115,17 +167,20 @@ class Canvases:
     rows, columns = (window_starts(length, side) for length in images.shape[1:3])
     for top, left in itertools.product(rows, columns):
       place = np.s_[:, top : top + side, left : left + side]
-      new = _softmax(program(images[place]))
+      new = self._probabilities(program, images[place])
       if total is None:
         total = np.zeros((*images.shape[:3], new.shape[-1]), np.float32)
       total[place] += new
     assert total is not None
     return total
 
-
-def _side(length: int) -> int:
-  """Returns the side of a canvas on which so many pixels fit."""
-  return -(-(length - 1) // MULTIPLE) * MULTIPLE + 1
+  def _probabilities(self, program: CompiledModel, images: np.ndarray) -> np.ndarray:
+    """Returns probabilities of views (N, h, w, K); with `flip`, their sum over mirror images."""
+    found = _softmax(program(images))
+    if self.flip:
+      mirrored = np.ascontiguousarray(images[:, :, ::-1])
+      found += _softmax(program(mirrored))[:, :, ::-1]
+    return found
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

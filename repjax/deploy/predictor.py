@@ -14,7 +14,7 @@ import numpy as np
 
 from repjax import extras, schema
 from repjax.cache import keep_every_program
-from repjax.deploy.canvases import Canvases
+from repjax.deploy.canvases import Canvases, shared_canvas_of
 from repjax.deploy.compile import (
   BATCH_SIZES,
   checked_batch_sizes,
@@ -48,13 +48,16 @@ class Predictor:
 
   For segmentation, images are decoded and keep their size. An image lies at the top left of a
   canvas whose sides are 33, 65, 97 and so on. The rest of the canvas has the mean colour, as in
-  evaluation. Each size of canvas is compiled when the first such image comes. With a window, one
-  program slides over images of all sizes. The result for an image is its class map, uint8 (H, W).
+  evaluation. A network that does not take such sides has the next larger ones that it takes. Each
+  size of canvas is compiled when the first such image comes. With a window, one program slides over
+  images of all sizes. The result for an image is its class map, uint8 (H, W).
 
   Attributes:
     spec: ModelSpec of the model; None for a model that no folder holds.
     preprocessing: steps from images to the input of the model.
     labels: the name of each class, or its number if the folder has no names.
+    colors: the colour of each class in pictures of class maps, (red, green, blue): that of the data
+      set of the training, or a usual palette if the folder has none. Empty for classification.
     task: "classification" or "segmentation".
     program: the `CompiledModel`, a function of uint8 images (N, S, S, 3) to probabilities (N, K);
       None for segmentation.
@@ -77,6 +80,7 @@ class Predictor:
     runtime: str = "xla",
     verify: bool = True,
     window: int = 0,
+    flip: bool = False,
   ):
     """Loads the model and compiles it.
 
@@ -93,12 +97,16 @@ class Predictor:
       verify: as in `repjax.load`.
       window: for segmentation, the side in pixels of square windows that slide over each image,
         such as the size that the model was trained on. 0: each image at once.
+      flip: for segmentation, average the probabilities of each image and of its mirror image.
+
+    `window` and `flip` are those of `repjax evaluate`. They are not taken from the run.
 
     Raises:
-      InputError: the folder holds no model, `compile` refuses an argument, or a window is given for
-        classification.
+      InputError: the folder holds no model, `compile` refuses an argument, or `window` or `flip` is
+        given for classification.
     """
     schema.check(window, schema.whole(0), "window")
+    schema.check(flip, schema.boolean, "flip")
     need_devices()
     # `load` folds a run without a deploy folder, which compiles too.
     with keep_every_program(), status(f"loading {printable(workdir)}"):
@@ -112,14 +120,18 @@ class Predictor:
       "cuda_graphs": cuda_graphs,
       "runtime": runtime,
     }
+    self.colors: tuple[tuple[int, int, int], ...] = ()
     if spec.task == "segmentation":
+      from repjax.data.masks import palette
+
+      self.colors = spec.class_colors or palette(spec.num_classes)
       sizes = (1,) if batch_sizes is None else batch_sizes
-      self._prepare_maps(model, variables, spec.preprocessing, window, sizes, settings)
+      self._prepare_maps(model, variables, spec.preprocessing, window, flip, sizes, settings)
       return
-    if window:
+    if window or flip:
       raise InputError(
-        f"windows slide over images for segmentation, and the model in {workdir} is for "
-        f"{spec.task}. Leave window out"
+        f"windows and mirror images are averaged for segmentation, and the model in {workdir} is "
+        f"for {spec.task}. Leave {'window' if window else 'flip'} out"
       )
     sizes = BATCH_SIZES if batch_sizes is None else batch_sizes
     self._compile(model, variables, spec.preprocessing, batch_sizes=sizes, **settings)
@@ -152,7 +164,7 @@ class Predictor:
       predictor = repjax.deploy.Predictor.of(fused, small, repjax.spec.Preprocessing(224, 256))
     """
     made = cls.__new__(cls)
-    made.spec = None
+    made.spec, made.colors = None, ()
     made._compile(model, variables, preprocessing, **settings)
     size = preprocessing.image_size
     (count,) = made.program(np.zeros((1, size, size, 3), np.uint8)).shape[1:]
@@ -186,6 +198,7 @@ class Predictor:
     variables: Any,
     preprocessing: Preprocessing,
     window: int,
+    flip: bool,
     batch_sizes: Iterable[int],
     settings: Mapping[str, Any],
   ) -> None:
@@ -198,8 +211,13 @@ class Predictor:
     build = functools.partial(
       compile, model, variables, preprocessing=preprocessing, batch_sizes=sizes, **settings
     )
-    fill = color_of(preprocessing.mean)
-    self._maps = Canvases(lambda size: build(image_size=size), fill, window)
+    self._maps = Canvases(
+      lambda size: build(image_size=size),
+      color_of(preprocessing.mean),
+      functools.partial(shared_canvas_of, model, window=window),
+      window=window,
+      flip=flip,
+    )
 
   def __call__(self, images: Image | Iterable[Image]) -> Any:
     """Computes the class probabilities of images, or their class maps.

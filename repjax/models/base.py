@@ -11,7 +11,7 @@ from flax import linen as nn
 from repjax.layers import RepConv, RepLayer, activation, linear
 from repjax.layers.attributes import check_dtypes
 from repjax.layers.base import check_training, dtypes_of, refuse_training, training_of
-from repjax.models.checks import check_classifier, check_flags, check_pixels
+from repjax.models.checks import check_classifier, check_flags, check_pixels, check_total_stride
 
 
 class Block(RepLayer, kw_only=True):
@@ -218,11 +218,22 @@ class Network(nn.Module, kw_only=True):
 class Classifier(Network, kw_only=True):
   """An image classifier in two forms; the base of every family of classifiers.
 
-  A family writes its blocks, and `maps` and `check_images`. A family whose classifier is not a mean
-  and one fully connected layer overrides `classify`. The attributes are those of `Network`.
+  A family writes its blocks, and `maps` and `total_stride`. A family that does not take images of
+  every size overrides `check_images` too. A family whose classifier is not a mean and one fully
+  connected layer overrides `classify`. The attributes are those of `Network`.
   """
 
   task: ClassVar[str] = "classification"
+
+  @nn.nowrap
+  def total_stride(self) -> int:
+    """Returns the ratio of the size of the image to the size of the last map."""
+    raise NotImplementedError
+
+  @nn.nowrap
+  def check_images(self, images: jax.Array) -> None:
+    """Raises InputError if images are smaller than the total stride, or are no batch."""
+    check_total_stride(self, images, self.total_stride())
 
   @nn.nowrap
   def predict(self, maps: Mapping[str, jax.Array], size: Sequence[int], train: bool) -> Any:

@@ -43,7 +43,7 @@ from flax import linen as nn
 from repjax.errors import InputError
 from repjax.layers import ConvFFN, RepAttention, RepConv, RepMixer, SkipConv
 from repjax.models.base import Block, BlockBuilder, Classifier, Stage, last_of, run
-from repjax.models.checks import check_number, check_rate, check_stages, check_total_stride
+from repjax.models.checks import check_number, check_rate, check_stages
 from repjax.models.dilation import Striding
 from repjax.models.mobileone import SE_REDUCTION, block_branches
 from repjax.models.repvgg import RepVGGBlock
@@ -201,9 +201,9 @@ class FastViT(Classifier, kw_only=True):
     return 256
 
   @nn.nowrap
-  def check_images(self, images: jax.Array) -> None:
-    """Raises InputError if images are smaller than the total stride, or are no batch."""
-    check_total_stride(self, images, 2 * 2 ** len(self.stage_sizes))
+  def total_stride(self) -> int:
+    """Returns the ratio of the size of the image to the size of the last map."""
+    return 2 * 2 ** len(self.stage_sizes)
 
   @nn.nowrap
   def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:

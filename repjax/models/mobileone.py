@@ -33,7 +33,6 @@ from repjax.models.checks import (
   check_multiplied_stages,
   check_number,
   check_output_stride,
-  check_total_stride,
   is_list,
 )
 from repjax.models.dilation import Striding, dilate
@@ -105,9 +104,9 @@ class MobileOne(Classifier, kw_only=True):
     super().__post_init__()
 
   @nn.nowrap
-  def check_images(self, images: jax.Array) -> None:
-    """Raises InputError if images are smaller than the total stride, or are no batch."""
-    check_total_stride(self, images, self.output_stride or math.prod(self.strides))
+  def total_stride(self) -> int:
+    """Returns the ratio of the size of the image to the size of the last map."""
+    return self.output_stride or math.prod(self.strides)
 
   @nn.nowrap
   def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:

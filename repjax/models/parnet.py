@@ -48,7 +48,7 @@ from flax import linen as nn
 from repjax.errors import InputError, unknown
 from repjax.layers import GlobalGate, RepConv, RepNorm, SkipSqueezeExcite
 from repjax.models.base import Block, BlockBuilder, Classifier, Stage, StreamScope
-from repjax.models.checks import check_total_stride, check_whole
+from repjax.models.checks import check_whole
 
 GROUPS = 2
 """Number of groups of a fusion block. Each group reads half of the channels of each map."""
@@ -229,14 +229,10 @@ class ParNet(Classifier, kw_only=True):
     """The side in pixels of the images that the variants are made for."""
     return 32 if math.prod(self.strides) == 1 else 224
 
+  @nn.nowrap
   def total_stride(self) -> int:
     """Returns the ratio of the size of the image to the size of the last map."""
     return math.prod(self.strides) * (8 if self.last_block == "downsample" else 4)
-
-  @nn.nowrap
-  def check_images(self, images: jax.Array) -> None:
-    """Raises InputError if images are smaller than the total stride, or are no batch."""
-    check_total_stride(self, images, self.total_stride())
 
   @nn.nowrap
   def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:

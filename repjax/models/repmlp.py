@@ -190,9 +190,14 @@ class RepMLPCifar(Classifier, kw_only=True):
     return max(pair(self.tile)) * 2 ** (len(self.widths) - 1)
 
   @nn.nowrap
+  def total_stride(self) -> int:
+    """Returns the ratio of the size of the image to the size of the last map."""
+    return 2 ** (len(self.widths) - 1)
+
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if the map of a stage does not divide into tiles."""
-    shrinks, (height, width) = 2 ** (len(self.widths) - 1), pair(self.tile)
+    shrinks, (height, width) = self.total_stride(), pair(self.tile)
     unit = (shrinks * height, shrinks * width)
     check_tiled(self, images, unit, f"{height}x{width} pixels, the last at stride {shrinks}")
 

@@ -204,6 +204,11 @@ class RepMLPNet(Classifier, kw_only=True):
     return math.lcm(*self.unit())
 
   @nn.nowrap
+  def total_stride(self) -> int:
+    """Returns the ratio of the size of the image to the size of the last map."""
+    return self.patch_size * 2 ** (len(self.tiles) - 1)
+
+  @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
     """Raises InputError if the map of a stage does not divide into tiles."""
     tiles = (f"{h}x{w} at stride {stride}" for stride, (h, w) in self.strided_tiles())

@@ -31,7 +31,6 @@ from repjax.models.base import Block, BlockBuilder, Classifier, Stage
 from repjax.models.checks import (
   check_multiplied_stages,
   check_output_stride,
-  check_total_stride,
 )
 from repjax.models.dilation import Striding, block_stridings, check_dilated_blocks, dilate
 from repjax.models.resnet import BasicBlock, Place
@@ -186,9 +185,9 @@ class RepVGG(Classifier, kw_only=True):
     super().__post_init__()
 
   @nn.nowrap
-  def check_images(self, images: jax.Array) -> None:
-    """Raises InputError if images are smaller than the total stride, or are no batch."""
-    check_total_stride(self, images, self.output_stride or math.prod(self.strides))
+  def total_stride(self) -> int:
+    """Returns the ratio of the size of the image to the size of the last map."""
+    return self.output_stride or math.prod(self.strides)
 
   @nn.nowrap
   def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:

@@ -34,7 +34,7 @@ from repjax.errors import InputError
 from repjax.layers import RepConv, RepHeads, SqueezeExcite
 from repjax.layers.composition import AFTER_SUM
 from repjax.models.base import Block, Classifier, Stage, last_of, run
-from repjax.models.checks import check_last_strides, check_total_stride, check_whole
+from repjax.models.checks import check_last_strides, check_whole
 from repjax.models.dilation import Striding, dilate
 
 EXPANSION = 2
@@ -209,9 +209,9 @@ class RepViT(Classifier, kw_only=True):
     super().__post_init__()
 
   @nn.nowrap
-  def check_images(self, images: jax.Array) -> None:
-    """Raises InputError if images are smaller than `output_stride`, or are no batch."""
-    check_total_stride(self, images, self.output_stride)
+  def total_stride(self) -> int:
+    """Returns the ratio of the size of the image to the size of the last map."""
+    return self.output_stride
 
   @nn.nowrap
   def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:

@@ -26,7 +26,6 @@ from repjax.models.base import Block, BlockBuilder, Classifier, Stage
 from repjax.models.checks import (
   check_last_strides,
   check_number,
-  check_total_stride,
   check_whole,
 )
 from repjax.models.dilation import block_stridings, check_dilated_blocks, dilate
@@ -189,9 +188,9 @@ class ResNet(Classifier, kw_only=True):
     super().__post_init__()
 
   @nn.nowrap
-  def check_images(self, images: jax.Array) -> None:
-    """Raises InputError if images are smaller than `output_stride`, or are no batch."""
-    check_total_stride(self, images, self.output_stride)
+  def total_stride(self) -> int:
+    """Returns the ratio of the size of the image to the size of the last map."""
+    return self.output_stride
 
   @nn.nowrap
   def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:

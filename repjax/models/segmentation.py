@@ -10,7 +10,7 @@ References:
     https://arxiv.org/abs/1612.01105
   Long et al., Fully Convolutional Networks for Semantic Segmentation, CVPR 2015.
     https://arxiv.org/abs/1411.4038
-  Ding et al., RepVGG, CVPR 2021, section 4.3, for the dilation of RepVGG.
+  Ding et al., RepVGG, CVPR 2021, for the dilation of RepVGG.
     https://arxiv.org/abs/2101.03697
   Ding et al., RepMLP, 2021, for the variant with RepMLP. https://arxiv.org/abs/2105.01883
 """
@@ -34,10 +34,12 @@ from repjax.schema import shown
 
 USUAL_SIZE = 713
 """Side in pixels of the crops of Cityscapes on which the papers train and measure."""
-DILATIONS = ("full", "fast", "last")
+DILATIONS = ("none", "full", "fast", "last")
 FAST_BLOCKS = 4
 """Blocks of the last but one stage that dilate in RepVGG's fast PSPNet."""
 _MOST_BINS = 64
+# Steps of the total stride in which a canvas is looked for: enough for tiles of 31 x 32 pixels.
+_TRIED = 1024
 # Attributes that training sets for a whole network, or that belong to the network's own arguments.
 _SHARED = ("remat", "axis_name", "running_variance", "statistics", "features_only")
 
@@ -102,7 +104,8 @@ class Segmenter(Network, kw_only=True):
 
   Images have any size that the backbone takes. At 8 k + 1 pixels, such as 713, a backbone with a
   total stride of 8 computes a map whose pixels lie exactly under the pixels of the logits. At other
-  sizes, even or odd, the map is stretched by less than the total stride, at the bottom and right.
+  sizes, even or odd, the map is stretched by less than the total stride, at the bottom and right,
+  and mean IoU falls. `canvas` returns a size at which maps lie exactly.
 
   A call with an auxiliary head and `train` returns (logits, {"aux": logits}). Both are of the
   images' size. With `features_only` a network returns the maps of its backbone.
@@ -117,20 +120,23 @@ class Segmenter(Network, kw_only=True):
     dilation: where the backbone dilates, with a total stride of 8. "full" dilates all 3x3
       convolutions of the last two stages. "fast" dilates those of the last stage and of the four
       blocks before. "last" dilates those of the last stage. The rate is 4 in the last stage and 2
-      before. None leaves the backbone as it is, with its own total stride, usually 32.
+      before. "none" leaves the backbone as it is, with its own total stride, usually 32.
     head_features: number of channels between the two convolutions of the head.
     aux: build the auxiliary head, which reads the last map but one. It disappears in deploy form.
     aux_features: number of channels of the auxiliary head.
+    frozen_backbone: in training, run the backbone and the auxiliary head as in evaluation, and
+      return no logits of the latter. Training sets this where the head alone learns.
   """
 
   task: ClassVar[str] = "segmentation"
 
   backbone: str = "repvgg_b1g2"
   backbone_overrides: Mapping[str, Any] = FrozenDict()
-  dilation: str | None = None
+  dilation: str = "none"
   head_features: int = 512
   aux: bool = True
   aux_features: int = 256
+  frozen_backbone: bool = False
   dropout: float = 0.1
 
   def __post_init__(self):
@@ -147,12 +153,9 @@ class Segmenter(Network, kw_only=True):
     The size is 713, or that of the backbone if the backbone does not take 713.
     """
     backbone = build_backbone(self)
-    images: Any = jax.ShapeDtypeStruct((1, USUAL_SIZE, USUAL_SIZE, 3), jnp.float32)
-    try:
-      backbone.check_images(images)
-    except InputError:
-      return getattr(backbone, "image_size", USUAL_SIZE)
-    return USUAL_SIZE
+    if _takes(backbone, USUAL_SIZE, USUAL_SIZE):
+      return USUAL_SIZE
+    return getattr(backbone, "image_size", USUAL_SIZE)
 
   @nn.nowrap
   def check_images(self, images: jax.Array) -> None:
@@ -165,9 +168,47 @@ class Segmenter(Network, kw_only=True):
       ) from error
 
   @nn.nowrap
+  def canvas(self, size: Sequence[int]) -> tuple[int, int]:
+    """Returns the smallest canvas for images of a size whose maps lie exactly under the logits.
+
+    With a total stride of s, its sides are s k + 1 pixels. A backbone with tiles, such as RepMLP,
+    takes some of these sides only. If a backbone takes none of them, the canvas is the smallest one
+    that the backbone takes.
+
+    Args:
+      size: (height, width) of the images in pixels.
+
+    Returns:
+      (height, width) of the canvas, neither below that of the images.
+
+    Raises:
+      InputError: the backbone takes no such canvas.
+    """
+    backbone = build_backbone(self)
+    stride = backbone.total_stride()
+    for step in (stride, 1):
+      rows, columns = (-(-(side - 1) // step) * step + 1 for side in size)
+      # Whether a side fits does not depend on the other side, so a square is found first.
+      start = max(rows, columns)
+      sides = range(start, start + _TRIED * stride, step)
+      square = next((side for side in sides if _takes(backbone, side, side)), None)
+      if square is not None:
+        high = range(rows, square + 1, step)
+        height = next(side for side in high if _takes(backbone, side, square))
+        wide = range(columns, square + 1, step)
+        return height, next(side for side in wide if _takes(backbone, height, side))
+    height, width = size
+    raise InputError(
+      f"the backbone {self.backbone} takes no canvas for images of {width} x {height} pixels. "
+      "Windows have one size for all images: pass the size that the network was trained on as "
+      "config.eval_window, window or --window"
+    )
+
+  @nn.nowrap
   def maps(self, x: jax.Array, train: bool) -> Mapping[str, jax.Array]:
     """Runs the backbone, and returns the output of each stage."""
-    return build_backbone(self).clone(parent=self, name="backbone")(x, train)
+    learns = train and not self.frozen_backbone
+    return build_backbone(self).clone(parent=self, name="backbone")(x, learns)
 
   @nn.nowrap
   def predict(self, maps: Mapping[str, jax.Array], size: Sequence[int], train: bool) -> Any:
@@ -184,8 +225,9 @@ class Segmenter(Network, kw_only=True):
     name = list(maps)[-2]
     build = self.builder(FCNHead)
     head = build(self.num_classes, self.aux_features, self.dropout, name=f"AuxHead_{name}")
-    auxiliary = resize_aligned(head(maps[name], train), size)
-    return (logits, {"aux": auxiliary}) if train else logits
+    learns = train and not self.frozen_backbone
+    auxiliary = resize_aligned(head(maps[name], learns), size)
+    return (logits, {"aux": auxiliary}) if learns else logits
 
   # Not called `head`: bridges to NNX confuse a method with the scope of the same name.
   @nn.nowrap
@@ -253,10 +295,10 @@ class PSPNet(Segmenter, kw_only=True):
 
   References:
     Zhao et al., Pyramid Scene Parsing Network, CVPR 2017. https://arxiv.org/abs/1612.01105
-    Ding et al., RepVGG, CVPR 2021, section 4.3. https://arxiv.org/abs/2101.03697
+    Ding et al., RepVGG, CVPR 2021. https://arxiv.org/abs/2101.03697
   """
 
-  dilation: str | None = "full"
+  dilation: str = "full"
   bins: Sequence[int] = (1, 2, 3, 6)
 
   def __post_init__(self):
@@ -314,6 +356,16 @@ def build_backbone(network: Segmenter) -> Classifier:
   )
 
 
+def _takes(backbone: Classifier, height: int, width: int) -> bool:
+  """Tells if a backbone takes images of this size."""
+  images: Any = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+  try:
+    backbone.check_images(images)
+  except InputError:
+    return False
+  return True
+
+
 def _dilated(
   network: Segmenter, found: type[Classifier], attributes: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -323,22 +375,22 @@ def _dilated(
     InputError: `dilation` is unknown, the backbone has no such attributes, or they are set already.
   """
   kind = network.dilation
-  if kind is None:
-    return {}
   if kind not in DILATIONS:
-    raise InputError(f"dilation is one of {', '.join(DILATIONS)}, or None, got {shown(kind)}")
+    raise InputError(f"dilation is one of {', '.join(DILATIONS)}, got {shown(kind)}")
+  if kind == "none":
+    return {}
   set_already = {"output_stride", "dilated_blocks"} & network.backbone_overrides.keys()
   if set_already:
     raise InputError(
       f"dilation={kind!r} sets output_stride and dilated_blocks of the backbone, and "
       f"backbone_overrides has {' and '.join(sorted(set_already))} too. Leave these out, or set "
-      "dilation=None"
+      'dilation="none"'
     )
   if not hasattr(found, "dilated_blocks"):
     way = '. backbone_overrides={"output_stride": 8} dilates it too, by a different rule'
     raise InputError(
       f"dilation={kind!r} is for backbones of the families RepVGG and ResNet, and "
-      f"{network.backbone} is a {found.__name__}. Set dilation=None"
+      f'{network.backbone} is a {found.__name__}. Set dilation="none"'
       + (way if hasattr(found, "output_stride") else "")
     )
   sizes = attributes.get("stage_sizes", getattr(found, "stage_sizes", ()))

@@ -19,7 +19,7 @@ from repjax.layers import RepConv, activation, linear
 from repjax.layers.linear import bias_init, kernel_init
 from repjax.layers.resampling import pool_to
 from repjax.models.base import Block, Classifier, Stage, last_of
-from repjax.models.checks import check_number, check_total_stride, check_whole
+from repjax.models.checks import check_number, check_whole
 
 STAGE_SIZES = (2, 2, 3, 3, 3)
 POOLED = 7
@@ -76,9 +76,9 @@ class VGG(Classifier, kw_only=True):
     super().__post_init__()
 
   @nn.nowrap
-  def check_images(self, images: jax.Array) -> None:
-    """Raises InputError if images are smaller than 32 pixels, or are no batch."""
-    check_total_stride(self, images, 2 ** len(STAGE_SIZES))
+  def total_stride(self) -> int:
+    """Returns the ratio of the size of the image to the size of the last map."""
+    return 2 ** len(STAGE_SIZES)
 
   @nn.nowrap
   def maps(self, x: jax.Array, train: bool) -> dict[str, jax.Array]:

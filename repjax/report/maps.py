@@ -1,6 +1,7 @@
 """Computes the class maps of some images for the picture of a segmentation, and reads the IoU."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from repjax import runs
 from repjax.data import Source, open_source
 from repjax.data.masks import IGNORED, Color, palette
 from repjax.data.pairs import color_of, pair_of
-from repjax.deploy.canvases import Canvases
+from repjax.deploy.canvases import Canvases, canvas_of
 from repjax.spec import ModelSpec, load
 
 SHOWN = 4
@@ -86,49 +87,63 @@ def read_maps(workdir: Path, *, verify: bool = True) -> Maps | None:
     image_size=spec.preprocessing.image_size,
     task=spec.task,
   )
-  return maps_of(workdir, spec, source, config.get("eval_window", 0), verify=verify)
+  how = {name: config.get(f"eval_{name}", 0) for name in ("window", "flip", "multiple")}
+  return maps_of(workdir, spec, source, verify=verify, **how)
 
 
 def maps_of(
-  workdir: Path, spec: ModelSpec, source: Source, window: int = 0, *, verify: bool = True
+  workdir: Path,
+  spec: ModelSpec,
+  source: Source,
+  *,
+  window: int = 0,
+  flip: bool = False,
+  multiple: int = 0,
+  verify: bool = True,
 ) -> Maps:
-  """Computes the class maps of SHOWN images at equal distances over a split.
+  """Computes the class maps of SHOWN images at equal distances over a split, as evaluation does.
 
   Args:
     workdir: folder of a run.
     spec: describes the model.
     source: the split, with masks.
-    window: side of the windows that slide over the images; 0: whole images.
+    window: the run's `eval_window`.
+    flip: the run's `eval_flip`.
+    multiple: the run's `eval_multiple`.
     verify: compare every file that is read with its checksum.
 
   Raises:
     InputError: an image cannot be decoded, or the folder does not hold both forms.
   """
-  fill = color_of(spec.preprocessing.mean)
+  fill, model = color_of(spec.preprocessing.mean), spec.create_model()
+  canvas = source.canvas(lambda size: canvas_of(model, size, window=window, multiple=multiple))
+  assert canvas is not None  # only a classification has none
   places = np.linspace(0, len(source.examples) - 1, min(SHOWN, len(source.examples)))
   pairs = [pair_of(source.examples[int(place)], fill) for place in places]
   images = [pair.pixels for pair in pairs]
+  make = functools.partial(
+    Canvases, fill=fill, canvas=lambda _, canvas=canvas: canvas, window=window, flip=flip
+  )
   forms = [
-    _classes(workdir, images, fill, window, deploy=deploy, verify=verify)
-    for deploy in (False, True)
+    _classes(workdir, images, make, deploy=deploy, verify=verify) for deploy in (False, True)
   ]
   examples = [
     Example(pair.pixels, pair.classes, *found) for pair, *found in zip(pairs, *forms, strict=True)
   ]
   names = source.class_names or tuple(map(str, range(spec.num_classes)))
-  return Maps(examples, names, source.colors or palette(len(names)), _iou(workdir))
+  colors = spec.class_colors or source.colors or palette(len(names))
+  return Maps(examples, names, colors, _iou(workdir))
 
 
 def _classes(
   workdir: Path,
   images: Sequence[np.ndarray],
-  fill: Color,
-  window: int,
+  make: Callable[[Any], Canvases],
   *,
   deploy: bool,
   verify: bool,
 ) -> list[np.ndarray]:
-  """Returns the class maps of images by one form."""
+  """Returns the class maps of images by one form; `make` builds canvases for a network."""
   model, variables, spec = load(workdir, deploy=deploy, verify=verify)
 
   @jax.jit
@@ -138,7 +153,7 @@ def _classes(
   def build(_: tuple[int, int]) -> Any:  # `jax.jit` keeps a program for each size
     return lambda images: np.asarray(logits(variables, images))
 
-  canvases = Canvases(build, fill, window)
+  canvases = make(build)
   return [canvases([image])[0] for image in images]
 
 

@@ -42,6 +42,7 @@ MODEL = record(
     "overrides": overrides,
     "preprocessing": PREPROCESSING,
     "class_names": items(text(), most=MOST_CLASSES),
+    "class_colors": items(items(whole(0, 255), length=3), most=MOST_CLASSES),
   },
   required=("name",),
 )

@@ -1,5 +1,6 @@
 """Checks whether a run may continue in a workdir, and records what the run was started with."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -141,9 +142,12 @@ def check_workdir(workdir: Path, spec: ModelSpec) -> None:
         "or give a different --workdir"
       )
     return
-  # Class names are left out: the data set is compared in `check_data`. Through `plain`, tuples of
-  # the config equal lists of the file.
-  held, new = (plain({**s.to_json(), "class_names": ()}) for s in (ModelSpec.read(workdir), spec))
+  # Classes are left out: the data set is compared in `check_data`. Through `plain`, tuples of the
+  # config equal lists of the file.
+  held, new = (
+    plain(dataclasses.replace(each, class_names=(), class_colors=()).to_json())
+    for each in (ModelSpec.read(workdir), spec)
+  )
   if held != new:
     raise InputError(
       f"{workdir} belongs to a different model: {difference(held, new)}. Nothing was changed; "

@@ -25,8 +25,9 @@ from repjax.training.tasks import Task
 def convert(config: Config, workdir: str | Path, *, verify: bool = True) -> dict[str, Any]:
   """Re-parameterizes a workdir's best checkpoint into `workdir/deploy`, if both forms agree.
 
-  Both forms run over the whole evaluation split at the highest precision of matrix products. The
-  deploy folder is replaced only if the logits agree within `config.tolerance`:
+  Both forms run over the whole evaluation split at the highest precision of matrix products. They
+  are judged as by `evaluate`: a segmentation in windows and with mirror images, if the config asks
+  for them. The deploy folder is replaced only if the logits agree within `config.tolerance`:
 
     max |deploy - train| / max |train| <= tolerance,  over all images and classes.
 
@@ -119,7 +120,7 @@ def _compare(
   compare = parallel.data_parallel(_make_compare_step(spec, task))
   placed = parallel.place((variables, {"params": params}))
   sums, largest = {}, {}
-  for batch in evaluation.batches(config, source, spec.preprocessing):
+  for batch in evaluation.batches(config, source, spec):
     new_sums, new_largest = jax.device_get(compare(placed, batch))
     sums = {name: evaluation.add(sums.get(name, {}), new) for name, new in new_sums.items()}
     largest = {name: np.maximum(largest.get(name, 0.0), pair) for name, pair in new_largest.items()}
@@ -197,21 +198,43 @@ def _make_compare_step(spec: ModelSpec, task: Task) -> Callable[[Any, Any], Any]
     return {**layers, "logits": logits}
 
   def compare(variables: Any, batch: Any) -> Any:
-    images, mask = spec.preprocessing.normalize(batch["image"]), batch["mask"]
-    trained, deployed = (outputs(*pair, images) for pair in zip(forms, variables))
+    mask = batch["mask"]
 
     def largest(x: jax.Array) -> jax.Array:
       unmasked = jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), jnp.abs(x), 0.0)
-      # Unlike pmax, max over a gathered array keeps a NaN, so that a NaN fails the comparison.
-      return jax.lax.all_gather(unmasked.max(), parallel.AXIS).max()
+      return unmasked.max()
 
-    # Names are those of the deploy form, where auxiliary heads have no counterpart.
-    differences = {
-      name: (largest(trained[name] - deployed[name]), largest(trained[name])) for name in deployed
-    }
-    logits = trained["logits"], deployed["logits"]
-    sums = {form: task.sums(each, batch) for form, each in zip(("train", "deploy"), logits)}
-    sums["agreement"] = task.agreement(logits, batch)
+    def compared(view: jax.Array) -> tuple[Any, Any]:
+      images = spec.preprocessing.normalize(view)
+      trained, deployed = (outputs(*pair, images) for pair in zip(forms, variables))
+      # Names are those of the deploy form, where auxiliary heads have no counterpart.
+      differences = {
+        name: (largest(trained[name] - deployed[name]), largest(trained[name])) for name in deployed
+      }
+      return differences, (trained["logits"], deployed["logits"])
+
+    def judged(model: Any, variables: Any, whole: Any) -> jax.Array:
+      def forward(images: jax.Array) -> jax.Array:
+        # Where the network sees the batch as a whole, its logits are there already.
+        if whole is not None and images is batch["image"]:
+          return whole
+        return model.apply(variables, spec.preprocessing.normalize(images))
+
+      return task.predict(forward, batch["image"])
+
+    views = task.views(batch["image"])
+    whole = None, None
+    if len(views) == 1:
+      differences, whole = compared(batch["image"])
+    else:
+      # A scan compiles both forms once, however many views there are.
+      each = jax.lax.map(lambda view: compared(view)[0], views)
+      differences = jax.tree.map(jnp.max, each)
+    # Unlike pmax, max over a gathered array keeps a NaN, so that a NaN fails the comparison.
+    differences = jax.tree.map(lambda x: jax.lax.all_gather(x, parallel.AXIS).max(), differences)
+    first, second = (judged(*each) for each in zip(forms, variables, whole))
+    sums = {"train": task.sums(first, batch), "deploy": task.sums(second, batch)}
+    sums["agreement"] = task.agreement((first, second), batch)
     return jax.lax.psum(sums, parallel.AXIS), differences
 
   return compare

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from repjax import disk, extras, runs
+from repjax.config import Config
 
 _MUCH_WAITING = 0.1
 _MORE_DATA = (
@@ -143,6 +144,12 @@ def named(metric: str, value: float) -> str:
 def title(metric: str) -> str:
   """Returns the name of a metric as people write it."""
   return {"miou": "mIoU"}.get(metric, metric)
+
+
+def views(config: Config) -> str:
+  """Returns what an evaluation of a segmentation averages over, to end a sentence about images."""
+  text = f", in windows of {config.eval_window} px" if config.get("eval_window") else ""
+  return text + ", averaged with its mirror image" * bool(config.get("eval_flip"))
 
 
 class Watch:

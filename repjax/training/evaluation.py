@@ -27,24 +27,25 @@ _WORTH_PROCESSES = 10_000  # images
 
 
 def batches(
-  config: Config, source: Source, preprocessing: Preprocessing, *, ten_crop: bool = False
+  config: Config, source: Source, spec: ModelSpec, *, ten_crop: bool = False
 ) -> Generator[dict[str, jax.Array]]:
   """Yields a split as masked batches on this process's devices, with a bar on a terminal.
 
   Args:
-    config: config with `batch_size`, over all devices and processes, and `num_workers`.
+    config: config with `batch_size`, over all devices and processes, `num_workers`, and the canvas
+      of a segmentation.
     source: the split.
-    preprocessing: preprocessing of the model.
+    spec: describes the model.
     ten_crop: yield ten crops of each image, see `repjax.data.transforms.ten_crop`.
   """
   batch_size = parallel.fitting_batch_size(config.batch_size)
   whole = host_batches(
     source,
-    preprocessing,
+    spec.preprocessing,
     batch_size=batch_size,
     num_workers=config.num_workers,
     ten_crop=ten_crop,
-    multiple=config.eval_multiple,
+    canvas=planning.canvas(config, source, spec),
     shard=parallel.shard(),
   )
   count = -(-len(source.examples) // batch_size)
@@ -59,7 +60,6 @@ def host_batches(
   *,
   batch_size: int,
   num_workers: int = 0,
-  multiple: int = 1,
   **rest: Any,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns a split as masked batches in host memory, as `eval_batches` describes them.
@@ -69,8 +69,7 @@ def host_batches(
     preprocessing: preprocessing of the model.
     batch_size: images in a batch, padding included.
     num_workers: processes that read a large split; a small one is read in this process.
-    multiple: a number that divides height and width of images with masks, after padding.
-    **rest: further arguments of `eval_batches`.
+    **rest: further arguments of `eval_batches`, such as the canvas of images with masks.
   """
   return eval_batches(
     source.examples,
@@ -78,7 +77,6 @@ def host_batches(
     image_size=preprocessing.image_size,
     resize_size=preprocessing.resize_size,
     interpolation=preprocessing.interpolation,
-    canvas=source.canvas(multiple) if source.task == "segmentation" else None,
     mean=preprocessing.mean,
     num_workers=num_workers if len(source.examples) >= _WORTH_PROCESSES else 0,
     **rest,
@@ -163,7 +161,7 @@ def evaluate(
   source = processes.together(planning.open_split, config, config.eval_split, spec)
   model = spec.create_model(deploy=deploy)
   eval_step = make_step(task, model.apply, spec.preprocessing)
-  split = batches(config, source, spec.preprocessing, ten_crop=ten_crop)
+  split = batches(config, source, spec, ten_crop=ten_crop)
   result = run(task, eval_step, parallel.place(variables), split)
   result["parameters"] = count_parameters(variables["params"])
   return result | ({"recalibrated": recalibrated["batches"]} if recalibrated else {})

@@ -19,6 +19,7 @@ from repjax.training import continuing, optimizer
 
 _PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing))
 _WEIGHTS = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
+_DILATION = ("output_stride", "dilated_blocks")
 # Attributes of a model that change neither its tree nor what a trained network computes.
 _FREE_ATTRIBUTES = {"dropout", "drop_path", "remat", "num_classes", "parent", "name"}
 
@@ -264,11 +265,15 @@ def _backbone_of(spec: ModelSpec, held: ModelSpec) -> ModelSpec:
 
   Args:
     spec: spec of the model for segmentation.
-    held: spec of a classifier. Its image size is kept too: no parameter depends on the dilation
-      with which the backbone sees larger images.
+    held: spec of a classifier. Its image size and its dilation are kept too: no parameter depends
+      on the dilation with which the backbone sees larger images.
   """
   model: Any = spec.create_model()
   overrides = continuing.plain(dict(model.backbone_overrides))
+  for name in _DILATION:
+    overrides.pop(name, None)
+    if name in held.overrides:
+      overrides[name] = continuing.plain(held.overrides[name])
   return ModelSpec(model.backbone, held.num_classes, overrides, held.preprocessing)
 
 
@@ -308,7 +313,7 @@ def _expanded(
 
   The two models may differ in what a deploy form does not show, such as branches.
   """
-  ours = dataclasses.replace(spec, num_classes=held.num_classes, class_names=())
+  ours = dataclasses.replace(spec, num_classes=held.num_classes, class_names=(), class_colors=())
   theirs = dataclasses.replace(held, preprocessing=spec.preprocessing)
   if _deploy_program(ours) != _deploy_program(theirs):
     _check_fit(folder, held, spec)

@@ -325,7 +325,7 @@ def _make_evaluate(run: Prepared, network: Network | None) -> Evaluate:
     trees = {"eval": state.variables} | ({} if state.ema is None else {"eval_ema": state.ema})
     results = {}
     for name, variables in trees.items():
-      batches = evaluation.batches(run.config, plan.eval, preprocessing)
+      batches = evaluation.batches(run.config, plan.eval, plan.spec)
       split = _until_stopped(batches, interruption)
       results[name] = evaluation.run(task, eval_step, fold(variables), split)
       _check_finite("the evaluation's loss", results[name]["loss"], int(state.step))

@@ -20,8 +20,10 @@ from repjax.config import (
   REPOPTIMIZERS,
   Config,
   check_config,
+  default_of,
 )
 from repjax.data import Source, open_source, parse_augmentation
+from repjax.deploy.canvases import canvas_of
 from repjax.errors import InputError
 from repjax.spec import ModelSpec, Preprocessing
 from repjax.training import display, optimizer, parallel, repoptimizer, schedules
@@ -106,7 +108,7 @@ def make_plan(config: Config) -> Plan:
   train, evaluation = (
     open_split(config, split, spec) for split in (config.train_split, config.eval_split)
   )
-  spec = dataclasses.replace(spec, class_names=train.class_names)
+  spec = dataclasses.replace(spec, class_names=train.class_names, class_colors=train.colors)
   check_training_sizes(config, spec)
   check_batch_fits(config, train)
   steps_per_epoch = len(train.examples) / config.batch_size
@@ -250,6 +252,27 @@ def open_split(config: Config, split: str, spec: ModelSpec) -> Source:
       "--config.init_from=FOLDER of this model then keeps all but its classifier"
     )
   return source
+
+
+def canvas(config: Config, source: Source, spec: ModelSpec) -> tuple[int, int] | None:
+  """Returns the (height, width) on which evaluation lays the images of a split.
+
+  Args:
+    config: a config. Fields of the canvas that it lacks have their defaults.
+    source: the split.
+    spec: describes the model.
+
+  Returns:
+    The canvas of a segmentation, see `repjax.deploy.canvases.canvas_of`; None for classification.
+
+  Raises:
+    InputError: the canvas would have too many pixels, or the model takes none.
+  """
+  window, multiple = (
+    config.get(name, default_of(name)) for name in ("eval_window", "eval_multiple")
+  )
+  model = spec.create_model()
+  return source.canvas(lambda size: canvas_of(model, size, window=window, multiple=multiple))
 
 
 def check_batch_fits(config: Config, train: Source) -> None:

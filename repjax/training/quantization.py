@@ -209,7 +209,9 @@ def calibration_images(source: Source, count: int, preprocessing: Preprocessing)
     )
     count = have
   chosen = source._replace(examples=_Spread(source.examples, count))
-  batches = evaluation.host_batches(chosen, preprocessing, batch_size=min(64, count))
+  batches = evaluation.host_batches(
+    chosen, preprocessing, batch_size=min(64, count), canvas=chosen.canvas()
+  )
   return np.concatenate([batch["image"][batch["mask"]] for batch in batches])
 
 

@@ -269,7 +269,7 @@ def _evaluate(
       task,
       eval_step,
       parallel.place(variables),
-      evaluation.batches(config, source, spec.preprocessing),
+      evaluation.batches(config, source, spec),
     )
     for name, variables in trees.items()
   }

@@ -16,6 +16,7 @@ import optax
 from repjax import names, output, runs
 from repjax.cache import use_compilation_cache
 from repjax.config import Config
+from repjax.deploy.canvases import stretching
 from repjax.errors import InputError
 from repjax.models import init
 from repjax.quantization.roundings import Roundings
@@ -295,5 +296,19 @@ def _headline(config: Config, plan: Plan) -> str:
     + f"; gradients of {config.accumulate_steps} parts of a batch are averaged"
     * (config.accumulate_steps > 1)
     + f"\nquantization-aware: weights of {config.qat_weight_bits} bits, activations in "
-    f"{config.qat_activations}; accuracies are those in 8 bits" * config.qat
+    f"{config.qat_activations}; accuracies are those in 8 bits"
+    * config.qat
+    + "".join(f"\nnote: {each}" for each in _misfits(config, plan))
   )
+
+
+def _misfits(config: Config, plan: Plan) -> list[str]:
+  """Returns a sentence for each size of images at which a segmentation loses mean IoU."""
+  if config.task != "segmentation":
+    return []
+  model = plan.spec.create_model()
+  sizes = dict.fromkeys(("crops", part.image_size) for part in plan.parts)
+  if config.eval_window:
+    sizes["windows", config.eval_window] = None
+  found = (stretching(model, what, (side, side)) for what, side in sizes)
+  return [sentence for sentence in found if sentence]

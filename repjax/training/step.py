@@ -55,9 +55,10 @@ def make_train_step(
     seed: seed of dropout and of random targets. Step, device and part are folded into the key.
     axis_name: axis over which gradients, running statistics and metrics are averaged; None: none.
     frozen: only the head learns, see `optimizer.head_only`. `optimizer` must have been made with
-      `backbone_rate=0`. The network runs as in evaluation: batch norms use and keep their running
-      statistics, dropout does nothing, and auxiliary heads take no part. All other parameters keep
-      their bits.
+      `backbone_rate=0`. All else runs as in evaluation: batch norms use and keep their running
+      statistics, dropout does nothing, and auxiliary heads take no part. The head of a classifier
+      runs so too. The head of a segmenter runs as in training, since its norms may be new, and a
+      new norm knows no statistics. All other parameters and statistics keep their bits.
     network: computes the logits in place of the model in training mode. An example is the deploy
       form in 8 bits. As in a frozen network, statistics stay and auxiliary heads take no part. The
       model's dropout and its `axis_name` have no effect.
@@ -68,7 +69,10 @@ def make_train_step(
     clipping. If the update overflows, the metrics of the next step show it.
   """
 
-  if frozen and network is None:
+  trains_norms = frozen and network is None and hasattr(model, "frozen_backbone")
+  if trains_norms:
+    model = model.clone(frozen_backbone=True)
+  elif frozen and network is None:
     network = model.apply
 
   def gradients_of(variables: Any, batch: Batch, rng: jax.Array):
@@ -89,7 +93,7 @@ def make_train_step(
       loss = task.loss(logits, targets)
       for aux_logits in auxiliary.values():
         loss += aux_weight * task.loss(aux_logits, targets)
-      if custom_l2 and network is None:
+      if custom_l2 and network is None and not frozen:
         loss += 0.5 * custom_l2 * penalty.custom_l2(learning, updates["batch_stats"])
       return loss, (logits, updates)
 
@@ -112,11 +116,11 @@ def make_train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     learning = head_only(state.params) if frozen else state.params
     learned: Any = optax.apply_updates(learning, updates)
-    new: dict[str, Any] = {
-      "params": overlay(state.params, learned),
-      # A network that keeps its statistics returns no such collection.
-      "batch_stats": collections.get("batch_stats", state.batch_stats),
-    }
+    # A network that keeps its statistics returns no such collection.
+    statistics = collections.get("batch_stats", state.batch_stats)
+    if trains_norms:  # A mean over devices may round, even of equal numbers.
+      statistics = overlay(state.batch_stats, head_only(statistics))
+    new: dict[str, Any] = {"params": overlay(state.params, learned), "batch_stats": statistics}
     average = None
     if state.ema is not None:
       decay = jnp.where(state.step < ema_start, 0.0, ema_decay)

@@ -53,6 +53,7 @@ def settings(spec: ModelSpec, forms: Mapping[str, tuple[str, bytes]], probabilit
     "task": spec.task,
     "preprocessing": dataclasses.asdict(spec.preprocessing),
     "class_names": spec.class_names,
+    "class_colors": spec.class_colors,
     "output": "probabilities" if probabilities else "logits",
     "forms": [
       {"name": form, "file": file, "size": len(program)} for form, (file, program) in forms.items()

@@ -87,6 +87,16 @@ def test_a_config_may_have_an_argument():
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
+def test_a_tuple_that_may_be_none_can_be_set_to_none():
+  names = ("class_weights", "model_overrides.strides")
+  changes = [f"--config.{name}=None" for name in names]
+  config = load_config(config_file("scenes"), ["--config.class_weights=(1,2)", *changes])
+  assert config.class_weights is config.model_overrides.strides is None
+  config = load_config(config_file("scenes"), [*changes, "--config.class_weights=(1.0,2.0)"])
+  assert config.class_weights == (1.0, 2.0)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
 @pytest.mark.parametrize(
   ("name", "reason"),
   [

@@ -1,7 +1,9 @@
 """Tests of `repjax predict`."""
 
 import csv
+import json
 import os
+import shutil
 import socket
 
 import numpy as np
@@ -308,6 +310,21 @@ class TestSegmentation:
     )
     assert printed.endswith(f"5 images\nsaved: {target}\n")
 
+  def test_overlays_have_the_colours_of_the_run(self, run_command, images, segmented, tmp_path):
+    folder = shutil.copytree(segmented[0] / "deploy", tmp_path / "deploy")
+    spec = json.loads((folder / "model.json").read_text())
+    assert spec["class_colors"] == [list(color) for color in masks.palette(3)]
+    spec["class_colors"] = colors = [[9, 8, 7], [200, 100, 0], [0, 1, 2]]
+    (folder / "model.json").write_text(json.dumps(spec))
+    target = tmp_path / "maps"
+    arguments = ["--workdir", folder, "--no-verify", "--to", target, "--window", 12, "--flip"]
+    run_command("predict", images / "b.png", *arguments)
+    assert json.loads((target / "classes.json").read_text())["colors"] == colors
+    classes = np.asarray(Image.open(target / "masks" / "b.png"))
+    overlay = np.asarray(Image.open(target / "overlays" / "b.png"))
+    pixels = np.asarray(Image.open(images / "b.png"))
+    np.testing.assert_array_equal(overlay, masks.overlay(pixels, classes, colors))
+
   def test_a_folder_that_exists_and_names_that_clash_are_refused(self, maps, images, tmp_path):
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps" / "mine").touch()
@@ -322,5 +339,5 @@ class TestSegmentation:
   def test_a_classifier_has_no_maps_and_no_windows(self, predict, images, tmp_path):
     with pytest.raises(SystemExit, match="is for classification"):
       predict(images, "--to", tmp_path / "maps")
-    with pytest.raises(SystemExit, match="windows slide over images for segmentation"):
+    with pytest.raises(SystemExit, match=r"windows .* for segmentation.*Leave window out"):
       predict(images, "--window", 8)

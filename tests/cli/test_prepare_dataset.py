@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import pytest
 import requests
 import tensorflow_datasets as tfds
 
+from repjax.cli import train
 from repjax.data import open_source
+from repjax.training import planning
 from tests.cli.helpers import stop_of
 from tests.data import test_tfrecords
 from tests.data.pairs import pairs_folder, write_table
@@ -64,17 +67,22 @@ def test_a_folder_is_prepared_and_described(run_command, photos, tmp_path):
   assert f"listed in {sets}/pets/1.0.0/skipped.txt\n" in printed
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
 def test_a_folder_of_masks_is_prepared_and_described(run_command, tmp_path):
   folder, sets = tmp_path / "streets", tmp_path / "sets"
-  pairs_folder(folder, train=3, val=2)
+  pairs_folder(folder, train=4, val=2)
   prepare = ("prepare-dataset", "--from-mask-folder", folder, "--name", "streets")
   prepare += ("--data-dir", sets)
   lines = run_command(*prepare).splitlines()
-  assert lines[:2] == ["classes: 3 (0, 1, 2)", "images: 3 train, 2 validation"]
+  assert lines[:2] == ["classes: 3 (0, 1, 2)", "images: 4 train, 2 validation"]
   shares = r"training pixels a class: \d\d\.\d\d% \(\d\) to \d\d\.\d\d% \(\d\)"
   assert re.fullmatch(shares, lines[2])
-  assert lines[4].startswith("next: repjax train --config scenes --config.dataset=streets ")
-  assert "--config.num_classes=3" in lines[4]
+  command = shlex.split(lines[4].removeprefix("next: "))
+  assert command[:4] == ["repjax", "train", "--config", "scenes"]
+  arguments, changes = train.parse([*command[2:], "--config.batch_size=4"])
+  config = train.load_config(train.config_file(arguments.config), changes)
+  plan = planning.make_plan(config)  # opens both splits, and checks every field
+  assert (plan.spec.class_names, len(plan.eval.examples)) == (("0", "1", "2"), 2)
   write_table(folder, names=["sky", "cat", "dog", "newt"])
   (folder / "train" / "masks" / "1.png").unlink()
   said = stop_of(run_command, *prepare, "--strict", "--replace")

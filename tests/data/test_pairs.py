@@ -139,7 +139,7 @@ def test_any_set_with_a_labelled_image_has_masks(tmp_path):
   assert source.colors[:2] == ((0, 0, 0), (128, 0, 0))
   np.testing.assert_array_equal(pair_of(source.examples[1], BLACK).classes, classes_of(6, 8))
   assert source.canvas() == (8, 9)  # read from both images
-  assert source.canvas(8) == (8, 16)
+  assert source.canvas(lambda size: tuple(2 * side for side in size)) == (16, 18)
 
 
 def test_colours_and_sizes_in_the_metadata_are_used(tmp_path):
@@ -175,7 +175,7 @@ def test_a_canvas_of_too_many_pixels_is_refused(tmp_path):
 
 def test_the_canvas_of_a_part_of_a_split_fits_its_images():
   examples = [{"image": noise(9, 5)}, {"image": file_of(noise(6, 8))}]
-  assert Source(examples, (), {}, "segmentation").canvas(4) == (8, 12)
+  assert Source(examples, (), {}, "segmentation").canvas() == (8, 9)
 
 
 def test_the_wrong_task_is_refused_with_the_way_out(tmp_path, digits_dir):
@@ -207,7 +207,7 @@ def test_synthetic_pairs_are_always_the_same():
     open_source("synthetic", "train", num_classes=7, image_size=5, task="segmentation")
     for _ in range(2)
   )
-  assert (first.task, first.canvas(4), len(first.colors)) == ("segmentation", (8, 8), 7)
+  assert (first.task, first.canvas(), len(first.colors)) == ("segmentation", (5, 5), 7)
   for index in (0, 1023):
     one, other = first.examples[index], second.examples[index]
     np.testing.assert_array_equal(one["mask"], other["mask"])
@@ -260,7 +260,7 @@ def test_evaluation_lays_every_image_on_one_canvas(tmp_path):
   folder = own(tmp_path, [classes_of(*size, seed=seed) for seed, size in enumerate(sizes)])
   source = open_source("own", "train", data_dir=folder)
   arguments = {"image_size": 1, "resize_size": 1, "interpolation": "bilinear"}
-  arguments |= {"canvas": source.canvas(4), "mean": (0.5, 0.25, 0)}
+  arguments |= {"canvas": source.canvas(lambda size: (8, 12)), "mean": (0.5, 0.25, 0)}
   batches = list(eval_batches(source.examples, batch_size=2, **arguments))
   assert {name: (x.shape, x.dtype) for name, x in batches[1].items()} == {
     "image": ((2, 8, 12, 3), np.uint8),

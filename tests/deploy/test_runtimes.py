@@ -15,7 +15,8 @@ from repjax.cache import remember
 from repjax.deploy import runtimes
 from repjax.errors import InputError
 from tests.deploy.tiny import SPEC
-from tests.helpers import assert_close
+from tests.helpers import assert_close, quick_jit, random_variables
+from tests.models.families import FAMILIES
 
 pytest_plugins = ["tests.training.fixtures", "tests.deploy.fixtures"]
 
@@ -66,6 +67,16 @@ def test_a_runtime_computes_what_xla_computes(small, runtime):
   rows = found(IMAGES)
   assert (rows.shape, rows.dtype) == ((5, 10), np.float32)
   assert_close(rows, compiled(small, **options)(IMAGES), 1e-5)
+
+
+@pytest.mark.parametrize("runtime", INSTALLED)
+def test_a_runtime_resizes_logits_as_xla_does(runtime):
+  overrides = FAMILIES["pspnet"].overrides
+  model = repjax.create_model("pspnet", num_classes=3, deploy=True, **overrides)
+  x = np.random.default_rng(0).standard_normal((1, 40, 49, 3), np.float32)
+  variables = random_variables(model, x)
+  program = compiled((model, variables), image_size=(40, 49), batch_sizes=(1,), runtime=runtime)
+  assert_close(program(x), quick_jit(model.apply)(variables, x), 1e-4)
 
 
 def test_maps_come_with_channels_last(small):

@@ -104,7 +104,7 @@ def test_both_forms_are_the_plain_network(dilation, size):
 def test_a_dilated_network_has_the_parameters_of_the_one_that_strides():
   shapes = [
     helpers.shapes(init_shapes(psp(dilation=kind), jnp.ones((1, 41, 41, 3))))
-    for kind in ("full", "fast", "last", None)
+    for kind in ("full", "fast", "last", "none")
   ]
   assert all(each == shapes[0] for each in shapes)
 
@@ -140,7 +140,7 @@ BACKBONES = {
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_family_is_a_backbone_and_converts_with_its_head(name):
   overrides, more = BACKBONES[name]
-  model, x = psp(name, overrides, **{"dilation": None, **more}), jnp.ones((2, 32, 48, 3))
+  model, x = psp(name, overrides, **{"dilation": "none", **more}), jnp.ones((2, 32, 48, 3))
   variables = init_shapes(model, x)
   folded, deploy = jax.eval_shape(repjax.reparameterize, *halves(variables)), {"deploy": True}
   assert helpers.shapes(folded) == helpers.shapes(init_shapes(model.clone(**deploy), x)["params"])
@@ -153,7 +153,7 @@ def test_every_family_is_a_backbone_and_converts_with_its_head(name):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_computes_the_same_in_both_forms(name):
   overrides, more = BACKBONES[name]
-  model = psp(name, overrides, **{"dilation": None, **more, **F64})
+  model = psp(name, overrides, **{"dilation": "none", **more, **F64})
   assert helpers.forms_differ_by(model, random_input(2, 32, 48, 3)) <= 1e-12
 
 
@@ -171,6 +171,29 @@ def test_the_variant_with_repmlp_has_tiles_on_maps_of_90_pixels():
   assert held == {"stage1": set(), "stage2": {(10, 4)}, "stage3": {(10, 8)}, "stage4": set()}
   shapes = jax.eval_shape(backbone.init_with_output, jax.random.key(0), jnp.ones((1, 713, 713, 3)))
   assert {maps.shape[1] for maps in list(shapes[0].values())[1:]} == {90}
+  assert model.canvas((700, 714)) == (713, 793)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_maps_lie_exactly_under_the_logits_of_a_canvas(name):
+  overrides, more = BACKBONES[name]
+  model = psp(name, overrides, **{"dilation": "none", **more})
+  size = model.canvas((40, 49))
+  assert all(side >= least for side, least in zip(size, (40, 49)))
+  model.check_images(jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
+  stride = build_backbone(model).total_stride()
+  # Tiles of 2 x 2 pixels do not divide the maps of 32 k + 1 pixels at stride 8.
+  wanted = [8, 24] if name == "repmlp_resnet50_light" else [0, 0]
+  assert [(side - 1) % stride for side in size] == wanted
+
+
+def test_each_side_of_a_canvas_fits_alone():
+  overrides = FAMILIES["repmlp_cifar"].overrides
+  model = psp("repmlp_cifar", overrides | {"tile": (4, 6)}, dilation="none")
+  assert model.canvas((9, 9)) == (16, 12)
+  model = psp("repmlp_cifar", overrides | {"tile": (37, 41)}, dilation="none")
+  with pytest.raises(InputError, match=r"takes no canvas for images of 9 x 8 pixels.*window"):
+    model.canvas((8, 9))
 
 
 def test_variables_start_as_the_backbone_starts_them():
@@ -227,8 +250,8 @@ class TestSpec:
     ("overrides", "size"),
     [
       ({"backbone": "repvgg_b0"}, 713),
-      ({"backbone": "repmlpnet_t224", "dilation": None}, 224),
-      ({"backbone": "repmlp_cifar", "dilation": None}, 32),
+      ({"backbone": "repmlpnet_t224", "dilation": "none"}, 224),
+      ({"backbone": "repmlp_cifar", "dilation": "none"}, 32),
     ],
     ids=str,
   )
@@ -244,10 +267,10 @@ class TestSpec:
     ({"backbone_overrides": {"stage_sises": 1}}, "override of repvgg_b1g2 'stage_sises'"),
     ({"backbone_overrides": {"axis_name": "a"}}, "axis_name belongs to the whole network"),
     ({"backbone_overrides": {"stage_sizes": (1,)}}, "stage_sizes takes 4 numbers"),
-    ({"dilation": "quick"}, "dilation is one of full, fast, last, or None"),
-    ({"backbone_overrides": {"output_stride": 16}}, "has output_stride too.*dilation=None"),
+    ({"dilation": "quick"}, "dilation is one of none, full, fast, last"),
+    ({"backbone_overrides": {"output_stride": 16}}, "has output_stride too.*dilation=.none"),
     ({"backbone": "parnet_s"}, "families RepVGG and ResNet, and parnet_s is a ParNet"),
-    ({"backbone": "mobileone_s1"}, 'dilation=None.*"output_stride": 8'),
+    ({"backbone": "mobileone_s1"}, 'dilation=.none.*"output_stride": 8'),
     ({"bins": ()}, "bins takes different whole numbers"),
     ({"bins": (1, 1)}, "bins takes different whole numbers"),
     ({"head_features": 0}, "head_features takes a whole number above 0"),
@@ -261,7 +284,7 @@ def test_attributes_that_make_no_network(overrides, said):
 
 def test_a_backbone_with_one_map_has_no_place_for_an_auxiliary_head():
   one = {"stage_sizes": (1,), "widths": (4,), "tile": 4, "local_kernels": (1,)}
-  network = psp("repmlp_cifar", one, dilation=None)
+  network = psp("repmlp_cifar", one, dilation="none")
   with pytest.raises(InputError, match=r"last map but one.*aux=False"):
     init_shapes(network, jnp.ones((1, 8, 8, 3)))
 

@@ -480,7 +480,7 @@ class TestMaps:
     workdir, report = segmented
     spec = ModelSpec.read(workdir)
     source = open_source("synthetic", "sample", num_classes=3, image_size=16, task="segmentation")
-    maps = maps_of(workdir, spec, source, window=12)
+    maps = maps_of(workdir, spec, source, window=12, flip=True)
     assert len(maps.examples) == 4
     assert maps.iou == report["iou"]["deploy"]
     for example in maps.examples:

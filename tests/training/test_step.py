@@ -13,8 +13,9 @@ from repjax.spec import Preprocessing
 from repjax.training import mixing, optimizer, parallel
 from repjax.training.state import TrainState, create_state
 from repjax.training.step import make_eval_step, make_train_step
-from repjax.training.tasks import Classification
+from repjax.training.tasks import Classification, Segmentation
 from tests.helpers import F64, leaves, random_variables, relative_error, shapes, spread
+from tests.models.families import FAMILIES
 from tests.training import tiny
 
 pytest_plugins = ["tests.training.fixtures"]
@@ -443,6 +444,43 @@ def test_a_frozen_backbone_stays_bit_for_bit_while_its_classifier_learns():
   changed = {path for path in before if after[path] != before[path]}
   assert changed == {"head/kernel", "head/bias"}
   assert new.step == 3
+
+
+def test_a_new_head_for_pixels_learns_its_statistics_over_a_frozen_backbone():
+  overrides = FAMILIES["pspnet"].overrides | {"bins": (1,)}
+  model = repjax.create_model("pspnet", num_classes=3, **overrides)
+  sgd = optimizer.sgd(
+    lambda step: RATE, momentum=0.9, nesterov=False, weight_decay=DECAY, backbone_rate=0.0
+  )
+  x = jnp.ones((1, 33, 33, 3))
+  state = create_state(random_variables(model, x), sgd)
+  step = make_train_step(
+    model, sgd, PREPROCESSING, task=Segmentation(), axis_name=parallel.AXIS, frozen=True
+  )
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.integers(0, 256, (6, 33, 33, 3), np.uint8),
+    "label": rng.integers(0, 3, (6, 33, 33)).astype(np.uint8),
+  }
+  three = jax.devices()[:3]  # a mean over three rounds
+  cut = {name: value.reshape(3, 2, *value.shape[1:]) for name, value in batch.items()}
+  new, _ = parallel.data_parallel(step, devices=three)(state, cut)
+  heads = ("head", "pyramid")
+  for half in ("params", "batch_stats"):
+    before, after = bits(getattr(state, half)), bits(getattr(new, half))
+    changed = {path for path in before if before[path] != after[path]}
+    assert changed == {path for path in before if path.startswith(heads)}
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  features = jax.jit(model.clone(features_only=True).apply)(
+    variables, PREPROCESSING.normalize(jnp.asarray(batch["image"]))
+  )["stage4"]
+  means = np.asarray(features.mean((1, 2)))  # the only bin
+  kernel = np.asarray(state.params["pyramid"]["RepConv_bins1"]["conv1x1"]["conv"]["kernel"])[0, 0]
+  old, found = (
+    tree["pyramid"]["RepConv_bins1"]["conv1x1"]["bn"]["mean"]
+    for tree in (state.batch_stats, new.batch_stats)
+  )
+  assert relative_error(found, 0.9 * old + 0.1 * (means @ kernel).mean(0)) <= 1e-5
 
 
 def test_a_frozen_step_is_a_step_of_regression_on_features_in_evaluation_mode():

@@ -67,6 +67,16 @@ class Task(Protocol):
     """
     ...
 
+  def views(self, images: jax.Array) -> jax.Array:
+    """Returns what a network sees of images in `predict`, without mirror images: (V, N, h, w, 3).
+
+    Conversion compares both forms on each view. V is 1 if the network sees whole images alone.
+
+    Args:
+      images: uint8 images of a batch of evaluation (N, H, W, 3).
+    """
+    ...
+
   def sums(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """Returns what a batch of evaluation adds to the sums over a split.
 

@@ -74,15 +74,18 @@ class Classification:
       Krizhevsky et al., ImageNet Classification with Deep Convolutional Neural Networks, NIPS 2012,
         section 4.1.
     """
-    crops = images.shape[1:-3]  # () or (crops,)
-    images = images.reshape(-1, *images.shape[-3:])  # (N * crops, H, W, 3)
-    logits = jnp.asarray(forward(images), jnp.float32)
-    if not crops:
-      return logits
-    log_probabilities = jax.nn.log_softmax(logits).reshape(-1, *crops, logits.shape[-1])
+    if images.ndim == 4:
+      return jnp.asarray(forward(images), jnp.float32)
+    each = images.reshape(-1, *images.shape[-3:])  # (N * crops, H, W, 3)
+    logits = jnp.asarray(forward(each), jnp.float32)
+    log_probabilities = jax.nn.log_softmax(logits).reshape(*images.shape[:2], logits.shape[-1])
     # The log of summed probabilities. The missing division by the crops adds one constant to all
     # classes, which changes neither the prediction nor the cross-entropy.
     return jax.nn.logsumexp(log_probabilities, axis=1)  # (N, K)
+
+  def views(self, images: jax.Array) -> jax.Array:
+    """Returns the images as the only view."""
+    return images[None]
 
   def sums(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """Returns the scalars `correct`, `loss` and `count`."""

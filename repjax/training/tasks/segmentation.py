@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -92,11 +92,21 @@ class Segmentation:
       return jnp.asarray(forward(images), jnp.float32)
 
     def both(images: jax.Array) -> jax.Array:
-      mirrored = whole(images[:, :, ::-1])[:, :, ::-1]
-      return jnp.logaddexp(*(jax.nn.log_softmax(each) for each in (whole(images), mirrored)))
+      traced_once = jax.jit(whole)
+      mirrored = traced_once(images[:, :, ::-1])[:, :, ::-1]
+      return jnp.logaddexp(*(jax.nn.log_softmax(each) for each in (traced_once(images), mirrored)))
 
     one = both if self.eval_flip else whole
     return slide(one, images, self.eval_window) if self.eval_window else one(images)
+
+  def views(self, images: jax.Array) -> jax.Array:
+    """Returns the windows of `slide`, or the images as the only view."""
+    if not self.eval_window:
+      return images[None]
+    size, corners = windows(images.shape[1:3], self.eval_window)
+    return jnp.stack(
+      [images[:, top : top + size[0], left : left + size[1]] for top, left in corners]
+    )
 
   def sums(self, logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """Returns the confusion matrix int32 (K, K) of truth and prediction, `loss` and `count`.
@@ -180,6 +190,17 @@ def confusion(labels: jax.Array, predictions: jax.Array, classes: int) -> jax.Ar
   return counts[:-1].reshape(classes, classes)
 
 
+def windows(sides: Sequence[int], window: int) -> tuple[list[int], list[tuple[int, ...]]]:
+  """Returns the height and width of the windows over an image, and their upper left corners.
+
+  Args:
+    sides: height and width of the image.
+    window: side of the windows. They are cut off where the image is narrower or lower.
+  """
+  corners = itertools.product(*(window_starts(side, window) for side in sides))
+  return [min(window, side) for side in sides], list(corners)
+
+
 def slide(forward: Forward, images: jax.Array, window: int) -> jax.Array:
   """Averages the probabilities of overlapping square windows over each pixel.
 
@@ -199,8 +220,7 @@ def slide(forward: Forward, images: jax.Array, window: int) -> jax.Array:
     Its evaluation, https://github.com/hszhao/semseg, tool/test.py: the stride of two thirds.
   """
   count, *sides = images.shape[:3]
-  size = [min(window, side) for side in sides]
-  corners = list(itertools.product(*(window_starts(side, window) for side in sides)))
+  size, corners = windows(sides, window)
   shape = jax.ShapeDtypeStruct((count, *size, 3), images.dtype)
   classes = jax.eval_shape(forward, shape).shape[-1]
 

@@ -186,8 +186,10 @@ function element(tag, kind = "", text = "") {
   return made;
 }
 
-// Returns a colour for a class; the angles of neighbours are far apart.
+// Returns the colour of a class, or one that is far from its neighbours' if the classes have none.
 function color(place) {
+  const known = settings.class_colors?.[place];
+  if (known) return known;
   const hue = (place * 137.508) % 360;
   const channel = (n) => {
     const k = (n + hue / 30) % 12;
