@@ -73,9 +73,9 @@ def _conv(graph: Graph, x: Value, kernel: Value, params: dict[str, Any]) -> str:
 def _conv_transpose(graph: Graph, x: Value, kernel: Value, params: dict[str, Any]) -> str:
   """Emits ConvTranspose for maps (N, C, ...) and a kernel (O, C / groups, ...).
 
-  JAX puts zeros between the pixels, and pads by p. ConvTranspose adds the kernel, turned around,
-  at the place of each pixel, and cuts r - p off the sum, where the kernel's reach is
-  r = dilation * (taps - 1). Where r - p is negative, a Pad adds zeros.
+  JAX puts zeros between the pixels, and pads by p. ConvTranspose adds the kernel, turned around, at
+  the place of each pixel, and cuts r - p off the sum. Here r is the kernel's reach, dilation times
+  (taps - 1). Where r - p is negative, a Pad adds zeros.
   """
   groups, dilations = params["feature_group_count"], params["rhs_dilation"]
   if set(params["window_strides"]) != {1} or not isinstance(kernel.tensor, np.ndarray):

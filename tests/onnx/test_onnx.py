@@ -340,7 +340,7 @@ def conv(x):
 
 
 def spread(x, padding, kernel=None, groups=1):
-  """A transposed convolution at strides (3, 2), whose kernel is dilated."""
+  """Computes a transposed convolution at strides (3, 2) with a dilated kernel."""
   return jax.lax.conv_general_dilated(
     *(x, KERNEL if kernel is None else kernel, (1, 1), padding),
     lhs_dilation=(3, 2),

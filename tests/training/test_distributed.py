@@ -16,8 +16,8 @@ from tests.training import cluster, tiny
 
 pytest_plugins = ["tests.training.fixtures"]
 
-# What Gloo, which joins the processes, prints of each of its groups. Several groups print at the
-# same time, so that their sentences can stand inside one another.
+# Gloo joins the processes, and prints this for each of its groups. Several groups print at the same
+# time, so that their sentences can stand inside one another.
 GLOO = re.compile(
   r"\[Gloo\] Rank | is connected to | peer ranks\. "
   r"|Expected number of connected peer ranks is : |\d+"
