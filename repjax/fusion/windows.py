@@ -36,11 +36,16 @@ class Window:
     return self == Window(inputs)
 
   def padding(self, inputs: int) -> tuple[int, int]:
-    """Returns how many zeros are read before and after the inputs; negative numbers cut off."""
+    """Returns how many zeros are read before and after the inputs; negative numbers cut off.
+
+    The last inputs stay where the stride jumps over them: runtimes have no negative padding.
+    """
     last = (self.size - 1) * self.stride - self.low + (self.taps - 1) * self.dilation
     if self.size == 0:  # a long stride must not cut more than there is
       last = max(last, -self.low - 1)
-    return self.low, last - (inputs - 1) * self.spread
+    high = last - (inputs - 1) * self.spread
+    jumped = self.stride - 1 if self.size else 0
+    return self.low, max(high, min(0, high + jumped))
 
   def uniform(self, inputs: int) -> bool:
     """Checks if no output reads a zero that is not an input."""

@@ -221,6 +221,29 @@ def test_gelu_has_the_form_that_onnx_runtime_merges(tmp_path):
 
 
 @needs_onnx
+def test_a_fused_block_has_its_bias_in_a_convolution_and_no_padding_of_its_own():
+  def conv(x, kernel, stride):
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=NHWC)
+
+  def block(params, images):
+    x = conv(nn.relu(conv(images, params["first"], 2)), params["second"], 1)
+    x = x * params["scale"][None, None, None] + params["shift"][None, None, None]
+    # A stride of 2 jumps over the last pixel.
+    return nn.relu(x + conv(images, params["shortcut"], 2)).mean((1, 2))
+
+  shapes = {"first": (3, 3, 3, 4), "second": (3, 3, 4, 4), "shortcut": (1, 1, 3, 4)}
+  shapes |= {"scale": (4,), "shift": (4,)}
+  rng = np.random.default_rng(0)
+  params = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+  fused = repjax.fuse(block, params, noise(1, 8))
+  proto = repjax.onnx.to_onnx(fused, fused.fold(params), image_size=8)
+  counts = operators(proto)
+  assert (counts["Conv"], counts["Add"]) == (3, 1)
+  assert "Pad" not in counts
+  agrees(proto, functools.partial(jax.jit(block), params), 8)
+
+
+@needs_onnx
 def test_a_users_own_model_in_training_form_agrees():
   model = Outsider()
   variables = random_variables(model, noise(1, 16))
