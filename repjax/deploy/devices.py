@@ -239,6 +239,8 @@ class PlacedTree:
     paths = jax.tree_util.tree_leaves_with_path(self.tree)
     leaves = [f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}" for path, leaf in paths]
     where = f"{len(self.devices)} of {machine(self.devices[0])}"
+    if self.options:  # CUDA graphs make launches cheap, of which sums need fewer.
+      where = f"{where}, options {sorted(self.options.items())}"
     return f"the fastest way for {batch.shape} {batch.dtype} on {where} with {'; '.join(leaves)}"
 
   def _most_taps(self, function: Function, batch: jax.ShapeDtypeStruct) -> int:

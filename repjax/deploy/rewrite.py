@@ -15,7 +15,8 @@ them, and `with_depthwise_sums` replaces them.
 """
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,7 +132,8 @@ def depthwise_in(function: Function, tree: Any, inputs: Any) -> dict[str, int]:
     inputs: images or maps, or their shapes and dtypes.
 
   Returns:
-    Scope of the kernel, or of the convolution if the kernel is computed, to the number of taps.
+    Scope of the kernel, or of the convolution if the kernel is computed, to the number of taps. If
+    several convolutions with computed kernels share a scope, all but the first have a number.
   """
   program, names = _traced(function, tree, inputs)
   found = {}
@@ -139,8 +141,17 @@ def depthwise_in(function: Function, tree: Any, inputs: Any) -> dict[str, int]:
     conv = _depthwise(equation)
     if conv is not None:
       name = names.get(equation.inputs[1])
-      found[scope_of(name) if name else equation.scope] = _taps(conv)
+      found[scope_of(name) if name else _unused(equation.scope, found)] = _taps(conv)
   return found
+
+
+def _unused(scope: str, taken: Container[str]) -> str:
+  """Returns the scope, with a number if it is taken.
+
+  NNX modules and plain functions have no scopes, so that all their convolutions share one.
+  """
+  numbered = (f"{scope} ({number})".strip() for number in itertools.count(2))
+  return next(each for each in itertools.chain([scope], numbered) if each not in taken)
 
 
 def with_depthwise_sums(function: Function, most_taps: int) -> Function:

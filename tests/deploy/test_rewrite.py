@@ -205,3 +205,18 @@ def test_depthwise_convolutions_as_sums(x64, dtype):
     names = [each.primitive for each in trace(summed, variables, x).equations]
     assert names.count("conv_general_dilated") == left
     assert_close(jax.jit(summed)(variables, x), expected, 1e-12 if dtype == "float64" else 5e-2)
+
+
+def test_every_depthwise_convolution_counts_where_modules_have_no_scopes():
+  def network(kernels, x):
+    for kernel in kernels:
+      x = jax.lax.conv_general_dilated(
+        *(x, kernel.astype(x.dtype), (1, 1), "SAME"),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=3,
+      )
+    return x
+
+  kernels = [np.ones((side, side, 1, 3), np.float32) for side in (7, 3, 5)]
+  x = jax.ShapeDtypeStruct((1, 8, 8, 3), jax.numpy.bfloat16)
+  assert sorted(rewrite.depthwise_in(network, kernels, x).values()) == [9, 25, 49]

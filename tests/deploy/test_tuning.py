@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import repjax
-from repjax.deploy import devices, tuning, xla
+from repjax.deploy import devices, gpu, tuning, xla
 from tests.deploy.test_convolutions import PLAIN
 from tests.helpers import assert_close
 
@@ -163,6 +163,15 @@ def test_on_a_gpu_the_faster_way_of_depthwise_convolutions_is_kept(folder, monke
   assert set(summed.values()) == {"shifts"}
   assert again == summed
   assert_close(compiled[1](images), compiled[0](images), 1e-5)
+
+
+def test_an_answer_holds_for_the_options_of_its_programs():
+  batch = jax.ShapeDtypeStruct((1, 8, 8, 3), np.uint8)
+  plain, graphs = (
+    devices.PlacedTree(np.ones(2, np.float32), CPU, options=options).question(batch)
+    for options in ({}, gpu.GRAPHS)
+  )
+  assert plain != graphs
 
 
 def test_limits_of_taps():
