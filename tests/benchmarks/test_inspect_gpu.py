@@ -180,10 +180,8 @@ def test_what_a_gpu_would_run(load, held, optimized):
   assert row["kernels"] <= kernels
   assert row["moved_mib"] <= mib
   copies = row["kinds"].get("parameter copy", {}).values()
-  if form in (
-    "deploy",
-    "sums",
-  ):  # Small vectors aside, no parameter is moved to a new place in a call.
+  if form in ("deploy", "sums"):
+    # Small vectors aside, no parameter is moved to a new place in a call.
     assert sum(counts["bytes"] for counts in copies) < 2**20
 
 
