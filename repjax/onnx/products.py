@@ -30,8 +30,8 @@ def convolution(graph: Graph, x: Value, kernel: Value, params: dict[str, Any], s
     shape: logical shape of the result.
 
   Raises:
-    InputError: the convolution has batch groups; or it is transposed, and has strides or a kernel
-      that is computed from the images.
+    InputError: the convolution has batch groups; or it is transposed, and has strides, a kernel
+      that is computed from the images, or padding that cuts off all pixels.
   """
   if params["batch_group_count"] != 1:
     raise InputError(
@@ -90,7 +90,15 @@ def _conv_transpose(graph: Graph, x: Value, kernel: Value, params: dict[str, Any
   weight = weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
   weight = weight.reshape(-1, *weight.shape[2:])
   reach = [dilation * (taps - 1) for dilation, taps in zip(dilations, weight.shape[2:])]
-  cuts = _by_side([(r - low, r - high) for r, (low, high) in zip(reach, params["padding"])])
+  pairs = [(r - low, r - high) for r, (low, high) in zip(reach, params["padding"])]
+  steps = zip(x.stored[2:], params["lhs_dilation"], reach)
+  sizes = [(extent(axis) - 1) * step + r + 1 for axis, step, r in steps]
+  if any(size <= sum(max(cut, 0) for cut in pair) for size, pair in zip(sizes, pairs)):
+    raise InputError(
+      "a transposed convolution whose padding cuts off all pixels of an axis, and adds zeros in "
+      'their place, has no operator in the ONNX graph. Leave it out, or use format="stablehlo"'
+    )
+  cuts = _by_side(pairs)
   tensor = graph.add(
     "ConvTranspose",
     [x.tensor, weight],

@@ -538,6 +538,7 @@ REFUSED = {
       x, KERNEL, (2, 1), [(0, 0)] * 2, lhs_dilation=(3, 2), dimension_numbers=NHWC
     )
   ),
+  "cuts off all pixels": lambda x: spread(x, ((25, -25), (0, 0))),
   "draws random numbers.*inference mode": lambda x: (
     x + jax.random.normal(jax.random.key(0), (1, *x.shape[1:]))
   ),

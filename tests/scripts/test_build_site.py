@@ -64,6 +64,7 @@ Somebody, https://example.org/a_b"""
 
 
 def test_docstrings_become_markdown(script):
+  pytest.importorskip("griffe")
   assert script("site_docstrings").as_markdown(DOCSTRING) == MARKDOWN
 
 
