@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from repjax import disk, extras, names, runs
 from repjax.errors import InputError
 from repjax.report.branches import Kernels, read_kernels
 from repjax.report.history import History, distinct_names, read_history
-from repjax.report.maps import Maps, read_maps
+
+if TYPE_CHECKING:
+  from repjax.report.maps import Maps
 
 
 def write_report(
@@ -97,8 +100,11 @@ def _kernels_or_note(workdir: Path, verify: bool) -> tuple[Kernels | None, str |
     return None, f"no kernels are shown: {error}"
 
 
-def _maps_or_note(workdir: Path, verify: bool) -> tuple[Maps | None, str | None]:
+def _maps_or_note(workdir: Path, verify: bool) -> tuple["Maps | None", str | None]:
   """Returns the class maps of a segmentation, or a note that says why there are none."""
+  # Imported here, since maps of images need the packages that read data sets.
+  from repjax.report.maps import read_maps
+
   try:
     return read_maps(workdir, verify=verify), None
   except InputError as error:
