@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import repjax
+from repjax import extras
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "repjax"
 
@@ -170,6 +171,9 @@ note("inference")
 sys.path[:0] = ["benchmarks"]
 import inference
 note("benchmark")
+for room in {*repjax._MODULES} - {"training"}:
+  getattr(repjax, room)
+note("rooms")
 print(json.dumps([loaded, devices]))
 """
 
@@ -212,6 +216,14 @@ def test_inference_does_not_import_onnx(loaded):
   names = loaded[0]["inference"]
   assert "repjax.onnx.check" in names
   assert "onnx" not in names
+
+
+def test_rooms_besides_training_load_no_package_of_an_extra(loaded):
+  names = loaded[0]["rooms"]
+  assert "repjax.report" in names
+  # JAX and Flax load these by themselves where they are installed.
+  others = {*extras.PACKAGES} - {"absl", "flatbuffers", "optax"}
+  assert {*names} & others == set()
 
 
 def test_the_benchmark_of_inference_loads_no_package_of_training(loaded):
