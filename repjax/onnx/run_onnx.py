@@ -21,6 +21,8 @@ steps, names = json.loads(facts["preprocessing"]), json.loads(facts["class_names
 def pixels(path):
   """Returns the central square of an image whose shorter side is resized, as uint8 (S, S, 3)."""
   image = ImageOps.exif_transpose(Image.open(path))
+  if image.mode.startswith("I"):  # grey of 16 bits, of which the upper 8 count
+    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   if image.has_transparency_data:  # transparent pixels lie on white
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

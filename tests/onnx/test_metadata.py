@@ -82,6 +82,7 @@ def images(folder):
     "clear.png": photograph(37, 44, "RGBA"),
     "few.gif": photograph(35, 29, "P"),
     "print.jpg": photograph(40, 33, "CMYK"),
+    "deep.png": Image.fromarray(np.asarray(photograph(38, 52, "L")).astype(np.uint16) * 257),
   }
   for name, image in kinds.items():
     image.save(folder / name)
