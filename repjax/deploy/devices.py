@@ -10,6 +10,7 @@ a network is first timed with depthwise convolutions as they are, and as sums ov
 import functools
 import statistics
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -253,12 +254,36 @@ class PlacedTree:
     question = f"the most taps of a sum in {self.question(batch)}"
     known = recall(question)
     if known not in limits:
-      alone = Arrangement(1, batch.shape[0])
-      programs = {limit: BatchProgram(function, self, alone, batch, limit) for limit in limits}
+      programs = self._programs_of_sums(function, batch, limits)
       seconds = time_on_device(programs, batch)
-      known = min(limits, key=lambda limit: seconds[limit])
+      known = min(programs, key=lambda limit: seconds[limit])
       remember(question, known)
     return known
+
+  def _programs_of_sums(
+    self, function: Function, batch: jax.ShapeDtypeStruct, limits: Sequence[int]
+  ) -> dict[int, BatchProgram]:
+    """Returns a program for each largest number of taps, but for sums that this GPU cannot run.
+
+    Warns:
+      UserWarning: the GPU cannot run the network with sums, for lack of memory for example.
+    """
+    programs, images = {}, _noise(batch)
+    for limit in limits:
+      try:
+        program = BatchProgram(function, self, Arrangement(1, batch.shape[0]), batch, limit)
+        jax.block_until_ready(program.start(images))
+      except jax.errors.JaxRuntimeError as error:
+        if limit == 0:
+          raise
+        warnings.warn(
+          f"{self.devices[0].device_kind} cannot run depthwise convolutions of up to {limit} taps "
+          f"as sums, and keeps them as they are: {str(error).splitlines()[0]}",
+          stacklevel=2,
+        )
+      else:
+        programs[limit] = program
+    return programs
 
   def _arrangements(self, size: int) -> list[Arrangement]:
     """Returns the arrangements worth trying for a batch of `size` images."""

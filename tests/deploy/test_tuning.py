@@ -130,9 +130,22 @@ def test_a_tuned_program_computes_the_same(small, folder, speeds, dtype, monkeyp
     assert_close(tuned(images[:count]), plain(images[:count]), tolerance)
 
 
-def test_on_a_gpu_the_faster_way_of_depthwise_convolutions_is_kept(folder, monkeypatch):
+@pytest.fixture
+def on_a_gpu(folder, monkeypatch):
+  """Lets `compile` treat a CPU as it treats a GPU."""
   monkeypatch.setattr(devices, "make_tuner", lambda *_: None)
   monkeypatch.setattr(devices, "is_gpu", lambda device: True)
+
+
+def depthwise(kernel, images):
+  """Returns the means of a depthwise convolution."""
+  numbers = ("NHWC", "HWIO", "NHWC")
+  return jax.lax.conv_general_dilated(
+    images, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=3
+  ).mean((1, 2))
+
+
+def test_on_a_gpu_the_faster_way_of_depthwise_convolutions_is_kept(on_a_gpu, monkeypatch):
   tried = []
 
   def measured(programs, batch):
@@ -143,18 +156,14 @@ def test_on_a_gpu_the_faster_way_of_depthwise_convolutions_is_kept(folder, monke
   timed = devices.time_on_device
   monkeypatch.setattr(devices, "time_on_device", measured)
 
-  def network(kernel, images):
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-      images, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=3
-    ).mean((1, 2))
-
   rng = np.random.default_rng(0)
   kernel, images = (
     rng.standard_normal(shape, np.float32) for shape in ((3, 3, 1, 6), (2, 16, 16, 3))
   )
   compiled = [
-    repjax.deploy.compile(network, kernel, image_size=16, batch_sizes=(2,), devices=CPU, tune=tune)
+    repjax.deploy.compile(
+      depthwise, kernel, image_size=16, batch_sizes=(2,), devices=CPU, tune=tune
+    )
     for tune in (False, True, True)
   ]
   assert tried == [(0, 9, (2, 16, 16, 3))]
@@ -163,6 +172,23 @@ def test_on_a_gpu_the_faster_way_of_depthwise_convolutions_is_kept(folder, monke
   assert set(summed.values()) == {"shifts"}
   assert again == summed
   assert_close(compiled[1](images), compiled[0](images), 1e-5)
+
+
+def test_sums_that_a_gpu_cannot_run_are_left_out_with_a_warning(on_a_gpu, monkeypatch):
+  start = devices.BatchProgram.start
+
+  def without_sums(program, images):
+    if program.convolutions:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB are too much\nat some place")
+    return start(program, images)
+
+  monkeypatch.setattr(devices.BatchProgram, "start", without_sums)
+  kernel = np.ones((3, 3, 1, 6), np.float32)
+  with pytest.warns(UserWarning, match=r"up to 9 taps as sums.*RESOURCE_EXHAUSTED.*much$"):
+    compiled = repjax.deploy.compile(
+      depthwise, kernel, image_size=8, batch_sizes=(2,), devices=CPU, tune=True
+    )
+  assert compiled.plans[2].convolutions == {}
 
 
 def test_an_answer_holds_for_the_options_of_its_programs():
