@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from repjax.data.pair_layout import PairLayout
 from repjax.data.pairs import check_sizes
 from repjax.data.preparation import LeftOut, SplitWriter
 from repjax.data.reading import read_image_file
-from repjax.errors import InputError, printable
+from repjax.errors import InputError, printable, sentences
 
 
 class PreparedPairs(NamedTuple):
@@ -188,7 +188,9 @@ def _write(
   )
   left_out = left_out._replace(skipped=found.skipped | left_out.skipped)
   _refuse_lost_splits(splits, left_out.skipped)
-  class_names = table.names or _numbers(splits)
+  pixels = np.sum([split.pixels for split in splits.values()], axis=0)
+  class_names = table.names or _numbers(pixels)
+  _refuse_one_class(pixels, class_names, folder)
   preparation.write_info(
     draft,
     name,
@@ -212,9 +214,8 @@ def _stored_order(
     yield folder / image, folder / mask, (image, mask), table.rules
 
 
-def _numbers(splits: Mapping[str, _Split]) -> tuple[str, ...]:
-  """Returns the numbers up to the largest class of any mask, as names of the classes."""
-  pixels = np.sum([split.pixels for split in splits.values()], axis=0)
+def _numbers(pixels: np.ndarray) -> tuple[str, ...]:
+  """Returns the numbers up to the largest class that has pixels, as names of the classes."""
   seen = np.flatnonzero(pixels[:MOST_CLASSES])
   return tuple(str(number) for number in range(seen.max() + 1))
 
@@ -233,6 +234,24 @@ def _refuse_lost_splits(splits: Mapping[str, _Split], skipped: Mapping[str, str]
         f"no pixel of the {name} split has a class: its masks have the value {IGNORED} everywhere, "
         "which does not count. Write the classes as 0, 1, 2, ..."
       )
+
+
+def _refuse_one_class(pixels: np.ndarray, class_names: Sequence[str], folder: Path) -> None:
+  """Raises InputError where all pixels that count are of one class, as in black and white masks."""
+  seen = np.flatnonzero(pixels[:MOST_CLASSES])
+  if len(seen) > 1:
+    return
+  problem = f"every pixel of the masks in {folder} that counts has the class {class_names[seen[0]]}"
+  way_out = "Use masks of at least two classes"
+  if pixels[IGNORED]:
+    problem += (
+      f", and {pixels[IGNORED] / pixels.sum():.1%} have the value 255, which does not count"
+    )
+    way_out = (
+      f"If 255 is a class too, write into {folder / class_table.NAME}: "
+      '{"names": ["background", "object"], "values": [0, 255]}'
+    )
+  raise InputError(sentences(problem, way_out))
 
 
 def _features(class_names: tuple[str, ...]) -> tfds.features.FeaturesDict:

@@ -218,6 +218,16 @@ def ignore_everything(folder):
     path.write_bytes(encoded(np.full((16, 20), 255, np.uint8)))
 
 
+def paint_black_and_white(folder):
+  for path in folder.glob("*/masks/*"):
+    path.write_bytes(encoded(np.eye(16, 20, dtype=np.uint8) * 255))
+
+
+def use_one_class(folder):
+  for path in folder.glob("*/masks/*"):
+    path.write_bytes(encoded(np.zeros((16, 20), np.uint8)))
+
+
 def lose_validation(folder):
   shutil.rmtree(folder / "val")
 
@@ -229,6 +239,8 @@ def lose_validation(folder):
     (lose_all_masks, "no pair of image and mask for validation (val/images/0.jpg: it has no mask"),
     (spoil_all_masks, "no pair of the validation split could be used, for example val/masks/0.png"),
     (ignore_everything, "no pixel of the validation split has a class"),
+    (paint_black_and_white, '255 is a class too, write into {}/classes.json: {{"names": ["backg'),
+    (use_one_class, "{} that counts has the class 0. Use masks of at least two classes"),
     (lose_validation, "no validation images. Add a folder called val, or set a share"),
     (shutil.rmtree, "does not exist; give a folder that holds images and masks"),
   ],
@@ -236,7 +248,8 @@ def lose_validation(folder):
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path, change, said):
   pairs_folder(tmp_path / "folder")
   change(tmp_path / "folder")
-  assert said in refusal(tmp_path / "folder", "own", data_dir=tmp_path / "sets")
+  message = refusal(tmp_path / "folder", "own", data_dir=tmp_path / "sets")
+  assert said.format(tmp_path / "folder") in message
   assert files_below(tmp_path / "sets") == {}
 
 
