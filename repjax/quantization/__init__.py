@@ -73,9 +73,7 @@ def quantize(
     equalize: how channels are rescaled between layers first: by the ranges of "weights"
       (cross-layer equalization), by those of "activations" (SmoothQuant), or "none".
     correct_bias: move biases so that rounded weights change no mean.
-    float_layers: scopes or nodes of layers that stay in float32, as `sensitivity` names them. ONNX
-      Runtime may round their weights all the same when it loads the file. A session with
-      `disabled_optimizers=["WeightBiasQuantization"]` does not.
+    float_layers: scopes or nodes of layers that stay in float32, as `sensitivity` names them.
 
   Returns:
     An `onnx.ModelProto` with the same input and output.

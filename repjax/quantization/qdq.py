@@ -29,6 +29,8 @@ from repjax.quantization.runtime import ACTIVATIONS, CALIBRATIONS, batches, fed,
 _AROUND = ("Relu", "MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat")
 _AROUND += ("Gather", "Reshape", "Flatten", "Transpose")
 
+_ROUNDED_ON_LOADING = ("Conv", "ConvTranspose", "Gemm")
+
 
 def check_choices(activations: str, calibration: str, weight_bits: int) -> None:
   """Raises InputError for an unknown kind of activations, calibration or number of bits."""
@@ -118,7 +120,28 @@ def in_qdq_form(
     made = need_onnx().load(path)
   del made.metadata_props[:]  # the tag
   made.metadata_props.extend(proto.metadata_props)
+  _keep_float(made)
   return made
+
+
+def _keep_float(made: Any) -> None:
+  """Puts a Clip without limits before each layer in float that reads a rounded tensor.
+
+  ONNX Runtime from 1.32 on rounds the weights of such a layer to 8 bits when it loads a file (its
+  optimizer WeightBiasQuantization). It leaves layers alone that do not read a DequantizeLinear.
+  """
+  onnx = need_onnx()
+  known = {tensor.name for tensor in made.graph.initializer}
+  rounded = {node.output[0] for node in made.graph.node if node.op_type == "DequantizeLinear"}
+  nodes = []
+  for node in made.graph.node:
+    if node.op_type in _ROUNDED_ON_LOADING and node.input[0] in rounded and node.input[1] in known:
+      free = f"{node.name}/Clip"
+      nodes.append(onnx.helper.make_node("Clip", [node.input[0]], [free], name=free))
+      node.input[0] = free
+    nodes.append(node)
+  del made.graph.node[:]
+  made.graph.node.extend(nodes)
 
 
 def _one_scale_each(proto: Any, weight_bits: int) -> dict[str, list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from repjax.errors import InputError
 from repjax.quantization import equalization, runtime
 from repjax.quantization.graph import constants, layers_of
 from repjax.quantization.sensitivity import compared
-from tests.helpers import random_variables
+from tests.helpers import assert_close, random_variables
 from tests.quantization.int8 import IMAGES, SCOPES, int8_weights, made, needs_onnx
 from tests.training import tiny
 
@@ -99,14 +99,28 @@ def test_a_file_in_qdq_form_is_near(small_proto, small_logits, activations, cali
 
 @needs_onnx
 def test_layers_that_are_left_out_stay_in_float(small_proto, small_logits):
-  left = [node_named(small_proto, scope) for scope in ("stage2/block0", "head")]
+  left = [node_named(small_proto, scope) for scope in SCOPES[2:]]
   small = repjax.quantization.quantize(small_proto, IMAGES, float_layers=left)
-  assert int8_weights(small) == set(SCOPES) - {"stage2/block0", "head"}
+  assert int8_weights(small) == set(SCOPES[:2])
   everything = repjax.quantization.quantize(small_proto, IMAGES)
   errors = [
     compared(runtime.logits_of(each, IMAGES), small_logits)[0] for each in (small, everything)
   ]
   assert errors[0] < errors[1]
+
+
+@needs_onnx
+def test_layers_in_float_stay_so_when_onnx_runtime_loads_the_file(small_proto):
+  ort = importlib.import_module("onnxruntime")
+  left = [node_named(small_proto, scope) for scope in ("stage2/block0", "head")]
+  file = repjax.quantization.quantize(small_proto, IMAGES, float_layers=left).SerializeToString()
+  found, wanted = (
+    ort.InferenceSession(
+      file, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+    ).run(None, runtime.fed(IMAGES))[0]
+    for disabled in ([], ["WeightBiasQuantization"])
+  )
+  assert_close(found, wanted, 1e-6)
 
 
 @needs_onnx
