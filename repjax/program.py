@@ -131,6 +131,19 @@ def _mesh_axes(value: Any) -> frozenset[Any]:
   return getattr(aval, "vma", frozenset()) if kind is None else frozenset(kind.varying)
 
 
+def operation_name(equation: Equation) -> str:
+  """Returns the name of an operation for a message, such as "relu".
+
+  A function with a derivative rule (custom_jvp, custom_vjp) has the name of the function in it.
+  """
+  if not equation.primitive.startswith(_RULES):
+    return equation.primitive
+  called = equation.params.get("call_jaxpr")
+  inner = called.jaxpr.eqns if called is not None else []
+  name = inner[0].params.get("name") if len(inner) == 1 else None
+  return printable(name) if name else "a function with a derivative rule of its own"
+
+
 def place_of(scope: str) -> str:
   """Returns where something stands in a program, for a message.
 

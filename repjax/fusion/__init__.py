@@ -101,9 +101,10 @@ def fuse(
       f"{INFERENCE_MODE}. Or leave strict out"
     )
   if strict and norms:
+    first = place_of(norms[0].scope) if norms[0].scope else norms[0].place or place_of("")
     stay = "1 norm stays" if len(norms) == 1 else f"{len(norms):,} norms stay"
     raise InputError(
-      f"{stay} in the fused function. The first, {place_of(norms[0].scope)}, {norms[0].reason}. "
+      f"{stay} in the fused function. The first, {first}, {norms[0].reason}. "
       "Leave strict=True out to accept that"
     )
   return fused

@@ -10,7 +10,7 @@ input.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from repjax.fusion import kernels
@@ -20,6 +20,7 @@ from repjax.fusion.kernels import plus
 from repjax.fusion.report import PRODUCTS, Counts, Report, total
 from repjax.fusion.values import Affine, Node, Refusal, Term
 from repjax.fusion.windows import Window
+from repjax.program import operation_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +128,19 @@ def _cost(affine: Affine, growth: float) -> Counts:
   return total(group.cost for group in grouped(affine.terms, growth))
 
 
-def best_sum(node: Node, growth: float, report: Report) -> tuple[Affine, list[Group]]:
+def best_sum(
+  node: Node,
+  growth: float,
+  report: Report,
+  names_of: Callable[[Iterable[int]], tuple[str, ...]],
+) -> tuple[Affine, list[Group]]:
   """Returns the sum that computes a node with the fewest products, and its products.
 
-  Notes in the report what the sum leaves alone.
+  Args:
+    node: to be computed.
+    growth: as in `fuse`.
+    report: takes notes of what the sum leaves alone.
+    names_of: gives the names of the parameters at some positions.
   """
   assert node.affine is not None
   scope = node.equation.scope
@@ -148,7 +158,9 @@ def best_sum(node: Node, growth: float, report: Report) -> tuple[Affine, list[Gr
     report.add_left(scope, " ".join(groups[0].head.names), reason)
   if _is_norm(affine):
     reason = _norm_reason(affine.terms[0].source)
-    report.add_left(scope, "scale and shift", reason, norm=True)
+    kept = [each for each in (affine.terms[0].scale, affine.bias) if each is not None]
+    names = names_of(frozenset().union(*(each.leaves for each in kept)))
+    report.add_left(scope, "scale and shift", reason, norm=True, names=names)
   return affine, groups
 
 
@@ -214,7 +226,8 @@ def _norm_reason(source: Node) -> str:
   """Returns why the scale and shift of a source stay."""
   if source.equation is None:
     return "follows an argument, and its result is read by more than products"
-  made = source.equation.primitive
-  if made in PRODUCTS and source.reads > 1:
+  if source.equation.primitive in PRODUCTS and source.reads > 1:
     return f"follows a product that is read {source.reads} times"
-  return f"follows {made}, and no product that it could merge with follows"
+  return (
+    f"follows {operation_name(source.equation)}, and no product that it could merge with follows"
+  )

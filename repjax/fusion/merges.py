@@ -182,10 +182,26 @@ class Merge:
 
   @property
   def parts(self) -> list[str]:
-    """The branches that are merged, a chain of steps for each term."""
-    names = [" > ".join(term.names) for piece in self.pieces for term in piece.group.members]
+    """The branches that are merged, a chain of steps for each term.
+
+    An identity of the same source is part of the kernel. A "shortcut" is a different source, which
+    stays an addition.
+    """
+    names = [
+      "shortcut" if beside and term.names == ("identity",) else " > ".join(term.names)
+      for piece, beside in zip(self.pieces, self._beside)
+      for term in piece.group.members
+    ]
     # One source that nothing is added to: only its numbers are scaled and shifted.
     return ["scale and shift"] if names == ["identity"] else names
+
+  @property
+  def _beside(self) -> list[bool]:
+    """Tells for each piece if it is no product and is added to one, as the input of a block is."""
+    products = {piece.group.head.start for piece in self.pieces if piece.group.is_product}
+    return [
+      not piece.group.is_product and piece.group.head.start in products for piece in self.pieces
+    ]
 
   @property
   def counts(self) -> Counts:

@@ -27,7 +27,7 @@ from repjax.fusion.layouts import Layout
 from repjax.fusion.merges import merge_of
 from repjax.fusion.pixels import Several, with_operations
 from repjax.fusion.plan import Input, Instruction, Plan, has_effects, live, named
-from repjax.fusion.report import PRODUCTS, Report, counts_of, total
+from repjax.fusion.report import PRODUCTS, Report, counts_of, names_of, total
 from repjax.fusion.values import Affine, Node, Refusal
 from repjax.program import (
   Constant,
@@ -186,6 +186,10 @@ class Planner:
       return self.nodes[operand]
     return self._expression(operand)
 
+  def _names(self, leaves: Iterable[int]) -> tuple[str, ...]:
+    """Returns the names of the parameters at some positions, the largest first."""
+    return names_of(leaves, self._sizes, self._paths)
+
   def _name(self, operand: Node | Expression) -> str:
     """Returns the name of the largest parameter that an operand follows from, "" if none."""
     leaves = operand.leaves if isinstance(operand, Expression) else ()
@@ -288,7 +292,7 @@ class Planner:
 
     Returns False if that is no gain over the program's own equations, unless the program has none.
     """
-    affine, groups = best_sum(node, self.growth, self.report)
+    affine, groups = best_sum(node, self.growth, self.report, self._names)
     step, scope = merge_of(affine, groups, node.dtype), node.equation.scope
     saved = sum(each.primitive not in _FREE for each in affine.equations)
     if step.operations >= saved and not always:

@@ -92,7 +92,7 @@ class Merged:
   @property
   def place(self) -> str:
     """The scope, or the first parameters where the library of the function names no scopes."""
-    return self.scope or listed(self.names, 2, longest=None) or "constants"
+    return _place(self.scope, self.names) or "constants"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +104,19 @@ class Left:
     what: the operation, or the branch.
     reason: why, in words.
     norm: if a scale and a shift of each channel stay in the program.
+    names: of the parameters of such a norm, the largest first.
   """
 
   scope: str
   what: str
   reason: str
   norm: bool = False
+  names: tuple[str, ...] = ()
+
+  @property
+  def place(self) -> str:
+    """The scope, or the first parameters of a norm where there are no scopes, or nothing."""
+    return _place(self.scope, self.names)
 
 
 @dataclasses.dataclass
@@ -149,7 +156,7 @@ class Report:
     equations = list(equations)
     read = sum(sizes[leaf] for leaf in leaves)
     before = total(map(counts_of, equations))._replace(parameters=read)
-    names = tuple(paths[leaf] for leaf in sorted(leaves, key=lambda leaf: (-sizes[leaf], leaf)))
+    names = names_of(leaves, sizes, paths)
     self.merges.append(Merged(scope, tuple(step.parts), len(equations), before, step.counts, names))
 
   def add_body(self, report: "Report", steps: int, names: Mapping[str, str]) -> None:
@@ -165,11 +172,14 @@ class Report:
       own = tuple(dict.fromkeys(names[name] for name in merge.names if names[name]))
       self.merges.append(dataclasses.replace(merge, before=before, after=after, names=own))
     for entry in report.left:
-      self.add_left(entry.scope, entry.what, entry.reason, entry.norm)
+      own = tuple(dict.fromkeys(names[name] for name in entry.names if names[name]))
+      self.add_left(entry.scope, entry.what, entry.reason, entry.norm, own)
 
-  def add_left(self, scope: str, what: str, reason: str, norm: bool = False) -> None:
+  def add_left(
+    self, scope: str, what: str, reason: str, norm: bool = False, names: tuple[str, ...] = ()
+  ) -> None:
     """Notes something that is left alone. Attempts at one merge are noted once."""
-    entry = Left(scope, what, reason, norm)
+    entry = Left(scope, what, reason, norm, names)
     if norm or entry not in self.left:
       self.left.append(entry)
 
@@ -182,7 +192,7 @@ class Report:
     """Returns the report as a tree of plain values that `json.dumps` takes."""
     return {
       "merges": [_as_dict(merge) for merge in self.merges],
-      "left": [dataclasses.asdict(entry) for entry in self.left],
+      "left": [{**dataclasses.asdict(each), "names": list(each.names)} for each in self.left],
       "before": self.before._asdict(),
       "after": self.after._asdict(),
       "training": self.training,
@@ -196,10 +206,26 @@ class Report:
     rows.append(_row("the whole program", "", self.before, self.after))
     text = _table(rows)
     if self.left:
-      kept = [["scope", "left alone", "reason"]]
-      kept += [[each.scope or "-", each.what, each.reason] for each in self.left]
+      kept = [["scope or parameters", "left alone", "reason"]]
+      kept += [[each.place or "-", each.what, each.reason] for each in self.left]
       text += "\n\n" + _table(kept)
     return text
+
+
+def names_of(
+  leaves: Iterable[int], sizes: Mapping[int, int], paths: Mapping[int, str]
+) -> tuple[str, ...]:
+  """Returns the names of parameters, the largest first.
+
+  Args:
+    leaves: positions of the parameters.
+    sizes, paths: the number of elements and the name of each parameter.
+  """
+  return tuple(paths[leaf] for leaf in sorted(leaves, key=lambda leaf: (-sizes[leaf], leaf)))
+
+
+def _place(scope: str, names: Iterable[str]) -> str:
+  return scope or listed(names, 2, longest=None)
 
 
 def _as_dict(merge: Merged) -> dict[str, Any]:

@@ -61,11 +61,39 @@ class TestReport:
     error, fused = fused_error(function, params, random(2, 8, 9, 3))
     assert error <= 1e-6
     assert len(fused.report.norms) == 1
-    with pytest.raises(InputError, match=r"1 norm stays.*first, outside all scopes, follows sin"):
+    with pytest.raises(InputError, match=r"1 norm stays.*first, norm/.* and 2 more, follows sin"):
       repjax.fuse(function, params, IMAGES, strict=True)
     with pytest.raises(InputError, match=r"1 norm stays.*first, in the scope block, follows sin"):
       repjax.fuse(jax.named_scope("block")(function), params, IMAGES, strict=True)
     repjax.fuse(branches, drawn(), IMAGES, strict=True)
+
+  @pytest.mark.parametrize("scanned", [False, True])
+  def test_a_norm_that_stays_is_known_by_its_parameters_and_the_function_before_it(self, scanned):
+    def function(params, x):
+      return jnp.sin(normalised(jax.nn.relu(x), params["norm"]))
+
+    def repeated(params, x):
+      return lax.scan(lambda y, own: (function(own, y), 0), x, params)[0]
+
+    params = drawn(norm=(3,))
+    if scanned:
+      params = jax.tree.map(lambda leaf: leaf[None], params)
+    report = repjax.fuse(repeated if scanned else function, params, IMAGES).report
+    (norm,) = report.norms
+    assert norm.reason.startswith("follows relu, ")
+    assert set(norm.names) == {f"norm/{name}" for name in params["norm"]}
+    assert "\nnorm/" in str(report).split("left alone")[1]
+
+  @pytest.mark.parametrize("added", ["identity", "shortcut"])
+  def test_a_shortcut_of_a_different_source_is_no_identity_of_the_kernel(self, added):
+    def function(params, x):
+      y = jnp.sin(x)
+      wide, point = convolved(y, params["wide"]), convolved(y, params["point"])
+      return wide + point + (y if added == "identity" else x)
+
+    params = drawn(wide=(3, 3, 3, 3), point=(1, 1, 3, 3))
+    (merge,) = repjax.fuse(function, params, IMAGES).report.merges
+    assert merge.parts == ("conv3x3", "conv1x1", added)
 
   def test_norms_that_stay_in_two_loops_are_counted_apart(self):
     def function(params, x):
