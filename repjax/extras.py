@@ -6,6 +6,7 @@ one line what to install.
 """
 
 import contextlib
+import contextvars
 import importlib
 import importlib.util
 from collections.abc import Iterator
@@ -46,6 +47,10 @@ PACKAGES = {
   "tensorflow_datasets": Package("tensorflow-datasets", "train"),
 }
 """Name of a package for `import` to the package."""
+
+
+_WHOLE = contextvars.ContextVar[tuple[str, str] | None]("_WHOLE", default=None)
+"""What the outermost `explained` with extras needs as a whole: its purpose and these extras."""
 
 
 class MissingPackageError(InputError):
@@ -96,11 +101,14 @@ def explained(purpose: str, extra: str | None = None) -> Iterator[None]:
   """Explains which package to install where an import in the block finds a package missing.
 
   Args:
-    purpose, extra: as in `missing`.
+    purpose, extra: as in `missing`. In a block that names extras, such as that of a command, an
+      inner block explains what the outer one needs: one installation is enough then.
 
   Raises:
     MissingPackageError: a package of PACKAGES is not installed. Any other error stays as it is.
   """
+  purpose, extra = _WHOLE.get() or (purpose, extra)
+  outer = _WHOLE.set((purpose, extra) if extra else None)
   try:
     yield
   except ModuleNotFoundError as error:
@@ -109,3 +117,5 @@ def explained(purpose: str, extra: str | None = None) -> Iterator[None]:
     if module not in PACKAGES or is_installed(module):
       raise
     raise missing(module, purpose, extra) from error
+  finally:
+    _WHOLE.reset(outer)

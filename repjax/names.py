@@ -11,6 +11,7 @@ _LONGEST_PART = 255  # bytes of one name, in all common file systems
 _LONGEST = 3600  # bytes of a path: Linux allows 4096, and the files below a folder need the rest
 _DEEPEST = 200  # parts of a path; making very many parents is recursion in Python
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_HUB = re.compile(r"https?://(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 
 
@@ -36,10 +37,7 @@ def file(name: str | os.PathLike[str]) -> Path:
   if "\0" in text:
     raise InputError(f"{shown} holds a NUL character, which no file name can; leave it out")
   if _URL.match(text):
-    raise InputError(
-      f"{shown} is a URL. Give a folder or file of this machine: mount the bucket, for example by "
-      "gcsfuse, or copy the files"
-    )
+    raise InputError(f"{shown} is a URL. {_way_out_of_url(text)}")
   try:
     path = Path(text).expanduser() if text.startswith("~") else Path(text)
   except RuntimeError as error:
@@ -70,6 +68,18 @@ def file(name: str | os.PathLike[str]) -> Path:
       "folder nearer to the root"
     )
   return path
+
+
+def _way_out_of_url(url: str) -> str:
+  """Returns what to give in place of a URL."""
+  if repository := _HUB.match(url):
+    return f"Weights of the Hugging Face hub are named hf:{printable(repository[1], 200)}"
+  if url.startswith(("http:", "https:")):
+    return "Fetch the file, and give its path on this machine"
+  return (
+    "Give a folder or file of this machine: mount the bucket, for example by gcsfuse, or copy the "
+    "files"
+  )
 
 
 def folder(name: str | os.PathLike[str]) -> Path:

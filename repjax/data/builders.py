@@ -37,8 +37,9 @@ def find_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
   builder = builder_of(name, data_dir)
   if not builder.data_path.exists():
     raise InputError(
-      f"{name} is not in {builder.data_path}. Name a different set by --dataset or "
-      f"--config.dataset, or prepare this one once with: {command('--tfds', name, data_dir)}"
+      f"{name} is not in {builder.data_path}. Name a different set by --dataset, "
+      f"or by --config.dataset in training. Or prepare this one once with: "
+      f"{command('--tfds', name, data_dir)}"
     )
   formats = file_formats(builder)
   if "array_record" not in formats:

@@ -111,11 +111,12 @@ class CompiledModel:
     if not isinstance(images, np.ndarray | jax.Array):
       raise InputError(f"images must be one array (N, {height}, {width}, 3), got {type(images)}")
     if images.ndim != 4 or images.shape[1:] != (height, width, 3):
-      way_out = (
-        "Pass one image as images[None]."
-        if images.ndim == 3
-        else "Resize the images, or compile the model with their image_size."
-      )
+      if images.ndim == 4 and images.shape[1] == 3 and images.shape[3] != 3:
+        way_out = "Put channels last: images.transpose(0, 2, 3, 1)."
+      elif images.ndim == 3:
+        way_out = "Pass one image as images[None]."
+      else:
+        way_out = "Resize the images, or compile the model with their image_size."
       raise InputError(
         f"this model is compiled for images (N, {height}, {width}, 3), got {images.shape}. "
         + way_out

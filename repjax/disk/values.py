@@ -9,7 +9,7 @@ from repjax import json_files
 from repjax.disk import manifest
 from repjax.disk.folders import replacing_file
 from repjax.disk.manifest import gone, listed
-from repjax.errors import InputError
+from repjax.errors import InputError, printable
 from repjax.schema import Rule, anything
 
 FUSED = "fused.json"
@@ -29,9 +29,20 @@ def write_json(path: Path, value: Any) -> None:
 
 def missing(path: Path) -> InputError:
   """Returns the error for a file or folder that is to be read and is not there."""
+  folder = printable(path.parent)
+  if folder.startswith("hf:"):
+    return InputError(
+      f"{folder} names published weights, and a folder is wanted. Make one: repjax import --from "
+      f"{folder} --workdir DIR"
+    )
+  if path.parent.is_file():
+    return InputError(
+      f"{folder} is a file, and a folder is wanted: that of a run, an import or an export. A "
+      f"checkpoint becomes a folder by: repjax import --from {folder} --workdir DIR"
+    )
   if not path.parent.exists():
     return InputError(
-      f"the folder {path.parent} does not exist. Give the folder of a run, an import or an export"
+      f"the folder {folder} does not exist. Give the folder of a run, an import or an export"
     )
   if any(each.partition("/")[0] == path.name for each in listed(path.parent) or ()):
     return gone(path)

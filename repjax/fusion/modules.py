@@ -228,7 +228,25 @@ def _way_out(error: Exception, params: Any, args: tuple[Any, ...]) -> str:
       "Pass the parameters of this function. What `fold` returned belongs to the function that "
       "repjax.fuse returned"
     )
+  if type(error).__name__ == "ScopeCollectionNotFound":
+    return (
+      "A module of Flax Linen takes all that model.init returned, the collections params and "
+      "batch_stats among them"
+    )
+  if isinstance(error, TypeError) and "missing" in str(error) and "argument" in str(error):
+    return "Bind further arguments with functools.partial, such as train=False"
+  if any(map(_has_channels_first, jax.tree.leaves(args))):
+    return (
+      "The images have channels first, and most functions of JAX want them last, (N, H, W, C). "
+      "Pass jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32), or images.transpose(0, 2, 3, 1)"
+    )
   return "Pass parameters and arguments with which the function itself runs"
+
+
+def _has_channels_first(argument: Any) -> bool:
+  """Tells if an argument looks like images (N, 3, H, W)."""
+  shape = getattr(argument, "shape", ())
+  return len(shape) == 4 and shape[1] == 3 and shape[3] != 3
 
 
 def _is_of_numbers(argument: Any) -> bool:

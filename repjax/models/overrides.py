@@ -39,6 +39,11 @@ def check_overrides(
   """
   rules = rules_of(network)
   for override, value in overrides.items():
+    if override == "pretrained":
+      raise InputError(
+        f"{name} is made without weights, and takes no {prefix}pretrained. Load a model and its "
+        'weights by repjax.load("hf:OWNER/NAME"). repjax.list_pretrained() has the names'
+      )
     if override not in rules:
       # Without a prefix, `create_model` got the overrides beside its own arguments.
       raise unknown(f"override of {name}", override, [*rules, *(() if prefix else ARGUMENTS)])

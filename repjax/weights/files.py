@@ -60,7 +60,9 @@ def read_entry(
     with regular_files.opened(path) as file:
       head = file.read(9) or b""  # None: a file of the kernel that would have to be waited for
   except FileNotFoundError:
-    raise InputError(f"{path} does not exist; give the path of a checkpoint file") from None
+    # A name of two parts may be that of a repository.
+    hub = "" if path.is_absolute() or len(path.parts) != 2 else f", or hf:{path} for the hub"
+    raise InputError(f"{path} does not exist; give the path of a checkpoint file{hub}") from None
   except OSError as error:
     raise InputError(f"{path} cannot be opened: {error.strerror}") from error
   if len(head) < 9:

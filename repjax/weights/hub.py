@@ -115,11 +115,13 @@ def fetch(reference: str) -> HubFile:
 
   names = (file,) if file else _FILES
   path = next(filter(None, map(download, names)), None)
+  command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
   if path is None and unreachable is not None:
+    of = f"{repository} in the revision {revision}" if revision else repository
     raise InputError(
       f"the Hugging Face hub cannot be reached ({unreachable}), and the local cache does not hold "
-      f"{' or '.join(names)} of {repository}. Connect, or run `hf download {repository}` elsewhere "
-      "and copy the cache, or read a file by `repjax import --from FILE`."
+      f"{' or '.join(names)} of {of}. Connect, or run `{command}` elsewhere and copy the cache to "
+      f"{huggingface_hub.constants.HF_HUB_CACHE}, or read a file by `repjax import --from FILE`."
     )
   if path is None:
     raise InputError(
@@ -129,8 +131,8 @@ def fetch(reference: str) -> HubFile:
   if config_path is None and unreachable is not None:
     raise InputError(
       f"the local cache holds {path.name} of {repository} but not its config.json, which says how "
-      f"images are prepared, and the hub cannot be reached ({unreachable}). Run `hf download "
-      f"{repository}` where it can be reached."
+      f"images are prepared, and the hub cannot be reached ({unreachable}). Run "
+      f"`{command}` where it can be reached."
     )
   config = json_files.read(config_path, _CONFIG) if config_path else {}
   # The path in the cache is .../snapshots/<commit>/<file>, and a file may be in folders.

@@ -342,6 +342,7 @@ def test_variables_that_do_not_fit_are_refused(small, case):
     (noise(1)[0], r"got \(16, 16, 3\).*images\[None\]"),
     (noise(1, 17), r"compiled for images \(N, 16, 16, 3\), got \(1, 17, 17, 3\)"),
     (noise(1)[..., :1], "compiled for images"),
+    (noise(1).transpose(0, 3, 1, 2), r"Put channels last: images\.transpose\(0, 2, 3, 1\)"),
     (
       noise(1).astype(np.float64),
       r"must be float32, got float64.*images.astype\('float32'",
@@ -349,7 +350,7 @@ def test_variables_that_do_not_fit_are_refused(small, case):
     (noise(1, dtype=np.uint8), "got uint8.*spec.preprocessing.normalize"),
     ([noise(1)[0]], "must be one array"),
   ],
-  ids=["rank", "size", "channels", "float64", "uint8", "list"],
+  ids=["rank", "size", "channels", "channels first", "float64", "uint8", "list"],
 )
 def test_images_that_do_not_fit_are_refused(small, images, said):
   compiled = compiled_plainly(*small, image_size=16, batch_sizes=(1,))

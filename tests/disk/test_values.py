@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from repjax import disk
+import repjax
+from repjax import cli, disk
 from repjax.errors import InputError
 
 
@@ -58,6 +59,15 @@ def test_missing_json_asks_about_the_folder(tmp_path):
     disk.read_json(tmp_path / "file.json")
   with pytest.raises(InputError, match=f"the folder {tmp_path}/runs does not exist"):
     disk.read_json(tmp_path / "runs" / "file.json")
+
+
+def test_a_checkpoint_or_a_repository_in_place_of_a_folder_is_to_be_imported(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "a.pth").touch()
+  with pytest.raises(InputError, match=r"a\.pth is a file.*import --from a\.pth --workdir"):
+    repjax.load("a.pth")
+  with pytest.raises(SystemExit, match=r"names published weights.*--from hf:timm/net --work"):
+    cli.main(["convert", "--workdir", "hf:timm/net"])
 
 
 def test_a_file_where_the_folder_should_be_is_named(tmp_path):

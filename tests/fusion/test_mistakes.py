@@ -1,5 +1,7 @@
 """Mistakes of a caller of `repjax.fuse`, answered in one paragraph each."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,25 @@ class TestMistakes:
     with pytest.raises(InputError, match=said) as caught:
       repjax.fuse(model, drawn(), IMAGES)
     assert_one_paragraph(caught.value)
+
+  def test_the_usual_mistakes_with_a_module_name_the_way_out(self):
+    class Network(nn.Module):
+      @nn.compact
+      def __call__(self, x, train):
+        return nn.BatchNorm(not train)(nn.Conv(4, (3, 3))(x))
+
+    network, apply = Network(), functools.partial(Network().apply, train=False)
+    images = jnp.ones((1, 8, 9, 3))
+    variables = jax.eval_shape(lambda: network.init(jax.random.key(0), images, False))
+    first = jax.ShapeDtypeStruct((1, 3, 8, 9), jnp.float32)
+    for function, params, argument, said in (
+      (network.apply, variables, IMAGES, r"functools\.partial, such as train=False$"),
+      (apply, variables["params"], IMAGES, r"model\.init returned, .* params and batch_stats"),
+      (apply, variables, first, r"channels first, .*images\.transpose\(0, 2, 3, 1\)$"),
+    ):
+      with pytest.raises(InputError, match=said) as caught:
+        repjax.fuse(function, params, argument)
+      assert_one_paragraph(caught.value)
 
   def test_a_module_among_the_parameters(self):
     with pytest.raises(InputError, match=r"a module of flax.linen: pass model.apply"):

@@ -55,6 +55,7 @@ def test_an_unknown_model_lists_close_ones(name, said):
     ),
     ("drop_out", "did you mean dropout"),
     ("parent", "unknown override .*'parent'"),
+    ("pretrained", r"made without weights.*repjax\.load.*list_pretrained"),
     ("num_class", "did you mean num_classes"),
     ("dtyp", "did you mean .*dtype"),
   ],

@@ -5,6 +5,7 @@ import random
 import struct
 import sys
 import zipfile
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -174,6 +175,9 @@ def test_what_holds_no_state_dict_is_named(tmp_path, save, value, held):
 
 def test_a_missing_file_is_named(tmp_path):
   assert "does not exist" in refusal(tmp_path / "a.pth")
+  assert "hf:" not in refusal(tmp_path / "a.pth")
+  with pytest.raises(InputError, match="or hf:timm/net for the hub"):
+    read(Path("timm/net"))
 
 
 def test_a_folder_is_refused(tmp_path):

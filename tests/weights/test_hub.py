@@ -156,7 +156,10 @@ def test_the_commit_is_read_wherever_the_cache_lies(tmp_path, monkeypatch):
     ("hf:owner/net", "does not hold model.safetensors or pytorch_model.bin of owner/net"),
     ("hf:owner/net:a.pth", "does not hold a.pth of owner/net.*hf download owner/net`"),
     ("hf:owner/other", "does not hold model.safetensors or pytorch_model.bin of owner/other"),
-    ("hf:owner/net@v2:x.bin", "does not hold x.bin of owner/net"),
+    (
+      "hf:owner/net@v2:x.bin",
+      "does not hold x.bin of owner/net in the revision v2.* --revision",
+    ),
   ],
 )
 def test_what_is_not_in_the_cache_cannot_be_had_offline(cache, reference, said):
