@@ -34,8 +34,17 @@ def pixels(path):
   return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
+if not sys.argv[1:]:
+  print(f"usage: python {sys.argv[0]} IMAGE [IMAGE ...]", file=sys.stderr)
+failed = 0
 for path in sys.argv[1:]:
-  images = pixels(path).transpose(2, 0, 1)[None]  # (1, 3, S, S)
+  try:
+    images = pixels(path).transpose(2, 0, 1)[None]  # (1, 3, S, S)
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    failed += 1
+    reason = getattr(error, "strerror", None) or error
+    print(f"skipped: {path} cannot be read as an image: {reason}", file=sys.stderr)
+    continue
   dtype = session.get_inputs()[0].type
   if dtype != "tensor(uint8)":  # else the file normalizes
     mean, std = (np.reshape(steps[name], (3, 1, 1)) for name in ("mean", "std"))
@@ -45,3 +54,5 @@ for path in sys.argv[1:]:
     row = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
   best = np.argsort(-row)[:5]
   print(f"{path}:", ", ".join(f"{names[i] if names else i} {row[i]:.1%}" for i in best))
+if failed:
+  sys.exit(f"{failed} of {len(sys.argv) - 1} images could not be read, see above")

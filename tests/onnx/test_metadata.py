@@ -127,6 +127,28 @@ def test_the_program_gives_the_labels_of_the_predictor(
   assert_close(found["row"], expected / expected.sum(), 1e-5)
 
 
+def test_program_beside_the_file_names_what_it_cannot_read(small, tmp_path, monkeypatch, capsys):
+  target = tmp_path / "out"
+  repjax.deploy.export(*small, SPEC, target, format="onnx")
+  good, bad, missing = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
+  photograph(61, 40).save(good)
+  bad.write_bytes(b"no image")
+  paths = [str(path) for path in (bad, missing, tmp_path, good)]
+  monkeypatch.setattr("sys.argv", ["run_onnx.py", *paths])
+  with pytest.raises(SystemExit, match="3 of 4 images could not be read"):
+    runpy.run_path(str(target / metadata.PROGRAM))
+  out, err = capsys.readouterr()
+  assert out.startswith(f"{good}: ")
+  assert out.count("\n") == 1
+  assert [line.split(" cannot")[0] for line in err.splitlines()] == [
+    f"skipped: {path}" for path in paths[:3]
+  ]
+  monkeypatch.setattr("sys.argv", ["run_onnx.py"])
+  runpy.run_path(str(target / metadata.PROGRAM))
+  usage = f"usage: python {target / metadata.PROGRAM} IMAGE [IMAGE ...]\n"
+  assert capsys.readouterr().err == usage
+
+
 def test_feature_maps_have_no_program(small, tmp_path, quickly):
   maps = repjax.onnx.to_onnx(small[0].clone(features_only=True), small[1], image_size=16)
   assert metadata.files("model.onnx", maps, SPEC.preprocessing).keys() == {"model.onnx"}
