@@ -90,6 +90,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
   name = name if len(text) <= 80 else f"{text[:80]}..."
   plain = str(name).lower().replace("-", "_")
   close = difflib.get_close_matches(plain, known, n=3, cutoff=0.5)
+  if not close:  # initials, such as lr for learning_rate
+    initials = {each: "".join(word[:1] for word in each.split("_")) for each in known}
+    close = [each for each in known if len(plain) > 1 and initials[each] == plain][:3]
   if close:
     hint = f"did you mean {' or '.join(close)}?"
   elif len(known) <= 80:

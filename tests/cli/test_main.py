@@ -121,6 +121,7 @@ def test_an_argument_that_a_config_does_not_take_is_named(name, reason):
     (["--config=digit_ablation:plain"], "unknown config 'digit_ablation'; did you mean"),
     (["--config=repvgg_a9"], "error: unknown config 'repvgg_a9'; did you mean repvgg_a"),
     ([A0, "--config.bach_size=64"], "unknown config field 'bach_size'; did you mean batch_size"),
+    ([A0, "--config.lr=0.1"], "unknown config field 'lr'; did you mean learning_rate?"),
     ([A0, "--config.model_overrides.widthz=3"], "did you mean model_overrides.widths"),
     (
       [A0, "--config.batch_size=many"],
