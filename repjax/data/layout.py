@@ -204,6 +204,11 @@ def _class_problems(folder: Path, splits: dict[str, Classes]) -> list[str]:
   if len(names) < 2:
     have = f"only one, {names[0]}" if names else "none"
     problems.append(f"{folder} has too few classes: at least two are needed, got {have}")
+  if {name.lower() for name in names} == {"images", "masks"}:
+    problems.append(
+      f"{folder} has the folders {listed(names)}, which are no classes but images with masks; did "
+      f"you mean --from-mask-folder {folder}?"
+    )
   for split, classes in splits.items():
     if missing := [name for name in names if name not in classes]:
       others = listed(other for other in splits if other != split)

@@ -76,6 +76,14 @@ def test_the_parent_of_the_right_folder_is_noticed(photos, tmp_path):
   assert f"did you mean --from-folder {photos}?" in text
 
 
+def test_images_with_masks_are_no_classes(photos, tmp_path):
+  for split in ("train", "val"):
+    (photos / split / "cat").rename(photos / split / "images")
+    (photos / split / "dog").rename(photos / split / "masks")
+  text = refusal(photos, "pets", data_dir=tmp_path)
+  assert f"did you mean --from-mask-folder {photos}?" in text
+
+
 def no_folder(folder):
   shutil.rmtree(folder)
 
