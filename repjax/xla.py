@@ -27,8 +27,8 @@ def safe_options(device: Any, dtype: jax.typing.DTypeLike) -> dict[str, str]:
     dtype: dtype of the computation.
   """
   fails = device.platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16
-  # Versions before are right in bfloat16, and faster without the option. In float32 they were wrong
-  # only beside kernels such as 1x3, which no model of repjax has.
+  # Versions before are right in bfloat16, and faster without the option. In float32 they are wrong
+  # where convolutions are summed at once; in RepConv a norm lies between, and its sums are right.
   return known(_NO_REDUCTIONS) if fails and jax.__version_info__ >= (0, 11) else {}
 
 
